@@ -1,0 +1,110 @@
+"""Which tokens the encoder sees, and how that set is laid over every stage's grid.
+
+Shape legend: B pictures, L tokens of the final grid (rows * columns, raster order), K visible tokens,
+s cells of a stage per token side, C channels.
+
+Convolutional stages compute visible cells only, as blocks [B, K, s, s, C]: a block is what one token of the final
+grid covers in that stage. This is MCMAE's block-wise multi-scale mask (the final mask repeated by nearest
+neighbour) without the arithmetic on cells that nothing reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MaskingMode = Literal["random", "sample", "topk"]
+
+
+def num_visible(num_tokens: int, keep_ratio: float) -> int:
+    """Visible tokens of ``num_tokens``: ``int(L * keep_ratio)``, as in MAE (49 of 196 at 0.25)."""
+    return int(num_tokens * keep_ratio)
+
+
+@dataclass(frozen=True)
+class VisibleSet:
+    """The visible tokens of a batch.
+
+    Attributes:
+        ids_keep: int64 [B, K], token numbers of the visible tokens, in the order in which the encoder holds them.
+        ids_restore: int64 [B, L], for each token its place in [visible | removed].
+        grid: rows and columns of the final grid, rows * columns = L.
+    """
+
+    ids_keep: Tensor
+    ids_restore: Tensor
+    grid: tuple[int, int]
+
+    @property
+    def mask(self) -> Tensor:
+        """float32 [B, L]: 1 where a token is removed, 0 where it is visible."""
+        return (self.ids_restore >= self.ids_keep.shape[1]).float()
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """The visible ones of [B, L, ...] (or [1, L, ...], shared by the batch), as [B, K, ...]."""
+        batch, keep = self.ids_keep.shape
+        index = self.ids_keep.reshape(batch, keep, *([1] * (tokens.dim() - 2)))
+        tokens = tokens.expand(batch, *tokens.shape[1:])
+        return tokens.gather(1, index.expand(batch, keep, *tokens.shape[2:]))
+
+    def take_blocks(self, grid_map: Tensor) -> Tensor:
+        """Visible blocks of a stage's map: [B, rows*s, columns*s, C] to [B, K, s, s, C]."""
+        rows, columns = self.grid
+        batch, height, _, channels = grid_map.shape
+        s = height // rows
+        blocks = grid_map.reshape(batch, rows, s, columns, s, channels).transpose(2, 3)
+        return self.take(blocks.reshape(batch, rows * columns, s, s, channels))
+
+    def put_blocks(self, blocks: Tensor) -> Tensor:
+        """Visible blocks laid out on a map of zeros: [B, K, s, s, C] to [B, rows*s, columns*s, C]."""
+        rows, columns = self.grid
+        batch, keep, s, _, channels = blocks.shape
+        index = self.ids_keep.reshape(batch, keep, 1, 1, 1).expand_as(blocks)
+        full = blocks.new_zeros(batch, rows * columns, s, s, channels).scatter(1, index, blocks)
+        full = full.reshape(batch, rows, columns, s, s, channels).transpose(2, 3)
+        return full.reshape(batch, rows * s, columns * s, channels)
+
+
+def choose_visible(
+    noise: Tensor,
+    grid: tuple[int, int],
+    keep_ratio: float,
+    mode: MaskingMode = "random",
+    importance: Tensor | None = None,
+) -> VisibleSet:
+    """Draw the visible set of each picture.
+
+    Args:
+        noise: uniform in [0, 1), [B, L]; all randomness comes from here.
+        grid: rows and columns of the token grid.
+        keep_ratio: visible share (the paper's "mask ratio 25 %" is 0.25 here).
+        mode: ``random``: MAE's, the smallest noise is kept. ``sample``: without replacement with probability
+            proportional to importance (MILAN). ``topk``: the most important tokens (the paper's wording).
+        importance: the teacher's class-to-patch attention, [B, L], not negative; unused by ``random``.
+
+    Raises:
+        ValueError: for shapes that do not fit, or a missing importance.
+    """
+    rows, columns = grid
+    if noise.dim() != 2 or noise.shape[1] != rows * columns:
+        raise ValueError(f"noise is {tuple(noise.shape)}, expected [B, {rows * columns}] for the grid {grid}")
+    if mode != "random" and (importance is None or importance.shape != noise.shape):
+        shape = None if importance is None else tuple(importance.shape)
+        raise ValueError(f"masking mode {mode!r} needs importance of shape {tuple(noise.shape)}, got {shape}")
+    if mode == "random":
+        score = noise
+    elif mode == "sample":
+        assert importance is not None
+        # Exponential race: the K smallest -log(u)/p are a draw of K without replacement with weights p
+        # (Efraimidis and Spirakis 2006). The clamps keep u = 0 and p = 0 finite and last.
+        tiny = torch.finfo(torch.float32).tiny
+        score = -noise.float().clamp_min(tiny).log() / importance.float().clamp_min(1e-12)
+    else:
+        assert importance is not None
+        score = -importance.float()
+    shuffle = score.argsort(dim=1, stable=True)
+    keep = num_visible(rows * columns, keep_ratio)
+    return VisibleSet(shuffle[:, :keep], shuffle.argsort(dim=1), grid)

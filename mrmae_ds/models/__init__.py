@@ -1,0 +1,1 @@
+"""Encoders, decoder, pre-training model, weights in and out. No distributed code."""

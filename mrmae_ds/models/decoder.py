@@ -1,0 +1,65 @@
+"""MAE's light decoder: visible tokens and mask tokens to one feature vector a token.
+
+Shape legend: B pictures, P prefix tokens (a class token or none), K visible tokens, L tokens of the grid.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from pydantic import Field
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from mrmae_ds.masking import VisibleSet
+from mrmae_ds.models.checkpointing import run_blocks
+from mrmae_ds.models.positions import sincos_positions
+from mrmae_ds.schema import Section
+
+
+class DecoderSpec(Section):
+    """Width, number of blocks, heads and MLP ratio; the defaults are MAE's."""
+
+    dim: int = Field(512, gt=0, multiple_of=4)
+    depth: int = Field(8, ge=1)
+    num_heads: int = Field(16, ge=1)
+    mlp_ratio: float = Field(4, gt=0)
+
+
+class Decoder(nn.Module):
+    """Linear to the decoder's width, mask tokens filled in, fixed positions, blocks, norm.
+
+    Args:
+        spec: the decoder's size.
+        encoder_dim: width of the latent that comes in.
+        grid: rows and columns of the token grid.
+        num_prefix_tokens: class tokens at the head of the latent.
+    """
+
+    def __init__(self, spec: DecoderSpec, encoder_dim: int, grid: tuple[int, int], num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.num_prefix_tokens = num_prefix_tokens
+        self.checkpoint_every = 0
+        self.embed = nn.Linear(encoder_dim, spec.dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.dim))
+        self.pos_embed = nn.Parameter(sincos_positions(spec.dim, grid, num_prefix_tokens), requires_grad=False)
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(spec.dim, spec.num_heads, spec.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(spec.depth)
+        )
+        self.norm = norm(spec.dim)
+
+    def forward(self, latent: Tensor, visible: VisibleSet) -> Tensor:
+        """Features of every token in raster order: [B, P + K, C] to [B, L, D]."""
+        x = self.embed(latent)
+        prefix, kept = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        batch, num_kept, dim = kept.shape
+        removed = visible.ids_restore.shape[1] - num_kept
+        # mask_token is fp32 while autocast may have made x bf16.
+        filler = self.mask_token.to(x.dtype).expand(batch, removed, dim)
+        order = visible.ids_restore[..., None].expand(-1, -1, dim)
+        tokens = torch.cat([kept, filler], dim=1).gather(1, order)
+        x = torch.cat([prefix, tokens], dim=1) + self.pos_embed
+        x = run_blocks(self.blocks, x, self.checkpoint_every)
+        return self.norm(x)[:, self.num_prefix_tokens :]

@@ -1,0 +1,86 @@
+"""Building blocks of the convolutional stages. Channels last throughout: [..., height, width, C].
+
+Parameter names and shapes are those of the released MCMAE files (1x1 convolutions keep their [out, in, 1, 1]).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from mrmae_ds.masking import VisibleSet
+
+
+class PatchConv(nn.Conv2d):
+    """Convolution with kernel = stride = ``patch``, as one matrix product over patches.
+
+    [..., S*patch, S*patch, in] to [..., S, S, out]. Any leading dimensions, so that it serves whole maps and the
+    blocks of visible tokens alike.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, patch: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=patch, stride=patch)
+        self.patch = patch
+
+    def forward(self, x: Tensor) -> Tensor:
+        *lead, height, width, channels = x.shape
+        p = self.patch
+        if p > 1:
+            x = x.reshape(-1, height // p, p, width // p, p, channels).transpose(2, 3)
+        patches = x.reshape(*lead, height // p, width // p, p * p * channels)
+        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Patch convolution, LayerNorm over channels (eps 1e-5), exact GELU."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch: int) -> None:
+        super().__init__()
+        self.proj = PatchConv(in_channels, out_channels, patch)
+        self.norm = nn.LayerNorm(out_channels, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.norm(self.proj(x)))
+
+
+class ConvMlp(nn.Module):
+    """Two 1x1 convolutions with a GELU between, on the channels of [..., C]."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = PatchConv(dim, hidden, 1)
+        self.fc2 = PatchConv(hidden, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class ConvBlock(nn.Module):
+    """MCMAE's (masked) convolution block.
+
+    ``x + DropPath(conv2(dw5x5(M * conv1(LN(x)))))``, then ``x + DropPath(MLP(LN(x)))``. The depth-wise
+    convolution is the one operation that mixes cells, so it alone sees the mask M.
+    """
+
+    def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.conv1 = PatchConv(dim, dim, 1)
+        self.attn = nn.Conv2d(dim, dim, kernel_size=5, padding=2, groups=dim)
+        self.conv2 = PatchConv(dim, dim, 1)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor, visible: VisibleSet | None = None) -> Tensor:
+        """[B, H, W, C] dense, or the visible blocks [B, K, s, s, C] with their ``visible`` set; same shape out."""
+        mixed = self.conv1(self.norm1(x))
+        if visible is not None:
+            mixed = visible.put_blocks(mixed)
+        # A permuted view is a channels-last tensor for the convolution: no copy, and cuDNN's fast path.
+        mixed = self.attn(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        if visible is not None:
+            mixed = visible.take_blocks(mixed)
+        x = x + self.drop_path(self.conv2(mixed))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
