@@ -1,0 +1,135 @@
+"""Reading configuration files: YAML and JSON in, one clear error out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import types
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mrmae_ds.errors import UserError
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping.
+
+    Raises:
+        UserError: if it is missing, is not YAML or holds something else.
+    """
+    return _parsed(path, yaml.safe_load, yaml.YAMLError)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object; see :func:`read_yaml`."""
+    return _parsed(path, json.loads, json.JSONDecodeError)
+
+
+def _parsed(path: Path, parse: Any, error_type: type[Exception]) -> dict[str, Any]:
+    try:
+        content = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        near = _nearest(path.name, [p.name for p in path.parent.glob(f"*{path.suffix}")])
+        raise UserError(f"{path}: no such file{near}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    except error_type as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
+    return content
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """``over`` laid on ``base``: mappings merge, other values replace, None removes. Neither is changed."""
+    result = dict(base)
+    for key, value in over.items():
+        if value is None:
+            result.pop(key, None)
+        elif isinstance(value, dict) and isinstance(result.get(key), dict):
+            result[key] = merge(result[key], value)
+        else:
+            result[key] = value
+    return result
+
+
+def apply_overrides(raw: dict[str, Any], overrides: Iterable[str], path: Path) -> dict[str, Any]:
+    """``key.path=value`` strings laid on a mapping read from ``path``; values are YAML, ``null`` removes a key.
+
+    Raises:
+        UserError: for a string that is not an assignment, or a path through something that is not a mapping.
+    """
+    for text in overrides:
+        key, sign, value_text = text.partition("=")
+        if not sign or not all(key.split(".")):
+            raise UserError(f"{text!r} is not an override; write key.path=value, for example seed=1")
+        try:
+            value = yaml.safe_load(value_text)
+        except yaml.YAMLError:
+            raise UserError(f"override {text!r}: the value is not YAML") from None
+        *parents, last = key.split(".")
+        over: dict[str, Any] = {last: value}
+        for part in reversed(parents):
+            over = {part: over}
+        node: Any = raw
+        for part in parents:
+            node = node.get(part, {}) if isinstance(node, dict) else node
+            if node is not None and not isinstance(node, dict):
+                raise UserError(f"override {text!r}: {part} of {path} is a value, not a section")
+        raw = merge(raw, over)
+    return raw
+
+
+def describe_errors(error: ValidationError, model: type[BaseModel], path: Path) -> str:
+    """All problems of a validation, one a line: file, the key's path, what is wrong, the nearest known key."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            known = _fields_at(model, item["loc"][:-1])
+            lines.append(f"{path}: {where}: unknown key{_nearest(str(item['loc'][-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{path}: {where}: this key is required")
+        else:
+            given = item.get("input")
+            shown = f" (got {given!r})" if not isinstance(given, dict | list | BaseModel) else ""
+            message = item["msg"].removeprefix("Value error, ")
+            lines.append(f"{path}: {where}{': ' if where else ''}{message}{shown}")
+    return "\n".join(lines)
+
+
+def nearest_key(key: str, known: Iterable[str]) -> str:
+    """The error text for an unknown key: the closest known one if there is one, else all of them."""
+    return _nearest(key, list(known))
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known are {', '.join(sorted(known))}" if known else ""
+
+
+def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Field names of the section at a path, following optional and mapping types."""
+    current: Any = model
+    for part in location:
+        fields = getattr(current, "model_fields", None)
+        annotation = fields[part].annotation if fields and part in fields else current
+        current = _section_in(annotation)
+        if current is None:
+            return []
+    return list(getattr(current, "model_fields", {}))
+
+
+def _section_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, dict, list, tuple):
+        found = [_section_in(argument) for argument in get_args(annotation)]
+        return next((item for item in found if item is not None), None)
+    return None

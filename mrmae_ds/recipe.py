@@ -1,0 +1,266 @@
+"""The recipe: what is trained, as a strict, typed YAML file.
+
+Keys are grouped by what they affect: ``model``, ``data``, ``teachers`` and ``stages`` change results, ``loader`` only
+speed, ``record`` only what is written down. A recipe may start from another one (``extends: tiny.yaml``) and state the
+difference: mappings are merged, everything else is replaced, null removes a key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from mrmae_ds.config_files import apply_overrides, describe_errors, merge, read_yaml
+from mrmae_ds.errors import UserError
+from mrmae_ds.masking import MaskingMode
+from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.pretrain import FusionSpec
+from mrmae_ds.models.sizes import EncoderSpec, encoder_spec
+from mrmae_ds.objectives import PIXELS, Objective
+from mrmae_ds.schema import Section
+
+StageName = Literal["pretrain", "finetune"]
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Rgb = tuple[float, float, float]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ModelConfig(Section):
+    """``arch`` names a row of models/sizes.py; ``overrides`` replaces single fields of it."""
+
+    arch: str
+    image_size: int = Field(gt=0)
+    overrides: dict[str, Any] = Field({})
+    fusion: FusionSpec = FusionSpec()
+    decoder: DecoderSpec = DecoderSpec()
+
+    def spec(self) -> EncoderSpec:
+        """The encoder's size."""
+        return encoder_spec(self.arch, self.overrides)
+
+
+class DataConfig(Section):
+    """Paths of the .beton files, and the student's input statistics (of pixels in 0 to 1)."""
+
+    train: Path
+    val: Path
+    mean: Rgb = IMAGENET_MEAN
+    std: Rgb = IMAGENET_STD
+
+
+class TeacherConfig(Section):
+    """A frozen teacher.
+
+    Attributes:
+        kind: ``checkpoint`` a run of this project, ``clip`` an open_clip tower, ``timm`` a timm ViT (DINO, DINOv2).
+        source: a run's stage folder or model file; or the model's name in open_clip or timm.
+        weights: for clip and timm: a tag or local file; null takes timm's own pretrained weights.
+        image_size: side of the teacher's input in pixels; null is the student's.
+        features: of the last block: ``raw``, ``ln_post`` after the final norm, ``proj`` also projected (clip).
+        statistics: whose mean and standard deviation normalise its input.
+        precision: of its weights and arithmetic.
+    """
+
+    kind: Literal["checkpoint", "clip", "timm"]
+    source: str
+    weights: str | None = None
+    image_size: int | None = Field(None, gt=0)
+    features: Literal["raw", "ln_post", "proj"] = "raw"
+    statistics: Literal["teacher", "student"] = "teacher"
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+
+class MaskingConfig(Section):
+    """``keep_ratio`` is the visible share; modes other than random take their importance from ``teacher``."""
+
+    keep_ratio: float = Field(0.25, gt=0, lt=1)
+    mode: MaskingMode = "random"
+    teacher: str | None = None
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule: linear warm-up, cosine to ``min_lr``; give ``base_lr`` (times batch/256) or ``lr``."""
+
+    base_lr: float | None = Field(None, gt=0)
+    lr: float | None = Field(None, gt=0)
+    min_lr: float = Field(0.0, ge=0)
+    warmup_epochs: float = Field(ge=0)
+    betas: tuple[float, float]
+    weight_decay: float = Field(0.05, ge=0)
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerConfig:
+        if (self.base_lr is None) == (self.lr is None):
+            raise ValueError("give exactly one of base_lr (times batch_size/256) and lr (absolute)")
+        return self
+
+    def peak_lr(self, batch_size: int) -> float:
+        """The rate at the end of warm-up."""
+        return self.lr if self.lr is not None else (self.base_lr or 0.0) * batch_size / 256
+
+
+class StageConfig(Section):
+    """What all stages have; ``batch_size`` is global, in pictures per optimiser step."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    optimizer: OptimizerConfig
+    crop_scale: tuple[Fraction, Fraction]
+    flip: Fraction = 0.5
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> StageConfig:
+        if self.optimizer.warmup_epochs >= self.epochs:
+            raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs})")
+        return self
+
+
+class PretrainConfig(StageConfig):
+    """Pre-training: which teachers exist, what is visible, what is learned."""
+
+    teachers: tuple[str, ...] = ()
+    masking: MaskingConfig = MaskingConfig()
+    objectives: dict[str, Objective] = Field(min_length=1)
+
+
+class FinetuneConfig(StageConfig):
+    """Supervised fine-tuning of the whole encoder.
+
+    Attributes:
+        init: ``pretrain`` this run's own pre-training, ``scratch`` none, or a run's stage folder or model file.
+        image_size: null is the model's; the position embedding is resized for another.
+        mixup, cutmix: alpha of each; 0 is off. smoothing: of labels. erasing: probability.
+    """
+
+    init: str = "pretrain"
+    image_size: int | None = Field(None, gt=0)
+    layer_decay: float = Field(gt=0, le=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    smoothing: Fraction = 0.0
+    erasing: Fraction = 0.0
+    eval_every_epochs: int = Field(1, ge=1)
+
+
+class StagesConfig(Section):
+    """The stages of the recipe; a recipe trained from scratch has no ``pretrain``."""
+
+    pretrain: PretrainConfig | None = None
+    finetune: FinetuneConfig | None = None
+
+
+class LoaderConfig(Section):
+    """How pictures are read; no influence on results. ``workers``: threads per process, null decides by itself."""
+
+    workers: int | None = Field(None, ge=1)
+
+
+class RecordConfig(Section):
+    """What is written down: a metrics line every so many steps, a checkpoint every so many epochs, pictures."""
+
+    log_every: int = Field(20, ge=1)
+    save_every_epochs: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    pictures: int = Field(8, ge=0)
+
+
+class Recipe(Section):
+    """A whole recipe. ``method`` and ``size`` are its row and column in the scaling table."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    method: str
+    size: str
+    seed: int = Field(0, ge=0)
+    model: ModelConfig
+    data: DataConfig
+    teachers: dict[str, TeacherConfig] = Field({})
+    stages: StagesConfig
+    loader: LoaderConfig = LoaderConfig()
+    record: RecordConfig = RecordConfig()
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Recipe:
+        stage = self.stages.pretrain
+        if stage is None:
+            return self
+        used = {f"stages.pretrain.teachers[{i}]": name for i, name in enumerate(stage.teachers)}
+        for where, name in used.items():
+            if name not in self.teachers:
+                raise ValueError(f"{where}: no teacher {name!r}; defined are {_listed(self.teachers)}")
+        for key, objective in stage.objectives.items():
+            if objective.target not in {PIXELS, *stage.teachers}:
+                raise ValueError(
+                    f"stages.pretrain.objectives.{key}.target: {objective.target!r} is neither pixels nor one of "
+                    f"stages.pretrain.teachers ({_listed(stage.teachers)})"
+                )
+        masking = stage.masking
+        if masking.mode != "random" and masking.teacher not in stage.teachers:
+            raise ValueError(
+                f"stages.pretrain.masking.teacher: mode {masking.mode} needs one of stages.pretrain.teachers "
+                f"({_listed(stage.teachers)}), got {masking.teacher!r}"
+            )
+        return self
+
+    def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig:
+        """The named stage.
+
+        Raises:
+            UserError: if the recipe does not have it.
+        """
+        stage = getattr(self.stages, name)
+        if stage is None:
+            has = [key for key in StagesConfig.model_fields if getattr(self.stages, key) is not None]
+            raise UserError(f"recipe {self.name} has no stage {name}; it has {_listed(has)}")
+        return stage
+
+    def to_yaml(self) -> str:
+        """The resolved recipe, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
+
+    def hash(self) -> str:
+        """12 hex digits that change with anything that changes results but the seed; not with speed or paths.
+
+        Runs that differ in their seed alone share it. The data's identity is its checksum, recorded beside this.
+        """
+        ignored: dict[str, Any] = dict.fromkeys(("name", "seed", "loader", "record"), True)
+        kept = self.model_dump(mode="json", exclude=ignored | {"data": {"train", "val"}})
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, merge, override and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.path=value`` strings; values are YAML.
+
+    Raises:
+        UserError: naming file, key and nearest known key.
+    """
+    raw = apply_overrides(_read_extended(path, ()), overrides or [], path)
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError(describe_errors(error, Recipe, path)) from None
+
+
+def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
+    raw = read_yaml(path)
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    base = _read_extended(path.parent / str(parent), (*seen, path.resolve()))
+    return merge(base, raw)
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(names) or "none"
