@@ -1,0 +1,31 @@
+"""Fashion-MNIST as train.beton and val.beton (its test part): python data/fashion_mnist.py --out DIR"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mrmae_ds.data.console import report
+from mrmae_ds.data.fashion_mnist import write_fashion_mnist
+
+
+def main() -> int:
+    """Parse the arguments, write, report. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
+    parser.add_argument(
+        "--source", default="auto", metavar="DIR",
+        help="folder with the four idx-ubyte.gz files; auto: Debian's dataset-fashion-mnist, else a download",
+    )  # fmt: skip
+    parser.add_argument("--train-count", type=int, metavar="N", help="class-balanced subset; default: all 60,000")
+    parser.add_argument("--val-count", type=int, metavar="N", help="class-balanced subset; default: all 10,000")
+    options = parser.parse_args()
+    return report(
+        lambda: write_fashion_mnist(
+            options.out, source=options.source, train_count=options.train_count, val_count=options.val_count
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

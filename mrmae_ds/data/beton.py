@@ -1,0 +1,119 @@
+"""What is known of a .beton without opening it: its sidecar JSON. Needs no ffcv."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mrmae_ds.errors import UserError
+
+SIDECAR_FORMAT = 1
+_REQUIRED = (
+    "format",
+    "num_samples",
+    "class_names",
+    "max_side",
+    "quality",
+    "name",
+    "source",
+    "size",
+    "sha256",
+    "versions",
+)
+
+
+@dataclass(frozen=True)
+class BetonInfo:
+    """A data set on disk.
+
+    Attributes:
+        path: the .beton. num_samples: how many pictures. num_classes: labels are 0..num_classes-1.
+        class_names: their names, in the order of the labels.
+        max_side: longer side of the largest picture it may hold, pixels. quality: of its JPEGs.
+        size: bytes. sha256: of the whole file. name: the data set's, as tables show it. source: what it was made from, in words.
+    """
+
+    path: Path
+    num_samples: int
+    num_classes: int
+    class_names: tuple[str, ...]
+    max_side: int
+    quality: int
+    size: int
+    sha256: str
+    name: str
+    source: str
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """``train.beton`` -> ``train.beton.json``."""
+    path = Path(path)
+    return path.with_name(path.name + ".json")
+
+
+def read_sidecar(path: str | Path) -> dict[str, Any]:
+    """The sidecar of a .beton, as written.
+
+    Raises UserError if the .beton or its sidecar is missing, or the sidecar is not one of ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"{path}: no such file; write it with data/folder.py or data/fashion_mnist.py (see data/README.md)"
+        )
+    sidecar = sidecar_path(path)
+    if not sidecar.is_file():
+        raise UserError(
+            f"{sidecar}: no such file; it is written last and says that {path.name} is whole: "
+            "copy it from where the .beton came from, or write the set again (see data/README.md)"
+        )
+    try:
+        content = json.loads(sidecar.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{sidecar}: not JSON ({error}); write the data set again (see data/README.md)") from error
+    missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
+    if missing or content["format"] != SIDECAR_FORMAT:
+        what = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']}, not {SIDECAR_FORMAT}"
+        raise UserError(f"{sidecar}: {what}; write the data set again (see data/README.md)")
+    return content
+
+
+def check_beton(path: str | Path) -> BetonInfo:
+    """The cheap check before a run: the file is there, is described, and has the size it was written with.
+
+    Reads a few kilobytes whatever the size of the set. ``verify.verify_beton`` is the thorough one.
+
+    Raises UserError.
+    """
+    path = Path(path)
+    content = read_sidecar(path)
+    size = path.stat().st_size
+    if size != content["size"]:
+        raise UserError(
+            f"{path}: has {size:,} bytes, its sidecar says {content['size']:,}; it is cut off or "
+            "another file: copy or write it again"
+        )
+    return BetonInfo(
+        path=path,
+        num_samples=content["num_samples"],
+        num_classes=len(content["class_names"]),
+        class_names=tuple(content["class_names"]),
+        max_side=content["max_side"],
+        quality=content["quality"],
+        size=size,
+        sha256=content["sha256"],
+        name=content["name"],
+        source=content["source"],
+    )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

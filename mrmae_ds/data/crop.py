@@ -1,0 +1,124 @@
+"""Crop boxes and flips as pure functions of (seed, epoch, sample): no generator, no state, no thread in them.
+
+FFCV draws its crops from numba's per-thread generators, so the same seed gives other pixels with another
+number of threads or ranks and after a restart. Here every draw is a hash of what it is for, which makes the
+augmentation the same in any process that asks for it. Plain numpy, vectorised over the B samples of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+UIntArray = npt.NDArray[np.uint64]
+FloatArray = npt.NDArray[np.float64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_TRIES = 10
+# A sample's stream of draws: four for each try (area, ratio, top, left), then the flip.
+_FLIP_DRAW = 4 * _TRIES
+
+
+@dataclass(frozen=True)
+class CropSettings:
+    """How a training sample is cut out of its picture.
+
+    Attributes:
+        scale: bounds of the box's share of the picture's area. No default: pre-training and fine-tuning
+            differ.
+        ratio: bounds of the box's width over its height.
+        flip: probability of mirroring left to right.
+    """
+
+    scale: tuple[float, float]
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+
+
+def splitmix64(state: UIntArray) -> UIntArray:
+    """The output function of SplitMix64 (Steele, Lea and Flood 2014): bijective on 64 bits; any shape."""
+    z = state + _GOLDEN
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def _keys(seed: int, epoch: int, indices: IntArray) -> UIntArray:
+    """The 64-bit key of each sample's stream of draws in one epoch, [B]."""
+    key = splitmix64(np.array([seed], dtype=np.uint64))
+    key = splitmix64(key ^ np.uint64(epoch))
+    return splitmix64(key ^ indices.astype(np.uint64))
+
+
+def _uniform(keys: UIntArray, draw: int) -> FloatArray:
+    """The ``draw``-th number of each stream, uniform in [0, 1) with 53 random bits, [B]."""
+    state = keys + splitmix64(np.array([draw], dtype=np.uint64))
+    return (splitmix64(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def _largest_centered(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
+    """The largest centred boxes with width over height within ``ratio``, [B, 4]: top, left, height, width."""
+    too_narrow = widths < ratio[0] * heights
+    too_wide = widths > ratio[1] * heights
+    box_heights = np.where(too_narrow, np.rint(widths / ratio[0]), heights).astype(np.int64).clip(1, heights)
+    box_widths = np.where(too_wide, np.rint(heights * ratio[1]), widths).astype(np.int64).clip(1, widths)
+    return np.stack([(heights - box_heights) // 2, (widths - box_widths) // 2, box_heights, box_widths], axis=1)
+
+
+def random_boxes(
+    heights: IntArray, widths: IntArray, indices: IntArray, *, seed: int, epoch: int, crop: CropSettings
+) -> IntArray:
+    """Random resized crops and flips, by torchvision's rule (``RandomResizedCrop.get_params``).
+
+    Ten tries of an area uniform in ``crop.scale`` times the picture's and an aspect ratio log-uniform in
+    ``crop.ratio``; where none fits, the largest centred box whose ratio is within the bounds.
+
+    Args:
+        heights, widths: sizes of the stored pictures in pixels, int64 [B].
+        indices: rows of the samples in the data set, int64 [B].
+        seed, epoch: not negative.
+
+    Returns int64 [B, 5]: top, left, box height, box width (pixels, inside the picture), 1 if mirrored.
+    """
+    keys = _keys(seed, epoch, indices)
+    boxes = np.empty((len(indices), 5), dtype=np.int64)
+    boxes[:, :4] = _largest_centered(heights, widths, crop.ratio)
+    boxes[:, 4] = _uniform(keys, _FLIP_DRAW) < crop.flip
+    low, high = np.log(crop.ratio)
+    searching = np.ones(len(indices), dtype=bool)
+    for attempt in range(_TRIES):
+        area, ratio, down, across = (_uniform(keys, 4 * attempt + draw) for draw in range(4))
+        target = heights * widths * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * area)
+        aspect = np.exp(low + (high - low) * ratio)
+        box_heights = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+        box_widths = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+        fits = (box_heights > 0) & (box_heights <= heights) & (box_widths > 0) & (box_widths <= widths)
+        tops = (down * (heights - box_heights + 1)).astype(np.int64)
+        lefts = (across * (widths - box_widths + 1)).astype(np.int64)
+        found = searching & fits
+        boxes[found, :4] = np.stack([tops, lefts, box_heights, box_widths], axis=1)[found]
+        searching &= ~fits
+        if not searching.any():
+            break
+    return boxes
+
+
+def center_boxes(heights: IntArray, widths: IntArray, image_size: int) -> IntArray:
+    """The centred squares that evaluation looks at, never mirrored.
+
+    MAE's evaluation resizes the short side to ``image_size / 0.875`` (above 224 pixels: to ``image_size``)
+    and cuts the centre ``image_size`` square. Seen from the stored picture that is one centred square, 0.875
+    (or all) of the short side, resized once.
+
+    Args:
+        heights, widths: sizes of the stored pictures in pixels, int64 [B].
+
+    Returns int64 [B, 5]: top, left, side, side (pixels), 0.
+    """
+    fraction = 0.875 if image_size <= 224 else 1.0
+    sides = np.rint(fraction * np.minimum(heights, widths)).astype(np.int64).clip(min=1)
+    tops, lefts = (heights - sides) // 2, (widths - sides) // 2
+    return np.stack([tops, lefts, sides, sides, np.zeros_like(sides)], axis=1)

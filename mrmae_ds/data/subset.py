@@ -1,0 +1,48 @@
+"""Choosing samples by class, reproducibly."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+IntArray = npt.NDArray[np.int64]
+
+
+def balanced_subset(labels: IntArray, count: int) -> IntArray:
+    """The rows of ``count`` samples, spread over the classes as evenly as the classes allow.
+
+    Which samples of a class are taken is scattered, and depends on nothing but the labels and ``count``; a
+    smaller subset is part of a larger one.
+
+    Args:
+        labels: int64 [N], not negative.
+        count: 0..N.
+
+    Returns int64 [count], ascending.
+    """
+    if not 0 <= count <= len(labels):
+        raise ValueError(f"cannot take {count} of {len(labels)} samples")
+    scattered = np.argsort(np.random.Philox(key=0).random_raw(len(labels)), kind="stable")
+    by_class = scattered[np.argsort(labels[scattered], kind="stable")]
+    first_of_class = np.searchsorted(labels[by_class], labels[by_class])
+    turn = np.arange(len(labels)) - first_of_class  # this sample is the turn-th of its class
+    return np.sort(by_class[np.argsort(turn, kind="stable")[:count]])
+
+
+def split_off(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
+    """Divide a set in two, the same ``fraction`` of every class going to the second part.
+
+    At least one sample of every class goes to each part, where the class has two or more.
+
+    Args:
+        labels: int64 [N], not negative. fraction: between 0 and 1.
+
+    Returns the rows of the first and of the second part, ascending.
+    """
+    second = []
+    for label in np.unique(labels):
+        rows = np.flatnonzero(labels == label)
+        take = int(np.clip(round(fraction * len(rows)), 1, len(rows) - 1)) if len(rows) > 1 else 0
+        second.append(rows[balanced_subset(np.zeros(len(rows), dtype=np.int64), take)])
+    chosen = np.sort(np.concatenate(second))
+    return np.setdiff1d(np.arange(len(labels)), chosen), chosen

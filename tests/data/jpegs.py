@@ -1,0 +1,33 @@
+"""The content of a .beton, read without the code under test."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+# FFCV's format, version 2: header, descriptor for each field, table of samples, pages, allocations.
+_HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("allocations", "<u8")],
+    align=True,
+)
+_DESCRIPTOR_BYTES = 1 + 16 + 1024
+_IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
+_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
+_ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
+
+
+def stored_jpegs(path: Path) -> list[tuple[bytes, int, int]]:
+    """(JPEG, label, index) of every sample of a .beton with these three fields."""
+    content = path.read_bytes()
+    header = np.frombuffer(content, _HEADER, count=1)[0]
+    assert (header["version"], header["fields"]) == (2, 3)
+    samples = np.frombuffer(content, _SAMPLE, int(header["samples"]), _HEADER.itemsize + 3 * _DESCRIPTOR_BYTES)
+    allocations = np.frombuffer(content, _ALLOCATION, offset=int(header["allocations"]))
+    sizes = dict(zip(allocations["place"].tolist(), allocations["size"].tolist(), strict=True))
+    places = samples["image"]["place"].tolist()
+    labels, indices = samples["label"].tolist(), samples["index"].tolist()
+    return [
+        (content[place : place + sizes[place]], label, index)
+        for place, label, index in zip(places, labels, indices, strict=True)
+    ]

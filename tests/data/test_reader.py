@@ -1,0 +1,325 @@
+"""The reader: the right pixels, the same ones however the work is spread, and nothing left behind."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mrmae_ds.data import Batch, CropSettings, Reader, build_reader
+from mrmae_ds.data.beton import sidecar_path
+from mrmae_ds.data.reader import default_num_workers
+from mrmae_ds.errors import UserError
+
+from .jpegs import stored_jpegs
+from .test_crop import expected_box
+
+pytestmark = pytest.mark.timeout(120, method="thread")
+CROP = CropSettings(scale=(0.2, 1.0))
+
+
+def _reader(path: Path, train: bool, **changes: Any) -> Reader:
+    """A reader of 32-pixel micro-batches of 4, two to a step, on one rank."""
+    settings: dict[str, Any] = {"image_size": 32, "micro_batch": 4, "accumulation": 2 if train else 1}
+    settings |= {"world_size": 1, "rank": 0, "seed": 5, "crop": CROP if train else None, "num_workers": 1}
+    return build_reader(path, train=train, **settings | changes)
+
+
+def _digest(batches: Iterable[Batch]) -> str:
+    """One hash of all that the batches hold."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        for tensor in (batch.images, batch.labels, batch.indices, batch.valid):
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _by_sample(batches: Iterable[Batch]) -> dict[int, bytes]:
+    """The pixels of each sample."""
+    return {
+        int(index): image.contiguous().numpy().tobytes()
+        for batch in batches
+        for index, image in zip(batch.indices, batch.images, strict=True)
+    }
+
+
+def _distance(image: torch.Tensor, jpeg: bytes, box: Iterable[int]) -> float:
+    """How far an image [3, S, S] is from what Pillow and OpenCV make of the box: mean of levels, of 255.
+
+    Not nothing, since the reader decodes with the fast inverse DCT.
+    """
+    top, left, height, width, mirrored = box
+    picture = np.asarray(Image.open(io.BytesIO(jpeg)))[top : top + height, left : left + width]
+    expected = cv2.resize(picture, tuple(image.shape[1:]), interpolation=cv2.INTER_AREA)
+    expected = expected[:, ::-1] if mirrored else expected
+    return float(np.abs(image.permute(1, 2, 0).numpy().astype(int) - expected).mean())
+
+
+def _assert_cut_by(box: tuple[int, int, int, int, bool | int], image: torch.Tensor, jpeg: bytes) -> None:
+    """The image is what the box cuts out, and not what any box does that is off by a pixel."""
+    top, left, height, width, mirrored = box
+    distance = _distance(image, jpeg, box)
+    assert distance < 3
+    for other in (
+        (top + 1, left, height - 1, width, mirrored),
+        (top, left + 1, height, width - 1, mirrored),
+        (top, left, height - 1, width, mirrored),
+        (top, left, height, width - 1, mirrored),
+        (top, left, height, width, not mirrored),
+    ):
+        assert _distance(image, jpeg, other) > distance + 0.5
+
+
+def test_batches_are_what_they_promise(betons: tuple[Path, Path]) -> None:
+    reader = _reader(betons[0], train=True)
+    assert (reader.num_samples, reader.batches_per_epoch) == (150, 36)
+    batches = list(reader.epoch(0))
+    assert len(batches) == 36
+    labels = [label for _, label, _ in stored_jpegs(betons[0])]
+    for batch in batches:
+        assert batch.images.shape == (4, 3, 32, 32) and batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        assert batch.labels.dtype == batch.indices.dtype == torch.int64
+        assert batch.valid.dtype == torch.bool and batch.valid.all()
+        assert batch.labels.tolist() == [labels[index] for index in batch.indices]
+
+
+@pytest.mark.parametrize("size", [32, 96])
+def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> None:
+    crop, jpegs = CropSettings(scale=(0.1, 0.8)), stored_jpegs(photographs)
+    reader = _reader(photographs, train=True, image_size=size, crop=crop)
+    mirrored = 0
+    for batch in reader.epoch(3):
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+            width, height = Image.open(io.BytesIO(jpegs[index][0])).size
+            box = expected_box(height, width, index, seed=5, epoch=3, crop=crop)
+            _assert_cut_by(box, image, jpegs[index][0])
+            mirrored += box[4]
+    assert 0 < mirrored < 16
+
+
+@pytest.mark.parametrize("size, fraction", [(96, 0.875), (256, 1.0)])
+def test_evaluation_pixels_are_the_centre(photographs: Path, size: int, fraction: float) -> None:
+    jpegs = stored_jpegs(photographs)
+    for batch in _reader(photographs, train=False, image_size=size).epoch(0):
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+            width, height = Image.open(io.BytesIO(jpegs[index][0])).size
+            side = round(fraction * min(width, height))
+            box = (height - side) // 2, (width - side) // 2, side, side, False
+            _assert_cut_by(box, image, jpegs[index][0])
+
+
+def test_threads_do_not_change_pixels(betons: tuple[Path, Path]) -> None:
+    one, two = (_reader(betons[0], train=True, num_workers=threads).epoch(1) for threads in (1, 2))
+    assert _digest(one) == _digest(two)
+
+
+def test_ranks_share_the_same_steps_and_pixels(betons: tuple[Path, Path]) -> None:
+    def steps(**split: int) -> list[dict[int, bytes]]:
+        shares = [list(_reader(betons[0], True, rank=rank, **split).epoch(2)) for rank in range(split["world_size"])]
+        micro_steps = split["accumulation"]
+        return [
+            _by_sample(batch for share in shares for batch in share[start : start + micro_steps])
+            for start in range(0, len(shares[0]), micro_steps)
+        ]
+
+    alone = steps(world_size=1, micro_batch=4, accumulation=2)
+    assert len(alone) == 18 and all(len(step) == 8 for step in alone)
+    assert steps(world_size=2, micro_batch=4, accumulation=1) == alone
+    assert steps(world_size=2, micro_batch=1, accumulation=4) == alone
+
+
+_IN_A_PROCESS = """
+import sys
+from pathlib import Path
+from tests.data.test_reader import _digest, _reader
+print(_digest(_reader(Path(sys.argv[1]), train=True).epoch(1)))
+"""
+
+
+def test_a_fresh_process_sees_the_same(betons: tuple[Path, Path]) -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", _IN_A_PROCESS, str(betons[0])],
+        capture_output=True, text=True, timeout=90, cwd=root, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [_digest(_reader(betons[0], train=True).epoch(1))]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_an_epoch_is_resumed_where_it_was_left(betons: tuple[Path, Path], train: bool) -> None:
+    reader = _reader(betons[not train], train=train)
+    batches = list(reader.epoch(1))
+    assert len(batches) == reader.batches_per_epoch
+    for start in (0, 3, len(batches) - 1, len(batches)):
+        assert _digest(reader.epoch(1, start)) == _digest(batches[start:])
+
+
+def test_another_epoch_or_seed_differs(betons: tuple[Path, Path]) -> None:
+    reader = _reader(betons[0], train=True)
+    first = _by_sample(reader.epoch(0))
+    for other in (_by_sample(reader.epoch(1)), _by_sample(_reader(betons[0], True, seed=6).epoch(0))):
+        same = [first[index] == other[index] for index in first.keys() & other.keys()]
+        assert len(same) > 100 and np.mean(same) < 0.1
+    assert _by_sample(reader.epoch(0)) == first
+
+
+@pytest.mark.parametrize("ranks, batch", [(1, 4), (2, 4), (3, 16), (2, 30)])
+def test_evaluation_counts_each_sample_once(betons: tuple[Path, Path], ranks: int, batch: int) -> None:
+    counted: list[int] = []
+    lengths = set()
+    for rank in range(ranks):
+        reader = _reader(betons[1], train=False, world_size=ranks, rank=rank, micro_batch=batch)
+        batches = list(reader.epoch(0))
+        lengths.add(len(batches))
+        assert len(batches) == reader.batches_per_epoch
+        assert all(len(one.images) == batch for one in batches)
+        counted += [int(index) for one in batches for index in one.indices[one.valid]]
+    assert sorted(counted) == list(range(37))
+    assert len(lengths) == 1
+
+
+def test_kept_batches_are_not_overwritten(betons: tuple[Path, Path]) -> None:
+    reader, kept, seen = _reader(betons[0], train=True), [], []
+    for batch in reader.epoch(0):
+        kept.append(batch)
+        seen.append(_digest([batch]))
+    assert [_digest([batch]) for batch in kept] == seen
+    assert len(set(seen)) == len(seen)
+
+
+def test_two_readers_live_side_by_side(betons: tuple[Path, Path]) -> None:
+    train, val = _reader(betons[0], True, num_workers=2), _reader(betons[1], False, num_workers=2)
+    expected = _digest(list(train.epoch(4))[:9]), _digest(list(val.epoch(0))[:9])
+    together = [(a, b) for _, a, b in zip(range(9), train.epoch(4), val.epoch(0), strict=False)]
+    assert (_digest(a for a, _ in together), _digest(b for _, b in together)) == expected
+
+
+def test_abandoned_epochs_leave_no_threads(betons: tuple[Path, Path]) -> None:
+    reader = _reader(betons[0], train=True)
+    before = threading.active_count()
+    for _ in reader.epoch(0):
+        break
+    assert threading.active_count() == before
+    left = reader.epoch(1)
+    next(left)
+    reader.close()
+    assert threading.active_count() == before
+    with pytest.raises(RuntimeError, match="has ended"):
+        next(left)
+    first, second = reader.epoch(2), reader.epoch(3)
+    next(first)
+    assert next(second).indices.tolist() != next(_reader(betons[0], True).epoch(2)).indices.tolist()
+    with pytest.raises(RuntimeError, match="has ended"):
+        next(first)
+    assert len(list(second)) == 35
+    assert threading.active_count() == before
+
+
+def test_torchs_threads_are_left_alone(betons: tuple[Path, Path]) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        list(_reader(betons[0], train=True, num_workers=2).epoch(0))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_damaged_picture_is_an_error(photographs: Path, tmp_path: Path) -> None:
+    path = tmp_path / "train.beton"
+    content, jpeg = bytearray(photographs.read_bytes()), stored_jpegs(photographs)[6][0]
+    place = bytes(content).index(jpeg)
+    content[place + len(jpeg) // 2 : place + len(jpeg)] = bytes(len(jpeg) - len(jpeg) // 2)
+    path.write_bytes(content)
+    shutil.copy(sidecar_path(photographs), sidecar_path(path))
+    with pytest.raises(UserError, match="damaged JPEG in sample 6"):
+        list(_reader(path, train=False).epoch(0))
+
+
+def test_what_goes_wrong_in_ffcvs_thread_is_raised(betons: tuple[Path, Path]) -> None:
+    reader = _reader(betons[0], train=True)
+    reader._decoder.table = reader._decoder.table[:10]  # type: ignore[attr-defined]
+    with pytest.raises(IndexError):
+        list(reader.epoch(0))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"micro_batch": 80}, "150 samples, fewer than one global batch of 160"),
+        ({"micro_batch": 0}, "micro_batch must be at least 1"),
+        ({"rank": 1}, r"rank must be in 0\.\.0"),
+        ({"seed": -1}, "seed"),
+        ({"crop": None}, "needs crop settings"),
+        ({"crop": CropSettings(scale=(0.0, 1.0))}, "crop scale"),
+        ({"crop": CropSettings(scale=(0.2, 1.0), ratio=(2.0, 1.0))}, "crop ratio"),
+        ({"crop": CropSettings(scale=(0.2, 1.0), flip=2.0)}, "flip"),
+        ({"backend": "dali"}, "unknown data backend 'dali'; there is: ffcv"),
+        ({"num_workers": 5000}, "num_workers is 5000, but"),
+    ],
+)
+def test_settings_that_make_no_sense_are_errors(
+    betons: tuple[Path, Path], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        _reader(betons[0], True, **changes)
+
+
+def test_a_batch_that_does_not_exist_is_an_error(betons: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="no batch 37 in epoch 0"):
+        _reader(betons[0], train=True).epoch(0, 37)
+
+
+@pytest.mark.parametrize(
+    "environment, threads",
+    [
+        ({}, 8),
+        ({"LOCAL_WORLD_SIZE": "4"}, 2),
+        ({"LOCAL_SIZE": "16"}, 1),
+        ({"SLURM_CPUS_PER_TASK": "6", "SLURM_NTASKS": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 3),
+        ({"SLURM_CPUS_PER_TASK": "6", "SLURM_NTASKS": "2", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}, 6),
+        ({"SLURM_CPUS_PER_TASK": "64"}, 8),
+    ],
+)
+def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int) -> None:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)))
+    assert default_num_workers() == threads
+
+
+def test_checking_needs_no_ffcv(betons: tuple[Path, Path]) -> None:
+    code = (
+        "import sys; from mrmae_ds.data import check_beton; print(check_beton(sys.argv[1]).num_samples, "
+        "'ffcv' in sys.modules, 'numba' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(betons[0])], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.split() == ["150", "False", "False"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
+    device = torch.device("cuda", 0)
+    batches = []
+    for batch in _reader(betons[0], train=True, device=device).epoch(0):
+        assert batch.images.device == batch.labels.device == batch.valid.device == device
+        batches.append(Batch(batch.images.cpu(), batch.labels.cpu(), batch.indices.cpu(), batch.valid.cpu()))
+    assert _digest(batches) == _digest(_reader(betons[0], train=True).epoch(0))
