@@ -1,0 +1,41 @@
+"""What all figures share: colours, sizes, and writing a PNG in one step. No pyplot, so no state between
+figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mrmae_ds.reporting.atomic import replacing
+
+DPI = 150
+INK = "#222222"
+MUTED = "#6b6b6b"
+GRID = "#e3e3e3"
+BAND = "#f7f7f7"
+ALARM = "#c1121f"
+# Okabe and Ito's palette, which stays distinct for colour-blind readers.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#000000")
+
+
+def new_figure(width_in: float, height_in: float, *, constrained: bool = True) -> Figure:
+    """Return a white figure of this size in inches at `DPI`."""
+    size = (width_in, height_in)
+    return Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained" if constrained else None)
+
+
+def tidy(axes: Axes) -> None:
+    """Give a panel its light horizontal grid and take away the box around it."""
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MUTED)
+    axes.tick_params(colors=INK, labelsize=9)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write `figure` as a PNG to `path`, in one step."""
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=DPI)
