@@ -64,12 +64,12 @@ class ViTSpec:
 EncoderSpec = CViTSpec | ViTSpec
 
 ARCHITECTURES: dict[str, EncoderSpec] = {
-    "cvit_tiny": CViTSpec((32, 64, 128), (1, 1, 4), 4, patches=(2, 2, 1)),
+    "cvit_tiny": CViTSpec((32, 64, 96), (1, 1, 3), 4, patches=(2, 2, 1)),
     "cvit_small": CViTSpec((128, 256, 384), (2, 2, 11), 6),
     "cvit_base": CViTSpec((256, 384, 768), (2, 2, 11), 12),
     "cvit_large": CViTSpec((384, 768, 1024), (2, 2, 23), 16),
     "cvit_huge": CViTSpec((768, 1024, 1280), (2, 2, 31), 16, patches=(7, 1, 2)),
-    "vit_tiny": ViTSpec(128, 5, 4, patch=4),
+    "vit_tiny": ViTSpec(96, 4, 4, patch=4),
     "vit_base": ViTSpec(768, 12, 12),
     "vit_large": ViTSpec(1024, 24, 16),
     "vit_huge": ViTSpec(1280, 32, 16, patch=14),

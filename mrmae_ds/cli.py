@@ -1,0 +1,85 @@
+"""The ``mrmae`` command: what is done around training."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mrmae_ds import __version__
+from mrmae_ds.errors import UserError
+
+
+def _table(args: argparse.Namespace) -> None:
+    from mrmae_ds.reporting.table import write_table
+
+    out = args.out or args.runs[0]
+    table = write_table(args.runs, out)
+    print(table.to_markdown())
+    print(f"written: {', '.join(str(Path(out) / f'table.{kind}') for kind in ('md', 'csv', 'png'))}")
+
+
+def _show(args: argparse.Namespace) -> None:
+    from mrmae_ds.reporting.show import show_run
+
+    for path in show_run(args.run, args.count, args.seed):
+        print(path)
+
+
+def _data_info(args: argparse.Namespace) -> None:
+    from mrmae_ds.data.verify import describe_beton
+
+    print(describe_beton(args.beton))
+
+
+def _data_verify(args: argparse.Namespace) -> None:
+    from mrmae_ds.data.verify import verify_beton
+
+    info = verify_beton(args.beton)
+    print(f"{info.path}: {info.num_samples:,} pictures decode, checksum as written")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="mrmae", description="Around the training of MR-MAE models.")
+    parser.add_argument("--version", action="version", version=f"mrmae_ds {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    table = _command(commands, "table", _table, "the scaling table from run records: Markdown, CSV, PNG")
+    table.add_argument("runs", nargs="+", type=Path, help="folders that hold runs, at any depth")
+    table.add_argument("--out", type=Path, help="where table.md, table.csv and table.png go; default: the first folder")
+
+    show = _command(commands, "show", _show, "draw a pre-training's reconstructions and attention maps")
+    show.add_argument("run", type=Path, help="a finished pre-training, runs/NAME/pretrain")
+    show.add_argument("--count", type=int, help="pictures; default: the recipe's record.pictures")
+    show.add_argument("--seed", type=int, default=0, help="of the masks")
+
+    data = commands.add_parser("data", help="look at .beton files").add_subparsers(required=True, metavar="COMMAND")
+    info = _command(data, "info", _data_info, "what a .beton holds and how it was written")
+    info.add_argument("beton", type=Path)
+    verify = _command(data, "verify", _data_verify, "compare the checksum and decode every picture")
+    verify.add_argument("beton", type=Path)
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], None],
+    summary: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=summary, description=summary)
+    parser.set_defaults(run_command=run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; the exit status: 0, or 2 for bad input."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run_command(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,1 @@
+"""Stages, the loop that runs them, and the engine underneath."""

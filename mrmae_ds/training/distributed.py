@@ -1,0 +1,58 @@
+"""The few collective operations that the loop needs, and the start and end of the process group."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import warnings
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.training.launch import Launch
+
+
+def choose_device(launch: Launch) -> torch.device:
+    """This process's device: one GPU a process if there are any, else the CPU.
+
+    Raises:
+        UserError: if a node has more processes than GPUs.
+    """
+    name = get_accelerator().device_name()
+    if name == "cpu":
+        return torch.device("cpu")
+    count = get_accelerator().device_count()
+    # With one GPU bound to each task, every task sees a single device, whatever its local rank.
+    if count > 1 and launch.local_rank >= count:
+        raise UserError(
+            f"local rank {launch.local_rank} but only {count} GPUs on this node; start {count} processes a node"
+        )
+    return torch.device(name, launch.local_rank % count)
+
+
+def start_process_group(device: torch.device) -> None:
+    """Join the other processes; without DeepSpeed's banners."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has renamed since; nothing a user of this can do.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
+    if device.type != "cpu":
+        get_accelerator().set_device(device.index)
+    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=30))
+
+
+def end_process_group() -> None:
+    """Leave together: a process that exits early can abort the others inside gloo."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The element-wise sum of a tensor over all processes, on every process."""
+    values = values.clone()
+    dist.all_reduce(values)
+    return values

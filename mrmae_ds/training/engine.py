@@ -1,0 +1,103 @@
+"""From a model to a DeepSpeed engine, in one place and one order.
+
+    1. build the model whole, on the CPU, from the same seed on every rank (not under zero.Init: every size fits)
+    2. load weights, freeze, build parameter groups by name
+    3. set activation checkpointing
+    4. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
+
+Steps 1 and 2 are the stage's (training/stages.py), 3 and 4 are :func:`build_engine`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.training.engine_config import EngineConfig
+
+
+def build_engine(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float],
+    config: EngineConfig,
+    accumulation: int,
+    device: torch.device,
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap a model for training.
+
+    Args:
+        model: on the CPU, weights loaded, frozen where wanted.
+        groups: every trainable parameter once, each group with ``lr_scale``.
+        betas: AdamW's.
+        config: the engine config.
+        accumulation: micro-batches a step.
+        device: of this process.
+
+    Raises:
+        ValueError: if the groups are not exactly the trainable parameters.
+    """
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    grouped = [id(p) for group in groups for p in group["params"]]
+    if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
+        raise ValueError(f"{len(grouped)} parameters in groups, {len(trainable)} trainable ones in the model")
+    set_checkpointing(model, config)
+    # The rate is written before every step (set_learning_rate). torch's AdamW needs no compiler, DeepSpeed's does.
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type == "cuda")
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
+    return engine
+
+
+def set_checkpointing(model: nn.Module, config: EngineConfig) -> None:
+    """Hand the engine config's checkpointing plan to the encoder and the decoder."""
+    encoder = model.encoder if isinstance(model, PretrainModel) else model
+    encoder.checkpointing = config.checkpointing
+    if isinstance(model, PretrainModel) and model.decoder is not None:
+        model.decoder.checkpoint_every = config.checkpointing.decoder
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """Write ``rate`` times each group's ``lr_scale``."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def gather_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """The whole float32 model state on rank 0's CPU, an empty dictionary elsewhere. All ranks must call it.
+
+    One module at a time, so that no GPU ever holds the whole model because of it.
+    """
+    keep = dist.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    masters = _fp32_masters(engine)
+    for prefix, module in engine.module.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+            for name, parameter in own.items():
+                full = masters(parameter)
+                if keep:
+                    state[f"{prefix}.{name}" if prefix else name] = full.detach().float().cpu().clone()
+    if keep:
+        state.update({name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()})
+    return state
+
+
+def _fp32_masters(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """How to read a parameter at full precision: its fp32 master where the model itself is bf16."""
+    if engine.bfloat16_enabled() and engine.zero_optimization_stage() > 0:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        def master(parameter: Tensor) -> Tensor:
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            return parameter if full is None else full
+
+        return master
+    return lambda parameter: parameter

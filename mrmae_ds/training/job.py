@@ -1,0 +1,184 @@
+"""One stage of one recipe, resolved and checked before any process group or GPU is taken."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mrmae_ds.data.beton import BetonInfo, check_beton
+from mrmae_ds.data.order import steps_per_epoch
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder
+from mrmae_ds.recipe import FinetuneConfig, PretrainConfig, Recipe, StageConfig, StageName, load_recipe
+from mrmae_ds.teachers import build_teacher
+from mrmae_ds.training.engine_config import (
+    EngineConfig,
+    accumulation_steps,
+    load_engine_config,
+    validate_sections,
+)
+from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.loop import Plan
+from mrmae_ds.training.run_folder import Start, decide_start
+from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line of train.py.
+
+    Attributes:
+        ds_config: engine config; the recipe of the same stem beside it is the default recipe.
+        stage: which stage of the recipe.
+        recipe: another recipe. run: the run's folder, by default runs/NAME.
+        resume: ``auto``, ``never`` or a checkpoint folder.
+        overrides: ``key.path=value``.
+        dry_run: one real step, nothing written.
+    """
+
+    ds_config: Path
+    stage: StageName = "pretrain"
+    recipe: Path | None = None
+    run: Path | None = None
+    resume: str = "auto"
+    overrides: tuple[str, ...] = ()
+    dry_run: bool = False
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a stage needs, on the CPU of this process; see :func:`prepare_job`."""
+
+    recipe: Recipe
+    stage_name: StageName
+    engine_config: EngineConfig
+    plan: Plan
+    stage_dir: Path
+    start: Start
+    train_data: BetonInfo
+    val_data: BetonInfo
+    task: PretrainTask | FinetuneTask
+    image_size: int
+    init: Path | None
+    report: str
+
+    @property
+    def stage(self) -> StageConfig:
+        """The stage's section of the recipe."""
+        return self.recipe.stage(self.stage_name)
+
+
+def load_configs(options: Options) -> tuple[Recipe, EngineConfig]:
+    """Both configuration files, validated.
+
+    Raises:
+        UserError: naming file and key.
+    """
+    engine_config = load_engine_config(options.ds_config)
+    path = options.recipe or options.ds_config.with_suffix(".yaml")
+    return load_recipe(path, list(options.overrides)), engine_config
+
+
+def prepare_job(options: Options, launch: Launch) -> Job:
+    """Resolve, check, and build model and teachers on the CPU.
+
+    Raises:
+        UserError: for anything a user can mend: a missing data file, a batch that does not divide, a picture size
+            that the patches do not tile, a teacher that does not fit, weights that are not there.
+    """
+    recipe, engine_config = load_configs(options)
+    stage = recipe.stage(options.stage)
+    validate_sections(engine_config)
+    stage_dir = (options.run or Path("runs") / recipe.name) / options.stage
+    recipe_path = str(options.recipe or options.ds_config.with_suffix(".yaml"))
+    accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, recipe_path)
+    train_data, val_data = check_beton(recipe.data.train), check_beton(recipe.data.val)
+    if train_data.class_names != val_data.class_names:
+        raise UserError(
+            f"data.train and data.val: {train_data.path} and {val_data.path} name different classes "
+            f"({train_data.num_classes} and {val_data.num_classes}); write both from the same tree"
+        )
+    plan = Plan(
+        stage=stage,
+        seed=recipe.seed,
+        steps_per_epoch=steps_per_epoch(train_data.num_samples, stage.batch_size),
+        accumulation=accumulation,
+        micro_batch=engine_config.micro_batch,
+        launch=launch,
+    )
+    start = Start("fresh") if options.dry_run else decide_start(stage_dir, recipe, train_data.sha256, options.resume)
+    torch.manual_seed(recipe.seed)
+    init, report = None, ""
+    task: PretrainTask | FinetuneTask
+    if isinstance(stage, PretrainConfig):
+        image_size = recipe.model.image_size
+        task = _pretrain_task(recipe, stage, engine_config)
+    else:
+        image_size = stage.image_size or recipe.model.image_size
+        init = _init_file(stage, stage_dir)
+        task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
+    return Job(
+        recipe=recipe,
+        stage_name=options.stage,
+        engine_config=engine_config,
+        plan=plan,
+        stage_dir=stage_dir,
+        start=start,
+        train_data=train_data,
+        val_data=val_data,
+        task=task,
+        image_size=image_size,
+        init=init,
+        report=report,
+    )
+
+
+def _pretrain_task(recipe: Recipe, stage: PretrainConfig, engine_config: EngineConfig) -> PretrainTask:
+    size = recipe.model.image_size
+    encoder = build_encoder(recipe.model.spec(), size)
+    keep = int(encoder.grid[0] * encoder.grid[1] * stage.masking.keep_ratio)
+    if keep < 1:
+        raise UserError(
+            f"stages.pretrain.masking.keep_ratio: {stage.masking.keep_ratio} of {encoder.grid[0]}x{encoder.grid[1]} "
+            "tokens leaves none visible; raise it or model.image_size"
+        )
+    teachers = {
+        name: build_teacher(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
+    }
+    model = PretrainModel(
+        encoder,
+        recipe.model.fusion,
+        recipe.model.decoder,
+        stage.objectives,
+        {name: teacher.width for name, teacher in teachers.items()},
+    )
+    return PretrainTask(model, teachers, stage, recipe.data, engine_config.model_dtype)
+
+
+def _init_file(stage: FinetuneConfig, stage_dir: Path) -> Path | None:
+    if stage.init == "scratch":
+        return None
+    source = stage_dir.parent / "pretrain" if stage.init == "pretrain" else Path(stage.init)
+    return find_weights(source, "stages.finetune.init")
+
+
+def _finetune_task(
+    recipe: Recipe,
+    stage: FinetuneConfig,
+    engine_config: EngineConfig,
+    image_size: int,
+    num_classes: int,
+    init: Path | None,
+) -> tuple[FinetuneTask, str]:
+    if (stage.mixup > 0 or stage.cutmix > 0) and engine_config.micro_batch % 2:
+        raise UserError(
+            f"{engine_config.path}: mixup and cutmix pair pictures, so train_micro_batch_size_per_gpu must be even, "
+            f"not {engine_config.micro_batch}"
+        )
+    model = build_encoder(recipe.model.spec(), image_size, num_classes, stage.drop_path)
+    init_classifier(model)
+    report = f"{init}: {load_encoder(model, init)}" if init else "random weights"
+    return FinetuneTask(model, stage, recipe.data, num_classes, engine_config.model_dtype), report

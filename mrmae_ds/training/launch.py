@@ -1,0 +1,86 @@
+"""Where this process stands among the others, whoever started it, and what its environment must hold.
+
+Imports neither torch nor DeepSpeed, because some of what it sets is read when those are imported.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mrmae_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Rank, rank on this node, number of processes, and processes on this node."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_size: int
+
+
+def prepare_environment() -> Launch:
+    """Find rank and size and export them as torch expects; set defaults that must precede the imports.
+
+    Understands the deepspeed launcher and torchrun (RANK, LOCAL_RANK, WORLD_SIZE), srun (SLURM_PROCID,
+    SLURM_LOCALID, SLURM_NTASKS) and plain ``python`` (one process).
+
+    Raises:
+        UserError: if the launcher's variables are incomplete or are no numbers.
+    """
+    env = os.environ
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        _export_slurm(env)
+    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    given = [name for name in defaults if name in env]
+    if given and len(given) < len(defaults):
+        missing = ", ".join(name for name in defaults if name not in env)
+        raise UserError(
+            f"environment: {', '.join(given)} set but not {missing}; start with deepspeed, torchrun or srun"
+        )
+    for name, value in defaults.items():
+        env.setdefault(name, value)
+    if env["WORLD_SIZE"] == "1":
+        # A single process needs a rendezvous too; port 0 lets the system choose a free one.
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
+        env.setdefault("MASTER_PORT", "0")
+    local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env.get("SLURM_NTASKS_PER_NODE")
+    try:
+        launch = Launch(
+            int(env["RANK"]),
+            int(env["LOCAL_RANK"]),
+            int(env["WORLD_SIZE"]),
+            int(local_size or env["WORLD_SIZE"]),
+        )
+    except ValueError:
+        raise UserError("environment: RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers") from None
+    _set_defaults(env, launch)
+    return launch
+
+
+def _export_slurm(env: os._Environ[str]) -> None:
+    env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+    env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    if "MASTER_ADDR" not in env:
+        raise UserError(
+            "environment: under srun, MASTER_ADDR must name the first node: "
+            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)'
+        )
+    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+
+
+def _set_defaults(env: os._Environ[str], launch: Launch) -> None:
+    # The environment's own folder: the shared default mixes builds of different DeepSpeed versions.
+    env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
+    # DeepSpeed builds its CPU op with ninja, which lives beside this interpreter even if .venv is not activated.
+    bin_dir = str(Path(sys.executable).parent)
+    if bin_dir not in env.get("PATH", "").split(os.pathsep):
+        env["PATH"] = bin_dir + os.pathsep + env.get("PATH", "")
+    env.setdefault("NUMBA_THREADING_LAYER", "tbb")
+    env.setdefault("LOCAL_SIZE", str(launch.local_size))
+    if launch.local_size > 1:
+        env.setdefault("OMP_NUM_THREADS", "1")

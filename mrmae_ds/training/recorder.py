@@ -1,0 +1,151 @@
+"""Rank 0's side of a stage: progress, metrics, the run record, and what is drawn at the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.weights import encoder_metadata, file_sha256
+from mrmae_ds.reporting.environment import collect_hardware, collect_versions, git_state
+from mrmae_ds.reporting.metrics import MetricsWriter
+from mrmae_ds.reporting.progress import Progress
+from mrmae_ds.reporting.records import (
+    RECORD_FILE,
+    DataInfo,
+    Init,
+    Parameters,
+    PretrainSummary,
+    RunRecord,
+    Schedule,
+    Status,
+    TeacherInfo,
+    utc_now,
+)
+from mrmae_ds.training.job import Job
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Recorder:
+    """Writes one stage's records.
+
+    Args:
+        job: what runs.
+        parameters: counts of the model, taken before it was partitioned.
+        device: as text, for the record.
+        start: optimiser steps already done.
+    """
+
+    def __init__(self, job: Job, parameters: Parameters, device: Any, start: int) -> None:
+        self.folder, self.plan = job.stage_dir, job.plan
+        self.began, self.start = time.monotonic(), start
+        previous = RunRecord.load(self.folder) if start and (self.folder / RECORD_FILE).exists() else None
+        self.wall_before = previous.wall_seconds if previous else 0.0
+        self.record = new_record(job, parameters, device)
+        if previous:
+            self.record.started = previous.started
+        self.metrics = MetricsWriter(self.folder, resume_step=start or None)
+        label = f"{job.recipe.name} {job.stage_name}"
+        self.progress = Progress(label, self.plan.total_steps, start, every_seconds=10.0)
+        self._write("running", start)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A logged interval that ended after ``step`` steps."""
+        self.metrics.write(step, values)
+        self.progress.update(step, values["loss"], values["lr"], values["images_per_s"])
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was written after ``step`` steps."""
+        self._write("running", step)
+
+    def finish(self, results: dict[str, float | int]) -> None:
+        """The stage is done."""
+        self.record.results = self.record.results.model_copy(update=results)
+        self._close("finished", self.plan.total_steps)
+
+    def fail(self, step: int) -> None:
+        """The stage ended with an error after about ``step`` steps."""
+        self._close("failed", step)
+
+    def _close(self, status: Status, step: int) -> None:
+        self.progress.close()
+        self.metrics.close()
+        self.record.ended = utc_now()
+        self._write(status, step)
+
+    def _write(self, status: Status, step: int) -> None:
+        self.record.status = status
+        self.record.schedule.steps_done = step
+        self.record.images_seen = step * self.plan.stage.batch_size
+        self.record.wall_seconds = round(self.wall_before + time.monotonic() - self.began, 1)
+        self.record.write(self.folder)
+
+
+def count_parameters(job: Job) -> Parameters:
+    """Parameter counts of a job's model, before it is partitioned."""
+    model = job.task.model
+    encoder = model.encoder if isinstance(model, PretrainModel) else model
+    return Parameters(
+        total=sum(p.numel() for p in model.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        encoder=sum(p.numel() for p in encoder.parameters()),
+    )
+
+
+def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
+    """The record of a stage that is about to run."""
+    recipe, data = job.recipe, job.train_data
+    return RunRecord(
+        name=recipe.name,
+        method=recipe.method,
+        size=recipe.size,
+        stage=job.stage_name,
+        seed=recipe.seed,
+        recipe_hash=recipe.hash(),
+        git=git_state(REPOSITORY),
+        versions=collect_versions(),
+        hardware=collect_hardware(job.plan.launch.world_size, device),
+        parameters=parameters,
+        data=DataInfo(
+            dataset=data.name,
+            file=data.path.name,
+            sha256=data.sha256,
+            samples=data.num_samples,
+            classes=data.num_classes if job.stage_name == "finetune" else None,
+        ),
+        teachers={
+            name: TeacherInfo(
+                kind=recipe.teachers[name].kind, source=recipe.teachers[name].source, sha256=teacher.sha256
+            )
+            for name, teacher in job.task.teachers.items()
+        },
+        schedule=Schedule(epochs=job.plan.epochs, global_batch=job.plan.stage.batch_size, steps=job.plan.total_steps),
+        init=_describe_init(job.init) if job.init else None,
+    )
+
+
+def _describe_init(path: Path) -> Init:
+    beside = path.parent / RECORD_FILE
+    summary = PretrainSummary.of(RunRecord.load(path.parent)) if beside.exists() else None
+    return Init(file=path.name, sha256=file_sha256(path), pretrain=summary)
+
+
+def export_metadata(job: Job, results: dict[str, float | int]) -> dict[str, Any]:
+    """What the weights file of a finished stage says about itself."""
+    model = job.task.model
+    pretrained = isinstance(model, PretrainModel)
+    return {
+        "kind": "pretrain" if pretrained else "classifier",
+        **encoder_metadata(model.encoder if pretrained else model),
+        "num_classes": 0 if pretrained else job.train_data.num_classes,
+        "class_names": [] if pretrained else list(job.train_data.class_names),
+        "mean": job.recipe.data.mean,
+        "std": job.recipe.data.std,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "recipe_hash": job.recipe.hash(),
+        "stage": job.stage_name,
+        "step": job.plan.total_steps,
+        "results": results,
+    }

@@ -1,0 +1,211 @@
+"""What a stage computes on a batch. The loop knows a task only by this; it knows nothing of CLIP or pixels.
+
+Shape legend: B pictures of a micro-batch, L tokens of the student's grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from mrmae_ds.data.reader import Batch
+from mrmae_ds.masking import choose_visible
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.recipe import DataConfig, FinetuneConfig, PretrainConfig
+from mrmae_ds.teachers import Teacher
+from mrmae_ds.training.optimizer import finetune_groups, pretrain_groups
+
+
+@dataclass(frozen=True)
+class StepKey:
+    """Which micro-batch this is. All randomness of a step is a function of it, so a resumed run repeats it.
+
+    Attributes:
+        seed: the run's. step: optimiser steps done before. micro: micro-batch of the step.
+        rank, world_size, micro_batch: which part of the global batch this process holds.
+    """
+
+    seed: int
+    step: int
+    micro: int
+    rank: int
+    world_size: int
+    micro_batch: int
+
+    def seed_for(self, purpose: str, per_rank: bool = True) -> int:
+        """A 63-bit seed; the same on all ranks if not ``per_rank``."""
+        where = (self.rank, self.micro) if per_rank else ()
+        digest = hashlib.blake2b(repr((self.seed, self.step, where, purpose)).encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little") >> 1
+
+    def noise(self, num_tokens: int) -> Tensor:
+        """Uniform noise of this part of the global batch, float32 [B, L] on the CPU.
+
+        Drawn for the whole global batch up to this part, so that a picture's noise depends on its place in the
+        batch and not on the number of processes.
+        """
+        first = (self.micro * self.world_size + self.rank) * self.micro_batch
+        generator = torch.Generator().manual_seed(self.seed_for("mask", per_rank=False))
+        noise = torch.rand(first + self.micro_batch, num_tokens, generator=generator)
+        return noise[first:]
+
+
+class Task(Protocol):
+    """A stage's model and losses."""
+
+    model: nn.Module
+    teachers: dict[str, Teacher]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's parameter groups; called before the model is wrapped."""
+        ...
+
+    def to(self, device: torch.device) -> None:
+        """Move what the engine does not own (teachers, statistics)."""
+        ...
+
+    def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+        """``loss`` and its parts by name, scalars."""
+        ...
+
+
+class _Normalize:
+    """Decoded pictures, uint8 [B, 3, H, W], to pixels in 0 to 1 and to the student's normalised input."""
+
+    def __init__(self, data: DataConfig) -> None:
+        self.mean = torch.tensor(data.mean).view(1, 3, 1, 1)
+        self.std = torch.tensor(data.std).view(1, 3, 1, 1)
+
+    def to(self, device: torch.device) -> None:
+        self.mean, self.std = self.mean.to(device), self.std.to(device)
+
+    def pixels(self, images: Tensor) -> Tensor:
+        return images.float() / 255
+
+    def student(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        return ((pixels - self.mean) / self.std).to(dtype)
+
+
+class PretrainTask:
+    """Mimic and reconstruct: teachers give targets and importance, the student predicts them.
+
+    Args:
+        model: the student.
+        teachers: by the recipe's name; each is asked once a batch, in this order, on every rank.
+        config: the recipe's stage.
+        data: input statistics.
+        dtype: of the student's input.
+    """
+
+    def __init__(
+        self,
+        model: PretrainModel,
+        teachers: dict[str, Teacher],
+        config: PretrainConfig,
+        data: DataConfig,
+        dtype: torch.dtype,
+    ) -> None:
+        self.model, self.teachers, self.config, self.dtype = model, teachers, config, dtype
+        self.normalize = _Normalize(data)
+        self.grid = model.encoder.grid
+
+    def groups(self) -> list[dict[str, Any]]:
+        """See :class:`Task`."""
+        return pretrain_groups(self.model, self.config.optimizer.weight_decay)
+
+    def to(self, device: torch.device) -> None:
+        """See :class:`Task`."""
+        self.normalize.to(device)
+        for teacher in self.teachers.values():
+            teacher.to(device)
+
+    def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+        """See :class:`Task`."""
+        pixels = self.normalize.pixels(batch.images)
+        outputs = {name: teacher(pixels) for name, teacher in self.teachers.items()}
+        masking = self.config.masking
+        importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
+        noise = key.noise(self.grid[0] * self.grid[1]).to(pixels.device)
+        visible = choose_visible(noise, self.grid, masking.keep_ratio, masking.mode, importance)
+        targets = {name: output.tokens for name, output in outputs.items()}
+        torch.manual_seed(key.seed_for("model"))
+        return engine(self.normalize.student(pixels, self.dtype), visible, targets)
+
+
+class FinetuneTask:
+    """Classification with timm's mixup, cutmix, label smoothing and random erasing.
+
+    Args:
+        model: an encoder with a head.
+        config: the recipe's stage.
+        data: input statistics.
+        num_classes: of the data set.
+        dtype: of the student's input.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: FinetuneConfig, data: DataConfig, num_classes: int, dtype: torch.dtype
+    ) -> None:
+        self.model, self.config, self.num_classes, self.dtype = model, config, num_classes, dtype
+        self.teachers: dict[str, Teacher] = {}
+        self.normalize = _Normalize(data)
+        mixes = config.mixup > 0 or config.cutmix > 0
+        self.mix = (
+            Mixup(
+                mixup_alpha=config.mixup,
+                cutmix_alpha=config.cutmix,
+                label_smoothing=config.smoothing,
+                num_classes=num_classes,
+            )
+            if mixes
+            else None
+        )
+        self.soft_loss = SoftTargetCrossEntropy()
+        self.erasing: RandomErasing | None = None
+
+    def groups(self) -> list[dict[str, Any]]:
+        """See :class:`Task`."""
+        config = self.config
+        depth = len(self.model.transformer_blocks)
+        return finetune_groups(self.model, config.optimizer.weight_decay, config.layer_decay, depth)
+
+    def to(self, device: torch.device) -> None:
+        """See :class:`Task`."""
+        self.normalize.to(device)
+        if self.config.erasing > 0:
+            self.erasing = RandomErasing(self.config.erasing, mode="pixel", device=str(device))
+
+    def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+        """See :class:`Task`."""
+        images = self.normalize.student(self.normalize.pixels(batch.images), torch.float32)
+        self._seed(key)
+        if self.erasing is not None:
+            images = self.erasing(images)
+        if self.mix is not None:
+            images, targets = self.mix(images, batch.labels)
+            loss = self.soft_loss(engine(images.to(self.dtype)).float(), targets)
+        else:
+            logits = engine(images.to(self.dtype)).float()
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.smoothing)
+        return {"loss": loss}
+
+    def logits(self, engine: nn.Module, images: Tensor) -> Tensor:
+        """float32 [B, classes] of decoded pictures, uint8 [B, 3, H, W]."""
+        return engine(self.normalize.student(self.normalize.pixels(images), self.dtype)).float()
+
+    def _seed(self, key: StepKey) -> None:
+        seed = key.seed_for("model")
+        torch.manual_seed(seed)
+        # timm's Mixup draws from numpy's global state and RandomErasing from Python's.
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)

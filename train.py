@@ -1,0 +1,78 @@
+"""Train one stage of a recipe.
+
+deepspeed train.py --ds_config ds_configs/NAME.json [--stage finetune] [key.path=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import get_args
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.training.launch import prepare_environment
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; also takes what the deepspeed launcher adds."""
+    from mrmae_ds.recipe import StageName
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", type=Path, required=True, help="engine config, ds_configs/NAME.json")
+    parser.add_argument(
+        "--recipe", type=Path, help="recipe; default: the YAML of the same name beside the engine config"
+    )
+    parser.add_argument("--stage", choices=get_args(StageName), default="pretrain")
+    parser.add_argument("--run", type=Path, help="folder of the run; default: runs/NAME")
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run two real steps, print time and memory, write nothing"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and engine config")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment says it too
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="recipe values to replace")
+    return parser.parse_intermixed_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status: 0, 1 for a failure, 2 for bad input."""
+    args = parse_arguments(argv)
+    try:
+        launch = prepare_environment()
+        from mrmae_ds.training.job import Options, load_configs, prepare_job
+
+        options = Options(
+            ds_config=args.ds_config,
+            stage=args.stage,
+            recipe=args.recipe,
+            run=args.run,
+            resume=args.resume,
+            overrides=tuple(args.overrides),
+            dry_run=args.dry_run,
+        )
+        if args.print_config:
+            recipe, engine_config = load_configs(options)
+            if launch.rank == 0:
+                print(f"# recipe {recipe.hash()}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
+                print(json.dumps(engine_config.raw, indent=2))
+            return 0
+        job = prepare_job(options, launch)
+        from mrmae_ds.training.stage import dry_run, run_job
+
+        (dry_run if args.dry_run else run_job)(job)
+        return 0
+    except UserError as error:
+        # Every rank of a node sees the same mistake: say it once a node, fail on all.
+        if "launch" not in locals() or launch.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
