@@ -2,14 +2,13 @@
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 DATA ?=
-RUNS ?= runs/demo
 
 .PHONY: setup demo test test-all lint clean
 setup:
 	@bash scripts/setup.sh
 
 demo: setup
-	@bash scripts/demo.sh --runs "$(RUNS)" --data "$(DATA)"
+	@bash scripts/demo.sh --data "$(DATA)"
 
 lint: setup
 	ruff check .
