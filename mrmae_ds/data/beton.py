@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +32,8 @@ class BetonInfo:
         path: the .beton. num_samples: how many pictures. num_classes: labels are 0..num_classes-1.
         class_names: their names, in the order of the labels.
         max_side: longer side of the largest picture it may hold, pixels. quality: of its JPEGs.
-        size: bytes. sha256: of the whole file. name: the data set's, as tables show it. source: what it was made from, in words.
+        size: bytes. sha256: of the whole file.
+        name: the data set's, as tables show it. source: what it was made from, in words.
     """
 
     path: Path
@@ -108,12 +108,3 @@ def check_beton(path: str | Path) -> BetonInfo:
         name=content["name"],
         source=content["source"],
     )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

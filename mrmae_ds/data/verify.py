@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from mrmae_ds.data.beton import BetonInfo, check_beton, file_sha256, read_sidecar
+from mrmae_ds.data.beton import BetonInfo, check_beton, read_sidecar
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256
 
 _LISTED = 20  # samples named in the error
 _CHUNK = 256  # samples decoded at a time
@@ -63,7 +64,8 @@ def describe_beton(path: str | Path) -> str:
     sidecar: dict[str, Any] = read_sidecar(path)
     names = ", ".join(info.class_names[:5]) + (", ..." if info.num_classes > 5 else "")
     lines = [
-        f"{info.path}: {info.name}, {info.num_samples:,} pictures, {info.num_classes} classes ({names}), {info.size / 1e6:.1f} MB",
+        f"{info.path}: {info.name}, {info.num_samples:,} pictures, {info.num_classes} classes ({names}), "
+        f"{info.size / 1e6:.1f} MB",
         f"  source    {info.source}",
         f"  pictures  JPEG quality {info.quality}, longer side at most {info.max_side} pixels",
         f"  written   {sidecar.get('written', 'unknown')} with "

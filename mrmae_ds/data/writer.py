@@ -24,8 +24,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from mrmae_ds.data._ffcv import import_ffcv
-from mrmae_ds.data.beton import SIDECAR_FORMAT, BetonInfo, check_beton, file_sha256, sidecar_path
+from mrmae_ds.data.beton import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256
 
 import_ffcv()
 

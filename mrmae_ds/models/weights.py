@@ -6,7 +6,6 @@ statistics, and whatever the writer adds (recipe, step, metrics).
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import replacing
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.positions import resize_positions
 from mrmae_ds.models.pretrain import Encoder
@@ -78,11 +78,10 @@ def spec_from_metadata(metadata: dict[str, Any]) -> EncoderSpec:
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a weights file: to a temporary name, then renamed, so that a partial one never passes for whole."""
-    staging = path.with_name(path.name + ".partial")
+    """Write a weights file in one step, so that a partial one never passes for whole."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(contiguous, staging, metadata={"format": "pt", "mrmae": json.dumps(metadata)})
-    staging.replace(path)
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt", "mrmae": json.dumps(metadata)})
 
 
 def find_weights(source: Path, key: str) -> Path:
@@ -120,19 +119,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """All tensors of a weights file, on the CPU."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-
-
-def file_sha256(path: Path) -> str:
-    """Hex sha256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest(file)
-
-
-def _digest(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
 
 
 def load_encoder(encoder: Encoder, path: Path) -> LoadReport:
@@ -181,8 +167,12 @@ def load_encoder(encoder: Encoder, path: Path) -> LoadReport:
     return report
 
 
-def init_classifier(model: nn.Module) -> None:
-    """Fine-tuning's initialisation: Linear trunc_normal 0.02 and bias 0, the new head 2e-5 (MAE, MCMAE)."""
+def init_classifier(model: Encoder) -> None:
+    """Fine-tuning's initialisation (MAE, MCMAE): trunc_normal 0.02 for linear layers and positions, the head 2e-5.
+
+    Loading a pre-trained encoder replaces all of it but the head.
+    """
+    nn.init.trunc_normal_(model.pos_embed, std=0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)

@@ -26,7 +26,7 @@ from pydantic import (
 )
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.reporting.atomic import write_text
+from mrmae_ds.files import write_text
 
 RECORD_FILE = "record.json"
 SCHEMA_VERSION = 1

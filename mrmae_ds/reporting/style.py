@@ -8,7 +8,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mrmae_ds.reporting.atomic import replacing
+from mrmae_ds.files import replacing
 
 DPI = 150
 INK = "#222222"

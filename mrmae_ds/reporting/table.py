@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mrmae_ds.files import write_text
 from mrmae_ds.reporting import paper
-from mrmae_ds.reporting.atomic import write_text
 from mrmae_ds.reporting.records import FROM_SCRATCH, RunRecord, find_records
 
 METHODS = ("MAE", "MCMAE", "MR-MAE", FROM_SCRATCH)

@@ -10,7 +10,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.weights import file_sha256
+from mrmae_ds.files import file_sha256
 from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention
 from mrmae_ds.teachers.timm_vit import tensors_sha256
 

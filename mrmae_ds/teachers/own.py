@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256
 from mrmae_ds.models.pretrain import Encoder
 from mrmae_ds.models.weights import (
     build_encoder,
-    file_sha256,
     find_weights,
     load_encoder,
     read_metadata,

@@ -8,7 +8,6 @@ is written into ``checkpoints/.staging``, gets a manifest once every rank has fi
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ import deepspeed
 import torch.distributed as dist
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import write_text
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
@@ -57,24 +57,21 @@ def save_checkpoint(
     engine.save_checkpoint(str(staging), tag=tag, save_latest=False)
     dist.barrier()
     if first:
-        _commit(staging / tag, stage_dir / FOLDER / tag, step, recipe_hash, seed)
+        shards = dist.get_world_size() if engine.zero_optimization_stage() > 0 else 0
+        _commit(staging / tag, stage_dir / FOLDER / tag, step, recipe_hash, seed, shards)
         shutil.rmtree(staging, ignore_errors=True)
         for old in list_checkpoints(stage_dir)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def _commit(written: Path, final: Path, step: int, recipe_hash: str, seed: int) -> None:
+def _commit(written: Path, final: Path, step: int, recipe_hash: str, seed: int, expected_shards: int) -> None:
     files = {path.name: path.stat().st_size for path in sorted(written.iterdir()) if path.is_file()}
-    world_size = dist.get_world_size()
     shards = sum(name.endswith("optim_states.pt") for name in files)
-    if shards != max(1, world_size if shards > 1 else shards) or not all(files.values()):
-        raise RuntimeError(f"{written}: {shards} optimiser shards from {world_size} ranks, or an empty file")
-    manifest = Manifest(step, world_size, recipe_hash, seed, files)
-    with (written / MANIFEST).open("w", encoding="utf-8") as file:
-        json.dump(asdict(manifest), file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    if shards != expected_shards or not files or not all(files.values()):
+        raise RuntimeError(f"{written}: {shards} optimiser shards of {expected_shards}, or an empty file: {files}")
+    manifest = Manifest(step, dist.get_world_size(), recipe_hash, seed, files)
+    write_text(written / MANIFEST, json.dumps(asdict(manifest), indent=1))
     if final.exists():  # a resumed run saves this step again
         shutil.rmtree(final)
     written.rename(final)

@@ -181,7 +181,7 @@ def train(
         run_step(engine, task, batches, plan, step, meter)
         done = step + 1
         epoch_ends = done % plan.steps_per_epoch == 0
-        if done % log_every == 0 or epoch_ends or step == start:
+        if done % log_every == 0 or epoch_ends or done == 1:
             values, all_bad = _interval(engine, plan, meter, done)
             if epoch_ends:
                 values |= hooks.end_of_epoch(epoch + 1, done)

@@ -6,8 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from mrmae_ds.files import file_sha256
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.models.weights import encoder_metadata, file_sha256
+from mrmae_ds.models.weights import encoder_metadata
 from mrmae_ds.reporting.environment import collect_hardware, collect_versions, git_state
 from mrmae_ds.reporting.metrics import MetricsWriter
 from mrmae_ds.reporting.progress import Progress

@@ -56,8 +56,9 @@ def decide_start(stage_dir: Path, recipe: Recipe, data_sha256: str, resume: str)
         )
     if record.data.sha256 != data_sha256:
         raise UserError(
-            f"{stage_dir}: holds a run on other data ({record.data.dataset}, {record.data.samples} samples, sha256 "
-            f"{(record.data.sha256 or '')[:12]}); name another folder with --run, or start anew here with --resume never"
+            f"{stage_dir}: holds a run on other data ({record.data.dataset}, {record.data.samples} samples, "
+            f"sha256 {(record.data.sha256 or '')[:12]}); name another folder with --run, or start anew here with "
+            "--resume never"
         )
     if record.status == "finished":
         return Start("done")

@@ -60,7 +60,7 @@ class _Hooks:
             return {}
         if epochs % stage.eval_every_epochs and epochs != stage.epochs:
             return {}
-        self.results = evaluate(self.engine, lambda images: task.logits(self.engine, images), self.val)
+        self.results |= evaluate(self.engine, lambda images: task.logits(self.engine, images), self.val)
         return {"top1": self.results["top1"], "val_loss": self.results["loss"]}
 
     def log(self, step: int, values: dict[str, float]) -> None:

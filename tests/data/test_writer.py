@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mrmae_ds.data.beton import check_beton, file_sha256, read_sidecar, sidecar_path
+from mrmae_ds.data.beton import check_beton, read_sidecar, sidecar_path
+from mrmae_ds.files import file_sha256
 from mrmae_ds.data.verify import describe_beton, verify_beton
 from mrmae_ds.data.writer import write_beton
 from mrmae_ds.errors import UserError

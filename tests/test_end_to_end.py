@@ -1,0 +1,253 @@
+"""The main job on a few hundred real pictures: two processes, ZeRO-3, FFCV, a frozen teacher, the user's commands."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from mrmae_ds.reporting.metrics import read_metrics
+from mrmae_ds.reporting.records import RunRecord
+from mrmae_ds.training.checkpoint import list_checkpoints
+from tests.data.samples import write_sample_beton
+from tests.processes import deepspeed_train, environment, finish, kill, rank_processes, run
+
+TRAIN, VAL = 320, 90
+BATCH = 32
+TINY = ("--ds_config", "ds_configs/tiny.json")
+MAE = (*TINY, "--recipe", "ds_configs/baselines/mae_tiny.yaml")
+pytestmark = pytest.mark.timeout(900)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with a small data set and the runs made from it."""
+
+    folder: Path
+
+    def settings(self, *extra: str) -> tuple[str, ...]:
+        """Recipe values that point at the small set and keep runs short."""
+        data = (f"data.train={self.folder / 'train.beton'}", f"data.val={self.folder / 'val.beton'}")
+        return (*data, "record.log_every=2", *extra)
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def teacher(self) -> str:
+        return f"teachers.mae.source={self.run('mae') / 'pretrain'}"
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("end_to_end")
+    write_sample_beton(folder, train=TRAIN, val=VAL)
+    return Workspace(folder)
+
+
+@pytest.fixture(scope="module")
+def mae(workspace: Workspace) -> Path:
+    """The baseline: the teacher of the runs below."""
+    settings = workspace.settings("stages.pretrain.epochs=3")
+    done = deepspeed_train(*MAE, "--run", workspace.run("mae"), *settings)
+    assert done.status == 0, done.stderr
+    return workspace.run("mae") / "pretrain"
+
+
+@pytest.fixture(scope="module")
+def mrmae(workspace: Workspace, mae: Path) -> Path:
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
+    done = deepspeed_train(*TINY, "--run", workspace.run("tiny"), *settings)
+    assert done.status == 0, done.stderr
+    assert "step 30/30" in done.stderr and "images/s" in done.stderr
+    return workspace.run("tiny") / "pretrain"
+
+
+@pytest.fixture(scope="module")
+def finetuned(workspace: Workspace, mrmae: Path) -> Path:
+    settings = workspace.settings(workspace.teacher(), "stages.finetune.epochs=15", "stages.finetune.mixup=0.1")
+    done = deepspeed_train(*TINY, "--stage", "finetune", "--run", workspace.run("tiny"), *settings)
+    assert done.status == 0, done.stderr
+    assert "missing 4 (fc_norm.weight, fc_norm.bias, head.weight, head.bias)" in done.stdout
+    return workspace.run("tiny") / "finetune"
+
+
+def test_pretraining_learns_both_objectives(mrmae: Path) -> None:
+    lines = read_metrics(mrmae)
+    assert [line["step"] for line in lines] == [1, *range(2, 31, 2)]
+    for name in ("loss", "loss/pixels", "loss/mimic"):
+        assert lines[-1][name] < 0.8 * lines[0][name], name
+    assert all(
+        line["loss"] == pytest.approx((line["loss/pixels"] + line["loss/mimic"]) / 2, rel=1e-5) for line in lines
+    )
+
+
+def test_everything_is_written_down(mrmae: Path, mae: Path) -> None:
+    record = RunRecord.load(mrmae)
+    assert (record.status, record.stage, record.method, record.size) == ("finished", "pretrain", "MR-MAE", "Tiny")
+    assert record.hardware.world_size == 2
+    assert record.schedule.steps_done == 30 and record.images_seen == 30 * BATCH
+    assert record.teachers["mae"].sha256 and record.data.sha256
+    engine = json.loads((mrmae / "engine.json").read_text())
+    assert engine["zero_optimization"]["stage"] == 3 and engine["gradient_accumulation_steps"] == 1
+    assert "mode: sample" in (mrmae / "recipe.yaml").read_text()
+    assert [path.name for path in list_checkpoints(mrmae)] == ["step_000000020", "step_000000030"]
+    events = EventAccumulator(str(mrmae / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/mimic")] == [1, *range(2, 31, 2)]
+    for name in ("pictures/reconstructions.png", "pictures/attention.png", "loss_curves.png"):
+        with Image.open(mrmae / name) as picture:
+            assert len(np.unique(np.asarray(picture.convert("L")))) > 30, name
+
+
+def test_the_teacher_is_not_in_the_students_file(mrmae: Path) -> None:
+    names = load_file(mrmae / "model.safetensors")
+    assert {name.split(".")[0] for name in names} == {"encoder", "fusion", "decoder", "heads"}
+
+
+def test_finetuning_starts_from_the_encoder_and_beats_chance(finetuned: Path, mrmae: Path) -> None:
+    record = RunRecord.load(finetuned)
+    assert record.results.eval_samples == VAL
+    assert record.results.top1 is not None and record.results.top1 > 16  # chance is 10, one standard error 3
+    assert record.init is not None and record.init.pretrain is not None
+    assert record.init.pretrain.method == "MR-MAE" and record.init.pretrain.epochs == 3
+    before = load_file(mrmae / "model.safetensors")["encoder.blocks3.0.attn.qkv.weight"]
+    after = load_file(finetuned / "model.safetensors")["blocks3.0.attn.qkv.weight"]
+    assert 0 < (after - before).norm() < 0.7 * before.norm()
+
+
+def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspace) -> None:
+    """Top-1 again from the exported file, picture by picture, without DeepSpeed."""
+    from mrmae_ds.data import build_reader
+    from mrmae_ds.models.weights import build_encoder, read_metadata, read_tensors, spec_from_metadata
+
+    path = finetuned / "model.safetensors"
+    metadata = read_metadata(path)
+    model = build_encoder(spec_from_metadata(metadata), metadata["image_size"], metadata["num_classes"])
+    model.load_state_dict(read_tensors(path))
+    model.eval()
+    settings = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 0, "crop": None, "num_workers": 1}
+    reader = build_reader(workspace.folder / "val.beton", train=False, image_size=32, micro_batch=1, **settings)
+    correct = 0
+    with torch.no_grad():
+        for batch in reader.epoch(0):
+            correct += int(model((batch.images.float() / 255 - 0.5) / 0.5).argmax() == batch.labels[0])
+    assert RunRecord.load(finetuned).results.top1 == pytest.approx(100 * correct / VAL, abs=1e-9)
+
+
+def test_the_table_shows_what_ran(finetuned: Path, workspace: Workspace) -> None:
+    done = run(["mrmae", "table", workspace.folder / "runs", "--out", workspace.folder / "table"], 60)
+    assert done.status == 0, done.stderr
+    top1 = RunRecord.load(finetuned).results.top1
+    assert top1 is not None and f"**{top1:.2f}**" in done.stdout
+    assert "MR-MAE, paper (200 ep, ImageNet-1K)" in done.stdout
+    with (workspace.folder / "table" / "table.csv").open() as file:
+        ours = [row for row in csv.DictReader(file) if row["source"] == "ours"]
+    assert [float(row["top1_percent"]) for row in ours if row["top1_percent"]] == [pytest.approx(top1, abs=0.01)]
+    assert (workspace.folder / "table" / "table.png").stat().st_size > 10_000
+
+
+def test_a_finished_stage_is_left_alone(mrmae: Path, workspace: Workspace) -> None:
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
+    before = (mrmae / "record.json").read_bytes()
+    done = run(["python", "train.py", *TINY, "--run", workspace.run("tiny"), *settings], 120)
+    assert done.status == 0 and "already finished" in done.stdout
+    assert (mrmae / "record.json").read_bytes() == before
+
+
+def test_one_process_computes_what_two_compute(mrmae: Path, workspace: Workspace) -> None:
+    """ZeRO-3 over two processes against one process without it: the same pictures, masks and losses."""
+    engine = json.loads(Path("ds_configs/tiny.json").read_text())
+    engine["zero_optimization"] = {"stage": 0}
+    del engine["activation_checkpointing"]
+    plain = workspace.folder / "plain.json"
+    plain.write_text(json.dumps(engine))
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
+    command = ["python", "train.py", "--ds_config", plain, "--recipe", "ds_configs/tiny.yaml"]
+    done = run([*command, "--run", workspace.run("one"), *settings], 240)
+    assert done.status == 0, done.stderr
+    ours, theirs = read_metrics(workspace.run("one") / "pretrain"), read_metrics(mrmae)
+    for name in ("loss/pixels", "loss/mimic"):
+        np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=2e-3)
+    # Before Adam has amplified any rounding, the first losses agree to float32.
+    assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-6)
+
+
+def test_a_killed_run_goes_on_where_it_was(mrmae: Path, workspace: Workspace) -> None:
+    """Killed after its first checkpoint and started again, a run logs the very losses of the undisturbed one."""
+    folder = workspace.run("killed")
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
+    arguments = (*TINY, "--run", folder, *settings)
+    processes = rank_processes(2, *arguments)
+    try:
+        deadline = time.monotonic() + 240
+        while not list_checkpoints(folder / "pretrain"):
+            assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+            time.sleep(0.02)
+    finally:
+        for process in processes:
+            kill(process)
+    results = finish(rank_processes(2, *arguments), 240)
+    assert [result.status for result in results] == [0, 0], results[0].stderr
+    assert "going on after step" in results[0].stdout
+    ignored = {"images_per_s", "data_wait"}
+
+    def numbers(run_dir: Path) -> list[dict[str, float]]:
+        return [{k: v for k, v in line.items() if k not in ignored} for line in read_metrics(run_dir)]
+
+    assert numbers(folder / "pretrain") == numbers(mrmae)
+    resumed, whole = load_file(folder / "pretrain/model.safetensors"), load_file(mrmae / "model.safetensors")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("autocast", {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}),
+        ("bf16", {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
+    ],
+)
+def test_bfloat16_by_engine_config(name: str, section: dict[str, object], workspace: Workspace, mrmae: Path) -> None:
+    config = workspace.folder / f"{name}.json"
+    config.write_text(json.dumps(json.loads(Path("ds_configs/tiny.json").read_text()) | section))
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2", "record.pictures=0")
+    arguments = ("--ds_config", config, "--recipe", "ds_configs/tiny.yaml", "--run", workspace.run(name))
+    results = finish(rank_processes(2, *arguments, *settings), 240)
+    assert [result.status for result in results] == [0, 0], results[0].stderr
+    reduced, full = read_metrics(workspace.run(name) / "pretrain"), read_metrics(mrmae)
+    # The same warm-up as the float32 run's: the curves agree to the precision of bfloat16, and are not equal.
+    assert [line["loss"] for line in reduced[:5]] == pytest.approx([line["loss"] for line in full[:5]], rel=0.03)
+    assert reduced[0]["loss"] != full[0]["loss"]
+    assert reduced[-1]["loss"] < 0.85 * reduced[0]["loss"]
+    weights = load_file(workspace.run(name) / "pretrain" / "model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_dry_run_writes_nothing(stage: str, workspace: Workspace, mrmae: Path) -> None:
+    settings = workspace.settings(workspace.teacher(), f"stages.finetune.init={mrmae}")
+    before = sorted(workspace.folder.rglob("*"))
+    done = deepspeed_train(*TINY, "--stage", stage, "--dry-run", "--run", workspace.run("dry"), *settings)
+    assert done.status == 0, done.stderr
+    assert "dry run: tiny" in done.stdout and "images/s" in done.stdout and "GiB" in done.stdout
+    assert sorted(workspace.folder.rglob("*")) == before
+
+
+def test_srun_and_torchrun_environments(workspace: Workspace, mae: Path) -> None:
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2")
+    arguments = ["train.py", *TINY, "--dry-run", *settings]
+    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
+    done = run([*launcher, "--rdzv_endpoint", "127.0.0.1:0", *arguments], 180)
+    assert done.status == 0 and "dry run" in done.stdout, done.stderr
+    slurm = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}
+    done = run(["python", *arguments], 180, environment(**slurm))
+    assert done.status == 0 and "dry run" in done.stdout, done.stderr

@@ -1,0 +1,94 @@
+"""Every mistake a user makes before training: one clear error, a non-zero exit on every rank, no group started."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.data.samples import write_sample_beton
+from tests.processes import deepspeed_train, finish, rank_processes
+
+pytestmark = pytest.mark.timeout(300)
+SCRATCH = ("--recipe", "ds_configs/baselines/scratch_tiny.yaml", "--stage", "finetune")
+MCMAE = ("--recipe", "ds_configs/baselines/mcmae_tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    train, val = write_sample_beton(tmp_path_factory.mktemp("wrong"), train=64, val=20)
+    return f"data.train={train}", f"data.val={val}"
+
+
+def _engine(path: Path, **changes: object) -> Path:
+    content = json.loads(Path("ds_configs/tiny.json").read_text())
+    path.write_text(json.dumps({k: v for k, v in (content | changes).items() if v is not None}))
+    return path
+
+
+def _write_teacher(folder: Path) -> Path:
+    """A stage folder as a pre-training leaves it: a ViT with 8x8 tokens at 32 pixels."""
+    from mrmae_ds.models.sizes import ViTSpec
+    from mrmae_ds.models.weights import build_encoder, encoder_metadata, save_weights
+
+    encoder = build_encoder(ViTSpec(32, 1, 2, patch=4), 32)
+    folder.mkdir()
+    tensors = {f"encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
+    metadata = {"kind": "pretrain", **encoder_metadata(encoder), "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_weights(folder / "model.safetensors", tensors, metadata)
+    return folder
+
+
+CASES = {
+    "missing .beton": (
+        (*SCRATCH, "data.train=nowhere/train.beton"),
+        {},
+        ["nowhere/train.beton", "data/fashion_mnist.py"],
+    ),
+    "recipe typo": ((*SCRATCH, "stages.finetune.layer_decai=0.5"), {}, ["layer_decai", "did you mean 'layer_decay'"]),
+    "indivisible batch": ((*SCRATCH, "stages.finetune.batch_size=50"), {}, ["50", "batch_size 32 or 64", "25"]),
+    "untiled size": ((*MCMAE, "model.image_size=30"), {}, ["30", "28 and 32"]),
+    "teacher's grid": (("teachers.mae.image_size=64",), {}, ["16x16", "8x8", "teachers.mae.image_size to 32"]),
+    "teacher missing": (("teachers.mae.source=nowhere/pretrain",), {}, ["teachers.mae.source", "nowhere/pretrain"]),
+    "engine for more": (
+        SCRATCH,
+        {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1},
+        ["meant for 4 processes", "2 are running"],
+    ),
+    "engine key": (SCRATCH, {"gradient_cliping": 0.0}, ["gradient_cliping", "did you mean 'gradient_clipping'"]),
+    "no clipping key": (SCRATCH, {"gradient_clipping": None}, ["gradient_clipping is required"]),
+    "zero key": (
+        SCRATCH,
+        {"zero_optimization": {"stage": 3, "overlap_com": True}},
+        ["overlap_com", "did you mean 'overlap_comm'"],
+    ),
+    "no such stage": ((*SCRATCH[:2], "--stage", "pretrain"), {}, ["scratch_tiny", "no stage pretrain"]),
+    "no pre-training yet": ((*MCMAE, "--stage", "finetune"), {}, ["stages.finetune.init", "run that stage first"]),
+    "set too small": ((*SCRATCH, "stages.finetune.batch_size=96"), {}, ["64 samples", "96"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_clear_error_and_status_2_on_every_rank(case: str, data: tuple[str, str], tmp_path: Path) -> None:
+    arguments, changes, expected = CASES[case]
+    teacher = () if "--recipe" in arguments else (f"teachers.mae.source={_write_teacher(tmp_path / 'teacher')}",)
+    config = _engine(tmp_path / "engine.json", **changes)
+    recipe = () if "--recipe" in arguments else ("--recipe", "ds_configs/tiny.yaml")
+    command = ("--ds_config", config, "--run", tmp_path / "run", *recipe, *data, *teacher, *arguments)
+    results = finish(rank_processes(2, *command), 120)
+    assert [result.status for result in results] == [2, 2], results[0].stderr
+    errors = [line for line in results[0].stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, results[0].stderr
+    for part in expected:
+        assert part in errors[0]
+    assert not any("Traceback" in result.stderr for result in results)
+    assert not any("error: " in result.stderr for result in results[1:])
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_launcher_hands_the_failure_on(data: tuple[str, str], tmp_path: Path) -> None:
+    command = ("--ds_config", "ds_configs/tiny.json", "--run", tmp_path / "run", *SCRATCH, *data, "seed=-1")
+    done = deepspeed_train(*command, limit_s=120)
+    assert done.status != 0
+    assert "seed: Input should be greater than or equal to 0 (got -1)" in done.stderr
