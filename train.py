@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.print_config:
             recipe, engine_config = load_configs(options)
             if launch.rank == 0:
-                print(f"# recipe {recipe.hash()}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
+                print(f"# recipe {recipe.hash(args.stage)}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
                 print(json.dumps(engine_config.raw, indent=2))
             return 0
         job = prepare_job(options, launch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -21,15 +21,37 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, is not YAML or holds something else.
     """
-    return _parsed(path, yaml.safe_load, yaml.YAMLError)
+    return _parsed(path, parse_yaml)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; see :func:`read_yaml`."""
-    return _parsed(path, json.loads, json.JSONDecodeError)
+    return _parsed(path, lambda text: json.loads(text, object_pairs_hook=_unique))
 
 
-def _parsed(path: Path, parse: Any, error_type: type[Exception]) -> dict[str, Any]:
+def parse_yaml(text: str) -> Any:
+    """YAML without duplicate keys; raises ValueError or yaml.YAMLError."""
+    return yaml.load(text, Loader=_UniqueKeys)
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        _unique([(key, None) for key in keys])
+        return super().construct_mapping(node, deep)
+
+
+def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
+    keys = [key for key, _ in pairs]
+    twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+    if twice is not None:
+        raise ValueError(f"the key {twice!r} is given twice")
+    return dict(pairs)
+
+
+def _parsed(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -37,7 +59,7 @@ def _parsed(path: Path, parse: Any, error_type: type[Exception]) -> dict[str, An
         raise UserError(f"{path}: no such file{near}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
-    except error_type as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
@@ -50,8 +72,9 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     for key, value in over.items():
         if value is None:
             result.pop(key, None)
-        elif isinstance(value, dict) and isinstance(result.get(key), dict):
-            result[key] = merge(result[key], value)
+        elif isinstance(value, dict):
+            below = result.get(key)
+            result[key] = merge(below if isinstance(below, dict) else {}, value)
         else:
             result[key] = value
     return result
@@ -68,9 +91,9 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str], path: Path) -
         if not sign or not all(key.split(".")):
             raise UserError(f"{text!r} is not an override; write key.path=value, for example seed=1")
         try:
-            value = yaml.safe_load(value_text)
-        except yaml.YAMLError:
-            raise UserError(f"override {text!r}: the value is not YAML") from None
+            value = parse_yaml(value_text)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
         *parents, last = key.split(".")
         over: dict[str, Any] = {last: value}
         for part in reversed(parents):
@@ -98,6 +121,9 @@ def describe_errors(error: ValidationError, model: type[BaseModel], path: Path) 
             given = item.get("input")
             shown = f" (got {given!r})" if not isinstance(given, dict | list | BaseModel) else ""
             message = item["msg"].removeprefix("Value error, ")
+            if message.startswith("."):  # a validator of a section names the key below it
+                below, _, message = message[1:].partition(": ")
+                where = f"{where}.{below}" if where else below
             lines.append(f"{path}: {where}{': ' if where else ''}{message}{shown}")
     return "\n".join(lines)
 
@@ -115,21 +141,22 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at a path, following optional and mapping types."""
+    """Field names of the section at a path, through optional sections and mappings of sections."""
     current: Any = model
     for part in location:
-        fields = getattr(current, "model_fields", None)
-        annotation = fields[part].annotation if fields and part in fields else current
-        current = _section_in(annotation)
-        if current is None:
+        if isinstance(current, type) and issubclass(current, BaseModel):
+            field = current.model_fields.get(str(part))
+            current = _unwrapped(field.annotation) if field else None
+        elif get_origin(current) in (dict, list, tuple):
+            # The part is an entry's own name or number, whatever fields its section has.
+            current = _unwrapped([arg for arg in get_args(current) if arg is not Ellipsis][-1])
+        else:
             return []
     return list(getattr(current, "model_fields", {}))
 
 
-def _section_in(annotation: Any) -> Any:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, dict, list, tuple):
-        found = [_section_in(argument) for argument in get_args(annotation)]
-        return next((item for item in found if item is not None), None)
-    return None
+def _unwrapped(annotation: Any) -> Any:
+    """The one alternative of ``X | None``; anything else as it is."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return next((_unwrapped(arg) for arg in get_args(annotation) if arg is not type(None)), None)
+    return annotation

@@ -107,4 +107,6 @@ def choose_visible(
         score = -importance.float()
     shuffle = score.argsort(dim=1, stable=True)
     keep = num_visible(rows * columns, keep_ratio)
+    if keep < 1:
+        raise ValueError(f"keep_ratio {keep_ratio} of {rows * columns} tokens leaves none visible")
     return VisibleSet(shuffle[:, :keep], shuffle.argsort(dim=1), grid)

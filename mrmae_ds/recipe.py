@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from mrmae_ds.config_files import apply_overrides, describe_errors, merge, read_yaml
 from mrmae_ds.errors import UserError
@@ -28,7 +28,11 @@ StageName = Literal["pretrain", "finetune"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 Rgb = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+# Part of module, metric and folder names.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
+RESERVED_OBJECTIVES = {"loss": "the weighted total is called that", "keys": "torch reserves it"}
 
 
 class ModelConfig(Section):
@@ -39,6 +43,14 @@ class ModelConfig(Section):
     overrides: dict[str, Any] = Field({})
     fusion: FusionSpec = FusionSpec()
     decoder: DecoderSpec = DecoderSpec()
+
+    @model_validator(mode="after")
+    def _exists(self) -> ModelConfig:
+        try:
+            self.spec()
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("model")) from None
+        return self
 
     def spec(self) -> EncoderSpec:
         """The encoder's size."""
@@ -51,7 +63,7 @@ class DataConfig(Section):
     train: Path
     val: Path
     mean: Rgb = IMAGENET_MEAN
-    std: Rgb = IMAGENET_STD
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
 
 class TeacherConfig(Section):
@@ -87,11 +99,11 @@ class MaskingConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its schedule: linear warm-up, cosine to ``min_lr``; give ``base_lr`` (times batch/256) or ``lr``."""
 
-    base_lr: float | None = Field(None, gt=0)
-    lr: float | None = Field(None, gt=0)
-    min_lr: float = Field(0.0, ge=0)
+    base_lr: Positive | None = None
+    lr: Positive | None = None
+    min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
     warmup_epochs: float = Field(ge=0)
-    betas: tuple[float, float]
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     weight_decay: float = Field(0.05, ge=0)
 
     @model_validator(mode="after")
@@ -114,6 +126,13 @@ class StageConfig(Section):
     crop_scale: tuple[Fraction, Fraction]
     flip: Fraction = 0.5
 
+    @field_validator("crop_scale")
+    @classmethod
+    def _low_to_high(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be [low, high] with 0 < low <= high <= 1")
+        return value
+
     @model_validator(mode="after")
     def _warmup_ends(self) -> StageConfig:
         if self.optimizer.warmup_epochs >= self.epochs:
@@ -126,7 +145,15 @@ class PretrainConfig(StageConfig):
 
     teachers: tuple[str, ...] = ()
     masking: MaskingConfig = MaskingConfig()
-    objectives: dict[str, Objective] = Field(min_length=1)
+    objectives: dict[Name, Objective] = Field(min_length=1)
+
+    @field_validator("objectives")
+    @classmethod
+    def _names_are_free(cls, value: dict[str, Objective]) -> dict[str, Objective]:
+        for name, reason in RESERVED_OBJECTIVES.items():
+            if name in value:
+                raise ValueError(f".{name}: not a name for an objective ({reason})")
+        return value
 
 
 class FinetuneConfig(StageConfig):
@@ -174,19 +201,21 @@ class RecordConfig(Section):
 class Recipe(Section):
     """A whole recipe. ``method`` and ``size`` are its row and column in the scaling table."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     method: str
     size: str
     seed: int = Field(0, ge=0)
     model: ModelConfig
     data: DataConfig
-    teachers: dict[str, TeacherConfig] = Field({})
+    teachers: dict[Name, TeacherConfig] = Field({})
     stages: StagesConfig
     loader: LoaderConfig = LoaderConfig()
     record: RecordConfig = RecordConfig()
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
+        if PIXELS in self.teachers:
+            raise ValueError(f"teachers.{PIXELS}: not a name for a teacher; objectives mean the picture by it")
         stage = self.stages.pretrain
         if stage is None:
             return self
@@ -224,13 +253,21 @@ class Recipe(Section):
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
-    def hash(self) -> str:
-        """12 hex digits that change with anything that changes results but the seed; not with speed or paths.
+    def hash(self, stage: StageName | None = None) -> str:
+        """12 hex digits that change with anything that changes results but the seed.
 
-        Runs that differ in their seed alone share it. The data's identity is its checksum, recorded beside this.
+        Runs that differ in their seed alone share it. Paths of the data do not count: the data's identity is its
+        checksum, recorded beside this.
+
+        Args:
+            stage: count only this stage and the teachers that it names; None counts the whole recipe.
         """
         ignored: dict[str, Any] = dict.fromkeys(("name", "seed", "loader", "record"), True)
         kept = self.model_dump(mode="json", exclude=ignored | {"data": {"train", "val"}})
+        if stage is not None:
+            named = getattr(self.stage(stage), "teachers", ())
+            kept["teachers"] = {name: kept["teachers"][name] for name in named}
+            kept["stages"] = {stage: kept["stages"][stage]}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -60,23 +60,21 @@ def deepspeed_train(*arguments: str | Path, limit_s: float = 240) -> Finished:
     return run(command, limit_s)
 
 
-def rank_processes(world_size: int, *arguments: str | Path) -> list[subprocess.Popen[str]]:
-    """train.py as ``world_size`` processes without a launcher, as srun starts it; the caller ends them."""
-    port = str(free_port())
-    return [
-        _start(
-            [sys.executable, "train.py", *arguments],
-            environment(
-                RANK=str(rank),
-                LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(world_size),
-                LOCAL_SIZE=str(world_size),
-                MASTER_ADDR="127.0.0.1",
-                MASTER_PORT=port,
-            ),
-        )
-        for rank in range(world_size)
-    ]
+TORCHRUN = {"rank": "RANK", "local_rank": "LOCAL_RANK", "world_size": "WORLD_SIZE"}
+SRUN = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world_size": "SLURM_NTASKS"}
+
+
+def rank_processes(
+    world_size: int, *arguments: str | Path, names: dict[str, str] = TORCHRUN
+) -> list[subprocess.Popen[str]]:
+    """train.py as ``world_size`` processes, told their rank as torchrun or srun does; the caller ends them."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    processes = []
+    for rank in range(world_size):
+        values = {"rank": rank, "local_rank": rank, "world_size": world_size}
+        ranks = {names[key]: str(value) for key, value in values.items()}
+        processes.append(_start([sys.executable, "train.py", *arguments], environment(**address, **ranks)))
+    return processes
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], limit_s: float) -> list[Finished]:

@@ -20,7 +20,7 @@ from mrmae_ds.reporting.metrics import read_metrics
 from mrmae_ds.reporting.records import RunRecord
 from mrmae_ds.training.checkpoint import list_checkpoints
 from tests.data.samples import write_sample_beton
-from tests.processes import deepspeed_train, environment, finish, kill, rank_processes, run
+from tests.processes import SRUN, deepspeed_train, finish, kill, rank_processes, run
 
 TRAIN, VAL = 320, 90
 BATCH = 32
@@ -242,12 +242,15 @@ def test_dry_run_writes_nothing(stage: str, workspace: Workspace, mrmae: Path) -
     assert sorted(workspace.folder.rglob("*")) == before
 
 
-def test_srun_and_torchrun_environments(workspace: Workspace, mae: Path) -> None:
+def test_torchrun(workspace: Workspace, mae: Path) -> None:
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2")
-    arguments = ["train.py", *TINY, "--dry-run", *settings]
-    launcher = ["torchrun", "--nproc_per_node", "2", "--master_port", "0", "--rdzv_backend", "c10d"]
-    done = run([*launcher, "--rdzv_endpoint", "127.0.0.1:0", *arguments], 180)
+    launcher = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
+    done = run([*launcher, "train.py", *TINY, "--dry-run", *settings], 180)
     assert done.status == 0 and "dry run" in done.stdout, done.stderr
-    slurm = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"}
-    done = run(["python", *arguments], 180, environment(**slurm))
-    assert done.status == 0 and "dry run" in done.stdout, done.stderr
+
+
+def test_srun(workspace: Workspace, mae: Path) -> None:
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2")
+    results = finish(rank_processes(2, *TINY, "--dry-run", *settings, names=SRUN), 180)
+    assert [result.status for result in results] == [0, 0], results[0].stderr
+    assert "dry run" in results[0].stdout and "dry run" not in results[1].stdout

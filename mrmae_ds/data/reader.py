@@ -121,6 +121,16 @@ def default_num_workers() -> int:
     return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1))
 
 
+def check_backend(backend: str = "ffcv") -> None:
+    """See that a backend can be used here. Raises UserError if it is unknown or not installed."""
+    if backend != "ffcv":
+        raise UserError(f"unknown data backend {backend!r}; there is: ffcv")
+    # Imported late: a machine that only plans or reports needs no ffcv.
+    from mrmae_ds.data._ffcv import import_ffcv
+
+    import_ffcv()
+
+
 def build_reader(
     path: str | Path,
     *,
@@ -165,8 +175,7 @@ def build_reader(
         raise UserError(f"seed must be in 0..2**63-1, not {seed}")
     if train and crop is None:
         raise UserError("training needs crop settings: pass crop=CropSettings(scale=(low, high))")
-    if backend != "ffcv":
-        raise UserError(f"unknown data backend {backend!r}; there is: ffcv")
+    check_backend(backend)
     settings = ReaderSettings(
         info=check_beton(path),
         train=train,
@@ -180,7 +189,6 @@ def build_reader(
         num_workers=num_workers or default_num_workers(),
         device=torch.device(device),
     )
-    # Imported late: a machine that only plans or reports needs no ffcv.
     from mrmae_ds.data.ffcv_reader import FFCVReader
 
     return FFCVReader(settings)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -41,7 +40,8 @@ class CViT(nn.Module):
         self.stride = spec.stride
         self.grid = token_grid(spec, image_size)
         self.checkpointing = CheckpointPlan()
-        rates = iter(torch.linspace(0, drop_path_rate, sum(spec.depths)).tolist())
+        total = sum(spec.depths)
+        rates = iter([drop_path_rate * i / max(total - 1, 1) for i in range(total)])
         c1, c2, c3 = spec.dims
         p1, p2, p3 = spec.patches
         self.patch_embed1 = PatchEmbed(3, c1, p1)

@@ -91,7 +91,7 @@ def encoder_spec(arch: str, overrides: dict[str, Any] | None = None) -> EncoderS
     values = asdict(spec)
     for key in overrides or {}:
         if key not in values:
-            raise UserError(f"model.overrides: {arch} has no field {key!r}; it has {', '.join(values)}")
+            raise UserError(f"model.overrides.{key}: {arch} has no such field; it has {', '.join(values)}")
     return make_spec(type(spec), values | (overrides or {}), "model.overrides")
 
 
@@ -106,7 +106,7 @@ def make_spec(kind: type[CViTSpec] | type[ViTSpec], values: dict[str, Any], key:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{key}: {where}: {first['msg']} (got {first.get('input')!r})") from None
+        raise UserError(f"{key}.{where}: {first['msg']} (got {first.get('input')!r})") from None
 
 
 def token_grid(spec: EncoderSpec, image_size: int) -> tuple[int, int]:

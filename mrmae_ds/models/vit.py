@@ -44,7 +44,7 @@ class MaskableViT(VisionTransformer):
             num_heads=spec.num_heads,
             mlp_ratio=spec.mlp_ratio,
             fc_norm=bool(num_classes),
-            final_norm=False,
+            final_norm=bool(num_classes),  # timm makes fc_norm only of a final norm; without classes there is none
             drop_path_rate=drop_path_rate,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )

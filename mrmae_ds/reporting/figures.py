@@ -31,9 +31,7 @@ def denormalise(images: Pictures, mean: Sequence[float], std: Sequence[float]) -
     """Undo `(x - mean) / std`: images [N, 3, H, W] as the model reads them to colours in [0, 1], clipped,
     float32."""
     shape = (1, 3, 1, 1)
-    colours = _array(images) * np.asarray(std, np.float32).reshape(shape) + np.asarray(
-        mean, np.float32
-    ).reshape(shape)
+    colours = _array(images) * np.asarray(std, np.float32).reshape(shape) + np.asarray(mean, np.float32).reshape(shape)
     return np.clip(colours, 0, 1)
 
 
@@ -62,9 +60,7 @@ def reconstruction_grid(
     for label, pictures in rows:
         array = _images(pictures, label)
         if array.shape != (count, 3, height, width):
-            raise ValueError(
-                f"{label}: shape {array.shape} differs from the originals' {(count, 3, height, width)}"
-            )
+            raise ValueError(f"{label}: shape {array.shape} differs from the originals' {(count, 3, height, width)}")
         grid.append(GridRow(label, array))
     draw_grid(grid, Path(out_png), captions=captions, title=title)
 
@@ -110,9 +106,7 @@ def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
     """
     lines = read_metrics(run_dir)
     names = dict.fromkeys(name for line in lines for name in line)
-    losses = [
-        name for name in names if name in ("loss",) or name.startswith("loss/") or name.endswith("/loss")
-    ]
+    losses = [name for name in names if name in ("loss",) or name.startswith("loss/") or name.endswith("/loss")]
     if not losses:
         raise UserError(f"{Path(run_dir) / METRICS_FILE}: no loss was logged; there is nothing to draw")
     panels = [("Loss", losses, 3.0)]
@@ -122,9 +116,7 @@ def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
         panels.append(("Top-1 accuracy (%)", accuracies, 1.4))
     heights = [height for _, _, height in panels]
     figure = style.new_figure(8, 0.8 + sum(heights))
-    figure.suptitle(
-        "/".join(Path(run_dir).resolve().parts[-2:]), fontsize=12, fontweight="bold", color=style.INK
-    )
+    figure.suptitle("/".join(Path(run_dir).resolve().parts[-2:]), fontsize=12, fontweight="bold", color=style.INK)
     axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (label, series, _) in zip(axes, panels, strict=True):
         _draw_series(panel, lines, series)

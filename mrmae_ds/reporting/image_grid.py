@@ -40,9 +40,7 @@ def draw_grid(
     has_heat = any(row.heat is not None for row in rows)
     left = round(max(len(row.label) for row in rows) * _LABEL_CHARACTER) + 2 * _EDGE
     top = _EDGE + (_LINE if title else 0) + (_LINE if captions else 0)
-    text_w = max(
-        len(title or "") * _TITLE_CHARACTER, has_heat * (cell_w + len(_SCALE_TEXT) * _CAPTION_CHARACTER)
-    )
+    text_w = max(len(title or "") * _TITLE_CHARACTER, has_heat * (cell_w + len(_SCALE_TEXT) * _CAPTION_CHARACTER))
     full_w = left + max(count * (cell_w + _GAP), round(text_w)) + _EDGE
     full_h = top + len(rows) * (cell_h + _GAP) + _EDGE + (_SCALE if has_heat else 0)
     figure = style.new_figure(full_w / style.DPI, full_h / style.DPI, constrained=False)

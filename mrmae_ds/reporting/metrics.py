@@ -53,9 +53,7 @@ class MetricsWriter:
         "nan"}. Raises ValueError when a step is logged twice or out of order, or a name is one of `RESERVED`.
         """
         if step <= self._last_step:
-            raise ValueError(
-                f"step {step} is logged after step {self._last_step}; log each step once, in order"
-            )
+            raise ValueError(f"step {step} is logged after step {self._last_step}; log each step once, in order")
         if clash := [name for name in scalars if name in RESERVED]:
             raise ValueError(f"scalar name {clash[0]!r} is reserved; choose another")
         values = {name: value if isinstance(value, int) else float(value) for name, value in scalars.items()}
@@ -119,9 +117,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     try:
         texts = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); name the folder of a run that logged"
-        ) from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name the folder of a run that logged") from None
     lines: list[dict[str, Any]] = []
     for number, text in enumerate(texts, start=1):
         try:
@@ -131,7 +127,5 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
         if isinstance(line, dict) and isinstance(line.get("step"), int):
             lines.append(line)
         elif number < len(texts):
-            raise UserError(
-                f"{path}, line {number}: not a JSON object with a step; remove the line or the file"
-            )
+            raise UserError(f"{path}, line {number}: not a JSON object with a step; remove the line or the file")
     return lines

@@ -174,9 +174,7 @@ class Results(BaseModel):
     @model_validator(mode="after")
     def _accuracy_needs_its_samples(self) -> Results:
         if self.top1 is not None and not self.eval_samples:
-            raise ValueError(
-                "results.top1 needs results.eval_samples, the number of pictures it was measured on"
-            )
+            raise ValueError("results.top1 needs results.eval_samples, the number of pictures it was measured on")
         return self
 
 
@@ -215,8 +213,7 @@ class RunRecord(_Part):
             raise ValueError(f"status {self.status!r} needs the time at which the run ended")
         if self.status == "finished" and self.schedule.steps_done < self.schedule.steps:
             raise ValueError(
-                f"status 'finished' after {self.schedule.steps_done} of {self.schedule.steps} steps; "
-                "call it 'stopped'"
+                f"status 'finished' after {self.schedule.steps_done} of {self.schedule.steps} steps; call it 'stopped'"
             )
         if self.results.top1 is not None and self.data.classes is None:
             raise ValueError("results.top1 needs data.classes, from which the level of chance follows")

@@ -193,9 +193,7 @@ def _how_trained(record: RunRecord, dataset: str) -> str:
     if epochs is None or known is None:
         return f"unknown pre-training, {dataset}"
     elsewhere = known.dataset is not None and known.dataset != record.data.dataset
-    return (
-        f"{epochs:.4g} ep on {known.dataset}, then {dataset}" if elsewhere else f"{epochs:.4g} ep, {dataset}"
-    )
+    return f"{epochs:.4g} ep on {known.dataset}, then {dataset}" if elsewhere else f"{epochs:.4g} ep, {dataset}"
 
 
 def _seeds_of_newest(runs: Sequence[Run]) -> list[Run]:

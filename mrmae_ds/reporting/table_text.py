@@ -112,10 +112,7 @@ def _csv_cell(cell: Cell) -> dict[str, object]:
 def _marks(table: Table) -> dict[tuple[str, str], str]:
     """Number our cells in reading order: (row label, size) to "[1]"."""
     filled = [
-        (row.label, size)
-        for row in table.rows
-        for size in table.sizes
-        if row.source == "ours" and size in row.cells
+        (row.label, size) for row in table.rows for size in table.sizes if row.source == "ours" and size in row.cells
     ]
     return {place: f"[{number}]" for number, place in enumerate(filled, start=1)}
 
@@ -168,9 +165,7 @@ def _grid(head: list[str], body: list[list[str]], numbers_from: int | None = Non
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *body)]
     widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(head))]
     right = [numbers_from is not None and i >= numbers_from for i in range(len(head))]
-    rule = [
-        "-" * (width - 1) + (":" if at_right else "-") for width, at_right in zip(widths, right, strict=True)
-    ]
+    rule = ["-" * (width - 1) + (":" if at_right else "-") for width, at_right in zip(widths, right, strict=True)]
     lines = []
     for row in (rows[0], rule, *rows[1:]):
         padded = [

@@ -59,6 +59,8 @@ def build_teacher(
             statistics=statistics,
             dtype=dtype,
         )
+    if image_size % teacher.grid[0]:
+        raise UserError(f"{key}.image_size: the teacher's patches do not tile {image_size} pixels")
     if teacher.grid != student_grid:
         stride = image_size // teacher.grid[0]
         raise UserError(

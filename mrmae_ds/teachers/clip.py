@@ -14,9 +14,6 @@ from mrmae_ds.files import file_sha256
 from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention
 from mrmae_ds.teachers.timm_vit import tensors_sha256
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-
 
 class ClipTeacher(Teacher):
     """Patch tokens of CLIP's last block, and its class token's attention.
@@ -46,7 +43,9 @@ class ClipTeacher(Teacher):
         dtype: torch.dtype,
     ) -> None:
         visual = load_clip_tower(source, weights, key, image_size)
-        mean, std = statistics or (CLIP_MEAN, CLIP_STD)
+        mean, std = statistics or (visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
+        if features == "proj" and visual.proj is None:
+            raise UserError(f"{key}.features: the tower of {source} has no projection; use raw or ln_post")
         local = Path(weights) if weights and Path(weights).is_file() else None
         super().__init__(
             visual,
@@ -90,11 +89,13 @@ def load_clip_tower(source: str, weights: str | None, key: str, image_size: int)
     """
     if weights is None:
         raise UserError(f"{key}.weights: a CLIP teacher needs a tag (openai) or a local file")
-    # With a tag open_clip warns of a wrong GELU, with a local file it says nothing and the features differ.
-    if weights == "openai" and not source.endswith("-quickgelu"):
-        raise UserError(f"{key}.source: OpenAI's weights were trained with QuickGELU; use {source}-quickgelu")
+    if ":" in source:
+        raise UserError(
+            f"{key}.source: {source} names files itself and would ignore {key}.weights; give a model's name"
+        )
+    _check_gelu(source, weights, key)
     try:
-        model = open_clip.create_model(source, pretrained=weights, force_image_size=image_size)
+        model = open_clip.create_model(source, pretrained=weights, force_image_size=image_size, require_pretrained=True)
     except Exception as error:  # open_clip, the hub client and torch each raise their own kinds
         raise UserError(
             f"{key}: open_clip model {source!r} with weights {weights!r} could not be loaded "
@@ -103,3 +104,13 @@ def load_clip_tower(source: str, weights: str | None, key: str, image_size: int)
     if not isinstance(model.visual, VisionTransformer):
         raise UserError(f"{key}.source: the image tower of {source} is no open_clip ViT; choose a ViT-* model")
     return model.visual
+
+
+def _check_gelu(source: str, weights: str, key: str) -> None:
+    """open_clip only warns when a tag's weights were trained with another GELU than the model's."""
+    tagged, built = open_clip.get_pretrained_cfg(source, weights), open_clip.get_model_config(source)
+    if not tagged or not built:
+        return
+    if bool(tagged.get("quick_gelu")) != bool(built.get("quick_gelu")):
+        right = f"{source}-quickgelu" if tagged.get("quick_gelu") else source.removesuffix("-quickgelu")
+        raise UserError(f"{key}.source: the weights {weights} were trained with the other GELU; use {right}")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models import load_checkpoint
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
@@ -47,6 +48,8 @@ class TimmTeacher(Teacher):
         network = load_timm(source, weights, key, image_size)
         if not isinstance(network, VisionTransformer) or not network.has_class_token:
             raise UserError(f"{key}.source: {source} is no ViT with a class token; choose a timm ViT (DINO, DINOv2)")
+        if not isinstance(network.blocks[-1].attn.q_norm, nn.Identity):
+            raise UserError(f"{key}.source: {source} normalises queries and keys, which its attention map would miss")
         config = network.default_cfg
         mean, std = statistics or (tuple(config["mean"]), tuple(config["std"]))
         super().__init__(
@@ -77,20 +80,27 @@ def load_timm(source: str, weights: str | None, key: str, image_size: int) -> nn
     """Build a timm model without head, with the hub's weights or a local file's.
 
     Raises:
-        UserError: naming the recipe key.
+        UserError: naming the recipe key; also if the file lacks any of the model's weights, because timm would leave
+            those random without a word.
     """
-    local = {"file": weights} if weights else None
     if weights and not Path(weights).is_file():
         raise UserError(f"{key}.weights: {weights} does not exist; name a .safetensors or .pt file")
     try:
-        return timm.create_model(
-            source, pretrained=True, pretrained_cfg_overlay=local, num_classes=0, img_size=image_size
-        )
+        network = timm.create_model(source, pretrained=weights is None, num_classes=0, img_size=image_size)
+        if weights is None:
+            return network
+        loaded = load_checkpoint(network, weights, strict=False, filter_fn=checkpoint_filter_fn)
     except Exception as error:  # timm, the hub client and torch each raise their own kinds
         raise UserError(
             f"{key}: timm model {source!r} could not be loaded ({type(error).__name__}: {error}); check the name, or "
             f"give a local file as {key}.weights where no hub is in reach"
         ) from None
+    if loaded.missing_keys:
+        raise UserError(
+            f"{key}.weights: {weights} is not a file of {source}: it lacks {len(loaded.missing_keys)} of its tensors, "
+            f"first {loaded.missing_keys[0]}"
+        )
+    return network
 
 
 def tensors_sha256(network: nn.Module) -> str:
@@ -98,5 +108,5 @@ def tensors_sha256(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

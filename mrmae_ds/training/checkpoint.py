@@ -60,8 +60,12 @@ def save_checkpoint(
         shards = dist.get_world_size() if engine.zero_optimization_stage() > 0 else 0
         _commit(staging / tag, stage_dir / FOLDER / tag, step, recipe_hash, seed, shards)
         shutil.rmtree(staging, ignore_errors=True)
-        for old in list_checkpoints(stage_dir)[:-keep]:
-            shutil.rmtree(old)
+        # Steps beyond this one are of a run that was left for an older checkpoint.
+        found = list_checkpoints(stage_dir)
+        kept = [path for path in found if path.name <= tag][-keep:]
+        for path in found:
+            if path not in kept:
+                shutil.rmtree(path)
     dist.barrier()
 
 

@@ -27,9 +27,9 @@ def choose_device(launch: Launch) -> torch.device:
         return torch.device("cpu")
     count = get_accelerator().device_count()
     # With one GPU bound to each task, every task sees a single device, whatever its local rank.
-    if count > 1 and launch.local_rank >= count:
+    if count > 1 and max(launch.local_size, launch.local_rank + 1) > count:
         raise UserError(
-            f"local rank {launch.local_rank} but only {count} GPUs on this node; start {count} processes a node"
+            f"{launch.local_size} processes on this node but only {count} GPUs; start {count} processes a node"
         )
     return torch.device(name, launch.local_rank % count)
 

@@ -5,7 +5,7 @@
     3. set activation checkpointing
     4. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
 
-Steps 1 and 2 are the stage's (training/stages.py), 3 and 4 are :func:`build_engine`.
+Steps 1 and 2 are the stage's (training/job.py), 3 and 4 are :func:`build_engine`.
 """
 
 from __future__ import annotations

@@ -54,6 +54,18 @@ RECIPE_KEYS = {
     "fp16": "torch_autocast with bfloat16 (fp16 is not supported)",
 }
 CHECKPOINTING_KEYS = ("conv_stages", "transformer", "decoder")
+SECTION_KEYS = {
+    "activation_checkpointing": (
+        *CHECKPOINTING_KEYS,
+        "partition_activations",
+        "cpu_checkpointing",
+        "contiguous_memory_optimization",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    ),
+    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
+}
 
 
 @dataclass(frozen=True)
@@ -107,11 +119,15 @@ def load_engine_config(path: Path) -> EngineConfig:
         raise UserError(
             f"{path}: gradient_clipping is required: left out, DeepSpeed clips at 1.0; write 0.0 for no clipping"
         )
+    clipping = raw["gradient_clipping"]
+    if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+        raise UserError(f"{path}: gradient_clipping must be a number of at least 0, got {clipping!r}")
+    _check_sections(path, raw)
     micro = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
     if micro is None:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: pictures a process takes at a time")
     zero = raw.get("zero_optimization", {})
-    if not isinstance(zero, dict) or zero.get("stage", 0) not in (0, 1, 2, 3):
+    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
     return EngineConfig(
         path=path,
@@ -130,16 +146,19 @@ def validate_sections(config: EngineConfig) -> None:
     Raises:
         UserError: with the file, the key and DeepSpeed's message.
     """
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
     from pydantic import ValidationError
 
-    try:
-        DeepSpeedZeroConfig(**config.raw.get("zero_optimization", {}))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        near = nearest_key(key, DeepSpeedZeroConfig.model_fields) if first["type"] == "extra_forbidden" else ""
-        raise UserError(f"{config.path}: zero_optimization.{key}: {first['msg']}{near}") from None
+    for name, model in {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}.items():
+        try:
+            model(**config.raw.get(name, {}))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            written = [field.alias or known for known, field in model.model_fields.items()]
+            near = nearest_key(key, written) if first["type"] == "extra_forbidden" else ""
+            raise UserError(f"{config.path}: {name}.{key}: {first['msg']}{near}") from None
 
 
 def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, recipe: str) -> int:
@@ -184,6 +203,17 @@ def _positive_int(path: Path, raw: dict[str, Any], key: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
     return value
+
+
+def _check_sections(path: Path, raw: dict[str, Any]) -> None:
+    """Sections are objects, and those that DeepSpeed reads without a look have no unknown key."""
+    for name in ("zero_optimization", "bf16", "data_types", *SECTION_KEYS):
+        section = raw.get(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} must be a section of keys and values, got {section!r}")
+        for key in section:
+            if name in SECTION_KEYS and key not in SECTION_KEYS[name]:
+                raise UserError(f"{path}: {name}.{key}: unknown key{nearest_key(key, SECTION_KEYS[name])}")
 
 
 def _checkpoint_plan(path: Path, section: dict[str, Any]) -> CheckpointPlan:

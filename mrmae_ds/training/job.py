@@ -9,6 +9,7 @@ import torch
 
 from mrmae_ds.data.beton import BetonInfo, check_beton
 from mrmae_ds.data.order import steps_per_epoch
+from mrmae_ds.data.reader import check_backend
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder
@@ -36,7 +37,7 @@ class Options:
         recipe: another recipe. run: the run's folder, by default runs/NAME.
         resume: ``auto``, ``never`` or a checkpoint folder.
         overrides: ``key.path=value``.
-        dry_run: one real step, nothing written.
+        dry_run: two real steps, nothing written.
     """
 
     ds_config: Path
@@ -92,6 +93,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     recipe, engine_config = load_configs(options)
     stage = recipe.stage(options.stage)
     validate_sections(engine_config)
+    check_backend()
     stage_dir = (options.run or Path("runs") / recipe.name) / options.stage
     recipe_path = str(options.recipe or options.ds_config.with_suffix(".yaml"))
     accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, recipe_path)
@@ -109,7 +111,11 @@ def prepare_job(options: Options, launch: Launch) -> Job:
         micro_batch=engine_config.micro_batch,
         launch=launch,
     )
-    start = Start("fresh") if options.dry_run else decide_start(stage_dir, recipe, train_data.sha256, options.resume)
+    start = (
+        Start("fresh")
+        if options.dry_run
+        else decide_start(stage_dir, recipe, options.stage, train_data.sha256, options.resume)
+    )
     torch.manual_seed(recipe.seed)
     init, report = None, ""
     task: PretrainTask | FinetuneTask

@@ -33,7 +33,7 @@ def prepare_environment() -> Launch:
         UserError: if the launcher's variables are incomplete or are no numbers.
     """
     env = os.environ
-    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    if "RANK" not in env and "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1:
         _export_slurm(env)
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     given = [name for name in defaults if name in env]
@@ -48,18 +48,33 @@ def prepare_environment() -> Launch:
         # A single process needs a rendezvous too; port 0 lets the system choose a free one.
         env.setdefault("MASTER_ADDR", "127.0.0.1")
         env.setdefault("MASTER_PORT", "0")
-    local_size = env.get("LOCAL_WORLD_SIZE") or env.get("LOCAL_SIZE") or env.get("SLURM_NTASKS_PER_NODE")
-    try:
-        launch = Launch(
-            int(env["RANK"]),
-            int(env["LOCAL_RANK"]),
-            int(env["WORLD_SIZE"]),
-            int(local_size or env["WORLD_SIZE"]),
+    launch = Launch(
+        _number(env, "RANK", 0),
+        _number(env, "LOCAL_RANK", 0),
+        _number(env, "WORLD_SIZE", 1),
+        _local_size(env),
+    )
+    if not 0 <= launch.rank < launch.world_size or launch.local_rank < 0:
+        raise UserError(
+            f"environment: RANK {launch.rank}, LOCAL_RANK {launch.local_rank} and WORLD_SIZE {launch.world_size} "
+            "contradict each other"
         )
-    except ValueError:
-        raise UserError("environment: RANK, LOCAL_RANK and WORLD_SIZE must be whole numbers") from None
     _set_defaults(env, launch)
     return launch
+
+
+def _number(env: os._Environ[str], name: str, default: int) -> int:
+    try:
+        return int(env.get(name, default))
+    except ValueError:
+        raise UserError(f"environment: {name} must be a whole number, got {env[name]!r}") from None
+
+
+def _local_size(env: os._Environ[str]) -> int:
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
+        if env.get(name):
+            return _number(env, name, 1)
+    return _number(env, "WORLD_SIZE", 1)
 
 
 def _export_slurm(env: os._Environ[str]) -> None:
@@ -70,7 +85,7 @@ def _export_slurm(env: os._Environ[str]) -> None:
             "environment: under srun, MASTER_ADDR must name the first node: "
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)'
         )
-    env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+    env.setdefault("MASTER_PORT", str(20000 + _number(env, "SLURM_JOB_ID", 0) % 20000))
 
 
 def _set_defaults(env: os._Environ[str], launch: Launch) -> None:

@@ -19,6 +19,9 @@ from mrmae_ds.training.launch import Launch
 from mrmae_ds.training.schedule import learning_rate
 from mrmae_ds.training.tasks import StepKey, Task
 
+# A few bad batches are skipped; when nothing else comes, going on is a waste. Judged where losses are read.
+MAX_BAD_STEPS = 5
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the process group is intact and every rank raises it."""
@@ -169,10 +172,11 @@ def train(
         hooks: what happens around the steps.
 
     Raises:
-        TrainingError: if the loss was not finite in every micro-batch of an interval.
+        TrainingError: after :data:`MAX_BAD_STEPS` or more steps in a row without one finite loss.
     """
     engine.train()
     meter = Meter()
+    bad_steps = 0
     batches: Iterator[Batch] = iter(())
     for step in range(start, plan.total_steps):
         epoch, within = divmod(step, plan.steps_per_epoch)
@@ -182,15 +186,17 @@ def train(
         done = step + 1
         epoch_ends = done % plan.steps_per_epoch == 0
         if done % log_every == 0 or epoch_ends or done == 1:
+            steps = meter.batches // plan.accumulation
             values, all_bad = _interval(engine, plan, meter, done)
+            bad_steps = bad_steps + steps if all_bad else 0
             if epoch_ends:
                 values |= hooks.end_of_epoch(epoch + 1, done)
             hooks.log(done, values)
-            if all_bad:
+            if bad_steps >= MAX_BAD_STEPS:
                 raise TrainingError(
-                    f"the loss was not finite in any micro-batch of the interval that ended at step {done}; such steps "
-                    "are skipped, so the weights are as they were before it. Lower the learning rate, or look at its "
-                    "pictures"
+                    f"the loss was not finite in any micro-batch of the last {bad_steps} steps, up to step {done}; "
+                    "such steps are skipped, so the weights are as they were before. Lower the learning rate, or "
+                    "look at the pictures"
                 )
             if epoch_ends:
                 hooks.save(epoch + 1, done)

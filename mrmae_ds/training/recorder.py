@@ -18,6 +18,7 @@ from mrmae_ds.reporting.records import (
     Init,
     Parameters,
     PretrainSummary,
+    Results,
     RunRecord,
     Schedule,
     Status,
@@ -47,6 +48,7 @@ class Recorder:
         self.record = new_record(job, parameters, device)
         if previous:
             self.record.started = previous.started
+            self.record.results = previous.results
         self.metrics = MetricsWriter(self.folder, resume_step=start or None)
         label = f"{job.recipe.name} {job.stage_name}"
         self.progress = Progress(label, self.plan.total_steps, start, every_seconds=10.0)
@@ -57,18 +59,22 @@ class Recorder:
         self.metrics.write(step, values)
         self.progress.update(step, values["loss"], values["lr"], values["images_per_s"])
 
-    def saved(self, step: int) -> None:
-        """A checkpoint was written after ``step`` steps."""
+    def saved(self, step: int, results: dict[str, float | int]) -> None:
+        """A checkpoint was written after ``step`` steps, with the results so far."""
+        self._update(results)
         self._write("running", step)
 
     def finish(self, results: dict[str, float | int]) -> None:
         """The stage is done."""
-        self.record.results = self.record.results.model_copy(update=results)
+        self._update(results)
         self._close("finished", self.plan.total_steps)
 
     def fail(self, step: int) -> None:
         """The stage ended with an error after about ``step`` steps."""
         self._close("failed", step)
+
+    def _update(self, results: dict[str, float | int]) -> None:
+        self.record.results = Results(**(self.record.results.model_dump() | results))
 
     def _close(self, status: Status, step: int) -> None:
         self.progress.close()
@@ -104,7 +110,7 @@ def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
         size=recipe.size,
         stage=job.stage_name,
         seed=recipe.seed,
-        recipe_hash=recipe.hash(),
+        recipe_hash=recipe.hash(job.stage_name),
         git=git_state(REPOSITORY),
         versions=collect_versions(),
         hardware=collect_hardware(job.plan.launch.world_size, device),
@@ -145,7 +151,7 @@ def export_metadata(job: Job, results: dict[str, float | int]) -> dict[str, Any]
         "mean": job.recipe.data.mean,
         "std": job.recipe.data.std,
         "recipe": job.recipe.model_dump(mode="json"),
-        "recipe_hash": job.recipe.hash(),
+        "recipe_hash": job.recipe.hash(job.stage_name),
         "stage": job.stage_name,
         "step": job.plan.total_steps,
         "results": results,

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.recipe import Recipe
+from mrmae_ds.recipe import Recipe, StageName
 from mrmae_ds.reporting.records import RECORD_FILE, RunRecord
 from mrmae_ds.training.checkpoint import FOLDER, list_checkpoints, read_manifest
 
@@ -20,18 +20,22 @@ ENGINE_FILE = "engine.json"
 
 @dataclass(frozen=True)
 class Start:
-    """What a command is to do in a stage's folder: ``fresh``, ``resume`` from ``checkpoint``, or ``done``."""
+    """What a command is to do in a stage's folder: ``fresh``, ``resume`` from ``checkpoint``, or ``done``.
+
+    ``damaged`` says what is wrong with newer checkpoints that were passed over.
+    """
 
     action: Literal["fresh", "resume", "done"]
     checkpoint: Path | None = None
+    damaged: tuple[str, ...] = ()
 
 
-def decide_start(stage_dir: Path, recipe: Recipe, data_sha256: str, resume: str) -> Start:
+def decide_start(stage_dir: Path, recipe: Recipe, stage: StageName, data_sha256: str, resume: str) -> Start:
     """Look before anything is started; nothing is changed.
 
     Args:
         stage_dir: runs/NAME/STAGE.
-        recipe: that the command is for.
+        recipe, stage: that the command is for.
         data_sha256: of its training data.
         resume: ``auto`` goes on from the newest checkpoint if there is one; ``never`` starts anew; else a
             checkpoint folder.
@@ -43,17 +47,13 @@ def decide_start(stage_dir: Path, recipe: Recipe, data_sha256: str, resume: str)
         return Start("fresh")
     if resume != "auto":
         checkpoint = Path(resume)
-        _check_same(read_manifest(checkpoint).recipe_hash, recipe, checkpoint.parent.parent)
+        manifest = read_manifest(checkpoint)
+        _check_same(manifest.recipe_hash, manifest.seed, recipe, stage, checkpoint.parent.parent)
         return Start("resume", checkpoint)
     if not (stage_dir / RECORD_FILE).exists():
         return Start("fresh")
     record = RunRecord.load(stage_dir)
-    if (record.recipe_hash, record.seed) != (recipe.hash(), recipe.seed):
-        _check_same(record.recipe_hash, recipe, stage_dir)
-        raise UserError(
-            f"{stage_dir}: holds a run with seed {record.seed}, this is seed {recipe.seed}; name another folder "
-            "with --run, or start anew here with --resume never"
-        )
+    _check_same(record.recipe_hash, record.seed, recipe, stage, stage_dir)
     if record.data.sha256 != data_sha256:
         raise UserError(
             f"{stage_dir}: holds a run on other data ({record.data.dataset}, {record.data.samples} samples, "
@@ -62,23 +62,32 @@ def decide_start(stage_dir: Path, recipe: Recipe, data_sha256: str, resume: str)
         )
     if record.status == "finished":
         return Start("done")
-    whole = list_checkpoints(stage_dir)
-    if whole:
-        return Start("resume", whole[-1])
+    damaged = []
+    for checkpoint in reversed(list_checkpoints(stage_dir)):
+        try:
+            read_manifest(checkpoint)
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        return Start("resume", checkpoint, tuple(damaged))
     if any((stage_dir / FOLDER).glob("step_*")):
-        raise UserError(f"{stage_dir / FOLDER}: no whole checkpoint in it; --resume never starts anew")
+        raise UserError(
+            f"{stage_dir / FOLDER}: no whole checkpoint in it; --resume never starts anew. {' '.join(damaged)}"
+        )
     return Start("fresh")
 
 
-def _check_same(recipe_hash: str, recipe: Recipe, stage_dir: Path) -> None:
-    if recipe_hash == recipe.hash():
+def _check_same(recipe_hash: str, seed: int, recipe: Recipe, stage: StageName, stage_dir: Path) -> None:
+    mend = "Name another folder with --run, or start anew here with --resume never"
+    if recipe_hash == recipe.hash(stage):
+        if seed != recipe.seed:
+            raise UserError(f"{stage_dir}: holds a run with seed {seed}, this is seed {recipe.seed}. {mend}")
         return
     path = stage_dir / RECIPE_FILE
     old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
     changed = differences(old, yaml.safe_load(recipe.to_yaml()))
     raise UserError(
-        f"{stage_dir}: holds a run of another recipe; changed since: {'; '.join(changed) or 'not known'}. "
-        "Name another folder with --run, or start anew here with --resume never"
+        f"{stage_dir}: holds a run of another recipe; changed since: {'; '.join(changed) or 'not known'}. {mend}"
     )
 
 

@@ -65,7 +65,8 @@ class _Hooks:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """See :class:`Hooks`."""
-        self.results.setdefault("first_loss", values["loss"])
+        if step == 1:
+            self.results["first_loss"] = values["loss"]
         self.results["last_loss"] = values["loss"]
         if self.recorder:
             self.recorder.log(step, values)
@@ -76,9 +77,9 @@ class _Hooks:
         if epochs % record.save_every_epochs and epochs != job.stage.epochs:
             return
         keep = record.keep_checkpoints
-        save_checkpoint(self.engine, job.stage_dir, step, job.recipe.hash(), job.recipe.seed, keep)
+        save_checkpoint(self.engine, job.stage_dir, step, job.recipe.hash(job.stage_name), job.recipe.seed, keep)
         if self.recorder:
-            self.recorder.saved(step)
+            self.recorder.saved(step, self.results)
 
 
 def run_job(job: Job) -> None:
@@ -97,9 +98,9 @@ def run_job(job: Job) -> None:
     start_process_group(device)
     engine = _engine(job, device)
     first = launch.rank == 0
-    if first and job.start.action == "fresh":
+    if first:
         config = json.dumps(job.engine_config.for_deepspeed(job.plan.accumulation), indent=2)
-        prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=True)
+        prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=job.start.action == "fresh")
     step = load_checkpoint(engine, job.start.checkpoint) if job.start.checkpoint else 0
     recorder = Recorder(job, parameters, device, step) if first else None
     try:
@@ -108,6 +109,8 @@ def run_job(job: Job) -> None:
         hooks = _Hooks(job, engine, val, recorder)
         reader = open_reader(job, device, training=True)
         train(engine, job.task, reader, job.plan, step, job.recipe.record.log_every, hooks)
+        if step == job.plan.total_steps:  # it ended between its last checkpoint and its record
+            hooks.end_of_epoch(job.plan.epochs, step)
         _export(job, engine, hooks.results)
         if recorder:
             recorder.finish(hooks.results)
@@ -140,6 +143,8 @@ def _announce(job: Job, device: torch.device, step: int, parameters: int) -> Non
         f"into {job.stage_dir}" + (f", going on after step {step}" if step else ""),
         flush=True,
     )
+    for damaged in job.start.damaged:
+        print(f"  passed over: {damaged}", flush=True)
     if job.report:
         print(f"  started from {job.report}", flush=True)
 

@@ -323,3 +323,11 @@ def test_the_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
         assert batch.images.device == batch.labels.device == batch.valid.device == device
         batches.append(Batch(batch.images.cpu(), batch.labels.cpu(), batch.indices.cpu(), batch.valid.cpu()))
     assert _digest(batches) == _digest(_reader(betons[0], train=True).epoch(0))
+
+
+def test_a_missing_ffcv_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mrmae_ds.data.reader import check_backend
+
+    monkeypatch.setitem(sys.modules, "ffcv.loader", None)
+    with pytest.raises(UserError, match=r"need ffcv.*libopencv-dev.*pip install 'mrmae_ds\[ffcv\]'"):
+        check_backend()

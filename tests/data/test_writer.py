@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from mrmae_ds.data.beton import check_beton, read_sidecar, sidecar_path
-from mrmae_ds.files import file_sha256
 from mrmae_ds.data.verify import describe_beton, verify_beton
 from mrmae_ds.data.writer import write_beton
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256
 
 from .jpegs import stored_jpegs
 from .samples import Photographs, photograph

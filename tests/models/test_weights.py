@@ -1,0 +1,203 @@
+"""Weights files: round trip, what is loaded where, and files that cannot be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.pretrain import FusionSpec
+from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
+from mrmae_ds.models.weights import (
+    MODEL_FILE,
+    LoadReport,
+    build_encoder,
+    encoder_metadata,
+    find_weights,
+    init_classifier,
+    load_encoder,
+    read_metadata,
+    read_tensors,
+    save_weights,
+    spec_from_metadata,
+)
+
+from .reference import perturb, pixel_model
+
+CVIT = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))
+VIT = ViTSpec(16, 2, 4, patch=4)
+BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
+
+
+def save_pretrained(path: Path, spec: EncoderSpec, image_size: int = 16) -> dict[str, Tensor]:
+    """Write a pre-training file; returns its tensors."""
+    encoder = build_encoder(spec, image_size)
+    model = pixel_model(encoder, FusionSpec(), DecoderSpec(dim=16, depth=1, num_heads=4), "standardize")
+    perturb(model, seed=5)
+    with torch.no_grad():  # positions that are not what a new model of another size would have anyway
+        encoder.pos_embed += 0.1 * torch.randn_like(encoder.pos_embed)
+    save_weights(path, model.state_dict(), {"kind": "pretrain", **encoder_metadata(encoder)})
+    return model.state_dict()
+
+
+def save_classifier(path: Path, spec: EncoderSpec, classes: int) -> dict[str, Tensor]:
+    """Write a fine-tuned file; returns its tensors."""
+    model = build_encoder(spec, 16, classes)
+    perturb(model, seed=6)
+    save_weights(path, model.state_dict(), {"kind": "classifier", **encoder_metadata(model)})
+    return model.state_dict()
+
+
+@BOTH
+def test_round_trip(spec: EncoderSpec, tmp_path: Path) -> None:
+    path = tmp_path / MODEL_FILE
+    saved = save_pretrained(path, spec)
+    read = read_tensors(path)
+    assert read.keys() == saved.keys()
+    assert all(torch.equal(read[name], saved[name]) for name in saved)
+    metadata = read_metadata(path)
+    assert spec_from_metadata(metadata) == spec
+    assert metadata["image_size"] == 16
+    assert [file.name for file in tmp_path.iterdir()] == [MODEL_FILE]
+
+
+def test_views_are_saved_as_they_look(tmp_path: Path) -> None:
+    save_weights(tmp_path / "x", {"t": torch.arange(6.0).reshape(2, 3).T}, {})
+    assert read_tensors(tmp_path / "x")["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
+
+
+@BOTH
+def test_pretrained_into_classifier_misses_exactly_head_and_fc_norm(
+    spec: EncoderSpec, tmp_path: Path
+) -> None:
+    path = tmp_path / MODEL_FILE
+    saved = save_pretrained(path, spec)
+    model = build_encoder(spec, 16, 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = load_encoder(model, path)
+    assert sorted(report.missing) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+    assert sorted(report.unexpected) == sorted(name for name in saved if not name.startswith("encoder."))
+    assert report.resized == []
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name] if name in report.missing else saved[f"encoder.{name}"]), name
+    assert sorted([*report.loaded, *report.missing]) == sorted(before)
+
+
+@BOTH
+def test_pretrained_into_bare_encoder_misses_nothing(spec: EncoderSpec, tmp_path: Path) -> None:
+    save_pretrained(tmp_path / MODEL_FILE, spec)
+    assert load_encoder(build_encoder(spec, 16), tmp_path / MODEL_FILE).missing == []
+
+
+@BOTH
+def test_classifier_into_classifiers(spec: EncoderSpec, tmp_path: Path) -> None:
+    saved = save_classifier(tmp_path / MODEL_FILE, spec, classes=3)
+    same = build_encoder(spec, 16, 3)
+    report = load_encoder(same, tmp_path / MODEL_FILE)
+    assert (report.missing, report.unexpected) == ([], [])
+    assert all(torch.equal(value, saved[name]) for name, value in same.state_dict().items())
+    report = load_encoder(build_encoder(spec, 16, 5), tmp_path / MODEL_FILE)
+    assert sorted(report.missing) == sorted(report.unexpected) == ["head.bias", "head.weight"]
+    report = load_encoder(build_encoder(spec, 16), tmp_path / MODEL_FILE)
+    assert report.missing == []
+    assert sorted(report.unexpected) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
+
+
+@BOTH
+def test_positions_are_resized_for_another_grid(spec: EncoderSpec, tmp_path: Path) -> None:
+    saved = save_pretrained(tmp_path / MODEL_FILE, spec)["encoder.pos_embed"]
+    model = build_encoder(spec, 24, 3)
+    report = load_encoder(model, tmp_path / MODEL_FILE)
+    assert report.resized == ["pos_embed"]
+    prefix = 1 if spec is VIT else 0
+    expected = resample_abs_pos_embed(saved, [6, 6], num_prefix_tokens=prefix, antialias=False)
+    assert expected.shape == (1, prefix + 36, 16)
+    torch.testing.assert_close(model.pos_embed.detach(), expected)
+    assert torch.equal(model.pos_embed[:, :prefix], saved[:, :prefix])
+
+
+def test_another_architecture_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / MODEL_FILE
+    save_pretrained(path, CVIT)
+    other = CViTSpec((8, 12, 16), (1, 1, 3), 4, patches=(2, 2, 1))
+    for spec in (other, VIT):
+        with pytest.raises(UserError, match=rf"{path}: holds an encoder CViTSpec.*but the recipe's model is"):
+            load_encoder(build_encoder(spec, 16), path)
+
+
+def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / MODEL_FILE
+    tensors = save_pretrained(path, CVIT)
+    metadata = read_metadata(path)
+    del tensors["encoder.blocks1.0.conv1.bias"]
+    save_weights(path, tensors, metadata)
+    with pytest.raises(UserError, match=rf"{path}: encoder tensors are missing.*blocks1.0.conv1.bias"):
+        load_encoder(build_encoder(CVIT, 16), path)
+
+
+def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / MODEL_FILE
+    tensors = save_pretrained(path, CVIT)
+    metadata = read_metadata(path)
+    tensors["encoder.patch_embed4.bias"] = torch.zeros(3)
+    save_weights(path, tensors, metadata)
+    with pytest.raises(UserError, match=rf"{path}: patch_embed4.bias is \(3,\), expected \(16,\)"):
+        load_encoder(build_encoder(CVIT, 16), path)
+
+
+def test_foreign_absent_and_truncated_files_are_named(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign.pt"
+    torch.save({"weight": torch.zeros(2)}, foreign)
+    without = tmp_path / "without.safetensors"
+    save_file({"weight": torch.zeros(2)}, without)
+    whole, truncated = tmp_path / MODEL_FILE, tmp_path / "truncated.safetensors"
+    save_pretrained(whole, CVIT)
+    truncated.write_bytes(whole.read_bytes()[:-1000])
+    empty = tmp_path / "empty.safetensors"
+    empty.touch()
+    for path in (foreign, truncated, empty, tmp_path / "absent.safetensors"):
+        with pytest.raises(UserError, match=rf"{path}: not a readable safetensors file"):
+            read_metadata(path)
+        with pytest.raises(UserError, match=str(path)):
+            load_encoder(build_encoder(CVIT, 16), path)
+    with pytest.raises(
+        UserError, match=rf"{without}: a safetensors file, but not one written by this project"
+    ):
+        read_metadata(without)
+
+
+def test_find_weights(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"teachers.t.source: {tmp_path} has not finished"):
+        find_weights(tmp_path, "teachers.t.source")
+    with pytest.raises(
+        UserError, match=r"stages.finetune.init: .*nowhere does not exist; run that stage first"
+    ):
+        find_weights(tmp_path / "nowhere", "stages.finetune.init")
+    (tmp_path / MODEL_FILE).touch()
+    assert (
+        find_weights(tmp_path, "key") == find_weights(tmp_path / MODEL_FILE, "key") == tmp_path / MODEL_FILE
+    )
+
+
+def test_report_counts_and_names() -> None:
+    report = LoadReport(loaded=["a", "b"], missing=[f"m{i}" for i in range(8)])
+    assert str(report) == "loaded 2 tensors; resized 0; missing 8 (m0, m1, m2, m3, m4, m5, ...); not used 0"
+
+
+@BOTH
+def test_classifier_initialisation(spec: EncoderSpec) -> None:
+    torch.manual_seed(0)
+    model = build_encoder(spec, 16, 400)
+    init_classifier(model)
+    assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.15)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            std = 2e-5 if name == "head" else 0.02
+            assert module.weight.std().item() == pytest.approx(std, rel=0.15), name
+            assert (module.bias == 0).all(), name

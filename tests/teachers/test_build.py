@@ -1,0 +1,76 @@
+"""build_teacher: a recipe's section to a teacher whose tokens lie on the student's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.recipe import DataConfig, TeacherConfig
+from mrmae_ds.teachers import Teacher, build_teacher
+
+from .samples import CVIT, MEAN, VIT, pixels_of, save_run
+
+DATA = DataConfig(train=Path("train.beton"), val=Path("val.beton"), mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
+
+
+def build(source: Path, student_size: int = 16, grid: int = 4, **options: Any) -> Teacher:
+    config = TeacherConfig(kind="checkpoint", source=str(source), **options)
+    return build_teacher("mae", config, DATA, student_size, (grid, grid))
+
+
+def test_defaults_are_bf16_raw_features_and_its_own_statistics(tmp_path: Path) -> None:
+    save_run(tmp_path, VIT)
+    teacher = build(tmp_path)
+    assert teacher.dtype == torch.bfloat16
+    assert teacher.mean.flatten().tolist() == pytest.approx(MEAN)
+    assert teacher.image_size == 16
+    output = teacher(pixels_of(2, 16))
+    assert output.tokens.shape == (2, 16, 16)
+    assert output.importance.shape == (2, 16)
+
+
+def test_student_statistics_and_fp32(tmp_path: Path) -> None:
+    save_run(tmp_path, CVIT)
+    teacher = build(tmp_path, statistics="student", precision="fp32")
+    assert teacher.dtype == torch.float32
+    assert teacher.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert teacher.std.flatten().tolist() == pytest.approx([0.9, 0.8, 0.7])
+
+
+def test_teacher_of_another_size_on_the_students_grid(tmp_path: Path) -> None:
+    save_run(tmp_path, VIT)
+    teacher = build(tmp_path, student_size=32, image_size=16)
+    assert teacher(pixels_of(1, 32)).tokens.shape == (1, 16, 16)
+
+
+def test_grid_mismatch_names_the_mend(tmp_path: Path) -> None:
+    save_run(tmp_path, VIT)
+    with pytest.raises(UserError) as error:
+        build(tmp_path, student_size=32, grid=4)
+    message = str(error.value)
+    assert "teachers.mae: its 8x8 tokens at 32 pixels do not match the student's 4x4 at 32" in message
+    assert "set teachers.mae.image_size to 16" in message
+    assert "patches of 8" in message
+    build(tmp_path, student_size=32, grid=4, image_size=16)
+
+
+def test_an_input_that_its_patches_do_not_tile_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path, VIT)
+    with pytest.raises(UserError, match=r"image_size: 18 is not a multiple of the patch stride 4"):
+        build(tmp_path, image_size=18)
+
+
+def test_missing_weights_name_the_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"teachers.mae.source: .*run that stage first"):
+        build(tmp_path / "runs/mae_tiny/pretrain")
+
+
+@pytest.mark.parametrize(("kind", "message"), [("clip", "needs a tag"), ("timm", "could not be loaded")])
+def test_kinds_reach_their_library(kind: str, message: str) -> None:
+    config = TeacherConfig(kind=kind, source="no_such_model")
+    with pytest.raises(UserError, match=rf"teachers.clip.*{message}"):
+        build_teacher("clip", config, DATA, 64, (4, 4))

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mrmae_ds.cli import build_parser, main
+from mrmae_ds.recipe import load_recipe
+
+from .processes import REPOSITORY, Finished, run
+from .reporting.builders import make_record
+
+CONFIG = "ds_configs/tiny.json"
+LIMIT_S = 120
+
+
+def _train(*arguments: str | Path) -> Finished:
+    return run([sys.executable, "train.py", *arguments], LIMIT_S)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["table", "{}/nowhere"],
+        ["table", "{}/file.txt"],
+        ["table", "{}/torn"],
+        ["show", "{}/nowhere"],
+        ["show", "{}/torn"],
+        ["data", "info", "{}/nowhere.beton"],
+        ["data", "info", "{}/file.txt"],
+        ["data", "verify", "{}/nowhere.beton"],
+        ["data", "verify", "{}/file.txt"],
+    ],
+    ids=" ".join,
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file.txt").write_text("no .beton")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "record.json").write_text("{")
+    assert main([argument.format(tmp_path) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
+    assert str(tmp_path) in err
+
+
+def test_the_table_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_record(top1=81.25).write(_folder(tmp_path / "runs" / "tiny" / "finetune"))
+    assert main(["table", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "81.2" in out and "MR-MAE" in out
+    for kind in ("md", "csv", "png"):
+        path = tmp_path / "out" / f"table.{kind}"
+        assert path.stat().st_size > 0 and str(path) in out
+
+
+def test_the_table_goes_into_the_first_folder_by_default(tmp_path: Path) -> None:
+    make_record().write(_folder(tmp_path / "runs" / "a" / "finetune"))
+    make_record(seed=1).write(_folder(tmp_path / "more" / "a" / "finetune"))
+    assert main(["table", str(tmp_path / "runs"), str(tmp_path / "more")]) == 0
+    assert (tmp_path / "runs" / "table.md").is_file()
+    assert not (tmp_path / "more" / "table.md").exists()
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize("command", [[], ["table"], ["show"], ["data"], ["data", "info"], ["data", "verify"]], ids=str)
+def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--help"])
+    assert caught.value.code == 0
+    assert "usage: mrmae" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["data"], ["tabel"], ["data", "verify"], ["table"], ["show", "a", "--count", "x"]], ids=" ".join
+)
+def test_a_wrong_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        build_parser().parse_args(arguments)
+    assert caught.value.code == 2
+    assert "usage: mrmae" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    from mrmae_ds import __version__
+
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"mrmae_ds {__version__}\n"
+
+
+def test_the_installed_command(tmp_path: Path) -> None:
+    done = run([Path(sys.executable).parent / "mrmae", "data", "info", tmp_path / "x.beton"], LIMIT_S)
+    assert done.status == 2
+    assert done.stderr.startswith("error: ") and "x.beton" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_print_config_prints_the_resolved_recipe_and_the_engine_config(tmp_path: Path) -> None:
+    overrides = ["seed=7", "stages.pretrain.epochs=9"]
+    done = _train("--ds_config", CONFIG, *overrides, "--print-config")
+    assert done.status == 0, done.stderr
+    recipe_text, _, engine_text = done.stdout.partition("\n# engine config ds_configs/tiny.json\n")
+    (tmp_path / "printed.yaml").write_text(recipe_text)
+    printed = load_recipe(tmp_path / "printed.yaml")
+    expected = load_recipe(REPOSITORY / "ds_configs/tiny.yaml", overrides)
+    assert printed == expected and printed.seed == 7
+    assert recipe_text.startswith(f"# recipe {expected.hash('pretrain')}\n")
+    assert yaml.safe_load(recipe_text)["stages"]["pretrain"]["epochs"] == 9
+    assert json.loads(engine_text) == json.loads((REPOSITORY / CONFIG).read_text())
+
+
+def test_print_config_of_another_recipe_names_what_is_wrong() -> None:
+    recipe = "ds_configs/baselines/mae_tiny.yaml"
+    done = _train("--ds_config", CONFIG, "--recipe", recipe, "--print-config", "stages.pretrain.epoch=3")
+    assert done.status == 2
+    error = f"error: {recipe}: stages.pretrain.epoch: unknown key; did you mean 'epochs'?"
+    assert done.stderr.splitlines().count(error) == 1
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ([], "--ds_config"),
+        (["--ds_config", CONFIG, "--stage", "fintune"], "--stage"),
+        (["--ds_config", CONFIG, "--epochs", "3"], "--epochs"),
+    ],
+)
+def test_a_wrong_command_line_of_train(
+    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from train import parse_arguments
+
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(arguments)
+    assert caught.value.code == 2
+    assert part in capsys.readouterr().err
+
+
+def test_overrides_may_stand_anywhere_and_the_launchers_rank_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(REPOSITORY))
+    from train import parse_arguments
+
+    args = parse_arguments(["--local_rank=1", "--ds_config", CONFIG, "seed=1", "--stage", "finetune", "size=S"])
+    assert (args.overrides, args.stage, args.resume, args.run) == (["seed=1", "size=S"], "finetune", "auto", None)
+    assert (args.dry_run, args.print_config, args.ds_config) == (False, False, Path(CONFIG))

@@ -1,0 +1,39 @@
+"""`make demo` on a folder of pictures: every command of the README, on a tree small enough for a test."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mrmae_ds.reporting.records import find_records
+from tests.data.samples import sample_sets
+from tests.processes import REPOSITORY, run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Path]:
+    """Ten classes of real pictures, SRC/CLASS/*.png; what the demo writes for it is removed afterwards."""
+    source = tmp_path / f"pictures_{tmp_path.name}"
+    for index, (picture, label) in enumerate(sample_sets(200, 10)[0]):  # type: ignore[arg-type]
+        folder = source / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"{index}.png")
+    yield source
+    for room in ("runs", "datasets"):
+        shutil.rmtree(REPOSITORY / room / f"demo_{source.name}", ignore_errors=True)
+
+
+def test_demo_on_a_folder(tree: Path) -> None:
+    done = run(["make", "demo", f"DATA={tree}"], 840)
+    assert done.status == 0, done.stdout + done.stderr
+    runs = REPOSITORY / "runs" / f"demo_{tree.name}"
+    stages = {(record.name, record.stage): record.status for _, record in find_records([runs])}
+    assert len(stages) == 7 and set(stages.values()) == {"finished"}
+    rows = [line for line in (runs / "table.md").read_text().splitlines() if f", {tree.name})" in line]
+    assert len(rows) == 4 and all("**" in row for row in rows)
+    assert f"{runs.relative_to(REPOSITORY)}/tiny/pretrain/pictures/" in done.stdout
