@@ -32,7 +32,7 @@ fetch_fashion_mnist() {
     { "${sudo[@]}" apt-get update -qq && "${sudo[@]}" apt-get install -y -qq dataset-fashion-mnist; } >/dev/null 2>&1 || true
 }
 
-counts=(--train-count 4000 --val-count 2000)
+counts=(--train-count 3200 --val-count 2000)
 where=()
 if [ -n "$data" ]; then
     name=demo_$(basename "$data")
@@ -53,7 +53,7 @@ train() {
     local settings=("${where[@]}")
     # Only the recipe with a teacher has its section.
     [ "$name" = tiny ] || settings=("${where[@]:0:2}")
-    show deepspeed --num_gpus "$processes" train.py --ds_config ds_configs/tiny.json --stage "$stage" \
+    show deepspeed -q --num_gpus "$processes" train.py --ds_config ds_configs/tiny.json --stage "$stage" \
         "${recipe[@]}" "${run[@]}" "${settings[@]}"
 }
 
