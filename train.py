@@ -40,6 +40,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 for a failure, 2 for bad input."""
     args = parse_arguments(argv)
+    launch, started = None, False
     try:
         launch = prepare_environment()
         from mrmae_ds.training.job import Options, load_configs, prepare_job
@@ -62,11 +63,12 @@ def main(argv: list[str] | None = None) -> int:
         job = prepare_job(options, launch)
         from mrmae_ds.training.stage import dry_run, run_job
 
+        started = True
         (dry_run if args.dry_run else run_job)(job)
         return 0
     except UserError as error:
-        # Every rank of a node sees the same mistake: say it once a node, fail on all.
-        if "launch" not in locals() or launch.local_rank == 0:
+        # Before the start every rank of a node sees the same mistake; after it one can be alone with its own.
+        if launch is None or launch.local_rank == 0 or started:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception:

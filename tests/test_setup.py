@@ -1,0 +1,52 @@
+"""The set-up script: nothing to do the second time, and a clear word where it may not install."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.processes import REPOSITORY, environment, run
+
+
+def test_a_second_run_does_nothing() -> None:
+    """`make test` has run it once; its stamp says that nothing has changed since."""
+    before = {path: path.stat().st_mtime_ns for path in (REPOSITORY / ".venv").glob(".setup-*")}
+    done = run(["bash", "scripts/setup.sh"], 30)
+    assert (done.status, done.stdout, done.stderr) == (0, "", "")
+    assert len(before) == 1 and all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+@pytest.fixture
+def bare_machine(tmp_path: Path) -> Path:
+    """A clone on a machine without a compiler, without FFCV's libraries and without root."""
+    clone, tools = tmp_path / "clone", tmp_path / "bin"
+    (clone / "scripts").mkdir(parents=True)
+    tools.mkdir()
+    for name in ("setup.py", "constraints.txt", "scripts/setup.sh"):
+        shutil.copy(REPOSITORY / name, clone / name)
+    for name in ("bash", "cat", "cut", "dirname", "sha256sum"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    (tools / "python3").symlink_to(Path(sys.base_prefix) / "bin" / "python3")
+    (tools / "id").write_text("#!/bin/sh\necho 1000\n")
+    (tools / "id").chmod(0o755)
+    return clone
+
+
+def test_missing_packages_are_named_where_they_cannot_be_installed(bare_machine: Path) -> None:
+    done = run(
+        ["bash", bare_machine / "scripts/setup.sh"], 30, environment() | {"PATH": str(bare_machine.parent / "bin")}
+    )
+    assert done.status == 1
+    for package in ("g++", "pkg-config", "libopencv-dev", "libturbojpeg0-dev"):
+        assert package in done.stderr
+    assert "apt-get install" in done.stderr and "conda install -c conda-forge" in done.stderr
+    assert not (bare_machine / ".venv").exists()
+
+
+def test_an_interpreter_that_does_not_fit_is_refused(bare_machine: Path) -> None:
+    path = {"PATH": str(bare_machine.parent / "bin"), "PYTHON": "/bin/false"}
+    done = run(["bash", bare_machine / "scripts/setup.sh"], 30, environment() | path)
+    assert done.status == 1 and "PYTHON=/bin/false is not a Python 3.10 to 3.12" in done.stderr
