@@ -24,8 +24,8 @@ def main() -> int:
         metavar="F",
         help="split off from each class where SRC has no val/",
     )
-    parser.add_argument("--train-count", type=int, metavar="N", help="class-balanced subset; default: all")
-    parser.add_argument("--val-count", type=int, metavar="N", help="class-balanced subset; default: all")
+    parser.add_argument("--train-count", type=int, metavar="N", help="at most N, class-balanced; default: all")
+    parser.add_argument("--val-count", type=int, metavar="N", help="at most N, class-balanced; default: all")
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores, 8 at most")
     parser.add_argument("--skip-bad", action="store_true", help="leave undecodable pictures out and list them")
     options = vars(parser.parse_args())

@@ -224,8 +224,8 @@ def test_bfloat16_by_engine_config(name: str, section: dict[str, object], worksp
     results = finish(rank_processes(2, *arguments, *settings), 240)
     assert [result.status for result in results] == [0, 0], results[0].stderr
     reduced, full = read_metrics(workspace.run(name) / "pretrain"), read_metrics(mrmae)
-    # The same warm-up as the float32 run's: the curves agree to the precision of bfloat16, and are not equal.
-    assert [line["loss"] for line in reduced[:5]] == pytest.approx([line["loss"] for line in full[:5]], rel=0.03)
+    # The same pictures, masks and rates as the float32 run: close while the loss falls steeply, and not equal.
+    assert [line["loss"] for line in reduced[:5]] == pytest.approx([line["loss"] for line in full[:5]], rel=0.06)
     assert reduced[0]["loss"] != full[0]["loss"]
     assert reduced[-1]["loss"] < 0.85 * reduced[0]["loss"]
     weights = load_file(workspace.run(name) / "pretrain" / "model.safetensors")

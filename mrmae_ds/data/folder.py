@@ -41,11 +41,11 @@ class PictureFolder:
         return PictureFolder([self.paths[row] for row in rows], self.labels[rows])
 
     def limited(self, count: int | None, part: str) -> PictureFolder:
-        """A class-balanced subset of ``count``, or all for None. Raises UserError if there are fewer."""
-        if count is None:
+        """A class-balanced subset of at most ``count``, or all for None. Raises UserError for less than 1."""
+        if count is not None and count < 1:
+            raise UserError(f"the {part} count must be at least 1, not {count}")
+        if count is None or count >= len(self):
             return self
-        if not 0 < count <= len(self):
-            raise UserError(f"the {part} count must be in 1..{len(self)}, not {count}")
         return self.take(balanced_subset(self.labels, count))
 
 
@@ -128,7 +128,7 @@ def write_folder(
         name: of the data set, as tables show it; None: the folder's.
         source: see ``open_folder``. val_fraction: used where the tree has no val/.
         max_side, quality, workers, skip_bad: see ``writer.write_beton``.
-        train_count, val_count: class-balanced subsets; None: all.
+        train_count, val_count: class-balanced subsets of at most so many; None: all.
 
     Returns what was written. Raises UserError.
     """

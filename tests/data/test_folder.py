@@ -90,8 +90,9 @@ def test_folders_are_written(tmp_path: Path) -> None:
         ("val.beton", 8, ("a", "b")),
     ]
     assert [label for _, label, _ in stored_jpegs(written[0].path)] == [0, 0, 0, 1, 1, 1]
-    with pytest.raises(UserError, match=r"the val count must be in 1\.\.8, not 9"):
-        write_folder(tmp_path / "in", tmp_path / "out", val_fraction=0.5, val_count=9)
+    assert write_folder(tmp_path / "in", tmp_path / "out", val_fraction=0.5, val_count=9)[1].num_samples == 8
+    with pytest.raises(UserError, match=r"the val count must be at least 1, not 0"):
+        write_folder(tmp_path / "in", tmp_path / "out", val_fraction=0.5, val_count=0)
 
 
 def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
