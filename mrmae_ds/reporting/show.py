@@ -7,15 +7,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mrmae_ds.build import build_pretraining
 from mrmae_ds.data.reader import build_reader
 from mrmae_ds.errors import UserError
 from mrmae_ds.masking import VisibleSet, choose_visible
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
-from mrmae_ds.models.weights import build_encoder, find_weights, read_metadata, read_tensors
+from mrmae_ds.models.weights import find_weights, read_metadata, read_tensors
 from mrmae_ds.objectives import PIXELS, patchify, unpatchify
-from mrmae_ds.recipe import PretrainConfig, Recipe
+from mrmae_ds.recipe import Recipe
 from mrmae_ds.reporting.figures import attention_grid, reconstruction_grid
-from mrmae_ds.teachers import Teacher, build_teacher
 from mrmae_ds.teachers.own import encoder_attention
 
 PICTURES = "pictures"
@@ -42,7 +42,9 @@ def show_run(stage_dir: Path, count: int | None = None, seed: int = 0) -> list[P
     count = recipe.record.pictures if count is None else count
     if metadata["kind"] != "pretrain" or stage is None or count == 0:
         return []
-    model, teachers = _restore(recipe, stage, path)
+    model, teachers = build_pretraining(recipe, stage)
+    model.load_state_dict(read_tensors(path))
+    model.eval()
     pixels = _pictures(recipe, count)
     mean, std = (
         torch.tensor(recipe.data.mean).view(1, 3, 1, 1),
@@ -97,18 +99,6 @@ def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet) -> Te
         raise UserError(f"objectives.{found[0]}.normalize: {spec.normalize} cannot be undone to show pixels")
     removed = visible.mask[..., None]
     return unpatchify(predicted * removed + true * (1 - removed), model.encoder.grid, model.encoder.stride)
-
-
-def _restore(recipe: Recipe, stage: PretrainConfig, path: Path) -> tuple[PretrainModel, dict[str, Teacher]]:
-    size = recipe.model.image_size
-    encoder = build_encoder(recipe.model.spec(), size)
-    teachers = {
-        name: build_teacher(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
-    }
-    widths = {name: teacher.width for name, teacher in teachers.items()}
-    model = PretrainModel(encoder, recipe.model.fusion, recipe.model.decoder, stage.objectives, widths)
-    model.load_state_dict(read_tensors(path))
-    return model.eval(), teachers
 
 
 def _pictures(recipe: Recipe, count: int) -> Tensor:

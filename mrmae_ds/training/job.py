@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
+from mrmae_ds.build import build_pretraining
 from mrmae_ds.data.beton import BetonInfo, check_beton
 from mrmae_ds.data.order import steps_per_epoch
 from mrmae_ds.data.reader import check_backend
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder
 from mrmae_ds.recipe import FinetuneConfig, PretrainConfig, Recipe, StageConfig, StageName, load_recipe
-from mrmae_ds.teachers import build_teacher
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,
@@ -121,7 +120,8 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     task: PretrainTask | FinetuneTask
     if isinstance(stage, PretrainConfig):
         image_size = recipe.model.image_size
-        task = _pretrain_task(recipe, stage, engine_config)
+        model, teachers = build_pretraining(recipe, stage)
+        task = PretrainTask(model, teachers, stage, recipe.data, engine_config.model_dtype)
     else:
         image_size = stage.image_size or recipe.model.image_size
         init = _init_file(stage, stage_dir)
@@ -140,28 +140,6 @@ def prepare_job(options: Options, launch: Launch) -> Job:
         init=init,
         report=report,
     )
-
-
-def _pretrain_task(recipe: Recipe, stage: PretrainConfig, engine_config: EngineConfig) -> PretrainTask:
-    size = recipe.model.image_size
-    encoder = build_encoder(recipe.model.spec(), size)
-    keep = int(encoder.grid[0] * encoder.grid[1] * stage.masking.keep_ratio)
-    if keep < 1:
-        raise UserError(
-            f"stages.pretrain.masking.keep_ratio: {stage.masking.keep_ratio} of {encoder.grid[0]}x{encoder.grid[1]} "
-            "tokens leaves none visible; raise it or model.image_size"
-        )
-    teachers = {
-        name: build_teacher(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
-    }
-    model = PretrainModel(
-        encoder,
-        recipe.model.fusion,
-        recipe.model.decoder,
-        stage.objectives,
-        {name: teacher.width for name, teacher in teachers.items()},
-    )
-    return PretrainTask(model, teachers, stage, recipe.data, engine_config.model_dtype)
 
 
 def _init_file(stage: FinetuneConfig, stage_dir: Path) -> Path | None:

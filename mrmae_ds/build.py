@@ -1,0 +1,32 @@
+"""From a recipe to the modules of its pre-training, on the CPU: for training, and for drawing what was trained."""
+
+from __future__ import annotations
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.masking import num_visible
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.weights import build_encoder
+from mrmae_ds.recipe import PretrainConfig, Recipe
+from mrmae_ds.teachers import Teacher, build_teacher
+
+
+def build_pretraining(recipe: Recipe, stage: PretrainConfig) -> tuple[PretrainModel, dict[str, Teacher]]:
+    """The student, freshly initialised, and its teachers by the recipe's names.
+
+    Raises:
+        UserError: if the patches do not tile the picture, no token would be visible, a fused layer does not exist, or
+            a teacher cannot be had or does not fit.
+    """
+    size = recipe.model.image_size
+    encoder = build_encoder(recipe.model.spec(), size)
+    rows, columns = encoder.grid
+    if num_visible(rows * columns, stage.masking.keep_ratio) < 1:
+        raise UserError(
+            f"stages.pretrain.masking.keep_ratio: {stage.masking.keep_ratio} of {rows}x{columns} "
+            "tokens leaves none visible; raise it or model.image_size"
+        )
+    teachers = {
+        name: build_teacher(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
+    }
+    widths = {name: teacher.width for name, teacher in teachers.items()}
+    return PretrainModel(encoder, recipe.model.fusion, recipe.model.decoder, stage.objectives, widths), teachers
