@@ -1,7 +1,7 @@
 """The model sizes, as data. Nothing else in the project knows a model's width, depth or patch.
 
 CViT: Base from the authors' public code, Large and Huge from an author's statement, Small from the same family.
-Plain ViT: MAE's B/16, L/16, H/14. ``tiny`` is ours, for pictures of 32 or 64 pixels.
+Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. ``tiny`` is ours, for pictures of 32 or 64 pixels.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ ARCHITECTURES: dict[str, EncoderSpec] = {
     "cvit_large": CViTSpec((384, 768, 1024), (2, 2, 23), 16),
     "cvit_huge": CViTSpec((768, 1024, 1280), (2, 2, 31), 16, patches=(7, 1, 2)),
     "vit_tiny": ViTSpec(96, 4, 4, patch=4),
+    "vit_small": ViTSpec(384, 12, 6),
     "vit_base": ViTSpec(768, 12, 12),
     "vit_large": ViTSpec(1024, 24, 16),
     "vit_huge": ViTSpec(1280, 32, 16, patch=14),

@@ -36,11 +36,9 @@ def count(model: nn.Module, trainable_only: bool = False) -> int:
         ("cvit_base", 224, 85_374_824),
         ("cvit_large", 224, 311_171_688),
         ("cvit_huge", 224, 652_303_592),
-        (
-            "vit_base",
-            224,
-            86_567_656,
-        ),  # the well-known count of ViT-B/16; fc_norm has the size of the final norm
+        # The well-known counts of ViT-S/16 and B/16; fc_norm has the size of the final norm.
+        ("vit_small", 224, 22_050_664),
+        ("vit_base", 224, 86_567_656),
     ],
 )
 @pytest.mark.usefixtures("on_meta")
