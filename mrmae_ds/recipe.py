@@ -70,12 +70,19 @@ class TeacherConfig(Section):
     """A frozen teacher.
 
     Attributes:
-        kind: ``checkpoint`` a run of this project, ``clip`` an open_clip tower, ``timm`` a timm ViT (DINO, DINOv2).
-        source: a run's stage folder or model file; or the model's name in open_clip or timm.
-        weights: for clip and timm: a tag or local file; null takes timm's own pretrained weights.
+        kind: ``checkpoint`` a run of this project, ``clip`` an open_clip tower, ``timm`` any timm model with tokens or
+            feature maps (DINO, DINOv2, a convolutional network).
+        source: a run's stage folder or model file; or the model's name in open_clip or timm (``hf-hub:``,
+            ``local-dir:`` too).
+        weights: for clip and timm: a tag or local file; null takes those that the source names.
         image_size: side of the teacher's input in pixels; null is the student's.
         features: of the last block: ``raw``, ``ln_post`` after the final norm, ``proj`` also projected (clip).
+        stage: of a network with feature maps, 0-based; null takes the deepest whose grid is the student's.
+        position_resize: of a timm ViT's position embedding to another grid: ``library`` as timm does it, ``dino`` as
+            DINO's and DINOv2's own code; null is ``dino`` for these two (without registers), else ``library``.
+        quickgelu: whether CLIP weights were trained with QuickGELU; only for files that do not say.
         statistics: whose mean and standard deviation normalise its input.
+        mean, std: its own statistics (of pixels in 0 to 1), where the library's are not those of the weights.
         precision: of its weights and arithmetic.
     """
 
@@ -84,8 +91,25 @@ class TeacherConfig(Section):
     weights: str | None = None
     image_size: int | None = Field(None, gt=0)
     features: Literal["raw", "ln_post", "proj"] = "raw"
+    stage: int | None = Field(None, ge=0)
+    position_resize: Literal["library", "dino"] | None = None
+    quickgelu: bool | None = None
     statistics: Literal["teacher", "student"] = "teacher"
+    mean: Rgb | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> TeacherConfig:
+        used_by = {"weights": "clip, timm", "stage": "clip, timm", "position_resize": "timm", "quickgelu": "clip"}
+        for key, kinds in used_by.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                raise ValueError(f".{key}: has no effect on kind {self.kind} (only on {kinds}); remove it")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give both mean and std, or neither")
+        if self.mean is not None and self.statistics == "student":
+            raise ValueError(".mean: statistics: student takes the student's; remove one of the two")
+        return self
 
 
 class MaskingConfig(Section):

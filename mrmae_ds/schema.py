@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -18,8 +18,9 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _true_is_no_number(cls, values: Any) -> Any:
-        """pydantic takes true for 1.0; no key of a recipe is a boolean, so one is always a mistake."""
+        """pydantic takes true for 1.0; where a key is not a boolean, one is a mistake."""
         for key, value in values.items() if isinstance(values, dict) else ():
-            if isinstance(value, bool):
+            field = cls.model_fields.get(key)
+            if isinstance(value, bool) and not (field and bool in get_args(field.annotation)):
                 raise ValueError(f".{key}: expected a value, got {str(value).lower()}")
         return values
