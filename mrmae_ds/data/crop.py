@@ -106,19 +106,35 @@ def random_boxes(
     return boxes
 
 
-def center_boxes(heights: IntArray, widths: IntArray, image_size: int) -> IntArray:
-    """The centred squares that evaluation looks at, never mirrored.
+def resize_and_corner(sides: IntArray, short_sides: IntArray, image_size: int) -> tuple[IntArray, IntArray]:
+    """MAE's evaluation along one axis: resize the short side to ``image_size / 0.875``, cut the centre.
 
-    MAE's evaluation resizes the short side to ``image_size / 0.875`` (above 224 pixels: to ``image_size``)
-    and cuts the centre ``image_size`` square. Seen from the stored picture that is one centred square, 0.875
-    (or all) of the short side, resized once.
+    Above 224 pixels the short side is resized to ``image_size`` itself. Rounding is torchvision's (``Resize``,
+    ``CenterCrop``).
+
+    Args:
+        sides: of the pictures along the axis, pixels, int64 [B]. short_sides: the smaller of both axes.
+
+    Returns the sides after resizing, and where the cut begins in the resized picture, both int64 [B].
+    """
+    short = int(image_size / 0.875) if image_size <= 224 else image_size
+    resized = short * sides // short_sides
+    return resized, np.rint((resized - image_size) / 2).astype(np.int64)
+
+
+def center_boxes(heights: IntArray, widths: IntArray, image_size: int) -> IntArray:
+    """What evaluation looks at (``resize_and_corner``), in whole pixels of the stored pictures; never mirrored.
 
     Args:
         heights, widths: sizes of the stored pictures in pixels, int64 [B].
 
-    Returns int64 [B, 5]: top, left, side, side (pixels), 0.
+    Returns int64 [B, 5]: top, left, height, width (pixels), 0.
     """
-    fraction = 0.875 if image_size <= 224 else 1.0
-    sides = np.rint(fraction * np.minimum(heights, widths)).astype(np.int64).clip(min=1)
-    tops, lefts = (heights - sides) // 2, (widths - sides) // 2
-    return np.stack([tops, lefts, sides, sides, np.zeros_like(sides)], axis=1)
+    short = np.minimum(heights, widths)
+    corners, lengths = [], []
+    for sides in (heights, widths):
+        resized, corner = resize_and_corner(sides, short, image_size)
+        first, last = (np.rint(edge * sides / resized).astype(np.int64) for edge in (corner, corner + image_size))
+        corners.append(first)
+        lengths.append((last - first).clip(min=1))
+    return np.stack([*corners, *lengths, np.zeros_like(short)], axis=1)

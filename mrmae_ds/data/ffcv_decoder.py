@@ -23,13 +23,12 @@ import torch
 
 from mrmae_ds.data._ffcv import import_ffcv
 from mrmae_ds.data.crop import IntArray
-from mrmae_ds.errors import UserError
 
 import_ffcv()
 
 import llvmlite.binding  # noqa: E402
 import numba  # noqa: E402
-from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder  # noqa: E402
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
 from ffcv.libffcv import lib  # noqa: E402
 from ffcv.loader import Loader  # noqa: E402
 from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
@@ -168,25 +167,6 @@ def damaged_rows(file: npt.NDArray[np.uint8], table: IntArray, rows: IntArray) -
     numba.set_num_threads(threads)
     _decode(file, table, rows, boxes, images, scratch, status)
     return rows[status != 0]
-
-
-def jpeg_table(file: Any, path: Path) -> IntArray:
-    """Where each JPEG lies: int64 [N, 4]: offset and length in the file (bytes), height and width (pixels).
-
-    Args:
-        file: an ``ffcv.reader.Reader``.
-
-    Raises UserError if pictures are stored otherwise than as JPEG.
-    """
-    image_field = f"f{file.field_names.index('image')}"
-    stored = file.metadata[image_field]
-    if (stored["mode"] != IMAGE_MODES["jpg"]).any():
-        raise UserError(f"{path}: holds pictures that are not JPEGs; write it with the scripts in data/")
-    order = np.argsort(file.alloc_table["ptr"])
-    allocated = file.alloc_table[order]
-    lengths = allocated["size"][np.searchsorted(allocated["ptr"], stored["data_ptr"])]
-    columns = [stored["data_ptr"], lengths, stored["height"], stored["width"]]
-    return np.stack([column.astype(np.int64) for column in columns], axis=1)
 
 
 def build_loader(path: Path, decoder: BoxDecoder, *, batch_size: int, threads: int) -> Loader:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.data._ffcv import import_ffcv, keep_torch_threads
+from mrmae_ds.data.beton_file import BetonFile
 from mrmae_ds.data.crop import center_boxes, random_boxes
-from mrmae_ds.data.ffcv_decoder import BoxDecoder, Decoded, build_loader, jpeg_table
+from mrmae_ds.data.ffcv_decoder import BoxDecoder, Decoded, build_loader
 from mrmae_ds.data.order import BoolArray, IntArray
 from mrmae_ds.data.reader import Batch, ReaderSettings
 from mrmae_ds.errors import UserError
@@ -21,7 +22,6 @@ from mrmae_ds.errors import UserError
 import_ffcv()
 
 from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
-from ffcv.reader import Reader as BetonReader  # noqa: E402
 from numba import config as numba_config  # noqa: E402
 
 
@@ -34,11 +34,6 @@ class _GivenOrder:
     def sample_order(self, epoch: int) -> IntArray:
         """The rows, whatever epoch FFCV believes it is in."""
         return self.rows
-
-
-def integer_column(file: BetonReader, name: str) -> IntArray:
-    """An integer field of every sample, int64 [N]: it lies in the file's table and needs no decoding."""
-    return file.metadata[f"f{file.field_names.index(name)}"].astype(np.int64)
 
 
 class FFCVReader:
@@ -54,12 +49,9 @@ class FFCVReader:
                 f"num_workers is {threads}, but this process has {numba_config.NUMBA_NUM_THREADS} cores "
                 "(NUMBA_NUM_THREADS): lower it, or give the job more CPUs"
             )
-        file = BetonReader(str(path))
-        if not {"image", "label", "index"} <= set(file.field_names) or file.num_samples != self.num_samples:
-            raise UserError(f"{path}: does not hold what its sidecar describes; write it with the scripts in data/")
-        self._labels = integer_column(file, "label")
-        self._indices = integer_column(file, "index")
-        self._decoder = BoxDecoder(settings.image_size, jpeg_table(file, path), threads)
+        file = BetonFile(path, self.num_samples)
+        self._labels, self._indices = file.labels, file.indices
+        self._decoder = BoxDecoder(settings.image_size, file.table, threads)
         with keep_torch_threads():
             self._loader = build_loader(path, self._decoder, batch_size=settings.micro_batch, threads=threads)
         self.batches_per_epoch = settings.batches_per_epoch
@@ -68,11 +60,7 @@ class FFCVReader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """See ``reader.Reader``. Raises UserError for an epoch or a batch that does not exist."""
-        if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
-            raise UserError(
-                f"no batch {start_batch} in epoch {epoch} of {self.settings.info.path}: an epoch has "
-                f"{self.batches_per_epoch} batches"
-            )
+        self.settings.check_batch(epoch, start_batch)
         rows, valid = self.settings.rows(epoch)
         return self._deliver(epoch, rows[start_batch:], valid[start_batch:])
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,8 @@ from mrmae_ds.data.beton import BetonInfo, check_beton
 from mrmae_ds.data.crop import CropSettings
 from mrmae_ds.data.order import BoolArray, IntArray, eval_order, steps_per_epoch, train_order
 from mrmae_ds.errors import UserError
+
+Backend = Literal["ffcv", "pillow"]
 
 _CPU = torch.device("cpu")
 
@@ -89,6 +91,14 @@ class ReaderSettings:
             return steps_per_epoch(self.info.num_samples, global_batch) * self.accumulation
         return -(-self.info.num_samples // (self.micro_batch * self.world_size))
 
+    def check_batch(self, epoch: int, start_batch: int) -> None:
+        """Raises UserError for an epoch or a batch that does not exist."""
+        if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
+            raise UserError(
+                f"no batch {start_batch} in epoch {epoch} of {self.info.path}: an epoch has "
+                f"{self.batches_per_epoch} batches"
+            )
+
     def rows(self, epoch: int) -> tuple[IntArray, BoolArray]:
         """This rank's samples in an epoch and whether they count: int64 and bool [batches, B]."""
         if not self.train:
@@ -121,14 +131,15 @@ def default_num_workers() -> int:
     return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1))
 
 
-def check_backend(backend: str = "ffcv") -> None:
+def check_backend(backend: Backend = "ffcv") -> None:
     """See that a backend can be used here. Raises UserError if it is unknown or not installed."""
-    if backend != "ffcv":
-        raise UserError(f"unknown data backend {backend!r}; there is: ffcv")
-    # Imported late: a machine that only plans or reports needs no ffcv.
-    from mrmae_ds.data._ffcv import import_ffcv
+    if backend not in get_args(Backend):
+        raise UserError(f"unknown data backend {backend!r}; there are: {', '.join(get_args(Backend))}")
+    if backend == "ffcv":
+        # Imported late: a machine that only plans or reports needs no ffcv.
+        from mrmae_ds.data._ffcv import import_ffcv
 
-    import_ffcv()
+        import_ffcv()
 
 
 def build_reader(
@@ -144,7 +155,7 @@ def build_reader(
     crop: CropSettings | None,
     num_workers: int | None = None,
     device: torch.device = _CPU,
-    backend: str = "ffcv",
+    backend: Backend = "ffcv",
 ) -> Reader:
     """Open a data set for one rank.
 
@@ -157,9 +168,9 @@ def build_reader(
         world_size, rank: how the set is shared.
         seed: of order, crops and flips; not negative.
         crop: needed for training, not used for evaluation.
-        num_workers: decoding threads; None: ``default_num_workers()``.
+        num_workers: decoding threads (of "pillow", processes); None: ``default_num_workers()``.
         device: where the batches are delivered.
-        backend: "ffcv".
+        backend: "ffcv", or "pillow": the same boxes, bicubic and slower; see ``pillow_reader``.
 
     Raises UserError for a missing or cut-off file, one smaller than a global batch, and values that make no
     sense.
@@ -189,6 +200,10 @@ def build_reader(
         num_workers=num_workers or default_num_workers(),
         device=torch.device(device),
     )
+    if backend == "pillow":
+        from mrmae_ds.data.pillow_reader import PillowReader
+
+        return PillowReader(settings)
     from mrmae_ds.data.ffcv_reader import FFCVReader
 
     return FFCVReader(settings)

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mrmae_ds.data.beton import BetonInfo, check_beton, read_sidecar
+from mrmae_ds.data.beton_file import BetonFile
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 
@@ -36,15 +37,10 @@ def verify_beton(path: str | Path) -> BetonInfo:
 def _problems(info: BetonInfo) -> Iterator[str]:
     """One line for each thing that is not as it should be."""
     # Imported late: `describe_beton` needs no ffcv.
-    from mrmae_ds.data.ffcv_decoder import damaged_rows, jpeg_table
-    from mrmae_ds.data.ffcv_reader import BetonReader, integer_column
+    from mrmae_ds.data.ffcv_decoder import damaged_rows
 
-    beton = BetonReader(str(info.path))
-    table = jpeg_table(beton, info.path)
-    labels, indices = integer_column(beton, "label"), integer_column(beton, "index")
-    content = np.memmap(info.path, dtype=np.uint8, mode="r").view(np.ndarray)
-    if len(table) != info.num_samples:
-        yield f"  {len(table)} samples, not {info.num_samples}"
+    beton = BetonFile(info.path, info.num_samples)
+    content, table, labels, indices = beton.content, beton.table, beton.labels, beton.indices
     rows = np.arange(len(table))
     for row in rows[(indices != rows) | (labels < 0) | (labels >= info.num_classes)]:
         yield f"  sample {row}: index {indices[row]}, label {labels[row]} of {info.num_classes}"

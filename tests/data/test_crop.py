@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import RandomResizedCrop, v2
 
 from mrmae_ds.data.crop import CropSettings, center_boxes, random_boxes, splitmix64
 
@@ -118,10 +118,23 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
     [
         (32, 32, 32, [2, 2, 28, 28, 0]),  # 32 / 0.875 = 36.6 and a centre crop of 32: 28 of 32 stored pixels
         (256, 341, 224, [16, 58, 224, 224, 0]),
-        (512, 384, 224, [88, 24, 336, 336, 0]),
+        (512, 384, 224, [87, 24, 336, 336, 0]),  # 341 x 256 and corner 58, as torchvision rounds: 87.1 of 512
         (500, 375, 448, [62, 0, 375, 375, 0]),  # above 224: all of the short side
         (1, 9, 32, [0, 4, 1, 1, 0]),
     ],
 )
 def test_evaluation_looks_at_the_centre(height: int, width: int, size: int, box: list[int]) -> None:
     assert center_boxes(np.array([height]), np.array([width]), size).tolist() == [box]
+
+
+@pytest.mark.parametrize("height, width", [(375, 500), (64, 1000), (301, 77), (224, 225)])
+@pytest.mark.parametrize("size", [32, 224, 448])
+def test_evaluation_rounds_like_torchvision(height: int, width: int, size: int) -> None:
+    short = int(size / 0.875) if size <= 224 else size
+    coordinates = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).double()
+    transform = v2.Compose([v2.Resize(short, antialias=False), v2.CenterCrop(size)])
+    seen = transform(coordinates)
+    top, left, tall, wide, _ = center_boxes(np.array([height]), np.array([width]), size)[0]
+    # The middle of what is seen, in stored pixels; bilinear interpolation of coordinates is exact inside the picture.
+    middle = seen[0].mean().item() + 0.5, seen[1].mean().item() + 0.5
+    assert abs(top + tall / 2 - middle[0]) <= 0.51 and abs(left + wide / 2 - middle[1]) <= 0.51

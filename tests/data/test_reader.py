@@ -110,14 +110,19 @@ def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> N
     assert 0 < mirrored < 16
 
 
-@pytest.mark.parametrize("size, fraction", [(96, 0.875), (256, 1.0)])
-def test_evaluation_pixels_are_the_centre(photographs: Path, size: int, fraction: float) -> None:
+@pytest.mark.parametrize("size, short", [(96, 109), (256, 256)])
+def test_evaluation_pixels_are_the_centre(photographs: Path, size: int, short: int) -> None:
     jpegs = stored_jpegs(photographs)
     for batch in _reader(photographs, train=False, image_size=size).epoch(0):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             width, height = Image.open(io.BytesIO(jpegs[index][0])).size
-            side = round(fraction * min(width, height))
-            box = (height - side) // 2, (width - side) // 2, side, side, False
+            edges = []
+            for side in (height, width):
+                resized = int(short * side / min(width, height))
+                corner = round((resized - size) / 2)
+                edges.append([round(edge * side / resized) for edge in (corner, corner + size)])
+            (top, bottom), (left, right) = edges
+            box = top, left, bottom - top, right - left, False
             _assert_cut_by(box, image, jpegs[index][0])
 
 
@@ -268,7 +273,7 @@ def test_what_goes_wrong_in_ffcvs_thread_is_raised(betons: tuple[Path, Path]) ->
         ({"crop": CropSettings(scale=(0.0, 1.0))}, "crop scale"),
         ({"crop": CropSettings(scale=(0.2, 1.0), ratio=(2.0, 1.0))}, "crop ratio"),
         ({"crop": CropSettings(scale=(0.2, 1.0), flip=2.0)}, "flip"),
-        ({"backend": "dali"}, "unknown data backend 'dali'; there is: ffcv"),
+        ({"backend": "dali"}, "unknown data backend 'dali'; there are: ffcv, pillow"),
         ({"num_workers": 5000}, "num_workers is 5000, but"),
     ],
 )

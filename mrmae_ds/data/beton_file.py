@@ -1,0 +1,85 @@
+"""The layout of a .beton as this project writes it (FFCV's format 2), read with numpy alone: no ffcv needed.
+
+A file is a header, a descriptor for each field, a table of samples, pages of JPEGs, and a table of what lies where.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from mrmae_ds.data.order import IntArray
+from mrmae_ds.errors import UserError
+
+_VERSION = 2
+_HEADER = np.dtype(
+    [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("allocations", "<u8")], align=True
+)
+_FIELD = np.dtype([("kind", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
+_IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
+_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
+_ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
+_NAMES = ["image", "label", "index"]
+_JPEG = 0
+
+
+class BetonFile:
+    """An open .beton.
+
+    Attributes:
+        table: where each JPEG lies, int64 [N, 4]: offset and length in the file (bytes), height and width (pixels).
+        labels, indices: int64 [N].
+        content: the whole file, mapped, uint8 [bytes].
+    """
+
+    def __init__(self, path: Path, num_samples: int) -> None:
+        """Open ``path``.
+
+        Raises:
+            UserError: if it is not a file of ``num_samples`` JPEGs with the fields that this project writes.
+        """
+        try:
+            self.content: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
+            header = self.content[: _HEADER.itemsize].view(_HEADER)[0]
+            fields = self._array(_FIELD, int(header["fields"]), _HEADER.itemsize)
+            names = [bytes(name).rstrip(b"\0").decode("ascii") for name in fields["name"]]
+            if header["version"] != _VERSION or names != _NAMES or header["samples"] != num_samples:
+                raise ValueError(f"version {header['version']}, {header['samples']} samples, fields {names}")
+            samples = self._array(_SAMPLE, num_samples, _HEADER.itemsize + fields.nbytes)
+            rest = (len(self.content) - int(header["allocations"])) // _ALLOCATION.itemsize
+            allocations = self._array(_ALLOCATION, rest, int(header["allocations"]))
+            if (samples["image"]["mode"] != _JPEG).any():
+                raise ValueError("pictures that are not JPEGs")
+            self.table = _jpeg_table(samples["image"], allocations)
+            if (self.table[:, 0] + self.table[:, 1] > len(self.content)).any():
+                raise ValueError("pictures beyond its end")
+        except (ValueError, IndexError) as error:  # numpy's, of a file too short or of another kind
+            raise UserError(
+                f"{path}: does not hold what its sidecar describes ({error}); write it with the scripts in data/"
+            ) from None
+        self.labels = samples["label"].astype(np.int64)
+        self.indices = samples["index"].astype(np.int64)
+
+    def _array(self, dtype: np.dtype, count: int, offset: int) -> npt.NDArray[np.void]:
+        end = offset + count * dtype.itemsize
+        if end > len(self.content):
+            raise ValueError("it is cut off")
+        return self.content[offset:end].view(dtype)
+
+    def jpeg(self, row: int) -> bytes:
+        """The JPEG of one sample, as it lies in the file."""
+        offset, length = self.table[row, :2]
+        return self.content[offset : offset + length].tobytes()
+
+
+def _jpeg_table(images: npt.NDArray[np.void], allocations: npt.NDArray[np.void]) -> IntArray:
+    """Join the samples with the table of allocations, which alone knows how long each JPEG is."""
+    order = np.argsort(allocations["place"])
+    found = np.searchsorted(allocations["place"], images["place"], sorter=order)
+    if (found == len(order)).any() or (allocations["place"][order[found]] != images["place"]).any():
+        raise ValueError("pictures that its table does not list")
+    lengths = allocations["size"][order[found]]
+    columns = [images["place"], lengths, images["height"], images["width"]]
+    return np.stack([column.astype(np.int64) for column in columns], axis=1)
