@@ -19,7 +19,7 @@ from mrmae_ds.training.launch import prepare_environment
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; also takes what the deepspeed launcher adds."""
-    from mrmae_ds.recipe import StageName
+    from mrmae_ds.recipe_stages import StageName
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ds_config", type=Path, required=True, help="engine config, ds_configs/NAME.json")

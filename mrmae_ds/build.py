@@ -6,7 +6,8 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.masking import num_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.models.weights import build_encoder
-from mrmae_ds.recipe import PretrainConfig, Recipe
+from mrmae_ds.recipe import Recipe
+from mrmae_ds.recipe_stages import PretrainConfig
 from mrmae_ds.teachers import Teacher, build_teacher
 
 

@@ -13,7 +13,8 @@ from mrmae_ds.data.order import steps_per_epoch
 from mrmae_ds.data.reader import check_backend
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder
-from mrmae_ds.recipe import FinetuneConfig, PretrainConfig, Recipe, StageConfig, StageName, load_recipe
+from mrmae_ds.recipe import Recipe, load_recipe
+from mrmae_ds.recipe_stages import FinetuneConfig, PretrainConfig, StageConfig, StageName
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.data.reader import Batch, Reader
-from mrmae_ds.recipe import StageConfig
+from mrmae_ds.recipe_stages import StageConfig
 from mrmae_ds.training.distributed import sum_over_ranks
 from mrmae_ds.training.engine import set_learning_rate
 from mrmae_ds.training.launch import Launch

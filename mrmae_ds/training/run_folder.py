@@ -10,7 +10,8 @@ from typing import Any, Literal
 import yaml
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.recipe import Recipe, StageName
+from mrmae_ds.recipe import Recipe
+from mrmae_ds.recipe_stages import StageName
 from mrmae_ds.reporting.records import RECORD_FILE, RunRecord
 from mrmae_ds.training.checkpoint import FOLDER, list_checkpoints, read_manifest
 

@@ -15,7 +15,7 @@ from mrmae_ds.data.crop import CropSettings
 from mrmae_ds.data.reader import Reader, build_reader
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import MODEL_FILE, save_weights
-from mrmae_ds.recipe import FinetuneConfig
+from mrmae_ds.recipe_stages import FinetuneConfig
 from mrmae_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.engine import build_engine, gather_state

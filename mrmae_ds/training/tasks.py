@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from mrmae_ds.data.reader import Batch
 from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.recipe import DataConfig, FinetuneConfig, PretrainConfig
+from mrmae_ds.recipe_sections import DataConfig
+from mrmae_ds.recipe_stages import FinetuneConfig, PretrainConfig
 from mrmae_ds.teachers import Teacher
 from mrmae_ds.training.optimizer import finetune_groups, pretrain_groups
 

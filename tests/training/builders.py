@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mrmae_ds.data.reader import Batch
-from mrmae_ds.recipe import FinetuneConfig, OptimizerConfig, PretrainConfig, StageConfig
+from mrmae_ds.recipe_stages import FinetuneConfig, OptimizerConfig, PretrainConfig, StageConfig
 from mrmae_ds.training.launch import Launch
 from mrmae_ds.training.loop import Plan
 

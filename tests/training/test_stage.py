@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mrmae_ds.recipe import RecordConfig
+from mrmae_ds.recipe_sections import RecordConfig
 from mrmae_ds.training import stage
 from mrmae_ds.training.stage import _Hooks
 from mrmae_ds.training.tasks import FinetuneTask

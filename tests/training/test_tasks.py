@@ -14,7 +14,8 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.models.weights import build_encoder
-from mrmae_ds.recipe import DataConfig, MaskingConfig, PretrainConfig
+from mrmae_ds.recipe_sections import DataConfig
+from mrmae_ds.recipe_stages import MaskingConfig, PretrainConfig
 from mrmae_ds.teachers import Teacher
 from mrmae_ds.training.tasks import FinetuneTask, PretrainTask, StepKey
 

@@ -1,0 +1,111 @@
+"""The recipe's sections that all stages share: model, data, teachers, loader, record."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.pretrain import FusionSpec
+from mrmae_ds.models.sizes import EncoderSpec, encoder_spec
+from mrmae_ds.schema import Section
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+Rgb = tuple[float, float, float]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class ModelConfig(Section):
+    """``arch`` names a row of models/sizes.py; ``overrides`` replaces single fields of it."""
+
+    arch: str
+    image_size: int = Field(gt=0)
+    overrides: dict[str, Any] = Field({})
+    fusion: FusionSpec = FusionSpec()
+    decoder: DecoderSpec = DecoderSpec()
+
+    @model_validator(mode="after")
+    def _exists(self) -> ModelConfig:
+        try:
+            self.spec()
+        except UserError as error:
+            raise ValueError(str(error).removeprefix("model")) from None
+        return self
+
+    def spec(self) -> EncoderSpec:
+        """The encoder's size."""
+        return encoder_spec(self.arch, self.overrides)
+
+
+class DataConfig(Section):
+    """Paths of the .beton files, and the student's input statistics (of pixels in 0 to 1)."""
+
+    train: Path
+    val: Path
+    mean: Rgb = IMAGENET_MEAN
+    std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+
+
+class TeacherConfig(Section):
+    """A frozen teacher.
+
+    Attributes:
+        kind: ``checkpoint`` a run of this project, ``clip`` an open_clip tower, ``timm`` any timm model with tokens or
+            feature maps (DINO, DINOv2, a convolutional network).
+        source: a run's stage folder or model file; or the model's name in open_clip or timm (``hf-hub:``,
+            ``local-dir:`` too).
+        weights: for clip and timm: a tag or local file; null takes those that the source names.
+        image_size: side of the teacher's input in pixels; null is the student's.
+        features: of the last block: ``raw``, ``ln_post`` after the final norm, ``proj`` also projected (clip).
+        stage: of a network with feature maps, 0-based; null takes the deepest whose grid is the student's.
+        position_resize: of a timm ViT's position embedding to another grid: ``library`` as timm does it, ``dino`` as
+            DINO's and DINOv2's own code; null is ``dino`` for these two (without registers), else ``library``.
+        quickgelu: whether CLIP weights were trained with QuickGELU; only for files that do not say.
+        statistics: whose mean and standard deviation normalise its input.
+        mean, std: its own statistics (of pixels in 0 to 1), where the library's are not those of the weights.
+        precision: of its weights and arithmetic.
+    """
+
+    kind: Literal["checkpoint", "clip", "timm"]
+    source: str
+    weights: str | None = None
+    image_size: int | None = Field(None, gt=0)
+    features: Literal["raw", "ln_post", "proj"] = "raw"
+    stage: int | None = Field(None, ge=0)
+    position_resize: Literal["library", "dino"] | None = None
+    quickgelu: bool | None = None
+    statistics: Literal["teacher", "student"] = "teacher"
+    mean: Rgb | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
+    precision: Literal["bf16", "fp32"] = "bf16"
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> TeacherConfig:
+        used_by = {"weights": "clip, timm", "stage": "clip, timm", "position_resize": "timm", "quickgelu": "clip"}
+        for key, kinds in used_by.items():
+            if getattr(self, key) is not None and self.kind not in kinds:
+                raise ValueError(f".{key}: has no effect on kind {self.kind} (only on {kinds}); remove it")
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("give both mean and std, or neither")
+        if self.mean is not None and self.statistics == "student":
+            raise ValueError(".mean: statistics: student takes the student's; remove one of the two")
+        return self
+
+
+class LoaderConfig(Section):
+    """How pictures are read; no influence on results. ``workers``: threads per process, null decides by itself."""
+
+    workers: int | None = Field(None, ge=1)
+
+
+class RecordConfig(Section):
+    """What is written down: a metrics line every so many steps, a checkpoint every so many epochs, pictures."""
+
+    log_every: int = Field(20, ge=1)
+    save_every_epochs: int = Field(1, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    pictures: int = Field(8, ge=0)

@@ -1,0 +1,113 @@
+"""The recipe's stages: what is trained, for how long, at which rate."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mrmae_ds.masking import MaskingMode
+from mrmae_ds.objectives import Objective
+from mrmae_ds.recipe_sections import Positive
+from mrmae_ds.schema import Section
+
+StageName = Literal["pretrain", "finetune"]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+# Part of module, metric and folder names.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
+RESERVED_OBJECTIVES = {"loss": "the weighted total is called that", "keys": "torch reserves it"}
+
+
+class MaskingConfig(Section):
+    """``keep_ratio`` is the visible share; modes other than random take their importance from ``teacher``."""
+
+    keep_ratio: float = Field(0.25, gt=0, lt=1)
+    mode: MaskingMode = "random"
+    teacher: str | None = None
+
+
+class OptimizerConfig(Section):
+    """AdamW and its schedule: linear warm-up, cosine to ``min_lr``; give ``base_lr`` (times batch/256) or ``lr``."""
+
+    base_lr: Positive | None = None
+    lr: Positive | None = None
+    min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
+    warmup_epochs: float = Field(ge=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    weight_decay: float = Field(0.05, ge=0)
+
+    @model_validator(mode="after")
+    def _one_rate(self) -> OptimizerConfig:
+        if (self.base_lr is None) == (self.lr is None):
+            raise ValueError("give exactly one of base_lr (times batch_size/256) and lr (absolute)")
+        return self
+
+    def peak_lr(self, batch_size: int) -> float:
+        """The rate at the end of warm-up."""
+        return self.lr if self.lr is not None else (self.base_lr or 0.0) * batch_size / 256
+
+
+class StageConfig(Section):
+    """What all stages have; ``batch_size`` is global, in pictures per optimiser step."""
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+    optimizer: OptimizerConfig
+    crop_scale: tuple[Fraction, Fraction]
+    flip: Fraction = 0.5
+
+    @field_validator("crop_scale")
+    @classmethod
+    def _low_to_high(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("must be [low, high] with 0 < low <= high <= 1")
+        return value
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> StageConfig:
+        if self.optimizer.warmup_epochs >= self.epochs:
+            raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs})")
+        return self
+
+
+class PretrainConfig(StageConfig):
+    """Pre-training: which teachers exist, what is visible, what is learned."""
+
+    teachers: tuple[str, ...] = ()
+    masking: MaskingConfig = MaskingConfig()
+    objectives: dict[Name, Objective] = Field(min_length=1)
+
+    @field_validator("objectives")
+    @classmethod
+    def _names_are_free(cls, value: dict[str, Objective]) -> dict[str, Objective]:
+        for name, reason in RESERVED_OBJECTIVES.items():
+            if name in value:
+                raise ValueError(f".{name}: not a name for an objective ({reason})")
+        return value
+
+
+class FinetuneConfig(StageConfig):
+    """Supervised fine-tuning of the whole encoder.
+
+    Attributes:
+        init: ``pretrain`` this run's own pre-training, ``scratch`` none, or a run's stage folder or model file.
+        image_size: null is the model's; the position embedding is resized for another.
+        mixup, cutmix: alpha of each; 0 is off. smoothing: of labels. erasing: probability.
+    """
+
+    init: str = "pretrain"
+    image_size: int | None = Field(None, gt=0)
+    layer_decay: float = Field(gt=0, le=1)
+    drop_path: float = Field(0.0, ge=0, lt=1)
+    mixup: float = Field(0.0, ge=0)
+    cutmix: float = Field(0.0, ge=0)
+    smoothing: Fraction = 0.0
+    erasing: Fraction = 0.0
+    eval_every_epochs: int = Field(1, ge=1)
+
+
+class StagesConfig(Section):
+    """The stages of the recipe; a recipe trained from scratch has no ``pretrain``."""
+
+    pretrain: PretrainConfig | None = None
+    finetune: FinetuneConfig | None = None
