@@ -15,8 +15,7 @@ from mrmae_ds.masking import VisibleSet
 class PatchConv(nn.Conv2d):
     """Convolution with kernel = stride = ``patch``, as one matrix product over patches.
 
-    [..., S*patch, S*patch, in] to [..., S, S, out]. Any leading dimensions, so that it serves whole maps and the
-    blocks of visible tokens alike.
+    Any leading dimensions, so that it serves whole maps and the blocks of visible tokens alike.
     """
 
     def __init__(self, in_channels: int, out_channels: int, patch: int) -> None:
@@ -24,6 +23,7 @@ class PatchConv(nn.Conv2d):
         self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., S*patch, S*patch, in] to [..., S, S, out]; the two sides may differ."""
         *lead, height, width, channels = x.shape
         p = self.patch
         if p > 1:
@@ -41,6 +41,7 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(out_channels, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., S*patch, S*patch, in] to [..., S, S, out]."""
         return F.gelu(self.norm(self.proj(x)))
 
 
@@ -53,6 +54,7 @@ class ConvMlp(nn.Module):
         self.fc2 = PatchConv(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """[..., C] to the same shape."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 

@@ -29,10 +29,17 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix_tokens: int = 0) ->
     return torch.cat([torch.zeros(prefix_tokens, dim, dtype=torch.float64), tokens]).float()[None]
 
 
-def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Patch positions [1, old rows*columns, C] for another grid: bicubic, align_corners=False, in float32."""
+def resize_positions(
+    positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int = 0
+) -> Tensor:
+    """Positions [1, prefix_tokens + old rows*columns, C] for another grid: bicubic, align_corners=False, in float32.
+
+    Prefix tokens (a class token) keep theirs.
+    """
     if old == new:
         return positions
-    grid_map = positions.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    prefix, patches = positions[:, :prefix_tokens], positions[:, prefix_tokens:]
+    grid_map = patches.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(grid_map, size=new, mode="bicubic", align_corners=False)
-    return resized.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(positions.dtype)
+    resized = resized.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(positions.dtype)
+    return torch.cat([prefix, resized], dim=1)

@@ -8,11 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from mrmae_ds.errors import UserError
+
+Count = Annotated[int, Field(gt=0)]
+Ratio = Annotated[float, Field(gt=0)]
+# Pixels: one side of a square, or height and width.
+ImageSize = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,11 @@ class CViTSpec:
     first), so the transformer's grid is the picture divided by their product.
     """
 
-    dims: tuple[int, int, int]
-    depths: tuple[int, int, int]
-    num_heads: int
-    mlp_ratios: tuple[float, float, float] = (4, 4, 4)
-    patches: tuple[int, int, int] = (4, 2, 2)
+    dims: tuple[Count, Count, Count]
+    depths: tuple[Count, Count, Count]
+    num_heads: Count
+    mlp_ratios: tuple[Ratio, Ratio, Ratio] = (4, 4, 4)
+    patches: tuple[Count, Count, Count] = (4, 2, 2)
 
     @property
     def stride(self) -> int:
@@ -44,11 +49,11 @@ class CViTSpec:
 class ViTSpec:
     """MAE's plain vision transformer with a class token."""
 
-    dim: int
-    depth: int
-    num_heads: int
-    mlp_ratio: float = 4
-    patch: int = 16
+    dim: Count
+    depth: Count
+    num_heads: Count
+    mlp_ratio: Ratio = 4
+    patch: Count = 16
 
     @property
     def stride(self) -> int:
@@ -80,48 +85,67 @@ ARCHITECTURES: dict[str, EncoderSpec] = {
 FAMILIES: dict[str, type[CViTSpec] | type[ViTSpec]] = {"cvit": CViTSpec, "vit": ViTSpec}
 
 
-def encoder_spec(arch: str, overrides: dict[str, Any] | None = None) -> EncoderSpec:
-    """The spec of a named architecture, with single fields replaced.
+def encoder_spec(arch: str, overrides: dict[str, Any] | None = None, key: str = "model.overrides") -> EncoderSpec:
+    """The spec of a named architecture, with single fields replaced; ``key`` is where these were given.
 
     Raises:
-        UserError: for an unknown name or field, or a value of the wrong type.
+        UserError: for an unknown name or field, or a value that cannot be.
     """
     if arch not in ARCHITECTURES:
         raise UserError(f"model.arch: {arch!r} is unknown; known are {', '.join(ARCHITECTURES)}")
     spec = ARCHITECTURES[arch]
     values = asdict(spec)
-    for key in overrides or {}:
-        if key not in values:
-            raise UserError(f"model.overrides.{key}: {arch} has no such field; it has {', '.join(values)}")
-    return make_spec(type(spec), values | (overrides or {}), "model.overrides")
+    for name in overrides or {}:
+        if name not in values:
+            raise UserError(f"{key}.{name}: {arch} has no such field; it has {', '.join(values)}")
+    return make_spec(type(spec), values | (overrides or {}), key)
 
 
 def make_spec(kind: type[CViTSpec] | type[ViTSpec], values: dict[str, Any], key: str) -> EncoderSpec:
     """A spec from plain values (lists for tuples), checked.
 
     Raises:
-        UserError: naming ``key`` and the field whose value has the wrong type.
+        UserError: naming ``key`` and the field whose value cannot be.
     """
     try:
-        return TypeAdapter(kind).validate_python(values)
+        spec: EncoderSpec = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise UserError(f"{key}.{where}: {first['msg']} (got {first.get('input')!r})") from None
+    if spec.embed_dim % spec.num_heads or spec.embed_dim % 4:
+        raise UserError(
+            f"{key}: the transformer's width {spec.embed_dim} must be a multiple of num_heads {spec.num_heads} "
+            "and of 4 (for the position embedding)"
+        )
+    return spec
 
 
-def token_grid(spec: EncoderSpec, image_size: int) -> tuple[int, int]:
-    """Rows and columns of the transformer's token grid for a square picture.
+def height_width(image_size: ImageSize) -> tuple[int, int]:
+    """Height and width in pixels of either form."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return height, width
+
+
+def token_grid(spec: EncoderSpec, image_size: ImageSize) -> tuple[int, int]:
+    """Rows and columns of the transformer's token grid.
 
     Raises:
         UserError: if the patches do not tile the picture; it names the nearest sizes that fit.
     """
-    side, rest = divmod(image_size, spec.stride)
-    if rest or side == 0:
-        below = side * spec.stride
-        fits = [str(size) for size in (below, below + spec.stride) if size > 0]
+    rows, columns = (_tokens_of_side(side, spec.stride) for side in height_width(image_size))
+    return rows, columns
+
+
+def _tokens_of_side(pixels: int, stride: int) -> int:
+    count, rest = divmod(pixels, stride)
+    if rest or count < 1:
+        below = count * stride
+        fits = [str(size) for size in (below, below + stride) if size > 0] or [str(stride)]
         raise UserError(
-            f"image_size: {image_size} is not a multiple of the patch stride {spec.stride}; "
+            f"image_size: {pixels} is not a multiple of the patch stride {stride}; "
             f"the nearest sizes that fit are {' and '.join(fits)}"
         )
-    return side, side
+    return count

@@ -58,7 +58,7 @@ def build_encoder(spec: EncoderSpec, image_size: int, num_classes: int = 0, drop
         UserError: if the patches do not tile ``image_size``.
     """
     if isinstance(spec, CViTSpec):
-        return CViT(spec, image_size, num_classes, drop_path_rate)
+        return CViT(spec, image_size, num_classes, drop_path_rate, global_pool="avg" if num_classes else "")
     return MaskableViT(spec, image_size, num_classes, drop_path_rate)
 
 

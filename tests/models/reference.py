@@ -57,7 +57,7 @@ def pixel_model(encoder: Encoder, fusion: FusionSpec, decoder: DecoderSpec, norm
 def reference_mcmae(reference: dict[str, Tensor], normalize: str = "standardize") -> PretrainModel:
     """The pre-training model of mcmae.npz."""
     decoder = DecoderSpec(dim=32, depth=1, num_heads=4)
-    model = pixel_model(CViT(MCMAE, 224), FusionSpec(stages=(1, 2)), decoder, normalize)
+    model = pixel_model(CViT(MCMAE, 224, global_pool=""), FusionSpec(stages=(1, 2)), decoder, normalize)
     return load_all_but_positions(model, part(reference, "state/"))
 
 
