@@ -137,7 +137,8 @@ def _code_named_in(path: Path, error: str) -> str:
     """What a refused pickle wants to call: torch's error names it, or else a plain pickle's text does; "" for none."""
     if refused := re.search(r"GLOBAL ([\w.]+)", error):
         return refused[1]
-    called, strings = [], []
+    called: list[str] = []
+    strings: list[str] = []
     try:
         with path.open("rb") as file:
             for opcode, argument, _ in pickletools.genops(file):
@@ -159,7 +160,7 @@ def _state_of(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, An
     args = content.get("args", {})
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     for state in (content, *(content.get(key) for key in STATE_KEYS)):
-        if _is_state(state):
+        if state is not None and _is_state(state):
             return dict(state), options
     networks = [str(name) for name, value in content.items() if _is_state(value)]
     if networks:
