@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from mrmae_ds.errors import UserError
 from mrmae_ds.masking import num_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.models.weights import build_encoder
-from mrmae_ds.recipe import Recipe
+from mrmae_ds.recipe import DataConfig, Recipe, TeacherConfig
 from mrmae_ds.recipe_stages import PretrainConfig
 from mrmae_ds.teachers import Teacher, build_teacher
 
+TeacherBuilder = Callable[[str, TeacherConfig, DataConfig, int, tuple[int, int]], Teacher]
 
-def build_pretraining(recipe: Recipe, stage: PretrainConfig) -> tuple[PretrainModel, dict[str, Teacher]]:
+
+def build_pretraining(
+    recipe: Recipe, stage: PretrainConfig, teacher_builder: TeacherBuilder = build_teacher
+) -> tuple[PretrainModel, dict[str, Teacher]]:
     """The student, freshly initialised, and its teachers by the recipe's names.
+
+    Args:
+        recipe: whose model, teachers and data statistics these are.
+        stage: its pre-training.
+        teacher_builder: takes what :func:`~mrmae_ds.teachers.build_teacher` takes; another one builds teachers
+            without their weights.
 
     Raises:
         UserError: if the patches do not tile the picture, no token would be visible, a fused layer does not exist, or
@@ -27,7 +39,7 @@ def build_pretraining(recipe: Recipe, stage: PretrainConfig) -> tuple[PretrainMo
             "tokens leaves none visible; raise it or model.image_size"
         )
     teachers = {
-        name: build_teacher(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
+        name: teacher_builder(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
     }
     widths = {name: teacher.width for name, teacher in teachers.items()}
     return PretrainModel(encoder, recipe.model.fusion, recipe.model.decoder, stage.objectives, widths), teachers
