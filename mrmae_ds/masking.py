@@ -99,9 +99,10 @@ def choose_visible(
     elif mode == "sample":
         assert importance is not None
         # Exponential race: the K smallest -log(u)/p are a draw of K without replacement with weights p
-        # (Efraimidis and Spirakis 2006). The clamps keep u = 0 and p = 0 finite and last.
+        # (Efraimidis and Spirakis 2006). Clamped below any positive float32, p = 0 comes after every p > 0 and
+        # its draws stay uniform among themselves; float64 has room for the quotient.
         tiny = torch.finfo(torch.float32).tiny
-        score = -noise.float().clamp_min(tiny).log() / importance.float().clamp_min(1e-12)
+        score = -noise.double().clamp_min(tiny).log() / importance.double().clamp_min(1e-60)
     else:
         assert importance is not None
         score = -importance.float()

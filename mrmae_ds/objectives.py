@@ -62,9 +62,14 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
     return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], 3, rows * patch, columns * patch)
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def normalize_target(target: Tensor, how: str) -> Tensor:
-    """Normalise each token's target [..., D] in float32; see :class:`Objective`."""
-    target = target.float()
+    """Normalise each token's target [..., D] in float32 (float64 stays); see :class:`Objective`."""
+    target = at_least_float32(target)
     if how == "standardize":
         return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     if how == "layer_norm":
@@ -75,8 +80,8 @@ def normalize_target(target: Tensor, how: str) -> Tensor:
 
 
 def token_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
-    """Distance of each token in float32, [..., D] twice to [...]; see :class:`Objective`."""
-    prediction, target = prediction.float(), target.float()
+    """Distance of each token in float32 (float64 stays), [..., D] twice to [...]; see :class:`Objective`."""
+    prediction, target = at_least_float32(prediction), at_least_float32(target)
     if loss == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
     if loss == "smooth_l1":
@@ -86,7 +91,7 @@ def token_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
 
 
 def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible: VisibleSet) -> Tensor:
-    """The mean of one objective over its tokens, a float32 scalar.
+    """The mean of one objective over its tokens, a scalar: float32, or float64 if its inputs are.
 
     Args:
         spec: the objective.

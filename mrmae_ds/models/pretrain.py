@@ -6,6 +6,7 @@ Shape legend: B pictures, P prefix tokens, K visible tokens, L tokens of the gri
 from __future__ import annotations
 
 import torch
+from pydantic import field_validator
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
@@ -31,6 +32,28 @@ class FusionSpec(Section):
     stages: tuple[int, ...] = ()
     blocks: tuple[int, ...] = ()
 
+    @field_validator("stages", "blocks")
+    @classmethod
+    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError(f"each layer is added once, {list(value)} names one twice")
+        return value
+
+
+def check_fusion(spec: FusionSpec, num_stages: int, depth: int) -> None:
+    """Raises UserError for a layer that an encoder of so many conv stages and transformer blocks does not have."""
+    wrong_stages = [s for s in spec.stages if not 1 <= s <= num_stages]
+    if wrong_stages:
+        has = f"1 to {num_stages}" if num_stages else "none"
+        raise UserError(f"model.fusion.stages: {wrong_stages} do not exist; this encoder's conv stages are {has}")
+    wrong_blocks = [b for b in spec.blocks if not 0 <= b < depth - 1]
+    if wrong_blocks:
+        has = f"0 to {depth - 2}" if depth > 1 else "none"
+        raise UserError(
+            f"model.fusion.blocks: {wrong_blocks} cannot be listed; this encoder's blocks below its last, which is "
+            f"always there, are {has}"
+        )
+
 
 class Fusion(nn.Module):
     """Multi-layer fusion: ``norm(last + sum of listed layers)`` on the visible tokens.
@@ -43,13 +66,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.spec = spec
         depth, stages = len(encoder.transformer_blocks), encoder.fusable_stages
-        wrong_stages = [s for s in spec.stages if not 1 <= s <= len(stages)]
-        wrong_blocks = [b for b in spec.blocks if not 0 <= b < depth - 1]
-        if wrong_stages or wrong_blocks:
-            raise UserError(
-                f"model.fusion: stages {wrong_stages} or blocks {wrong_blocks} do not exist; this encoder has "
-                f"stages 1 to {len(stages)} and blocks 0 to {depth - 2} below its last"
-            )
+        check_fusion(spec, len(stages), depth)
         self.stage_convs = nn.ModuleDict(
             {str(s): PatchConv(stages[s - 1][0], encoder.embed_dim, stages[s - 1][1]) for s in spec.stages}
         )
@@ -128,10 +145,11 @@ class PretrainModel(nn.Module):
             targets: features of each teacher [B, L, D] by name.
 
         Returns:
-            ``loss`` (the weighted total) and each objective's own loss by name, float32 scalars.
+            ``loss`` (the weighted total) and each objective's own loss by name, scalars: float32, or float64 where
+            model and input are float64.
         """
         predictions = self.predict(images, visible)
-        targets = {PIXELS: patchify(images.float(), self.encoder.stride), **targets}
+        targets = {PIXELS: patchify(images, self.encoder.stride), **targets}
         losses = {
             name: objective_loss(spec, predictions[name], targets[spec.target], visible)
             for name, spec in self.objectives.items()

@@ -1,15 +1,36 @@
-"""MCMAE written a second time: whole maps, the mask multiplied in, plain conv2d, any precision.
+"""MCMAE and MAE written a second time: whole maps, the mask multiplied in, plain conv2d, any precision.
 
-Shares no code with mrmae_ds. Weights are a mapping by the authors' parameter names.
+Shares no code with mrmae_ds. Weights are a mapping by the authors' parameter names; ``kept`` lists the visible token
+numbers of each picture, in the encoder's order; ``grid`` is (rows, columns).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 State = dict[str, Tensor]
+Kept = list[list[int]]
+Grid = tuple[int, int]
+
+
+def keep_smallest(noise: Tensor, keep_ratio: float) -> Kept:
+    """MAE's random masking: the ``int(L * keep_ratio)`` tokens of smallest noise, smallest first."""
+    count = int(noise.shape[1] * keep_ratio)
+    return [sorted(range(len(row)), key=row.__getitem__)[:count] for row in noise.tolist()]
+
+
+def sincos(dim: int, grid: Grid, prefix: int) -> Tensor:
+    """Position embedding, float64 [1, prefix + L, dim]: column then row, each as sines then cosines."""
+    rows = [[0.0] * dim] * prefix
+    for y in range(grid[0]):
+        for x in range(grid[1]):
+            angles = [[place / 10000 ** (i / (dim / 4)) for i in range(dim // 4)] for place in (x, y)]
+            rows.append([wave(a) for half in angles for wave in (math.sin, math.cos) for a in half])
+    return torch.tensor([rows], dtype=torch.float64)
 
 
 def channel_norm(x: Tensor, state: State, name: str) -> Tensor:
@@ -69,67 +90,92 @@ def attention_blocks(x: Tensor, state: State, prefix: str, heads: int) -> list[T
     return outputs
 
 
-def latent(
-    images: Tensor,
-    kept: list[list[int]],
-    state: State,
-    heads: int,
-    positions: Tensor,
-    blocks: tuple[int, ...] = (),
+def fused_norm(outputs: list[Tensor], blocks: tuple[int, ...], extra: list[Tensor], state: State) -> Tensor:
+    """The last block's output, those of ``blocks`` and ``extra`` added up, then the norm."""
+    total = outputs[-1]
+    for x in [*(outputs[i] for i in blocks), *extra]:
+        total = total + x
+    return token_norm(total, state, "norm")
+
+
+def cvit_latent(
+    images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
 ) -> Tensor:
-    """The fused, normalised visible tokens [B, K, C], in the order of ``kept`` (token numbers of each picture)."""
+    """MCMAE's fused, normalised visible tokens [B, K, C]."""
     x1 = patch_embed(images, state, "patch_embed1")
-    x1 = conv_stage(x1, state, 1, visible_cells(kept, positions, x1))
+    x1 = conv_stage(x1, state, 1, visible_cells(kept, grid, x1))
     x2 = patch_embed(x1, state, "patch_embed2")
-    x2 = conv_stage(x2, state, 2, visible_cells(kept, positions, x2))
+    x2 = conv_stage(x2, state, 2, visible_cells(kept, grid, x2))
     x3 = patch_embed(x2, state, "patch_embed3").flatten(2).transpose(1, 2)
-    x3 = gather(linear(x3, state, "patch_embed4") + positions, kept)
+    x3 = gather(linear(x3, state, "patch_embed4") + state["pos_embed"], kept)
     outputs = attention_blocks(x3, state, "blocks3", heads)
-    fused = outputs[-1] + sum(outputs[i] for i in blocks)
+    extra = []
     for stage, x in ((1, x1), (2, x2)):
         name = f"stage{stage}_output_decode"
         if f"{name}.weight" in state:
             stride = state[f"{name}.weight"].shape[-1]
-            fused = fused + gather(conv(x, state, name, stride=stride).flatten(2).transpose(1, 2), kept)
-    return token_norm(fused, state, "norm")
+            extra.append(gather(conv(x, state, name, stride=stride).flatten(2).transpose(1, 2), kept))
+    return fused_norm(outputs, blocks, extra, state)
 
 
-def visible_cells(kept: list[list[int]], positions: Tensor, x: Tensor) -> Tensor:
+def vit_latent(
+    images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
+) -> Tensor:
+    """MAE's normalised class and visible tokens [B, 1 + K, C]."""
+    patch = state["patch_embed.proj.weight"].shape[-1]
+    x = conv(images, state, "patch_embed.proj", stride=patch).flatten(2).transpose(1, 2)
+    x = gather(x + state["pos_embed"][:, 1:], kept)
+    first = (state["cls_token"] + state["pos_embed"][:, :1]).repeat(len(kept), 1, 1)
+    return fused_norm(attention_blocks(torch.cat([first, x], 1), state, "blocks", heads), blocks, [], state)
+
+
+def visible_cells(kept: Kept, grid: Grid, x: Tensor) -> Tensor:
     """1 on the cells of the map ``x`` that visible tokens cover, else 0: [B, 1, H, W]."""
-    side = int(positions.shape[1] ** 0.5)
-    cells = x.shape[-1] // side
-    visible = x.new_zeros(len(kept), 1, *x.shape[2:])
+    tokens = x.new_zeros(len(kept), 1, *grid)
     for row, numbers in enumerate(kept):
         for number in numbers:
-            top, left = number // side * cells, number % side * cells
-            visible[row, :, top : top + cells, left : left + cells] = 1
-    return visible
+            tokens[row, 0, number // grid[1], number % grid[1]] = 1
+    return F.interpolate(tokens, size=x.shape[2:], mode="nearest")
 
 
-def gather(tokens: Tensor, kept: list[list[int]]) -> Tensor:
+def gather(tokens: Tensor, kept: Kept) -> Tensor:
     """The tokens ``kept`` of each picture."""
     return torch.stack([row[numbers] for row, numbers in zip(tokens, kept, strict=True)])
 
 
-def pixel_loss(
-    images: Tensor, tokens: Tensor, kept: list[list[int]], state: State, heads: int, positions: Tensor
-) -> Tensor:
-    """MAE's loss with norm_pix from the visible tokens' latent."""
-    embedded = linear(tokens, state, "decoder_embed")
+def decode(latent: Tensor, kept: Kept, state: State, heads: int, prefix: int) -> Tensor:
+    """The decoder's normed output for every token of the grid, [B, L, D]."""
+    positions = state["decoder_pos_embed"]
+    embedded = linear(latent, state, "decoder_embed")
     rows = []
     for row, numbers in zip(embedded, kept, strict=True):
-        place = {number: i for i, number in enumerate(numbers)}
+        place = {number: prefix + i for i, number in enumerate(numbers)}
         filler = state["mask_token"][0, 0]
-        rows.append(torch.stack([row[place[t]] if t in place else filler for t in range(positions.shape[1])]))
+        tokens = [row[place[t]] if t in place else filler for t in range(positions.shape[1] - prefix)]
+        rows.append(torch.stack([*row[:prefix], *tokens]))
     x = attention_blocks(torch.stack(rows) + positions, state, "decoder_blocks", heads)[-1]
-    prediction = linear(token_norm(x, state, "decoder_norm"), state, "decoder_pred")
-    side = int(positions.shape[1] ** 0.5)
-    patch = images.shape[-1] // side
+    return token_norm(x, state, "decoder_norm")[:, prefix:]
+
+
+def pixel_loss(images: Tensor, decoded: Tensor, kept: Kept, grid: Grid, state: State, norm_pix: bool) -> Tensor:
+    """MAE's loss: per removed patch the mean squared error, then the mean over all removed patches."""
+    prediction = linear(decoded, state, "decoder_pred")
+    patch = images.shape[-1] // grid[1]
     losses = []
     for picture, numbers in enumerate(kept):
-        for t in set(range(side * side)) - set(numbers):
-            top, left = t // side * patch, t % side * patch
+        for t in sorted(set(range(grid[0] * grid[1])) - set(numbers)):
+            top, left = t // grid[1] * patch, t % grid[1] * patch
             pixels = images[picture, :, top : top + patch, left : left + patch].permute(1, 2, 0).flatten()
-            pixels = (pixels - pixels.mean()) / (pixels.var(unbiased=True) + 1e-6).sqrt()
+            if norm_pix:
+                variance = (pixels - pixels.mean()).square().sum() / (len(pixels) - 1)
+                pixels = (pixels - pixels.mean()) / (variance + 1e-6).sqrt()
             losses.append((prediction[picture, t] - pixels).square().mean())
     return torch.stack(losses).mean()
+
+
+def mimic_loss(tokens: Tensor, target: Tensor, kept: Kept, state: State, head: str) -> Tensor:
+    """Mean squared error of visible ``tokens`` [B, K, C] through a linear head to the LayerNormed ``target``."""
+    target = gather(target, kept)
+    target = target - target.mean(-1, keepdim=True)
+    target = target / (target.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return (linear(tokens, state, head) - target).square().mean()
