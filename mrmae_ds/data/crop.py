@@ -46,8 +46,8 @@ def splitmix64(state: UIntArray) -> UIntArray:
     return z ^ (z >> np.uint64(31))
 
 
-def _keys(seed: int, epoch: int, indices: IntArray) -> UIntArray:
-    """The 64-bit key of each sample's stream of draws in one epoch, [B]."""
+def sample_keys(seed: int, epoch: int, indices: IntArray) -> UIntArray:
+    """The 64-bit key of each sample in one epoch, uint64 [B]: all randomness about a sample is a function of it."""
     key = splitmix64(np.array([seed], dtype=np.uint64))
     key = splitmix64(key ^ np.uint64(epoch))
     return splitmix64(key ^ indices.astype(np.uint64))
@@ -83,7 +83,7 @@ def random_boxes(
 
     Returns int64 [B, 5]: top, left, box height, box width (pixels, inside the picture), 1 if mirrored.
     """
-    keys = _keys(seed, epoch, indices)
+    keys = sample_keys(seed, epoch, indices)
     boxes = np.empty((len(indices), 5), dtype=np.int64)
     boxes[:, :4] = _largest_centered(heights, widths, crop.ratio)
     boxes[:, 4] = _uniform(keys, _FLIP_DRAW) < crop.flip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mrmae_ds.data._ffcv import import_ffcv, keep_torch_threads
 from mrmae_ds.data.beton_file import BetonFile
-from mrmae_ds.data.crop import center_boxes, random_boxes
+from mrmae_ds.data.crop import center_boxes, random_boxes, sample_keys
 from mrmae_ds.data.ffcv_decoder import BoxDecoder, Decoded, build_loader
 from mrmae_ds.data.order import BoolArray, IntArray
 from mrmae_ds.data.reader import Batch, ReaderSettings
@@ -79,7 +79,9 @@ class FFCVReader:
                 moved, finished = self._copy(images)
                 others = (self._labels[batch_rows], self._indices[batch_rows], batch_valid.copy())
                 try:
-                    yield Batch(moved, *(self._small(array) for array in others))
+                    keys = sample_keys(self.settings.seed, epoch, batch_rows)
+                    labels, indices, counted = (self._small(array) for array in others)
+                    yield Batch(moved, labels, indices, counted, keys)
                 finally:
                     # The copy reads FFCV's buffer, which is overwritten once we ask for the next batch.
                     if finished is not None:

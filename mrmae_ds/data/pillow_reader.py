@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from mrmae_ds.data.augment import Augment
 from mrmae_ds.data.beton_file import BetonFile
-from mrmae_ds.data.crop import CropSettings, random_boxes, resize_and_corner
+from mrmae_ds.data.crop import random_boxes, resize_and_corner, sample_keys
 from mrmae_ds.data.order import BoolArray, IntArray
 from mrmae_ds.data.reader import Batch, ReaderSettings
 from mrmae_ds.errors import UserError
@@ -56,8 +57,9 @@ class BetonSource:
 class _Samples:
     """What a worker process runs: (epoch, row) to an image, uint8 [S, S, 3]."""
 
-    def __init__(self, source: Source, size: int, seed: int, crop: CropSettings | None, name: str) -> None:
-        self.source, self.size, self.seed, self.crop, self.name = source, size, seed, crop, name
+    def __init__(self, source: Source, settings: ReaderSettings) -> None:
+        self.source, self.settings = source, settings
+        self.augment = Augment(settings.augment, settings.image_size) if settings.augment else None
 
     def __getitem__(self, key: Key) -> np.ndarray | str:
         epoch, row = key
@@ -65,17 +67,24 @@ class _Samples:
         try:
             picture = self.source.picture(row)
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
-            return f"{self.name}: damaged picture in sample {row} ({error}); copy or write the file again"
-        image = center_cut(picture, self.size) if self.crop is None else self._cut(picture, epoch, row)
+            path = self.settings.info.path
+            return f"{path}: damaged picture in sample {row} ({error}); copy or write the file again"
+        if not self.settings.train:
+            return np.asarray(center_cut(picture, self.settings.image_size))
+        image = self._cut(picture, epoch, row)
+        if self.augment is not None:
+            keys = sample_keys(self.settings.seed, epoch, np.array([row]))
+            image = self.augment(image, int(keys[0]))
         return np.asarray(image)
 
     def _cut(self, picture: Image.Image, epoch: int, row: int) -> Image.Image:
-        assert self.crop is not None
+        crop, seed, size = self.settings.crop, self.settings.seed, self.settings.image_size
+        assert crop is not None
         heights, widths = np.array([picture.height]), np.array([picture.width])
-        boxes = random_boxes(heights, widths, np.array([row]), seed=self.seed, epoch=epoch, crop=self.crop)
+        boxes = random_boxes(heights, widths, np.array([row]), seed=seed, epoch=epoch, crop=crop)
         top, left, height, width, mirrored = boxes[0].tolist()
         image = picture.crop((left, top, left + width, top + height))
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
@@ -142,16 +151,15 @@ class PillowReader:
             if isinstance(images, str):
                 raise UserError(images)
             others = (self._source.labels[batch_rows], self._source.indices[batch_rows], batch_valid.copy())
-            small = [torch.from_numpy(array).to(device, non_blocking=True) for array in others]
+            labels, indices, counted = (torch.from_numpy(array).to(device, non_blocking=True) for array in others)
             moved = images.to(device, non_blocking=True)
-            yield Batch(moved.permute(0, 3, 1, 2), *small)
+            keys = sample_keys(self.settings.seed, epoch, batch_rows)
+            yield Batch(moved.permute(0, 3, 1, 2), labels, indices, counted, keys)
 
     def _open(self) -> DataLoader:
         settings = self.settings
-        crop = settings.crop if settings.train else None
-        samples = _Samples(self._source, settings.image_size, settings.seed, crop, str(settings.info.path))
         return DataLoader(
-            samples,
+            _Samples(self._source, settings),
             batch_sampler=self._batches,
             num_workers=settings.num_workers,
             collate_fn=_stack,

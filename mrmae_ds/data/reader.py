@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrmae_ds.data.augment import Augment, AugmentSettings
 from mrmae_ds.data.beton import BetonInfo, check_beton
-from mrmae_ds.data.crop import CropSettings
+from mrmae_ds.data.crop import CropSettings, UIntArray
 from mrmae_ds.data.order import BoolArray, IntArray, eval_order, steps_per_epoch, train_order
 from mrmae_ds.errors import UserError
 
@@ -35,12 +36,14 @@ class Batch:
         labels: int64 [B].
         indices: int64 [B], the samples' rows in the data set.
         valid: bool [B]; False marks a repeat that only fills up an evaluation batch.
+        keys: uint64 [B] of numpy: each sample's key in this epoch (``crop.sample_keys``), for further augmentation.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     valid: Tensor
+    keys: UIntArray
 
 
 class Reader(Protocol):
@@ -82,6 +85,7 @@ class ReaderSettings:
     crop: CropSettings | None
     num_workers: int
     device: torch.device
+    augment: AugmentSettings | None = None
 
     @property
     def batches_per_epoch(self) -> int:
@@ -156,6 +160,7 @@ def build_reader(
     num_workers: int | None = None,
     device: torch.device = _CPU,
     backend: Backend = "ffcv",
+    augment: AugmentSettings | None = None,
 ) -> Reader:
     """Open a data set for one rank.
 
@@ -171,6 +176,8 @@ def build_reader(
         num_workers: decoding threads (of "pillow", processes); None: ``default_num_workers()``.
         device: where the batches are delivered.
         backend: "ffcv", or "pillow": the same boxes, bicubic and slower; see ``pillow_reader``.
+        augment: RandAugment of the training pictures, after crop and flip. With "ffcv" a quarter of the workers
+            decode and the rest are processes that augment.
 
     Raises UserError for a missing or cut-off file, one smaller than a global batch, and values that make no
     sense.
@@ -199,14 +206,23 @@ def build_reader(
         crop=_checked(crop) if crop is not None else None,
         num_workers=num_workers or default_num_workers(),
         device=torch.device(device),
+        augment=augment if train else None,
     )
+    if settings.augment is not None:
+        Augment(settings.augment, image_size)  # an error in the policy shows here, not in a worker
     if backend == "pillow":
         from mrmae_ds.data.pillow_reader import PillowReader
 
         return PillowReader(settings)
     from mrmae_ds.data.ffcv_reader import FFCVReader
 
-    return FFCVReader(settings)
+    if settings.augment is None:
+        return FFCVReader(settings)
+    from mrmae_ds.data.augment_reader import AugmentReader
+
+    threads = max(1, settings.num_workers // 4)
+    inner = FFCVReader(replace(settings, num_workers=threads, device=_CPU))
+    return AugmentReader(inner, settings, processes=max(1, settings.num_workers - threads))
 
 
 def _checked(crop: CropSettings) -> CropSettings:

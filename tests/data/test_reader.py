@@ -326,7 +326,8 @@ def test_the_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
     batches = []
     for batch in _reader(betons[0], train=True, device=device).epoch(0):
         assert batch.images.device == batch.labels.device == batch.valid.device == device
-        batches.append(Batch(batch.images.cpu(), batch.labels.cpu(), batch.indices.cpu(), batch.valid.cpu()))
+        images, labels, indices, valid = (x.cpu() for x in (batch.images, batch.labels, batch.indices, batch.valid))
+        batches.append(Batch(images, labels, indices, valid, batch.keys))
     assert _digest(batches) == _digest(_reader(betons[0], train=True).epoch(0))
 
 
