@@ -10,7 +10,6 @@ from PIL import Image
 
 from mrmae_ds.data.beton import BetonInfo
 from mrmae_ds.data.subset import IntArray, balanced_subset, split_off
-from mrmae_ds.data.writer import write_beton
 from mrmae_ds.errors import UserError
 
 EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
@@ -132,6 +131,9 @@ def write_folder(
 
     Returns what was written. Raises UserError.
     """
+    # Imported late: only writing needs ffcv.
+    from mrmae_ds.data.writer import write_beton
+
     source = Path(source)
     train, val, class_names = open_folder(source, val_fraction)
     parts = {"train": train.limited(train_count, "train"), "val": val.limited(val_count, "val")}
