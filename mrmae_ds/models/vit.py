@@ -6,6 +6,7 @@ Parameter names are those of MAE's released files. Source of the masked path: He
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 
 from mrmae_ds.masking import VisibleSet
 from mrmae_ds.models.checkpointing import CheckpointPlan, run_blocks
-from mrmae_ds.models.positions import sincos_positions
-from mrmae_ds.models.sizes import ViTSpec, token_grid
+from mrmae_ds.models.positions import resize_positions, sincos_positions
+from mrmae_ds.models.sizes import ImageSize, ViTSpec, height_width, token_grid
 
 
 class MaskableViT(VisionTransformer):
@@ -22,28 +23,37 @@ class MaskableViT(VisionTransformer):
 
     Args:
         spec: width, depth, heads, ratio, patch.
-        image_size: side of the square input in pixels.
+        img_size: pixels, one side of a square or (height, width).
         num_classes: outputs of the head; 0 builds the bare encoder for pre-training (fixed positions, no norm).
         drop_path_rate: stochastic depth of the last block.
+        pool: what the head sees: ``avg``, the mean of the patch tokens, then ``fc_norm`` (MAE's fine-tuning), or
+            ``token``, the class token after ``norm`` (MAE's other variant).
 
     Raises:
-        UserError: if the patch does not tile ``image_size``.
+        UserError: if the patch does not tile ``img_size``.
     """
 
     fusable_stages: tuple[tuple[int, int], ...] = ()
 
-    def __init__(self, spec: ViTSpec, image_size: int, num_classes: int = 0, drop_path_rate: float = 0.0) -> None:
-        grid = token_grid(spec, image_size)
+    def __init__(
+        self,
+        spec: ViTSpec,
+        img_size: ImageSize,
+        num_classes: int = 0,
+        drop_path_rate: float = 0.0,
+        pool: Literal["avg", "token"] = "avg",
+    ) -> None:
+        grid = token_grid(spec, img_size)
         super().__init__(
-            img_size=image_size,
+            img_size=height_width(img_size),
             patch_size=spec.patch,
             num_classes=num_classes,
-            global_pool="avg" if num_classes else "",
+            global_pool=pool if num_classes else "",
             embed_dim=spec.dim,
             depth=spec.depth,
             num_heads=spec.num_heads,
             mlp_ratio=spec.mlp_ratio,
-            fc_norm=bool(num_classes),
+            fc_norm=bool(num_classes) and pool == "avg",
             final_norm=bool(num_classes),  # timm makes fc_norm only of a final norm; without classes there is none
             drop_path_rate=drop_path_rate,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
@@ -75,10 +85,33 @@ class MaskableViT(VisionTransformer):
         return {"tokens": x, "stages": [], "blocks": [outputs[i] for i in taps]}
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Class and patch tokens after the last block, [B, 3, H, W] to [B, 1 + L, C]."""
+        """Class and patch tokens, after ``norm`` if ``pool`` is token: [B, 3, H, W] to [B, 1 + L, C]."""
         patches = self.patch_embed(images) + self.pos_embed[:, 1:]
         x = torch.cat([self._class_token(patches), patches], dim=1)
-        return run_blocks(self.blocks, x, self.checkpointing.transformer)
+        return self.norm(run_blocks(self.blocks, x, self.checkpointing.transformer))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute every block's activations in backward, or none."""
+        super().set_grad_checkpointing(enable)  # for timm's own forward_intermediates
+        self.checkpointing = CheckpointPlan(transformer=int(enable))
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers as patterns of names. ``norm`` is in the last layer (MAE's fine-tuning); timm's ViT differs there."""
+        return {"stem": "^(?:cls_token|pos_embed|patch_embed)", "blocks": r"^blocks\.(\d+)\."}
+
+    def set_input_size(self, img_size: ImageSize, patch_size: None = None) -> None:
+        """Another input size, pixels or (height, width); the position embedding is resized into a new parameter.
+
+        ``patch_size`` is timm's and cannot change.
+
+        Raises:
+            UserError: if the patch does not tile it.
+        """
+        old, self.grid = self.grid, token_grid(self.spec, img_size)
+        self.patch_embed.set_input_size(img_size=height_width(img_size))
+        if self.grid != old:
+            resized = resize_positions(self.pos_embed.detach(), old, self.grid, self.num_prefix_tokens)
+            self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def _class_token(self, patches: Tensor) -> Tensor:
         return (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)

@@ -5,13 +5,11 @@ Under ZeRO-3 a partitioned parameter is one-dimensional, so "no decay for 1-D" m
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
+from timm.models import group_parameters
 from torch import nn
-
-# Fine-tuning trains the position embedding, without decay (MAE's and MCMAE's no_weight_decay lists).
-NO_DECAY_NAMES = frozenset({"pos_embed", "cls_token"})
-PARTS_BEFORE_BLOCKS = ("pos_embed", "cls_token", "patch_embed", "blocks1.", "blocks2.")
 
 
 def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -19,36 +17,28 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any
 
     Frozen parameters are in neither. Each group has ``params``, ``weight_decay``, ``lr_scale`` and ``name``.
     """
-    return _grouped(model, weight_decay, {}, frozenset())
+    return _grouped(model, weight_decay, {}, ())
 
 
-def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float, depth: int) -> list[dict[str, Any]]:
-    """Groups by layer and decay: the rate of layer i is scaled by ``layer_decay ** (depth + 1 - i)``.
+def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups by layer and decay: the rate of layer i is scaled by ``layer_decay ** (last layer - i)``.
+
+    The model says which layer a parameter is of (``group_matcher``), and which parameters with more than one dimension
+    are not decayed (``no_weight_decay``): in fine-tuning the position embedding is trained.
 
     Args:
         model: a classifier.
         weight_decay: of the decayed parameters.
         layer_decay: factor a layer.
-        depth: number of transformer blocks.
     """
-    scales = {name: layer_decay ** (depth + 1 - layer_of(name, depth)) for name, _ in model.named_parameters()}
-    return _grouped(model, weight_decay, scales, NO_DECAY_NAMES)
-
-
-def layer_of(name: str, depth: int) -> int:
-    """Layer of a classifier's parameter: 0 for positions, patches and both convolutional stages, then the
-    transformer's blocks from 1, ``depth + 1`` for the rest.
-    """
-    if name.startswith(PARTS_BEFORE_BLOCKS):
-        return 0
-    head, _, rest = name.partition(".")
-    if head in ("blocks", "blocks3"):
-        return int(rest.split(".")[0]) + 1
-    return depth + 1
+    layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    scales = {name: layer_decay ** (last - layer) for name, layer in layers.items()}
+    return _grouped(model, weight_decay, scales, model.no_weight_decay())
 
 
 def _grouped(
-    model: nn.Module, weight_decay: float, scales: dict[str, float], no_decay: frozenset[str]
+    model: nn.Module, weight_decay: float, scales: dict[str, float], no_decay: Collection[str]
 ) -> list[dict[str, Any]]:
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

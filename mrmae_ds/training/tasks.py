@@ -177,8 +177,7 @@ class FinetuneTask:
     def groups(self) -> list[dict[str, Any]]:
         """See :class:`Task`."""
         config = self.config
-        depth = len(self.model.transformer_blocks)
-        return finetune_groups(self.model, config.optimizer.weight_decay, config.layer_decay, depth)
+        return finetune_groups(self.model, config.optimizer.weight_decay, config.layer_decay)
 
     def to(self, device: torch.device) -> None:
         """See :class:`Task`."""

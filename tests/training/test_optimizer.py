@@ -4,24 +4,33 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import timm
 import torch
+from timm.models import group_parameters
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, ViTSpec
+from mrmae_ds.models.vit import MaskableViT
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.objectives import Objective
-from mrmae_ds.training.optimizer import finetune_groups, layer_of, pretrain_groups
+from mrmae_ds.training.optimizer import finetune_groups, pretrain_groups
 
 EXPECTED = json.loads((Path(__file__).parent / "parameter_groups.json").read_text())
 BASE = ARCHITECTURES["cvit_base"]
 # Base with narrow layers: the same names, dimensions and depths.
 assert isinstance(BASE, CViTSpec)
 NARROW = replace(BASE, dims=(4, 8, 24))
+# (rate's scale, weight decay) of each parameter, in fine-tuning.
+EXPECTED_SETTINGS = {
+    name: (pytest.approx(EXPECTED["scales"][layer], rel=1e-12), decay)
+    for name, (layer, decay) in EXPECTED["finetune"].items()
+}
 PIXELS = Objective(target="pixels", tap="decoder", tokens="masked", normalize="standardize", weight=1)
 
 
@@ -55,13 +64,31 @@ def _our_name(theirs: str) -> str:
 
 def test_fine_tuning_groups_are_those_of_the_authors_code() -> None:
     model = build_encoder(NARROW, 224, num_classes=10)
-    groups = finetune_groups(model, EXPECTED["weight_decay"], EXPECTED["layer_decay"], depth=11)
-    settings = _settings(model, groups)
-    assert settings.keys() == EXPECTED["finetune"].keys()
-    for name, (layer, decay) in EXPECTED["finetune"].items():
-        assert layer_of(name, 11) == layer, name
-        assert settings[name] == (pytest.approx(EXPECTED["scales"][layer], rel=1e-12), decay), name
+    groups = finetune_groups(model, EXPECTED["weight_decay"], EXPECTED["layer_decay"])
+    assert _settings(model, groups) == EXPECTED_SETTINGS
     assert len(groups) == EXPECTED["num_groups"]
+
+
+def test_timms_layer_decay_gives_the_authors_groups_too() -> None:
+    model = timm.create_model("cvit_base", num_classes=10, dims=NARROW.dims)
+    groups = param_groups_layer_decay(
+        model, EXPECTED["weight_decay"], model.no_weight_decay(), layer_decay=EXPECTED["layer_decay"]
+    )
+    assert _settings(model, groups) == EXPECTED_SETTINGS
+    assert len(groups) == EXPECTED["num_groups"]
+
+
+def test_coarse_groups_are_stages() -> None:
+    model = timm.create_model("cvit_tiny", num_classes=2)
+    layers = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+    parts = {(name.split(".")[0], layer) for name, layer in layers.items()}
+    stages = (
+        {"patch_embed1", "blocks1"},
+        {"patch_embed2", "blocks2"},
+        {"patch_embed3", "patch_embed4", "pos_embed", "blocks3"},
+        {"fc_norm", "head"},
+    )
+    assert parts == {(part, layer) for layer, stage in enumerate(stages) for part in stage}
 
 
 def test_pre_training_groups_are_those_of_the_authors_code() -> None:
@@ -79,10 +106,10 @@ def test_frozen_parameters_are_in_no_group() -> None:
     assert grouped.keys() == dict(model.named_parameters()).keys() - frozen
 
 
-def test_the_plain_vit() -> None:
-    spec = ViTSpec(16, 3, 2, patch=8)
-    model = build_encoder(spec, 32, num_classes=5)
-    settings = _settings(model, finetune_groups(model, 0.1, 0.5, depth=3))
+@pytest.mark.parametrize(("pool", "norm"), [("avg", "fc_norm"), ("token", "norm")])
+def test_the_plain_vit(pool: Literal["avg", "token"], norm: str) -> None:
+    model = MaskableViT(ViTSpec(16, 3, 2, patch=8), 32, num_classes=5, pool=pool)
+    settings = _settings(model, finetune_groups(model, 0.1, 0.5))
     layers = {name: {0.0625: 0, 0.125: 1, 0.25: 2, 0.5: 3, 1.0: 4}[scale] for name, (scale, _) in settings.items()}
     assert {name for name, layer in layers.items() if layer == 0} == {
         "cls_token",
@@ -92,7 +119,7 @@ def test_the_plain_vit() -> None:
     }
     for i in range(3):
         assert {layer for name, layer in layers.items() if name.startswith(f"blocks.{i}.")} == {i + 1}
-    assert {name.split(".")[0] for name, layer in layers.items() if layer == 4} == {"fc_norm", "head"}
+    assert {name.split(".")[0] for name, layer in layers.items() if layer == 4} == {norm, "head"}
     assert settings["cls_token"][1] == settings["pos_embed"][1] == settings["head.bias"][1] == 0.0
     assert settings["head.weight"][1] == settings["patch_embed.proj.weight"][1] == 0.1
 
@@ -111,7 +138,7 @@ def test_class_and_mask_tokens_are_decayed_in_pre_training() -> None:
     assert settings["encoder.patch_embed.proj.bias"] == settings["fusion.norm.weight"] == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("build", [lambda m: pretrain_groups(m, 0.05), lambda m: finetune_groups(m, 0.05, 1.0, 3)])
+@pytest.mark.parametrize("build", [lambda m: pretrain_groups(m, 0.05), lambda m: finetune_groups(m, 0.05, 1.0)])
 def test_without_layer_decay_there_are_two_groups(build: Callable[[nn.Module], list[dict[str, Any]]]) -> None:
     model = build_encoder(ViTSpec(16, 3, 2, patch=8), 32, num_classes=5)
     groups = build(model)
