@@ -40,10 +40,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status: 0, 1 for a failure, 2 for bad input."""
-    args = parse_arguments(argv)
     launch, started = None, False
     try:
+        # Before the command line is read: the names of the stages come with torch, which reads the environment.
         launch = prepare_environment()
+        args = parse_arguments(argv)
+        from mrmae_ds.training.engine_config import validate_sections
         from mrmae_ds.training.job import Options, load_configs, prepare_job
 
         options = Options(
@@ -57,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         if args.print_config:
             recipe, engine_config = load_configs(options)
+            validate_sections(engine_config)
             if launch.rank == 0:
                 print(f"# recipe {recipe.hash(args.stage)}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
                 print(json.dumps(engine_config.raw, indent=2))

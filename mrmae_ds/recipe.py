@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mrmae_ds.config_files import apply_overrides, describe_errors, merge, read_yaml
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.sizes import token_grid
 from mrmae_ds.objectives import PIXELS
 from mrmae_ds.recipe_sections import DataConfig, LoaderConfig, ModelConfig, RecordConfig, TeacherConfig
 from mrmae_ds.recipe_stages import FinetuneConfig, Name, PretrainConfig, StageName, StagesConfig
@@ -55,11 +56,22 @@ class Recipe(Section):
                     f"stages.pretrain.teachers ({_listed(stage.teachers)})"
                 )
         masking = stage.masking
-        if masking.mode != "random" and masking.teacher not in stage.teachers:
+        if masking.teacher not in stage.teachers and (masking.teacher is not None or masking.mode != "random"):
+            wanted = "needs" if masking.mode != "random" else "uses no teacher; remove it or name"
             raise ValueError(
-                f"stages.pretrain.masking.teacher: mode {masking.mode} needs one of stages.pretrain.teachers "
+                f"stages.pretrain.masking.teacher: mode {masking.mode} {wanted} one of stages.pretrain.teachers "
                 f"({_listed(stage.teachers)}), got {masking.teacher!r}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _pictures_are_tiled(self) -> Recipe:
+        stage = self.stages.finetune
+        if stage is not None and stage.image_size is not None:
+            try:
+                token_grid(self.model.spec(), stage.image_size)
+            except UserError as error:
+                raise ValueError(f"stages.finetune.{error}") from None
         return self
 
     def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig:

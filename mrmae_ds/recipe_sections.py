@@ -9,8 +9,8 @@ from pydantic import Field, model_validator
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
-from mrmae_ds.models.pretrain import FusionSpec
-from mrmae_ds.models.sizes import EncoderSpec, encoder_spec
+from mrmae_ds.models.pretrain import FusionSpec, check_fusion
+from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, encoder_spec, token_grid
 from mrmae_ds.schema import Section
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -29,11 +29,17 @@ class ModelConfig(Section):
     decoder: DecoderSpec = DecoderSpec()
 
     @model_validator(mode="after")
-    def _exists(self) -> ModelConfig:
+    def _can_be_built(self) -> ModelConfig:
         try:
-            self.spec()
+            spec = self.spec()
+            conv_stages, depth = (2, spec.depths[-1]) if isinstance(spec, CViTSpec) else (0, spec.depth)
+            check_fusion(self.fusion, conv_stages, depth)
         except UserError as error:
             raise ValueError(str(error).removeprefix("model")) from None
+        try:
+            token_grid(spec, self.image_size)
+        except UserError as error:
+            raise ValueError(f".{error}") from None
         return self
 
     def spec(self) -> EncoderSpec:

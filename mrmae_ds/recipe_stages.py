@@ -69,6 +69,13 @@ class StageConfig(Section):
             raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs})")
         return self
 
+    @model_validator(mode="after")
+    def _rate_falls(self) -> StageConfig:
+        peak = self.optimizer.peak_lr(self.batch_size)
+        if self.optimizer.min_lr > peak:
+            raise ValueError(f".optimizer.min_lr: {self.optimizer.min_lr:g} is above the peak rate {peak:g}")
+        return self
+
 
 class PretrainConfig(StageConfig):
     """Pre-training: which teachers exist, what is visible, what is learned."""

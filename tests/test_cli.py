@@ -119,6 +119,15 @@ def test_print_config_prints_the_resolved_recipe_and_the_engine_config(tmp_path:
     assert json.loads(engine_text) == json.loads((REPOSITORY / CONFIG).read_text())
 
 
+def test_print_config_lets_deepspeed_judge_its_sections(tmp_path: Path) -> None:
+    content = json.loads((REPOSITORY / CONFIG).read_text())
+    content["zero_optimization"]["overlap_com"] = True
+    (tmp_path / "engine.json").write_text(json.dumps(content))
+    done = _train("--ds_config", tmp_path / "engine.json", "--recipe", "ds_configs/tiny.yaml", "--print-config")
+    assert (done.status, done.stdout) == (2, "")
+    assert "zero_optimization.overlap_com" in done.stderr and "did you mean 'overlap_comm'?" in done.stderr
+
+
 def test_print_config_of_another_recipe_names_what_is_wrong() -> None:
     recipe = "ds_configs/baselines/mae_tiny.yaml"
     done = _train("--ds_config", CONFIG, "--recipe", recipe, "--print-config", "stages.pretrain.epoch=3")

@@ -223,7 +223,18 @@ IMPOSSIBLE = {
     "seed=-1": ["seed", "greater than or equal to 0"],
     "name=a/b": ["name"],
     "model.image_size=0": ["model.image_size"],
+    "model.image_size=230": ["model.image_size: 230", "224 and 240"],
+    "model.overrides={num_heads: 7}": ["model.overrides", "384", "7"],
+    "model.fusion.stages=[1, 3]": ["model.fusion.stages: [3]", "1 to 2"],
+    "model.fusion.stages=[0]": ["model.fusion.stages: [0]"],
+    "model.fusion.stages=[1, 1]": ["model.fusion.stages", "[1, 1]", "once"],
+    "model.fusion.blocks=[2, 9, 10]": ["model.fusion.blocks: [10]", "0 to 9"],
+    "model.fusion.blocks=[-1]": ["model.fusion.blocks: [-1]"],
+    "model.fusion.blocks=[4, 4]": ["model.fusion.blocks", "[4, 4]", "once"],
+    "model={arch: vit_small, fusion: {stages: [1]}}": ["model.fusion.stages: [1]", "none"],
+    "model={arch: vit_small, fusion: {blocks: [11]}}": ["model.fusion.blocks: [11]", "0 to 10"],
     "model.decoder.dim=30": ["model.decoder.dim", "multiple of 4"],
+    "model.decoder.num_heads=3": ["model.decoder.num_heads: 3", "512"],
     "stages.pretrain.epochs=0": ["stages.pretrain.epochs"],
     "stages.pretrain.batch_size=0": ["stages.pretrain.batch_size"],
     "stages.pretrain.optimizer.warmup_epochs=4": ["stages.pretrain", "warmup_epochs must be below epochs (4)"],
@@ -231,6 +242,8 @@ IMPOSSIBLE = {
     "stages.pretrain.optimizer.warmup_epochs=-1": ["stages.pretrain.optimizer.warmup_epochs"],
     "stages.pretrain.optimizer.lr=1.0": ["stages.pretrain.optimizer", "exactly one of base_lr", "lr"],
     "stages.pretrain.optimizer.base_lr=null": ["stages.pretrain.optimizer", "exactly one of base_lr"],
+    "stages.pretrain.optimizer.min_lr=4e-4": ["stages.pretrain.optimizer.min_lr: 0.0004", "peak rate 0.0003"],
+    "stages.finetune.optimizer.min_lr=2e-3": ["stages.finetune.optimizer.min_lr", "peak rate 0.001"],
     "stages.pretrain.optimizer.base_lr=0": ["stages.pretrain.optimizer.base_lr"],
     "stages.pretrain.crop_scale=[0.5, 1.5]": ["stages.pretrain.crop_scale.1"],
     "stages.pretrain.flip=2": ["stages.pretrain.flip"],
@@ -244,8 +257,10 @@ IMPOSSIBLE = {
     "stages.pretrain.teachers=[dino]": ["stages.pretrain.teachers[0]", "'dino'", "clip"],
     "stages.pretrain.masking.teacher=null": ["stages.pretrain.masking.teacher", "mode sample", "clip"],
     "stages.pretrain.masking={mode: topk, teacher: dino}": ["stages.pretrain.masking.teacher", "'dino'"],
+    "stages.pretrain.masking={mode: random, teacher: dino}": ["stages.pretrain.masking.teacher", "'dino'", "clip"],
     "teachers=null": ["stages.pretrain.teachers[0]", "defined are none"],
     "stages.finetune.layer_decay=0": ["stages.finetune.layer_decay"],
+    "stages.finetune.image_size=392": ["stages.finetune.image_size: 392", "384 and 400"],
     "stages.finetune.drop_path=1": ["stages.finetune.drop_path"],
     "stages.finetune.smoothing=1.5": ["stages.finetune.smoothing"],
     "record.keep_checkpoints=0": ["record.keep_checkpoints"],
@@ -279,6 +294,28 @@ IMPOSSIBLE_NAMES_AND_NUMBERS = [
 @pytest.mark.parametrize("override", IMPOSSIBLE_NAMES_AND_NUMBERS)
 def test_an_impossible_value_is_named(override: str, path: Path) -> None:
     assert override.partition("=")[0] in _error(path, override)
+
+
+POSSIBLE = [
+    "model.image_size=256",
+    "model.fusion={stages: [2, 1], blocks: [9, 0]}",
+    "model={arch: vit_small, fusion: {blocks: [0, 10]}}",
+    "model.decoder={dim: 96, num_heads: 3}",
+    "stages.pretrain.optimizer.min_lr=3e-4",
+    "stages.pretrain.masking={mode: random, teacher: clip}",
+    "stages.pretrain.masking={mode: random, teacher: null}",
+    "stages.finetune.image_size=384",
+]
+
+
+@pytest.mark.parametrize("override", POSSIBLE)
+def test_what_is_just_possible_is_taken(override: str, path: Path) -> None:
+    load_recipe(path, [override])
+
+
+def test_a_decoder_that_no_objective_taps_may_be_described(path: Path) -> None:
+    recipe = load_recipe(path, ["stages.pretrain.objectives.pixels=null", "model.decoder.depth=2"])
+    assert recipe.model.decoder.depth == 2
 
 
 def test_pixels_need_no_teacher(path: Path) -> None:

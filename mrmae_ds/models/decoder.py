@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -25,6 +25,12 @@ class DecoderSpec(Section):
     depth: int = Field(8, ge=1)
     num_heads: int = Field(16, ge=1)
     mlp_ratio: float = Field(4, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_share_the_width(self) -> DecoderSpec:
+        if self.dim % self.num_heads:
+            raise ValueError(f".num_heads: {self.num_heads} heads cannot share the decoder's dim {self.dim} evenly")
+        return self
 
 
 class Decoder(nn.Module):
