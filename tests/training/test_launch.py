@@ -10,6 +10,8 @@ import pytest
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.launch import Launch, prepare_environment
 
+from ..processes import REPOSITORY
+
 SET_BY_US = ("TORCH_EXTENSIONS_DIR", "NUMBA_THREADING_LAYER", "OMP_NUM_THREADS", "LOCAL_SIZE")
 LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SLURM = {
@@ -159,8 +161,31 @@ def test_what_the_user_set_is_left_alone(environment: pytest.MonkeyPatch) -> Non
     assert {name: os.environ[name] for name in chosen} == chosen
 
 
-def test_the_module_imports_neither_torch_nor_deepspeed() -> None:
-    heavy = ("torch", "deepspeed", "numba")
-    code = f"import sys, mrmae_ds.training.launch; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+@pytest.mark.parametrize("module", ["mrmae_ds.training.launch", "mrmae_ds.cli", "train"])
+def test_the_module_imports_nothing_heavy(module: str) -> None:
+    heavy = ("torch", "timm", "deepspeed", "numba")
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=True
+    )
     assert done.stdout.strip() == "[]"
+
+
+def test_torch_finds_the_environment_prepared() -> None:
+    """It reads OMP_NUM_THREADS when it is imported, and the command line's own modules import it."""
+    code = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            print("threads when torch is imported:", os.environ.get("OMP_NUM_THREADS"))
+sys.meta_path.insert(0, Watch())
+import train
+train.main(["--ds_config", "no such file"])
+"""
+    given = {name: value for name, value in os.environ.items() if name not in {*SET_BY_US, *LAUNCHERS}}
+    environment = given | LAUNCHED | {"LOCAL_SIZE": "8"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert "threads when torch is imported: 1\n" in done.stdout, done.stdout + done.stderr
