@@ -15,6 +15,7 @@ from mrmae_ds.schema import Section
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Backend = Literal["ffcv", "pillow"]
 Rgb = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -48,10 +49,19 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """Paths of the .beton files, and the student's input statistics (of pixels in 0 to 1)."""
+    """The pictures, and how they are cut out and normalised.
+
+    Attributes:
+        train, val: .beton files, or with the pillow backend also folders of class folders.
+        backend: ``ffcv``, or ``pillow``: slower, bicubic and antialiased, the same boxes.
+        eval_backend: of the validation set; null is ``backend``. Published accuracies follow ``pillow``.
+        mean, std: the student's input statistics (of pixels in 0 to 1).
+    """
 
     train: Path
     val: Path
+    backend: Backend = "ffcv"
+    eval_backend: Backend | None = None
     mean: Rgb = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 

@@ -99,6 +99,7 @@ class FinetuneConfig(StageConfig):
     Attributes:
         init: ``pretrain`` this run's own pre-training, ``scratch`` none, or a run's stage folder or model file.
         image_size: null is the model's; the position embedding is resized for another.
+        rand_augment: timm's RandAugment policy (``rand-m9-mstd0.5-inc1``); null is none.
         mixup, cutmix: alpha of each; 0 is off. smoothing: of labels. erasing: probability.
     """
 
@@ -106,6 +107,7 @@ class FinetuneConfig(StageConfig):
     image_size: int | None = Field(None, gt=0)
     layer_decay: float = Field(gt=0, le=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
+    rand_augment: str | None = None
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
     smoothing: Fraction = 0.0

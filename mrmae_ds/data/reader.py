@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, Protocol, get_args
+from typing import Protocol, get_args
 
 import numpy as np
 import torch
@@ -20,8 +20,7 @@ from mrmae_ds.data.beton import BetonInfo, check_beton
 from mrmae_ds.data.crop import CropSettings, UIntArray
 from mrmae_ds.data.order import BoolArray, IntArray, eval_order, steps_per_epoch, train_order
 from mrmae_ds.errors import UserError
-
-Backend = Literal["ffcv", "pillow"]
+from mrmae_ds.recipe_sections import Backend
 
 _CPU = torch.device("cpu")
 

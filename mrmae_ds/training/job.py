@@ -93,7 +93,8 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     recipe, engine_config = load_configs(options)
     stage = recipe.stage(options.stage)
     validate_sections(engine_config)
-    check_backend()
+    for backend in {recipe.data.backend, recipe.data.eval_backend or recipe.data.backend}:
+        check_backend(backend)
     stage_dir = (options.run or Path("runs") / recipe.name) / options.stage
     recipe_path = str(options.recipe or options.ds_config.with_suffix(".yaml"))
     accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, recipe_path)

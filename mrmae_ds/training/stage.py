@@ -11,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from mrmae_ds.data.augment import AugmentSettings
 from mrmae_ds.data.crop import CropSettings
 from mrmae_ds.data.reader import Reader, build_reader
 from mrmae_ds.errors import UserError
@@ -28,9 +29,10 @@ from mrmae_ds.training.tasks import FinetuneTask
 
 def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
     """This rank's reader of the training or the validation set."""
-    launch = job.plan.launch
+    launch, data, stage = job.plan.launch, job.recipe.data, job.stage
+    policy = stage.rand_augment if isinstance(stage, FinetuneConfig) else None
     return build_reader(
-        job.recipe.data.train if training else job.recipe.data.val,
+        data.train if training else data.val,
         train=training,
         image_size=job.image_size,
         micro_batch=job.plan.micro_batch,
@@ -38,9 +40,11 @@ def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
         world_size=launch.world_size,
         rank=launch.rank,
         seed=job.recipe.seed,
-        crop=CropSettings(scale=job.stage.crop_scale, flip=job.stage.flip) if training else None,
+        crop=CropSettings(scale=stage.crop_scale, flip=stage.flip) if training else None,
         num_workers=job.recipe.loader.workers,
         device=device,
+        backend=data.backend if training else data.eval_backend or data.backend,
+        augment=AugmentSettings(policy, data.mean) if training and policy else None,
     )
 
 

@@ -6,7 +6,6 @@ Shape legend: B pictures of a micro-batch, L tokens of the student's grid.
 from __future__ import annotations
 
 import hashlib
-import random
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -14,10 +13,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.mixup import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from mrmae_ds.data.augment import SampleErasing
 from mrmae_ds.data.reader import Batch
 from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
@@ -172,7 +171,7 @@ class FinetuneTask:
             else None
         )
         self.soft_loss = SoftTargetCrossEntropy()
-        self.erasing: RandomErasing | None = None
+        self.erasing: SampleErasing | None = None
 
     def groups(self) -> list[dict[str, Any]]:
         """See :class:`Task`."""
@@ -183,14 +182,14 @@ class FinetuneTask:
         """See :class:`Task`."""
         self.normalize.to(device)
         if self.config.erasing > 0:
-            self.erasing = RandomErasing(self.config.erasing, mode="pixel", device=str(device))
+            self.erasing = SampleErasing(self.config.erasing, device)
 
     def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
         """See :class:`Task`."""
         images = self.normalize.student(self.normalize.pixels(batch.images), torch.float32)
-        self._seed(key)
         if self.erasing is not None:
-            images = self.erasing(images)
+            images = self.erasing(images, batch.keys)
+        self._seed(key)
         if self.mix is not None:
             images, targets = self.mix(images, batch.labels)
             loss = self.soft_loss(engine(images.to(self.dtype)).float(), targets)
@@ -206,6 +205,4 @@ class FinetuneTask:
     def _seed(self, key: StepKey) -> None:
         seed = key.seed_for("model")
         torch.manual_seed(seed)
-        # timm's Mixup draws from numpy's global state and RandomErasing from Python's.
-        np.random.seed(seed & 0xFFFFFFFF)
-        random.seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)  # timm's Mixup draws from numpy's global state

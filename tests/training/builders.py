@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +46,8 @@ def make_batch(size: int, side: int = 32, classes: int = 10, seed: int = 0, vali
         labels=torch.randint(0, classes, (size,), generator=generator),
         indices=torch.arange(size),
         valid=torch.tensor(valid if valid is not None else [True] * size),
+        keys=np.arange(size, dtype=np.uint64),
+        keys=np.arange(size, dtype=np.uint64),
     )
 
 
