@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -46,7 +45,6 @@ def make_batch(size: int, side: int = 32, classes: int = 10, seed: int = 0, vali
         labels=torch.randint(0, classes, (size,), generator=generator),
         indices=torch.arange(size),
         valid=torch.tensor(valid if valid is not None else [True] * size),
-        keys=np.arange(size, dtype=np.uint64),
         keys=np.arange(size, dtype=np.uint64),
     )
 
