@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -81,6 +82,61 @@ def test_sample_follows_the_weights(scale: float) -> None:
         assert abs(frequency - probability) < 4 * deviation
     first = torch.bincount(visible.ids_keep[:, 0], minlength=6) / draws
     assert first.tolist() == pytest.approx(weights, abs=4 * 0.5 / draws**0.5)
+
+
+def test_sample_draws_one_token_after_another() -> None:
+    """Given the first token drawn, the second follows the weights of the rest."""
+    weights = [0.5, 0.3, 0.15, 0.05]
+    draws = 60_000
+    visible = choose_visible(uniform(draws, 4), (2, 2), 0.5, "sample", torch.tensor(weights).expand(draws, 4))
+    for first in range(4):
+        second = visible.ids_keep[visible.ids_keep[:, 0] == first, 1]
+        frequency = torch.bincount(second, minlength=4) / len(second)
+        for token in range(4):
+            probability = 0.0 if token == first else weights[token] / (1 - weights[first])
+            deviation = (probability * (1 - probability) / len(second)) ** 0.5
+            assert abs(frequency[token] - probability) <= 4 * deviation
+
+
+def test_sample_of_a_whole_grid_is_numpys() -> None:
+    """49 of 196 tokens by an attention map: how often each is visible, against numpy's weighted choice."""
+    attention = (1.5 * torch.randn(196, generator=torch.Generator().manual_seed(5))).softmax(0)
+    draws = 2000
+    visible = choose_visible(uniform(draws, 196), (14, 14), 0.25, "sample", attention.expand(draws, 196))
+    ours = (1 - visible.mask).mean(0).numpy()
+    generator, weights = np.random.default_rng(6), attention.double().numpy()
+    theirs = np.zeros(196)
+    for _ in range(draws):
+        theirs[generator.choice(196, 49, replace=False, p=weights / weights.sum())] += 1 / draws
+    pooled = (ours + theirs) / 2
+    deviation = np.sqrt(2 * pooled * (1 - pooled) / draws)
+    z = (ours - theirs)[deviation > 0] / deviation[deviation > 0]
+    assert abs(z).max() < 4.5
+    assert 0.8 < (z**2).mean() < 1.2
+    assert ours.sum() == pytest.approx(49, abs=1e-3)
+
+
+def test_random_shows_every_token_alike() -> None:
+    draws = 40_000
+    frequency = (1 - choose_visible(uniform(draws, 16), (4, 4), 0.25).mask).mean(0)
+    assert (frequency - 0.25).abs().max() < 4.5 * (0.25 * 0.75 / draws) ** 0.5
+
+
+@pytest.mark.parametrize("smallest", [1e-3, 1e-10, 1e-38])
+def test_sample_takes_no_importance_after_any_importance(smallest: float) -> None:
+    """However the noise falls: the least favourable draw for the token that has some, the most for the others."""
+    importance = torch.tensor([[0.0, smallest, 0.0, 0.7]])
+    noise = torch.tensor([[1 - 2**-24, 0.0, 0.5, 0.0]])
+    visible = choose_visible(noise, (2, 2), 0.5, "sample", importance)
+    assert visible.ids_keep.tolist() == [[3, 1]]
+    assert visible.ids_restore.tolist() == [[2, 1, 3, 0]]  # among those without, the noise decides
+
+
+def test_sample_fills_up_with_tokens_without_importance_at_random() -> None:
+    importance = torch.tensor([0.0, 0.0, 1.0, 0.0]).expand(8000, 4)
+    visible = choose_visible(uniform(8000, 4), (2, 2), 0.5, "sample", importance)
+    assert (visible.ids_keep[:, 0] == 2).all()
+    assert (torch.bincount(visible.ids_keep[:, 1]) / 8000).tolist() == pytest.approx([1 / 3, 1 / 3, 0, 1 / 3], abs=0.03)
 
 
 def test_sample_takes_tokens_without_importance_last() -> None:

@@ -62,13 +62,16 @@ def distance(p: list[float], t: list[float], loss: str) -> float:
 CASES = [("encoder", "visible"), ("decoder", "visible"), ("decoder", "masked"), ("decoder", "all")]
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
 @pytest.mark.parametrize(("tap", "tokens"), CASES)
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 @pytest.mark.parametrize("loss", LOSSES)
-def test_objective_loss_is_the_formula(loss: str, normalize: str, tap: str, tokens: str, visible: VisibleSet) -> None:
+def test_objective_loss_is_the_formula(
+    loss: str, normalize: str, tap: str, tokens: str, dtype: torch.dtype, tolerance: float, visible: VisibleSet
+) -> None:
     spec = Objective(target="t", tap=tap, tokens=tokens, loss=loss, normalize=normalize, weight=1)
-    target = normal(B, L, D)
-    prediction = normal(B, visible.ids_keep.shape[1] if tap == "encoder" else L, D, seed=1)
+    target = normal(B, L, D).to(dtype)
+    prediction = normal(B, visible.ids_keep.shape[1] if tap == "encoder" else L, D, seed=1).to(dtype)
     total, count = 0.0, 0
     for row, token in product(range(B), range(L)):
         kept = visible.ids_keep[row].tolist()
@@ -79,8 +82,21 @@ def test_objective_loss_is_the_formula(loss: str, normalize: str, tap: str, toke
         total += distance(prediction[row, place].tolist(), truth, loss)
         count += 1
     found = objective_loss(spec, prediction, target, visible)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(total / count, rel=1e-5)
+    assert found.dtype == dtype
+    assert found.item() == pytest.approx(total / count, rel=tolerance)
+
+
+@pytest.mark.parametrize("normalize", NORMALIZATIONS)
+def test_a_constant_target_is_no_division_by_zero(normalize: str, visible: VisibleSet) -> None:
+    """A patch of one colour has no variance, a dead teacher token no length."""
+    target = torch.zeros(B, L, D) if normalize == "l2" else torch.full((B, L, D), 2.5)
+    expected = 2.5 if normalize == "none" else 0.0
+    torch.testing.assert_close(normalize_target(target, normalize), torch.full((B, L, D), expected), atol=1e-3, rtol=0)
+    for loss in LOSSES:
+        spec = Objective(target="t", tap="decoder", tokens="all", loss=loss, normalize=normalize, weight=1)
+        prediction = normal(B, L, D, seed=1).requires_grad_()
+        objective_loss(spec, prediction, target, visible).backward()
+        assert prediction.grad.isfinite().all()
 
 
 def test_losses_are_computed_in_float32(visible: VisibleSet) -> None:
