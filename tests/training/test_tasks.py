@@ -174,7 +174,9 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_spread() -> None:
     parts = []
     for rank in range(2):
         half = slice(2 * rank, 2 * rank + 2)
-        part = type(whole)(whole.images[half], whole.labels[half], whole.indices[half], whole.valid[half], whole.keys[half])
+        part = type(whole)(
+            whole.images[half], whole.labels[half], whole.indices[half], whole.valid[half], whole.keys[half]
+        )
         parts.append(_values(task.losses(task.model, part, StepKey(1, 2, 0, rank, 2, 2))))
     for name, value in expected.items():
         assert (parts[0][name] + parts[1][name]) / 2 == pytest.approx(value, rel=1e-4)
