@@ -168,11 +168,14 @@ def load_encoder(encoder: Encoder, path: Path) -> LoadReport:
 
 
 def init_classifier(model: Encoder) -> None:
-    """Fine-tuning's initialisation (MAE, MCMAE): trunc_normal 0.02 for linear layers and positions, the head 2e-5.
+    """Fine-tuning's initialisation (MAE, MCMAE): trunc_normal 0.02 for linear layers, positions and the class token,
+    2e-5 for the head.
 
     Loading a pre-trained encoder replaces all of it but the head.
     """
     nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    if model.num_prefix_tokens:
+        nn.init.trunc_normal_(model.cls_token, std=0.02)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=0.02)
