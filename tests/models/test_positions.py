@@ -76,5 +76,12 @@ def test_resizing_keeps_rows_and_columns_apart() -> None:
     assert (resized[1:, 0, 0] > resized[:-1, 0, 0]).all()
 
 
+def test_prefix_tokens_keep_their_positions() -> None:
+    positions = torch.randn(1, 2 + 4, 8)
+    resized = resize_positions(positions, (2, 2), (3, 5), prefix_tokens=2)
+    assert torch.equal(resized[:, :2], positions[:, :2])
+    assert torch.equal(resized[:, 2:], resize_positions(positions[:, 2:], (2, 2), (3, 5)))
+
+
 def test_resizing_keeps_the_precision_of_its_input() -> None:
     assert resize_positions(torch.randn(1, 4, 8).bfloat16(), (2, 2), (4, 4)).dtype == torch.bfloat16

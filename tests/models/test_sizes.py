@@ -82,6 +82,25 @@ def test_grids_are_computed(arch: str, image_size: int, side: int) -> None:
     assert token_grid(ARCHITECTURES[arch], image_size) == (side, side)
 
 
+@pytest.mark.parametrize(("image_size", "grid"), [((224, 448), (14, 28)), ([64, 16], (4, 1)), ((16, 16), (1, 1))])
+def test_grids_of_rectangles(image_size: tuple[int, int], grid: tuple[int, int]) -> None:
+    assert token_grid(ARCHITECTURES["cvit_base"], image_size) == grid
+
+
+@pytest.mark.parametrize(
+    ("image_size", "message"),
+    [
+        ((224, 230), "image_size: 230 .* 224 and 240$"),
+        ((230, 224), "image_size: 230 .* 224 and 240$"),
+        (0, "image_size: 0 .* are 16$"),
+        (-16, "image_size: -16 .* are 16$"),
+    ],
+)
+def test_the_side_that_does_not_fit_is_named(image_size: int | tuple[int, int], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        token_grid(ARCHITECTURES["vit_base"], image_size)
+
+
 def test_patches_that_do_not_tile_name_the_sizes_that_fit() -> None:
     with pytest.raises(
         UserError, match=r"image_size: 392 is not a multiple of the patch stride 16.*384 and 400"
@@ -105,6 +124,10 @@ def test_overrides_replace_single_fields() -> None:
         ("cvit_base", {"depths": "many"}, r"model.overrides.depths: .*got 'many'"),
         ("cvit_base", {"dims": [8, 8]}, r"model.overrides.dims"),
         ("vit_base", {"dims": [8, 8, 8]}, "model.overrides.dims: vit_base has no such field"),
+        ("vit_base", {"depth": 0}, "model.overrides.depth: .*got 0"),
+        ("cvit_base", {"patches": [4, -2, 2]}, "model.overrides.patches.1: .*got -2"),
+        ("vit_base", {"num_heads": 5}, "model.overrides: .* width 768 must be a multiple of num_heads 5"),
+        ("cvit_base", {"dims": [8, 8, 18], "num_heads": 3}, "width 18 .* and of 4"),
     ],
 )
 def test_wrong_sizes_are_named(arch: str, overrides: dict[str, object], message: str) -> None:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
-import pytest
-import torch
-from timm.models.vision_transformer import VisionTransformer
+from collections.abc import Callable
+from typing import Literal
 
+import pytest
+import timm
+import torch
+from torch import Tensor
+
+from mrmae_ds.errors import UserError
 from mrmae_ds.masking import choose_visible
-from mrmae_ds.models.sizes import ViTSpec
+from mrmae_ds.models.positions import resize_positions
+from mrmae_ds.models.sizes import ImageSize, ViTSpec
 from mrmae_ds.models.vit import MaskableViT
 
+from . import dense
 from .reference import perturb, random_images, random_noise
 
 SPEC = ViTSpec(16, 3, 4, patch=4)
 
 
-def build(num_classes: int = 0, drop_path: float = 0.0) -> MaskableViT:
-    model = MaskableViT(SPEC, 16, num_classes, drop_path).eval()
+def build(
+    num_classes: int = 0, drop_path: float = 0.0, size: ImageSize = 16, pool: Literal["avg", "token"] = "avg"
+) -> MaskableViT:
+    model = MaskableViT(SPEC, size, num_classes, drop_path, pool).eval()
     perturb(model, seed=1)
     return model
 
 
-def test_all_tokens_visible_equals_dense_forward() -> None:
-    encoder = build()
-    images = random_images(2, 16, seed=2)
-    visible = choose_visible(random_noise(2, 16, seed=3), (4, 4), 1.0)
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_all_tokens_visible_equals_dense_forward(size: tuple[int, int]) -> None:
+    encoder = build(size=size)
+    images = torch.randn(2, 3, *size)
+    grid = (size[0] // 4, size[1] // 4)
+    assert encoder.grid == grid
+    visible = choose_visible(random_noise(2, grid[0] * grid[1], seed=3), grid, 1.0)
     outputs = encoder(images, visible, taps=(2, 0))
     dense = encoder.forward_features(images)
     torch.testing.assert_close(outputs["tokens"][:, :1], dense[:, :1], atol=1e-5, rtol=1e-4)
@@ -33,12 +45,76 @@ def test_all_tokens_visible_equals_dense_forward() -> None:
     assert torch.equal(outputs["blocks"][0], outputs["tokens"])
 
 
-def test_dense_forward_is_timms() -> None:
-    model = build(num_classes=5)  # its positions are trained, the class token's too
+@pytest.mark.parametrize(("pool", "norms"), [("avg", {"fc_norm"}), ("token", {"norm"})])
+@pytest.mark.parametrize("size", [(16, 16), (12, 20)])
+def test_a_classifier_is_timms(pool: Literal["avg", "token"], norms: set[str], size: tuple[int, int]) -> None:
+    model = build(num_classes=5, size=size, pool=pool)  # its positions are trained, the class token's too
     assert model.pos_embed[0, 0].abs().max() > 0
+    assert {name.split(".")[0] for name in model.state_dict()} & {"norm", "fc_norm"} == norms
+    timms = timm.create_model(
+        "vit_base_patch16_224",
+        img_size=size,
+        patch_size=4,
+        embed_dim=16,
+        depth=3,
+        num_heads=4,
+        num_classes=5,
+        global_pool=pool,
+    ).eval()
+    timms.load_state_dict(model.state_dict())
+    images = torch.randn(2, 3, *size)
+    torch.testing.assert_close(model(images), timms(images), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(model.forward_features(images), timms.forward_features(images), atol=1e-5, rtol=1e-4)
+
+
+def test_logits_of_the_class_token() -> None:
+    model = build(num_classes=5, pool="token")
     images = random_images(2, 16, seed=2)
-    expected = VisionTransformer.forward_features(model, images)
-    torch.testing.assert_close(model.forward_features(images), expected, atol=1e-5, rtol=1e-4)
+    tokens = model.forward_intermediates(images, indices=1, norm=False, return_prefix_tokens=True)[1][-1][1]
+    state = model.state_dict()
+    expected = dense.linear(dense.token_norm(tokens[:, 0], state, "norm"), state, "head")
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_no_parameter_of_a_classifier_is_unused(pool: Literal["avg", "token"]) -> None:
+    model = build(num_classes=5, pool=pool)
+    model(random_images(2, 16, seed=2)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_checkpointing_recomputes_every_block() -> None:
+    model, images = build(num_classes=5).train(), random_images(2, 16, seed=2)
+    calls: list[int] = []
+    for i, block in enumerate(model.blocks):
+        block.register_forward_pre_hook(lambda *_, i=i: calls.append(i))
+    visible = choose_visible(random_noise(2, 16, seed=3), (4, 4), 0.5)
+    forwards: list[Callable[[], Tensor]] = [
+        lambda: model(images),
+        lambda: model(images, visible)["tokens"],
+        lambda: model.forward_intermediates(images)[0],
+    ]
+    for enable, expected in ((True, [0, 1, 2, 2, 1, 0]), (False, [0, 1, 2])):
+        model.set_grad_checkpointing(enable)
+        for forward in forwards:
+            calls.clear()
+            forward().sum().backward()
+            assert calls == expected
+
+
+def test_another_input_size() -> None:
+    model = build(num_classes=5)
+    other = build(num_classes=5, size=(12, 24))
+    positions = resize_positions(model.pos_embed[:, 1:], (4, 4), (3, 6))
+    other.load_state_dict({**model.state_dict(), "pos_embed": torch.cat([model.pos_embed[:, :1], positions], dim=1)})
+    model.set_input_size((12, 24))
+    images = torch.randn(2, 3, 12, 24)
+    assert model.grid == (3, 6) and torch.equal(model(images), other(images))
+    bare = build()
+    bare.set_input_size(32)
+    assert not bare.pos_embed.requires_grad
+    with pytest.raises(UserError, match="image_size: 30"):
+        model.set_input_size(30)
 
 
 def test_logits_are_of_the_mean_of_patch_tokens() -> None:
