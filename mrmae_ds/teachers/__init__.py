@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import torch
-
 from mrmae_ds.errors import UserError
 from mrmae_ds.recipe import DataConfig, TeacherConfig
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
+from mrmae_ds.teachers.options import TeacherOptions
 
-__all__ = ["Teacher", "TeacherOutput", "build_teacher"]
+__all__ = ["Teacher", "TeacherOptions", "TeacherOutput", "build_teacher", "check_grid"]
 
 
 def build_teacher(
@@ -28,44 +25,38 @@ def build_teacher(
     Raises:
         UserError: naming the key: weights that cannot be had, or a grid that differs from the student's.
     """
-    key = f"teachers.{name}"
-    image_size = config.image_size or student_size
-    statistics = (data.mean, data.std) if config.statistics == "student" else None
-    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    teacher: Teacher
-    # The libraries behind each kind are imported only where a recipe names it.
-    if config.kind == "checkpoint":
-        from mrmae_ds.teachers.own import CheckpointTeacher
+    options = TeacherOptions.of(name, config, data, student_size, student_grid)
+    teacher = _build(config.kind, options)
+    check_grid(teacher, options, student_size)
+    return teacher
 
-        teacher = CheckpointTeacher(
-            Path(config.source),
-            key,
-            image_size=image_size,
-            features=config.features,
-            statistics=statistics,
-            dtype=dtype,
-        )
-    else:
-        if config.kind == "clip":
-            from mrmae_ds.teachers.clip import ClipTeacher as Named
-        else:
-            from mrmae_ds.teachers.timm_vit import TimmTeacher as Named
-        teacher = Named(
-            config.source,
-            config.weights,
-            key,
-            image_size=image_size,
-            features=config.features,
-            statistics=statistics,
-            dtype=dtype,
-        )
-    if image_size % teacher.grid[0]:
-        raise UserError(f"{key}.image_size: the teacher's patches do not tile {image_size} pixels")
-    if teacher.grid != student_grid:
+
+def check_grid(teacher: Teacher, options: TeacherOptions, student_size: int) -> None:
+    """Check that a teacher's tokens lie on the student's.
+
+    Raises:
+        UserError: naming the key and the input size that would do.
+    """
+    key, image_size, (rows, columns) = options.key, options.image_size, options.student_grid
+    if teacher.grid != options.student_grid:
         stride = image_size // teacher.grid[0]
         raise UserError(
             f"{key}: its {teacher.grid[0]}x{teacher.grid[1]} tokens at {image_size} pixels do not match the student's "
-            f"{student_grid[0]}x{student_grid[1]} at {student_size}; set {key}.image_size to "
-            f"{stride * student_grid[0]}, or choose a teacher with patches of {student_size // student_grid[0]}"
+            f"{rows}x{columns} at {student_size}; set {key}.image_size to {stride * rows}, or choose a teacher with "
+            f"patches of {student_size // rows}"
         )
-    return teacher
+
+
+def _build(kind: str, options: TeacherOptions) -> Teacher:
+    """The libraries behind each kind are imported only where a recipe names it."""
+    if kind == "checkpoint":
+        from mrmae_ds.teachers.own import CheckpointTeacher
+
+        return CheckpointTeacher(options)
+    if kind == "clip":
+        from mrmae_ds.teachers.clip import ClipTeacher
+
+        return ClipTeacher(options)
+    from mrmae_ds.teachers.timm_models import TimmTeacher
+
+    return TimmTeacher(options)

@@ -5,12 +5,16 @@ Shape legend: B pictures, L patch tokens in raster order, C the teacher's width.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mrmae_ds.errors import UserError
 
 
 class TeacherOutput(NamedTuple):
@@ -30,6 +34,7 @@ class Teacher(nn.Module, ABC):
         width: C.
         sha256: of its weights file.
         image_size: side of its input in pixels; other pictures are resized (bicubic) to it.
+        facts: what was found out or decided while it was built, in words, by topic (``importance``, ``GELU``, ...).
     """
 
     def __init__(
@@ -43,11 +48,12 @@ class Teacher(nn.Module, ABC):
         std: tuple[float, float, float],
         dtype: torch.dtype,
         sha256: str,
+        facts: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.network = network.to(dtype)
         self.grid, self.width, self.image_size = grid, width, image_size
-        self.dtype, self.sha256 = dtype, sha256
+        self.dtype, self.sha256, self.facts = dtype, sha256, dict(facts or {})
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         self.requires_grad_(False)
@@ -74,27 +80,56 @@ class Teacher(nn.Module, ABC):
         """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
 
 
-def class_attention(x: Tensor, qkv_weight: Tensor, qkv_bias: Tensor | None, num_heads: int, prefix: int) -> Tensor:
+def class_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    num_heads: int,
+    prefix: int,
+    *,
+    from_class: bool = True,
+    q_norm: nn.Module | None = None,
+    k_norm: nn.Module | None = None,
+) -> Tensor:
     """Attention of the class token to the patches, mean over heads: one row instead of the whole matrix.
 
     Args:
-        x: the attention layer's input (after its norm), [B, prefix + L, C]; the class token is first.
-        qkv_weight: [3C, C]; qkv_bias: [3C] or None.
+        x: the attention layer's input (after its norm), [B, prefix + L, C].
+        qkv_weight: [3D, C] of D channels over all heads; qkv_bias: [3D] or None.
         num_heads: heads of the layer.
-        prefix: tokens before the patches. With 0 there is no class token and the mean over all queries
-            is returned instead (the attention each patch receives).
+        prefix: tokens before the patches.
+        from_class: the first of them is the class token. If not, or without any prefix, the mean over the patches'
+            queries is returned instead: the attention each patch receives.
+        q_norm, k_norm: of queries and keys, per head, where the layer has them.
 
     Returns:
         float32 [B, L].
     """
-    dim = x.shape[-1]
-    head_dim = dim // num_heads
-    queries = x[:, :1] if prefix else x
+    dim = qkv_weight.shape[0] // 3
+    queries = x[:, :1] if prefix and from_class else x[:, prefix:]
     bias_q, bias_k = (None, None) if qkv_bias is None else (qkv_bias[:dim], qkv_bias[dim : 2 * dim])
-    q = F.linear(queries, qkv_weight[:dim], bias_q).unflatten(-1, (num_heads, head_dim)).transpose(1, 2)
-    k = F.linear(x, qkv_weight[dim : 2 * dim], bias_k).unflatten(-1, (num_heads, head_dim)).transpose(1, 2)
-    attention = (q.float() @ k.float().transpose(-1, -2) * head_dim**-0.5).softmax(-1)
+    q = F.linear(queries, qkv_weight[:dim], bias_q).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    k = F.linear(x, qkv_weight[dim : 2 * dim], bias_k).unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    q, k = q_norm(q) if q_norm else q, k_norm(k) if k_norm else k
+    attention = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return attention.mean(dim=(1, 2))[:, prefix:]
+
+
+def check_tiles(patch: int, image_size: int, key: str) -> None:
+    """Check that patches of a side cover a picture of a side; libraries leave the rest of it out without a word.
+
+    Raises:
+        UserError: naming the recipe key and the sizes next to it that would do.
+    """
+    if image_size % patch:
+        below = image_size // patch * patch
+        near = f"{below} or {below + patch}" if below else str(patch)
+        raise UserError(f"{key}.image_size: patches of {patch} do not tile {image_size} pixels; {near} would do")
+
+
+def importance_words(has_class: bool) -> str:
+    """What :func:`class_attention` is, for people."""
+    return "last block's attention, class token to patches" if has_class else "last block's attention that patches get"
 
 
 class LastBlockInput:
@@ -113,3 +148,12 @@ class LastBlockInput:
 
     def __exit__(self, *_: object) -> None:
         self.handle.remove()
+
+
+def tensors_sha256(network: nn.Module) -> str:
+    """Hex sha256 over names and bytes of all tensors, for weights that did not come from a named file."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

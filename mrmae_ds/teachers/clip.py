@@ -4,64 +4,87 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import open_clip
-import torch
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
-from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention
-from mrmae_ds.teachers.timm_vit import tensors_sha256
+from mrmae_ds.teachers.base import (
+    LastBlockInput,
+    Teacher,
+    check_tiles,
+    class_attention,
+    importance_words,
+    tensors_sha256,
+)
+from mrmae_ds.teachers.clip_loading import ClipTower, load_clip_tower
+from mrmae_ds.teachers.options import TeacherOptions
+from mrmae_ds.teachers.timm_readers import TimmReader, timm_reader
 
 
 class ClipTeacher(Teacher):
-    """Patch tokens of CLIP's last block, and its class token's attention.
+    """Patch tokens of the tower's last block, and its attention.
 
-    Args:
-        source: open_clip's model name; OpenAI's weights need the ``-quickgelu`` names.
-        weights: a pretrained tag (``openai``) or a local file.
-        key: the recipe key to name in errors.
-        image_size: side of its input; open_clip resizes the position embedding if needed.
-        features: ``raw``, ``ln_post``, or ``proj`` (ln_post, then the projection to the joint space).
-        statistics: mean and std, or None for CLIP's own.
-        dtype: of weights and arithmetic.
+    The source is open_clip's model name, with or without ``-quickgelu``: the weights decide which GELU is computed. The
+    weights are a pretrained tag (``openai``) or a local file, OpenAI's archives included; a source that names files
+    itself (``hf-hub:``, ``local-dir:``) takes none. Features are ``raw``, ``ln_post``, or ``proj`` (ln_post, then the
+    projection to the joint space). open_clip resizes the position embedding for another input than the tower's own.
 
     Raises:
-        UserError: for an unknown name, unreadable weights, a tower that is no ViT, or a GELU that is not the weights'.
+        UserError: for an unknown name, unreadable weights, a GELU that cannot be told, or features that the tower does
+            not have.
     """
 
-    def __init__(
-        self,
-        source: str,
-        weights: str | None,
-        key: str,
-        *,
-        image_size: int,
-        features: str,
-        statistics: tuple[tuple[float, float, float], tuple[float, float, float]] | None,
-        dtype: torch.dtype,
-    ) -> None:
-        visual = load_clip_tower(source, weights, key, image_size)
-        mean, std = statistics or (visual.preprocess_cfg["mean"], visual.preprocess_cfg["std"])
-        if features == "proj" and visual.proj is None:
-            raise UserError(f"{key}.features: the tower of {source} has no projection; use raw or ln_post")
-        local = Path(weights) if weights and Path(weights).is_file() else None
+    def __init__(self, options: TeacherOptions) -> None:
+        tower = load_clip_tower(options)
+        weights = Path(options.weights) if options.weights else None
+        sha256 = file_sha256(weights) if weights and weights.is_file() else tensors_sha256(tower.visual)
+        reader = tower_reader(tower.visual, options)
+        mean, std = options.statistics or tower.statistics
         super().__init__(
-            visual,
-            grid=visual.grid_size,
-            width=visual.output_dim if features == "proj" else visual.conv1.out_channels,
-            image_size=image_size,
+            tower.visual.trunk if isinstance(tower.visual, TimmModel) else tower.visual,
+            grid=reader.grid,
+            width=reader.width,
+            image_size=options.image_size,
             mean=mean,
             std=std,
-            dtype=dtype,
-            sha256=file_sha256(local) if local else tensors_sha256(visual),
+            dtype=options.dtype,
+            sha256=sha256,
+            facts={"importance": reader.importance, **_facts(tower, options)},
         )
-        self.features = features
+        self.reader = reader
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Teacher.encode`."""
-        visual = self.network
+        return self.reader(self.network, images)
+
+
+class TowerReader:
+    """Tokens and attention of open_clip's own vision transformer.
+
+    Raises:
+        UserError: for features that it does not have, or attention that open_clip itself cannot run.
+    """
+
+    def __init__(self, visual: VisionTransformer, options: TeacherOptions) -> None:
+        self.features = options.features
+        if visual.attn_pool is not None and self.features != "raw":
+            raise UserError(
+                f"{options.key}.features: {options.source} pools by attention before its final norm, so its tokens "
+                f"have no {self.features}; use raw"
+            )
+        if getattr(visual.transformer.resblocks[-1].attn, "logit_scale", None) is not None:
+            raise UserError(f"{options.key}.source: {options.source} has cosine attention, which is not read")
+        check_tiles(visual.patch_size[0], options.image_size, options.key)
+        # Where the class token is not what the tower gives, nothing trained its attention.
+        self.has_class = visual.pool_type == "tok" and visual.attn_pool is None
+        self.importance = importance_words(self.has_class)
+        self.grid: tuple[int, int] = visual.grid_size
+        self.width: int = visual.output_dim if self.features == "proj" else visual.conv1.out_channels
+
+    def __call__(self, visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
         last = len(visual.transformer.resblocks) - 1
         block = visual.transformer.resblocks[last]
         with LastBlockInput(block) as seen:
@@ -76,41 +99,39 @@ class ClipTeacher(Teacher):
             tokens = tokens @ visual.proj
         attn = block.attn
         importance = class_attention(
-            block.ln_1(seen.x), attn.in_proj_weight, attn.in_proj_bias, attn.num_heads, prefix=1
+            block.ln_1(seen.x),
+            attn.in_proj_weight,
+            attn.in_proj_bias,
+            attn.num_heads,
+            prefix=1,
+            from_class=self.has_class,
+            q_norm=getattr(attn, "ln_q", None),
+            k_norm=getattr(attn, "ln_k", None),
         )
         return tokens, importance
 
 
-def load_clip_tower(source: str, weights: str | None, key: str, image_size: int) -> nn.Module:
-    """The image tower of an open_clip model.
+def tower_reader(visual: nn.Module, options: TeacherOptions) -> TowerReader | TimmReader:
+    """The reader of an image tower; a :class:`TimmModel`'s reads its ``trunk``.
 
     Raises:
-        UserError: naming the recipe key.
+        UserError: naming the recipe key: a tower or features that cannot be read.
     """
-    if weights is None:
-        raise UserError(f"{key}.weights: a CLIP teacher needs a tag (openai) or a local file")
-    if ":" in source:
-        raise UserError(
-            f"{key}.source: {source} names files itself and would ignore {key}.weights; give a model's name"
-        )
-    _check_gelu(source, weights, key)
-    try:
-        model = open_clip.create_model(source, pretrained=weights, force_image_size=image_size, require_pretrained=True)
-    except Exception as error:  # open_clip, the hub client and torch each raise their own kinds
-        raise UserError(
-            f"{key}: open_clip model {source!r} with weights {weights!r} could not be loaded "
-            f"({type(error).__name__}: {error}); check both names, or give a local file as {key}.weights"
-        ) from None
-    if not isinstance(model.visual, VisionTransformer):
-        raise UserError(f"{key}.source: the image tower of {source} is no open_clip ViT; choose a ViT-* model")
-    return model.visual
+    if isinstance(visual, TimmModel):
+        if options.features == "proj":
+            raise UserError(
+                f"{options.key}.features: {options.source} projects its pooled output only; use raw or ln_post"
+            )
+        return timm_reader(visual.trunk, options)
+    if not isinstance(visual, VisionTransformer):
+        raise UserError(f"{options.key}.source: the image tower of {options.source} is no ViT; choose a ViT-* model")
+    if options.stage is not None:
+        raise UserError(f"{options.key}.stage: {options.source} is a ViT, whose last block is taken; remove the key")
+    return TowerReader(visual, options)
 
 
-def _check_gelu(source: str, weights: str, key: str) -> None:
-    """open_clip only warns when a tag's weights were trained with another GELU than the model's."""
-    tagged, built = open_clip.get_pretrained_cfg(source, weights), open_clip.get_model_config(source)
-    if not tagged or not built:
-        return
-    if bool(tagged.get("quick_gelu")) != bool(built.get("quick_gelu")):
-        right = f"{source}-quickgelu" if tagged.get("quick_gelu") else source.removesuffix("-quickgelu")
-        raise UserError(f"{key}.source: the weights {weights} were trained with the other GELU; use {right}")
+def _facts(tower: ClipTower, options: TeacherOptions) -> dict[str, str]:
+    facts = {"GELU": tower.gelu_words}
+    if options.statistics is None:
+        facts["statistics"] = tower.statistics_words
+    return facts

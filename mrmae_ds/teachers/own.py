@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -19,7 +18,8 @@ from mrmae_ds.models.weights import (
     read_tensors,
     spec_from_metadata,
 )
-from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention
+from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention, importance_words
+from mrmae_ds.teachers.options import TeacherOptions
 
 
 def encoder_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,53 +36,39 @@ def encoder_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]
 
 
 class CheckpointTeacher(Teacher):
-    """An encoder that this project trained.
+    """An encoder that this project trained; its source is a run's stage folder or model file.
 
-    ``raw`` features are the last block's; ``ln_post`` applies the norm that pre-training put after it.
-
-    Args:
-        source: a run's stage folder or model file.
-        key: the recipe key to name in errors.
-        image_size: side of its input; the position embedding is resized for another than it was trained at.
-        features: ``raw`` or ``ln_post``.
-        statistics: mean and std, or None for those it was trained with.
-        dtype: of weights and arithmetic.
+    ``raw`` features are the last block's; ``ln_post`` applies the norm that pre-training put after it. The position
+    embedding is resized for another input than it was trained at, the statistics are those it was trained with.
 
     Raises:
         UserError: for a missing or foreign file, or ``proj`` features, which it does not have.
     """
 
-    def __init__(
-        self,
-        source: Path,
-        key: str,
-        *,
-        image_size: int,
-        features: str,
-        statistics: tuple[tuple[float, float, float], tuple[float, float, float]] | None,
-        dtype: torch.dtype,
-    ) -> None:
-        path = find_weights(source, f"{key}.source")
-        metadata = read_metadata(path)
+    def __init__(self, options: TeacherOptions) -> None:
+        path = find_weights(Path(options.source), f"{options.key}.source")
+        metadata, features = read_metadata(path), options.features
         if features == "proj" or (features == "ln_post" and metadata["kind"] != "pretrain"):
-            raise UserError(f"{key}.features: {path} has no {features} features; use raw")
-        encoder = build_encoder(spec_from_metadata(metadata), image_size)
+            raise UserError(f"{options.key}.features: {path} has no {features} features; use raw")
+        encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
         load_encoder(encoder, path)
-        mean, std = statistics or (tuple(metadata["mean"]), tuple(metadata["std"]))
+        mean, std = options.statistics or (tuple(metadata["mean"]), tuple(metadata["std"]))
         super().__init__(
             encoder,
             grid=encoder.grid,
             width=encoder.embed_dim,
-            image_size=image_size,
+            image_size=options.image_size,
             mean=mean,
             std=std,
-            dtype=dtype,
+            dtype=options.dtype,
             sha256=file_sha256(path),
+            facts={"importance": importance_words(encoder.num_prefix_tokens > 0)},
         )
         if features == "ln_post":
             tensors = read_tensors(path)
-            self.register_buffer("norm_weight", tensors["fusion.norm.weight"].to(dtype), persistent=False)
-            self.register_buffer("norm_bias", tensors["fusion.norm.bias"].to(dtype), persistent=False)
+            for name in ("weight", "bias"):
+                tensor = tensors[f"fusion.norm.{name}"].to(options.dtype)
+                self.register_buffer(f"norm_{name}", tensor, persistent=False)
         self.features = features
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:

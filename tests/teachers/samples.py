@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.models.weights import MODEL_FILE, build_encoder, encoder_metadata, save_weights
+from mrmae_ds.teachers import TeacherOptions
 
 from ..models.reference import perturb, pixel_model
 
@@ -19,6 +20,13 @@ CVIT = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))
 VIT = ViTSpec(16, 2, 4, patch=4)
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 NORM = {"mean": MEAN, "std": STD}
+
+
+def options(name: str, source: str, **changes: Any) -> TeacherOptions:
+    """Of a teacher in float32 for 64 pixels and a student's grid of 4x4; ``weights`` may be a path."""
+    weights = changes.pop("weights", None)
+    values = {"image_size": 64, "student_grid": (4, 4), "dtype": torch.float32, **changes}
+    return TeacherOptions(f"teachers.{name}", source, weights=None if weights is None else str(weights), **values)
 
 
 def pixels_of(batch: int, side: int, seed: int = 0) -> Tensor:
@@ -40,7 +48,7 @@ def save_run(
     return model.state_dict()
 
 
-def timm_attention(block: Block, run: nn.Module, images: Tensor) -> Tensor:
+def timm_attention(block: nn.Module, run: nn.Module, images: Tensor) -> Tensor:
     """A timm block's whole attention, [B, heads, N, N], as its own unfused code computes it."""
     seen: list[Tensor] = []
     fused, block.attn.fused_attn = block.attn.fused_attn, False

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torchvision.transforms.functional as tvf
+from timm.layers import attention as timm_attention
 from torch import Tensor, nn
 
 from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention
@@ -88,21 +89,21 @@ def test_statistics_move_with_it_and_are_not_saved() -> None:
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("prefix", [0, 1, 3])
-def test_class_attention_is_the_formula(prefix: int, bias: bool) -> None:
+@pytest.mark.parametrize(("prefix", "from_class"), [(0, True), (1, True), (3, True), (0, False), (2, False)])
+def test_class_attention_is_the_formula(prefix: int, from_class: bool, bias: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     heads, head_dim, tokens = 2, 3, prefix + 4
     dim = heads * head_dim
     x = torch.randn(1, tokens, dim, generator=generator)
     weight = torch.randn(3 * dim, dim, generator=generator)
     offsets = torch.randn(3 * dim, generator=generator) if bias else None
-    found = class_attention(x, weight, offsets, heads, prefix)
+    found = class_attention(x, weight, offsets, heads, prefix, from_class=from_class)
 
     def project(token: int, channel: int) -> float:
         value = sum(a * b for a, b in zip(x[0, token].tolist(), weight[channel].tolist(), strict=True))
         return value + (offsets[channel].item() if offsets is not None else 0.0)
 
-    queries = [0] if prefix else list(range(tokens))
+    queries = [0] if prefix and from_class else list(range(prefix, tokens))
     received = [0.0] * tokens
     for head in range(heads):
         channels = range(head * head_dim, (head + 1) * head_dim)
@@ -116,6 +117,22 @@ def test_class_attention_is_the_formula(prefix: int, bias: bool) -> None:
                 received[key] += exponentials[key] / sum(exponentials) / heads / len(queries)
     assert found.shape == (1, 4)
     assert found[0].tolist() == pytest.approx(received[prefix:], abs=1e-6)
+
+
+def test_class_attention_norms_queries_and_keys_per_head() -> None:
+    torch.manual_seed(2)
+    layer = timm_attention.Attention(8, num_heads=2, qk_norm=True, norm_layer=nn.LayerNorm).eval()
+    with torch.no_grad():
+        for norm in (layer.q_norm, layer.k_norm):
+            norm.weight.copy_(torch.randn(4))
+            norm.bias.copy_(torch.randn(4))
+    x, seen = torch.randn(2, 6, 8), []
+    layer.fused_attn = False
+    layer.attn_drop.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        layer(x)
+        found = class_attention(x, layer.qkv.weight, None, 2, 1, q_norm=layer.q_norm, k_norm=layer.k_norm)
+    torch.testing.assert_close(found, seen[0].mean(1)[:, 0, 1:])
 
 
 def test_class_attention_is_float32_from_bf16() -> None:

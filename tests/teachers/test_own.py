@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,21 +15,13 @@ from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.models.weights import MODEL_FILE, build_encoder, load_encoder
 from mrmae_ds.teachers.own import CheckpointTeacher
 
-from .samples import CVIT, MEAN, STD, VIT, normalize, pixels_of, save_run, timm_attention
+from .samples import CVIT, MEAN, STD, VIT, normalize, options, pixels_of, save_run, timm_attention
 
 BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
 
 
-def build(
-    source: Path,
-    features: str = "raw",
-    image_size: int = 16,
-    dtype: torch.dtype = torch.float32,
-    statistics: tuple | None = None,
-) -> CheckpointTeacher:
-    return CheckpointTeacher(
-        source, "teachers.t", image_size=image_size, features=features, statistics=statistics, dtype=dtype
-    )
+def build(source: Path, features: str = "raw", image_size: int = 16, **changes: Any) -> CheckpointTeacher:
+    return CheckpointTeacher(options("t", str(source), features=features, image_size=image_size, **changes))
 
 
 @BOTH
