@@ -7,7 +7,7 @@ statistics, and whatever the writer adds (recipe, step, metrics).
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,22 @@ from torch import Tensor, nn
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import replacing
 from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.foreign import (
+    FAMILY_TITLES,
+    METADATA_KEY,
+    PIXEL_HEAD,
+    Identity,
+    decoder_sizes,
+    identify,
+    size_differences,
+    spec_sizes,
+)
 from mrmae_ds.models.positions import resize_positions
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.pretrain import Encoder, PretrainModel
 from mrmae_ds.models.sizes import FAMILIES, CViTSpec, EncoderSpec, make_spec
+from mrmae_ds.models.tensor_files import TensorFile, read_tensor_file
 from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.objectives import PIXELS
 
 MODEL_FILE = "model.safetensors"
 
@@ -81,7 +93,7 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
     """Write a weights file in one step, so that a partial one never passes for whole."""
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt", "mrmae": json.dumps(metadata)})
+        save_file(contiguous, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
 
 
 def find_weights(source: Path, key: str) -> Path:
@@ -110,9 +122,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-    if "mrmae" not in metadata:
+    if METADATA_KEY not in metadata:
         raise UserError(f"{path}: a safetensors file, but not one written by this project (no 'mrmae' metadata)")
-    return json.loads(metadata["mrmae"])
+    return json.loads(metadata[METADATA_KEY])
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -122,49 +134,131 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_encoder(encoder: Encoder, path: Path) -> LoadReport:
-    """Load the encoder part of a weights file into ``encoder``, resizing positions to its grid.
+    """Load the encoder that a file holds into ``encoder``, resizing positions to its grid.
 
     Args:
-        encoder: bare or with a head; a head in the file is loaded only if its shape is the model's.
-        path: a file of :func:`save_weights`, of either kind.
+        encoder: bare or with a head; a head in the file is loaded only if its shape is the model's and it reads, as
+            ours does, the mean of the patches.
+        path: a file of this project, or a released one of MCMAE, MAE or a plain ViT (see :mod:`..foreign`), as
+            safetensors or torch's pickle.
 
     Returns:
-        What was loaded; ``missing`` is at most the head and ``fc_norm``.
+        What was loaded, by the encoder's names (``unexpected`` by the file's); ``missing`` is at most the head and
+        ``fc_norm``.
 
     Raises:
-        UserError: if the file's encoder is another one.
+        UserError: if the file cannot be read, or its encoder is another one; it names what differs.
     """
-    metadata = read_metadata(path)
-    saved, wanted = spec_from_metadata(metadata), encoder.spec
-    if saved != wanted:
-        raise UserError(f"{path}: holds an encoder {saved}, but the recipe's model is {wanted}")
-    prefix = "encoder." if metadata["kind"] == "pretrain" else ""
-    report = LoadReport()
-    own = encoder.state_dict()
-    incoming: dict[str, Tensor] = {}
-    old_grid = (metadata["image_size"] // encoder.stride,) * 2
-    for full_name, tensor in read_tensors(path).items():
-        name = full_name.removeprefix(prefix)
-        if not full_name.startswith(prefix) or name not in own:
-            report.unexpected.append(full_name)
-            continue
-        if name == "pos_embed" and old_grid != encoder.grid:
-            split = encoder.num_prefix_tokens
-            patches = resize_positions(tensor[:, split:], old_grid, encoder.grid)
-            tensor = torch.cat([tensor[:, :split], patches], dim=1)
-            report.resized.append(name)
-        if tensor.shape != own[name].shape:
-            if not name.startswith("head."):
-                raise UserError(f"{path}: {name} is {tuple(tensor.shape)}, expected {tuple(own[name].shape)}")
-            report.unexpected.append(full_name)
-            continue
-        incoming[name] = tensor
-        report.loaded.append(name)
-    report.missing = [name for name in own if name not in incoming]
+    file = read_tensor_file(path)
+    found = identify(file)
+    check_encoder(found, encoder.spec, path)
+    incoming, report = _matched(file, found, encoder.state_dict(), encoder, "encoder.")
     if any(not name.startswith(("head.", "fc_norm.")) for name in report.missing):
         raise UserError(f"{path}: encoder tensors are missing: {report}")
     encoder.load_state_dict(incoming, strict=False)
     return report
+
+
+def load_pretrained(model: PretrainModel, path: Path) -> LoadReport:
+    """Load all of a pre-training that a file holds: encoder, fusion, decoder, heads.
+
+    A released file's pixel head goes to the first objective that reconstructs pixels at the decoder. The decoder's
+    fixed positions are never taken, the encoder's are resized to its grid.
+
+    Args:
+        model: of any objectives; heads, fusion and decoder that the file lacks keep what they have.
+        path: as for :func:`load_encoder`.
+
+    Returns:
+        What was loaded, by the model's names (``unexpected`` by the file's).
+
+    Raises:
+        UserError: if the file cannot be read, or its encoder or decoder is another one; it names what differs.
+    """
+    file = read_tensor_file(path)
+    found = identify(file)
+    check_encoder(found, model.encoder.spec, path)
+    own = model.state_dict()
+    own.pop("decoder.pos_embed", None)
+    shapes = {ours: tuple(file.tensors[name].shape) for name, ours in found.names.items()}
+    sizes = decoder_sizes({name: tuple(tensor.shape) for name, tensor in own.items()})
+    if sizes and (differences := size_differences(decoder_sizes(shapes), sizes)):
+        raise UserError(f"{path}: another decoder than the recipe's: {'; '.join(differences)}; set model.decoder to it")
+    if not found.ours:
+        pixels = (name for name, spec in model.objectives.items() if (spec.target, spec.tap) == (PIXELS, "decoder"))
+        head = f"heads.{next(pixels, '')}."
+        names = {name: ours.replace(PIXEL_HEAD, head) for name, ours in found.names.items()}
+        found = replace(found, names=names)
+    incoming, report = _matched(file, found, own, model.encoder, "")
+    if any(name.startswith("encoder.") and name != "encoder.pos_embed" for name in report.missing):
+        raise UserError(f"{path}: encoder tensors are missing: {report}")
+    model.load_state_dict(incoming, strict=False)
+    return report
+
+
+def check_encoder(found: Identity, wanted: EncoderSpec, path: Path) -> None:
+    """Refuse a file whose encoder is not ``wanted``.
+
+    Raises:
+        UserError: naming every size that differs.
+    """
+    family = next(name for name, kind in FAMILIES.items() if isinstance(wanted, kind))
+    if found.family != family:
+        raise UserError(f"{path}: holds {found.title}, but the recipe's model is a {FAMILY_TITLES[family]}")
+    if found.extras:
+        raise UserError(
+            f"{path}: holds a ViT with more than the plain one has ({', '.join(found.extras[:6])}), which would "
+            "compute something else here; it can be a teacher (kind: timm)"
+        )
+    if differences := size_differences(found.sizes, spec_sizes(wanted)):
+        raise UserError(
+            f"{path}: another encoder than the recipe's: {'; '.join(differences)}; "
+            "take another file, or set model.arch and model.overrides to this one's sizes"
+        )
+
+
+def _matched(
+    file: TensorFile, found: Identity, own: dict[str, Tensor], encoder: Encoder, prefix: str
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """The file's tensors that ``own`` takes, by its names, positions resized; and what became of each.
+
+    ``own``'s names are those of a pre-training model that start with ``prefix``, without it.
+    """
+    report, incoming = LoadReport(), {}
+    for name, tensor in file.tensors.items():
+        full = found.names.get(name, "")
+        ours = full.removeprefix(prefix)
+        if not full.startswith(prefix) or ours not in own:
+            report.unexpected.append(name)
+            continue
+        if full == "encoder.pos_embed":
+            fitted = _fit_positions(tensor, found, encoder, file.path)
+            if fitted.shape != tensor.shape:
+                report.resized.append(ours)
+            tensor = fitted
+        if tensor.shape != own[ours].shape:
+            if not full.startswith(("encoder.head.", "heads.")):
+                raise UserError(f"{file.path}: {name} is {tuple(tensor.shape)}, expected {tuple(own[ours].shape)}")
+            report.unexpected.append(name)
+            continue
+        incoming[ours] = tensor
+        report.loaded.append(ours)
+    report.missing = [name for name in own if name not in incoming]
+    return incoming, report
+
+
+def _fit_positions(positions: Tensor, found: Identity, encoder: Encoder, path: Path) -> Tensor:
+    """A file's positions for the encoder's class token, or lack of one, and grid."""
+    wanted = encoder.num_prefix_tokens
+    if found.grid is None:
+        if tuple(positions.shape[1:2]) == tuple(encoder.pos_embed.shape[1:2]):
+            return positions
+        raise UserError(f"{path}: pos_embed is {tuple(positions.shape)}: its rows are no square grid")
+    if found.prefix_rows > wanted:
+        positions = positions[:, found.prefix_rows :]
+    elif found.prefix_rows < wanted:  # a class token without a position is one whose position is zero
+        positions = torch.cat([positions.new_zeros(1, wanted, positions.shape[2]), positions], dim=1)
+    return resize_positions(positions, found.grid, encoder.grid, wanted)
 
 
 def init_classifier(model: Encoder) -> None:

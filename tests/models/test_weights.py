@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -126,9 +127,12 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / MODEL_FILE
     save_pretrained(path, CVIT)
     other = CViTSpec((8, 12, 16), (1, 1, 3), 4, patches=(2, 2, 1))
-    for spec in (other, VIT):
-        with pytest.raises(UserError, match=rf"{path}: holds an encoder CViTSpec.*but the recipe's model is"):
-            load_encoder(build_encoder(spec, 16), path)
+    with pytest.raises(UserError, match=rf"{path}: another encoder .*: depths \(1, 1, 2\) instead of \(1, 1, 3\);"):
+        load_encoder(build_encoder(other, 16), path)
+    with pytest.raises(UserError, match=rf"{path}: holds CViT, .*but the recipe's model is a plain ViT"):
+        load_encoder(build_encoder(VIT, 16), path)
+    with pytest.raises(UserError, match=rf"{path}: another encoder than the recipe's: num_heads 4 instead of 2;"):
+        load_encoder(build_encoder(replace(CVIT, num_heads=2), 16), path)
 
 
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
@@ -147,7 +151,7 @@ def test_a_tensor_of_another_shape_is_refused(tmp_path: Path) -> None:
     metadata = read_metadata(path)
     tensors["encoder.patch_embed4.bias"] = torch.zeros(3)
     save_weights(path, tensors, metadata)
-    with pytest.raises(UserError, match=rf"{path}: patch_embed4.bias is \(3,\), expected \(16,\)"):
+    with pytest.raises(UserError, match=rf"{path}: encoder.patch_embed4.bias is \(3,\), expected \(16,\)"):
         load_encoder(build_encoder(CVIT, 16), path)
 
 
