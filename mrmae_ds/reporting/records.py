@@ -11,27 +11,54 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
-from pathlib import Path, PurePath
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    AwareDatetime,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    model_validator,
-)
+from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, model_validator
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
+from mrmae_ds.reporting.record_parts import (
+    FROM_SCRATCH,
+    Count,
+    DataInfo,
+    FinetuneSummary,
+    GitState,
+    Hardware,
+    Init,
+    Member,
+    Parameters,
+    Part,
+    PretrainSummary,
+    Results,
+    Schedule,
+    TeacherInfo,
+)
+
+__all__ = [
+    "FROM_SCRATCH",
+    "RECORD_FILE",
+    "DataInfo",
+    "FinetuneSummary",
+    "GitState",
+    "Hardware",
+    "Init",
+    "Member",
+    "Parameters",
+    "PretrainSummary",
+    "Results",
+    "RunRecord",
+    "Schedule",
+    "Status",
+    "TeacherInfo",
+    "find_records",
+    "utc_now",
+]
 
 RECORD_FILE = "record.json"
 SCHEMA_VERSION = 1
-FROM_SCRATCH = "From scratch"
 
+T = TypeVar("T")
 Status = Literal["running", "finished", "failed", "stopped"]
 
 
@@ -44,145 +71,15 @@ def _to_utc(value: datetime) -> datetime:
     return value.astimezone(timezone.utc)
 
 
-def _last_component(value: object) -> object:
-    return PurePath(value).name if isinstance(value, (str, PurePath)) else value
-
-
-def _hide_folders(value: object) -> object:
-    """Shorten a path to its last component; leave a model's name such as `openai/clip-vit` alone."""
-    if isinstance(value, PurePath) or (isinstance(value, str) and value.startswith(("/", "~", "."))):
-        return PurePath(value).name
-    return value
-
-
 UtcTime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
-FileName = Annotated[str, BeforeValidator(_last_component)]
-Source = Annotated[str, BeforeValidator(_hide_folders)]
-Count = Annotated[int, Field(ge=0)]
-Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", protected_namespaces=())
-
-
-class GitState(_Part):
-    """The code's commit, and whether the working tree differed from it (untracked files count)."""
-
-    commit: str
-    dirty: bool
-
-
-class Hardware(_Part):
-    """`count` is the node's accelerators, or its logical CPU cores; `world_size` the ranks of the job."""
-
-    device: str
-    count: Count
-    world_size: Annotated[int, Field(ge=1)]
-
-
-class Parameters(_Part):
-    """Parameter counts: the whole model, its trainable part, and the encoder alone."""
-
-    total: Count
-    trainable: Count
-    encoder: Count
-
-
-class DataInfo(_Part):
-    """The training data. `dataset` is the name a table shows; `file` a name without folders; `samples` one
-    epoch's.
-
-    `classes` is None where the stage reads no labels.
-    """
-
-    dataset: str
-    file: FileName
-    sha256: str | None = None
-    samples: Count
-    classes: Annotated[int, Field(ge=1)] | None = None
-
-
-class TeacherInfo(_Part):
-    """A frozen teacher: its kind (`clip`, `timm`, ...), where its weights come from, and their SHA-256."""
-
-    kind: str
-    source: Source
-    sha256: str | None = None
-
-
-class Schedule(_Part):
-    """This stage's schedule. `epochs` and `steps` are planned; `steps_done` counts what really ran."""
-
-    epochs: Annotated[float, Field(ge=0)]
-    global_batch: Annotated[int, Field(ge=1)]
-    steps: Count
-    steps_done: Count = 0
-
-    @property
-    def epochs_done(self) -> float:
-        """Epochs that really ran; all of them once every step was taken."""
-        return self.epochs * self.steps_done / self.steps if self.steps else 0.0
-
-
-class PretrainSummary(_Part):
-    """The pre-training that made a run's initial weights, copied from its record so that it outlives that
-    folder."""
-
-    method: str
-    epochs: Annotated[float, Field(ge=0)] | None = None
-    dataset: str | None = None
-    seed: int | None = None
-    recipe_hash: str | None = None
-    teachers: dict[str, TeacherInfo] = {}
-
-    @classmethod
-    def of(cls, record: RunRecord) -> PretrainSummary:
-        """Summarise a pre-training's record. Epochs are those that really ran, planned or not."""
-        return cls(
-            method=record.method,
-            epochs=record.schedule.epochs_done,
-            dataset=record.data.dataset,
-            seed=record.seed,
-            recipe_hash=record.recipe_hash,
-            teachers=record.teachers,
-        )
-
-
-class Init(_Part):
-    """The weights a run started from. `pretrain` is None when nothing is known of how they were made."""
-
-    file: FileName
-    sha256: str | None = None
-    pretrain: PretrainSummary | None = None
-
-
-class Results(BaseModel):
-    """What a run measured. `top1` and `top5` in percent, 0 to 100. Other numbers may be added under any name.
-
-    A number that is not finite is stored as null.
-    """
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, float | int | None] = Field(init=False)
-
-    top1: Percent | None = None
-    top5: Percent | None = None
-    loss: float | None = None
-    eval_samples: Count | None = None
-
-    @model_validator(mode="after")
-    def _accuracy_needs_its_samples(self) -> Results:
-        if self.top1 is not None and not self.eval_samples:
-            raise ValueError("results.top1 needs results.eval_samples, the number of pictures it was measured on")
-        return self
-
-
-class RunRecord(_Part):
+class RunRecord(Part):
     """One stage of one recipe, as it ran.
 
     `method` and `size` are the row and the column of the scaling table ("MR-MAE", "Huge-448"). `recipe_hash`
     is that of the resolved recipe without its seed, so that runs which differ in nothing else share it.
+    `members` are the models that an evaluation averaged; a training has none.
     """
 
     schema_version: Literal[1] = 1
@@ -196,13 +93,14 @@ class RunRecord(_Part):
     seed: int
     recipe_hash: str
     git: GitState | None = None
-    versions: dict[str, str] = {}
+    versions: dict[str, str] = Field(default_factory=dict)
     hardware: Hardware
     parameters: Parameters
     data: DataInfo
-    teachers: dict[str, TeacherInfo] = {}
+    teachers: dict[str, TeacherInfo] = Field(default_factory=dict)
     schedule: Schedule
     init: Init | None = None
+    members: tuple[Member, ...] = ()
     results: Results = Results()
     wall_seconds: Annotated[float, Field(ge=0)] = 0.0
     images_seen: Count = 0
@@ -220,19 +118,31 @@ class RunRecord(_Part):
         return self
 
     @property
+    def tunings(self) -> tuple[FinetuneSummary | None, ...]:
+        """The fine-tunings behind the accuracy: each member's (None where unknown), else this run itself."""
+        return tuple(member.finetune for member in self.members) or (FinetuneSummary.of(self),)
+
+    @property
     def pretrain_epochs(self) -> float | None:
-        """Epochs of pre-training behind the initial weights: 0 from scratch, None when unknown."""
-        if self.init is None:
-            return 0.0
-        return self.init.pretrain.epochs if self.init.pretrain else None
+        """Epochs of pre-training behind the initial weights: 0 from scratch, None when unknown or when members
+        differ."""
+        return _shared([tuning.pretrain_epochs if tuning else None for tuning in self.tunings])
 
     @property
     def pretrain_method(self) -> str:
         """How the initial weights were really made; `FROM_SCRATCH` if there were none, whatever `method`
-        says."""
-        if self.init is None:
-            return FROM_SCRATCH
-        return self.init.pretrain.method if self.init.pretrain else self.method
+        says. `method` where members differ or one is unknown."""
+        return _shared([tuning.pretrain_method if tuning else None for tuning in self.tunings]) or self.method
+
+    @property
+    def tuning_epochs(self) -> float | None:
+        """Epochs of fine-tuning behind the accuracy; None when unknown or when members differ."""
+        return _shared([tuning.epochs if tuning else None for tuning in self.tunings])
+
+    @property
+    def tuning_data(self) -> DataInfo | None:
+        """The data of the fine-tuning behind the accuracy; None when unknown or when members differ."""
+        return _shared([tuning.data if tuning else None for tuning in self.tunings])
 
     def write(self, folder: str | Path) -> Path:
         """Check the record again and write `folder/record.json` in one step; return its path.
@@ -268,6 +178,11 @@ class RunRecord(_Part):
             return cls.model_validate(content)
         except ValidationError as error:
             raise UserError(f"{path}: not a valid run record: {_reasons(error)}") from None
+
+
+def _shared(values: Sequence[T]) -> T | None:
+    """The value that all are equal to, None if there is none."""
+    return values[0] if all(value == values[0] for value in values) else None
 
 
 def _reasons(error: ValidationError) -> str:

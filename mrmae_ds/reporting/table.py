@@ -1,8 +1,9 @@
 """The model-scaling table: the paper's Table 6 and, apart from it, what our own runs measured.
 
-Rules that keep it honest. A cell of ours comes from a finished fine-tuning run and nothing else; what did not
-run stays blank. A row holds runs of one method, one pre-training length and one data set, so that nothing
-unlike is averaged or set side by side. The method is the one that really made the initial weights.
+Rules that keep it honest. A cell of ours comes from a finished fine-tuning run, or from the evaluation of
+several fine-tuned models together, and nothing else; what did not run stays blank. A row holds runs of one
+method, one number of models, one pre-training length and one data set, so that nothing unlike is averaged or
+set side by side. The method is the one that really made the initial weights.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ class Table:
 
 def scaling_table(records: Iterable[Run]) -> Table:
     """Build the table from run folders and their records (see `find_records`); other stages are passed
-    over."""
-    tuned = [run for run in records if run[1].stage == "finetune"]
+    over, and so are evaluations of one model, which repeat its fine-tuning's number."""
+    tuned = [run for run in records if run[1].stage == "finetune" or len(run[1].members) > 1]
     left_out = [f"{run_name(run)}: {reason}" for run in tuned if (reason := _unusable(run[1]))]
     usable = [run for run in tuned if not _unusable(run[1])]
     datasets = _dataset_labels(usable)
@@ -139,7 +140,11 @@ def sampling_error(record: RunRecord) -> float:
 def _unusable(record: RunRecord) -> str | None:
     if record.status != "finished":
         return f"not finished (status: {record.status})"
-    return "finished without a top-1 accuracy" if record.results.top1 is None else None
+    if record.results.top1 is None:
+        return "finished without a top-1 accuracy"
+    if record.tuning_data is None:
+        return "its members were fine-tuned on different data, or on data that is not known"
+    return None
 
 
 def _columns(found: set[str]) -> tuple[str, ...]:
@@ -177,40 +182,57 @@ def _dataset_labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _identity(record: RunRecord) -> tuple[str, int | None, int, int | None]:
-    name = record.data.dataset
+    data = record.tuning_data or record.data
+    name = data.dataset
     if "".join(filter(str.isalnum, name)).lower() in {"imagenet1k", "imagenet", "ilsvrc2012", "in1k"}:
         name = paper.IMAGENET
-    return name, record.data.classes, record.data.samples, record.results.eval_samples
+    return name, data.classes, data.samples, record.results.eval_samples
 
 
 def _how_trained(record: RunRecord, dataset: str) -> str:
+    models = f", {len(record.members)} models averaged" if record.members else ""
+    return f"{_how_pretrained(record, dataset)}{models}"
+
+
+def _how_pretrained(record: RunRecord, dataset: str) -> str:
     epochs = record.pretrain_epochs
-    if record.init is None:
+    inits = [tuning.init if tuning else None for tuning in record.tunings]
+    if not any(inits):
         # The recipes of different methods can train different models; their runs from scratch stay apart.
         model = "" if record.method == FROM_SCRATCH else f", model of {record.method}"
         return f"no pre-training{model}, {dataset}"
-    known = record.init.pretrain
-    if epochs is None or known is None:
-        return f"unknown pre-training, {dataset}"
-    elsewhere = known.dataset is not None and known.dataset != record.data.dataset
-    return f"{epochs:.4g} ep on {known.dataset}, then {dataset}" if elsewhere else f"{epochs:.4g} ep, {dataset}"
+    known = {init.pretrain.dataset if init and init.pretrain else None for init in inits}
+    if epochs is None:
+        return f"{'different or ' if record.members else ''}unknown pre-training, {dataset}"
+    data = record.tuning_data or record.data
+    elsewhere = " and ".join(sorted(name for name in known if name is not None and name != data.dataset))
+    return f"{epochs:.4g} ep on {elsewhere}, then {dataset}" if elsewhere else f"{epochs:.4g} ep, {dataset}"
 
 
 def _seeds_of_newest(runs: Sequence[Run]) -> list[Run]:
-    """Return the newest run and those that differ from it in their seed alone, one a seed, by seed."""
+    """Return the newest run and those that differ from it in their seeds alone, one a seed, by seed."""
 
     def age(run: Run) -> float:
         return run[1].ended.timestamp() if run[1].ended else 0.0
 
     newest = max(runs, key=age)[1]
     alike = [run for run in runs if _setting(run[1]) == _setting(newest)]
-    by_seed = {run[1].seed: run for run in sorted(alike, key=age)}
+    by_seed = {_replica(run[1]): run for run in sorted(alike, key=age)}
     return [by_seed[seed] for seed in sorted(by_seed)]
 
 
 def _setting(record: RunRecord) -> tuple[object, ...]:
-    before = record.init.pretrain.recipe_hash if record.init and record.init.pretrain else None
-    return record.recipe_hash, record.data.sha256, record.schedule, before
+    behind = [
+        (tuning.recipe_hash, tuning.init.pretrain.recipe_hash if tuning.init and tuning.init.pretrain else None)
+        for tuning in record.tunings
+        if tuning
+    ]
+    return record.recipe_hash, record.data.sha256, record.schedule, tuple(behind)
+
+
+def _replica(record: RunRecord) -> tuple[object, ...]:
+    """What tells repetitions apart: the seed; of ensembles the members, because the evaluation draws nothing."""
+    return tuple(member.sha256 for member in record.members) or (record.seed,)
 
 
 def _mean(runs: Sequence[Run]) -> Cell:

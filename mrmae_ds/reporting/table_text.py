@@ -7,7 +7,7 @@ import io
 from collections.abc import Iterator
 
 from mrmae_ds.reporting import paper
-from mrmae_ds.reporting.records import RunRecord, TeacherInfo
+from mrmae_ds.reporting.records import RunRecord
 from mrmae_ds.reporting.table import Cell, Row, Table, run_name, sampling_error
 
 CSV_COLUMNS = (
@@ -99,11 +99,11 @@ def _csv_cell(cell: Cell) -> dict[str, object]:
         fields |= {
             "std_over_seeds": "" if cell.spread is None else f"{cell.spread:.6g}",
             "n_seeds": len(cell.runs),
-            "finetune_epochs": f"{record.schedule.epochs:g}",
+            "finetune_epochs": "" if record.tuning_epochs is None else f"{record.tuning_epochs:g}",
             "eval_samples": record.results.eval_samples,
             "chance_percent": f"{_chance(record):g}",
             "recipe_hash": record.recipe_hash,
-            "seeds": " ".join(str(record.seed) for _, record in cell.runs),
+            "seeds": " ".join(_seeds(record) for _, record in cell.runs),
             "runs": " ".join(run_name(run) for run in cell.runs),
         }
     return fields
@@ -140,19 +140,28 @@ def _run_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list
                     f"± {sampling_error(record):.2f}",
                     f"{_chance(record):.4g}",
                     f"{record.results.eval_samples:,}",
-                    f"{record.data.samples:,}",
-                    "unknown" if record.pretrain_epochs is None else f"{record.pretrain_epochs:.4g}",
-                    f"{record.schedule.epochs:.4g}",
-                    str(record.seed),
+                    f"{(record.tuning_data or record.data).samples:,}",
+                    _epochs(record.pretrain_epochs),
+                    _epochs(record.tuning_epochs),
+                    _seeds(record),
                     record.recipe_hash[:12],
                     _teachers(record),
                 ]
 
 
 def _teachers(record: RunRecord) -> str:
-    known = record.init.pretrain if record.init else None
-    teachers: dict[str, TeacherInfo] = known.teachers if known else {}
-    return "; ".join(f"{name}: {teacher.source}" for name, teacher in teachers.items()) or "none"
+    inits = [tuning.init for tuning in record.tunings if tuning and tuning.init]
+    teachers = [item for init in inits if init.pretrain for item in init.pretrain.teachers.items()]
+    return "; ".join(dict.fromkeys(f"{name}: {teacher.source}" for name, teacher in teachers)) or "none"
+
+
+def _seeds(record: RunRecord) -> str:
+    """The run's seed; of an ensemble those of its members, "0+1"."""
+    return "+".join(str(tuning.seed) for tuning in record.tunings if tuning)
+
+
+def _epochs(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.4g}"
 
 
 def _chance(record: RunRecord) -> float:

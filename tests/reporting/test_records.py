@@ -4,6 +4,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,9 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.reporting import records
 from mrmae_ds.reporting.records import (
     DataInfo,
+    FinetuneSummary,
     Init,
+    Member,
     PretrainSummary,
     Results,
     RunRecord,
@@ -128,14 +131,18 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
 
 
 def test_a_pretraining_summary_tells_what_really_ran() -> None:
-    stopped = make_record(
-        results=Results(),
-        stage="pretrain",
-        status="stopped",
-        schedule=Schedule(epochs=400, global_batch=8, steps=200, steps_done=50),
-    )
-    summary = PretrainSummary.of(stopped)
+    summary = PretrainSummary.of(_stopped(pretrain=None))
     assert (summary.method, summary.epochs, summary.dataset) == ("MR-MAE", 100.0, "Fashion-MNIST")
+
+
+def _stopped(**fields: Any) -> RunRecord:
+    schedule = Schedule(epochs=400, global_batch=8, steps=200, steps_done=50)
+    return make_record(results=Results(), stage="pretrain", status="stopped", schedule=schedule, **fields)
+
+
+def test_a_continued_pretraining_counts_the_epochs_before_it() -> None:
+    assert PretrainSummary.of(_stopped(pretrain=20)).epochs == 120.0
+    assert PretrainSummary.of(_stopped(init=Init(file="released.pth"))).epochs is None
 
 
 def test_pretrain_epochs_and_method_follow_the_initial_weights() -> None:
@@ -147,3 +154,25 @@ def test_pretrain_epochs_and_method_follow_the_initial_weights() -> None:
     assert (scratch.pretrain_epochs, scratch.pretrain_method) == (0, records.FROM_SCRATCH)
     foreign = make_record(init=Init(file="released.pth"))
     assert (foreign.pretrain_epochs, foreign.pretrain_method) == (None, "MR-MAE")
+
+
+def _ensemble(*tuned: RunRecord | None) -> RunRecord:
+    members = [Member(file="model.safetensors", sha256="ab", finetune=t and FinetuneSummary.of(t)) for t in tuned]
+    return make_record(method="Two", stage="evaluate", init=None, members=members)
+
+
+def test_what_is_behind_an_ensemble_is_what_its_members_share() -> None:
+    alike = _ensemble(make_record(seed=0), make_record(seed=1))
+    assert (alike.pretrain_method, alike.pretrain_epochs, alike.tuning_epochs) == ("MR-MAE", 20, 10)
+    assert alike.tuning_data == make_record().data
+    other = _ensemble(make_record(), make_record(method="MAE", pretrain=40, samples=99))
+    assert (other.pretrain_method, other.pretrain_epochs, other.tuning_data) == ("Two", None, None)
+    unknown = _ensemble(make_record(), None)
+    assert (unknown.pretrain_method, unknown.pretrain_epochs, unknown.tuning_epochs) == ("Two", None, None)
+
+
+def test_an_ensemble_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    record = _ensemble(make_record(seed=3), None)
+    record.write(tmp_path)
+    assert RunRecord.load(tmp_path) == record
+    assert [t and t.seed for t in record.tunings] == [3, None]

@@ -5,6 +5,7 @@ import io
 import re
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
@@ -14,8 +15,18 @@ from PIL import Image
 from mrmae_ds.errors import UserError
 from mrmae_ds.reporting import style, table_plot
 from mrmae_ds.reporting.paper import IMAGENET, TABLE_6
-from mrmae_ds.reporting.records import Init, PretrainSummary, Results, Schedule, TeacherInfo
-from mrmae_ds.reporting.table import Row, Table, scaling_table, write_table
+from mrmae_ds.reporting.records import (
+    DataInfo,
+    FinetuneSummary,
+    Init,
+    Member,
+    PretrainSummary,
+    Results,
+    RunRecord,
+    Schedule,
+    TeacherInfo,
+)
+from mrmae_ds.reporting.table import Row, Run, Table, scaling_table, write_table
 from tests.reporting.builders import make_record, make_run
 
 WHOLE = {"dataset": "ImageNet-1K", "classes": 1000, "samples": 1_281_167, "eval_samples": 50_000}
@@ -247,3 +258,60 @@ def test_write_table_leaves_three_files(tmp_path: Path) -> None:
     assert tuple(bytes.fromhex(style.PALETTE[2][1:])) in colours  # MR-MAE's
     with pytest.raises(UserError, match="no such folder"):
         write_table([tmp_path / "missing"], tmp_path / "out")
+
+
+def _ensemble(folder: str, *tuned: RunRecord | None, top1: float = 90.0, **fields: Any) -> Run:
+    members = [
+        Member(file="m", sha256=f"{i}{t and t.seed}", finetune=t and FinetuneSummary.of(t)) for i, t in enumerate(tuned)
+    ]
+    data = DataInfo(dataset="Fashion-MNIST", file="val.beton", sha256="cd", samples=10_000, classes=10)
+    schedule = Schedule(epochs=0, global_batch=32, steps=0)
+    values = {"stage": "evaluate", "init": None, "members": members, "data": data, "schedule": schedule, **fields}
+    return Path("runs") / folder / "evaluate", make_record(top1=top1, **values)
+
+
+def test_an_ensemble_has_its_own_row_and_its_members_keep_theirs() -> None:
+    teacher = {"dino": TeacherInfo(kind="timm", source="vit.dino")}
+    known = PretrainSummary(method="MR-MAE", epochs=20, dataset="Fashion-MNIST", teachers=teacher)
+    one, two = make_record(top1=80.0, seed=4), make_record(top1=82.0, seed=5, init=Init(file="m", pretrain=known))
+    runs = [(Path("runs/one/finetune"), one), (Path("runs/two/finetune"), two), _ensemble("both", one, two)]
+    table = scaling_table(runs)
+    rows = _markdown_rows(table)
+    assert rows["MR-MAE, ours (20 ep, Fashion-MNIST, 2 models averaged)"][0] == "**90.00** [2]"
+    # The two differ in how they were pre-trained, so the newer of equal age fills the cell, never the ensemble.
+    assert "90" not in rows["MR-MAE, ours (20 ep, Fashion-MNIST)"][0]
+    (line,) = [line for line in table.to_markdown().splitlines() if line.startswith("| [2]")]
+    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert cells[1:6] == ["runs/both/evaluate", "MR-MAE, Tiny", "90.00", "± 0.30", "10"]
+    assert cells[6:11] == ["10,000", "60,000", "20", "10", "4+5"] and cells[12] == "dino: vit.dino"
+    (filled,) = [row for row in csv.DictReader(io.StringIO(table.to_csv())) if row["runs"] == "runs/both/evaluate"]
+    assert (filled["finetune_epochs"], filled["seeds"], filled["eval_samples"]) == ("10", "4+5", "10000")
+
+
+def test_an_evaluation_of_one_model_repeats_its_fine_tuning_and_is_passed_over() -> None:
+    table = scaling_table([make_run("a", top1=80.0), _ensemble("a", make_record(), top1=80.0)])
+    cell = _ours(table, "MR-MAE").cells["Tiny"]
+    assert [folder.name for folder, _ in cell.runs] == ["finetune"] and table.left_out == ()
+
+
+@pytest.mark.parametrize("second", [None, make_record(samples=600), make_record(dataset="CIFAR-10")])
+def test_an_ensemble_of_unlike_data_fills_no_cell(second: RunRecord | None) -> None:
+    table = scaling_table([_ensemble("both", make_record(), second)])
+    assert _ours(table, "MR-MAE").cells == {}
+    assert "runs/both/evaluate: its members were fine-tuned on different data" in table.left_out[0]
+
+
+def test_ensembles_of_other_seeds_are_averaged_but_not_one_evaluated_twice() -> None:
+    def pair(seed: int) -> tuple[RunRecord, RunRecord]:
+        return make_record(seed=seed), make_record(seed=seed)
+
+    runs = [_ensemble("a", *pair(0), top1=80.0), _ensemble("b", *pair(1), top1=90.0)]
+    repeated = [_ensemble("c", *pair(0), top1=80.0, seed=9, day=2)]
+    cell = _ours(scaling_table(runs + repeated), "MR-MAE").cells["Tiny"]
+    assert (cell.value, len(cell.runs)) == (85.0, 2)
+
+
+def test_an_ensemble_of_unlike_pretraining_says_so() -> None:
+    runs = [_ensemble("both", make_record(), make_record(method="MAE", pretrain=40), method="Two")]
+    (row,) = [row for row in scaling_table(runs).rows if row.cells and row.source == "ours"]
+    assert row.label == "Two, ours (different or unknown pre-training, Fashion-MNIST, 2 models averaged)"

@@ -1,0 +1,197 @@
+"""The parts of a run's record (see `records`): code, hardware, data, teachers, where weights came from, results."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+if TYPE_CHECKING:
+    from mrmae_ds.reporting.records import RunRecord
+
+FROM_SCRATCH = "From scratch"
+
+
+def _last_component(value: object) -> object:
+    return PurePath(value).name if isinstance(value, (str, PurePath)) else value
+
+
+def _hide_folders(value: object) -> object:
+    """Shorten a path to its last component; leave a model's name such as `openai/clip-vit` alone."""
+    if isinstance(value, PurePath) or (isinstance(value, str) and value.startswith(("/", "~", "."))):
+        return PurePath(value).name
+    return value
+
+
+FileName = Annotated[str, BeforeValidator(_last_component)]
+Source = Annotated[str, BeforeValidator(_hide_folders)]
+Count = Annotated[int, Field(ge=0)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+
+
+class Part(BaseModel):
+    """A section of a record: unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+
+class GitState(Part):
+    """The code's commit, and whether the working tree differed from it (untracked files count)."""
+
+    commit: str
+    dirty: bool
+
+
+class Hardware(Part):
+    """`count` is the node's accelerators, or its logical CPU cores; `world_size` the ranks of the job."""
+
+    device: str
+    count: Count
+    world_size: Annotated[int, Field(ge=1)]
+
+
+class Parameters(Part):
+    """Parameter counts: the whole model, its trainable part, and the encoder alone."""
+
+    total: Count
+    trainable: Count
+    encoder: Count
+
+
+class DataInfo(Part):
+    """The data that a stage read: to train on, or to evaluate.
+
+    `dataset` is the name a table shows; `file` a name without folders; `samples` one epoch's; `classes` is None
+    where the stage reads no labels.
+    """
+
+    dataset: str
+    file: FileName
+    sha256: str | None = None
+    samples: Count
+    classes: Annotated[int, Field(ge=1)] | None = None
+
+
+class TeacherInfo(Part):
+    """A frozen teacher: its kind (`clip`, `timm`, ...), where its weights come from, and their SHA-256."""
+
+    kind: str
+    source: Source
+    sha256: str | None = None
+
+
+class Schedule(Part):
+    """This stage's schedule. `epochs` and `steps` are planned; `steps_done` counts what really ran."""
+
+    epochs: Annotated[float, Field(ge=0)]
+    global_batch: Annotated[int, Field(ge=1)]
+    steps: Count
+    steps_done: Count = 0
+
+    @property
+    def epochs_done(self) -> float:
+        """Epochs that really ran; all of them once every step was taken."""
+        return self.epochs * self.steps_done / self.steps if self.steps else 0.0
+
+
+class PretrainSummary(Part):
+    """The pre-training that made a run's initial weights, copied from its record so that it outlives that
+    folder."""
+
+    method: str
+    epochs: Annotated[float, Field(ge=0)] | None = None
+    dataset: str | None = None
+    seed: int | None = None
+    recipe_hash: str | None = None
+    teachers: dict[str, TeacherInfo] = {}
+
+    @classmethod
+    def of(cls, record: RunRecord) -> PretrainSummary:
+        """Summarise a pre-training's record. Epochs are those that really ran, planned or not, and those of the
+        pre-training that it continued, if any; None if that is unknown."""
+        before = record.pretrain_epochs
+        return cls(
+            method=record.method,
+            epochs=None if before is None else before + record.schedule.epochs_done,
+            dataset=record.data.dataset,
+            seed=record.seed,
+            recipe_hash=record.recipe_hash,
+            teachers=record.teachers,
+        )
+
+
+class Init(Part):
+    """The weights a run started from. `pretrain` is None when nothing is known of how they were made."""
+
+    file: FileName
+    sha256: str | None = None
+    pretrain: PretrainSummary | None = None
+
+
+class FinetuneSummary(Part):
+    """The fine-tuning that made a model, copied from its record so that it outlives that folder."""
+
+    name: str
+    method: str
+    epochs: Annotated[float, Field(ge=0)]
+    seed: int
+    recipe_hash: str
+    data: DataInfo
+    init: Init | None = None
+
+    @classmethod
+    def of(cls, record: RunRecord) -> FinetuneSummary:
+        """Summarise a fine-tuning's record."""
+        return cls(
+            name=record.name,
+            method=record.method,
+            epochs=record.schedule.epochs,
+            seed=record.seed,
+            recipe_hash=record.recipe_hash,
+            data=record.data,
+            init=record.init,
+        )
+
+    @property
+    def pretrain_epochs(self) -> float | None:
+        """Epochs of pre-training behind the initial weights: 0 from scratch, None when unknown."""
+        if self.init is None:
+            return 0.0
+        return self.init.pretrain.epochs if self.init.pretrain else None
+
+    @property
+    def pretrain_method(self) -> str:
+        """How the initial weights were really made; `FROM_SCRATCH` if there were none, whatever `method` says."""
+        if self.init is None:
+            return FROM_SCRATCH
+        return self.init.pretrain.method if self.init.pretrain else self.method
+
+
+class Member(Part):
+    """A fine-tuned model of an evaluation. `finetune` is None when nothing is known of how it was made."""
+
+    file: FileName
+    sha256: str
+    finetune: FinetuneSummary | None = None
+
+
+class Results(BaseModel):
+    """What a run measured. `top1` and `top5` in percent, 0 to 100. Other numbers may be added under any name.
+
+    A number that is not finite is stored as null.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float | int | None] = Field(init=False)
+
+    top1: Percent | None = None
+    top5: Percent | None = None
+    loss: float | None = None
+    eval_samples: Count | None = None
+
+    @model_validator(mode="after")
+    def _accuracy_needs_its_samples(self) -> Results:
+        if self.top1 is not None and not self.eval_samples:
+            raise ValueError("results.top1 needs results.eval_samples, the number of pictures it was measured on")
+        return self
