@@ -24,7 +24,7 @@ from mrmae_ds.models.sizes import CViTSpec, ImageSize, height_width, token_grid
 
 POOLS = ("avg", "max", "avgmax", "")
 NORM = partial(nn.LayerNorm, eps=1e-6)
-# What each stage owns besides its blocks; pruning a stage removes all of it.
+# What each stage owns; pruning a stage removes all of it.
 STAGES = (
     ("patch_embed1", "blocks1"),
     ("patch_embed2", "blocks2"),

@@ -13,6 +13,7 @@ from typing import Any
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.models.positions import resize_positions
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
 
@@ -49,7 +50,11 @@ default_cfgs = generate_default_cfgs(
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A file's tensors as ``model`` names and sizes them; for ``pretrained_cfg_overlay={"file": ...}``.
 
-    Of this project's pre-training files the encoder is taken. The position embedding is resized from a square grid.
+    Of this project's pre-training files the encoder is taken. The position embedding is resized if its number of tokens
+    is not the model's.
+
+    Raises:
+        UserError: if that number is no square, so that its grid is not known.
     """
     prefix = "encoder."
     if any(name.startswith(prefix) for name in state_dict):
@@ -57,6 +62,11 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     positions = state_dict.get("pos_embed")
     if positions is not None and positions.shape[1] != model.grid[0] * model.grid[1]:
         side = isqrt(positions.shape[1])
+        if side**2 != positions.shape[1]:
+            raise UserError(
+                f"pos_embed: the file has {positions.shape[1]} tokens, no square, and the model {model.grid}; "
+                "build the model with the file's img_size, then call set_input_size"
+            )
         state_dict = {**state_dict, "pos_embed": resize_positions(positions, (side, side), model.grid)}
     return state_dict
 

@@ -181,6 +181,15 @@ def test_a_file_of_another_input_size_and_more_channels(tmp_path: Path) -> None:
         torch.testing.assert_close(model(images.repeat(1, 2, 1, 1)), saved(images), **CLOSE)
 
 
+def test_a_file_of_a_rectangle_fits_its_own_shape_only(tmp_path: Path) -> None:
+    saved, path = narrow(num_classes=10, img_size=(32, 48)), tmp_path / "model.safetensors"
+    save_file(saved.state_dict(), path)
+    images = torch.randn(1, 3, 32, 48)
+    assert torch.equal(pretrained(path, **NARROW, img_size=(32, 48), num_classes=10)(images), saved(images))
+    with pytest.raises(UserError, match=r"pos_embed: the file has 6 tokens, no square, and the model \(4, 4\)"):
+        pretrained(path, **NARROW, img_size=64, num_classes=10)
+
+
 def test_the_encoder_of_a_pretraining_file(tmp_path: Path) -> None:
     student, path = reference_mcmae(load_reference("mcmae")), tmp_path / "model.safetensors"
     save_file({name: t.contiguous() for name, t in student.state_dict().items()}, path)
