@@ -305,7 +305,7 @@ def test_ensembles_of_other_seeds_are_averaged_but_not_one_evaluated_twice() -> 
     def pair(seed: int) -> tuple[RunRecord, RunRecord]:
         return make_record(seed=seed), make_record(seed=seed)
 
-    runs = [_ensemble("a", *pair(0), top1=80.0), _ensemble("b", *pair(1), top1=90.0)]
+    runs = [_ensemble("a", *pair(0), top1=80.0), _ensemble("b", *pair(1), top1=90.0, seed=1)]
     repeated = [_ensemble("c", *pair(0), top1=80.0, seed=9, day=2)]
     cell = _ours(scaling_table(runs + repeated), "MR-MAE").cells["Tiny"]
     assert (cell.value, len(cell.runs)) == (85.0, 2)
