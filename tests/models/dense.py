@@ -98,19 +98,24 @@ def fused_norm(outputs: list[Tensor], blocks: tuple[int, ...], extra: list[Tenso
     return token_norm(total, state, "norm")
 
 
-def cvit_latent(
-    images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
-) -> Tensor:
-    """MCMAE's fused, normalised visible tokens [B, K, C]."""
+def cvit_encode(images: Tensor, kept: Kept, grid: Grid, state: State, heads: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of the two convolutional stages [B, C, H, W], and of every transformer block [B, K, C]."""
     x1 = patch_embed(images, state, "patch_embed1")
     x1 = conv_stage(x1, state, 1, visible_cells(kept, grid, x1))
     x2 = patch_embed(x1, state, "patch_embed2")
     x2 = conv_stage(x2, state, 2, visible_cells(kept, grid, x2))
     x3 = patch_embed(x2, state, "patch_embed3").flatten(2).transpose(1, 2)
     x3 = gather(linear(x3, state, "patch_embed4") + state["pos_embed"], kept)
-    outputs = attention_blocks(x3, state, "blocks3", heads)
+    return [x1, x2], attention_blocks(x3, state, "blocks3", heads)
+
+
+def cvit_latent(
+    images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
+) -> Tensor:
+    """MCMAE's fused, normalised visible tokens [B, K, C]."""
+    stages, outputs = cvit_encode(images, kept, grid, state, heads)
     extra = []
-    for stage, x in ((1, x1), (2, x2)):
+    for stage, x in enumerate(stages, 1):
         name = f"stage{stage}_output_decode"
         if f"{name}.weight" in state:
             stride = state[f"{name}.weight"].shape[-1]
@@ -118,15 +123,30 @@ def cvit_latent(
     return fused_norm(outputs, blocks, extra, state)
 
 
-def vit_latent(
-    images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
-) -> Tensor:
-    """MAE's normalised class and visible tokens [B, 1 + K, C]."""
+def vit_encode(images: Tensor, kept: Kept, state: State, heads: int) -> list[Tensor]:
+    """Outputs of every block, class token first, [B, 1 + K, C]."""
     patch = state["patch_embed.proj.weight"].shape[-1]
     x = conv(images, state, "patch_embed.proj", stride=patch).flatten(2).transpose(1, 2)
     x = gather(x + state["pos_embed"][:, 1:], kept)
     first = (state["cls_token"] + state["pos_embed"][:, :1]).repeat(len(kept), 1, 1)
-    return fused_norm(attention_blocks(torch.cat([first, x], 1), state, "blocks", heads), blocks, [], state)
+    return attention_blocks(torch.cat([first, x], 1), state, "blocks", heads)
+
+
+def vit_latent(
+    images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
+) -> Tensor:
+    """MAE's normalised class and visible tokens [B, 1 + K, C]."""
+    return fused_norm(vit_encode(images, kept, state, heads), blocks, [], state)
+
+
+def classify(images: Tensor, grid: Grid, state: State, heads: int) -> Tensor:
+    """Fine-tuning's logits: the mean over all patch tokens, ``fc_norm``, ``head``."""
+    everything = [list(range(grid[0] * grid[1]))] * len(images)
+    if "cls_token" in state:
+        tokens = vit_encode(images, everything, state, heads)[-1][:, 1:]
+    else:
+        tokens = cvit_encode(images, everything, grid, state, heads)[1][-1]
+    return linear(token_norm(tokens.mean(1), state, "fc_norm"), state, "head")
 
 
 def visible_cells(kept: Kept, grid: Grid, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whole pre-training models in float64 against the dense formulas of dense.py: losses, latents, every gradient."""
+"""Whole models in float64 against the dense formulas of dense.py: latents, losses, logits, every gradient."""
 
 from __future__ import annotations
 
@@ -140,3 +140,27 @@ def test_the_model_is_the_dense_formulas(case: Case) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert_equal(parameter.grad, state[authors_name(name)].grad, name)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.keep_ratio == 0.25])
+def test_the_classifier_is_the_dense_formulas(name: str) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    build = CViT if isinstance(case.spec, CViTSpec) else MaskableViT
+    model = build(case.spec, case.size, num_classes=5)
+    perturb(model, seed=1)
+    model.double()
+    height, width = (side * case.spec.stride for side in case.grid)
+    ours = normal(3, 3, height, width, seed=2).requires_grad_()
+    theirs = ours.detach().clone().requires_grad_()
+    state = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+
+    logits = model(ours)
+    expected = dense.classify(theirs, case.grid, state, case.spec.num_heads)
+    assert_equal(logits, expected, "logits")
+    cotangent = normal(3, 5, seed=3)
+    (logits * cotangent).sum().backward()
+    (expected * cotangent).sum().backward()
+    assert_equal(ours.grad, theirs.grad, "gradient of the input")
+    for name, parameter in model.named_parameters():
+        assert_equal(parameter.grad, state[name].grad, name)
