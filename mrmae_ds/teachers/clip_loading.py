@@ -19,7 +19,7 @@ from mrmae_ds.teachers.gelu import OPEN_CLIP_CONFIG, Gelu, gelu_of_file
 from mrmae_ds.teachers.options import Rgb, TeacherOptions
 
 # A text tower is never used; the smallest there is stands in for it.
-_NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 _QUICK_NAME = "-quickgelu"
 
 
@@ -105,7 +105,7 @@ def _from_file(options: TeacherOptions, name: str, config: dict[str, Any]) -> Cl
     vision = dict(config["vision_cfg"])
     vision |= {"timm_model_pretrained": False} if is_timm else {"image_size": options.image_size}
     model = open_clip.CLIP(
-        embed_dim=config["embed_dim"], vision_cfg=vision, text_cfg=_NO_TEXT, quick_gelu=bool(gelu and gelu.quick)
+        embed_dim=config["embed_dim"], vision_cfg=vision, text_cfg=NO_TEXT, quick_gelu=bool(gelu and gelu.quick)
     )
     _load_tower(model, file, options)
     if isinstance(model.visual, TimmModel):

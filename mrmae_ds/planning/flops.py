@@ -1,0 +1,180 @@
+"""The arithmetic of a recipe, counted on what is really computed for one picture.
+
+The modules of a stage are built on the meta device (shapes without memory) and run, forward and backward, under
+torch's counter. It counts matrix products and convolutions, two operations a multiply-add, and nothing else; of
+attention, the products of the textbook (a fused kernel's backward forms the scores once more).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mrmae_ds.build import TeacherBuilder, build_pretraining
+from mrmae_ds.errors import UserError
+from mrmae_ds.masking import choose_visible
+from mrmae_ds.models.checkpointing import CheckpointPlan
+from mrmae_ds.models.weights import build_encoder
+from mrmae_ds.planning.outline import outline_teacher
+from mrmae_ds.recipe import Recipe
+from mrmae_ds.recipe_stages import FinetuneConfig, PretrainConfig
+from mrmae_ds.reporting.paper import IMAGENET_CLASSES
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Operations for one picture: forward, backward, and what activation checkpointing computes once more."""
+
+    forward: int
+    backward: int = 0
+    recomputed: int = 0
+
+    @property
+    def total(self) -> int:
+        """All three."""
+        return self.forward + self.backward + self.recomputed
+
+    def __sub__(self, other: Flops) -> Flops:
+        return Flops(
+            self.forward - other.forward, self.backward - other.backward, self.recomputed - other.recomputed
+        )
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """Operations of a stage for one picture, by part, and how many epochs it has."""
+
+    stage: str
+    epochs: int
+    parts: dict[str, Flops]
+
+    @property
+    def per_picture(self) -> int:
+        """Operations of all parts for one picture of training."""
+        return sum(part.total for part in self.parts.values())
+
+    def total(self, pictures: int) -> int:
+        """Operations of the whole stage on a training set of so many pictures, evaluation left out."""
+        return self.per_picture * pictures * self.epochs
+
+
+def recipe_cost(
+    recipe: Recipe,
+    checkpointing: CheckpointPlan,
+    num_classes: int = IMAGENET_CLASSES,
+    teacher_builder: TeacherBuilder = outline_teacher,
+) -> list[StageCost]:
+    """The stages that train, in order.
+
+    Args:
+        recipe: none of the files that it names is read, but for a teacher that is a run of this project.
+        checkpointing: the engine config's plan.
+        num_classes: of the data set.
+        teacher_builder: gives teachers on the meta device.
+
+    Raises:
+        UserError: if no stage trains, or as :func:`~mrmae_ds.build.build_pretraining`.
+    """
+    costs = []
+    if stage := recipe.stages.pretrain:
+        costs.append(StageCost("pretrain", stage.epochs, _pretrain(recipe, stage, checkpointing, teacher_builder)))
+    if tuning := recipe.stages.finetune:
+        costs.append(StageCost("finetune", tuning.epochs, _finetune(recipe, tuning, checkpointing, num_classes)))
+    if not costs:
+        raise UserError(f"recipe {recipe.name} has no stage that trains, so there is nothing to count")
+    return costs
+
+
+def count_trained(
+    run: Callable[[], Tensor], checkpoint: Callable[[CheckpointPlan], None], plan: CheckpointPlan
+) -> Flops:
+    """Operations of ``run`` and of backward through the sum of what it returns.
+
+    Args:
+        run: a forward pass on the meta device.
+        checkpoint: sets a checkpointing plan on the modules that it runs.
+        plan: whose recomputation is counted. Torch stops it where backward has all that it needs, so that the last
+            product of a block without drop path is not computed again.
+    """
+    checkpoint(CheckpointPlan())
+    with counter() as forward:
+        output = run()
+    with counter() as backward:
+        output.sum().backward()
+    plain = backward.get_total_flops()
+    if plan == CheckpointPlan():
+        return Flops(forward.get_total_flops(), plain)
+    checkpoint(plan)
+    output = run()
+    with counter() as backward_again:
+        output.sum().backward()
+    return Flops(forward.get_total_flops(), plain, backward_again.get_total_flops() - plain)
+
+
+def counter() -> FlopCounterMode:
+    """Torch's counter, with the backward of grouped convolutions put right."""
+    return FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
+    )
+
+
+def _convolution_backward_flops(
+    grad_out: torch.Size, _input: torch.Size, weight: torch.Size, *others: Any, out_shape: Any, **_: Any
+) -> int:
+    """Gradients of input and weight each take forward's products; torch's own count forgets the groups."""
+    output_mask = others[-1]
+    return 2 * math.prod(grad_out) * math.prod(weight[1:]) * sum(output_mask[:2])
+
+
+def _pretrain(
+    recipe: Recipe, stage: PretrainConfig, plan: CheckpointPlan, teacher_builder: TeacherBuilder
+) -> dict[str, Flops]:
+    with torch.device("meta"):
+        model, teachers = build_pretraining(recipe, stage, teacher_builder)
+        encoder = model.encoder
+        # Which tokens are visible changes nothing, only how many.
+        noise = torch.empty(1, math.prod(encoder.grid))
+    visible = choose_visible(noise, encoder.grid, stage.masking.keep_ratio)
+    images = _picture(recipe.model.image_size)
+
+    def checkpoint(plan: CheckpointPlan) -> None:
+        encoder.checkpointing = plan
+        if model.decoder is not None:
+            model.decoder.checkpoint_every = plan.decoder
+
+    # The losses themselves have no products, so predictions are as good.
+    whole = count_trained(lambda: _sum(model.predict(images, visible).values()), checkpoint, plan)
+    latent = count_trained(lambda: model.latent(images, visible), checkpoint, plan)
+    rest = "heads" if model.decoder is None else "decoder, heads"
+    parts = {"encoder": latent, rest: whole - latent}
+    for name, teacher in teachers.items():
+        with counter() as counted, torch.no_grad():
+            teacher.encode(_picture(teacher.image_size).to(teacher.dtype))
+        parts[f"teacher {name}"] = Flops(counted.get_total_flops())
+    return parts
+
+
+def _finetune(recipe: Recipe, stage: FinetuneConfig, plan: CheckpointPlan, num_classes: int) -> dict[str, Flops]:
+    size = stage.image_size or recipe.model.image_size
+    with torch.device("meta"):
+        model = build_encoder(recipe.model.spec(), size, num_classes, stage.drop_path)
+    images = _picture(size)
+
+    def checkpoint(plan: CheckpointPlan) -> None:
+        model.checkpointing = plan
+
+    return {"classifier": count_trained(lambda: model(images), checkpoint, plan)}
+
+
+def _picture(side: int) -> Tensor:
+    return torch.empty(1, 3, side, side, device="meta")
+
+
+def _sum(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.stack([tensor.sum() for tensor in tensors]).sum()
