@@ -74,11 +74,15 @@ class DataInfo(Part):
 
 
 class TeacherInfo(Part):
-    """A frozen teacher: its kind (`clip`, `timm`, ...), where its weights come from, and their SHA-256."""
+    """A frozen teacher: its kind (`clip`, `timm`, ...), where its weights come from, and their SHA-256.
+
+    `facts` is what was found out or decided when it was built, by topic: its GELU, its positions, its importance.
+    """
 
     kind: str
     source: Source
     sha256: str | None = None
+    facts: dict[str, str] = {}
 
 
 class Schedule(Part):

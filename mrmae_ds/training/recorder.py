@@ -124,7 +124,10 @@ def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
         ),
         teachers={
             name: TeacherInfo(
-                kind=recipe.teachers[name].kind, source=recipe.teachers[name].source, sha256=teacher.sha256
+                kind=recipe.teachers[name].kind,
+                source=recipe.teachers[name].source,
+                sha256=teacher.sha256,
+                facts=teacher.facts,
             )
             for name, teacher in job.task.teachers.items()
         },
