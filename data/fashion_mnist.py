@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mrmae_ds.data.console import report
+from mrmae_ds.data.console import report, run_script
 from mrmae_ds.data.fashion_mnist import write_fashion_mnist
 
 
-def main() -> int:
-    """Parse the arguments, write, report. Returns the exit status."""
+def _run(args: argparse.Namespace) -> None:
+    counts = {"train_count": args.train_count, "val_count": args.val_count}
+    report(write_fashion_mnist(args.out, source=args.source, **counts))
+
+
+if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument(
@@ -19,13 +23,4 @@ def main() -> int:
     )  # fmt: skip
     parser.add_argument("--train-count", type=int, metavar="N", help="class-balanced subset; default: all 60,000")
     parser.add_argument("--val-count", type=int, metavar="N", help="class-balanced subset; default: all 10,000")
-    options = parser.parse_args()
-    return report(
-        lambda: write_fashion_mnist(
-            options.out, source=options.source, train_count=options.train_count, val_count=options.val_count
-        )
-    )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_script(_run, parser.parse_args()))

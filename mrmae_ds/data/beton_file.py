@@ -13,16 +13,16 @@ import numpy.typing as npt
 from mrmae_ds.data.order import IntArray
 from mrmae_ds.errors import UserError
 
-_VERSION = 2
-_HEADER = np.dtype(
+VERSION = 2
+HEADER = np.dtype(
     [("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("samples", "<u8"), ("allocations", "<u8")], align=True
 )
-_FIELD = np.dtype([("kind", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
-_IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
-_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
-_ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
-_NAMES = ["image", "label", "index"]
-_JPEG = 0
+FIELD = np.dtype([("kind", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
+IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
+SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
+NAMES = ["image", "label", "index"]
+JPEG = 0
 
 
 class BetonFile:
@@ -42,15 +42,15 @@ class BetonFile:
         """
         try:
             self.content: npt.NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r").view(np.ndarray)
-            header = self.content[: _HEADER.itemsize].view(_HEADER)[0]
-            fields = self._array(_FIELD, int(header["fields"]), _HEADER.itemsize)
+            header = self.content[: HEADER.itemsize].view(HEADER)[0]
+            fields = self._array(FIELD, int(header["fields"]), HEADER.itemsize)
             names = [bytes(name).rstrip(b"\0").decode("ascii") for name in fields["name"]]
-            if header["version"] != _VERSION or names != _NAMES or header["samples"] != num_samples:
+            if header["version"] != VERSION or names != NAMES or header["samples"] != num_samples:
                 raise ValueError(f"version {header['version']}, {header['samples']} samples, fields {names}")
-            samples = self._array(_SAMPLE, num_samples, _HEADER.itemsize + fields.nbytes)
-            rest = (len(self.content) - int(header["allocations"])) // _ALLOCATION.itemsize
-            allocations = self._array(_ALLOCATION, rest, int(header["allocations"]))
-            if (samples["image"]["mode"] != _JPEG).any():
+            samples = self._array(SAMPLE, num_samples, HEADER.itemsize + fields.nbytes)
+            rest = (len(self.content) - int(header["allocations"])) // ALLOCATION.itemsize
+            allocations = self._array(ALLOCATION, rest, int(header["allocations"]))
+            if (samples["image"]["mode"] != JPEG).any():
                 raise ValueError("pictures that are not JPEGs")
             self.table = _jpeg_table(samples["image"], allocations)
             if (self.table[:, 0] + self.table[:, 1] > len(self.content)).any():

@@ -13,6 +13,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from mrmae_ds.data.beton import BetonInfo
+from mrmae_ds.data.options import WriteOptions
 from mrmae_ds.data.subset import IntArray, balanced_subset
 from mrmae_ds.data.writer import write_beton
 from mrmae_ds.errors import UserError
@@ -138,8 +139,7 @@ def write_fashion_mnist(
         write_beton(
             dataset,
             out / f"{part}.beton",
-            max_side=SIDE,
-            quality=95,
+            WriteOptions(max_side=SIDE, quality=95, max_bad=0),
             class_names=CLASS_NAMES,
             name="Fashion-MNIST",
             source=f"Fashion-MNIST, {part}, {len(dataset)} pictures padded to {SIDE}x{SIDE}",

@@ -2,42 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from mrmae_ds.data.beton import BetonInfo
+from mrmae_ds.data.options import WriteOptions
+from mrmae_ds.data.pictures import open_picture
 from mrmae_ds.data.subset import IntArray, balanced_subset, split_off
+from mrmae_ds.data.writer import write_beton
 from mrmae_ds.errors import UserError
 
-EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp"})
+# HEIC is here to be named among the pictures that cannot be read, not passed over as no picture at all.
+_ENDINGS = "jpg jpeg jpe jfif mpo png apng gif webp avif bmp dib ppm pgm pbm pnm tif tiff jp2 j2k jpx heic heif"
+EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 
 
 class PictureFolder:
-    """Picture files with labels; see ``writer.PictureDataset``."""
+    """Picture files with labels; see ``writer.PictureDataset``.
 
-    def __init__(self, paths: Sequence[Path], labels: IntArray) -> None:
-        """paths: N files. labels: int64 [N]."""
+    Attributes:
+        paths: N files. labels: int64 [N]. ignored: other files beside them, counted by extension.
+    """
+
+    def __init__(self, paths: Sequence[str], labels: IntArray, ignored: Mapping[str, int] | None = None) -> None:
         self.paths = list(paths)
         self.labels = labels
+        self.ignored = dict(sorted((ignored or {}).items()))
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        with Image.open(self.paths[index]) as picture:
-            picture.load()
-            return picture, int(self.labels[index])
+        """A picture that is not decoded yet, so that a large JPEG can be decoded at a fraction of its size."""
+        return open_picture(self.paths[index]), self.label(index)
 
     def name(self, index: int) -> str:
         """The file, for messages."""
-        return str(self.paths[index])
+        return self.paths[index]
+
+    def label(self, index: int) -> int:
+        """Without opening the file."""
+        return int(self.labels[index])
 
     def take(self, rows: IntArray) -> PictureFolder:
         """Some of the samples, by row."""
-        return PictureFolder([self.paths[row] for row in rows], self.labels[rows])
+        return PictureFolder([self.paths[row] for row in rows], self.labels[rows], self.ignored)
 
     def limited(self, count: int | None, part: str) -> PictureFolder:
         """A class-balanced subset of at most ``count``, or all for None. Raises UserError for less than 1."""
@@ -62,21 +77,43 @@ def find_classes(root: Path) -> list[str]:
 
 
 def scan(root: Path, class_names: Sequence[str]) -> PictureFolder:
-    """All pictures of ROOT/CLASS, sorted by name, at any depth.
+    """All pictures of ROOT/CLASS, sorted by name, at any depth. What is a picture, its extension says.
 
-    Raises UserError if a class has none.
+    Raises UserError if a class has none, or a folder cannot be read.
     """
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[int] = []
+    ignored: Counter[str] = Counter()
     for label, name in enumerate(class_names):
-        files = (path for path in (root / name).rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
-        found = sorted(path for path in files if not path.name.startswith("."))
+        found, others = [], Counter[str]()
+        for file in _files(root / name):
+            ending = os.path.splitext(file)[1].lower()
+            if ending in EXTENSIONS and not os.path.basename(file).startswith("."):
+                found.append(file)
+            else:
+                others[ending or "no extension"] += 1
         if not found:
-            endings = ", ".join(sorted(EXTENSIONS))
-            raise UserError(f"{root / name}: no pictures ({endings}); add some or remove the folder")
-        paths += found
+            held = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items())) or "it is empty"
+            raise UserError(f"{root / name}: no pictures ({held}); add some or remove the folder")
+        ignored += others
+        paths += sorted(found, key=lambda file: file.split(os.sep))
         labels += [label] * len(found)
-    return PictureFolder(paths, np.array(labels, dtype=np.int64))
+    return PictureFolder(paths, np.array(labels, dtype=np.int64), ignored)
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """All that is no folder below ``folder``, links that lead nowhere included. Raises UserError."""
+
+    def failed(error: OSError) -> None:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+    visited: set[str] = set()
+    for where, folders, files in os.walk(folder, onerror=failed, followlinks=True):
+        if os.path.realpath(where) in visited:  # a link to a folder above
+            folders.clear()
+            continue
+        visited.add(os.path.realpath(where))
+        yield from (os.path.join(where, file) for file in files)
 
 
 def open_folder(source: Path, val_fraction: float) -> tuple[PictureFolder, PictureFolder, list[str]]:
@@ -111,43 +148,62 @@ def open_folder(source: Path, val_fraction: float) -> tuple[PictureFolder, Pictu
 def write_folder(
     source: str | Path,
     out: str | Path,
+    options: WriteOptions | None = None,
     *,
     name: str | None = None,
-    max_side: int = 512,
-    quality: int = 90,
     val_fraction: float = 0.1,
     train_count: int | None = None,
     val_count: int | None = None,
-    workers: int | None = None,
-    skip_bad: bool = False,
 ) -> list[BetonInfo]:
     """Write OUT/train.beton and OUT/val.beton from a tree of pictures.
 
     Args:
-        name: of the data set, as tables show it; None: the folder's.
         source: see ``open_folder``. val_fraction: used where the tree has no val/.
-        max_side, quality, workers, skip_bad: see ``writer.write_beton``.
+        options: see there.
+        name: of the data set, as tables show it; None: the folder's.
         train_count, val_count: class-balanced subsets of at most so many; None: all.
 
     Returns what was written. Raises UserError.
     """
-    # Imported late: only writing needs ffcv.
-    from mrmae_ds.data.writer import write_beton
-
     source = Path(source)
     train, val, class_names = open_folder(source, val_fraction)
     parts = {"train": train.limited(train_count, "train"), "val": val.limited(val_count, "val")}
+    counts = {"train": train_count, "val": val_count}
+    return write_parts(
+        parts,
+        out,
+        options,
+        class_names=class_names,
+        name=name or source.resolve().name,
+        source=source,
+        origins={
+            part: {"layout": "folder", "part": part, "val_fraction": val_fraction, "count": counts[part]}
+            for part in parts
+        },
+    )
+
+
+def write_parts(
+    parts: Mapping[str, PictureFolder],
+    out: str | Path,
+    options: WriteOptions | None,
+    *,
+    class_names: Sequence[str],
+    name: str,
+    source: Path,
+    origins: Mapping[str, Mapping[str, Any]],
+) -> list[BetonInfo]:
+    """Write OUT/PART.beton of every part; see ``writer.write_beton``."""
     return [
         write_beton(
             dataset,
             Path(out) / f"{part}.beton",
-            max_side=max_side,
-            quality=quality,
-            workers=workers,
+            options,
             class_names=class_names,
-            name=name or source.resolve().name,
+            name=name,
             source=f"{source.resolve()}, {part}, {len(dataset)} pictures",
-            skip_bad=skip_bad,
+            origin=origins[part],
+            ignored=dataset.ignored,
         )
         for part, dataset in parts.items()
     ]

@@ -1,52 +1,44 @@
-"""Pictures to .beton: whole or not at all, nothing undecodable stored, and no hanging.
-
-FFCV's ``DatasetWriter`` waits for ever when one of its worker processes raises or dies. ``_Writer`` keeps its
-file format and its workers' code and replaces the waiting.
-"""
+"""Pictures to .beton: whole or not at all, nothing undecodable stored, and no hanging."""
 
 from __future__ import annotations
 
+import errno
+import io
 import json
-import multiprocessing
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from queue import Empty
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-from PIL import Image
+from PIL import Image, features
 from tqdm import tqdm
 
-from mrmae_ds.data._ffcv import import_ffcv
 from mrmae_ds.data.beton import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
+from mrmae_ds.data.beton_writer import BetonWriter
+from mrmae_ds.data.options import WriteOptions
+from mrmae_ds.data.partial import partial_file
+from mrmae_ds.data.pictures import pixel_limit, reason, to_rgb
+from mrmae_ds.data.pool import map_in_order
+from mrmae_ds.data.skipped import Skipped, printable, too_many, write_report
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256
+from mrmae_ds.files import file_sha256, write_text
 
-import_ffcv()
-
-from ffcv.fields import IntField, RGBImageField  # noqa: E402
-from ffcv.memory_allocator import MemoryAllocator  # noqa: E402
-from ffcv.writer import MIN_PAGE_SIZE, DatasetWriter, worker_job_indexed_dataset  # noqa: E402
-
-_MAX_SIDE = 8192  # a picture must fit into a page of the file, uncompressed to be safe
-_CHUNK = 32  # samples that a worker takes at a time
-_LISTED = 20  # bad pictures named in the error
-_RECORDED = ("ffcv", "numpy", "pillow", "opencv-python", "mrmae_ds")
-
-# The workers read the data set that the parent has opened.
-_fork = multiprocessing.get_context("fork")
+_ENOUGH = 1000  # bad pictures beyond the limit, after which the rest is not looked at
+_RECORDED = ("numpy", "pillow", "mrmae_ds")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class PictureDataset(Protocol):
-    """What can be written: any indexed sequence of (picture, label).
+    """What can be written: any indexed sequence of (picture, label), for example a torchvision data set.
 
-    An optional method ``name(index) -> str`` tells where a picture comes from, for messages.
+    Two optional methods: ``name(index) -> str`` tells where a picture comes from, for messages;
+    ``label(index) -> int`` tells a label without reading the picture, so that a class whose pictures are all bad is
+    told from one that was empty.
     """
 
     def __len__(self) -> int:
@@ -58,236 +50,203 @@ class PictureDataset(Protocol):
         ...
 
 
-class _Prepared:
-    """The samples as FFCV's workers take them: (RGB array [H, W, 3], label, row). Never raises.
+class _Encoded(NamedTuple):
+    """What a worker makes of a picture. ``kinds``: what was odd about it."""
 
-    A picture that cannot be had is noted in ``bad`` (a file, so that a note survives its worker), and a small
-    black one takes its place in a file that will be thrown away.
-    """
-
-    def __init__(self, dataset: PictureDataset, rows: Sequence[int], bad: Path, max_side: int, classes: int) -> None:
-        self.dataset, self.rows, self.bad, self.max_side, self.classes = dataset, rows, bad, max_side, classes
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, place: int) -> tuple[npt.NDArray[np.uint8], int, int]:
-        row = int(self.rows[place])
-        try:
-            picture, label = self.dataset[row]
-            if not 0 <= label < self.classes:
-                raise ValueError(f"label {label}, but there are {self.classes} classes")
-            return self._pixels(picture), int(label), int(place)
-        except Exception as error:
-            note = json.dumps({"row": row, "reason": f"{type(error).__name__}: {error}"[:500]})
-            with self.bad.open("a", encoding="utf-8") as file:
-                file.write(note + "\n")
-            return np.zeros((8, 8, 3), dtype=np.uint8), 0, int(place)
-
-    def _pixels(self, picture: Image.Image) -> npt.NDArray[np.uint8]:
-        """Decode fully, reduce the longer side to ``max_side``. Raises whatever Pillow raises."""
-        picture = picture.convert("RGB")
-        ratio = self.max_side / max(picture.size)
-        if ratio < 1:
-            width, height = (max(1, round(side * ratio)) for side in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-        return np.asarray(picture)
+    jpeg: bytes
+    width: int
+    height: int
+    label: int
+    kinds: list[str]
 
 
-class _Writer(DatasetWriter):
-    """FFCV's writer with a way out: a worker that dies is an error."""
+@dataclass
+class _Tally:
+    """What has been written so far."""
 
-    def write(self, samples: _Prepared) -> None:
-        """Write the whole file. Raises RuntimeError if a worker process dies."""
-        self.num_samples = len(samples)
-        self.prepare()
-        try:
-            self.finalize(self._encode(samples))
-        finally:
-            self.metadata_sm.close()
-            self.metadata_sm.unlink()
-
-    def _encode(self, samples: _Prepared) -> list[Any]:
-        """Run the workers, return the table of what lies where in the file."""
-        work, allocations = _fork.Queue(), _fork.Queue()
-        places = [(place, place) for place in range(len(samples))]
-        for start in range(0, len(places), _CHUNK):
-            work.put(places[start : start + _CHUNK])
-        done = _fork.Value("Q", 0)
-        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
-        memory, kind = self.metadata_sm, self.metadata_type
-        shared = (work, memory, kind, self.fields, allocator, done, allocations, samples)
-        job = partial(_fork.Process, target=worker_job_indexed_dataset, args=shared)
-        workers = [job() for _ in range(self.num_workers)]
-        for worker in workers:
-            work.put(None)
-            worker.start()
-        try:
-            return self._collect(workers, allocations, done)
-        finally:
-            for worker in workers:
-                worker.terminate()
-                worker.join()
-            work.cancel_join_thread()
-
-    def _collect(self, workers: list[Any], allocations: Any, done: Any) -> list[Any]:
-        """Wait for every worker's table, watching that all of them live."""
-        collected: list[Any] = []
-        finished = 0
-        with tqdm(total=self.num_samples, desc=Path(self.fname).stem, unit="picture") as progress:
-            while finished < len(workers):
-                # The exit codes are read first: a worker that ended well has put its table before.
-                ended = [worker.exitcode for worker in workers]
-                try:
-                    collected += allocations.get(timeout=0.1)
-                    finished += 1
-                except Empty:
-                    failed = [code for code in ended if code not in (None, 0)]
-                    if failed:
-                        raise RuntimeError(f"a worker process ended with exit status {failed[0]}") from None
-                progress.update(done.value - progress.n)
-        return collected
+    class_counts: list[int]
+    kinds: Counter[str] = field(default_factory=Counter)
+    skipped: list[Skipped] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 def write_beton(
     dataset: PictureDataset,
     path: str | Path,
+    options: WriteOptions | None = None,
     *,
-    max_side: int,
-    quality: int,
-    workers: int | None = None,
     class_names: Sequence[str],
     name: str,
     source: str,
-    skip_bad: bool = False,
+    origin: Mapping[str, Any] | None = None,
+    ignored: Mapping[str, int] | None = None,
 ) -> BetonInfo:
     """Write pictures as JPEGs into a .beton with the fields image, label and index (the row), and a sidecar.
 
-    Every picture is fully decoded and converted to RGB. The file appears under its name when it is whole;
-    what was there before stays until then.
+    Every picture is fully decoded and made RGB (``pictures.to_rgb``), once. Those that cannot be are left out and
+    listed in the sidecar and beside it, up to ``options.max_bad``. The file appears under its name when it is whole;
+    what was there before stays until then. The same pictures give the same bytes, whatever the number of workers.
 
     Args:
         path: the .beton; its folder is made.
-        max_side: larger pictures are reduced to this many pixels on the longer side.
-        quality: of the JPEGs, 1..100.
-        workers: processes; None: the cores this process may use, 8 at most.
+        options: see there.
         class_names: in the order of the labels.
-        name: of the data set, as tables show it.
-        source: what the pictures are, in words.
-        skip_bad: leave bad pictures out, listed in the sidecar under "skipped", instead of refusing to write.
+        name: of the data set, as tables show it. source: what the pictures are, in words.
+        origin: how to open the source again, for ``verify --source``; see ``sources.open_origin``.
+        ignored: files of the source that are no pictures, by extension; for the record.
 
-    Raises UserError for an empty set or bad values, for bad pictures (one error that lists them), and
-    RuntimeError if a worker process is killed.
+    Raises:
+        UserError: for an empty set, a label without a class, more bad pictures than allowed, a class that has lost
+            all of its pictures, a worker that died or is stuck (naming the picture), a full disk.
     """
-    path = Path(path)
+    path, options = Path(path), options or WriteOptions()
     if len(dataset) == 0:
         raise UserError(f"{path}: nothing to write, the data set is empty")
-    if not 1 <= max_side <= _MAX_SIDE or not 1 <= quality <= 100:
-        raise UserError(f"max_side must be in 1..{_MAX_SIDE} and quality in 1..100, not {max_side} and {quality}")
-    workers = min(len(os.sched_getaffinity(0)), 8) if workers is None else workers
-    if workers < 1:
-        raise UserError(f"workers must be at least 1, not {workers}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows: Sequence[int] = range(len(dataset))
-    skipped: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        written = Path(folder) / path.name
-        bad = _write_pass(dataset, rows, written, max_side, quality, workers, len(class_names))
-        if bad and skip_bad and len(bad) < len(rows):
-            skipped = [{"name": _name(dataset, row), "reason": reason} for row, reason in sorted(bad.items())]
-            rows = [row for row in rows if row not in bad]
-            bad = _write_pass(dataset, rows, written, max_side, quality, workers, len(class_names))
-        if bad:
-            raise UserError(_bad_pictures(dataset, bad))
-        sidecar = _sidecar(written, len(rows), class_names, max_side, quality, name, source, skipped)
-        _publish(written, path, sidecar)
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file(path) as partial:
+            tally = _write_pictures(dataset, path, partial, options, class_names)
+            _check_classes(dataset, path, tally, class_names)
+            sidecar = {
+                **_described(partial, tally, options, class_names),
+                "name": name,
+                "source": source,
+                "origin": origin,
+                "ignored": dict(ignored or {}),
+            }
+            write_report(path, tally.skipped)
+            # At no point does a .beton stand beside the sidecar of another.
+            sidecar_path(path).unlink(missing_ok=True)
+            os.replace(partial, path)
+            write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
     return check_beton(path)
 
 
-def _write_pass(
-    dataset: PictureDataset,
-    rows: Sequence[int],
-    path: Path,
-    max_side: int,
-    quality: int,
-    workers: int,
-    classes: int,
-) -> dict[int, str]:
-    """Write ``rows`` of the data set to ``path``. Returns the bad ones with the reasons."""
-    notes = path.with_name("bad.jsonl")
-    notes.unlink(missing_ok=True)
-    page_size = max(MIN_PAGE_SIZE, 1 << (3 * max_side * max_side - 1).bit_length())
-    fields = {
-        "image": RGBImageField(write_mode="jpg", jpeg_quality=quality),
-        "label": IntField(),
-        "index": IntField(),
+def _write_pictures(
+    dataset: PictureDataset, path: Path, partial: Path, options: WriteOptions, class_names: Sequence[str]
+) -> _Tally:
+    """Convert all pictures and write the good ones to ``partial``."""
+    count, limit = len(dataset), options.bad_limit(len(dataset))
+    tally = _Tally([0] * len(class_names))
+    began = time.monotonic()
+    results = map_in_order(
+        _Converter(dataset, options),
+        count,
+        workers=options.processes,
+        timeout_s=options.timeout_s,
+        name=lambda row: _name(dataset, row),
+    )
+    with closing(results), BetonWriter(partial, count, options.max_side) as file:
+        for row, result in enumerate(tqdm(results, total=count, desc=path.stem, unit="picture")):
+            if isinstance(result, str):
+                tally.skipped.append(Skipped(row, _name(dataset, row), result))
+                if len(tally.skipped) > limit + _ENOUGH:
+                    break
+                continue
+            jpeg, width, height, label, kinds = result
+            if not 0 <= label < len(class_names):
+                classes = f"there are {len(class_names)} classes, labels from 0"
+                raise UserError(f"{_name(dataset, row)}: has the label {label}, but {classes}")
+            tally.class_counts[label] += 1
+            tally.kinds.update(kinds)
+            if len(tally.skipped) <= limit:
+                file.append(jpeg, width, height, label)
+        if len(tally.skipped) > limit:
+            write_report(path, tally.skipped)
+            raise too_many(path, tally.skipped, row + 1, count, limit)
+    tally.seconds = time.monotonic() - began
+    return tally
+
+
+def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names: Sequence[str]) -> dict[str, Any]:
+    """What the sidecar says of a written file."""
+    return {
+        "format": SIDECAR_FORMAT,
+        "num_samples": sum(tally.class_counts),
+        "class_names": list(class_names),
+        "class_counts": tally.class_counts,
+        **asdict(options),
+        "workers": options.processes,
+        "size": partial.stat().st_size,
+        "sha256": file_sha256(partial),
+        "versions": dict(_versions()),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(tally.seconds, 3),
+        "converted": dict(tally.kinds.most_common()),
+        "skipped": [asdict(entry) for entry in tally.skipped],
     }
-    writer = _Writer(str(path), fields, page_size=page_size, num_workers=min(workers, -(-len(rows) // _CHUNK)))
-    writer.write(_Prepared(dataset, rows, notes, max_side, classes))
-    if not notes.exists():
-        return {}
-    lines = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
-    return {line["row"]: line["reason"] for line in lines}
+
+
+class _Converter:
+    """What the workers run: a row of the data set to what is stored of it, or to the reason why it is not."""
+
+    def __init__(self, dataset: PictureDataset, options: WriteOptions) -> None:
+        self.dataset, self.options = dataset, options
+
+    def __call__(self, row: int) -> _Encoded | str:
+        """Never raises."""
+        options = self.options
+        try:
+            with pixel_limit(options.max_pixels):
+                picture, label = self.dataset[row]
+                with picture:
+                    rgb, kinds = to_rgb(
+                        picture,
+                        max_side=options.max_side,
+                        max_pixels=options.max_pixels,
+                        background=options.background,
+                    )
+                stream = io.BytesIO()
+                rgb.save(stream, "JPEG", quality=options.quality, comment=None)  # not the source's comment
+            return _Encoded(stream.getvalue(), rgb.width, rgb.height, int(label), kinds)
+        except Exception as error:
+            return reason(error, options.max_pixels)
 
 
 def _name(dataset: PictureDataset, row: int) -> str:
     """Where a sample comes from, as far as the data set can tell."""
     name = getattr(dataset, "name", None)
-    return name(row) if name is not None else f"sample {row}"
+    return printable(name(row)) if name is not None else f"sample {row}"
 
 
-def _bad_pictures(dataset: PictureDataset, bad: dict[int, str]) -> str:
-    """The one message about all bad pictures."""
-    lines = [f"  {_name(dataset, row)}: {reason}" for row, reason in sorted(bad.items())[:_LISTED]]
-    if len(bad) > _LISTED:
-        lines.append(f"  and {len(bad) - _LISTED} more")
-    head = f"{len(bad)} of {len(dataset)} samples are bad; mend, remove or skip them (--skip-bad):"
-    return "\n".join([head, *lines])
+def _check_classes(dataset: PictureDataset, path: Path, tally: _Tally, class_names: Sequence[str]) -> None:
+    """Raises UserError if a class has lost all of its pictures."""
+    if not tally.skipped:
+        return
+    label = getattr(dataset, "label", None)
+    if label is None:
+        lost = {place for place, count in enumerate(tally.class_counts) if count == 0}
+    else:
+        lost = {label(entry.row) for entry in tally.skipped}
+    names = [class_names[place] for place in sorted(lost) if tally.class_counts[place] == 0]
+    if names:
+        write_report(path, tally.skipped)
+        first = tally.skipped[0]
+        raise UserError(
+            f"{path}: no picture of the class {', '.join(names[:10])} can be read ({first.name}: {first.reason}); "
+            "mend them or leave the class out"
+        )
 
 
-def _sidecar(
-    beton: Path,
-    count: int,
-    class_names: Sequence[str],
-    max_side: int,
-    quality: int,
-    name: str,
-    source: str,
-    skipped: list[Any],
-) -> dict[str, Any]:
-    """What the sidecar says of a written file."""
-    return {
-        "format": SIDECAR_FORMAT,
-        "num_samples": count,
-        "class_names": list(class_names),
-        "max_side": max_side,
-        "quality": quality,
-        "name": name,
-        "source": source,
-        "size": beton.stat().st_size,
-        "sha256": file_sha256(beton),
-        "versions": dict(_versions()),
-        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "skipped": skipped,
-    }
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What the system says of the disk that is written to, as an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(
+                f"{path}: the disk is full ({error.strerror}); nothing half-written was left: free some space, "
+                "or write elsewhere"
+            ) from error
+        raise UserError(f"{path}: cannot be written ({error})") from error
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """The versions of the packages that shaped the file."""
+    """The versions of what shaped the file."""
     for package in _RECORDED:
         try:
             yield package, version(package)
         except PackageNotFoundError:
             continue
-
-
-def _publish(written: Path, path: Path, sidecar: dict[str, Any]) -> None:
-    """Move a finished file to its place; at no point does a .beton stand beside the sidecar of another."""
-    described = written.with_name("sidecar.json")
-    described.write_text(json.dumps(sidecar, indent=1) + "\n", encoding="utf-8")
-    for file in (written, described):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    sidecar_path(path).unlink(missing_ok=True)
-    os.replace(written, path)
-    os.replace(described, sidecar_path(path))
+    yield "libjpeg-turbo", features.version("libjpeg_turbo") or "unknown"

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from mrmae_ds.data.options import WriteOptions
 from mrmae_ds.data.writer import write_beton
 
 from .samples import Photographs, write_sample_beton
@@ -24,9 +25,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_beton(
         Photographs(),
         path,
-        max_side=256,
-        quality=95,
-        workers=2,
+        WriteOptions(max_side=256, quality=95, workers=2),
         class_names=["wide", "tall"],
         name="photographs",
         source="a photograph",

@@ -9,6 +9,7 @@ import matplotlib
 from PIL import Image
 
 from mrmae_ds.data.fashion_mnist import CLASS_NAMES, FashionMNIST, debian_folder
+from mrmae_ds.data.options import WriteOptions
 from mrmae_ds.data.writer import PictureDataset, write_beton
 
 SIDE = 32
@@ -51,8 +52,8 @@ def write_sample_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
     """Write FOLDER/train.beton and FOLDER/val.beton with that many pictures. Returns both paths."""
     paths = folder / "train.beton", folder / "val.beton"
     for path, dataset in zip(paths, sample_sets(train, val), strict=True):
-        settings = {"max_side": SIDE, "quality": 95, "workers": 1}
-        write_beton(dataset, path, class_names=CLASS_NAMES, name="samples", source="test pictures", **settings)
+        options = WriteOptions(max_side=SIDE, quality=95, workers=1)
+        write_beton(dataset, path, options, class_names=CLASS_NAMES, name="samples", source="test pictures")
     return paths
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import struct
 import subprocess
@@ -13,8 +14,10 @@ import pytest
 
 from mrmae_ds.data.beton import check_beton
 from mrmae_ds.data.fashion_mnist import FashionMNIST, find_files, read_idx
-from mrmae_ds.data.folder import open_folder, write_folder
+from mrmae_ds.data.folder import open_folder, scan, write_folder
+from mrmae_ds.data.options import WriteOptions
 from mrmae_ds.data.subset import balanced_subset, split_off
+from mrmae_ds.data.verify import describe_beton
 from mrmae_ds.errors import UserError
 
 from .jpegs import stored_jpegs
@@ -84,7 +87,8 @@ def test_validation_is_split_off_where_there_is_none(tmp_path: Path, below: str)
 
 def test_folders_are_written(tmp_path: Path) -> None:
     _tree(tmp_path / "in", {"a": 10, "b": 6})
-    written = write_folder(tmp_path / "in", tmp_path / "out", val_fraction=0.5, train_count=6, max_side=30)
+    options = WriteOptions(max_side=30, workers=1)
+    written = write_folder(tmp_path / "in", tmp_path / "out", options, val_fraction=0.5, train_count=6)
     assert [(info.path.name, info.num_samples, info.class_names) for info in written] == [
         ("train.beton", 6, ("a", "b")),
         ("val.beton", 8, ("a", "b")),
@@ -103,7 +107,7 @@ def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
         open_folder(tmp_path, 0.1)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("none")
-    with pytest.raises(UserError, match=r"a: no pictures \(\.bmp, \.jpeg"):
+    with pytest.raises(UserError, match=r"a: no pictures \(1 \.txt\); add some or remove the folder"):
         open_folder(tmp_path, 0.1)
     _tree(tmp_path / "half" / "val", {"a": 1})
     with pytest.raises(UserError, match="has val/ but no train/"):
@@ -117,6 +121,41 @@ def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
         open_folder(_tree(tmp_path / "single", {"a": 1}), 0.5)
 
 
+def test_a_class_folder_may_hold_anything(tmp_path: Path) -> None:
+    _tree(tmp_path / "in", {"a": 2, "b": 1})
+    folder = tmp_path / "in" / "a"
+    (folder / "like.jpg").mkdir()
+    (folder / "01.jpg").rename(folder / "like.jpg" / "01.JPG")
+    (folder / "like.jpg" / "again").symlink_to(folder)
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "notes.txt").write_text("none")
+    (folder / ".hidden.jpg").write_text("none")
+    (folder / "Makefile").write_text("none")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in" / "b" / "00.jpg").rename(tmp_path / "elsewhere" / "00.jpg")
+    (tmp_path / "in" / "b" / "linked").symlink_to(tmp_path / "elsewhere")
+    found = scan(tmp_path / "in", ["a", "b"])
+    assert [Path(found.name(row)).relative_to(tmp_path / "in").as_posix() for row in range(len(found))] == [
+        "a/00.jpg", "a/gone.png", "a/like.jpg/01.JPG", "b/linked/00.jpg"
+    ]  # fmt: skip
+    assert found.ignored == {".txt": 1, ".jpg": 1, "no extension": 1}
+    for name in ("02.png", "03.png", "04.png"):
+        photograph().resize((40, 50)).save(folder / name)
+    info, _ = write_folder(tmp_path / "in", tmp_path / "out", WriteOptions(max_bad=1), val_fraction=0.5)
+    assert "ignored   files that are no pictures: 1 .jpg, 1 .txt, 1 no extension" in describe_beton(info.path)
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _tree(tmp_path, {"a": 1})
+
+    def refused(folder: str) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr("os.scandir", refused)
+    with pytest.raises(UserError, match=r"/a: cannot be read \(Permission denied\)"):
+        scan(tmp_path, ["a"])
+
+
 def test_the_folder_script_reports_what_it_wrote(tmp_path: Path) -> None:
     source, out = _tree(tmp_path / "in", {"a": 4, "b": 4}), tmp_path / "out"
     done = _script("folder.py", str(source), "--out", str(out), "--val-fraction", "0.25", "--workers", "1")
@@ -124,10 +163,16 @@ def test_the_folder_script_reports_what_it_wrote(tmp_path: Path) -> None:
     assert f"{out}/train.beton: in, 6 pictures, 2 classes (a, b)" in done.stdout
     assert f"{out}/val.beton: in, 2 pictures" in done.stdout
     assert check_beton(out / "val.beton").num_samples == 2
-    (source / "a" / "00.jpg").write_bytes((source / "a" / "00.jpg").read_bytes()[:-200])
-    done = _script("folder.py", str(source), "--out", str(out), "--val-fraction", "0.25")
+    damaged = Path(open_folder(source, 0.25)[0].name(0))
+    damaged.write_bytes(damaged.read_bytes()[:-200])
+    arguments = ("folder.py", str(source), "--out", str(out), "--val-fraction", "0.25")
+    done = _script(*arguments, "--max-bad", "0")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert f"{source}/a/00.jpg: OSError: image file is truncated" in done.stderr
+    assert f"{damaged}: OSError: image file is truncated" in done.stderr
+    done = _script(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "left out  1 pictures that cannot be read, listed in train.beton.skipped.csv" in done.stdout
+    assert f"warning: some pictures were left out, see {out}/train.beton.skipped.csv" in done.stderr
 
 
 def _write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:

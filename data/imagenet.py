@@ -1,0 +1,13 @@
+"""ImageNet-1K as train.beton and val.beton: python data/imagenet.py SRC --out DIR"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from mrmae_ds.data.console import add_imagenet_arguments, run_imagenet, run_script
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    add_imagenet_arguments(parser)
+    sys.exit(run_script(run_imagenet, parser.parse_args()))

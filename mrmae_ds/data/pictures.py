@@ -1,0 +1,163 @@
+"""Any picture to RGB: what is odd is converted and named, what cannot be read is refused with a reason."""
+
+from __future__ import annotations
+
+import stat
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
+
+# Not all that Pillow opens: its EPS reader, for one, runs Ghostscript on the file's content, whatever the file's name.
+FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
+
+
+class PictureError(ValueError):
+    """A picture that is not taken; the message alone is the reason."""
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Open a picture file by its content, whatever its name says. Nothing is decoded yet.
+
+    Raises:
+        PictureError: if it is no picture that can be read here. OSError: if there is no such file.
+    """
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise PictureError("not a regular file")  # opening a pipe would wait for ever
+    if status.st_size == 0:
+        raise PictureError("empty file")
+    Image.init()
+    try:
+        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+    except UnidentifiedImageError:
+        with open(path, "rb") as file:
+            head = file.read(12)
+        if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
+            raise PictureError("HEIC, which Pillow cannot read: convert it to JPEG") from None
+        raise PictureError(f"no picture, or damaged at its beginning (read as {', '.join(FORMATS)})") from None
+
+
+@contextmanager
+def pixel_limit(max_pixels: int) -> Iterator[None]:
+    """Within the block, Pillow refuses pictures of more pixels, and truncated ones, in this process."""
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+
+
+def reason(error: Exception, max_pixels: int) -> str:
+    """Why a picture is not taken, on one line."""
+    if isinstance(error, _BOMB):
+        return f"more than {max_pixels:,} pixels (--max-pixels): {error}"
+    text = str(error) if isinstance(error, PictureError) else f"{type(error).__name__}: {error}"
+    return " ".join(text.split())[:500]
+
+
+def to_rgb(picture: Image.Image, *, max_side: int, max_pixels: int, background: str) -> tuple[Image.Image, list[str]]:
+    """Decode a picture and make it an upright RGB one of 8 bits.
+
+    Args:
+        picture: of any mode; a large JPEG that is not loaded yet is decoded at a fraction of its size.
+        max_side: a longer side is reduced to this many pixels (bicubic, antialiased), the other one in proportion,
+            to 1 at least.
+        max_pixels: more are refused before they are decoded.
+        background: colour shown through transparent pixels, as Pillow names colours.
+
+    Returns the picture, and what was odd about it: "CMYK", "16-bit", ...
+
+    Raises:
+        PictureError, or whatever Pillow raises for a damaged file.
+    """
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise PictureError(f"{width} x {height}: more than {max_pixels:,} pixels (--max-pixels)")
+    kinds: list[str] = []
+    ratio = max_side / max(width, height)
+    if ratio < 1:
+        kinds.append("reduced")
+        width, height = (max(1, round(side * ratio)) for side in (width, height))
+        # A JPEG decoder reduces by 2, 4 or 8 nearly for nothing; twice the size wanted leaves bicubic its part.
+        picture.draft(None, (2 * width, 2 * height))
+    picture.load()
+    rgb = _upright(_rgb(picture, background, kinds), picture, kinds)
+    if ratio < 1:
+        size = (width, height) if (rgb.width > rgb.height) == (width > height) else (height, width)
+        rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+    if _several_frames(picture):
+        kinds.append("several frames")
+    return rgb, kinds
+
+
+def _rgb(picture: Image.Image, background: str, kinds: list[str]) -> Image.Image:
+    """All modes to RGB; see ``to_rgb``."""
+    mode = picture.mode
+    if mode.startswith("I;16"):
+        kinds.append("16-bit")
+        return _grey(np.asarray(picture).astype(np.float64) / 257)
+    if mode in ("I", "F"):
+        return _grey(_bytes_range(np.asarray(picture).astype(np.float64), mode, kinds))
+    if picture.has_transparency_data:
+        kinds.append("transparent")
+        behind = Image.new("RGBA", picture.size, background)
+        return Image.alpha_composite(behind, picture.convert("RGBA")).convert("RGB")
+    if mode == "RGB":
+        return picture.copy()  # looking for more frames may replace the pixels
+    kinds.append({"L": "grey", "1": "1-bit", "P": "palette"}.get(mode, mode))
+    if mode == "CMYK" and picture.format == "JPEG" and "adobe" not in picture.info:
+        # Pillow takes every CMYK JPEG for Adobe's inverted kind; without Adobe's marker it is a plain one.
+        picture = ImageChops.invert(picture)
+    return picture.convert("RGB")
+
+
+def _bytes_range(values: np.ndarray, mode: str, kinds: list[str]) -> np.ndarray:
+    """Integers within 16 bits are divided like those; other ranges are stretched to 0..255."""
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        raise PictureError("pixels that are no numbers")
+    if mode == "I" and low >= 0 and high <= 0xFFFF:
+        kinds.append("16-bit")
+        return values / 257
+    kinds.append("32-bit")
+    return (values - low) * (255 / max(high - low, np.finfo(float).tiny))
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    """Values 0..255, [H, W], as RGB."""
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+
+
+def _upright(rgb: Image.Image, picture: Image.Image, kinds: list[str]) -> Image.Image:
+    """Turned as the EXIF record of ``picture`` says. Pillow has turned TIFF and AVIF while loading."""
+    try:
+        exif = picture.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation, 1)
+    except Exception:  # a damaged record raises anything, and is no reason to lose the pixels
+        kinds.append("unreadable EXIF")
+        return rgb
+    if orientation not in range(2, 9):
+        return rgb
+    kinds.append("rotated")
+    marker = Image.Exif()
+    marker[ExifTags.Base.Orientation] = orientation
+    rgb.info = {"exif": marker.tobytes()}
+    return ImageOps.exif_transpose(rgb)
+
+
+def _several_frames(picture: Image.Image) -> bool:
+    """Whether there is more than the first frame, which is the one taken. Moves on in the file."""
+    try:
+        return getattr(picture, "n_frames", 1) > 1
+    except Exception:  # a later frame is damaged; the first is not
+        return True
