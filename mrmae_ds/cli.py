@@ -21,9 +21,9 @@ def _table(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    from mrmae_ds.reporting.show import show_run
+    from mrmae_ds.reporting.show import show_runs
 
-    for path in show_run(args.run, args.count, args.seed):
+    for path in show_runs(args.runs, args.pictures, count=args.count, seed=args.seed, out=args.out):
         print(path)
 
 
@@ -50,10 +50,19 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("runs", nargs="+", type=Path, help="folders that hold runs, at any depth")
     table.add_argument("--out", type=Path, help="where table.md, table.csv and table.png go; default: the first folder")
 
-    show = _command(commands, "show", _show, "draw a pre-training's reconstructions and attention maps")
-    show.add_argument("run", type=Path, help="a finished pre-training, runs/NAME/pretrain")
-    show.add_argument("--count", type=int, help="pictures; default: the recipe's record.pictures")
-    show.add_argument("--seed", type=int, default=0, help="of the masks")
+    show = _command(commands, "show", _show, "draw where runs look, and what they reconstruct, on the same pictures")
+    show.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished stage, runs/NAME/STAGE")
+    show.add_argument(
+        "--pictures",
+        nargs="+",
+        default=(),
+        metavar="PICTURE",
+        help="numbers in the first run's validation set, or picture files, or folders of them; default: some of the "
+        "validation set, evenly spaced",
+    )
+    show.add_argument("--count", type=int, help="how many of the set or the folders; default: recipe's record.pictures")
+    show.add_argument("--seed", type=int, default=0, help="of the mask")
+    show.add_argument("--out", type=Path, help="folder for the PNG files; default: pictures/ in the first RUN")
 
     data = commands.add_parser("data", help="look at .beton files").add_subparsers(required=True, metavar="COMMAND")
     info = _command(data, "info", _data_info, "what a .beton holds and how it was written")

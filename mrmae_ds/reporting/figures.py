@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Pictures: TypeAlias = np.ndarray | torch.Tensor
 
 _SMOOTH_FROM = 200
-_HIDDEN = 0.82  # the grey of a patch that the model does not see
+HIDDEN = 0.82  # the grey of a patch that the model does not see
 
 
 def denormalise(images: Pictures, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
@@ -35,34 +35,59 @@ def denormalise(images: Pictures, mean: Sequence[float], std: Sequence[float]) -
     return np.clip(colours, 0, 1)
 
 
+def reconstruction_rows(
+    original: Pictures,
+    masked: Pictures,
+    reconstructed: Pictures | Mapping[str, Pictures],
+    *,
+    keep_ratio: float = 0.25,
+) -> list[GridRow]:
+    """The rows of :func:`reconstruction_grid`, from the top."""
+    count, _, height, width = _images(original, "original").shape
+    results = reconstructed if isinstance(reconstructed, Mapping) else {"Reconstructed": reconstructed}
+    grid = []
+    for label, pictures in {"Original": original, f"Visible ({100 * keep_ratio:.0f} %)": masked, **results}.items():
+        array = _images(pictures, label)
+        if array.shape != (count, 3, height, width):
+            raise ValueError(f"{label}: shape {array.shape} differs from the originals' {(count, 3, height, width)}")
+        grid.append(GridRow(label, array))
+    return grid
+
+
 def reconstruction_grid(
     original: Pictures,
     masked: Pictures,
-    reconstructed: Pictures,
+    reconstructed: Pictures | Mapping[str, Pictures],
     out_png: str | Path,
     *,
     keep_ratio: float = 0.25,
     captions: Sequence[str] | None = None,
     title: str | None = None,
+    legend: Sequence[str] = (),
 ) -> None:
-    """Draw three rows of pictures: the original, its visible share, the reconstruction.
+    """Draw rows of pictures: the original, its visible share, and each reconstruction.
 
-    All three are [N, 3, H, W] of colours in [0, 1]; values outside are clipped. `captions` names the N
-    columns. Raises ValueError on shapes that differ.
+    All are [N, 3, H, W] of colours in [0, 1]; values outside are clipped. `reconstructed` is one of them, or several
+    by their labels. `captions` names the N columns, `legend` is written below. Raises ValueError on shapes that
+    differ.
     """
-    rows = (
-        ("Original", original),
-        (f"Visible ({100 * keep_ratio:.0f} %)", masked),
-        ("Reconstructed", reconstructed),
-    )
-    count, _, height, width = _images(original, "original").shape
-    grid = []
-    for label, pictures in rows:
-        array = _images(pictures, label)
-        if array.shape != (count, 3, height, width):
-            raise ValueError(f"{label}: shape {array.shape} differs from the originals' {(count, 3, height, width)}")
-        grid.append(GridRow(label, array))
-    draw_grid(grid, Path(out_png), captions=captions, title=title)
+    rows = reconstruction_rows(original, masked, reconstructed, keep_ratio=keep_ratio)
+    draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
+
+
+def attention_rows(images: Pictures, maps: Mapping[str, Pictures], visible: Pictures | None) -> list[GridRow]:
+    """The rows of :func:`attention_grid`, from the top."""
+    pictures = _images(images, "images")
+    grid = [GridRow("Picture", pictures)]
+    grey = np.repeat(pictures.mean(axis=1, keepdims=True), 3, axis=1)
+    for label, heat in maps.items():
+        grid.append(GridRow(label, grey, heat=_scaled(_maps(heat, len(pictures), label))))
+    if visible is not None:
+        kept = _maps(visible, len(pictures), "visible") > 0.5
+        share = 100 * kept.mean()
+        grid.append(GridRow(f"Kept ({share:.0f} %)", _hide(pictures, kept)))
+        grid.append(GridRow(f"Removed ({100 - share:.0f} %)", _hide(pictures, ~kept)))
+    return grid
 
 
 def attention_grid(
@@ -73,28 +98,17 @@ def attention_grid(
     *,
     captions: Sequence[str] | None = None,
     title: str | None = None,
+    legend: Sequence[str] = (),
 ) -> None:
-    """Draw attention as in Fig. 3 of the paper: a row of pictures, a row a model, a row of kept patches.
+    """Draw attention as in Fig. 3 of the paper: a row of pictures, a row a model, rows of kept and removed patches.
 
-    `images` [N, 3, H, W] in [0, 1]; each of `maps` [N, h, w], drawn over the greyed picture and scaled from
-    its own least to its own greatest value; `visible` [N, h, w] is 1 (or True) for patches that are kept,
-    None leaves the row out. Raises ValueError on shapes that do not fit.
+    `images` [N, 3, H, W] in [0, 1]; each of `maps` [N, h, w], of any grid, drawn over the greyed picture and scaled
+    from its own least to its own greatest value; `visible` [N, h, w] is 1 (or True) for patches that are kept,
+    None leaves both rows out. `captions` names the columns, `legend` is written below. Raises ValueError on shapes
+    that do not fit.
     """
-    pictures = _images(images, "images")
-    grid = [GridRow("Picture", pictures)]
-    grey = np.repeat(pictures.mean(axis=1, keepdims=True), 3, axis=1)
-    for label, heat in maps.items():
-        grid.append(GridRow(label, grey, heat=_scaled(_maps(heat, len(pictures), label))))
-    if visible is not None:
-        kept = _maps(visible, len(pictures), "visible") > 0.5
-        grid.append(GridRow(f"Kept ({100 * kept.mean():.0f} %)", _hide(pictures, kept)))
-    draw_grid(grid, Path(out_png), captions=captions, title=title)
-
-
-def hide_patches(images: Pictures, visible: Pictures) -> np.ndarray:
-    """Return images [N, 3, H, W] with the patches greyed where `visible` [N, h, w] is 0."""
-    pictures = _images(images, "images")
-    return _hide(pictures, _maps(visible, len(pictures), "visible") > 0.5)
+    rows = attention_rows(images, maps, visible)
+    draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
 
 
 def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
@@ -190,4 +204,4 @@ def _hide(pictures: np.ndarray, kept: np.ndarray) -> np.ndarray:
     height, width = pictures.shape[-2:]
     rows = np.arange(height) * kept.shape[1] // height
     columns = np.arange(width) * kept.shape[2] // width
-    return np.where(kept[:, None][:, :, rows][:, :, :, columns], pictures, np.float32(_HIDDEN))
+    return np.where(kept[:, None][:, :, rows][:, :, :, columns], pictures, np.float32(HIDDEN))

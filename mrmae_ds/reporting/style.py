@@ -3,10 +3,13 @@ figures."""
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
 
 from mrmae_ds.files import replacing
 
@@ -24,6 +27,17 @@ def new_figure(width_in: float, height_in: float, *, constrained: bool = True) -
     """Return a white figure of this size in inches at `DPI`."""
     size = (width_in, height_in)
     return Figure(figsize=size, dpi=DPI, facecolor="white", layout="constrained" if constrained else None)
+
+
+def text_width(text: str, size: float, weight: str = "normal") -> float:
+    """Return the pixels at `DPI` that one line of text of this size in points takes."""
+    font = FontProperties(size=size, weight=weight)
+    return _renderer().get_text_width_height_descent(text, font, False)[0]
+
+
+@cache
+def _renderer() -> RendererAgg:
+    return RendererAgg(1, 1, DPI)
 
 
 def tidy(axes: Axes) -> None:

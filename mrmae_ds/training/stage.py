@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 import time
+import traceback
 from pathlib import Path
 
 import deepspeed
@@ -160,10 +162,24 @@ def _export(job: Job, engine: deepspeed.DeepSpeedEngine, results: dict[str, floa
 
 
 def _draw(stage_dir: Path) -> None:
+    """Curves and pictures of a finished stage; it stays finished whatever becomes of them, so the reason is printed."""
+    for what, draw in {"loss curves": _draw_curves, "pictures": _draw_pictures}.items():
+        try:
+            draw(stage_dir)
+        except Exception as error:
+            reason = str(error) if isinstance(error, UserError) else traceback.format_exc().strip()
+            print(f"{stage_dir}: finished, but its {what} were not drawn: {reason}", file=sys.stderr, flush=True)
+
+
+def _draw_curves(stage_dir: Path) -> None:
     from mrmae_ds.reporting.figures import loss_curves
-    from mrmae_ds.reporting.show import show_run
 
     loss_curves(stage_dir, stage_dir / "loss_curves.png")
+
+
+def _draw_pictures(stage_dir: Path) -> None:
+    from mrmae_ds.reporting.show import show_run
+
     show_run(stage_dir)
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -34,7 +35,7 @@ def _plain(colour: tuple[int, int, int], count: int = 1, side: int = 32) -> np.n
     return np.broadcast_to(picture, (count, 3, side, side)).copy()
 
 
-@pytest.mark.parametrize("side", [32, 224])
+@pytest.mark.parametrize("side", [32, 224, 448])
 def test_reconstruction_rows_stand_in_order(tmp_path: Path, side: int) -> None:
     path = tmp_path / "pictures" / "r.png"
     masked = torch.from_numpy(_plain(GREEN, side=side))
@@ -45,8 +46,8 @@ def test_reconstruction_rows_stand_in_order(tmp_path: Path, side: int) -> None:
     assert boxes[0][2] < boxes[1][0] and boxes[1][2] < boxes[2][0]
     assert len({(left, right) for _, left, _, right in boxes}) == 1
     top, left, bottom, right = boxes[0]
-    # Small pictures are enlarged by a whole factor, here 5.
-    assert (bottom - top, right - left) == ((160, 160) if side == 32 else (168, 168))
+    # Small pictures are enlarged by a whole factor, those of about 200 pixels stay, large ones are reduced.
+    assert (bottom - top, right - left) == {32: (192, 192), 224: (224, 224), 448: (256, 256)}[side]
 
 
 def test_small_pixels_stay_square_and_in_place(tmp_path: Path) -> None:
@@ -55,12 +56,12 @@ def test_small_pixels_stay_square_and_in_place(tmp_path: Path) -> None:
     figures.reconstruction_grid(originals, _plain(BLUE, 2), _plain(RED, 2), tmp_path / "r.png")
     pixels = _pixels(tmp_path / "r.png")
     top, left, bottom, right = _box(pixels, GREEN)
-    assert (bottom - top, right - left) == (5, 5)
+    assert (bottom - top, right - left) == (6, 6)
     black = (pixels == 0).all(axis=-1)
     cell_top = np.nonzero(black.sum(axis=1) > 200)[0].min()
-    assert top - cell_top == 3 * 5
+    assert top - cell_top == 3 * 6
     # The second picture's right edge is where the masked row's blue ends.
-    assert np.nonzero((pixels == BLUE).all(axis=-1))[1].max() + 1 - right == (32 - 31) * 5
+    assert np.nonzero((pixels == BLUE).all(axis=-1))[1].max() + 1 - right == (32 - 31) * 6
 
 
 def test_reconstructions_outside_the_range_are_clipped(tmp_path: Path) -> None:
@@ -80,17 +81,17 @@ def test_attention_shows_hot_patches_and_kept_patches(tmp_path: Path) -> None:
     red = (pixels == RED).all(axis=-1)
     rows, columns = np.nonzero(red)
     top, left = int(rows.min()), int(columns.min())
-    assert red[top : top + 160, left : left + 160].all()
-    kept = _box(pixels[top + 200 :], RED)
-    assert (kept[2] - kept[0], kept[3] - kept[1]) == (40, 40)
+    assert red[top : top + 192, left : left + 192].all()
+    kept = _box(pixels[top + 210 : top + 595], RED)
+    assert (kept[2] - kept[0], kept[3] - kept[1]) == (48, 48)
     assert kept[1] == left  # column 0 of the grid, in the third row of pictures, its row 3
-    assert kept[0] + top + 200 == top + 2 * 168 + 3 * 40
+    assert kept[0] + top + 210 == top + 2 * 200 + 3 * 48
     # inferno's last colour (252, 255, 164) at 65 % over the grey of pure red, 85.
     expected = 0.65 * np.array([252, 255, 164]) + 0.35 * 85
-    np.testing.assert_allclose(pixels[top + 168 + 60, left + 100], expected, atol=2)
-    cell = pixels[top + 168 : top + 168 + 160, left : left + 160].sum(axis=-1)
+    np.testing.assert_allclose(pixels[top + 200 + 72, left + 120], expected, atol=2)
+    cell = pixels[top + 200 : top + 200 + 192, left : left + 192].sum(axis=-1)
     hot = np.nonzero(cell > cell.max() - 30)
-    assert (hot[0].min(), hot[0].max() + 1, hot[1].min(), hot[1].max() + 1) == (40, 80, 80, 120)
+    assert (hot[0].min(), hot[0].max() + 1, hot[1].min(), hot[1].max() + 1) == (48, 96, 96, 144)
 
 
 def test_a_flat_map_is_cold_and_kept_patches_may_be_left_out(tmp_path: Path) -> None:
@@ -101,15 +102,49 @@ def test_a_flat_map_is_cold_and_kept_patches_may_be_left_out(tmp_path: Path) -> 
     assert len(np.unique(pixels[bottom + 20 : bottom + 150, left:right].reshape(-1, 3), axis=0)) == 1
 
 
-def test_hidden_patches_are_grey_on_grids_that_do_not_divide() -> None:
+def test_fine_grids_are_drawn_smoothly(tmp_path: Path) -> None:
+    """Bicubic by torch, which shares no code with Pillow's."""
+    heat = np.random.default_rng(0).random((1, 14, 14), np.float32)
+    figures.attention_grid(_plain(RED, side=224), {"Model": heat}, None, tmp_path / "a.png")
+    pixels = _pixels(tmp_path / "a.png")
+    _, left, bottom, right = _box(pixels, RED)
+    cell = pixels[bottom + 8 : bottom + 8 + 224, left:right]
+    scaled = torch.from_numpy((heat - heat.min()) / (heat.max() - heat.min()))[:, None]
+    smooth = torch.nn.functional.interpolate(scaled, size=(224, 224), mode="bicubic", antialias=True)
+    colours = matplotlib.colormaps["inferno"](smooth[0, 0].clamp(0, 1).numpy())[..., :3]
+    np.testing.assert_allclose(cell, 255 * 0.65 * colours + 0.35 * 85, atol=4)
+
+
+def test_kept_and_removed_patches_make_up_the_picture_on_grids_that_do_not_divide() -> None:
     visible = np.array([[[1, 0, 0], [0, 0, 0], [0, 0, 1]]])
-    hidden = figures.hide_patches(_plain(RED, side=8), visible)
-    kept = (hidden[0, 0] == 1) & (hidden[0, 1] == 0)
+    _, kept, removed = figures.attention_rows(_plain(RED, side=8), {}, visible)
+    assert (kept.label, removed.label) == ("Kept (22 %)", "Removed (78 %)")
+    is_red = [(row.pictures[0, 0] == 1) & (row.pictures[0, 1] == 0) for row in (kept, removed)]
     expected = np.zeros((8, 8), bool)
     for row in range(8):
         for column in range(8):
             expected[row, column] = bool(visible[0, row * 3 // 8, column * 3 // 8])
-    assert (kept == expected).all()
+    assert (is_red[0] == expected).all() and (is_red[1] == ~expected).all()
+
+
+def test_several_reconstructions_stand_below_each_other(tmp_path: Path) -> None:
+    several = {"MAE": _plain(BLUE), "MR-MAE\ntiny": _plain((255, 0, 255))}
+    rows = figures.reconstruction_rows(_plain(RED), _plain(GREEN), several, keep_ratio=0.5)
+    assert [row.label for row in rows] == ["Original", "Visible (50 %)", "MAE", "MR-MAE\ntiny"]
+    assert [tuple(row.pictures[0, :, 0, 0]) for row in rows] == [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]
+
+
+def test_words_stay_on_the_page_and_mean_themselves(tmp_path: Path) -> None:
+    """A mistake in TeX between dollar signs would raise; a margin that text ran into would not be white."""
+    words = "a long sentence about $\\frac{ of " * 12
+    path = tmp_path / "r.png"
+    texts = {"title": words, "captions": ["a caption far wider than its picture"], "legend": [words, words]}
+    label = "Model\nwith a second line that is longer than the first"
+    figures.attention_grid(_plain(RED), {label: np.eye(4)[None]}, None, path, **texts)
+    pixels = _pixels(path)
+    assert pixels.shape[1] == 900
+    for margin in (pixels[:, :8], pixels[:, -8:], pixels[:8], pixels[-8:]):
+        assert (margin == 255).all()
 
 
 def test_denormalise_undoes_the_models_input() -> None:

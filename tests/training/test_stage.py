@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.recipe_sections import RecordConfig
 from mrmae_ds.training import stage
 from mrmae_ds.training.stage import _Hooks
@@ -56,3 +57,21 @@ def test_results_hold_the_first_and_the_last_loss_and_the_newest_evaluation(save
             hooks.end_of_epoch(step // 10, step)
         hooks.log(step, {"loss": loss})
     assert hooks.results == {"first_loss": 3.0, "last_loss": 1.0, "top1": 50.0, "loss": 1.5, "eval_samples": 10}
+
+
+@pytest.mark.parametrize("error", [UserError("the set is gone"), RuntimeError("a fault of ours")], ids=["user", "ours"])
+def test_a_finished_stage_stays_finished_when_a_picture_cannot_be_drawn(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[Path] = []
+
+    def fail(folder: Path, path: Path) -> None:
+        raise error
+
+    monkeypatch.setattr("mrmae_ds.reporting.figures.loss_curves", fail)
+    monkeypatch.setattr("mrmae_ds.reporting.show.show_run", drawn.append)
+    stage._draw(tmp_path)
+    assert drawn == [tmp_path]  # one failure does not keep the other from being drawn
+    told = capsys.readouterr().err
+    assert told.startswith(f"{tmp_path}: finished, but its loss curves were not drawn: ") and str(error) in told
+    assert ("Traceback" in told) == isinstance(error, RuntimeError)
