@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import io
-import json
 import multiprocessing
 import os
 import signal
@@ -302,34 +301,6 @@ def test_shares_are_rounded_up_and_numbers_taken_as_they_are() -> None:
 def test_an_empty_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty"):
         write_beton(Opened([]), tmp_path / "x.beton", OPTIONS, **ABOUT)
-
-
-def test_damage_is_found(tmp_path: Path) -> None:
-    path = tmp_path / "x.beton"
-    write_beton(Opened([_small] * 3), path, OPTIONS, **ABOUT)
-    content = bytearray(path.read_bytes())
-    place = bytes(content).index(stored_jpegs(path)[1][0]) + 700
-    content[place] ^= 0xFF
-    path.write_bytes(content)
-    check_beton(path)
-    with pytest.raises(UserError, match="SHA-256"):
-        verify_beton(path)
-    path.write_bytes(content[:-1])
-    with pytest.raises(UserError, match="cut off"):
-        check_beton(path)
-
-
-def test_undecodable_samples_are_listed(tmp_path: Path) -> None:
-    path = tmp_path / "x.beton"
-    write_beton(Opened([_small] * 3), path, OPTIONS, **ABOUT)
-    content, jpeg = bytearray(path.read_bytes()), stored_jpegs(path)[1][0]
-    place = bytes(content).index(stored_jpegs(path)[0][0]) + len(jpeg)
-    content[place : place + len(jpeg)] = jpeg[: len(jpeg) // 2] + bytes(len(jpeg) - len(jpeg) // 2)
-    path.write_bytes(content)
-    sidecar = read_sidecar(path) | {"sha256": file_sha256(path)}
-    sidecar_path(path).write_text(json.dumps(sidecar))
-    with pytest.raises(UserError, match=r"(?s)1 bad samples.*sample 1: "):
-        verify_beton(path)
 
 
 def test_a_missing_file_names_the_scripts(tmp_path: Path) -> None:
