@@ -40,6 +40,19 @@ def _data_verify(args: argparse.Namespace) -> None:
     print(f"{info.path}: {info.num_samples:,} pictures decode, checksum as written")
 
 
+def _export(args: argparse.Namespace) -> None:
+    from mrmae_ds.export import export_run
+
+    exported = export_run(args.run, args.to, args.out, args.force)
+    print("\n".join([f"written: {exported.path}", *exported.notes, "load it with", f"    {exported.line}"]))
+
+
+def _check(args: argparse.Namespace) -> None:
+    from mrmae_ds.check import describe
+
+    print(describe(args.path))
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="mrmae", description="Around the training of MR-MAE models.")
@@ -63,6 +76,20 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--count", type=int, help="how many of the set or the folders; default: recipe's record.pictures")
     show.add_argument("--seed", type=int, default=0, help="of the mask")
     show.add_argument("--out", type=Path, help="folder for the PNG files; default: pictures/ in the first RUN")
+
+    export = _command(commands, "export", _export, "a finished run's weights for timm, or whole")
+    export.add_argument("run", type=Path, help="a finished stage, runs/NAME/STAGE, or its model.safetensors")
+    export.add_argument(
+        "--to",
+        choices=("timm", "safetensors"),
+        default="timm",
+        help="timm: a file that timm.create_model loads, of a pre-training the bare encoder; safetensors: everything",
+    )
+    export.add_argument("--out", type=Path, help="file or folder; default: NAME-STAGE[-timm].safetensors here")
+    export.add_argument("--force", action="store_true", help="replace a file that this project did not write")
+
+    check = _command(commands, "check", _check, "what a checkpoint is, whoever wrote it, and how to use it here")
+    check.add_argument("path", type=Path, help="a file of weights, a stage's folder, or a checkpoint in it")
 
     data = commands.add_parser("data", help="look at .beton files").add_subparsers(required=True, metavar="COMMAND")
     info = _command(data, "info", _data_info, "what a .beton holds and how it was written")

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -12,6 +14,7 @@ from mrmae_ds.recipe import load_recipe
 
 from .processes import REPOSITORY, Finished, run
 from .reporting.builders import make_record
+from .test_export import CVIT, classifier_run
 
 CONFIG = "ds_configs/tiny.json"
 LIMIT_S = 120
@@ -33,6 +36,15 @@ def _train(*arguments: str | Path) -> Finished:
         ["data", "info", "{}/file.txt"],
         ["data", "verify", "{}/nowhere.beton"],
         ["data", "verify", "{}/file.txt"],
+        ["export", "{}/nowhere"],
+        ["export", "{}/file.txt"],
+        ["export", "{}/torn"],
+        ["export", "{}/torn", "--to", "safetensors"],
+        ["check", "{}/nowhere"],
+        ["check", "{}/file.txt"],
+        ["check", "{}/torn"],
+        ["check", "{}/code.pkl"],
+        ["check", "{}"],
     ],
     ids=" ".join,
 )
@@ -42,6 +54,7 @@ def test_bad_input_is_one_line_and_status_2(
     (tmp_path / "file.txt").write_text("no .beton")
     (tmp_path / "torn").mkdir()
     (tmp_path / "torn" / "record.json").write_text("{")
+    (tmp_path / "code.pkl").write_bytes(pickle.dumps(print))
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -67,12 +80,38 @@ def test_the_table_goes_into_the_first_folder_by_default(tmp_path: Path) -> None
     assert not (tmp_path / "more" / "table.md").exists()
 
 
+def test_the_printed_line_loads_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    classifier_run(tmp_path / "run", CVIT)
+    out = tmp_path / "out.safetensors"
+    for layout in ("timm", "safetensors"):
+        assert main(["export", str(tmp_path / "run"), "--to", layout, "--out", str(out)]) == 0
+        written, *_, line = capsys.readouterr().out.splitlines()
+        assert written == f"written: {out}"
+        names: dict[str, Any] = {}
+        exec(line.strip(), names)
+        assert names["model"].num_classes == 3
+        assert main(["check", str(out)]) == 0
+        assert "CViT classifier" in capsys.readouterr().out
+    out.write_text("notes")
+    assert main(["export", str(tmp_path / "run"), "--out", str(out)]) == 2
+    assert "--force" in capsys.readouterr().err and out.read_text() == "notes"
+    assert main(["export", str(tmp_path / "run"), "--out", str(out), "--force"]) == 0
+
+
+def test_manifests_are_read_without_deepspeed() -> None:
+    code = "import sys, mrmae_ds.training.checkpoint; print('deepspeed' in sys.modules)"
+    assert run([sys.executable, "-c", code], LIMIT_S).stdout == "False\n"
+
+
 def _folder(path: Path) -> Path:
     path.mkdir(parents=True)
     return path
 
 
-@pytest.mark.parametrize("command", [[], ["table"], ["show"], ["data"], ["data", "info"], ["data", "verify"]], ids=str)
+COMMANDS = ["", "table", "show", "export", "check", "data", "data info", "data verify"]
+
+
+@pytest.mark.parametrize("command", [text.split() for text in COMMANDS], ids=COMMANDS)
 def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
@@ -81,7 +120,18 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["data"], ["tabel"], ["data", "verify"], ["table"], ["show", "a", "--count", "x"]], ids=" ".join
+    "arguments",
+    [
+        [],
+        ["data"],
+        ["tabel"],
+        ["data", "verify"],
+        ["table"],
+        ["show", "a", "--count", "x"],
+        ["export", "a", "--to", "x"],
+        ["check"],
+    ],
+    ids=" ".join,
 )
 def test_a_wrong_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:

@@ -94,7 +94,7 @@ def identify(file: TensorFile) -> Identity:
         if patch:
             return Identity("clip", "", f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}")
         return Identity("unknown", "", "no encoder that this project knows")
-    has_decoder = any(name.startswith("decoder.") for name in names.values())
+    has_decoder = "decoder.embed.weight" in names.values()  # DINOv2's encoders have a mask token too
     told: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in shapes else "encoder"
     kind = metadata.get("kind", told)
     positions = encoder.get("pos_embed", ())
@@ -165,10 +165,13 @@ def spec_sizes(spec: EncoderSpec) -> dict[str, Any]:
     return values | {"mlp_ratio": int(values["dim"] * values["mlp_ratio"]) / values["dim"]}
 
 
-def nearest_architecture(family: str, sizes: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The named architecture that has most of these sizes, and the overrides that make up the rest."""
+def nearest_architecture(
+    family: str, sizes: Mapping[str, Any], among: Iterable[str] = tuple(ARCHITECTURES)
+) -> tuple[str, dict[str, Any]]:
+    """The named architecture of a family that has most of these sizes, and the overrides that make up the rest."""
     candidates = []
-    for arch, spec in ARCHITECTURES.items():
+    for arch in among:
+        spec = ARCHITECTURES[arch]
         if isinstance(spec, FAMILIES[family]):
             own = spec_sizes(spec)
             candidates.append((arch, {key: value for key, value in sizes.items() if _shown(value) != _shown(own[key])}))

@@ -12,12 +12,15 @@ import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import deepspeed
 import torch.distributed as dist
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
+
+if TYPE_CHECKING:  # manifests are also read where nothing is trained, and importing it is slow and prints
+    import deepspeed
 
 MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
