@@ -113,9 +113,14 @@ class TeacherConfig(Section):
 
 
 class LoaderConfig(Section):
-    """How pictures are read; no influence on results. ``workers``: threads per process, null decides by itself."""
+    """How pictures are read; no influence on results.
+
+    ``workers``: threads per process, null decides by itself. ``stage_to``: a folder on each node (/dev/shm/NAME,
+    $TMPDIR) to which the .beton files are copied before training; null reads them where they are.
+    """
 
     workers: int | None = Field(None, ge=1)
+    stage_to: Path | None = None
 
 
 class RecordConfig(Section):

@@ -126,8 +126,17 @@ def test_a_recipe_extends_another(path: Path) -> None:
 def test_null_takes_a_stage_away(path: Path) -> None:
     recipe = load_recipe(path, ["stages.pretrain=null"])
     assert recipe.stages.pretrain is None
-    with pytest.raises(UserError, match=r"recipe small has no stage pretrain; it has finetune"):
+    with pytest.raises(UserError, match=r"recipe small has no stage pretrain; it has finetune, evaluate$"):
         recipe.stage("pretrain")
+
+
+def test_every_recipe_can_evaluate_and_that_has_a_hash_of_its_own(path: Path, recipe: Recipe) -> None:
+    assert recipe.stage("evaluate").members is None
+    other = load_recipe(path, ["stages.evaluate.members=[a, b]", "stages.pretrain.epochs=9"])
+    assert other.stage("evaluate").members == ("a", "b")
+    assert other.hash("finetune") == recipe.hash("finetune")
+    assert other.hash("evaluate") != recipe.hash("evaluate")
+    assert load_recipe(path, ["stages.pretrain.epochs=9"]).hash("evaluate") == recipe.hash("evaluate")
 
 
 def test_recipes_that_extend_each_other(tmp_path: Path) -> None:
@@ -262,6 +271,9 @@ IMPOSSIBLE = {
     "stages.finetune.image_size=392": ["stages.finetune.image_size: 392", "384 and 400"],
     "stages.finetune.drop_path=1": ["stages.finetune.drop_path"],
     "stages.finetune.smoothing=1.5": ["stages.finetune.smoothing"],
+    "stages.evaluate.members=[]": ["stages.evaluate.members"],
+    "stages.evaluate.members=[a, b, a]": ["stages.evaluate.members", "twice"],
+    "stages.evaluate.image_size=0": ["stages.evaluate.image_size"],
     "record.keep_checkpoints=0": ["record.keep_checkpoints"],
     "loader.workers=0": ["loader.workers"],
 }
@@ -329,6 +341,7 @@ IGNORED = [
     "data.train=elsewhere/train.beton",
     "data.val=elsewhere/val.beton",
     "loader.workers=3",
+    "loader.stage_to=/dev/shm/pictures",
     "record={log_every: 3, pictures: 0}",
 ]
 COUNTED = [
@@ -355,10 +368,15 @@ COUNTED = [
     "stages.pretrain.masking.keep_ratio=0.5",
     "stages.pretrain.objectives.mimic.loss=cosine",
     "stages.pretrain.objectives.mimic.weight=0.25",
+    "stages.pretrain.init=released.pth",
     "stages.finetune.layer_decay=0.75",
+    "stages.finetune.rand_augment=rand-m9-mstd0.5-inc1",
     "stages.finetune.mixup=0.8",
     "stages.finetune.erasing=0.25",
     "stages.finetune=null",
+    "stages.evaluate.members=[runs/a/finetune, runs/b/finetune]",
+    "stages.evaluate.members=[runs/b/finetune]",
+    "stages.evaluate.image_size=256",
 ]
 
 
@@ -382,7 +400,7 @@ def test_writing_a_default_out_does_not_change_the_hash(path: Path, recipe: Reci
 
 def test_the_resolved_recipe_states_every_default(path: Path, recipe: Recipe, tmp_path: Path) -> None:
     resolved = yaml.safe_load(recipe.to_yaml())
-    assert resolved["loader"] == {"workers": None}
+    assert resolved["loader"] == {"workers": None, "stage_to": None}
     assert resolved["stages"]["pretrain"]["objectives"]["mimic"]["loss"] == "l2"
     assert resolved["data"]["train"] == "train.beton"
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())
