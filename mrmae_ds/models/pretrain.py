@@ -158,7 +158,10 @@ class PretrainModel(nn.Module):
 
     def predict(self, images: Tensor, visible: VisibleSet) -> dict[str, Tensor]:
         """Each objective's prediction by name: [B, K, D] at the encoder, [B, L, D] at the decoder."""
-        latent = self.latent(images, visible)
+        return self.predict_from(self.latent(images, visible), visible)
+
+    def predict_from(self, latent: Tensor, visible: VisibleSet) -> dict[str, Tensor]:
+        """What :meth:`predict` makes of the latent [B, P + K, C]."""
         taps = {"encoder": latent[:, self.encoder.num_prefix_tokens :]}
         if self.decoder is not None:
             taps["decoder"] = self.decoder(latent, visible)

@@ -40,11 +40,6 @@ class Flops:
         """All three."""
         return self.forward + self.backward + self.recomputed
 
-    def __sub__(self, other: Flops) -> Flops:
-        return Flops(
-            self.forward - other.forward, self.backward - other.backward, self.recomputed - other.recomputed
-        )
-
 
 @dataclass(frozen=True)
 class StageCost:
@@ -148,11 +143,12 @@ def _pretrain(
         if model.decoder is not None:
             model.decoder.checkpoint_every = plan.decoder
 
+    parts = {"encoder": count_trained(lambda: model.latent(images, visible), checkpoint, plan)}
+    seen = encoder.num_prefix_tokens + visible.ids_keep.shape[1]
+    latent = torch.empty(1, seen, encoder.embed_dim, device="meta", requires_grad=True)
     # The losses themselves have no products, so predictions are as good.
-    whole = count_trained(lambda: _sum(model.predict(images, visible).values()), checkpoint, plan)
-    latent = count_trained(lambda: model.latent(images, visible), checkpoint, plan)
     rest = "heads" if model.decoder is None else "decoder, heads"
-    parts = {"encoder": latent, rest: whole - latent}
+    parts[rest] = count_trained(lambda: _sum(model.predict_from(latent, visible).values()), checkpoint, plan)
     for name, teacher in teachers.items():
         with counter() as counted, torch.no_grad():
             teacher.encode(_picture(teacher.image_size).to(teacher.dtype))
