@@ -1,0 +1,259 @@
+"""How fast pictures arrive: this project's readers beside stock FFCV, torchvision and DALI, on the same pictures.
+
+    python benchmarks/loader.py train.beton [--size 224] [--batch 64] [--workers 2] [--rounds 3] [--out loader.json]
+
+Every contender runs in a process of its own, in turn, ``rounds`` times; what is printed is the median over rounds. The
+first epoch (imports, compilation, a cold page cache) is not counted. torchvision and DALI read the very JPEGs of the
+.beton, unpacked into class folders. All cut random boxes of 20 % to 100 % of a picture and flip half of them; this
+project's backends and torchvision cut the same boxes. CPU-seconds are those of the whole tree of processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Batches = Callable[[int], Iterator[int]]  # an epoch's batches, as the number of pictures in each
+SCALE = (0.2, 1.0)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every contender is given. ``folder`` holds the .beton's JPEGs in class folders."""
+
+    beton: Path
+    folder: Path
+    size: int
+    batch: int
+    workers: int
+
+
+def ours(settings: Settings, backend: str, policy: str | None = None) -> Batches:
+    """This project's reader."""
+    from mrmae_ds.data import CropSettings, build_reader
+    from mrmae_ds.data.augment import AugmentSettings
+
+    reader = build_reader(
+        settings.beton,
+        train=True,
+        image_size=settings.size,
+        micro_batch=settings.batch,
+        accumulation=1,
+        world_size=1,
+        rank=0,
+        seed=0,
+        crop=CropSettings(scale=SCALE),
+        num_workers=settings.workers,
+        backend=backend,  # type: ignore[arg-type]
+        augment=AugmentSettings(policy, (0.5, 0.5, 0.5)) if policy else None,
+    )
+    return lambda epoch: (len(batch.labels) for batch in reader.epoch(epoch))
+
+
+def stock_ffcv(settings: Settings) -> Batches:
+    """FFCV as its documentation uses it: its decoder, its order, its compiler; uint8 out, as ours."""
+    from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
+
+    side = (settings.size, settings.size)
+    image = [RandomResizedCropRGBImageDecoder(side, scale=SCALE), RandomHorizontalFlip(), ToTensor()]
+    loader = Loader(
+        str(settings.beton),
+        batch_size=settings.batch,
+        num_workers=settings.workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        drop_last=True,
+        seed=0,
+        pipelines={"image": image, "label": [IntDecoder(), ToTensor()], "index": None},
+    )
+    return lambda _: (len(images) for images, _label in loader)
+
+
+def torchvision_folder(settings: Settings, policy: str | None = None) -> Batches:
+    """torchvision's ImageFolder behind torch's DataLoader: the usual one, with the boxes that ours cuts."""
+    import torch
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.v2 import functional as transform
+
+    from mrmae_ds.data import CropSettings
+    from mrmae_ds.data.augment import Augment, AugmentSettings
+    from mrmae_ds.data.crop import random_boxes
+
+    bicubic = transform.InterpolationMode.BICUBIC
+    augment = Augment(AugmentSettings(policy, (0.5, 0.5, 0.5)), settings.size) if policy else None
+
+    class Pictures(ImageFolder):
+        def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+            path, label = self.samples[index]
+            picture = self.loader(path)
+            sizes = np.array([picture.height]), np.array([picture.width]), np.array([index])
+            box = random_boxes(*sizes, seed=0, epoch=0, crop=CropSettings(scale=SCALE))[0].tolist()
+            image = transform.resized_crop(picture, *box[:4], [settings.size] * 2, interpolation=bicubic)
+            image = transform.horizontal_flip(image) if box[4] else image
+            return transform.pil_to_tensor(augment(image, index) if augment else image), label
+
+    loader = DataLoader(
+        Pictures(settings.folder),
+        batch_size=settings.batch,
+        shuffle=True,
+        num_workers=settings.workers,
+        drop_last=True,
+        persistent_workers=True,
+    )
+    return lambda _: (len(labels) for _images, labels in loader)
+
+
+def dali(settings: Settings) -> Batches:
+    """NVIDIA's DALI on the CPU: fused decode and crop, as its ImageNet example."""
+    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali.plugin.pytorch import DALIGenericIterator
+
+    @pipeline_def(batch_size=settings.batch, num_threads=settings.workers, device_id=None, seed=0)
+    def pipeline() -> Any:
+        jpegs, labels = fn.readers.file(file_root=str(settings.folder), random_shuffle=True, name="files")
+        images = fn.decoders.image_random_crop(
+            jpegs, device="cpu", output_type=types.RGB, random_area=list(SCALE), random_aspect_ratio=[3 / 4, 4 / 3]
+        )
+        images = fn.resize(images, resize_x=settings.size, resize_y=settings.size, interp_type=types.INTERP_LINEAR)
+        return fn.flip(images, horizontal=fn.random.coin_flip()), labels
+
+    from nvidia.dali.plugin.base_iterator import LastBatchPolicy
+
+    iterator = DALIGenericIterator(
+        [pipeline()], ["image", "label"], reader_name="files", last_batch_policy=LastBatchPolicy.DROP, auto_reset=True
+    )
+    return lambda _: (len(batch[0]["label"]) for batch in iterator)
+
+
+POLICY = "rand-m9-mstd0.5-inc1"
+CONTENDERS: dict[str, Callable[[Settings], Batches]] = {
+    "mrmae_ds, ffcv backend": lambda settings: ours(settings, "ffcv"),
+    "stock FFCV": stock_ffcv,
+    "mrmae_ds, pillow backend": lambda settings: ours(settings, "pillow"),
+    "torchvision ImageFolder": torchvision_folder,
+    "DALI, CPU": dali,
+    "mrmae_ds, ffcv + RandAugment": lambda settings: ours(settings, "ffcv", POLICY),
+    "mrmae_ds, pillow + RandAugment": lambda settings: ours(settings, "pillow", POLICY),
+    "torchvision + RandAugment": lambda settings: torchvision_folder(settings, POLICY),
+}
+
+
+def measure(name: str, settings: Settings, pictures: int) -> dict[str, float]:
+    """One contender in this process: images/s, CPU-seconds per 1,000 pictures, seconds to the first batch."""
+    import psutil
+
+    began = time.perf_counter()
+    batches = CONTENDERS[name](settings)
+    first = None
+    for _ in batches(0):
+        first = first or time.perf_counter() - began
+    own = psutil.Process()
+
+    def cpu_seconds() -> float:
+        tree = [own, *own.children(recursive=True)]
+        return sum(times.user + times.system for times in (process.cpu_times() for process in tree))
+
+    seen, epoch, cpu, start = 0, 1, cpu_seconds(), time.perf_counter()
+    while seen < pictures:
+        seen += sum(batches(epoch))
+        epoch += 1
+    seconds = time.perf_counter() - start
+    cpu = cpu_seconds() - cpu
+    return {"images_per_s": seen / seconds, "cpu_s_per_1000": 1000 * cpu / seen, "first_batch_s": first or 0.0}
+
+
+def unpack(beton: Path, folder: Path) -> None:
+    """The .beton's JPEGs as FOLDER/LABEL/ROW.jpg."""
+    from mrmae_ds.data.beton import check_beton
+    from mrmae_ds.data.beton_file import BetonFile
+
+    file = BetonFile(beton, check_beton(beton).num_samples)
+    for row, label in enumerate(file.labels.tolist()):
+        target = folder / f"{label:04d}" / f"{row:08d}.jpg"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.jpeg(row))
+
+
+def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]] | str]:
+    """Every contender ``rounds`` times in turn; an error's last line instead of numbers where one does not run."""
+    results: dict[str, list[dict[str, float]] | str] = {}
+    command = [sys.executable, __file__, str(args.beton), "--folder", str(folder)]
+    command += [f"--{key}={getattr(args, key)}" for key in ("size", "batch", "workers", "pictures")]
+    for turn in range(args.rounds):
+        for name in args.only or CONTENDERS:
+            if isinstance(results.get(name), str):
+                continue
+            done = subprocess.run([*command, "--contender", name], capture_output=True, text=True, timeout=1800)
+            last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+            print(f"round {turn + 1}: {name}: {last}", file=sys.stderr)
+            if done.returncode:
+                results[name] = last
+            else:
+                rounds = results.setdefault(name, [])
+                assert isinstance(rounds, list)
+                rounds.append(json.loads(last))
+    return results
+
+
+def table(results: dict[str, list[dict[str, float]] | str]) -> str:
+    """Markdown: medians over rounds, and the speed as a ratio to the first contender's."""
+    lines = ["| reader | images/s | ratio | CPU-s per 1,000 | first batch, s |", "|---|---|---|---|---|"]
+    reference: float | None = None
+    for name, rounds in results.items():
+        if isinstance(rounds, str):
+            lines.append(f"| {name} | did not run | | | |")
+            continue
+        speed, cpu, first = (statistics.median(run[key] for run in rounds) for key in rounds[0])
+        reference = reference or speed
+        lines.append(f"| {name} | {speed:,.0f} | {speed / reference:.2f} | {cpu:.2f} | {first:.1f} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Parse, measure, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("beton", type=Path)
+    parser.add_argument("--size", type=int, default=224, help="pixels, both sides")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes")
+    parser.add_argument("--pictures", type=int, default=4000, help="measured in each round, at least")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", action="append", choices=CONTENDERS, help="these contenders; default: all")
+    parser.add_argument("--out", type=Path, help="JSON of all rounds")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.contender:
+        settings = Settings(args.beton, args.folder, args.size, args.batch, args.workers)
+        print(json.dumps(measure(args.contender, settings, args.pictures)), flush=True)
+        os._exit(0)  # some contenders' threads outlive their loader
+    from mrmae_ds.reporting.environment import collect_versions, cpu_name
+
+    with tempfile.TemporaryDirectory() as folder:
+        unpack(args.beton, Path(folder))
+        results = run_all(args, Path(folder))
+    print(table(results))
+    if args.out:
+        settings = {key: str(value) for key, value in vars(args).items() if value is not None and key != "out"}
+        machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "versions": collect_versions()}
+        content = {"settings": settings, "machine": machine, "rounds": results}
+        args.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
