@@ -27,6 +27,14 @@ def _show(args: argparse.Namespace) -> None:
         print(path)
 
 
+def _cost(args: argparse.Namespace) -> None:
+    from mrmae_ds.planning.report import describe_cost
+
+    options = {"pictures": args.pictures, "tflops": args.tflops, "gpus": args.gpus}
+    given = {name: value for name, value in options.items() if value is not None}
+    print(describe_cost(args.ds_config, args.recipe, args.overrides, **given))
+
+
 def _data_info(args: argparse.Namespace) -> None:
     from mrmae_ds.data.verify import describe_beton
 
@@ -76,6 +84,14 @@ def build_parser() -> argparse.ArgumentParser:
     show.add_argument("--count", type=int, help="how many of the set or the folders; default: recipe's record.pictures")
     show.add_argument("--seed", type=int, default=0, help="of the mask")
     show.add_argument("--out", type=Path, help="folder for the PNG files; default: pictures/ in the first RUN")
+
+    cost = _command(commands, "cost", _cost, "count a recipe's operations, from its modules alone, and its GPU-hours")
+    cost.add_argument("--ds_config", type=Path, required=True, help="engine config; its recipe lies beside it")
+    cost.add_argument("--recipe", type=Path, help="another recipe")
+    cost.add_argument("--pictures", type=int, help="of the training set; default: ImageNet-1K's 1,281,167")
+    cost.add_argument("--tflops", type=float, help="what one GPU sustains, in TFLOP/s; tells GPU-hours")
+    cost.add_argument("--gpus", type=int, help="tells hours on so many")
+    cost.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
 
     export = _command(commands, "export", _export, "a finished run's weights for timm, or whole")
     export.add_argument("run", type=Path, help="a finished stage, runs/NAME/STAGE, or its model.safetensors")
