@@ -1,6 +1,6 @@
-"""Train one stage of a recipe.
+"""Train one stage of a recipe, or evaluate what was fine-tuned.
 
-deepspeed train.py --ds_config ds_configs/NAME.json [--stage finetune] [key.path=value ...]
+deepspeed train.py --ds_config ds_configs/NAME.json [--stage finetune|evaluate] [key.path=value ...]
 """
 
 from __future__ import annotations
@@ -10,11 +10,16 @@ import json
 import os
 import sys
 import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.training.launch import prepare_environment
+from mrmae_ds.training.launch import Launch, prepare_environment
+
+if TYPE_CHECKING:
+    from mrmae_ds.training.job import Options
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         launch = prepare_environment()
         args = parse_arguments(argv)
         from mrmae_ds.training.engine_config import validate_sections
-        from mrmae_ds.training.job import Options, load_configs, prepare_job
+        from mrmae_ds.training.job import Options, load_configs
 
         options = Options(
             ds_config=args.ds_config,
@@ -64,11 +69,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"# recipe {recipe.hash(args.stage)}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
                 print(json.dumps(engine_config.raw, indent=2))
             return 0
-        job = prepare_job(options, launch)
-        from mrmae_ds.training.stage import dry_run, run_job
-
+        prepare = _prepared_evaluation if args.stage == "evaluate" else _prepared_training
+        work = prepare(options, launch)
         started = True
-        (dry_run if args.dry_run else run_job)(job)
+        work()
         return 0
     except UserError as error:
         # Before the start every rank of a node sees the same mistake; after it one can be alone with its own.
@@ -78,6 +82,21 @@ def main(argv: list[str] | None = None) -> int:
     except Exception:
         traceback.print_exc()
         return 1
+
+
+def _prepared_training(options: Options, launch: Launch) -> Callable[[], None]:
+    from mrmae_ds.training.job import prepare_job
+
+    job = prepare_job(options, launch)
+    from mrmae_ds.training.stage import dry_run, run_job
+
+    return partial(dry_run if options.dry_run else run_job, job)
+
+
+def _prepared_evaluation(options: Options, launch: Launch) -> Callable[[], None]:
+    from mrmae_ds.training.evaluation import prepare_evaluation, run_evaluation
+
+    return partial(run_evaluation, prepare_evaluation(options, launch))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -20,7 +20,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import token_grid
 from mrmae_ds.objectives import PIXELS
 from mrmae_ds.recipe_sections import DataConfig, LoaderConfig, ModelConfig, RecordConfig, TeacherConfig
-from mrmae_ds.recipe_stages import FinetuneConfig, Name, PretrainConfig, StageName, StagesConfig
+from mrmae_ds.recipe_stages import EvaluateConfig, FinetuneConfig, Name, PretrainConfig, StageName, StagesConfig
 from mrmae_ds.schema import Section
 
 
@@ -74,7 +74,13 @@ class Recipe(Section):
                 raise ValueError(f"stages.finetune.{error}") from None
         return self
 
-    def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig:
+    @overload
+    def stage(self, name: Literal["pretrain", "finetune"]) -> PretrainConfig | FinetuneConfig: ...
+
+    @overload
+    def stage(self, name: Literal["evaluate"]) -> EvaluateConfig: ...
+
+    def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig | EvaluateConfig:
         """The named stage.
 
         Raises:

@@ -11,7 +11,7 @@ from mrmae_ds.objectives import Objective
 from mrmae_ds.recipe_sections import Positive
 from mrmae_ds.schema import Section
 
-StageName = Literal["pretrain", "finetune"]
+StageName = Literal["pretrain", "finetune", "evaluate"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Part of module, metric and folder names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
@@ -78,8 +78,14 @@ class StageConfig(Section):
 
 
 class PretrainConfig(StageConfig):
-    """Pre-training: which teachers exist, what is visible, what is learned."""
+    """Pre-training: which teachers exist, what is visible, what is learned.
 
+    Attributes:
+        init: null is random weights; else a run's stage folder or a file of weights, ours or released, to go on from.
+        teachers: those that are asked, of the recipe's. objectives: the losses, by name.
+    """
+
+    init: str | None = None
     teachers: tuple[str, ...] = ()
     masking: MaskingConfig = MaskingConfig()
     objectives: dict[Name, Objective] = Field(min_length=1)
@@ -115,8 +121,28 @@ class FinetuneConfig(StageConfig):
     eval_every_epochs: int = Field(1, ge=1)
 
 
+class EvaluateConfig(Section):
+    """The accuracy of fine-tuned models on the validation set; several are averaged, after their softmax.
+
+    Attributes:
+        members: stage folders or model files; null is this run's own fine-tuning.
+        image_size: null is each model's own; the position embedding is resized for another.
+    """
+
+    members: tuple[str, ...] | None = Field(None, min_length=1)
+    image_size: int | None = Field(None, gt=0)
+
+    @field_validator("members")
+    @classmethod
+    def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("a model is named twice; each counts once")
+        return value
+
+
 class StagesConfig(Section):
     """The stages of the recipe; a recipe trained from scratch has no ``pretrain``."""
 
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()

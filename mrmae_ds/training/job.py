@@ -12,9 +12,9 @@ from mrmae_ds.data.beton import BetonInfo, check_beton
 from mrmae_ds.data.order import steps_per_epoch
 from mrmae_ds.data.reader import check_backend
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder
+from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder, load_pretrained
 from mrmae_ds.recipe import Recipe, load_recipe
-from mrmae_ds.recipe_stages import FinetuneConfig, PretrainConfig, StageConfig, StageName
+from mrmae_ds.recipe_stages import EvaluateConfig, FinetuneConfig, PretrainConfig, StageConfig, StageName
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,
@@ -48,10 +48,14 @@ class Options:
     overrides: tuple[str, ...] = ()
     dry_run: bool = False
 
+    def stage_dir(self, recipe: Recipe) -> Path:
+        """The folder of the stage in the run's."""
+        return (self.run or Path("runs") / recipe.name) / self.stage
+
 
 @dataclass(frozen=True)
 class Job:
-    """Everything a stage needs, on the CPU of this process; see :func:`prepare_job`."""
+    """Everything a training stage needs, on the CPU of this process; see :func:`prepare_job`."""
 
     recipe: Recipe
     stage_name: StageName
@@ -69,7 +73,7 @@ class Job:
     @property
     def stage(self) -> StageConfig:
         """The stage's section of the recipe."""
-        return self.recipe.stage(self.stage_name)
+        return self.plan.stage
 
 
 def load_configs(options: Options) -> tuple[Recipe, EngineConfig]:
@@ -84,7 +88,7 @@ def load_configs(options: Options) -> tuple[Recipe, EngineConfig]:
 
 
 def prepare_job(options: Options, launch: Launch) -> Job:
-    """Resolve, check, and build model and teachers on the CPU.
+    """Resolve, check, and build model and teachers on the CPU, for a stage that trains.
 
     Raises:
         UserError: for anything a user can mend: a missing data file, a batch that does not divide, a picture size
@@ -92,10 +96,12 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     """
     recipe, engine_config = load_configs(options)
     stage = recipe.stage(options.stage)
+    if isinstance(stage, EvaluateConfig):
+        raise ValueError("evaluating trains nothing; see training/evaluation.py")
     validate_sections(engine_config)
     for backend in {recipe.data.backend, recipe.data.eval_backend or recipe.data.backend}:
         check_backend(backend)
-    stage_dir = (options.run or Path("runs") / recipe.name) / options.stage
+    stage_dir = options.stage_dir(recipe)
     recipe_path = str(options.recipe or options.ds_config.with_suffix(".yaml"))
     accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, recipe_path)
     train_data, val_data = check_beton(recipe.data.train), check_beton(recipe.data.val)
@@ -118,15 +124,13 @@ def prepare_job(options: Options, launch: Launch) -> Job:
         else decide_start(stage_dir, recipe, options.stage, train_data.sha256, options.resume)
     )
     torch.manual_seed(recipe.seed)
-    init, report = None, ""
+    init = _init_file(stage, stage_dir)
+    image_size = recipe.model.image_size
     task: PretrainTask | FinetuneTask
     if isinstance(stage, PretrainConfig):
-        image_size = recipe.model.image_size
-        model, teachers = build_pretraining(recipe, stage)
-        task = PretrainTask(model, teachers, stage, recipe.data, engine_config.model_dtype)
+        task, report = _pretrain_task(recipe, stage, engine_config, init)
     else:
-        image_size = stage.image_size or recipe.model.image_size
-        init = _init_file(stage, stage_dir)
+        image_size = stage.image_size or image_size
         task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
     return Job(
         recipe=recipe,
@@ -144,11 +148,22 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     )
 
 
-def _init_file(stage: FinetuneConfig, stage_dir: Path) -> Path | None:
+def _init_file(stage: PretrainConfig | FinetuneConfig, stage_dir: Path) -> Path | None:
+    """The weights to start from; None for random ones."""
+    if isinstance(stage, PretrainConfig):
+        return None if stage.init is None else find_weights(Path(stage.init), "stages.pretrain.init")
     if stage.init == "scratch":
         return None
     source = stage_dir.parent / "pretrain" if stage.init == "pretrain" else Path(stage.init)
     return find_weights(source, "stages.finetune.init")
+
+
+def _pretrain_task(
+    recipe: Recipe, stage: PretrainConfig, engine_config: EngineConfig, init: Path | None
+) -> tuple[PretrainTask, str]:
+    model, teachers = build_pretraining(recipe, stage)
+    report = f"{init}: {load_pretrained(model, init)}" if init else ""
+    return PretrainTask(model, teachers, stage, recipe.data, engine_config.model_dtype), report
 
 
 def _finetune_task(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -221,35 +221,3 @@ def _interval(engine: deepspeed.DeepSpeedEngine, plan: Plan, meter: Meter, done:
     if bad:
         values["nonfinite_batches"] = bad
     return values, bad == total
-
-
-@torch.no_grad()
-def evaluate(
-    engine: deepspeed.DeepSpeedEngine, logits: Callable[[Tensor], Tensor], reader: Reader
-) -> dict[str, float | int]:
-    """Top-1 accuracy in percent and mean cross-entropy over a data set, every picture once. All ranks must call it.
-
-    Args:
-        engine: put into eval mode; the caller puts it back.
-        logits: uint8 pictures [B, 3, H, W] to float32 [B, classes].
-        reader: an evaluation reader; repeats that fill up a batch are marked not valid and not counted.
-
-    Returns:
-        ``top1``, ``loss``, ``eval_samples``.
-
-    Raises:
-        RuntimeError: if the pictures counted are not the data set's number.
-    """
-    engine.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for batch in reader.epoch(0):
-        output = logits(batch.images)
-        valid = batch.valid
-        losses = torch.nn.functional.cross_entropy(output, batch.labels, reduction="none")
-        correct = output.argmax(dim=1) == batch.labels
-        seen = torch.stack([(correct & valid).sum(), (losses * valid).sum(), valid.sum()])
-        sums = sums.to(seen.device) + seen.double()
-    correct_sum, loss_sum, count = sum_over_ranks(sums).tolist()
-    if count != reader.num_samples:
-        raise RuntimeError(f"evaluated {count:.0f} pictures of {reader.num_samples}")
-    return {"top1": 100 * correct_sum / count, "loss": loss_sum / count, "eval_samples": int(count)}

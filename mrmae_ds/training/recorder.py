@@ -9,6 +9,8 @@ from typing import Any
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.models.weights import encoder_metadata
+from mrmae_ds.recipe import Recipe
+from mrmae_ds.recipe_stages import StageName
 from mrmae_ds.reporting.environment import collect_hardware, collect_versions, git_state
 from mrmae_ds.reporting.metrics import MetricsWriter
 from mrmae_ds.reporting.progress import Progress
@@ -26,6 +28,7 @@ from mrmae_ds.reporting.records import (
     utc_now,
 )
 from mrmae_ds.training.job import Job
+from mrmae_ds.training.launch import Launch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -105,15 +108,7 @@ def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
     """The record of a stage that is about to run."""
     recipe, data = job.recipe, job.train_data
     return RunRecord(
-        name=recipe.name,
-        method=recipe.method,
-        size=recipe.size,
-        stage=job.stage_name,
-        seed=recipe.seed,
-        recipe_hash=recipe.hash(job.stage_name),
-        git=git_state(REPOSITORY),
-        versions=collect_versions(),
-        hardware=collect_hardware(job.plan.launch.world_size, device),
+        **identity(recipe, job.stage_name, job.plan.launch, device),
         parameters=parameters,
         data=DataInfo(
             dataset=data.name,
@@ -136,9 +131,26 @@ def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
     )
 
 
+def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> dict[str, Any]:
+    """The fields of any stage's record that tell which recipe ran, with which code, on what."""
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "size": recipe.size,
+        "stage": stage,
+        "seed": recipe.seed,
+        "recipe_hash": recipe.hash(stage),
+        "git": git_state(REPOSITORY),
+        "versions": collect_versions(),
+        "hardware": collect_hardware(launch.world_size, device),
+    }
+
+
 def _describe_init(path: Path) -> Init:
-    beside = path.parent / RECORD_FILE
-    summary = PretrainSummary.of(RunRecord.load(path.parent)) if beside.exists() else None
+    beside = RunRecord.load(path.parent) if (path.parent / RECORD_FILE).exists() else None
+    summary = None
+    if beside is not None:  # fine-tuned weights: what counts is how they were pre-trained
+        summary = PretrainSummary.of(beside) if beside.stage == "pretrain" else beside.init and beside.init.pretrain
     return Init(file=path.name, sha256=file_sha256(path), pretrain=summary)
 
 

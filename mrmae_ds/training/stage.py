@@ -23,30 +23,33 @@ from mrmae_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.engine import build_engine, gather_state
 from mrmae_ds.training.job import Job
-from mrmae_ds.training.loop import Meter, evaluate, run_step, train
+from mrmae_ds.training.loop import Meter, run_step, train
 from mrmae_ds.training.recorder import Recorder, count_parameters, export_metadata
 from mrmae_ds.training.run_folder import prepare_folder
+from mrmae_ds.training.scores import evaluate, validation_reader
 from mrmae_ds.training.tasks import FinetuneTask
 
 
 def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
     """This rank's reader of the training or the validation set."""
     launch, data, stage = job.plan.launch, job.recipe.data, job.stage
+    if not training:
+        return validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, device)
     policy = stage.rand_augment if isinstance(stage, FinetuneConfig) else None
     return build_reader(
-        data.train if training else data.val,
-        train=training,
+        data.train,
+        train=True,
         image_size=job.image_size,
         micro_batch=job.plan.micro_batch,
-        accumulation=job.plan.accumulation if training else 1,
+        accumulation=job.plan.accumulation,
         world_size=launch.world_size,
         rank=launch.rank,
         seed=job.recipe.seed,
-        crop=CropSettings(scale=stage.crop_scale, flip=stage.flip) if training else None,
+        crop=CropSettings(scale=stage.crop_scale, flip=stage.flip),
         num_workers=job.recipe.loader.workers,
         device=device,
-        backend=data.backend if training else data.eval_backend or data.backend,
-        augment=AugmentSettings(policy, data.mean) if training and policy else None,
+        backend=data.backend,
+        augment=AugmentSettings(policy, data.mean) if policy else None,
     )
 
 

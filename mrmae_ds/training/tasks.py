@@ -20,7 +20,7 @@ from mrmae_ds.data.augment import SampleErasing
 from mrmae_ds.data.reader import Batch
 from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.recipe_sections import DataConfig
+from mrmae_ds.recipe_sections import DataConfig, Rgb
 from mrmae_ds.recipe_stages import FinetuneConfig, PretrainConfig
 from mrmae_ds.teachers import Teacher
 from mrmae_ds.training.optimizer import finetune_groups, pretrain_groups
@@ -79,20 +79,27 @@ class Task(Protocol):
         ...
 
 
-class _Normalize:
-    """Decoded pictures, uint8 [B, 3, H, W], to pixels in 0 to 1 and to the student's normalised input."""
+class Normalize:
+    """Decoded pictures, uint8 [B, 3, H, W], to pixels in 0 to 1 and to a model's normalised input.
 
-    def __init__(self, data: DataConfig) -> None:
-        self.mean = torch.tensor(data.mean).view(1, 3, 1, 1)
-        self.std = torch.tensor(data.std).view(1, 3, 1, 1)
+    Args:
+        mean, std: a channel each, of pixels in 0 to 1.
+    """
+
+    def __init__(self, mean: Rgb, std: Rgb) -> None:
+        self.mean = torch.tensor(mean).view(1, 3, 1, 1)
+        self.std = torch.tensor(std).view(1, 3, 1, 1)
 
     def to(self, device: torch.device) -> None:
+        """Move the statistics to where the pictures are."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     def pixels(self, images: Tensor) -> Tensor:
+        """float32 [B, 3, H, W] in 0 to 1."""
         return images.float() / 255
 
     def student(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the model takes, [B, 3, H, W]."""
         return ((pixels - self.mean) / self.std).to(dtype)
 
 
@@ -116,7 +123,7 @@ class PretrainTask:
         dtype: torch.dtype,
     ) -> None:
         self.model, self.teachers, self.config, self.dtype = model, teachers, config, dtype
-        self.normalize = _Normalize(data)
+        self.normalize = Normalize(data.mean, data.std)
         self.grid = model.encoder.grid
 
     def groups(self) -> list[dict[str, Any]]:
@@ -158,7 +165,7 @@ class FinetuneTask:
     ) -> None:
         self.model, self.config, self.num_classes, self.dtype = model, config, num_classes, dtype
         self.teachers: dict[str, Teacher] = {}
-        self.normalize = _Normalize(data)
+        self.normalize = Normalize(data.mean, data.std)
         mixes = config.mixup > 0 or config.cutmix > 0
         self.mix = (
             Mixup(

@@ -2,16 +2,14 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from mrmae_ds.training.distributed import sum_over_ranks
 from mrmae_ds.training.launch import Launch
-from mrmae_ds.training.loop import Meter, evaluate
+from mrmae_ds.training.loop import Meter
 
-from .builders import ALONE, FakeEngine, FakeReader, make_batch
+from .builders import ALONE
 
 pytestmark = pytest.mark.usefixtures("alone")
 NAN, INF = float("nan"), float("inf")
@@ -73,56 +71,3 @@ def test_the_sum_over_one_rank_is_a_copy() -> None:
     values = torch.tensor([1.0, 2.0])
     total = sum_over_ranks(values)
     assert total.tolist() == [1.0, 2.0] and total.data_ptr() != values.data_ptr()
-
-
-# ---- evaluation
-
-
-def _expected(logits: list[np.ndarray], labels: list[np.ndarray], valid: list[np.ndarray]) -> tuple[float, float]:
-    """Top-1 in percent and mean cross-entropy of the valid rows, in float64."""
-    rows, wanted = np.concatenate(logits)[np.concatenate(valid)], np.concatenate(labels)[np.concatenate(valid)]
-    rows = rows.astype(np.float64)
-    losses = np.log(np.exp(rows).sum(1)) - rows[np.arange(len(rows)), wanted]
-    return 100 * float((rows.argmax(1) == wanted).mean()), float(losses.mean())
-
-
-def test_evaluation_counts_each_picture_once() -> None:
-    valid = [[True] * 4, [True] * 4, [True, True, False, False]]
-    batches = [make_batch(4, side=4, seed=i, valid=marks) for i, marks in enumerate(valid)]
-    outputs = [torch.randn(4, 10, generator=torch.Generator().manual_seed(i)) for i in range(3)]
-    outputs[2][2:] = 0.0
-    # The two repeats are certain, one right and one wrong: they would be seen in both numbers.
-    right, wrong = int(batches[2].labels[2]), (int(batches[2].labels[3]) + 1) % 10
-    outputs[2][2, right] = outputs[2][3, wrong] = 50.0
-    by_picture = {batch.images.data_ptr(): output for batch, output in zip(batches, outputs, strict=True)}
-    engine = FakeEngine(nn.Linear(3, 1), 1)
-    engine.train()
-
-    def logits(images: Tensor) -> Tensor:
-        assert not engine.training and not torch.is_grad_enabled()
-        return by_picture[images.data_ptr()]
-
-    result = evaluate(engine, logits, FakeReader(batches, num_samples=10))
-    top1, loss = _expected(
-        [output.numpy() for output in outputs],
-        [batch.labels.numpy() for batch in batches],
-        [batch.valid.numpy() for batch in batches],
-    )
-    assert result == {"top1": pytest.approx(top1), "loss": pytest.approx(loss, rel=1e-6), "eval_samples": 10}
-    assert isinstance(result["eval_samples"], int)
-
-
-@pytest.mark.parametrize("claimed", [9, 11, 12])
-def test_a_count_that_is_not_the_data_sets_is_an_error(claimed: int) -> None:
-    batches = [make_batch(4, side=4), make_batch(4, side=4), make_batch(4, side=4, valid=[True, True, False, False])]
-    engine = FakeEngine(nn.Linear(3, 1), 1)
-    with pytest.raises(RuntimeError, match=rf"evaluated 10 pictures of {claimed}"):
-        evaluate(engine, lambda images: torch.zeros(4, 10), FakeReader(batches, claimed))
-
-
-def test_all_right_is_a_hundred_percent() -> None:
-    batch = make_batch(6, side=4)
-    logits = 20 * torch.eye(10)[batch.labels]
-    engine = FakeEngine(nn.Linear(3, 1), 1)
-    result = evaluate(engine, lambda images: logits, FakeReader([batch]))
-    assert result["top1"] == 100.0 and result["loss"] < 1e-6

@@ -1,0 +1,105 @@
+"""Preparing a training stage: where its weights come from, and how the record tells it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mrmae_ds.build import build_pretraining
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.weights import encoder_metadata, save_weights
+from mrmae_ds.recipe import load_recipe
+from mrmae_ds.reporting.records import Parameters, Results
+from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.recorder import new_record
+from tests.data.samples import write_sample_beton
+from tests.reporting.builders import make_record
+
+from .builders import ALONE
+
+ENGINE, RECIPE = Path("ds_configs/tiny.json"), Path("ds_configs/baselines/mae_tiny.yaml")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    train, val = write_sample_beton(tmp_path_factory.mktemp("job"), train=64, val=20)
+    return f"data.train={train}", f"data.val={val}"
+
+
+@pytest.fixture
+def earlier(tmp_path: Path) -> Path:
+    """A pre-training of RECIPE's model that ran 30 epochs: its stage folder."""
+    folder, recipe = tmp_path / "earlier" / "pretrain", load_recipe(RECIPE)
+    assert recipe.stages.pretrain is not None
+    torch.manual_seed(99)
+    model, _ = build_pretraining(recipe, recipe.stages.pretrain)
+    save_weights(
+        folder / "model.safetensors", model.state_dict(), {"kind": "pretrain", **encoder_metadata(model.encoder)}
+    )
+    record = make_record("MAE", stage="pretrain", pretrain=None, results=Results())
+    record.schedule.epochs = 30
+    record.write(folder)
+    return folder
+
+
+def _prepare(data: tuple[str, str], folder: Path, stage: str, *overrides: str) -> Job:
+    return prepare_job(Options(ENGINE, stage, RECIPE, folder / "run", "auto", (*data, *overrides)), ALONE)
+
+
+def _weights(job: Job) -> dict[str, torch.Tensor]:
+    return job.task.model.state_dict()
+
+
+def test_pretraining_starts_from_random_weights_of_the_seed(data: tuple[str, str], tmp_path: Path) -> None:
+    first, again, other = (_prepare(data, tmp_path, "pretrain", f"seed={seed}") for seed in (3, 3, 4))
+    name = "decoder.blocks.0.attn.qkv.weight"
+    assert torch.equal(_weights(first)[name], _weights(again)[name])
+    assert not torch.equal(_weights(first)[name], _weights(other)[name])
+    assert (first.init, first.report) == (None, "")
+
+
+@pytest.mark.parametrize("whole_path", [False, True])
+def test_pretraining_goes_on_from_given_weights(
+    whole_path: bool, data: tuple[str, str], tmp_path: Path, earlier: Path
+) -> None:
+    file = earlier / "model.safetensors"
+    job = _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={file if whole_path else earlier}", "seed=3")
+    random = _weights(_prepare(data, tmp_path, "pretrain", "seed=3"))
+    recipe = load_recipe(RECIPE)
+    assert recipe.stages.pretrain is not None
+    torch.manual_seed(99)
+    model, _ = build_pretraining(recipe, recipe.stages.pretrain)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(_weights(job)[name], tensor), name
+        fixed = name.endswith(("bias", "pos_embed")) or "norm" in name  # the same in every new model
+        assert fixed or not torch.equal(random[name], tensor), name
+    assert job.init == file and job.report.startswith(f"{file}: loaded ") and "missing 0" in job.report
+    init = new_record(job, Parameters(total=1, trainable=1, encoder=1), "cpu").init
+    assert init is not None and init.pretrain is not None and init.sha256
+    assert (init.file, init.pretrain.method, init.pretrain.epochs) == ("model.safetensors", "MAE", 30)
+
+
+def test_weights_that_are_not_there_or_do_not_fit_name_the_key(
+    data: tuple[str, str], tmp_path: Path, earlier: Path
+) -> None:
+    with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*nowhere does not exist"):
+        _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={tmp_path / 'nowhere'}")
+    with pytest.raises(UserError, match="depth"):
+        _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={earlier}", "model.overrides={depth: 2}")
+
+
+def test_fine_tuned_weights_pass_on_how_they_were_pretrained(
+    data: tuple[str, str], tmp_path: Path, earlier: Path
+) -> None:
+    make_record("MR-MAE", pretrain=70).write(earlier)
+    job = _prepare(data, tmp_path, "finetune", f"stages.finetune.init={earlier}")
+    init = new_record(job, Parameters(total=1, trainable=1, encoder=1), "cpu").init
+    assert init is not None and init.pretrain is not None
+    assert (init.pretrain.method, init.pretrain.epochs) == ("MR-MAE", 70)
+
+
+def test_an_evaluation_is_not_prepared_as_a_training(data: tuple[str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="evaluation"):
+        _prepare(data, tmp_path, "evaluate")
