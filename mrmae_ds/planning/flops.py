@@ -120,9 +120,12 @@ def counter() -> FlopCounterMode:
 
 
 def _convolution_backward_flops(
-    grad_out: torch.Size, _input: torch.Size, weight: torch.Size, *others: Any, out_shape: Any, **_: Any
+    grad_out: torch.Size, _input: torch.Size, weight: torch.Size, *others: Any, **_: Any
 ) -> int:
-    """Gradients of input and weight each take forward's products; torch's own count forgets the groups."""
+    """Gradients of input and weight each take forward's products; torch's own count forgets the groups.
+
+    Not for transposed convolutions, of which there are none here.
+    """
     output_mask = others[-1]
     return 2 * math.prod(grad_out) * math.prod(weight[1:]) * sum(output_mask[:2])
 
