@@ -1,4 +1,4 @@
-"""From a recipe to the modules of its pre-training, on the CPU: for training, and for drawing what was trained."""
+"""From a recipe to the modules of its pre-training, on the CPU: for training, and for planning it."""
 
 from __future__ import annotations
 

@@ -93,7 +93,6 @@ def show_runs(
         result = _study(run, label, chosen.cut(view, run.image_size), looks, mask)
         if result is not None:
             rebuilt[label] = result
-    title = first.describe() if len(runs) == 1 else f"{len(runs)} runs on the same pictures"
     written = [folder / "attention.png"]
     attention_grid(
         chosen.cut(view, view),
@@ -101,14 +100,13 @@ def show_runs(
         None if mask is None else 1 - mask.visible.mask.unflatten(1, mask.visible.grid),
         written[0],
         captions=chosen.captions,
-        title=f"Attention of {title}",
+        title=f"Attention of {_title(runs)}",
         legend=[*looks.legend(), *([f"Patches are kept {mask.how}."] if mask else [])],
     )
     if lead and mask and rebuilt:
         written.append(folder / "reconstructions.png")
-        if len(rebuilt) == 1:
-            title = runs[labels.index(next(iter(rebuilt)))].describe()
-        _draw_reconstructions(lead, chosen, view, mask, rebuilt, written[-1], title)
+        makers = [run for run, label in zip(runs, labels, strict=True) if label in rebuilt]
+        _draw_reconstructions(lead, chosen, view, mask, rebuilt, written[-1], _title(makers))
     return written
 
 
@@ -128,7 +126,7 @@ class _Looks:
         kinds: dict[str, list[str]] = {}
         for label, words in self.words.items():
             kinds.setdefault(words, []).append(" ".join(label.split("\n")[:2]))
-        return [f"{', '.join(labels)}: {words}." for words, labels in kinds.items()]
+        return [f"{', '.join(dict.fromkeys(labels))}: {words}." for words, labels in kinds.items()]
 
 
 class _Mask(NamedTuple):
@@ -242,7 +240,7 @@ def _draw_reconstructions(
         legend.append("Output alone: what the decoder says everywhere, also of visible patches.")
     if any(parts.standardized for parts in rebuilt.values()):
         legend.append(
-            "Trained on patches without their mean and contrast (normalize: standardize): these are the true patch's."
+            "Patches are predicted without their mean and contrast (normalize: standardize); both are the true patch's."
         )
     reconstruction_grid(
         pixels,
@@ -265,6 +263,10 @@ def _labels(runs: Sequence[ShownRun]) -> list[str]:
             label, number = f"{run.label()} ({number})", number + 1
         labels.append(label)
     return labels
+
+
+def _title(runs: Sequence[ShownRun]) -> str:
+    return runs[0].describe() if len(runs) == 1 else f"{len(runs)} runs on the same pictures"
 
 
 def _folder(runs: Sequence[ShownRun], out: Path | None) -> Path:

@@ -129,7 +129,8 @@ def check_tiles(patch: int, image_size: int, key: str) -> None:
 
 def importance_words(has_class: bool) -> str:
     """What :func:`class_attention` is, for people."""
-    return "last block's attention, class token to patches" if has_class else "last block's attention that patches get"
+    what = "class token to patches" if has_class else "what each patch gets on average (there is no class token)"
+    return f"last block's attention, {what}"
 
 
 class LastBlockInput:

@@ -27,7 +27,7 @@ from ..teachers.samples import normalize, timm_attention
 from .runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretraining
 
 SIDE, GRID, COUNT = 16, 4, 16
-ATTENDED = "last block's attention that patches get"
+ATTENDED = "last block's attention, what each patch gets on average (there is no class token)"
 FROM_CLASS = "last block's attention, class token to patches"
 
 
@@ -185,7 +185,7 @@ def test_several_runs_see_the_same_pictures(runs: Runs, pages: dict[str, Page], 
     assert page.title == "Attention of 4 runs on the same pictures"
     assert page.legend == [
         f"MAE mae: {FROM_CLASS}.",
-        f"MCMAE larger, MR-MAE mrmae, MR-MAE mrmae: {ATTENDED}.",
+        f"MCMAE larger, MR-MAE mrmae: {ATTENDED}.",
         "Patches are kept at random.",
     ]
     pictures = evaluated(val, 2)[None]
@@ -202,8 +202,9 @@ def test_several_runs_see_the_same_pictures(runs: Runs, pages: dict[str, Page], 
     heat = page.rows[labels[1]].heat
     assert heat is not None and heat.shape == (1, 2 * GRID, 2 * GRID)
     np.testing.assert_allclose(heat, scaled_attention(model, own), atol=1e-4)
-    rows = pages["reconstructions.png"].labels
-    assert rows == ["Original", "Visible (25 %)", f"Reconstructed\n{labels[0]}", f"Reconstructed\n{labels[2]}"]
+    page = pages["reconstructions.png"]
+    assert page.title == "Reconstructions by 2 runs on the same pictures"
+    assert page.labels == ["Original", "Visible (25 %)", f"Reconstructed\n{labels[0]}", f"Reconstructed\n{labels[2]}"]
 
 
 def test_a_run_of_another_grid_is_said_to_reconstruct_nothing(
