@@ -17,7 +17,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,7 +119,7 @@ def stage_beton(
         try:
             _remove_leftovers(place)
             _check_space(place)
-            announce(f"{info.path}: copying {info.size / 1e9:.1f} GB to {place.target}")
+            announce(f"{info.path}: copying {_size(info.size)} to {place.target}")
             _copy(place)
         except BaseException as error:
             shutil.rmtree(place.target.parent, ignore_errors=True)
@@ -128,10 +128,27 @@ def stage_beton(
     return place.target
 
 
-def _made(folder: str | Path) -> Path:
-    made = Path(os.path.expandvars(folder)).expanduser()
-    if "$" in str(made):
+def stage_all(paths: Iterable[str | Path], folder: str | Path | None, *, is_leader: bool) -> None:
+    """``stage_beton`` of several files; nothing without a folder. Raises UserError."""
+    if folder is not None:
+        for path in paths:
+            stage_beton(path, folder, is_leader=is_leader)
+
+
+def located(path: str | Path, folder: str | Path | None) -> Path:
+    """Where ``stage_beton`` puts a .beton; without a folder, where it is. Raises UserError."""
+    return Path(path) if folder is None else _Place(check_beton(path), _expanded(folder)).target
+
+
+def _expanded(folder: str | Path) -> Path:
+    expanded = Path(os.path.expandvars(folder)).expanduser()
+    if "$" in str(expanded):
         raise UserError(f"stage_to {folder}: a variable in it is not set here")
+    return expanded
+
+
+def _made(folder: str | Path) -> Path:
+    made = _expanded(folder)
     try:
         made.mkdir(parents=True, exist_ok=True)
         if not os.access(made, os.W_OK | os.X_OK):
@@ -224,11 +241,15 @@ def _check_space(place: _Place) -> None:
     free = shutil.disk_usage(place.folder).free
     if free >= place.info.size:
         return
-    held = [f"{path} ({path.stat().st_size / 1e9:.1f} GB)" for path in sorted(place.folder.glob("*/*.beton"))]
+    held = [f"{path} ({_size(path.stat().st_size)})" for path in sorted(place.folder.glob("*/*.beton"))]
     raise UserError(
-        f"stage_to {place.folder}: {place.info.path} needs {place.info.size / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        f"stage_to {place.folder}: {place.info.path} needs {_size(place.info.size)}, {_size(free)} are free"
         + (f"; remove what no run needs of {', '.join(held)}" if held else "; name another folder")
     )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:
@@ -265,6 +286,6 @@ def _disk_errors(place: _Place) -> Iterator[None]:
 
 def _explained(place: _Place, error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        size = place.info.size / 1e9
-        return f"stage_to {place.folder}: the disk is full ({error.strerror}); {place.info.path} needs {size:.1f} GB"
+        size = _size(place.info.size)
+        return f"stage_to {place.folder}: the disk is full ({error.strerror}); {place.info.path} needs {size}"
     return f"stage_to {place.folder}: {place.info.path} cannot be copied there ({error or type(error).__name__})"

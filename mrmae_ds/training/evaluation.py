@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from mrmae_ds.data.beton import BetonInfo, check_beton
 from mrmae_ds.data.reader import check_backend
+from mrmae_ds.data.staging import stage_all
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.sizes import token_grid
@@ -118,6 +119,8 @@ def prepare_evaluation(options: Options, launch: Launch) -> Evaluation:
             f"{stage_dir}: holds the evaluation of other weights of {', '.join(sources)}; name another folder with "
             "--run, or start anew here with --resume never"
         )
+    if not done:
+        stage_all([recipe.data.val], recipe.loader.stage_to, is_leader=launch.local_rank == 0)
     return Evaluation(recipe, engine_config, launch, stage_dir, val_data, classifiers, done)
 
 

@@ -11,6 +11,7 @@ from mrmae_ds.build import build_pretraining
 from mrmae_ds.data.beton import BetonInfo, check_beton
 from mrmae_ds.data.order import steps_per_epoch
 from mrmae_ds.data.reader import check_backend
+from mrmae_ds.data.staging import stage_all
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder, load_pretrained
 from mrmae_ds.recipe import Recipe, load_recipe
@@ -88,11 +89,11 @@ def load_configs(options: Options) -> tuple[Recipe, EngineConfig]:
 
 
 def prepare_job(options: Options, launch: Launch) -> Job:
-    """Resolve, check, and build model and teachers on the CPU, for a stage that trains.
+    """Resolve, check, build model and teachers on the CPU, for a stage that trains, and stage its data on this node.
 
     Raises:
-        UserError: for anything a user can mend: a missing data file, a batch that does not divide, a picture size
-            that the patches do not tile, a teacher that does not fit, weights that are not there.
+        UserError: for anything a user can mend: a missing data file, a batch that does not divide, a picture size that
+            the patches do not tile, a teacher that does not fit, weights that are not there, too small a node's disk.
     """
     recipe, engine_config = load_configs(options)
     stage = recipe.stage(options.stage)
@@ -132,6 +133,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     else:
         image_size = stage.image_size or image_size
         task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
+    _stage_data(recipe, stage, start, launch)
     return Job(
         recipe=recipe,
         stage_name=options.stage,
@@ -146,6 +148,13 @@ def prepare_job(options: Options, launch: Launch) -> Job:
         init=init,
         report=report,
     )
+
+
+def _stage_data(recipe: Recipe, stage: PretrainConfig | FinetuneConfig, start: Start, launch: Launch) -> None:
+    """Copy what the stage reads to this node, where the recipe says so."""
+    if start.action != "done":
+        read = [recipe.data.train] if isinstance(stage, PretrainConfig) else [recipe.data.train, recipe.data.val]
+        stage_all(read, recipe.loader.stage_to, is_leader=launch.local_rank == 0)
 
 
 def _init_file(stage: PretrainConfig | FinetuneConfig, stage_dir: Path) -> Path | None:

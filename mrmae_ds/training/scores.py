@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.data.reader import Batch, Reader, build_reader
+from mrmae_ds.data.staging import located
 from mrmae_ds.recipe import Recipe
 from mrmae_ds.training.distributed import sum_over_ranks
 from mrmae_ds.training.launch import Launch
@@ -25,7 +26,7 @@ def validation_reader(
     """This rank's reader of the recipe's validation set; see :func:`build_reader`."""
     data = recipe.data
     return build_reader(
-        data.val,
+        located(data.val, recipe.loader.stage_to),
         train=False,
         image_size=image_size,
         micro_batch=micro_batch,

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from mrmae_ds.data.augment import AugmentSettings
 from mrmae_ds.data.crop import CropSettings
 from mrmae_ds.data.reader import Reader, build_reader
+from mrmae_ds.data.staging import located
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import MODEL_FILE, save_weights
 from mrmae_ds.recipe_stages import FinetuneConfig
@@ -37,7 +38,7 @@ def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
         return validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, device)
     policy = stage.rand_augment if isinstance(stage, FinetuneConfig) else None
     return build_reader(
-        data.train,
+        located(data.train, job.recipe.loader.stage_to),
         train=True,
         image_size=job.image_size,
         micro_batch=job.plan.micro_batch,

@@ -18,13 +18,14 @@ import pytest
 
 from mrmae_ds.data import staging
 from mrmae_ds.data.beton import check_beton, read_sidecar, sidecar_path
-from mrmae_ds.data.staging import stage_beton
+from mrmae_ds.data.staging import located, stage_beton
 from mrmae_ds.errors import UserError
-from tests.processes import REPOSITORY
+from tests.processes import REPOSITORY, finish, rank_processes
 
+from .jpegs import stored_jpegs
 from .samples import write_sample_beton
 
-pytestmark = pytest.mark.timeout(120, method="thread")
+pytestmark = pytest.mark.timeout(180, method="thread")
 _DEADLINE_S = 40
 
 # A process of a node: python -c _RANK BETON FOLDER leader|other BLOCKS_PER_SECOND. With a rate, it copies 64
@@ -105,6 +106,7 @@ def test_the_copy_is_the_file_with_its_sidecar(beton: Path, tmp_path: Path, monk
     monkeypatch.setenv("NODE_DISK", str(tmp_path / "disk"))
     path, told = _leader(beton, Path("$NODE_DISK/mrmae"))
     assert path.is_relative_to(tmp_path / "disk" / "mrmae") and path.name == "train.beton"
+    assert path == located(beton, "$NODE_DISK/mrmae") and located(beton, None) == beton
     assert path.read_bytes() == beton.read_bytes()
     assert read_sidecar(path) == read_sidecar(beton)
     assert check_beton(path).sha256 == check_beton(beton).sha256
@@ -218,13 +220,13 @@ def test_too_little_space_is_told_before_copying(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, beton.stat().st_size - 1))
-    with pytest.raises(UserError, match=r"stage_to .*disk: .* needs 0\.0 GB, 0\.0 GB are free; name another folder"):
+    with pytest.raises(UserError, match=r"stage_to .*disk: .* needs \d\.\d MB, \d\.\d MB are free; name"):
         _leader(beton, tmp_path / "disk")
     monkeypatch.undo()
     _leader(beton, tmp_path / "disk")
     other = write_sample_beton(tmp_path / "other", train=20, val=1)[0]
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, 0))
-    with pytest.raises(UserError, match=r"; remove what no run needs of .*/train\.beton \(0\.0 GB\)"):
+    with pytest.raises(UserError, match=r"; remove what no run needs of .*/train\.beton \(\d\.\d MB\)"):
         _leader(other, tmp_path / "disk")
 
 
@@ -268,3 +270,25 @@ def test_a_folder_that_cannot_be_used_is_an_error(
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"disk: cannot be written to \(Permission denied\); name a folder of your own"):
         _leader(beton, tmp_path / "disk")
+
+
+def test_training_reads_the_staged_copy(original: Path, tmp_path: Path) -> None:
+    """A copy that is there already, its pictures blanked without a trace: two processes must stumble over it."""
+    path, _ = _leader(original, tmp_path / "disk")
+    made = path.stat()
+    content = bytearray(path.read_bytes())
+    for jpeg, _, _ in stored_jpegs(path):
+        place = content.index(jpeg)
+        content[place : place + len(jpeg)] = bytes(len(jpeg))
+    with path.open("r+b") as file:
+        file.write(content)
+    os.utime(path, ns=(made.st_atime_ns, made.st_mtime_ns))
+    recipe = ("--ds_config", "ds_configs/tiny.json", "--recipe", "ds_configs/baselines/scratch_tiny.yaml")
+    data = (f"data.train={original}", f"data.val={original.with_name('val.beton')}")
+    stage_to = f"loader.stage_to={tmp_path / 'disk'}"
+    command = (*recipe, "--stage", "finetune", "--run", tmp_path / "run", *data, stage_to)
+    results = finish(rank_processes(2, *command, "stages.finetune.batch_size=32"), 100)
+    assert [result.status for result in results] == [2, 2], results[0].stderr
+    assert any(f"error: {path}: damaged JPEG in sample" in result.stderr for result in results)
+    assert f"{original}: staged already, {path}" in results[0].stdout
+    assert located(original.with_name("val.beton"), tmp_path / "disk").is_file()
