@@ -48,6 +48,23 @@ def _data_verify(args: argparse.Namespace) -> None:
     print(f"{info.path}: {info.num_samples:,} pictures decode, checksum as written")
 
 
+def _teachers(args: argparse.Namespace) -> None:
+    from mrmae_ds.recipe import load_recipe
+    from mrmae_ds.reporting.teacher_preview import build_teachers, describe_teacher, draw_teachers
+
+    # Changes to the recipe may also follow the pictures.
+    late = [word for word in args.pictures if "=" in word and not Path(word).exists()]
+    pictures = [word for word in args.pictures if word not in late]
+    recipe = load_recipe(args.recipe, args.overrides + late)
+    teachers = build_teachers(recipe)
+    print("\n\n".join(describe_teacher(name, recipe.teachers[name], teacher) for name, teacher in teachers.items()))
+    if pictures:
+        out = args.out or Path(f"{args.recipe.stem}_teachers.png")
+        if told := draw_teachers(recipe, teachers, pictures, out, seed=args.seed):
+            print(told, file=sys.stderr)
+        print(f"\n{out}")
+
+
 def _export(args: argparse.Namespace) -> None:
     from mrmae_ds.export import export_run
 
@@ -93,6 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("--gpus", type=int, help="tells hours on so many")
     cost.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
 
+    _add_teachers(commands)
+
     export = _command(commands, "export", _export, "a finished run's weights for timm, or whole")
     export.add_argument("run", type=Path, help="a finished stage, runs/NAME/STAGE, or its model.safetensors")
     export.add_argument(
@@ -113,6 +132,21 @@ def build_parser() -> argparse.ArgumentParser:
     verify = _command(data, "verify", _data_verify, "compare the checksum and decode every picture")
     verify.add_argument("beton", type=Path)
     return parser
+
+
+def _add_teachers(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    teachers = _command(commands, "teachers", _teachers, "what a recipe's teachers are, and where they look")
+    teachers.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    teachers.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    teachers.add_argument(
+        "--pictures",
+        nargs="+",
+        default=(),
+        metavar="PICTURE",
+        help="draw these: picture files, or folders of them, or numbers in the recipe's validation set",
+    )
+    teachers.add_argument("--out", type=Path, help="the PNG file; default: RECIPE_teachers.png")
+    teachers.add_argument("--seed", type=int, default=0, help="of the mask")
 
 
 def _command(
