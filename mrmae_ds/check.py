@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.export import input_statistics
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.foreign import Identity, identify, nearest_architecture
 from mrmae_ds.models.sizes import ARCHITECTURES
@@ -42,12 +43,13 @@ def describe(path: Path) -> str:
 
     if (path / MANIFEST).is_file():
         return _block(str(path), _checkpoint_rows(path))
-    stage = path.parent if path.name == FOLDER else path
-    checkpoints = list_checkpoints(stage)
-    blocks = [_block(str(stage), _record_rows(stage))] if (stage / RECORD_FILE).is_file() else []
-    blocks += [_block(str(checkpoint), _checkpoint_rows(checkpoint)) for checkpoint in checkpoints]
-    if (stage / MODEL_FILE).is_file():
-        blocks.append(_block(str(stage / MODEL_FILE), describe_file(stage / MODEL_FILE)))
+    if path.name == FOLDER:
+        blocks = _checkpoint_blocks(list_checkpoints(path.parent))
+    else:
+        blocks = [_block(str(path), _record_rows(path))] if (path / RECORD_FILE).is_file() else []
+        blocks += _checkpoint_blocks(list_checkpoints(path))
+        if (path / MODEL_FILE).is_file():
+            blocks.append(_block(str(path / MODEL_FILE), describe_file(path / MODEL_FILE)))
     if not blocks:
         raise UserError(
             f"{path}: neither a stage's folder (runs/NAME/STAGE) nor a checkpoint of one (checkpoints/step_N with a "
@@ -111,6 +113,8 @@ def _encoder_rows(found: Identity) -> list[Row]:
     if found.grid is not None:
         side = found.grid[0] * stride
         rows.append(("picture", f"{side} pixels, grid {found.grid[0]} x {found.grid[1]}, patch {stride}"))
+    if statistics := input_statistics(found.metadata):
+        rows.append(("input", statistics))
     if found.num_classes:
         names = found.metadata.get("class_names") or []
         shown = ": " + ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else ""
@@ -151,6 +155,19 @@ def _record_rows(stage: Path) -> list[Row]:
         ("run", f"{record.name}, {record.stage}: {record.method}, {record.size}, seed {record.seed}"),
         ("status", f"{record.status}, step {schedule.steps_done:,} of {schedule.steps:,}"),
     ]
+
+
+def _checkpoint_blocks(checkpoints: list[Path]) -> list[str]:
+    """Raises UserError if one is not whole, naming those that are."""
+    blocks, damaged = {}, []
+    for checkpoint in checkpoints:
+        try:
+            blocks[checkpoint.name] = _block(str(checkpoint), _checkpoint_rows(checkpoint))
+        except UserError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise UserError(f"{'; '.join(damaged)}. Whole: {', '.join(blocks) or 'none'}")
+    return list(blocks.values())
 
 
 def _checkpoint_rows(checkpoint: Path) -> list[Row]:

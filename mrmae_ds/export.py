@@ -59,7 +59,7 @@ def export_run(source: Path, layout: Layout = "timm", out: Path | None = None, f
         source: a stage folder (runs/NAME/STAGE), or its model.safetensors.
         layout: ``safetensors`` is the whole model; ``timm`` a file that ``timm.create_model`` loads strictly: a
             classifier, or of a pre-training the bare encoder (for a plain ViT with the norm after its last block).
-        out: a file or folder; None is a file named for the run and its stage in the working directory.
+        out: a file or folder; None is a file named for the run's folder and its stage in the working directory.
         force: replace an existing file that this project did not write.
 
     Raises:
@@ -71,11 +71,12 @@ def export_run(source: Path, layout: Layout = "timm", out: Path | None = None, f
         raise UserError(f"{path}: is itself an export; name the run's folder or its {MODEL_FILE}")
     metadata |= {"layout": layout, **_provenance(path)}
     tensors = read_tensors(path)
-    notes: tuple[str, ...] = ()
+    statistics = input_statistics(metadata)
+    notes = (f"its input is {statistics}",) if statistics else ()
     if layout == "timm":
         call = timm_call(metadata)
         if metadata["kind"] == "pretrain":
-            tensors, notes = _bare(tensors, metadata), _bare_notes(metadata)
+            tensors, notes = _bare(tensors, metadata), (_bare_note(metadata), *notes)
             metadata["kind"] = "encoder"
         metadata["create_model"] = f"timm.create_model({call})"
     target = _target(path, metadata, layout, out, force)
@@ -101,6 +102,14 @@ def timm_call(metadata: Mapping[str, Any]) -> str:
     else:
         settings |= {"num_classes": 0, "global_pool": ""}
     return ", ".join([f'"{name}"', *(f"{key}={value!r}" for key, value in settings.items())])
+
+
+def input_statistics(metadata: Mapping[str, Any]) -> str:
+    """How pictures are normalised for the model of a weights file, in words; "" where it does not say."""
+    if "mean" not in metadata or "std" not in metadata:
+        return ""
+    mean, std = (" ".join(f"{value:g}" for value in metadata[key]) for key in ("mean", "std"))
+    return f"RGB in 0 to 1, less the mean {mean}, divided by {std}"
 
 
 def load_model(path: Path | str) -> Encoder | PretrainModel:
@@ -175,18 +184,19 @@ def _bare(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[st
     }
 
 
-def _bare_notes(metadata: Mapping[str, Any]) -> tuple[str, ...]:
+def _bare_note(metadata: Mapping[str, Any]) -> str:
     fused = metadata.get("recipe", {}).get("model", {}).get("fusion", {})
     if metadata["family"] == "cvit":
-        return ("the tokens of its last block; decoder, fusion and heads are left out",)
+        return "it gives the tokens of its last block; decoder, fusion and heads are left out"
     if fused.get("blocks"):
-        return (f"its norm follows the last block alone; pre-training added blocks {fused['blocks']} before it",)
-    return ("decoder and heads are left out",)
+        return f"its norm follows the last block alone; pre-training added blocks {fused['blocks']} before it"
+    return "it gives the tokens after its norm; decoder and heads are left out"
 
 
 def _target(source: Path, metadata: Mapping[str, Any], layout: Layout, out: Path | None, force: bool) -> Path:
-    run = metadata.get("run") or metadata.get("recipe", {}).get("name") or source.stem
-    stage = metadata.get("stage") or metadata["kind"]
+    stage, place = metadata.get("stage", metadata["kind"]), source.resolve().parent
+    in_place = source.name == MODEL_FILE and place.name == stage  # two seeds of a recipe share its name
+    run = place.parent.name if in_place else metadata.get("recipe", {}).get("name", source.stem)
     name = f"{run}-{stage}{'-timm' if layout == 'timm' else ''}{SUFFIX}"
     target = Path(name) if out is None else out / name if out.is_dir() else out
     if target.suffix != SUFFIX:

@@ -108,6 +108,7 @@ def test_our_classifier(tmp_path: Path) -> None:
     assert rows["values"] == f"{sum(sizes):,} in {len(sizes)} tensors"
     assert rows["results"] == "top1 80, eval_samples 10000"
     assert rows["commit"] == COMMIT
+    assert rows["input"] == "RGB in 0 to 1, less the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3"
     assert rows["use it"].startswith('timm.create_model("cvit_tiny", ')
     assert rows["use it"].endswith(f"checkpoint_path={str(exported)!r})")
 
@@ -162,6 +163,7 @@ def test_a_stages_folder_tells_all_it_has(tmp_path: Path) -> None:
     assert rows_of(checkpoint)["step"] == "1,000, by 2 processes"
     assert model.splitlines()[0] == str(tmp_path / MODEL_FILE)
     assert rows_of(model)["kind"] == "plain ViT, pre-training of this project"
+    assert describe(tmp_path / "checkpoints") == checkpoint
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
@@ -174,8 +176,10 @@ def test_a_checkpoint_that_is_not_whole(damage: str, tmp_path: Path) -> None:
         (folder / "optim_states.pt").write_bytes(b"x")
     else:
         (folder / MANIFEST).write_text('{"step": ')
-    for path in (tmp_path, folder):
-        with pytest.raises(UserError, match=str(folder)):
+    with pytest.raises(UserError, match=str(folder)):
+        describe(folder)
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        with pytest.raises(UserError, match=rf"{folder}.*\. Whole: step_000000020$"):
             describe(path)
     assert describe(tmp_path / "checkpoints" / "step_000000020")
 

@@ -45,7 +45,8 @@ def classifier_run(folder: Path, spec: EncoderSpec, image_size: int = 24, classe
     model = build_encoder(spec, image_size, classes)
     perturb(model, seed=1, scale=0.3)
     metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": classes, "stage": "finetune"}
-    save_weights(folder / MODEL_FILE, model.state_dict(), metadata | {"recipe": {"name": "small"}})
+    metadata |= {"recipe": {"name": "small"}, "mean": [0.5, 0.25, 0.125], "std": [0.1, 0.2, 0.3]}
+    save_weights(folder / MODEL_FILE, model.state_dict(), metadata)
     make_record(name="small", git=GitState(commit=COMMIT, dirty=False)).write(folder)
     return model.eval()
 
@@ -92,7 +93,7 @@ def test_a_classifier_for_timm(spec: EncoderSpec, changes: dict[str, bool], tmp_
         assert torch.equal(loaded(images), model(images))
         assert torch.equal(loaded.forward_features(images), model.forward_features(images))
     assert loaded.num_classes == 3
-    assert exported.notes == ()
+    assert exported.notes == ("its input is RGB in 0 to 1, less the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3",)
 
 
 def test_a_vits_encoder_for_timm_has_the_norm_of_pretraining(tmp_path: Path) -> None:
@@ -200,16 +201,18 @@ def test_standard_sizes_need_no_overrides() -> None:
 
 
 def test_the_default_name_is_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    classifier_run(tmp_path / "finetune", CVIT)
-    pretraining_run(tmp_path / "pretrain", CVIT)
+    run = tmp_path / "small_seed1"
+    classifier_run(run / "finetune", CVIT)
+    pretraining_run(run / "pretrain", CVIT)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     for stage in ("finetune", "pretrain"):
-        export_run(tmp_path / stage)
-        export_run(tmp_path / stage / MODEL_FILE, "safetensors")
-    expected = {f"small-{stage}{end}.safetensors" for stage in ("finetune", "pretrain") for end in ("", "-timm")}
-    assert set(os.listdir()) == expected
-    export_run(tmp_path / "finetune", out=tmp_path)
+        export_run(run / stage)
+        export_run(run / stage / MODEL_FILE, "safetensors")
+    names = {f"small_seed1-{stage}{end}.safetensors" for stage in ("finetune", "pretrain") for end in ("", "-timm")}
+    assert set(os.listdir()) == names
+    (run / "finetune" / MODEL_FILE).rename(tmp_path / "elsewhere.safetensors")
+    export_run(tmp_path / "elsewhere.safetensors", out=tmp_path)
     assert (tmp_path / "small-finetune-timm.safetensors").is_file()
 
 
