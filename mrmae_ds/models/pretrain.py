@@ -140,7 +140,7 @@ class PretrainModel(nn.Module):
         """All losses of a batch.
 
         Args:
-            images: normalised pictures [B, 3, H, W].
+            images: normalised pictures [B, 3, H, W], in full precision: pixel targets are made of them.
             visible: the visible set.
             targets: features of each teacher [B, L, D] by name.
 
@@ -169,6 +169,7 @@ class PretrainModel(nn.Module):
 
     def latent(self, images: Tensor, visible: VisibleSet) -> Tensor:
         """The fused, normalised visible tokens, prefix tokens first: [B, P + K, C]."""
+        images = images.to(self.fusion.norm.weight.dtype)
         return self.fusion(self.encoder(images, visible, self.fusion.spec.blocks))
 
 

@@ -1,4 +1,4 @@
-"""The CViTs as timm models: ``import mrmae_ds``, then ``timm.create_model("cvit_base", img_size=392, num_classes=10)``.
+"""The CViTs as timm models: ``import mrmae_ds``, then ``timm.create_model("cvit_huge", img_size=392, num_classes=10)``.
 
 Imported by mrmae_ds/timm_hook.py when timm is. The models themselves are imported when one is built: this module may
 run while they are being imported, because they import timm.

@@ -129,7 +129,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     image_size = recipe.model.image_size
     task: PretrainTask | FinetuneTask
     if isinstance(stage, PretrainConfig):
-        task, report = _pretrain_task(recipe, stage, engine_config, init)
+        task, report = _pretrain_task(recipe, stage, init)
     else:
         image_size = stage.image_size or image_size
         task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
@@ -167,12 +167,10 @@ def _init_file(stage: PretrainConfig | FinetuneConfig, stage_dir: Path) -> Path 
     return find_weights(source, "stages.finetune.init")
 
 
-def _pretrain_task(
-    recipe: Recipe, stage: PretrainConfig, engine_config: EngineConfig, init: Path | None
-) -> tuple[PretrainTask, str]:
+def _pretrain_task(recipe: Recipe, stage: PretrainConfig, init: Path | None) -> tuple[PretrainTask, str]:
     model, teachers = build_pretraining(recipe, stage)
     report = f"{init}: {load_pretrained(model, init)}" if init else ""
-    return PretrainTask(model, teachers, stage, recipe.data, engine_config.model_dtype), report
+    return PretrainTask(model, teachers, stage, recipe.data), report
 
 
 def _finetune_task(

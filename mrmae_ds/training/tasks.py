@@ -111,18 +111,12 @@ class PretrainTask:
         teachers: by the recipe's name; each is asked once a batch, in this order, on every rank.
         config: the recipe's stage.
         data: input statistics.
-        dtype: of the student's input.
     """
 
     def __init__(
-        self,
-        model: PretrainModel,
-        teachers: dict[str, Teacher],
-        config: PretrainConfig,
-        data: DataConfig,
-        dtype: torch.dtype,
+        self, model: PretrainModel, teachers: dict[str, Teacher], config: PretrainConfig, data: DataConfig
     ) -> None:
-        self.model, self.teachers, self.config, self.dtype = model, teachers, config, dtype
+        self.model, self.teachers, self.config = model, teachers, config
         self.normalize = Normalize(data.mean, data.std)
         self.grid = model.encoder.grid
 
@@ -146,7 +140,8 @@ class PretrainTask:
         visible = choose_visible(noise, self.grid, masking.keep_ratio, masking.mode, importance)
         targets = {name: output.tokens for name, output in outputs.items()}
         torch.manual_seed(key.seed_for("model"))
-        return engine(self.normalize.student(pixels, self.dtype), visible, targets)
+        # float32 whatever the model's precision: the pixel targets are made of it.
+        return engine(self.normalize.student(pixels, torch.float32), visible, targets)
 
 
 class FinetuneTask:

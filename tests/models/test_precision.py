@@ -84,3 +84,16 @@ def test_bfloat16_weights(spec: EncoderSpec) -> None:
     assert_near(found, exact)
     found["loss"].backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_pixel_targets_are_made_in_full_precision() -> None:
+    """With heads of zeros a loss is its target alone: bf16 weights must not round the pictures that it is made of."""
+    objectives = {"pixels": OBJECTIVES["pixels_decoder_masked_l2_standardize"]}
+    decoder = DecoderSpec(dim=32, depth=1, num_heads=4)
+    model = PretrainModel(build_encoder(CVIT, 64), FusionSpec(), decoder, objectives, {})
+    for parameter in model.heads.parameters():
+        torch.nn.init.zeros_(parameter)
+    images, visible = random_images(4, 64, seed=2), choose_visible(random_noise(4, 16, seed=4), (4, 4), 0.25)
+    exact = model(images, visible, {})["pixels"]
+    assert torch.equal(model.bfloat16()(images, visible, {})["pixels"], exact)
+    assert not torch.equal(model(images.bfloat16(), visible, {})["pixels"], exact)

@@ -110,7 +110,7 @@ def test_the_losses_are_those_of_a_plain_loop(
         kept.append(visible)
         return model(images, visible, targets)
 
-    task = PretrainTask(model, teachers, config, DATA, torch.float32)
+    task = PretrainTask(model, teachers, config, DATA)
     losses = task.losses(engine, batch, key)
     assert losses.keys() == {"loss", "own", "net"}
 

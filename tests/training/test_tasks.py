@@ -77,7 +77,7 @@ def _pretrain_task(config: PretrainConfig, teacher: OwnTeacher | None, drop_path
     encoder = build_encoder(SPEC, 32, drop_path_rate=drop_path)
     decoder = DecoderSpec(dim=8, depth=1, num_heads=2)
     model = PretrainModel(encoder, FusionSpec(stages=(1, 2)), decoder, config.objectives, {"own": 3})
-    return PretrainTask(model, teachers, config, DATA, torch.float32)
+    return PretrainTask(model, teachers, config, DATA)
 
 
 def _mimic(mode: str) -> PretrainConfig:
@@ -221,13 +221,6 @@ def test_student_and_teacher_each_get_their_own_statistics() -> None:
     cells = expected["teacher"].reshape(4, 3, 8, 4, 8, 4).mean((3, 5)).reshape(4, 3, 64).transpose(0, 2, 1)
     np.testing.assert_allclose(spy.targets["own"].numpy(), cells, atol=1e-5)
     assert not spy.targets["own"].requires_grad
-
-
-def test_the_student_gets_the_engines_type() -> None:
-    task, spy = _pretrain_task(pretrain_config(), None), Spy()
-    task.dtype = torch.bfloat16
-    task.losses(spy, make_batch(4), KEY)
-    assert spy.images.dtype == torch.bfloat16
 
 
 # ---- fine-tuning
