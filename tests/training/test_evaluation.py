@@ -279,3 +279,15 @@ def test_evaluating_again_repeats_the_fine_tunings_last_number(workspace: Worksp
     assert again == {name: getattr(tuned, name) for name in ("top1", "top5", "loss", "eval_samples")}
     full, _ = score(prepare_evaluation(plain, ALONE), CPU)
     assert full["loss"] != pytest.approx(again["loss"], rel=1e-6)
+
+
+def test_bf16_weights_are_evaluated_as_they_were_trained(
+    workspace: Workspace, expected: dict[str, dict[str, float]], alone: None
+) -> None:
+    config = workspace.folder / "bf16.json"
+    config.write_text(json.dumps(json.loads(ENGINE.read_text()) | {"bf16": {"enabled": True}}))
+    options = Options(config, "evaluate", RECIPE, workspace.folder / "bf16", "auto", workspace.overrides("cvit", "vit"))
+    job = prepare_evaluation(options, ALONE)
+    average, _ = score(job, CPU)
+    assert {p.dtype for classifier in job.classifiers for p in classifier.model.parameters()} == {torch.bfloat16}
+    assert average["loss"] == pytest.approx(expected["both"]["loss"], rel=0.02) != expected["both"]["loss"]
