@@ -137,7 +137,7 @@ def test_a_whole_pretraining(spec: EncoderSpec, tmp_path: Path) -> None:
     assert found.keys() == expected.keys() == {"rebuild", "mimic"}
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert found["mimic"].shape == (2, 9, 6)
-    assert not loaded.training
+    assert not load_model(exported.path).training
 
 
 @BOTH

@@ -129,6 +129,11 @@ def test_vits_of_timm(settings: dict[str, Any], kind: str, title: str | None, ex
     assert found.num_classes == (5 if kind == "classifier" else 0)
 
 
+def test_a_mask_token_alone_is_no_decoder() -> None:
+    state = tiny_vit(num_classes=0).state_dict() | {"mask_token": torch.zeros(1, 24)}  # as DINOv2's files have it
+    assert identify(file_of(state)).title == "plain ViT encoder"
+
+
 def test_clip_models() -> None:
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}
     text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
