@@ -52,7 +52,7 @@ class DataConfig(Section):
     """The pictures, and how they are cut out and normalised.
 
     Attributes:
-        train, val: .beton files, or with the pillow backend also folders of class folders.
+        train, val: .beton files (data/README.md).
         backend: ``ffcv``, or ``pillow``: slower, bicubic and antialiased, the same boxes.
         eval_backend: of the validation set; null is ``backend``. Published accuracies follow ``pillow``.
         mean, std: the student's input statistics (of pixels in 0 to 1).
