@@ -22,7 +22,8 @@ class WriteOptions:
         workers: processes; None: the cores this process may use, 8 at most.
         max_bad: how many pictures may be left out because they cannot be read: an int is a number, a float a share
             of the set, rounded up; 0: none.
-        max_pixels: pictures of more pixels are not decoded, and count as bad. A worker needs up to 8 bytes for each.
+        max_pixels: pictures of more pixels are not decoded, and count as bad. A worker needs up to 14 bytes
+            for each, 22 where they are of 32 bits.
         background: colour shown through transparent pixels, as Pillow names colours.
         timeout_s: that a worker may spend on one picture, seconds.
     """

@@ -91,10 +91,10 @@ def to_rgb(picture: Image.Image, *, max_side: int, max_pixels: int, background: 
         # A JPEG decoder reduces by 2, 4 or 8 nearly for nothing; twice the size wanted leaves bicubic its part.
         picture.draft(None, (2 * width, 2 * height))
     picture.load()
-    rgb = _upright(_rgb(picture, background, kinds), picture, kinds)
-    if ratio < 1:
-        size = (width, height) if (rgb.width > rgb.height) == (width > height) else (height, width)
-        rgb = rgb.resize(size, Image.Resampling.BICUBIC)
+    rgb = _rgb(picture, background, kinds)
+    # A new picture in any case: looking for more frames may replace the pixels of the old one.
+    rgb = rgb.resize((width, height), Image.Resampling.BICUBIC) if ratio < 1 else rgb.copy()
+    rgb = _upright(rgb, picture, kinds)
     if _several_frames(picture):
         kinds.append("several frames")
     return rgb, kinds
@@ -105,15 +105,17 @@ def _rgb(picture: Image.Image, background: str, kinds: list[str]) -> Image.Image
     mode = picture.mode
     if mode.startswith("I;16"):
         kinds.append("16-bit")
-        return _grey(np.asarray(picture).astype(np.float64) / 257)
+        return _from_16_bits(np.asarray(picture))
     if mode in ("I", "F"):
-        return _grey(_bytes_range(np.asarray(picture).astype(np.float64), mode, kinds))
+        return _from_32_bits(np.asarray(picture), mode, kinds)
     if picture.has_transparency_data:
         kinds.append("transparent")
-        behind = Image.new("RGBA", picture.size, background)
-        return Image.alpha_composite(behind, picture.convert("RGBA")).convert("RGB")
+        above = picture if mode == "RGBA" else picture.convert("RGBA")
+        rgb = Image.new("RGB", picture.size, background)
+        rgb.paste(above, mask=above)
+        return rgb
     if mode == "RGB":
-        return picture.copy()  # looking for more frames may replace the pixels
+        return picture
     kinds.append({"L": "grey", "1": "1-bit", "P": "palette"}.get(mode, mode))
     if mode == "CMYK" and picture.format == "JPEG" and "adobe" not in picture.info:
         # Pillow takes every CMYK JPEG for Adobe's inverted kind; without Adobe's marker it is a plain one.
@@ -121,21 +123,27 @@ def _rgb(picture: Image.Image, background: str, kinds: list[str]) -> Image.Image
     return picture.convert("RGB")
 
 
-def _bytes_range(values: np.ndarray, mode: str, kinds: list[str]) -> np.ndarray:
-    """Integers within 16 bits are divided like those; other ranges are stretched to 0..255."""
-    low, high = values.min(), values.max()
+def _from_16_bits(values: np.ndarray) -> Image.Image:
+    """Divided by 257, rounded, as RGB: 65,535 becomes 255."""
+    scaled = values.astype(np.uint32)
+    scaled += 128
+    scaled //= 257
+    return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+
+def _from_32_bits(values: np.ndarray, mode: str, kinds: list[str]) -> Image.Image:
+    """Integers within 16 bits are taken for such; other values are stretched from the least to the greatest."""
+    low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise PictureError("pixels that are no numbers")
     if mode == "I" and low >= 0 and high <= 0xFFFF:
         kinds.append("16-bit")
-        return values / 257
+        return _from_16_bits(values)
     kinds.append("32-bit")
-    return (values - low) * (255 / max(high - low, np.finfo(float).tiny))
-
-
-def _grey(values: np.ndarray) -> Image.Image:
-    """Values 0..255, [H, W], as RGB."""
-    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")
+    stretched = values.astype(np.float64)
+    stretched -= low
+    stretched *= 255 / max(high - low, np.finfo(float).tiny)
+    return Image.fromarray(np.rint(stretched, out=stretched).astype(np.uint8)).convert("RGB")
 
 
 def _upright(rgb: Image.Image, picture: Image.Image, kinds: list[str]) -> Image.Image:

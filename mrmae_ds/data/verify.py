@@ -117,17 +117,17 @@ def describe_beton(path: str | Path) -> str:
     counts = sidecar.get("class_counts")
     if counts:
         lines[0] += f", {min(counts):,} to {max(counts):,} pictures a class"
-    if sidecar.get("seconds"):
-        rate = info.num_samples / sidecar["seconds"] / sidecar["workers"]
-        each = info.size / info.num_samples
+    if sidecar.get("cpu_seconds"):
+        rates = [info.num_samples / sidecar[key] for key in ("seconds", "cpu_seconds")]
         lines.append(
-            f"  speed     {rate:.1f} pictures/s on each of {sidecar['workers']} workers, {each:,.0f} bytes a picture"
+            f"  speed     {rates[0]:,.0f} pictures/s with {sidecar['workers']} workers, {rates[1]:,.0f} a second of "
+            f"one core's time, {info.size / info.num_samples:,.0f} bytes a picture"
         )
     if sidecar.get("ignored"):
         lines.append(f"  ignored   files that are no pictures: {_listing('', sidecar['ignored'])}")
     if sidecar.get("skipped"):
         where = report_path(info.path).name
-        lines.append(f"  left out  {len(sidecar['skipped']):,} pictures that cannot be read, listed in {where}")
+        lines.append(f"  left out  {len(sidecar['skipped']):,} that cannot be read, listed in {where}")
     return "\n".join(lines)
 
 

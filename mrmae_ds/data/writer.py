@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import resource
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,6 +69,7 @@ class _Tally:
     kinds: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
 
 
 def write_beton(
@@ -128,7 +130,7 @@ def _write_pictures(
     """Convert all pictures and write the good ones to ``partial``."""
     count, limit = len(dataset), options.bad_limit(len(dataset))
     tally = _Tally([0] * len(class_names))
-    began = time.monotonic()
+    began, cpu_began = time.monotonic(), _cpu_seconds()
     results = map_in_order(
         _Converter(dataset, options),
         count,
@@ -154,8 +156,14 @@ def _write_pictures(
         if len(tally.skipped) > limit:
             write_report(path, tally.skipped)
             raise too_many(path, tally.skipped, row + 1, count, limit)
-    tally.seconds = time.monotonic() - began
+    tally.seconds, tally.cpu_seconds = time.monotonic() - began, _cpu_seconds() - cpu_began
     return tally
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names: Sequence[str]) -> dict[str, Any]:
@@ -172,6 +180,7 @@ def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names:
         "versions": dict(_versions()),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(tally.seconds, 3),
+        "cpu_seconds": round(tally.cpu_seconds, 3),
         "converted": dict(tally.kinds.most_common()),
         "skipped": [asdict(entry) for entry in tally.skipped],
     }

@@ -171,7 +171,7 @@ def test_the_folder_script_reports_what_it_wrote(tmp_path: Path) -> None:
     assert f"{damaged}: OSError: image file is truncated" in done.stderr
     done = _script(*arguments)
     assert done.returncode == 0, done.stderr
-    assert "left out  1 pictures that cannot be read, listed in train.beton.skipped.csv" in done.stdout
+    assert "left out  1 that cannot be read, listed in train.beton.skipped.csv" in done.stdout
     assert f"warning: some pictures were left out, see {out}/train.beton.skipped.csv" in done.stderr
 
 

@@ -167,10 +167,13 @@ def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path) -> No
     assert picture.size == (300, 225) and np.abs(difference).mean() < 2
 
 
-def test_a_turned_picture_is_reduced_too(tmp_path: Path) -> None:
-    ODD["turned6.jpg"].make(tmp_path / "x.jpg")
-    picture, kinds = to_rgb(open_picture(tmp_path / "x.jpg"), max_side=48, max_pixels=10**6, background="white")
-    assert picture.size == (48, 36) and kinds == ["reduced", "rotated"]
+@pytest.mark.parametrize("name", ["turned6.jpg", "turned.png", "turned.tif"])
+def test_a_turned_picture_is_reduced_too(tmp_path: Path, name: str) -> None:
+    ODD[name].make(tmp_path / name)
+    picture, kinds = to_rgb(open_picture(tmp_path / name), max_side=48, max_pixels=10**6, background="white")
+    assert picture.size == (48, 36) and kinds == ["reduced", *ODD[name].kinds]
+    expected = np.asarray(plain().resize((48, 36), Image.Resampling.BICUBIC), dtype=float)
+    assert np.abs(np.asarray(picture, dtype=float) - expected).mean() < 3
 
 
 def test_an_unreadable_file_is_refused_for_who_may_not_read_it(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ffcv import reader as ffcv_reader
 from PIL import Image
 
 from mrmae_ds.data.beton import check_beton, read_sidecar, sidecar_path
@@ -96,6 +97,20 @@ def test_the_same_pictures_give_the_same_bytes(tmp_path: Path) -> None:
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
 
 
+def test_no_picture_crosses_the_border_of_a_page(tmp_path: Path) -> None:
+    """FFCV reads whole pages, and finds a page by the place of a picture's beginning."""
+    path = tmp_path / "x.beton"
+    write_beton(Opened([photograph] * 30), path, WriteOptions(quality=100, workers=1), **ABOUT)
+    content = path.read_bytes()
+    page = int.from_bytes(content[4:8], "little")
+    place, pages = 0, set()
+    for jpeg, _, _ in stored_jpegs(path):
+        place = content.index(jpeg, place + 1)
+        assert place // page == (place + len(jpeg) - 1) // page
+        pages.add(place // page)
+    assert len(pages) > 1 and ffcv_reader.Reader(str(path)).num_samples == 30
+
+
 def _missing() -> Image.Image:
     return Image.open("/nowhere.jpg")
 
@@ -130,7 +145,7 @@ def test_a_few_bad_pictures_are_left_out(tmp_path: Path, max_bad: int | float) -
     skipped = read_sidecar(path)["skipped"]
     assert [(entry["row"], entry["name"]) for entry in skipped] == [(3, "picture-3"), (70, "picture-70")]
     assert read_sidecar(path)["class_counts"] == [39, 39]
-    assert "left out  2 pictures that cannot be read, listed in x.beton.skipped.csv" in describe_beton(path)
+    assert "left out  2 that cannot be read, listed in x.beton.skipped.csv" in describe_beton(path)
     verify_beton(path)
     write_beton(Opened([_small] * 2), path, OPTIONS, **ABOUT)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
