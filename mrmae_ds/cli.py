@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mrmae_ds import __version__
+from mrmae_ds.data.console import add_data_commands
 from mrmae_ds.errors import UserError
 
 
@@ -33,19 +34,6 @@ def _cost(args: argparse.Namespace) -> None:
     options = {"pictures": args.pictures, "tflops": args.tflops, "gpus": args.gpus}
     given = {name: value for name, value in options.items() if value is not None}
     print(describe_cost(args.ds_config, args.recipe, args.overrides, **given))
-
-
-def _data_info(args: argparse.Namespace) -> None:
-    from mrmae_ds.data.verify import describe_beton
-
-    print(describe_beton(args.beton))
-
-
-def _data_verify(args: argparse.Namespace) -> None:
-    from mrmae_ds.data.verify import verify_beton
-
-    info = verify_beton(args.beton)
-    print(f"{info.path}: {info.num_samples:,} pictures decode, checksum as written")
 
 
 def _teachers(args: argparse.Namespace) -> None:
@@ -126,11 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     check = _command(commands, "check", _check, "what a checkpoint is, whoever wrote it, and how to use it here")
     check.add_argument("path", type=Path, help="a file of weights, a stage's folder, or a checkpoint in it")
 
-    data = commands.add_parser("data", help="look at .beton files").add_subparsers(required=True, metavar="COMMAND")
-    info = _command(data, "info", _data_info, "what a .beton holds and how it was written")
-    info.add_argument("beton", type=Path)
-    verify = _command(data, "verify", _data_verify, "compare the checksum and decode every picture")
-    verify.add_argument("beton", type=Path)
+    data = commands.add_parser("data", help="write and check .beton files")
+    add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))
     return parser
 
 
