@@ -59,7 +59,7 @@ def test_tokens_and_attention_of_transformers(family: str, features: str) -> Non
     reader = timm_reader(network, options("t", name, features=features))
     assert isinstance(reader, BlockReader)
     assert (reader.grid, reader.width) == ((4, 4), 48)
-    assert ("class token" in reader.importance) == has_class
+    assert ("class token to patches" in reader.importance) == has_class
     with torch.no_grad():
         tokens, importance = reader(network, images)
     torch.testing.assert_close(tokens, outputs[0][:, prefix:], atol=1e-5, rtol=1e-4)

@@ -1,0 +1,257 @@
+"""How well a teacher's importance finds the things in pictures: by COCO's instance masks, before anything is trained.
+
+    python benchmarks/teacher_foreground.py --coco FOLDER [--split val2017] [--annotations FILE.json] RECIPE.yaml ...
+
+FOLDER holds ``annotations/instances_SPLIT.json`` and the pictures in ``SPLIT/`` or ``images/SPLIT/``. For each picture,
+cut as the recipe's student sees it (short side to its input size, centre), the number is the area under the ROC curve
+of importance against "some annotated thing is here", over pixels: the probability that a foreground pixel lies in a
+patch of more importance than a background pixel, ties counting half. 0.5 is chance. ``centre`` is the AUC of closeness
+to the picture's centre, which photographers make a good guess. Pictures without foreground or background are left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image, ImageDraw
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.recipe import Recipe, load_recipe
+from mrmae_ds.reporting.environment import collect_versions, cpu_name
+from mrmae_ds.reporting.teacher_preview import build_teachers
+from mrmae_ds.teachers import Teacher
+
+Floats = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """A picture file, its height and width, and the segmentations of the things in it, in COCO's formats."""
+
+    path: Path
+    size: tuple[int, int]
+    segmentations: tuple[Any, ...]
+
+
+def read_coco(folder: Path, split: str, annotations: Path | None, count: int | None) -> list[Annotated]:
+    """The first ``count`` pictures of a split that have annotations, by file name.
+
+    Raises:
+        UserError: for files that are not there or hold something else.
+    """
+    path = annotations or folder / "annotations" / f"instances_{split}.json"
+    pictures = next((place for place in (folder / split, folder / "images" / split) if place.is_dir()), None)
+    if pictures is None:
+        raise UserError(f"{folder}: neither {split}/ nor images/{split}/ is there; name another --split")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        things: dict[int, list[Any]] = {}
+        for annotation in content["annotations"]:
+            things.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
+        found = [
+            Annotated(pictures / entry["file_name"], (entry["height"], entry["width"]), tuple(things[entry["id"]]))
+            for entry in sorted(content["images"], key=lambda entry: entry["file_name"])
+            if entry["id"] in things
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no instance annotations of COCO ({type(error).__name__}: {error})") from None
+    return found[:count]
+
+
+def foreground(picture: Annotated) -> Mask:
+    """Where any annotated thing is, [H, W]."""
+    height, width = picture.size
+    canvas = Image.new("1", (width, height))
+    mask = np.zeros((height, width), dtype=bool)
+    for segmentation in picture.segmentations:
+        if isinstance(segmentation, dict):
+            mask |= decode_runs(segmentation)
+        else:
+            for polygon in segmentation:
+                ImageDraw.Draw(canvas).polygon(list(polygon), fill=1)
+    return mask | np.asarray(canvas)
+
+
+def decode_runs(segmentation: dict[str, Any]) -> Mask:
+    """COCO's run lengths, plain or packed into a string, to a mask [H, W].
+
+    Runs of background and foreground alternate down the columns. A packed run is 5 bits a character, lowest first,
+    from "0" on; bit 5 says that more follow, bit 4 of the last is the sign, and from the fourth run on it is the
+    difference to the run two before (pycocotools' maskApi).
+    """
+    counts, (height, width) = segmentation["counts"], segmentation["size"]
+    if isinstance(counts, str):
+        runs: list[int] = []
+        value = shift = 0
+        for character in counts:
+            bits = ord(character) - 48
+            value |= (bits & 31) << shift
+            shift += 5
+            if not bits & 32:
+                value -= (bits >> 4 & 1) << shift
+                runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+                value = shift = 0
+        counts = runs
+    flat = np.repeat(np.arange(len(counts)) % 2 == 1, counts)
+    return flat.reshape(width, height).T
+
+
+def cut(picture: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """Short side to ``size``, then the centre square."""
+    scale = size / min(picture.size)
+    width, height = (max(size, round(side * scale)) for side in picture.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return picture.resize((width, height), resample).crop((left, top, left + size, top + size))
+
+
+def shares(mask: Mask, size: int, grid: tuple[int, int]) -> Floats:
+    """How much of each patch of the cut picture is foreground, [rows, columns] in 0 to 1."""
+    small = np.asarray(cut(Image.fromarray(mask.astype(np.uint8) * 255), size, Image.Resampling.BOX)) / 255
+    rows, columns = grid
+    return small.reshape(rows, size // rows, columns, size // columns).mean(axis=(1, 3))
+
+
+def area_under_curve(importance: Floats, positive: Floats) -> float | None:
+    """AUC of patches' importance [L] when each holds ``positive`` [L] of foreground and the rest of background.
+
+    The rank statistic of Mann and Whitney with weights: ties, and the two parts of one patch, count half. None if
+    there is no foreground or no background.
+    """
+    negative = 1 - positive
+    if positive.sum() <= 0 or negative.sum() <= 0:
+        return None
+    levels, level = np.unique(importance, return_inverse=True)
+    above = np.bincount(level, negative, len(levels))
+    below = np.cumsum(above) - above / 2
+    return float((positive * below[level]).sum() / (positive.sum() * negative.sum()))
+
+
+def closeness_to_centre(grid: tuple[int, int]) -> Floats:
+    """Minus the distance of each patch from the picture's centre, [rows, columns]."""
+    rows, columns = (np.arange(side) - (side - 1) / 2 for side in grid)
+    return -np.hypot(rows[:, None], columns[None])
+
+
+def measure(recipe: Recipe, teachers: dict[str, Teacher], pictures: list[Annotated]) -> dict[str, dict[str, Any]]:
+    """AUC of each teacher of a recipe on each picture, by the picture's name, and the time its forwards took."""
+    size = recipe.model.image_size
+    found: dict[str, dict[str, Any]] = {name: {"per_picture": {}, "seconds": 0.0} for name in [*teachers, "centre"]}
+    grid = next(iter(teachers.values())).grid
+    for picture, pixels, mask in _opened(pictures, size):
+        for name, result in found.items():
+            teacher = teachers.get(name)
+            began = time.perf_counter()
+            importance = closeness_to_centre(grid)
+            if teacher is not None:
+                importance = teacher(pixels).importance[0].double().numpy().reshape(grid)
+            result["seconds"] += time.perf_counter() - began
+            auc = area_under_curve(importance.ravel(), shares(mask, size, grid).ravel())
+            if auc is not None:
+                result["per_picture"][picture.path.name] = round(auc, 4)
+    return found
+
+
+def _opened(pictures: list[Annotated], size: int) -> Iterator[tuple[Annotated, torch.Tensor, Mask]]:
+    for number, picture in enumerate(pictures, 1):
+        try:
+            with Image.open(picture.path) as file:
+                small = cut(file.convert("RGB"), size, Image.Resampling.BICUBIC)
+        except OSError as error:
+            raise UserError(f"{picture.path}: cannot be read as a picture ({error})") from None
+        yield picture, torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255, foreground(picture)
+        if number % 20 == 0:
+            print(f"{number} of {len(pictures)} pictures", file=sys.stderr)
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """Mean over pictures, its standard error, the median, and how many pictures counted."""
+    values = np.array(list(result["per_picture"].values()))
+    if not len(values):
+        raise UserError("no picture has both foreground and background; name another --split")
+    error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
+    return {
+        "mean_auc": round(float(values.mean()), 4),
+        "standard_error": None if error is None else round(error, 4),
+        "median_auc": round(float(np.median(values)), 4),
+        "pictures": len(values),
+        "seconds": round(result["seconds"], 1),
+    }
+
+
+def run(recipes: list[Path], pictures: list[Annotated]) -> list[dict[str, Any]]:
+    """A row for each teacher of each recipe, and one for the centre."""
+    rows = []
+    for path in recipes:
+        recipe = load_recipe(path)
+        teachers = build_teachers(recipe)
+        for name, result in measure(recipe, teachers, pictures).items():
+            row: dict[str, Any] = {"recipe": path.name, "teacher": name}
+            if name in teachers:
+                teacher = teachers[name]
+                row |= {
+                    "source": recipe.teachers[name].source,
+                    "sha256": teacher.sha256,
+                    "pixels": teacher.image_size,
+                    "precision": str(teacher.dtype).removeprefix("torch."),
+                    **teacher.facts,
+                }
+            else:
+                row |= {"source": "closeness to the centre", "pixels": recipe.model.image_size}
+            grid = next(iter(teachers.values())).grid
+            rows.append(row | {"grid": f"{grid[0]}x{grid[1]}", **summary(result), "per_picture": result["per_picture"]})
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = ["| recipe | teacher | source | pixels | grid | AUC | pictures |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        auc = f"{row['mean_auc']:.3f}" + (f" ± {row['standard_error']:.3f}" if row["standard_error"] else "")
+        cells = (row[key] for key in ("recipe", "teacher", "source", "pixels", "grid"))
+        lines.append(f"| {' | '.join(map(str, cells))} | {auc} | {row['pictures']} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, measure, print the table, write the JSON; the exit status: 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("--coco", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--split", default="val2017")
+    parser.add_argument("--annotations", type=Path, help="default: FOLDER/annotations/instances_SPLIT.json")
+    parser.add_argument("--count", type=int, help="the first pictures only")
+    parser.add_argument("--out", type=Path, help="JSON of every picture's number")
+    args = parser.parse_args(argv)
+    try:
+        pictures = read_coco(args.coco, args.split, args.annotations, args.count)
+        rows = run(args.recipes, pictures)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(table(rows))
+    if args.out:
+        names = " ".join(path.name for path in args.recipes)
+        content = {
+            "command": f"python benchmarks/teacher_foreground.py --coco FOLDER --split {args.split} {names}",
+            "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": collect_versions()},
+            "pictures": {"split": args.split, "annotated": len(pictures)},
+            "teachers": rows,
+        }
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
