@@ -40,13 +40,12 @@ def import_ffcv() -> None:
         try:
             with keep_torch_threads():
                 import ffcv.fields.rgb_image
-                import ffcv.loader
-                import ffcv.writer  # noqa: F401
+                import ffcv.loader  # noqa: F401
         finally:
             numba.config.DISABLE_JIT = before
     except ImportError as error:
         raise UserError(
-            f"the FFCV reader and writer need ffcv, numba and tbb ({error}): install the system packages "
+            f"the FFCV reader needs ffcv, numba and tbb ({error}): install the system packages "
             "libopencv-dev, libturbojpeg0-dev and pkg-config, then pip install 'mrmae_ds[ffcv]'"
         ) from error
     except ValueError as error:

@@ -335,5 +335,5 @@ def test_a_missing_ffcv_is_named_before_anything_starts(monkeypatch: pytest.Monk
     from mrmae_ds.data.reader import check_backend
 
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(UserError, match=r"need ffcv.*libopencv-dev.*pip install 'mrmae_ds\[ffcv\]'"):
+    with pytest.raises(UserError, match=r"needs ffcv.*libopencv-dev.*pip install 'mrmae_ds\[ffcv\]'"):
         check_backend()
