@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,22 +142,20 @@ def closeness_to_centre(grid: tuple[int, int]) -> Floats:
     return -np.hypot(rows[:, None], columns[None])
 
 
-def measure(recipe: Recipe, teachers: dict[str, Teacher], pictures: list[Annotated]) -> dict[str, dict[str, Any]]:
-    """AUC of each teacher of a recipe on each picture, by the picture's name, and the time its forwards took."""
+def measure(recipe: Recipe, teachers: dict[str, Teacher], pictures: list[Annotated]) -> dict[str, dict[str, float]]:
+    """AUC of each teacher of a recipe, and of the centre, on each picture, by the picture's name."""
     size = recipe.model.image_size
-    found: dict[str, dict[str, Any]] = {name: {"per_picture": {}, "seconds": 0.0} for name in [*teachers, "centre"]}
+    found: dict[str, dict[str, float]] = {name: {} for name in [*teachers, "centre"]}
     grid = next(iter(teachers.values())).grid
     for picture, pixels, mask in _opened(pictures, size):
         for name, result in found.items():
             teacher = teachers.get(name)
-            began = time.perf_counter()
             importance = closeness_to_centre(grid)
             if teacher is not None:
                 importance = teacher(pixels).importance[0].double().numpy().reshape(grid)
-            result["seconds"] += time.perf_counter() - began
             auc = area_under_curve(importance.ravel(), shares(mask, size, grid).ravel())
             if auc is not None:
-                result["per_picture"][picture.path.name] = round(auc, 4)
+                result[picture.path.name] = round(auc, 4)
     return found
 
 
@@ -174,9 +171,9 @@ def _opened(pictures: list[Annotated], size: int) -> Iterator[tuple[Annotated, t
             print(f"{number} of {len(pictures)} pictures", file=sys.stderr)
 
 
-def summary(result: dict[str, Any]) -> dict[str, Any]:
+def summary(result: dict[str, float]) -> dict[str, Any]:
     """Mean over pictures, its standard error, the median, and how many pictures counted."""
-    values = np.array(list(result["per_picture"].values()))
+    values = np.array(list(result.values()))
     if not len(values):
         raise UserError("no picture has both foreground and background; name another --split")
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
@@ -185,7 +182,6 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
         "standard_error": None if error is None else round(error, 4),
         "median_auc": round(float(np.median(values)), 4),
         "pictures": len(values),
-        "seconds": round(result["seconds"], 1),
     }
 
 
@@ -209,7 +205,7 @@ def run(recipes: list[Path], pictures: list[Annotated]) -> list[dict[str, Any]]:
             else:
                 row |= {"source": "closeness to the centre", "pixels": recipe.model.image_size}
             grid = next(iter(teachers.values())).grid
-            rows.append(row | {"grid": f"{grid[0]}x{grid[1]}", **summary(result), "per_picture": result["per_picture"]})
+            rows.append(row | {"grid": f"{grid[0]}x{grid[1]}", **summary(result), "per_picture": result})
     return rows
 
 
