@@ -225,7 +225,7 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
 
 
 _INTERRUPTED = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from tests.data.samples import photograph
 from mrmae_ds.data.console import _stoppable
@@ -238,6 +238,8 @@ class Slow:
         time.sleep(0.05 if row < 40 else 3)
         return photograph(), 0
 
+# Where the tests run in the background of a script, Python finds Ctrl-C ignored and leaves it so.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with _stoppable():
     write_beton(Slow(), Path(sys.argv[1]) / "x.beton", class_names=["a"], name="t", source="tests")
 """
