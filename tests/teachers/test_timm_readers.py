@@ -27,6 +27,7 @@ TRANSFORMERS = {
     "normed queries and keys": ("vit_tiny_patch16_224", {"qk_norm": True}, 1, True),
     "DINOv3: rotary positions": ("vit_small_patch16_dinov3", {}, 5, True),
     "EVA-02": ("eva02_tiny_patch14_224", {"patch_size": 16}, 1, True),
+    "rotary positions, a register alone": ("vit_base_patch16_rope_reg1_gap_256", {}, 1, False),
     "relative positions": ("beit_base_patch16_224", {}, 1, True),
     "mixed rotary positions": ("vit_small_patch16_rope_mixed_224", {}, 1, True),
 }
