@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrmae_ds.data.augment import Augment, AugmentSettings
-from mrmae_ds.data.reader import Batch, Reader, ReaderSettings
+from mrmae_ds.data.reader import Batch, Reader, ReaderSettings, to_device
 
 _AHEAD = 2  # batches worked on while one is used
 _CHUNKS = 2  # pieces of a batch for each process: the last one to finish has little left to do
@@ -91,17 +91,9 @@ class AugmentReader:
             raise RuntimeError("a process of the augmentation died (out of memory?)") from None
         images = self._slots[slot, : len(batch.keys)].clone()
         free.append(slot)
-        return self._moved(batch, images)
-
-    def _moved(self, batch: Batch, images: Tensor) -> Batch:
-        device = self.settings.device
-
-        def moved(tensor: Tensor) -> Tensor:
-            # Pinned memory is kept by torch until the copy that reads it is done.
-            return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-        images = moved(images).permute(0, 3, 1, 2)
-        return Batch(images, moved(batch.labels), moved(batch.indices), moved(batch.valid), batch.keys)
+        tensors = (images, batch.labels, batch.indices, batch.valid)
+        images, labels, indices, valid = (to_device(tensor, self.settings.device) for tensor in tensors)
+        return Batch(images.permute(0, 3, 1, 2), labels, indices, valid, batch.keys)
 
     def _start(self) -> ProcessPoolExecutor:
         # Not forked from here: FFCV's threads run in this process. The server imports once for all workers.

@@ -16,7 +16,7 @@ from mrmae_ds.data.beton_file import BetonFile
 from mrmae_ds.data.crop import center_boxes, random_boxes, sample_keys
 from mrmae_ds.data.ffcv_decoder import BoxDecoder, Decoded, build_loader
 from mrmae_ds.data.order import BoolArray, IntArray
-from mrmae_ds.data.reader import Batch, ReaderSettings
+from mrmae_ds.data.reader import Batch, ReaderSettings, to_device
 from mrmae_ds.errors import UserError
 
 import_ffcv()
@@ -60,9 +60,7 @@ class FFCVReader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """See ``reader.Reader``. Raises UserError for an epoch or a batch that does not exist."""
-        self.settings.check_batch(epoch, start_batch)
-        rows, valid = self.settings.rows(epoch)
-        return self._deliver(epoch, rows[start_batch:], valid[start_batch:])
+        return self._deliver(epoch, *self.settings.rows(epoch, start_batch))
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
         """Start FFCV on ``rows`` [batches, B] and hand over its batches."""
@@ -80,7 +78,8 @@ class FFCVReader:
                 others = (self._labels[batch_rows], self._indices[batch_rows], batch_valid.copy())
                 try:
                     keys = sample_keys(self.settings.seed, epoch, batch_rows)
-                    labels, indices, counted = (self._small(array) for array in others)
+                    device = self.settings.device
+                    labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
                     yield Batch(moved, labels, indices, counted, keys)
                 finally:
                     # The copy reads FFCV's buffer, which is overwritten once we ask for the next batch.
@@ -133,13 +132,6 @@ class FFCVReader:
         compute.wait_stream(self._copies)
         moved.record_stream(compute)
         return moved.permute(0, 3, 1, 2), finished
-
-    def _small(self, array: npt.NDArray[np.generic]) -> Tensor:
-        """A fresh array of one value a sample, on the device."""
-        tensor = torch.from_numpy(array)
-        if self._copies is not None:
-            tensor = tensor.pin_memory()
-        return tensor.to(self.settings.device, non_blocking=True)
 
     def close(self) -> None:
         """See ``reader.Reader``. Left alone, FFCV's thread would wait for its consumer for ever."""

@@ -23,7 +23,7 @@ from mrmae_ds.data.augment import Augment
 from mrmae_ds.data.beton_file import BetonFile
 from mrmae_ds.data.crop import random_boxes, resize_and_corner, sample_keys
 from mrmae_ds.data.order import BoolArray, IntArray
-from mrmae_ds.data.reader import Batch, ReaderSettings
+from mrmae_ds.data.reader import Batch, ReaderSettings, to_device
 from mrmae_ds.errors import UserError
 
 Key = tuple[int, int]  # epoch and row
@@ -133,9 +133,7 @@ class PillowReader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """See ``reader.Reader``. Raises UserError for an epoch or a batch that does not exist."""
-        self.settings.check_batch(epoch, start_batch)
-        rows, valid = self.settings.rows(epoch)
-        return self._deliver(epoch, rows[start_batch:], valid[start_batch:])
+        return self._deliver(epoch, *self.settings.rows(epoch, start_batch))
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
         if len(rows) == 0:
@@ -151,8 +149,8 @@ class PillowReader:
             if isinstance(images, str):
                 raise UserError(images)
             others = (self._source.labels[batch_rows], self._source.indices[batch_rows], batch_valid.copy())
-            labels, indices, counted = (torch.from_numpy(array).to(device, non_blocking=True) for array in others)
-            moved = images.to(device, non_blocking=True)
+            labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
+            moved = to_device(images, device)
             keys = sample_keys(self.settings.seed, epoch, batch_rows)
             yield Batch(moved.permute(0, 3, 1, 2), labels, indices, counted, keys)
 

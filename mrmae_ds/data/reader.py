@@ -45,6 +45,14 @@ class Batch:
     keys: UIntArray
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU, on ``device``; of CUDA by a copy that does not wait.
+
+    The memory that the copy reads is pinned, and kept by torch until the copy is done.
+    """
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 class Reader(Protocol):
     """One rank's share of a data set.
 
@@ -94,16 +102,20 @@ class ReaderSettings:
             return steps_per_epoch(self.info.num_samples, global_batch) * self.accumulation
         return -(-self.info.num_samples // (self.micro_batch * self.world_size))
 
-    def check_batch(self, epoch: int, start_batch: int) -> None:
-        """Raises UserError for an epoch or a batch that does not exist."""
+    def rows(self, epoch: int, start_batch: int = 0) -> tuple[IntArray, BoolArray]:
+        """This rank's samples in an epoch from a batch on, and whether they count: int64 and bool [batches, B].
+
+        Raises UserError for an epoch or a batch that does not exist.
+        """
         if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
             raise UserError(
                 f"no batch {start_batch} in epoch {epoch} of {self.info.path}: an epoch has "
                 f"{self.batches_per_epoch} batches"
             )
+        rows, valid = self._order(epoch)
+        return rows[start_batch:], valid[start_batch:]
 
-    def rows(self, epoch: int) -> tuple[IntArray, BoolArray]:
-        """This rank's samples in an epoch and whether they count: int64 and bool [batches, B]."""
+    def _order(self, epoch: int) -> tuple[IntArray, BoolArray]:
         if not self.train:
             return eval_order(self.info.num_samples, batch=self.micro_batch, world_size=self.world_size, rank=self.rank)
         rows = train_order(
@@ -181,15 +193,15 @@ def build_reader(
     Raises UserError for a missing or cut-off file, one smaller than a global batch, and values that make no
     sense.
     """
-    positive = {"image_size": image_size, "micro_batch": micro_batch, "accumulation": accumulation}
-    positive |= {"world_size": world_size, "num_workers": 1 if num_workers is None else num_workers}
-    for name, value in positive.items():
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, not {value}")
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank must be in 0..{world_size - 1}, not {rank}")
-    if not 0 <= seed < 1 << 63:
-        raise UserError(f"seed must be in 0..2**63-1, not {seed}")
+    _check_numbers(
+        image_size=image_size,
+        micro_batch=micro_batch,
+        accumulation=accumulation,
+        world_size=world_size,
+        num_workers=1 if num_workers is None else num_workers,
+        rank=rank,
+        seed=seed,
+    )
     if train and crop is None:
         raise UserError("training needs crop settings: pass crop=CropSettings(scale=(low, high))")
     check_backend(backend)
@@ -207,8 +219,24 @@ def build_reader(
         device=torch.device(device),
         augment=augment if train else None,
     )
+    return _open(settings, backend)
+
+
+def _check_numbers(*, rank: int, world_size: int, seed: int, **positive: int) -> None:
+    """Raises UserError for the first number that makes no sense."""
+    for name, value in {**positive, "world_size": world_size}.items():
+        if value < 1:
+            raise UserError(f"{name} must be at least 1, not {value}")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank must be in 0..{world_size - 1}, not {rank}")
+    if not 0 <= seed < 1 << 63:
+        raise UserError(f"seed must be in 0..2**63-1, not {seed}")
+
+
+def _open(settings: ReaderSettings, backend: Backend) -> Reader:
+    """The reader of checked settings."""
     if settings.augment is not None:
-        Augment(settings.augment, image_size)  # an error in the policy shows here, not in a worker
+        Augment(settings.augment, settings.image_size)  # an error in the policy shows here, not in a worker
     if backend == "pillow":
         from mrmae_ds.data.pillow_reader import PillowReader
 
