@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
 
 import open_clip
 import torch
@@ -17,6 +16,7 @@ from mrmae_ds.models.pretrain import Encoder
 from mrmae_ds.models.weights import build_encoder, find_weights, read_metadata, spec_from_metadata
 from mrmae_ds.recipe import DataConfig, TeacherConfig
 from mrmae_ds.teachers import Teacher, check_grid
+from mrmae_ds.teachers.base import LibraryTeacher, TokenReader, importance_words
 from mrmae_ds.teachers.clip import TowerReader
 from mrmae_ds.teachers.clip_loading import NO_TEXT
 from mrmae_ds.teachers.options import TeacherOptions
@@ -24,33 +24,8 @@ from mrmae_ds.teachers.own import encoder_attention
 from mrmae_ds.teachers.timm_models import create_network
 from mrmae_ds.teachers.timm_readers import timm_reader
 
-
-class _Reader(Protocol):
-    grid: tuple[int, int]
-    width: int
-
-    def __call__(self, network: nn.Module, images: Tensor, /) -> tuple[Tensor, Tensor]: ...
-
-
-class OutlineTeacher(Teacher):
-    """A teacher that can be asked for targets of pictures on the meta device only; its statistics mean nothing."""
-
-    def __init__(self, network: nn.Module, reader: _Reader, options: TeacherOptions) -> None:
-        super().__init__(
-            network,
-            grid=reader.grid,
-            width=reader.width,
-            image_size=options.image_size,
-            mean=(0.0, 0.0, 0.0),
-            std=(1.0, 1.0, 1.0),
-            dtype=options.dtype,
-            sha256="",
-        )
-        self.reader = reader
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Teacher.encode`."""
-        return self.reader(self.network, images)
+# Pictures on the meta device have no values to normalise.
+NO_STATISTICS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
 def outline_teacher(
@@ -63,19 +38,19 @@ def outline_teacher(
             differs from the student's.
     """
     options = TeacherOptions.of(name, config, data, student_size, student_grid)
-    parts: dict[str, Callable[[TeacherOptions], tuple[nn.Module, _Reader]]] = {
+    parts: dict[str, Callable[[TeacherOptions], tuple[nn.Module, TokenReader]]] = {
         "checkpoint": _own,
         "clip": _clip,
         "timm": _timm,
     }
     with torch.device("meta"):
         network, reader = parts[config.kind](options)
-        teacher = OutlineTeacher(network, reader, options)
+        teacher = LibraryTeacher(network, reader, options, NO_STATISTICS, "", {})
     check_grid(teacher, options, student_size)
     return teacher
 
 
-def _clip(options: TeacherOptions) -> tuple[nn.Module, _Reader]:
+def _clip(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
     config = open_clip.get_model_config(options.source)
     if config is None:
         raise UserError(f"{options.key}.source: open_clip has no model {options.source!r}; see open_clip.list_models()")
@@ -89,7 +64,7 @@ def _clip(options: TeacherOptions) -> tuple[nn.Module, _Reader]:
     return visual, TowerReader(visual, options)
 
 
-def _timm(options: TeacherOptions) -> tuple[nn.Module, _Reader]:
+def _timm(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
     try:
         network = create_network(options.source, options.image_size, pretrained=False)
     except Exception as error:  # timm raises its own kinds
@@ -103,12 +78,13 @@ def _timm(options: TeacherOptions) -> tuple[nn.Module, _Reader]:
 class _OwnReader:
     def __init__(self, encoder: Encoder) -> None:
         self.grid, self.width = encoder.grid, encoder.embed_dim
+        self.importance = importance_words(encoder.num_prefix_tokens > 0)
 
     def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
         return encoder_attention(network, images)
 
 
-def _own(options: TeacherOptions) -> tuple[nn.Module, _Reader]:
+def _own(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
     metadata = read_metadata(find_weights(Path(options.source), f"{options.key}.source"))
     encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
     return encoder, _OwnReader(encoder)

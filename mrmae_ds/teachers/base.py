@@ -8,13 +8,14 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.teachers.options import Rgb, TeacherOptions
 
 
 class TeacherOutput(NamedTuple):
@@ -78,6 +79,60 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+
+
+class TokenReader(Protocol):
+    """How tokens and importance are read off a kind of network.
+
+    Attributes:
+        grid, width: of the tokens. importance: what it is, in words.
+    """
+
+    grid: tuple[int, int]
+    width: int
+    importance: str
+
+    def __call__(self, network: nn.Module, images: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+        ...
+
+
+class LibraryTeacher(Teacher):
+    """A network of a library, and what reads it.
+
+    Args:
+        network: with its weights. reader: of its tokens.
+        options: the recipe's.
+        statistics: the weights' own mean and std, which the options may replace.
+        sha256: of the weights. facts: besides what the importance is.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        reader: TokenReader,
+        options: TeacherOptions,
+        statistics: tuple[Rgb, Rgb],
+        sha256: str,
+        facts: Mapping[str, str],
+    ) -> None:
+        mean, std = options.statistics or statistics
+        super().__init__(
+            network,
+            grid=reader.grid,
+            width=reader.width,
+            image_size=options.image_size,
+            mean=mean,
+            std=std,
+            dtype=options.dtype,
+            sha256=sha256,
+            facts={"importance": reader.importance, **facts},
+        )
+        self.reader = reader
+
+    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Teacher.encode`."""
+        return self.reader(self.network, images)
 
 
 def class_attention(

@@ -12,7 +12,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.teachers.base import (
     LastBlockInput,
-    Teacher,
+    LibraryTeacher,
     check_tiles,
     class_attention,
     importance_words,
@@ -23,7 +23,7 @@ from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.timm_readers import TimmReader, timm_reader
 
 
-class ClipTeacher(Teacher):
+class ClipTeacher(LibraryTeacher):
     """Patch tokens of the tower's last block, and its attention.
 
     The source is open_clip's model name, with or without ``-quickgelu``: the weights decide which GELU is computed. The
@@ -41,23 +41,8 @@ class ClipTeacher(Teacher):
         weights = Path(options.weights) if options.weights else None
         sha256 = file_sha256(weights) if weights and weights.is_file() else tensors_sha256(tower.visual)
         reader = tower_reader(tower.visual, options)
-        mean, std = options.statistics or tower.statistics
-        super().__init__(
-            tower.visual.trunk if isinstance(tower.visual, TimmModel) else tower.visual,
-            grid=reader.grid,
-            width=reader.width,
-            image_size=options.image_size,
-            mean=mean,
-            std=std,
-            dtype=options.dtype,
-            sha256=sha256,
-            facts={"importance": reader.importance, **_facts(tower, options)},
-        )
-        self.reader = reader
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Teacher.encode`."""
-        return self.reader(self.network, images)
+        network = tower.visual.trunk if isinstance(tower.visual, TimmModel) else tower.visual
+        super().__init__(network, reader, options, tower.statistics, sha256, _facts(tower, options))
 
 
 class TowerReader:

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.tensor_files import TensorFile, read_tensor_file
-from mrmae_ds.teachers.base import Teacher, tensors_sha256
+from mrmae_ds.teachers.base import LibraryTeacher, tensors_sha256
 from mrmae_ds.teachers.dino_positions import resize_like_dino
 from mrmae_ds.teachers.gelu import gelu_of_file
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.timm_readers import timm_reader
 
 
-class TimmTeacher(Teacher):
+class TimmTeacher(LibraryTeacher):
     """A timm model: patch tokens of a ViT's last block and its attention, or a stage's feature map and its norm.
 
     The source is timm's model name, with the tag of its weights if they come from the hub; weights are a local file
@@ -46,23 +46,7 @@ class TimmTeacher(Teacher):
                 f"of its tensors, first {lacking[0]}"
             )
         config = network.pretrained_cfg
-        mean, std = options.statistics or (tuple(config["mean"]), tuple(config["std"]))
-        super().__init__(
-            network,
-            grid=reader.grid,
-            width=reader.width,
-            image_size=options.image_size,
-            mean=mean,
-            std=std,
-            dtype=options.dtype,
-            sha256=sha256,
-            facts={"importance": reader.importance, **facts},
-        )
-        self.reader = reader
-
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Teacher.encode`."""
-        return self.reader(self.network, images)
+        super().__init__(network, reader, options, (tuple(config["mean"]), tuple(config["std"])), sha256, facts)
 
 
 def load_timm(options: TeacherOptions) -> tuple[nn.Module, list[str], dict[str, str]]:
