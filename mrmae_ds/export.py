@@ -22,8 +22,9 @@ from mrmae_ds.models.weights import (
     save_weights,
     spec_from_metadata,
 )
-from mrmae_ds.objectives import PIXELS, Objective
+from mrmae_ds.objectives import Objective
 from mrmae_ds.reporting.records import RECORD_FILE, RunRecord
+from mrmae_ds.reporting.shown_run import run_name
 
 Layout = Literal["timm", "safetensors"]
 LAYOUTS: tuple[Layout, ...] = ("timm", "safetensors")
@@ -124,29 +125,25 @@ def load_model(path: Path | str) -> Encoder | PretrainModel:
         raise UserError(f"{path}: holds an encoder for timm: {metadata.get('create_model', 'see mrmae check')}")
     try:
         model = _built(metadata, tensors)
-        model.load_state_dict(tensors)
     except (KeyError, RuntimeError) as error:
         first = str(error).splitlines()[0]
         raise UserError(f"{path}: its tensors are not those that its metadata tells of ({first})") from None
     return model.eval()
 
 
-def _built(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Encoder | PretrainModel:
-    """The model that a weights file is of, untrained; widths of heads that mimic a teacher are read off the file."""
+def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder | PretrainModel:
+    """The model that a weights file is of, with its tensors. Raises what torch raises if they are another's."""
     spec, image_size = spec_from_metadata(dict(metadata)), metadata["image_size"]
     if metadata["kind"] == "classifier":
-        return build_encoder(spec, image_size, metadata["num_classes"])
+        classifier = build_encoder(spec, image_size, metadata["num_classes"])
+        classifier.load_state_dict(tensors)
+        return classifier
     recipe = metadata["recipe"]
     stage = recipe["stages"]["pretrain"]
     objectives = {name: Objective.model_validate(values) for name, values in stage["objectives"].items()}
-    widths = {
-        objective.target: len(tensors[f"heads.{name}.bias"])
-        for name, objective in objectives.items()
-        if objective.target != PIXELS
-    }
     fusion = FusionSpec.model_validate(recipe["model"]["fusion"])
     decoder = DecoderSpec.model_validate(recipe["model"]["decoder"])
-    return PretrainModel(build_encoder(spec, image_size), fusion, decoder, objectives, widths)
+    return PretrainModel.of_tensors(build_encoder(spec, image_size), fusion, decoder, objectives, tensors)
 
 
 def _finished(source: Path) -> Path:
@@ -194,9 +191,8 @@ def _bare_note(metadata: Mapping[str, Any]) -> str:
 
 
 def _target(source: Path, metadata: Mapping[str, Any], layout: Layout, out: Path | None, force: bool) -> Path:
-    stage, place = metadata.get("stage", metadata["kind"]), source.resolve().parent
-    in_place = source.name == MODEL_FILE and place.name == stage  # two seeds of a recipe share its name
-    run = place.parent.name if in_place else metadata.get("recipe", {}).get("name", source.stem)
+    stage = metadata.get("stage", metadata["kind"])
+    run = run_name(source, stage) or metadata.get("recipe", {}).get("name", source.stem)
     name = f"{run}-{stage}{'-timm' if layout == 'timm' else ''}{SUFFIX}"
     target = Path(name) if out is None else out / name if out.is_dir() else out
     if target.suffix != SUFFIX:

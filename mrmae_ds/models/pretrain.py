@@ -118,6 +118,29 @@ class PretrainModel(nn.Module):
         )
         self.reset_parameters()
 
+    @classmethod
+    def of_tensors(
+        cls,
+        encoder: Encoder,
+        fusion: FusionSpec,
+        decoder: DecoderSpec,
+        objectives: dict[str, Objective],
+        tensors: dict[str, Tensor],
+    ) -> PretrainModel:
+        """The model that ``tensors`` were saved of; it needs no teacher, whose width is read off its head's.
+
+        Raises:
+            KeyError, RuntimeError: if they are another model's.
+        """
+        teacher_dims = {
+            spec.target: len(tensors[f"heads.{name}.bias"])
+            for name, spec in objectives.items()
+            if spec.target != PIXELS
+        }
+        model = cls(encoder, fusion, decoder, objectives, teacher_dims)
+        model.load_state_dict(tensors)
+        return model
+
     def reset_parameters(self) -> None:
         """MAE's initialisation: xavier for linear layers and patch projections, N(0, 0.02) for tokens.
 

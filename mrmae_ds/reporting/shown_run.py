@@ -20,10 +20,18 @@ from mrmae_ds.models.weights import (
     read_tensors,
     spec_from_metadata,
 )
-from mrmae_ds.objectives import PIXELS
 from mrmae_ds.recipe import Recipe
 from mrmae_ds.recipe_stages import PretrainConfig
 from mrmae_ds.reporting.records import RunRecord
+
+
+def run_name(path: Path, stage: str) -> str | None:
+    """The name of the run folder in which a stage's model file lies, None for a file elsewhere.
+
+    Two seeds of a recipe share its name, so the folder's is what tells runs apart.
+    """
+    place = path.resolve().parent
+    return place.parent.name if path.name == MODEL_FILE and place.name == stage else None
 
 
 @dataclass(frozen=True)
@@ -90,7 +98,7 @@ class ShownRun:
     def load(self) -> PretrainModel | Encoder:
         """The trained model in eval mode on the CPU, of a classifier its encoder.
 
-        It needs no teacher: the widths of heads that mimic one are read off the file.
+        It needs no teacher.
 
         Raises:
             UserError: if the file's tensors are not those of its recipe.
@@ -101,13 +109,7 @@ class ShownRun:
             return encoder.eval()
         model, stage, tensors = self.recipe.model, self.pretraining, read_tensors(self.path)
         try:
-            widths = {
-                spec.target: len(tensors[f"heads.{name}.bias"])
-                for name, spec in stage.objectives.items()
-                if spec.target != PIXELS
-            }
-            student = PretrainModel(encoder, model.fusion, model.decoder, stage.objectives, widths)
-            student.load_state_dict(tensors)
+            student = PretrainModel.of_tensors(encoder, model.fusion, model.decoder, stage.objectives, tensors)
         except (KeyError, RuntimeError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"{self.path}: its tensors are not those of its recipe ({first})") from None
@@ -116,9 +118,7 @@ class ShownRun:
     @property
     def name(self) -> str:
         """The run folder's name; of a file elsewhere, the recipe's."""
-        path = self.path.resolve()
-        in_place = path.name == MODEL_FILE and path.parent.name == self.metadata["stage"]
-        return path.parent.parent.name if in_place else self.recipe.name
+        return run_name(self.path, self.metadata["stage"]) or self.recipe.name
 
     @property
     def data(self) -> str:
