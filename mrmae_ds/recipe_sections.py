@@ -65,6 +65,11 @@ class DataConfig(Section):
     mean: Rgb = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
+    @property
+    def val_backend(self) -> Backend:
+        """What reads the validation set."""
+        return self.eval_backend or self.backend
+
 
 class TeacherConfig(Section):
     """A frozen teacher.

@@ -105,7 +105,7 @@ def prepare_evaluation(options: Options, launch: Launch) -> Evaluation:
     if options.resume not in ("auto", "never"):
         raise UserError(f"--resume {options.resume}: stage evaluate has no checkpoints; give auto or never")
     validate_sections(engine_config)
-    check_backend(recipe.data.eval_backend or recipe.data.backend)
+    check_backend(recipe.data.val_backend)
     stage_dir = options.stage_dir(recipe)
     val_data = check_beton(recipe.data.val)
     done = decide_start(stage_dir, recipe, "evaluate", val_data.sha256, options.resume).action == "done"

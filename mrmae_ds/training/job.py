@@ -100,7 +100,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     if isinstance(stage, EvaluateConfig):
         raise ValueError("evaluating trains nothing; see training/evaluation.py")
     validate_sections(engine_config)
-    for backend in {recipe.data.backend, recipe.data.eval_backend or recipe.data.backend}:
+    for backend in {recipe.data.backend, recipe.data.val_backend}:
         check_backend(backend)
     stage_dir = options.stage_dir(recipe)
     recipe_path = str(options.recipe or options.ds_config.with_suffix(".yaml"))

@@ -37,7 +37,7 @@ def validation_reader(
         crop=None,
         num_workers=recipe.loader.workers,
         device=device,
-        backend=data.eval_backend or data.backend,
+        backend=data.val_backend,
     )
 
 
