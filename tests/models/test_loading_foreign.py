@@ -22,7 +22,7 @@ from mrmae_ds.models.vit import MaskableViT
 from mrmae_ds.models.weights import build_encoder, load_encoder, load_pretrained
 from mrmae_ds.objectives import Objective
 
-from ..fixtures import load_reference, part
+from ..fixtures import part
 from .reference import MAE, MCMAE, pixel_model, pixel_objective, random_images
 from .released import mae_state, mcmae_state, tiny_vit, without_decoder, write_released
 
@@ -30,16 +30,6 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 HEAD = ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
 DECODERS = {"mcmae": DecoderSpec(dim=32, depth=1, num_heads=4), "mae": DecoderSpec(dim=16, depth=2, num_heads=4)}
 TINY_VIT_SPEC = ViTSpec(24, 2, 3, patch=8)
-
-
-@pytest.fixture(scope="module")
-def mcmae() -> dict[str, Tensor]:
-    return load_reference("mcmae")
-
-
-@pytest.fixture(scope="module")
-def mae() -> dict[str, Tensor]:
-    return load_reference("mae")
 
 
 def new_model(name: str, normalize: str = "standardize", **changes: Any) -> PretrainModel:

@@ -13,20 +13,10 @@ from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.models.weights import encoder_metadata, load_encoder, save_weights
 
-from ..fixtures import load_reference, part
+from ..fixtures import part
 from .reference import MCMAE, authors_name, our_name, reference_mae, reference_mcmae
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-
-
-@pytest.fixture(scope="module")
-def mcmae() -> dict[str, Tensor]:
-    return load_reference("mcmae")
-
-
-@pytest.fixture(scope="module")
-def mae() -> dict[str, Tensor]:
-    return load_reference("mae")
 
 
 def visible_of(model: PretrainModel, reference: dict[str, Tensor]) -> VisibleSet:
