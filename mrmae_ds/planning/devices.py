@@ -1,0 +1,105 @@
+"""Accelerators whose peak is known, and which of them a device is.
+
+Sources: peaks are the vendors' data sheets' dense bf16 tensor throughput (a number marked "with sparsity" there is
+halved). Memory is what torch reports as the device's total, which is below the advertised number. Links are bytes in
+one direction, half of what data sheets add up: between GPUs of a node that of NVLink through switches, or of the bus
+where bridges join pairs only; to the host that of the bus.
+
+| data sheet | rows |
+|---|---|
+| NVIDIA V100 (2020) | v100-16, v100-32 |
+| NVIDIA A10 (2021), A10G as Amazon gives it | a10, a10g |
+| NVIDIA A100 80GB (2022) and A100 (2020) | a100-* |
+| NVIDIA L4 (2023), L40S (2023) | l4, l40s |
+| NVIDIA H100 (2024): SXM, PCIe, NVL | h100-* |
+| NVIDIA H200 (2024): SXM, NVL | h200, h200-nvl |
+| NVIDIA GH200 Grace Hopper (2024) | gh200-96 |
+| NVIDIA HGX B200 (2025) | b200 |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mrmae_ds.errors import UserError
+
+GIB = 2**30
+# A slice of a card may bear the whole card's name; error correction and drivers move the total by a few percent.
+MEMORY_TOLERANCE = 0.08
+_PCIE_3, _PCIE_4, _PCIE_5 = 16.0, 32.0, 64.0
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """An accelerator.
+
+    Attributes:
+        key: what the command line calls it.
+        names: what ``torch.cuda.get_device_name()`` calls it, to the letter.
+        memory_gib: its memory as torch reports it, in GiB.
+        peak_tflops: dense bf16 operations, in TFLOP/s; None if it has no bf16 units, or for a card given by hand.
+        node_gbs: to another GPU of its node, in GB/s one way.
+        host_gbs: to the host's memory, in GB/s one way.
+    """
+
+    key: str
+    names: tuple[str, ...]
+    memory_gib: float
+    peak_tflops: float | None
+    node_gbs: float
+    host_gbs: float
+
+    @property
+    def memory(self) -> int:
+        """Bytes."""
+        return round(self.memory_gib * GIB)
+
+
+GPUS = (
+    Gpu("v100-16", ("Tesla V100-SXM2-16GB",), 15.8, None, 150.0, _PCIE_3),
+    Gpu("v100-32", ("Tesla V100-SXM2-32GB",), 31.7, None, 150.0, _PCIE_3),
+    Gpu("a10", ("NVIDIA A10",), 22.0, 125.0, _PCIE_4, _PCIE_4),
+    Gpu("a10g", ("NVIDIA A10G",), 22.2, 70.0, _PCIE_4, _PCIE_4),
+    Gpu("a100-40", ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 39.4, 312.0, 300.0, _PCIE_4),
+    Gpu("a100-40-pcie", ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 39.4, 312.0, _PCIE_4, _PCIE_4),
+    Gpu("a100-80", ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 79.2, 312.0, 300.0, _PCIE_4),
+    Gpu("a100-80-pcie", ("NVIDIA A100 80GB PCIe",), 79.2, 312.0, _PCIE_4, _PCIE_4),
+    Gpu("l4", ("NVIDIA L4",), 22.0, 121.0, _PCIE_4, _PCIE_4),
+    Gpu("l40s", ("NVIDIA L40S",), 44.4, 362.05, _PCIE_4, _PCIE_4),
+    Gpu("h100-80", ("NVIDIA H100 80GB HBM3",), 79.2, 989.5, 450.0, _PCIE_5),
+    Gpu("h100-80-pcie", ("NVIDIA H100 PCIe",), 79.1, 756.5, _PCIE_5, _PCIE_5),
+    Gpu("h100-94-nvl", ("NVIDIA H100 NVL",), 93.1, 835.5, _PCIE_5, _PCIE_5),
+    Gpu("h200", ("NVIDIA H200",), 139.8, 989.5, 450.0, _PCIE_5),
+    Gpu("h200-nvl", ("NVIDIA H200 NVL",), 139.8, 835.5, _PCIE_5, _PCIE_5),
+    Gpu("gh200-96", ("NVIDIA GH200 480GB",), 94.5, 989.5, 450.0, 450.0),
+    Gpu("b200", ("NVIDIA B200",), 178.4, 2250.0, 900.0, _PCIE_5),
+)
+
+
+def match_device(torch_name: str, memory_bytes: int) -> Gpu | None:
+    """The accelerator of that very name and about that memory, or None: never the nearest.
+
+    Args:
+        torch_name: of ``torch.cuda.get_device_name()``.
+        memory_bytes: ``total_memory`` of ``torch.cuda.get_device_properties()``; tells a slice from a whole card.
+    """
+    for gpu in GPUS:
+        if torch_name in gpu.names and abs(memory_bytes / gpu.memory - 1) <= MEMORY_TOLERANCE:
+            return gpu
+    return None
+
+
+def find_gpu(key: str) -> Gpu:
+    """The accelerator that the command line calls ``key``.
+
+    Raises:
+        UserError: listing the known ones.
+    """
+    for gpu in GPUS:
+        if gpu.key == key:
+            return gpu
+    known = ", ".join(gpu.key for gpu in GPUS)
+    raise UserError(
+        f"--gpu {key}: not in the table, which has {known}; for another card give --memory (GiB that torch reports) "
+        "and --peak (dense bf16 TFLOP/s of its data sheet) instead"
+    )
