@@ -2,6 +2,8 @@
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 DATA ?=
+# A process a core, four at most: some tests start two processes of their own.
+PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 
 .PHONY: setup demo test test-all lint clean
 setup:
@@ -15,10 +17,10 @@ lint: setup
 	mypy
 
 test: lint
-	pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: lint
-	pytest
+	$(PYTEST)
 
 clean:
 	rm -rf runs datasets .pytest_cache .mypy_cache .ruff_cache

@@ -26,7 +26,15 @@ EXTRAS = {
     # tbb: numba's only threading layer that survives two loaders and a fork.
     "ffcv": ["ffcv>=1.0.2", "numba>=0.60", "setuptools", "tbb; platform_machine == 'x86_64'"],
     "detection": ["pycocotools>=2.0.7"],
-    "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.6", "mypy>=1.11", "types-PyYAML", "types-tqdm"],
+    "dev": [
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.5",
+        "ruff>=0.6",
+        "mypy>=1.11",
+        "types-PyYAML",
+        "types-tqdm",
+    ],
 }
 
 setup(
