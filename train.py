@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -20,6 +21,8 @@ from mrmae_ds.training.launch import Launch, prepare_environment
 
 if TYPE_CHECKING:
     from mrmae_ds.training.job import Options
+
+WAIT_FOR_LEADER_S = 5
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -75,9 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         work()
         return 0
     except UserError as error:
-        # Before the start every rank of a node sees the same mistake; after it one can be alone with its own.
-        if launch is None or launch.local_rank == 0 or started:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        # Before the start every rank of a node sees the same mistake, and one tells it. A launcher ends the others as
+        # soon as one has left, so they let it speak; whoever is still there has a mistake of its own.
+        if launch is not None and launch.local_rank > 0 and not started:
+            time.sleep(WAIT_FOR_LEADER_S)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception:
         traceback.print_exc()

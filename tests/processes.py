@@ -65,12 +65,18 @@ SRUN = {"rank": "SLURM_PROCID", "local_rank": "SLURM_LOCALID", "world_size": "SL
 
 
 def rank_processes(
-    world_size: int, *arguments: str | Path, names: dict[str, str] = TORCHRUN
+    world_size: int,
+    *arguments: str | Path,
+    names: dict[str, str] = TORCHRUN,
+    start: Sequence[int] | None = None,
 ) -> list[subprocess.Popen[str]]:
-    """train.py as ``world_size`` processes, told their rank as torchrun or srun does; the caller ends them."""
+    """train.py as ``world_size`` processes, told their rank as torchrun or srun does; the caller ends them.
+
+    ``start`` names the ranks that are really started; None is all.
+    """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
-    for rank in range(world_size):
+    for rank in range(world_size) if start is None else start:
         values = {"rank": rank, "local_rank": rank, "world_size": world_size}
         ranks = {names[key]: str(value) for key, value in values.items()}
         processes.append(_start([sys.executable, "train.py", *arguments], environment(**address, **ranks)))
