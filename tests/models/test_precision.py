@@ -88,7 +88,9 @@ def test_bfloat16_weights(spec: EncoderSpec) -> None:
 
 def test_pixel_targets_are_made_in_full_precision() -> None:
     """With heads of zeros a loss is its target alone: bf16 weights must not round the pictures that it is made of."""
-    objectives = {"pixels": OBJECTIVES["pixels_decoder_masked_l2_standardize"]}
+    # Not standardised: the mean square of such a target is the same whatever the picture.
+    objective = Objective(target="pixels", tap="decoder", tokens="masked", normalize="none", weight=1.0)
+    objectives = {"pixels": objective}
     decoder = DecoderSpec(dim=32, depth=1, num_heads=4)
     model = PretrainModel(build_encoder(CVIT, 64), FusionSpec(), decoder, objectives, {})
     for parameter in model.heads.parameters():
@@ -96,4 +98,5 @@ def test_pixel_targets_are_made_in_full_precision() -> None:
     images, visible = random_images(4, 64, seed=2), choose_visible(random_noise(4, 16, seed=4), (4, 4), 0.25)
     exact = model(images, visible, {})["pixels"]
     assert torch.equal(model.bfloat16()(images, visible, {})["pixels"], exact)
-    assert not torch.equal(model(images.bfloat16(), visible, {})["pixels"], exact)
+    rounded = model(images.bfloat16(), visible, {})["pixels"]
+    assert abs(rounded / exact - 1) > 1e-6
