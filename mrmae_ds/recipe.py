@@ -1,8 +1,9 @@
 """The recipe: what is trained, as a strict, typed YAML file.
 
-Keys are grouped by what they affect: ``model``, ``data``, ``teachers`` and ``stages`` change results, ``loader`` only
-speed, ``record`` only what is written down. A recipe may start from another one (``extends: tiny.yaml``) and state the
-difference: mappings are merged, everything else is replaced, null removes a key.
+Keys are grouped by what they affect: ``model``, ``data``, ``teachers`` and ``stages`` change results (but for
+``stages.pretrain.placement``), ``loader`` only speed, ``record`` only what is written down. A recipe may start from
+another one (``extends: tiny.yaml``) and state the difference: mappings are merged, everything else is replaced, null
+removes a key.
 """
 
 from __future__ import annotations
@@ -100,13 +101,14 @@ class Recipe(Section):
         """12 hex digits that change with anything that changes results but the seed.
 
         Runs that differ in their seed alone share it. Paths of the data do not count: the data's identity is its
-        checksum, recorded beside this.
+        checksum, recorded beside this. Nor does where a teacher's weights live.
 
         Args:
             stage: count only this stage and the teachers that it names; None counts the whole recipe.
         """
         ignored: dict[str, Any] = dict.fromkeys(("name", "seed", "loader", "record"), True)
-        kept = self.model_dump(mode="json", exclude=ignored | {"data": {"train", "val"}})
+        ignored |= {"data": {"train", "val"}, "stages": {"pretrain": {"placement"}}}
+        kept = self.model_dump(mode="json", exclude=ignored)
         if stage is not None:
             named = getattr(self.stage(stage), "teachers", ())
             kept["teachers"] = {name: kept["teachers"][name] for name in named}

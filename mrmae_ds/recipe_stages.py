@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from mrmae_ds.config_files import nearest_key
 from mrmae_ds.masking import MaskingMode
 from mrmae_ds.objectives import Objective
 from mrmae_ds.recipe_sections import Positive
@@ -15,6 +17,7 @@ StageName = Literal["pretrain", "finetune", "evaluate"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Part of module, metric and folder names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
+PlacementKind = Literal["device", "step", "stream", "sharded"]
 RESERVED_OBJECTIVES = {"loss": "the weighted total is called that", "keys": "torch reserves it"}
 
 
@@ -77,18 +80,76 @@ class StageConfig(Section):
         return self
 
 
+class PlacementConfig(Section):
+    """Where a frozen teacher's weights live. Its targets are the same wherever that is.
+
+    Attributes:
+        kind: ``device`` on the accelerator, all the time; ``step`` there only while targets are computed; ``stream``
+            block by block, one computing while the next is copied; ``sharded`` divided among the processes, each block
+            gathered while it computes. For ``step`` and ``stream`` the weights stay in (pinned) host memory.
+        offload: of ``sharded``: each process's share waits in host memory (``cpu``) or in files (``nvme``).
+        nvme_path: the folder of those files, on a fast disk of the node.
+    """
+
+    kind: PlacementKind = "device"
+    offload: Literal["cpu", "nvme"] | None = None
+    nvme_path: Path | None = None
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _known(cls, value: Any) -> Any:
+        if value not in get_args(PlacementKind):
+            raise ValueError(f"no such placement{nearest_key(str(value), get_args(PlacementKind))}")
+        return value
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> PlacementConfig:
+        if self.offload is not None and self.kind != "sharded":
+            raise ValueError(f".offload: has no effect on {self.kind} (only on sharded); remove it")
+        if (self.nvme_path is None) == (self.offload == "nvme"):
+            raise ValueError(".nvme_path: offload: nvme needs this folder, and nothing else takes one")
+        return self
+
+    def __str__(self) -> str:
+        return self.kind if self.offload is None else f"{self.kind}, offload to {self.offload}"
+
+
 class PretrainConfig(StageConfig):
     """Pre-training: which teachers exist, what is visible, what is learned.
 
     Attributes:
         init: null is random weights; else a run's stage folder or a file of weights, ours or released, to go on from.
         teachers: those that are asked, of the recipe's. objectives: the losses, by name.
+        placement: where the teachers' weights live: a word for all (``device``, ``step``, ``stream``, ``sharded``), or
+            by teacher's name a word or a section (:class:`PlacementConfig`); those not named are on the device. It
+            changes speed and memory, never results, and so no hash.
     """
 
     init: str | None = None
     teachers: tuple[str, ...] = ()
     masking: MaskingConfig = MaskingConfig()
     objectives: dict[Name, Objective] = Field(min_length=1)
+    placement: dict[str, PlacementConfig] = Field({})
+
+    @model_validator(mode="before")
+    @classmethod
+    def _placement_of_each(cls, values: Any) -> Any:
+        """Words become sections, and every teacher gets one."""
+        if not isinstance(values, dict) or not isinstance(values.get("teachers", ()), list | tuple):
+            return values
+        given, names = values.get("placement", "device"), values.get("teachers", ())
+        if isinstance(given, str):
+            if given not in get_args(PlacementKind):
+                near = nearest_key(given, get_args(PlacementKind))
+                raise ValueError(f".placement: no such placement: {given!r}{near}")
+            given = dict.fromkeys(names, given)
+        if not isinstance(given, dict):
+            return values
+        unknown = next((name for name in given if name not in names), None)
+        if unknown is not None:
+            raise ValueError(f".placement.{unknown}: not one of this stage's teachers{nearest_key(unknown, names)}")
+        sections = {name: given.get(name, "device") for name in names}
+        return values | {"placement": {n: {"kind": s} if isinstance(s, str) else s for n, s in sections.items()}}
 
     @field_validator("objectives")
     @classmethod
