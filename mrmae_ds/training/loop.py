@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mrmae_ds.data.reader import Batch, Reader
 from mrmae_ds.recipe_stages import StageConfig
+from mrmae_ds.training.accounting import Accountant
 from mrmae_ds.training.distributed import sum_over_ranks
 from mrmae_ds.training.engine import set_learning_rate
 from mrmae_ds.training.launch import Launch
@@ -159,6 +160,7 @@ def train(
     start: int,
     log_every: int,
     hooks: Hooks,
+    accountant: Accountant | None = None,
 ) -> None:
     """Train from step ``start`` to the end of the stage.
 
@@ -170,6 +172,7 @@ def train(
         start: optimiser steps already done.
         log_every: steps between logged lines; the first step and every epoch's last are logged too.
         hooks: what happens around the steps.
+        accountant: whose numbers are logged too.
 
     Raises:
         TrainingError: after :data:`MAX_BAD_STEPS` or more steps in a row without one finite loss.
@@ -188,6 +191,8 @@ def train(
         if done % log_every == 0 or epoch_ends or done == 1:
             steps = meter.batches // plan.accumulation
             values, all_bad = _interval(engine, plan, meter, done)
+            if accountant:
+                values |= accountant.interval(steps)
             bad_steps = bad_steps + steps if all_bad else 0
             if epoch_ends:
                 values |= hooks.end_of_epoch(epoch + 1, done)
@@ -202,6 +207,8 @@ def train(
                 hooks.save(epoch + 1, done)
             engine.train()
             meter.restart()
+            if accountant:
+                accountant.restart()
 
 
 def _interval(engine: deepspeed.DeepSpeedEngine, plan: Plan, meter: Meter, done: int) -> tuple[dict[str, float], bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from mrmae_ds.data.staging import located
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import MODEL_FILE, save_weights
 from mrmae_ds.recipe_stages import FinetuneConfig
+from mrmae_ds.training.accounting import GIB, Accountant, peak_memory
 from mrmae_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.engine import build_engine, gather_state
@@ -118,7 +118,9 @@ def run_job(job: Job) -> None:
         val = open_reader(job, device, training=False) if isinstance(job.task, FinetuneTask) else None
         hooks = _Hooks(job, engine, val, recorder)
         reader = open_reader(job, device, training=True)
-        train(engine, job.task, reader, job.plan, step, job.recipe.record.log_every, hooks)
+        accountant = Accountant(engine, device)
+        train(engine, job.task, reader, job.plan, step, job.recipe.record.log_every, hooks, accountant)
+        accountant.close()
         if step == job.plan.total_steps:  # it ended between its last checkpoint and its record
             hooks.end_of_epoch(job.plan.epochs, step)
         _export(job, engine, hooks.results)
@@ -209,20 +211,13 @@ def dry_run(job: Job) -> None:
         losses, _, _ = meter.read(launch, job.plan.micro_batch)
         times.append(time.perf_counter() - began)
     reader.close()
-    memory = torch.tensor(_peak_memory(device), dtype=torch.float64, device=device)
+    memory = torch.tensor(peak_memory(device), dtype=torch.float64, device=device)
     dist.all_reduce(memory, dist.ReduceOp.MAX)
     if launch.rank == 0:
         kind = "device memory" if device.type != "cpu" else "resident memory"
         print(
             f"dry run: {job.recipe.name} {job.stage_name}, loss {losses['loss']:.4f}; first step {times[0]:.2f} s "
             f"(with warm-up), second {times[1]:.2f} s = {job.stage.batch_size / times[1]:.1f} images/s; peak {kind} of "
-            f"a process {memory.item() / 2**30:.2f} GiB"
+            f"a process {memory.item() / GIB:.2f} GiB"
         )
     end_process_group()
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: allocated on the device, or resident on the CPU."""
-    if device.type == "cpu":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return torch.cuda.max_memory_allocated(device)
