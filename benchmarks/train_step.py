@@ -1,0 +1,264 @@
+"""Does a full-size model train here, how fast, and in how much memory: real optimiser steps on made-up pictures.
+
+    python benchmarks/train_step.py huge448 --stage finetune --processes 2 --micro-batch 1 --lean     # on a CPU
+    python benchmarks/train_step.py small base large huge --micro-batch 16 32 64 128 --out FILE.json  # on GPUs
+
+Names are those of ds_configs/NAME.json and its recipe: the model, its teachers, objectives, optimiser and engine are
+the real ones, built as training builds them. Teachers have random weights, which changes neither time nor memory, and
+the pictures are noise made once, so that neither a reader nor a data set is measured. Every combination of name and
+micro-batch runs in fresh processes, one a device (--processes on the CPU). A step is one micro-batch.
+
+``tflops`` counts what the model needs (forward, backward, teachers), not what checkpointing computes again; ``mfu`` is
+its share of the device's peak, left out for devices whose peak is not known. Memory on the CPU is what the process has
+resident, Python and libraries included; ``before`` is what it had before the model was built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GIB = 2**30
+# For a machine with little memory: nothing is kept gathered longer than a block needs it, and buffers are small.
+LEAN = {
+    "stage3_max_live_parameters": 30_000_000,
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "reduce_bucket_size": 20_000_000,
+}
+RESULT = "RESULT "
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", help="ds_configs/NAME.json and its recipe")
+    parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1], help="pictures a process takes at a time")
+    parser.add_argument("--processes", type=int, help="default: one a GPU, or 2 on the CPU")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps; the median is told")
+    parser.add_argument("--lean", action="store_true", help=f"ZeRO-3 settings for little memory: {LEAN}")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for one combination")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def random_teacher(*arguments: Any) -> Any:
+    """A teacher as the recipe names it, with random weights: what ``build_teacher`` takes to what it returns."""
+    import torch
+
+    from mrmae_ds.planning.outline import outline_teacher
+
+    teacher = outline_teacher(*arguments).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*teacher.parameters(), *teacher.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(std=0.02)
+        teacher.mean.fill_(0.5)
+        teacher.std.fill_(0.5)
+    return teacher
+
+
+def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, int]:
+    """The stage's task and the side of its pictures."""
+    from mrmae_ds.build import build_pretraining
+    from mrmae_ds.models.weights import build_encoder, init_classifier
+    from mrmae_ds.reporting.paper import IMAGENET_CLASSES
+    from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
+
+    stage, size = recipe.stage(stage_name), recipe.model.image_size
+    if stage_name == "pretrain":
+        return PretrainTask(*build_pretraining(recipe, stage, random_teacher), stage, recipe.data), size
+    size = stage.image_size or size
+    model = build_encoder(recipe.model.spec(), size, IMAGENET_CLASSES, stage.drop_path)
+    init_classifier(model)
+    return FinetuneTask(model, stage, recipe.data, IMAGENET_CLASSES, engine_config.model_dtype), size
+
+
+def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
+    """The same made-up batch for ever: ``count`` pictures of ``size`` pixels."""
+    import numpy as np
+    import torch
+
+    from mrmae_ds.data.reader import Batch
+
+    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
+    batch = Batch(
+        images=images.contiguous(memory_format=torch.channels_last),
+        labels=torch.arange(count, device=device),
+        indices=torch.arange(count, device=device),
+        valid=torch.ones(count, dtype=torch.bool, device=device),
+        keys=np.arange(count, dtype=np.uint64),
+    )
+    while True:
+        yield batch
+
+
+def run_rank(settings: dict[str, Any]) -> None:
+    """One process of one combination; rank 0 prints the result."""
+    from mrmae_ds.training.launch import prepare_environment
+
+    launch = prepare_environment()
+    import torch
+
+    from mrmae_ds.planning.flops import recipe_cost
+    from mrmae_ds.recipe import load_recipe
+    from mrmae_ds.training.accounting import Accountant, device_peak, peak_memory, utilisation
+    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from mrmae_ds.training.engine import build_engine
+    from mrmae_ds.training.engine_config import load_engine_config
+    from mrmae_ds.training.loop import Meter, Plan, run_step
+
+    config = load_engine_config(Path(settings["engine"]))
+    recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings['name']}.yaml")
+    stage, device = recipe.stage(settings["stage"]), choose_device(launch)
+    start_process_group(device)
+    before = peak_memory(device)
+    torch.manual_seed(0)
+    task, size = build_task(recipe, config, settings["stage"])
+    parameters = sum(p.numel() for p in task.model.parameters())
+    engine = build_engine(task.model, task.groups(), stage.optimizer.betas, config, 1, device)
+    task.to(device)
+    engine.train()
+    accountant = Accountant(engine, device)
+    batches = noise_batches(config.micro_batch, size, device)
+    plan = Plan(stage, 0, 1000, 1, config.micro_batch, launch)
+    times = []
+    for step in range(settings["warmup"] + settings["steps"]):
+        meter, began = Meter(), time.perf_counter()
+        run_step(engine, task, batches, plan, step, meter)
+        losses, _, bad = meter.read(launch, config.micro_batch)  # waits for the device
+        times.append(time.perf_counter() - began)
+        if bad:
+            raise RuntimeError(f"step {step}: the loss is not finite")
+    seconds = statistics.median(times[settings["warmup"] :])
+    noted = accountant.interval(len(times))
+    if launch.rank == 0:
+        (cost,) = [c for c in recipe_cost(recipe, config.checkpointing) if c.stage == settings["stage"]]
+        model_operations = sum(part.forward + part.backward for part in cost.parts.values())
+        speed = config.micro_batch * launch.world_size / seconds
+        result = {
+            "parameters": parameters,
+            "loss": losses["loss"],
+            "first_step_s": times[0],
+            "step_s": seconds,
+            "images_per_s": speed,
+            **utilisation(speed, model_operations, launch.world_size, device_peak(device)),
+            **noted,
+            "before_gib": before / GIB if device.type == "cpu" else 0.0,
+        }
+        print(RESULT + json.dumps(result), flush=True)
+    end_process_group()
+    os._exit(0)
+
+
+def run_combination(args: argparse.Namespace, name: str, micro_batch: int, processes: int) -> dict[str, Any]:
+    """Start the processes of one combination and wait for them; an error's last line where it does not run."""
+    from tests.processes import environment, free_port
+
+    config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
+    config["train_micro_batch_size_per_gpu"] = micro_batch
+    if args.lean:
+        config["zero_optimization"] |= LEAN
+    with tempfile.TemporaryDirectory() as folder:
+        engine, job = Path(folder) / "engine.json", Path(folder) / "job.json"
+        engine.write_text(json.dumps(config))
+        settings = {key: getattr(args, key) for key in ("stage", "warmup", "steps")}
+        job.write_text(json.dumps({"name": name, "engine": str(engine), **settings}))
+        started = [
+            subprocess.Popen(
+                [sys.executable, __file__, name, "--rank-of", str(job)],
+                env=environment(
+                    RANK=str(rank),
+                    LOCAL_RANK=str(rank),
+                    WORLD_SIZE=str(processes),
+                    MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=str(port),
+                    DS_ACCELERATOR=args.accelerator,
+                ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for port in [free_port()]
+            for rank in range(processes)
+        ]
+        try:
+            output = started[0].communicate(timeout=args.limit)[0]
+        except subprocess.TimeoutExpired:
+            return {"failed": f"took more than {args.limit:.0f} s"}
+        finally:
+            for process in started:
+                process.kill()
+    found = [line for line in output.splitlines() if line.startswith(RESULT)]
+    return json.loads(found[-1].removeprefix(RESULT)) if found else {"failed": output.strip().splitlines()[-1][-300:]}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; a cell that was not measured stays blank."""
+    columns = {
+        "config": "{}",
+        "micro_batch": "{}",
+        "step_s": "{:.2f}",
+        "images_per_s": "{:,.2f}",
+        "tflops": "{:.2f}",
+        "mfu": "{:.1%}",
+        "peak_memory_gib": "{:.2f}",
+        "before_gib": "{:.2f}",
+        "gather_gib": "{:.2f}",
+        "failed": "{}",
+    }
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [form.format(row[key]) if key in row else "" for key, form in columns.items()]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run all combinations in turn, print the table, write the JSON."""
+    args = parse()
+    if args.rank_of:
+        run_rank(json.loads(args.rank_of.read_text()))
+    sys.path.insert(0, str(REPOSITORY))
+    import torch
+
+    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+
+    gpus = torch.cuda.device_count()
+    args.accelerator = "cuda" if gpus else "cpu"
+    processes = args.processes or gpus or 2
+    rows = []
+    for name in args.names:
+        for micro_batch in args.micro_batch:
+            result = run_combination(args, name, micro_batch, processes)
+            rows.append({"config": name, "stage": args.stage, "micro_batch": micro_batch, **result})
+            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    print(table(rows))
+    if args.out:
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": collect_hardware(processes, args.accelerator).model_dump(),
+            "versions": collect_versions(),
+            "lean": args.lean,
+            "rows": rows,
+        }
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+    if any("failed" in row for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
