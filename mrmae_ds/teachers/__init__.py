@@ -6,8 +6,17 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.recipe import DataConfig, TeacherConfig
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
 from mrmae_ds.teachers.options import TeacherOptions
+from mrmae_ds.teachers.placement import PlacedTeacher, place_teacher
 
-__all__ = ["Teacher", "TeacherOptions", "TeacherOutput", "build_teacher", "check_grid"]
+__all__ = [
+    "PlacedTeacher",
+    "Teacher",
+    "TeacherOptions",
+    "TeacherOutput",
+    "build_teacher",
+    "check_grid",
+    "place_teacher",
+]
 
 
 def build_teacher(

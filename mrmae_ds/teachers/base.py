@@ -55,8 +55,9 @@ class Teacher(nn.Module, ABC):
         self.network = network.to(dtype)
         self.grid, self.width, self.image_size = grid, width, image_size
         self.dtype, self.sha256, self.facts = dtype, sha256, dict(facts or {})
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        # Not views: what they are views of would outlive forget_weights.
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1).clone(), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1).clone(), persistent=False)
         self.requires_grad_(False)
         super().train(False)
 
@@ -79,6 +80,12 @@ class Teacher(nn.Module, ABC):
     @abstractmethod
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+
+    def forget_weights(self) -> None:
+        """Free the memory of all weights, whoever else holds the network. What is known of the teacher stays."""
+        for tensor in [*self.parameters(), *self.buffers()]:
+            tensor.data = tensor.data.new_empty(0)
+        self.network = nn.Identity()
 
 
 class TokenReader(Protocol):

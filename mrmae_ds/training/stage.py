@@ -130,6 +130,8 @@ def run_job(job: Job) -> None:
         if recorder:
             recorder.fail(engine.global_steps)
         raise
+    finally:
+        job.task.release()
     if first:
         _draw(job.stage_dir)
     end_process_group()

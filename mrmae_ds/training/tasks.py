@@ -22,7 +22,7 @@ from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.recipe_sections import DataConfig, Rgb
 from mrmae_ds.recipe_stages import FinetuneConfig, PretrainConfig
-from mrmae_ds.teachers import Teacher
+from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher
 from mrmae_ds.training.optimizer import finetune_groups, pretrain_groups
 
 
@@ -71,7 +71,11 @@ class Task(Protocol):
         ...
 
     def to(self, device: torch.device) -> None:
-        """Move what the engine does not own (teachers, statistics)."""
+        """Move what the engine does not own (teachers, statistics); all ranks call it, after the engine was built."""
+        ...
+
+    def release(self) -> None:
+        """Give back the memory of what the engine does not own. No losses after it; a second call does nothing."""
         ...
 
     def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
@@ -108,15 +112,20 @@ class PretrainTask:
 
     Args:
         model: the student.
-        teachers: by the recipe's name; each is asked once a batch, in this order, on every rank.
+        teachers: by the recipe's name, on the CPU; each is asked once a batch, in this order, on every rank.
         config: the recipe's stage.
         data: input statistics.
+
+    Attributes:
+        placed: the teachers where the recipe wants their weights, from :meth:`to` on. Until then they are asked where
+            they are.
     """
 
     def __init__(
         self, model: PretrainModel, teachers: dict[str, Teacher], config: PretrainConfig, data: DataConfig
     ) -> None:
         self.model, self.teachers, self.config = model, teachers, config
+        self.placed: dict[str, PlacedTeacher] = {}
         self.normalize = Normalize(data.mean, data.std)
         self.grid = model.encoder.grid
 
@@ -127,13 +136,18 @@ class PretrainTask:
     def to(self, device: torch.device) -> None:
         """See :class:`Task`."""
         self.normalize.to(device)
-        for teacher in self.teachers.values():
-            teacher.to(device)
+        for name, teacher in self.teachers.items():
+            self.placed[name] = place_teacher(name, teacher, self.config.placement[name], device)
+
+    def release(self) -> None:
+        """See :class:`Task`."""
+        for placed in self.placed.values():
+            placed.release()
 
     def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
         """See :class:`Task`."""
         pixels = self.normalize.pixels(batch.images)
-        outputs = {name: teacher(pixels) for name, teacher in self.teachers.items()}
+        outputs = {name: ask(pixels) for name, ask in (self.placed or self.teachers).items()}
         masking = self.config.masking
         importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
         noise = key.noise(self.grid[0] * self.grid[1]).to(pixels.device)
@@ -185,6 +199,9 @@ class FinetuneTask:
         self.normalize.to(device)
         if self.config.erasing > 0:
             self.erasing = SampleErasing(self.config.erasing, device)
+
+    def release(self) -> None:
+        """See :class:`Task`; there is nothing to give back."""
 
     def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
         """See :class:`Task`."""
