@@ -94,6 +94,7 @@ def usage(found: Identity, path: Path) -> str:
         return f"{found.metadata['create_model'][:-1]}, checkpoint_path={str(path)!r})"
     arch, changes = nearest_architecture(found.family, found.sizes)
     settings = [f"model.arch={arch}", *(f"model.overrides.{key}={_yaml(value)}" for key, value in changes.items())]
+    settings += ["stages.finetune.pool=token"] if found.pool == "token" else []
     return f"stages.finetune.init={path} with {' '.join(settings)}{_heads(found, arch, changes)}"
 
 
@@ -111,8 +112,9 @@ def _encoder_rows(found: Identity) -> list[Row]:
     rows = [("encoder", sizes)]
     stride = math.prod(found.sizes["patches"]) if found.family == "cvit" else found.sizes["patch"]
     if found.grid is not None:
-        side = found.grid[0] * stride
-        rows.append(("picture", f"{side} pixels, grid {found.grid[0]} x {found.grid[1]}, patch {stride}"))
+        height, width = (side * stride for side in found.grid)
+        pixels = f"{height}" if height == width else f"{height} x {width}"
+        rows.append(("picture", f"{pixels} pixels, grid {found.grid[0]} x {found.grid[1]}, patch {stride}"))
     if statistics := input_statistics(found.metadata):
         rows.append(("input", statistics))
     if found.num_classes:

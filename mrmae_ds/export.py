@@ -15,11 +15,13 @@ from mrmae_ds.models.foreign import nearest_architecture
 from mrmae_ds.models.pretrain import Encoder, FusionSpec, PretrainModel
 from mrmae_ds.models.weights import (
     MODEL_FILE,
+    build_classifier,
     build_encoder,
     find_weights,
     read_metadata,
     read_tensors,
     save_weights,
+    size_from_metadata,
     spec_from_metadata,
 )
 from mrmae_ds.objectives import Objective
@@ -91,15 +93,15 @@ def export_run(source: Path, layout: Layout = "timm", out: Path | None = None, f
 
 def timm_call(metadata: Mapping[str, Any]) -> str:
     """The arguments of ``timm.create_model`` that build the model of a weights file, or a pre-training's encoder."""
-    sizes = asdict(spec_from_metadata(dict(metadata)))
+    sizes = asdict(spec_from_metadata(metadata))
     if metadata["family"] == "cvit":
         name, changes = nearest_architecture("cvit", sizes)
     else:
         arch, changes = nearest_architecture("vit", sizes, among=TIMM_VITS)
         name, changes = TIMM_VITS[arch], {TIMM_VIT_FIELDS[key]: value for key, value in changes.items()}
-    settings: dict[str, Any] = {"img_size": metadata["image_size"], **changes}
+    settings: dict[str, Any] = {"img_size": size_from_metadata(metadata), **changes}
     if metadata["kind"] == "classifier":
-        settings |= {"num_classes": metadata["num_classes"], "global_pool": "avg"}
+        settings |= {"num_classes": metadata["num_classes"], "global_pool": metadata.get("pool", "avg")}
     else:
         settings |= {"num_classes": 0, "global_pool": ""}
     return ", ".join([f'"{name}"', *(f"{key}={value!r}" for key, value in settings.items())])
@@ -133,9 +135,8 @@ def load_model(path: Path | str) -> Encoder | PretrainModel:
 
 def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder | PretrainModel:
     """The model that a weights file is of, with its tensors. Raises what torch raises if they are another's."""
-    spec, image_size = spec_from_metadata(dict(metadata)), metadata["image_size"]
     if metadata["kind"] == "classifier":
-        classifier = build_encoder(spec, image_size, metadata["num_classes"])
+        classifier = build_classifier(metadata)
         classifier.load_state_dict(tensors)
         return classifier
     recipe = metadata["recipe"]
@@ -143,7 +144,8 @@ def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder |
     objectives = {name: Objective.model_validate(values) for name, values in stage["objectives"].items()}
     fusion = FusionSpec.model_validate(recipe["model"]["fusion"])
     decoder = DecoderSpec.model_validate(recipe["model"]["decoder"])
-    return PretrainModel.of_tensors(build_encoder(spec, image_size), fusion, decoder, objectives, tensors)
+    encoder = build_encoder(spec_from_metadata(metadata), size_from_metadata(metadata))
+    return PretrainModel.of_tensors(encoder, fusion, decoder, objectives, tensors)
 
 
 def _finished(source: Path) -> Path:

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mrmae_ds.config_files import apply_overrides, describe_errors, merge, read_yaml
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.sizes import token_grid
+from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.objectives import PIXELS
 from mrmae_ds.recipe_sections import DataConfig, LoaderConfig, ModelConfig, RecordConfig, TeacherConfig
 from mrmae_ds.recipe_stages import EvaluateConfig, FinetuneConfig, Name, PretrainConfig, StageName, StagesConfig
@@ -66,8 +66,10 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _pictures_are_tiled(self) -> Recipe:
+    def _finetuning_suits_the_model(self) -> Recipe:
         stage = self.stages.finetune
+        if stage is not None and stage.pool == "token" and isinstance(self.model.spec(), CViTSpec):
+            raise ValueError("stages.finetune.pool: a CViT has no class token; use avg, or a plain ViT")
         if stage is not None and stage.image_size is not None:
             try:
                 token_grid(self.model.spec(), stage.image_size)

@@ -166,12 +166,14 @@ class FinetuneConfig(StageConfig):
     Attributes:
         init: ``pretrain`` this run's own pre-training, ``scratch`` none, or a run's stage folder or model file.
         image_size: null is the model's; the position embedding is resized for another.
+        pool: what the head sees: ``avg`` the mean of the patches, ``token`` the class token (a plain ViT's).
         rand_augment: timm's RandAugment policy (``rand-m9-mstd0.5-inc1``); null is none.
         mixup, cutmix: alpha of each; 0 is off. smoothing: of labels. erasing: probability.
     """
 
     init: str = "pretrain"
     image_size: int | None = Field(None, gt=0)
+    pool: Literal["avg", "token"] = "avg"
     layer_decay: float = Field(gt=0, le=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
     rand_augment: str | None = None

@@ -113,6 +113,20 @@ def test_our_classifier(tmp_path: Path) -> None:
     assert rows["use it"].endswith(f"checkpoint_path={str(exported)!r})")
 
 
+def test_a_classifier_on_the_class_token_and_a_rectangle(tmp_path: Path) -> None:
+    classifier_run(tmp_path, VIT, (24, 32), pool="token")
+    rows = rows_of(describe(tmp_path / MODEL_FILE))
+    assert rows["kind"] == "plain ViT classifier, on the class token"
+    assert rows["picture"] == "24 x 32 pixels, grid 6 x 8, patch 4"
+    settings = re.findall(r"(?:stages|model)\.[\w.]+=\S+", rows["use it"])
+    recipe = load_recipe(REPOSITORY / "ds_configs/baselines/mae_tiny.yaml", settings)
+    stage = recipe.stages.finetune
+    assert stage is not None
+    model = build_encoder(recipe.model.spec(), 24, 3, pool=stage.pool)
+    report = load_encoder(model, Path(stage.init))
+    assert (report.missing, report.resized) == ([], ["pos_embed"])
+
+
 def test_use_of_files_that_are_for_teachers(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save(tiny_vit(init_values=1e-5).state_dict(), path)

@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.export import Exported, export_run, load_model, timm_call
+from mrmae_ds.export import Exported, Layout, export_run, load_model, timm_call
 from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
-from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, ViTSpec
+from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, ImageSize, ViTSpec
 from mrmae_ds.models.weights import (
     MODEL_FILE,
     build_encoder,
@@ -40,11 +40,11 @@ BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def classifier_run(folder: Path, spec: EncoderSpec, image_size: int = 24, classes: int = 3) -> nn.Module:
-    """A finished fine-tuning in ``folder``; returns its model in eval mode."""
-    model = build_encoder(spec, image_size, classes)
+def classifier_run(folder: Path, spec: EncoderSpec, image_size: ImageSize = 24, pool: str = "avg") -> nn.Module:
+    """A finished fine-tuning of 3 classes in ``folder``; returns its model in eval mode."""
+    model = build_encoder(spec, image_size, 3, pool=pool)
     perturb(model, seed=1, scale=0.3)
-    metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": classes, "stage": "finetune"}
+    metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": 3, "stage": "finetune"}
     metadata |= {"recipe": {"name": "small"}, "mean": [0.5, 0.25, 0.125], "std": [0.1, 0.2, 0.3]}
     save_weights(folder / MODEL_FILE, model.state_dict(), metadata)
     make_record(name="small", git=GitState(commit=COMMIT, dirty=False)).write(folder)
@@ -94,6 +94,17 @@ def test_a_classifier_for_timm(spec: EncoderSpec, changes: dict[str, bool], tmp_
         assert torch.equal(loaded.forward_features(images), model.forward_features(images))
     assert loaded.num_classes == 3
     assert exported.notes == ("its input is RGB in 0 to 1, less the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3",)
+
+
+@pytest.mark.parametrize(("spec", "pool"), [(VIT, "token"), (VIT, "avg"), (CVIT, "max")])
+@pytest.mark.parametrize("layout", ["timm", "safetensors"])
+def test_other_poolings_and_rectangles(spec: EncoderSpec, pool: str, layout: Layout, tmp_path: Path) -> None:
+    model = classifier_run(tmp_path, spec, (24, 32), pool)
+    loaded = load_by(export_run(tmp_path, layout, tmp_path / "out.safetensors"))
+    images = torch.randn(2, 3, 24, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert loaded.global_pool == pool
 
 
 def test_a_vits_encoder_for_timm_has_the_norm_of_pretraining(tmp_path: Path) -> None:

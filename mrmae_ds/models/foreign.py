@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from math import isqrt
+from math import isqrt, prod
 from typing import Any, Literal
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec
+from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec, height_width
 from mrmae_ds.models.tensor_files import TensorFile
 
 Kind = Literal["pretrain", "classifier", "encoder", "clip", "unknown"]
@@ -22,6 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 METADATA_KEY = "mrmae"
 FAMILY_TITLES = {"cvit": "CViT", "vit": "plain ViT"}
+POOL_TITLES = {"avg": ", mean-pooled", "token": ", on the class token"}
 PIXEL_HEAD = "heads.pixels."
 OUR_PARTS = ("encoder.", "fusion.", "decoder.", "heads.")
 # MCMAE's and MAE's names, by their start, to those of models/pretrain.py; all others are the encoder's.
@@ -34,7 +35,7 @@ RELEASED_NAMES = (
 )
 PLAIN_VIT = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)"
-    r"|blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)\.(weight|bias)|(fc_norm|head)\.(weight|bias)"
+    r"|(blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)|norm|fc_norm|head)\.(weight|bias)"
 )
 CLIP_PATCHES = (
     "visual.conv1.weight",
@@ -53,9 +54,11 @@ class Identity:
         title: the kind in words.
         ours: written by this project.
         sizes: fields of the family's spec; ``num_heads`` only where ``ours``.
-        grid: of the position embedding; None where its rows are no square.
+        grid: of the position embedding: what our own files say, else a square; None where its rows are none.
         prefix_rows: rows of the position embedding before the grid's (a class token's).
         num_classes: outputs of the head.
+        pool: what the head sees: ``avg`` the mean of the patches, ``token`` the class token; "" without a head, or with
+            one on something else.
         names: our name in a pre-training model of each tensor that has one, by the file's name.
         extras: what a ViT has beyond the plain one, so that it computes something else.
         metadata: what our own files say about themselves.
@@ -69,6 +72,7 @@ class Identity:
     grid: tuple[int, int] | None = None
     prefix_rows: int = 0
     num_classes: int = 0
+    pool: str = ""
     names: dict[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -98,16 +102,18 @@ def identify(file: TensorFile) -> Identity:
     told: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in shapes else "encoder"
     kind = metadata.get("kind", told)
     positions = encoder.get("pos_embed", ())
-    grid, prefix_rows = _grid(positions[1] if len(positions) == 3 else 0)
+    grid, prefix_rows = _grid(positions[1] if len(positions) == 3 else 0, _told_grid(metadata, sizes))
+    pool = metadata.get("pool", _pool(family, shapes) if told == "classifier" else "")
     return Identity(
         kind=kind,
         family=family,
-        title=_title(kind, family, shapes, bool(metadata)),
+        title=_title(kind, family, shapes, bool(metadata), pool),
         ours=bool(metadata),
         sizes=sizes | heads,
         grid=grid,
         prefix_rows=prefix_rows,
         num_classes=shapes["head.weight"][0] if told == "classifier" else 0,
+        pool=pool,
         names=names,
         extras=_extras(encoder) if family == "vit" else (),
         metadata=metadata,
@@ -184,8 +190,8 @@ def _our_names(names: Iterable[str]) -> dict[str, str]:
         return {name: name for name in names if name.startswith(OUR_PARTS)}
     ours = {name: _renamed(name) for name in names}
     if "head.weight" in ours and "fc_norm.weight" not in ours:
-        # A head that reads the class token after `norm`, where ours reads the mean of the patches after `fc_norm`.
-        ours = {name: new for name, new in ours.items() if not name.startswith(("norm.", "head."))}
+        # The norm is the classifier's own, before its head, where `fc_norm` would follow the mean of the patches.
+        ours |= {name: f"encoder.{name}" for name in ours if name.startswith("norm.")}
     return ours
 
 
@@ -204,8 +210,24 @@ def _mlp_ratio(shapes: Shapes, prefix: str, dim: int) -> float:
     return shapes[f"{prefix}0.mlp.fc1.weight"][0] / dim
 
 
-def _grid(rows: int) -> tuple[tuple[int, int] | None, int]:
-    """The square grid of so many position rows, and whether a class token's comes before it."""
+def _pool(family: str, names: Iterable[str]) -> str:
+    if "fc_norm.weight" in names:
+        return "avg"
+    return "token" if family == "vit" else ""
+
+
+def _told_grid(metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[int, int] | None:
+    if "image_size" not in metadata:
+        return None
+    stride = prod(sizes["patches"]) if "patches" in sizes else sizes["patch"]
+    rows, columns = (side // stride for side in height_width(metadata["image_size"]))
+    return rows, columns
+
+
+def _grid(rows: int, told: tuple[int, int] | None) -> tuple[tuple[int, int] | None, int]:
+    """The grid of so many position rows, ``told`` or else square, and whether a class token's comes before it."""
+    if told and (prefix := rows - prod(told)) in (0, 1):
+        return told, prefix
     for prefix in (0, 1):
         side = isqrt(max(rows - prefix, 0))
         if side and side * side == rows - prefix:
@@ -218,14 +240,14 @@ def _extras(encoder: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in unknown))
 
 
-def _title(kind: Kind, family: str, names: Iterable[str], ours: bool) -> str:
-    title, names = FAMILY_TITLES[family], set(names)
+def _title(kind: Kind, family: str, names: Iterable[str], ours: bool, pool: str) -> str:
+    title = FAMILY_TITLES[family]
     if kind == "pretrain":
         if ours or "encoder.pos_embed" in names:
             return f"{title}, pre-training of this project"
         return f"{title} with its decoder, {'MCMAE' if family == 'cvit' else 'MAE'} pre-training as released"
     if kind == "classifier":
-        return f"{title} classifier, " + ("mean-pooled" if "fc_norm.weight" in names else "on the class token")
+        return f"{title} classifier{POOL_TITLES.get(pool, f', pooled by {pool}' if pool else '')}"
     return f"{title} encoder"
 
 

@@ -2,22 +2,28 @@
 
 Imported by mrmae_ds/timm_hook.py when timm is. The models themselves are imported when one is built: this module may
 run while they are being imported, because they import timm.
+
+Tracing and ``torch.export`` work on these models; TorchScript's compiler and symbolic tracing (``torch.fx``) do not, as
+patches are cut out of any leading dimensions.
 """
 
 from __future__ import annotations
 
 from dataclasses import fields
-from math import isqrt
+from pathlib import Path
 from typing import Any
 
+import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
-from mrmae_ds.errors import UserError
-from mrmae_ds.models.positions import resize_positions
+from mrmae_ds.models.foreign import identify
+from mrmae_ds.models.matching import fit_positions
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
+from mrmae_ds.models.tensor_files import TensorFile, unwrap
 
 FIELDS = [field.name for field in fields(CViTSpec)]
+PREFIX = "encoder."
 
 
 def _default_cfg(pixels: int = 224) -> dict[str, Any]:
@@ -50,35 +56,34 @@ default_cfgs = generate_default_cfgs(
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A file's tensors as ``model`` names and sizes them; for ``pretrained_cfg_overlay={"file": ...}``.
 
-    Of this project's pre-training files the encoder is taken. The position embedding is resized if its number of tokens
-    is not the model's.
+    Of a pre-training's file, this project's or MCMAE's as released, the encoder is taken, without a class token. The
+    position embedding is resized if its grid is not the model's.
 
     Raises:
-        UserError: if that number is no square, so that its grid is not known.
+        UserError: if its rows are no square grid and not as many as the model's.
     """
-    prefix = "encoder."
-    if any(name.startswith(prefix) for name in state_dict):
-        state_dict = {name.removeprefix(prefix): t for name, t in state_dict.items() if name.startswith(prefix)}
-    positions = state_dict.get("pos_embed")
-    if positions is not None and positions.shape[1] != model.grid[0] * model.grid[1]:
-        side = isqrt(positions.shape[1])
-        if side**2 != positions.shape[1]:
-            raise UserError(
-                f"pos_embed: the file has {positions.shape[1]} tokens, no square, and the model {model.grid}; "
-                "build the model with the file's img_size, then call set_input_size"
-            )
-        state_dict = {**state_dict, "pos_embed": resize_positions(positions, (side, side), model.grid)}
-    return state_dict
+    tensors = unwrap(state_dict)
+    found = identify(TensorFile(Path("the file"), "pickle", tensors))
+    if found.family != "cvit":
+        return state_dict
+    ours = {full.removeprefix(PREFIX): name for name, full in found.names.items() if full.startswith(PREFIX)}
+    encoder = {name: tensors[original] for name, original in ours.items() if name != "cls_token"}
+    if "pos_embed" in encoder:
+        encoder["pos_embed"] = fit_positions(encoder["pos_embed"], found, model, "the file")
+    return encoder
 
 
-def _build(spec: CViTSpec, **settings: Any) -> nn.Module:
+def _build(
+    spec: CViTSpec, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
+) -> nn.Module:
+    """A model with fine-tuning's initialisation if it has a head; ``device`` and ``dtype`` as timm's models take."""
     from mrmae_ds.models.cvit import CViT
     from mrmae_ds.models.weights import init_classifier
 
     model = CViT(spec, **settings)
     if model.num_classes:
         init_classifier(model)
-    return model
+    return model.to(device=device, dtype=dtype)
 
 
 def _create(arch: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:

@@ -6,16 +6,18 @@ Parameter names are those of MAE's released files. Source of the masked path: He
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.masking import VisibleSet
 from mrmae_ds.models.checkpointing import CheckpointPlan, run_blocks
 from mrmae_ds.models.positions import resize_positions, sincos_positions
 from mrmae_ds.models.sizes import ImageSize, ViTSpec, height_width, token_grid
+
+POOLS = ("avg", "token")
 
 
 class MaskableViT(VisionTransformer):
@@ -30,7 +32,7 @@ class MaskableViT(VisionTransformer):
             ``token``, the class token after ``norm`` (MAE's other variant).
 
     Raises:
-        UserError: if the patch does not tile ``img_size``.
+        UserError: if the patch does not tile ``img_size``, or for an unknown pooling.
     """
 
     fusable_stages: tuple[tuple[int, int], ...] = ()
@@ -41,8 +43,10 @@ class MaskableViT(VisionTransformer):
         img_size: ImageSize,
         num_classes: int = 0,
         drop_path_rate: float = 0.0,
-        pool: Literal["avg", "token"] = "avg",
+        pool: str = "avg",
     ) -> None:
+        if pool not in POOLS:
+            raise UserError(f"pool: {pool!r} is unknown; a plain ViT has {' and '.join(POOLS)}")
         grid = token_grid(spec, img_size)
         super().__init__(
             img_size=height_width(img_size),

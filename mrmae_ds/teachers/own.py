@@ -51,7 +51,7 @@ class CheckpointTeacher(Teacher):
         if features == "proj" or (features == "ln_post" and metadata["kind"] != "pretrain"):
             raise UserError(f"{options.key}.features: {path} has no {features} features; use raw")
         encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
-        load_encoder(encoder, path)
+        load_encoder(encoder, path, f"{options.key}.source")
         mean, std = options.statistics or (tuple(metadata["mean"]), tuple(metadata["std"]))
         super().__init__(
             encoder,

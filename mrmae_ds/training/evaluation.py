@@ -24,8 +24,7 @@ from mrmae_ds.data.reader import check_backend
 from mrmae_ds.data.staging import stage_all
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
-from mrmae_ds.models.sizes import token_grid
-from mrmae_ds.models.weights import build_encoder, find_weights, load_encoder, read_metadata, spec_from_metadata
+from mrmae_ds.models.weights import build_classifier, find_weights, load_encoder, read_metadata
 from mrmae_ds.recipe import Recipe
 from mrmae_ds.recipe_stages import EvaluateConfig
 from mrmae_ds.reporting.metrics import MetricsWriter
@@ -144,14 +143,12 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
             f"{key}: {path} tells other classes apart ({metadata['num_classes']}) than data.val, {val_data.path} "
             f"({val_data.num_classes}); evaluate it on data of its own classes, in their order"
         )
-    spec = spec_from_metadata(metadata)
     image_size = stage.image_size or metadata["image_size"]
     try:
-        token_grid(spec, image_size)
+        model = build_classifier(metadata, image_size)
     except UserError as error:
         raise UserError(f"stages.evaluate.{error}, for {path}") from None
-    model = build_encoder(spec, image_size, metadata["num_classes"])
-    report = load_encoder(model, path)
+    report = load_encoder(model, path, key)
     if report.missing:
         raise UserError(f"{key}: {path} is not whole: {report}")
     finetune = None

@@ -169,7 +169,7 @@ def _init_file(stage: PretrainConfig | FinetuneConfig, stage_dir: Path) -> Path 
 
 def _pretrain_task(recipe: Recipe, stage: PretrainConfig, init: Path | None) -> tuple[PretrainTask, str]:
     model, teachers = build_pretraining(recipe, stage)
-    report = f"{init}: {load_pretrained(model, init)}" if init else ""
+    report = f"{init}: {load_pretrained(model, init, 'stages.pretrain.init')}" if init else ""
     return PretrainTask(model, teachers, stage, recipe.data), report
 
 
@@ -186,7 +186,7 @@ def _finetune_task(
             f"{engine_config.path}: mixup and cutmix pair pictures, so train_micro_batch_size_per_gpu must be even, "
             f"not {engine_config.micro_batch}"
         )
-    model = build_encoder(recipe.model.spec(), image_size, num_classes, stage.drop_path)
+    model = build_encoder(recipe.model.spec(), image_size, num_classes, stage.drop_path, stage.pool)
     init_classifier(model)
-    report = f"{init}: {load_encoder(model, init)}" if init else "random weights"
+    report = f"{init}: {load_encoder(model, init, 'stages.finetune.init')}" if init else "random weights"
     return FinetuneTask(model, stage, recipe.data, num_classes, engine_config.model_dtype), report

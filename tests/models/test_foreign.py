@@ -15,7 +15,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.foreign import identify, nearest_architecture
 from mrmae_ds.models.pretrain import FusionSpec
-from mrmae_ds.models.sizes import ARCHITECTURES, EncoderSpec, encoder_spec
+from mrmae_ds.models.sizes import ARCHITECTURES, EncoderSpec, ViTSpec, encoder_spec
 from mrmae_ds.models.weights import build_encoder
 
 from .reference import MCMAE, pixel_model
@@ -124,9 +124,37 @@ def test_position_rows_of_cvit(rows: int, grid: tuple[int, int] | None, prefix: 
 def test_vits_of_timm(settings: dict[str, Any], kind: str, title: str | None, extras: tuple[str, ...]) -> None:
     found = identify(file_of(tiny_vit(**settings).state_dict()))
     assert (found.kind, found.family, found.extras) == (kind, "vit", extras)
+    pool = settings.get("global_pool", "token") if kind == "classifier" else ""
+    assert found.pool == pool
     assert title is None or found.title == title
     assert found.sizes == {"dim": 24, "depth": 2, "mlp_ratio": 4, "patch": 8}
     assert found.num_classes == (5 if kind == "classifier" else 0)
+
+
+def test_a_cvit_with_its_norm_before_the_head() -> None:
+    """MCMAE's code can also build that one; what its head sees is not ours to load."""
+    shapes = {name.replace("fc_norm", "norm"): s for name, s in released_shapes("cvit_base_classifier").items()}
+    found = identify(file_of(shapes))
+    assert (found.kind, found.pool, found.title) == ("classifier", "", "CViT classifier")
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "grid", "prefix"),
+    [
+        (8, [16, 32], (2, 4), 0),
+        (16, [64, 16], (8, 2), 0),  # as many as of 4 x 4
+        (9, [16, 32], (2, 4), 1),  # as many as of 3 x 3
+        (16, 32, (4, 4), 0),
+        (17, [16, 32], (4, 4), 1),  # not what it says: told from the rows
+    ],
+)
+def test_the_grid_of_our_own_files(rows: int, size: int | list[int], grid: tuple[int, int], prefix: int) -> None:
+    spec = ViTSpec(12, 1, 2, patch=8)
+    with torch.device("meta"):
+        tensors = build_encoder(spec, 32).state_dict() | {"pos_embed": torch.empty(1, rows, 12)}
+    metadata = {"kind": "encoder", "family": "vit", "spec": asdict(spec), "image_size": size}
+    found = identify(file_of(tensors, {"mrmae": json.dumps(metadata)}))
+    assert (found.grid, found.prefix_rows) == (grid, prefix)
 
 
 def test_a_mask_token_alone_is_no_decoder() -> None:

@@ -23,6 +23,7 @@ from mrmae_ds.models.weights import build_encoder, load_encoder, load_pretrained
 from mrmae_ds.objectives import Objective
 
 from ..fixtures import part
+from . import dense
 from .reference import MAE, MCMAE, pixel_model, pixel_objective, random_images
 from .released import mae_state, mcmae_state, tiny_vit, without_decoder, write_released
 
@@ -139,16 +140,44 @@ def test_a_mean_pooled_vit_of_timm_gives_its_logits(tmp_path: Path) -> None:
         torch.testing.assert_close(model(images), source(images))
 
 
-def test_the_head_on_a_class_token_stays_out(tmp_path: Path) -> None:
-    source = tiny_vit()
+def test_a_vit_of_timm_with_its_head_on_the_class_token(tmp_path: Path) -> None:
+    source, images = tiny_vit(), random_images(2, 32, seed=1)
     torch.save(source.state_dict(), tmp_path / "x.pth")
-    model = MaskableViT(TINY_VIT_SPEC, 32, 5).eval()
+    model = MaskableViT(TINY_VIT_SPEC, 32, 5, pool="token").eval()
     report = load_encoder(model, tmp_path / "x.pth")
+    assert (report.missing, report.unexpected) == ([], [])
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), source(images))
+    mean_pooled = MaskableViT(TINY_VIT_SPEC, 32, 5).eval()
+    report = load_encoder(mean_pooled, tmp_path / "x.pth")
     assert sorted(report.missing) == HEAD
     assert sorted(report.unexpected) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
-    images = random_images(2, 32, seed=1)
     with torch.no_grad():
-        torch.testing.assert_close(source.norm(model.forward_features(images)), source.forward_features(images))
+        features = source.norm(mean_pooled.forward_features(images))
+        torch.testing.assert_close(features, source.forward_features(images))
+
+
+def test_a_mean_pooled_head_stays_out_of_one_on_the_class_token(tmp_path: Path) -> None:
+    torch.save(tiny_vit(global_pool="avg").state_dict(), tmp_path / "x.pth")
+    model = MaskableViT(TINY_VIT_SPEC, 32, 5, pool="token")
+    before = model.head.weight.clone()
+    report = load_encoder(model, tmp_path / "x.pth")
+    assert sorted(report.missing) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
+    assert sorted(report.unexpected) == HEAD
+    assert torch.equal(model.head.weight, before)
+
+
+def test_the_class_token_is_finetuned_from_a_released_pretraining(mae: dict[str, Tensor], tmp_path: Path) -> None:
+    """As MAE's own script does without global pooling: the norm comes along, the head alone is new."""
+    state = mae_state(mae)
+    model = build_encoder(MAE, 64, 5, pool="token").eval()
+    report = load_encoder(model, write_released(tmp_path / "x.pth", state))
+    assert sorted(report.missing) == ["head.bias", "head.weight"]
+    everything = [list(range(16))] * len(mae["images"])
+    expected = dense.vit_latent(mae["images"], everything, (4, 4), state, MAE.num_heads)[:, 0]
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(mae["images"]), pre_logits=True)
+    torch.testing.assert_close(features, expected, **CLOSE)
 
 
 def test_a_class_token_without_a_position(tmp_path: Path) -> None:

@@ -16,11 +16,13 @@ from timm.models import get_model_input_config, get_pretrained_cfg
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.positions import resize_positions
+from mrmae_ds.models.registry import checkpoint_filter_fn
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec
 
 from ..fixtures import load_reference, part
 from ..processes import REPOSITORY, environment
 from .reference import MCMAE, perturb, random_images, reference_mcmae
+from .released import mcmae_state
 
 NARROW: dict[str, Any] = {"dims": (8, 12, 16), "depths": [1, 2, 2], "num_heads": 4}
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -186,7 +188,7 @@ def test_a_file_of_a_rectangle_fits_its_own_shape_only(tmp_path: Path) -> None:
     save_file(saved.state_dict(), path)
     images = torch.randn(1, 3, 32, 48)
     assert torch.equal(pretrained(path, **NARROW, img_size=(32, 48), num_classes=10)(images), saved(images))
-    with pytest.raises(UserError, match=r"pos_embed: the file has 6 tokens, no square, and the model \(4, 4\)"):
+    with pytest.raises(UserError, match=r"the file: pos_embed is \(1, 6, 16\): .* no square grid, .* are 4 x 4"):
         pretrained(path, **NARROW, img_size=64, num_classes=10)
 
 
@@ -199,6 +201,35 @@ def test_the_encoder_of_a_pretraining_file(tmp_path: Path) -> None:
     assert torch.equal(bare(images), student.encoder.eval().forward_features(images))
     classifier = pretrained(path, **fields, num_classes=3)
     assert torch.equal(classifier.forward_features(images), bare(images))
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_the_encoder_of_a_released_file_with_a_class_token(prefix: str) -> None:
+    released = mcmae_state(load_reference("mcmae"))
+    row = torch.full((1, 1, 32), 7.0)
+    released |= {"cls_token": row, "pos_embed": torch.cat([row, released["pos_embed"]], dim=1)}
+    fields = {"dims": MCMAE.dims, "depths": MCMAE.depths, "num_heads": MCMAE.num_heads}
+    bare = timm.create_model("cvit_base", **fields, num_classes=0, global_pool="")
+    taken = checkpoint_filter_fn({prefix + name: value for name, value in released.items()}, bare)
+    bare.load_state_dict(taken)  # strictly
+    assert all(torch.equal(taken[name], released[name]) for name in taken if name != "pos_embed")
+    assert torch.equal(taken["pos_embed"], released["pos_embed"][:, 1:])
+
+
+def test_features_of_a_file(tmp_path: Path) -> None:
+    saved, path = narrow(num_classes=10), tmp_path / "model.safetensors"
+    save_file(saved.state_dict(), path)
+    images = torch.randn(1, 3, 32, 48)
+    found = pretrained(path, **NARROW, img_size=(32, 48), features_only=True, out_indices=(0, 1))(images)
+    expected = saved.forward_intermediates(images, intermediates_only=True)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+
+
+def test_where_and_in_which_precision_a_model_is_made() -> None:
+    model = timm.create_model("cvit_base", **NARROW, device="meta", dtype=torch.bfloat16)
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
+    with torch.device("meta"):
+        assert timm.create_model("cvit_base", **NARROW).pos_embed.is_meta
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (0, 1), (1,), (-1,), (-3, -2)])

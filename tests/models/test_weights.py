@@ -13,16 +13,19 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.matching import LoadReport
+from mrmae_ds.models.positions import resize_positions
 from mrmae_ds.models.pretrain import FusionSpec
-from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
+from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ImageSize, ViTSpec
 from mrmae_ds.models.weights import (
     MODEL_FILE,
-    LoadReport,
+    build_classifier,
     build_encoder,
     encoder_metadata,
     find_weights,
     init_classifier,
     load_encoder,
+    load_pretrained,
     read_metadata,
     read_tensors,
     save_weights,
@@ -47,11 +50,14 @@ def save_pretrained(path: Path, spec: EncoderSpec, image_size: int = 16) -> dict
     return model.state_dict()
 
 
-def save_classifier(path: Path, spec: EncoderSpec, classes: int) -> dict[str, Tensor]:
+def save_classifier(
+    path: Path, spec: EncoderSpec, classes: int, size: ImageSize = 16, pool: str = "avg"
+) -> dict[str, Tensor]:
     """Write a fine-tuned file; returns its tensors."""
-    model = build_encoder(spec, 16, classes)
+    model = build_encoder(spec, size, classes, pool=pool)
     perturb(model, seed=6)
-    save_weights(path, model.state_dict(), {"kind": "classifier", **encoder_metadata(model)})
+    metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": classes}
+    save_weights(path, model.state_dict(), metadata)
     return model.state_dict()
 
 
@@ -110,6 +116,42 @@ def test_classifier_into_classifiers(spec: EncoderSpec, tmp_path: Path) -> None:
     assert sorted(report.unexpected) == ["fc_norm.bias", "fc_norm.weight", "head.bias", "head.weight"]
 
 
+@pytest.mark.parametrize(
+    ("spec", "pool"),
+    [(VIT, "avg"), (VIT, "token"), (CVIT, "avg"), (CVIT, "max"), (CVIT, "avgmax")],
+    ids=["vit-avg", "vit-token", "cvit-avg", "cvit-max", "cvit-avgmax"],
+)
+@pytest.mark.parametrize("size", [16, (8, 12), (32, 8)], ids=str)
+def test_a_classifier_is_built_again(spec: EncoderSpec, pool: str, size: ImageSize, tmp_path: Path) -> None:
+    """Its pooling and its shape too: (32, 8) has as many tokens as 16 x 16."""
+    path = tmp_path / MODEL_FILE
+    saved = save_classifier(path, spec, classes=3, size=size, pool=pool)
+    model = build_classifier(read_metadata(path))
+    assert model.global_pool == pool
+    assert model.grid == (4, 4) if size == 16 else (size[0] // 4, size[1] // 4)
+    report = load_encoder(model, path)
+    assert (report.missing, report.unexpected, report.resized) == ([], [], [])
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
+    other = build_classifier(read_metadata(path), 24)
+    assert load_encoder(other, path).resized == ["pos_embed"]
+    prefix = other.num_prefix_tokens
+    positions = resize_positions(saved["pos_embed"][:, prefix:], model.grid, (6, 6))
+    assert torch.equal(other.pos_embed[:, prefix:], positions)
+
+
+@pytest.mark.parametrize(("spec", "pool"), [(VIT, "max"), (CVIT, "token")], ids=["vit", "cvit"])
+def test_a_pooling_that_the_encoder_lacks(spec: EncoderSpec, pool: str) -> None:
+    with pytest.raises(UserError, match=f"'{pool}' is unknown"):
+        build_encoder(spec, 16, 3, pool=pool)
+
+
+def test_a_head_on_something_else_stays_out(tmp_path: Path) -> None:
+    save_classifier(tmp_path / MODEL_FILE, CVIT, classes=3, pool="max")
+    model = build_encoder(CVIT, 16, 3)
+    report = load_encoder(model, tmp_path / MODEL_FILE)
+    assert sorted(report.missing) == sorted(report.unexpected) == ["head.bias", "head.weight"]
+
+
 @BOTH
 def test_positions_are_resized_for_another_grid(spec: EncoderSpec, tmp_path: Path) -> None:
     saved = save_pretrained(tmp_path / MODEL_FILE, spec)["encoder.pos_embed"]
@@ -133,6 +175,23 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
         load_encoder(build_encoder(VIT, 16), path)
     with pytest.raises(UserError, match=rf"{path}: another encoder than the recipe's: num_heads 4 instead of 2;"):
         load_encoder(build_encoder(replace(CVIT, num_heads=2), 16), path)
+
+
+def test_errors_name_the_recipe_key(tmp_path: Path) -> None:
+    path, key = tmp_path / MODEL_FILE, "stages.finetune.init"
+    tensors = save_pretrained(path, CVIT)
+    with pytest.raises(UserError, match=rf"^{key}: {path}: another encoder"):
+        load_encoder(build_encoder(replace(CVIT, num_heads=2), 16), path, key)
+    with pytest.raises(UserError, match=rf"^{key}: {tmp_path}/none: no such file"):
+        load_encoder(build_encoder(CVIT, 16), tmp_path / "none", key)
+    decoder = DecoderSpec(dim=32, depth=1, num_heads=4)
+    student = pixel_model(build_encoder(CVIT, 16), FusionSpec(), decoder, "none")
+    with pytest.raises(UserError, match=rf"^{key}: {path}: another decoder"):
+        load_pretrained(student, path, key)
+    del tensors["encoder.patch_embed4.bias"]
+    save_weights(path, tensors, read_metadata(path))
+    with pytest.raises(UserError, match=rf"^{key}: {path}: encoder tensors are missing"):
+        load_encoder(build_encoder(CVIT, 16), path, key)
 
 
 def test_a_file_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:

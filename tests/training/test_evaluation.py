@@ -35,6 +35,7 @@ VIT = ViTSpec(48, 2, 4, patch=8)
 # Statistics and picture sizes of their own, neither those of the recipe.
 STATISTICS = {"cvit": ([0.4, 0.5, 0.6], [0.5, 0.4, 0.3]), "vit": ([0.2, 0.2, 0.3], [0.25, 0.5, 0.3])}
 SIZES = {"cvit": 32, "vit": 64}
+POOLS = {"cvit": "avg", "vit": "token"}
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -76,7 +77,7 @@ def _outputs(model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
 def _write_member(workspace: Workspace, name: str, spec: EncoderSpec, seed: int) -> None:
     """A classifier of random features under a head fitted to the training labels by least squares."""
     torch.manual_seed(seed)
-    model = build_encoder(spec, SIZES[name], 10)
+    model = build_encoder(spec, SIZES[name], 10, pool=POOLS[name])
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)
@@ -111,7 +112,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def _softmax(workspace: Workspace, name: str, size: int | None = None) -> np.ndarray:
     """Each validation picture's class probabilities, float64 [N, 10], without the stage's code."""
     path = workspace.member(name) / "model.safetensors"
-    model = build_encoder(spec_from_metadata(read_metadata(path)), size or SIZES[name], 10)
+    model = build_encoder(spec_from_metadata(read_metadata(path)), size or SIZES[name], 10, pool=POOLS[name])
     model.load_state_dict(load_file(path))
     images, _ = workspace.pictures("val", size or SIZES[name])
     logits = torch.cat([_outputs(model, image[None], name) for image in images]).numpy().astype(np.float64)

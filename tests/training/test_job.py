@@ -86,7 +86,7 @@ def test_weights_that_are_not_there_or_do_not_fit_name_the_key(
 ) -> None:
     with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*nowhere does not exist"):
         _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={tmp_path / 'nowhere'}")
-    with pytest.raises(UserError, match="depth"):
+    with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*model.safetensors: another encoder.*depth"):
         _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={earlier}", "model.overrides={depth: 2}")
 
 
@@ -98,6 +98,15 @@ def test_fine_tuned_weights_pass_on_how_they_were_pretrained(
     init = new_record(job, Parameters(total=1, trainable=1, encoder=1), "cpu").init
     assert init is not None and init.pretrain is not None
     assert (init.pretrain.method, init.pretrain.epochs) == ("MR-MAE", 70)
+
+
+def test_the_class_token_can_be_finetuned(data: tuple[str, str], tmp_path: Path, earlier: Path) -> None:
+    options = (f"stages.finetune.init={earlier}", "stages.finetune.pool=token")
+    job = _prepare(data, tmp_path, "finetune", *options)
+    assert job.task.model.global_pool == "token"
+    assert "missing 2 (head.weight, head.bias)" in job.report
+    with pytest.raises(UserError, match=r"stages\.finetune\.init: .*model.safetensors: another encoder.*depth"):
+        _prepare(data, tmp_path, "finetune", *options, "model.overrides={depth: 2}")
 
 
 def test_an_evaluation_is_not_prepared_as_a_training(data: tuple[str, str], tmp_path: Path) -> None:
