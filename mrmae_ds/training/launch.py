@@ -6,6 +6,7 @@ Imports neither torch nor DeepSpeed, because some of what it sets is read when t
 from __future__ import annotations
 
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,12 +81,31 @@ def _local_size(env: os._Environ[str]) -> int:
 def _export_slurm(env: os._Environ[str]) -> None:
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+    tasks, node = _tasks_per_node(env), _number(env, "SLURM_NODEID", 0)
+    if 0 <= node < len(tasks):
+        env["LOCAL_SIZE"] = str(tasks[node])
+    if len(tasks) == 1:
+        env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_ADDR" not in env:
         raise UserError(
-            "environment: under srun, MASTER_ADDR must name the first node: "
+            "environment: under srun, MASTER_ADDR must name the first node; slurm/train.sbatch finds it, or by hand: "
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)'
         )
-    env.setdefault("MASTER_PORT", str(20000 + _number(env, "SLURM_JOB_ID", 0) % 20000))
+    # Below the ports that a system hands out by itself (from 32768); another one when the job is started again, for
+    # a process of the start before may still hold the last one.
+    job, restart = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_RESTART_COUNT", 0)
+    env.setdefault("MASTER_PORT", str(10000 + (job + 1009 * restart) % 20000))
+
+
+def _tasks_per_node(env: os._Environ[str]) -> list[int]:
+    """Processes on each node of the step, in the nodes' order, from Slurm's short form: 4(x2),3 is 4, 4, 3."""
+    counts: list[int] = []
+    for part in filter(None, env.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise UserError(f"environment: SLURM_STEP_TASKS_PER_NODE: {part!r} is not a number of tasks")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
 
 
 def _set_defaults(env: os._Environ[str], launch: Launch) -> None:

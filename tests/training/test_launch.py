@@ -74,7 +74,47 @@ def test_srun(environment: pytest.MonkeyPatch) -> None:
     assert prepare_environment() == Launch(rank=5, local_rank=1, world_size=8, local_size=4)
     exported = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
     assert exported == {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "MASTER_ADDR": "node7"}
-    assert int(os.environ["MASTER_PORT"]) == 20000 + 123456 % 20000
+    assert os.environ["MASTER_PORT"] == "13456"
+
+
+def test_sruns_port_is_below_those_that_the_system_gives_away(environment: pytest.MonkeyPatch) -> None:
+    """Linux hands out ports from 32768 to whoever asks for none; jobs that share a node have ports of their own."""
+    ports = set()
+    for job in (1, 2, 19_999, 20_000, 987_654_321):
+        _set(environment, SLURM | {"SLURM_JOB_ID": str(job)})
+        for name in ("RANK", "MASTER_PORT"):
+            environment.delenv(name, raising=False)
+        prepare_environment()
+        ports.add(int(os.environ["MASTER_PORT"]))
+    assert len(ports) == 5 and min(ports) >= 1024 and max(ports) < 32768
+
+
+def test_a_job_that_is_started_again_has_another_port(environment: pytest.MonkeyPatch) -> None:
+    _set(environment, SLURM | {"SLURM_RESTART_COUNT": "1"})
+    prepare_environment()
+    assert os.environ["MASTER_PORT"] not in ("", "13456")
+
+
+@pytest.mark.parametrize(("node", "expected"), [("0", 4), ("1", 4), ("2", 3)])
+def test_srun_with_unequal_nodes(environment: pytest.MonkeyPatch, node: str, expected: int) -> None:
+    """The step's own count is taken, not the option that another job may have left in the environment."""
+    step = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": node, "SLURM_NTASKS_PER_NODE": "8"}
+    _set(environment, SLURM | step | {"SLURM_NTASKS": "11"})
+    assert prepare_environment().local_size == expected
+    assert os.environ["LOCAL_SIZE"] == str(expected)
+
+
+def test_srun_on_one_node_needs_no_address(environment: pytest.MonkeyPatch) -> None:
+    _set(environment, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "8"})
+    environment.delenv("MASTER_ADDR")
+    assert prepare_environment().local_size == 8
+    assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_nodes_tasks_that_are_no_number(environment: pytest.MonkeyPatch) -> None:
+    _set(environment, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x"})
+    with pytest.raises(UserError, match=r"SLURM_STEP_TASKS_PER_NODE.*4\(x"):
+        prepare_environment()
 
 
 def test_srun_keeps_a_port_that_was_chosen(environment: pytest.MonkeyPatch) -> None:
@@ -92,6 +132,7 @@ def test_srun_with_one_gpu_bound_to_each_task(environment: pytest.MonkeyPatch) -
 def test_srun_without_the_first_nodes_name_is_told_how_to_find_it(environment: pytest.MonkeyPatch) -> None:
     _set(environment, SLURM)
     environment.delenv("MASTER_ADDR")
+    environment.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
     with pytest.raises(UserError, match=r"MASTER_ADDR.*scontrol show hostnames"):
         prepare_environment()
 
