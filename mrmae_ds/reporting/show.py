@@ -21,12 +21,14 @@ from mrmae_ds.objectives import PIXELS, patchify, unpatchify
 from mrmae_ds.reporting.chosen import Chosen, choose_pictures
 from mrmae_ds.reporting.figures import HIDDEN, attention_grid, denormalise, reconstruction_grid
 from mrmae_ds.reporting.shown_run import ShownRun
+from mrmae_ds.reporting.teacher_preview import short_source
 from mrmae_ds.teachers import build_teacher
 from mrmae_ds.teachers.base import importance_words
 from mrmae_ds.teachers.own import encoder_attention
 
 PICTURES = "pictures"
 COMPARED = "compared"
+_TEACHER = "Teacher "
 _USUAL = 8
 _AT_ONCE = 8  # pictures whose attention is computed together: it takes memory
 _MODES = {
@@ -59,8 +61,9 @@ def show_runs(
 ) -> list[Path]:
     """Draw attention maps of one or several runs on the same pictures, and reconstructions of those that make any.
 
-    The first run says which part of a picture is seen and has the validation set; the first pre-training among them
-    has the teachers and the mask. A teacher that cannot be loaded is left out, which is told on stderr.
+    The first run says which part of a picture is seen and has the validation set. The first pre-training with teachers,
+    or else the first, has the teachers and the mask. A teacher that cannot be loaded is left out, which is told on
+    stderr.
 
     Args:
         sources: stage folders (runs/NAME/STAGE) or model files, of pre-trainings and fine-tunings.
@@ -85,7 +88,8 @@ def show_runs(
         _tell(told)
     folder = _folder(runs, out)
     view = first.image_size
-    lead = next((run for run in runs if run.kind == "pretrain"), None)
+    pretrained = [run for run in runs if run.kind == "pretrain"]
+    lead = next((run for run in pretrained if run.pretraining.teachers), next(iter(pretrained), None))
     looks = _Looks({}, {})
     mask = _teach(lead, chosen.cut(view, lead.image_size), looks, seed) if lead else None
     rebuilt = {}
@@ -125,7 +129,8 @@ class _Looks:
         """A sentence for each kind of map."""
         kinds: dict[str, list[str]] = {}
         for label, words in self.words.items():
-            kinds.setdefault(words, []).append(" ".join(label.split("\n")[:2]))
+            method, name, *_ = label.split("\n")
+            kinds.setdefault(words, []).append(method if method.startswith(_TEACHER) else f"{method} {name}")
         return [f"{', '.join(dict.fromkeys(labels))}: {words}." for words, labels in kinds.items()]
 
 
@@ -153,13 +158,14 @@ def _teach(run: ShownRun, pixels: Tensor, looks: _Looks, seed: int) -> _Mask:
     stage, grid = run.pretraining, run.grid
     importance = None
     for name in stage.teachers:
+        config = run.recipe.teachers[name]
         try:
-            teacher = build_teacher(name, run.recipe.teachers[name], run.recipe.data, run.image_size, grid)
+            teacher = build_teacher(name, config, run.recipe.data, run.image_size, grid)
         except UserError as error:
             _tell(f"drawn without teacher {name}, which cannot be loaded any more: {error}")
             continue
         given = torch.cat([teacher(part).importance for part in pixels.split(_AT_ONCE)])
-        looks.add(f"Teacher {name}", given, grid, teacher.facts["importance"])
+        looks.add(f"{_TEACHER}{name}\n{short_source(config.source)}", given, grid, teacher.facts["importance"])
         if name == stage.masking.teacher:
             importance = given
     mode = stage.masking.mode

@@ -82,7 +82,10 @@ def draw_teachers(
     visible, how = _keep(recipe, importance, grid, len(pixels), seed)
     attention_grid(
         pixels,
-        {f"{name}\n{recipe.teachers[name].source}": values.unflatten(1, grid) for name, values in importance.items()},
+        {
+            f"{name}\n{short_source(recipe.teachers[name].source)}": values.unflatten(1, grid)
+            for name, values in importance.items()
+        },
         visible,
         out,
         captions=chosen.captions,
@@ -90,6 +93,11 @@ def draw_teachers(
         legend=[*(f"{name}: {teacher.facts['importance']}." for name, teacher in teachers.items()), *how],
     )
     return told
+
+
+def short_source(source: str) -> str:
+    """A teacher's source for a label: a library's name as it is, of a path its last two parts."""
+    return "/".join(source.rstrip("/").split("/")[-2:])
 
 
 def _importance(teacher: Teacher, pixels: Tensor) -> Tensor:

@@ -108,8 +108,6 @@ class MapReader:
             picture.
     """
 
-    importance = "feature norm"
-
     def __init__(self, network: nn.Module, options: TeacherOptions) -> None:
         if options.features != "raw":
             raise UserError(f"{options.key}.features: a feature map of {options.source} is raw; use raw")
@@ -119,6 +117,7 @@ class MapReader:
                 torch.zeros(1, 3, size, size), output_fmt="NCHW", intermediates_only=True
             )
         self.stage = _choose_stage([(m.shape[2], m.shape[3]) for m in maps], options)
+        self.importance = f"feature norm of stage {self.stage} (of 0 to {len(maps) - 1})"
         chosen = maps[self.stage]
         check_tiles(network.feature_info[self.stage]["reduction"], size, options.key)
         self.grid, self.width = (chosen.shape[2], chosen.shape[3]), chosen.shape[1]

@@ -28,6 +28,7 @@ from .runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretr
 
 SIDE, GRID, COUNT = 16, 4, 16
 ATTENDED = "last block's attention, what each patch gets on average (there is no class token)"
+GUIDE = "Teacher guide\nmae/pretrain"
 FROM_CLASS = "last block's attention, class token to patches"
 
 
@@ -101,7 +102,7 @@ def test_rows_of_a_pretraining(runs: Runs, pages: dict[str, Page], val: Path, tm
     written = show_runs([runs.mrmae], ["3", "12"], out=tmp_path)
     assert written == [tmp_path / "attention.png", tmp_path / "reconstructions.png"]
     page, student = pages["attention.png"], "MR-MAE\nmrmae\n4 epochs, photographs"
-    assert page.labels == ["Picture", "Teacher guide", student, "Kept (25 %)", "Removed (75 %)"]
+    assert page.labels == ["Picture", GUIDE, student, "Kept (25 %)", "Removed (75 %)"]
     assert page.title == "Attention of mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
     assert page.captions == ["3: wide", "12: tall"]
     assert page.legend == [
@@ -112,7 +113,7 @@ def test_rows_of_a_pretraining(runs: Runs, pages: dict[str, Page], val: Path, tm
     pictures = torch.stack([evaluated(val, 3), evaluated(val, 12)])
     np.testing.assert_array_equal(page.rows["Picture"].pictures, pictures.numpy())
     images = normalize(pictures, MEAN, STD)
-    for label, model in (("Teacher guide", runs.teacher), (student, runs.student)):
+    for label, model in ((GUIDE, runs.teacher), (student, runs.student)):
         heat = page.rows[label].heat
         assert heat is not None
         np.testing.assert_allclose(heat, scaled_attention(model, images), atol=1e-4, err_msg=label)
@@ -132,7 +133,7 @@ def test_kept_and_removed_patches_make_up_the_picture(runs: Runs, pages: dict[st
     assert (kept ^ removed).all()
     cells = kept.reshape(3, GRID, 4, GRID, 4).transpose(0, 1, 3, 2, 4).reshape(3, GRID * GRID, 16)
     assert (cells.all(-1) == cells.any(-1)).all() and (cells.all(-1).sum(1) == 4).all()
-    heat = rows["Teacher guide"].heat
+    heat = rows[GUIDE].heat
     assert heat is not None
     most = np.sort(heat.reshape(3, -1), axis=1)[:, -4:]
     np.testing.assert_array_equal(np.sort(heat.reshape(3, -1)[cells.all(-1)].reshape(3, 4), axis=1), most)
@@ -175,18 +176,18 @@ def test_reconstructions_are_denormalised(
 def test_several_runs_see_the_same_pictures(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
     larger = make_recipe(val, "MCMAE", CVIT, 2 * SIDE, None)
     model = save_pretraining(tmp_path / "larger", larger)
+    # Of the three pre-trainings the last has a teacher, and so the mask.
     sources = [runs.mae, tmp_path / "larger" / "pretrain", runs.mrmae, runs.finetuned]
     show_runs(sources, ["2"], out=tmp_path / "out")
     page = pages["attention.png"]
     names = ["MAE\nmae\n4", "MCMAE\nlarger\n4", "MR-MAE\nmrmae\n4", "MR-MAE\nmrmae\nfine-tuned 2"]
     labels = [f"{name} epochs, photographs" for name in names]
-    # The first pre-training is MAE, which has no teacher.
-    assert page.labels == ["Picture", *labels, "Kept (25 %)", "Removed (75 %)"]
+    assert page.labels == ["Picture", GUIDE, *labels, "Kept (25 %)", "Removed (75 %)"]
     assert page.title == "Attention of 4 runs on the same pictures"
     assert page.legend == [
-        f"MAE mae: {FROM_CLASS}.",
+        f"Teacher guide, MAE mae: {FROM_CLASS}.",
         f"MCMAE larger, MR-MAE mrmae: {ATTENDED}.",
-        "Patches are kept at random.",
+        "Patches are kept as those to which teacher guide gives most importance.",
     ]
     pictures = evaluated(val, 2)[None]
     np.testing.assert_array_equal(page.rows["Picture"].pictures, pictures.numpy())
@@ -244,6 +245,7 @@ def test_runs_with_equal_labels_are_numbered(runs: Runs, pages: dict[str, Page],
     show_runs([runs.mae, runs.mae], ["1"], out=tmp_path)
     label = "MAE\nmae\n4 epochs, photographs"
     assert pages["attention.png"].labels[1:3] == [label, f"{label} (2)"]
+    assert pages["attention.png"].legend[-1] == "Patches are kept at random."
 
 
 def test_the_seed_is_the_masks(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:

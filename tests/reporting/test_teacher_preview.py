@@ -80,7 +80,7 @@ def test_what_the_teachers_are_is_printed(recipe: Path, capsys: pytest.CaptureFi
     assert run in own and sha256["resnet.pt"] in net
     assert "8x8 of width 16, features raw" in own and "in float32" in net
     assert "mean 0.4 0.5 0.6, std 0.2 0.25 0.3" in own and "mean 0.485 0.456 0.406" in net
-    assert "class token to patches" in own and "feature norm" in net
+    assert "class token to patches" in own and "feature norm of stage" in net
     assert err == "" and ".png" not in out
 
 
@@ -108,7 +108,7 @@ def test_pictures_maps_and_kept_patches_are_drawn(
     pixels, importance = _expected(recipe, pictures)
     assert path == out and named["captions"] == ("first.png", "second.png", "third.png")
     torch.testing.assert_close(found, pixels)
-    assert [label.split("\n")[0] for label in maps] == ["own", "net"]
+    assert list(maps) == [f"own\n{recipe.parent.name}/run", "net\ntest_resnet"]
     for drawn_map, name in zip(maps.values(), importance, strict=True):
         torch.testing.assert_close(drawn_map, importance[name])
     for picture in range(3):
