@@ -89,7 +89,7 @@ def usage(found: Identity, path: Path) -> str:
             f"project's plain ViT has no {', '.join(found.extras[:3])}"
         )
     if not found.family:
-        return "nothing here takes it"
+        return f"as a teacher, if timm has its model: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}"
     if "create_model" in found.metadata:
         return f"{found.metadata['create_model'][:-1]}, checkpoint_path={str(path)!r})"
     arch, changes = nearest_architecture(found.family, found.sizes)
@@ -115,6 +115,8 @@ def _encoder_rows(found: Identity) -> list[Row]:
         height, width = (side * stride for side in found.grid)
         pixels = f"{height}" if height == width else f"{height} x {width}"
         rows.append(("picture", f"{pixels} pixels, grid {found.grid[0]} x {found.grid[1]}, patch {stride}"))
+    if found.family == "cvit" and found.prefix_rows:
+        rows.append(("class token", "one with a position of its own; a CViT has no use for it, and it is left out"))
     if statistics := input_statistics(found.metadata):
         rows.append(("input", statistics))
     if found.num_classes:

@@ -63,7 +63,7 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Half precision to float32; float32 and float64 as they are."""
+    """[...] of half precision to float32; float32 and float64 as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 

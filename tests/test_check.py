@@ -63,7 +63,16 @@ def test_a_released_pretraining(tmp_path: Path) -> None:
     assert rows["dtype"] == "float32"
     assert rows["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert rows["made with"] == "model convmae_convvit_base_patch16_dec512d8b, mask_ratio 0.75, norm_pix_loss True"
-    assert "classes" not in rows and "written by" not in rows
+    assert not rows.keys() & {"classes", "written by", "class token"}
+
+
+def test_a_released_cvit_with_a_class_token(tmp_path: Path) -> None:
+    state = mcmae_state(load_reference("mcmae"))
+    row = torch.zeros(1, 1, 32)
+    state |= {"cls_token": row, "pos_embed": torch.cat([row, state["pos_embed"]], dim=1)}
+    rows = rows_of(describe(write_released(tmp_path / "x.pth", state)))
+    assert rows["picture"] == "224 pixels, grid 14 x 14, patch 16"
+    assert "left out" in rows["class token"]
 
 
 VARIANTS = [{}, {"mlp_ratios": (8, 8, 4)}, {"depths": (1, 2, 1), "patches": (7, 1, 2)}]
@@ -138,7 +147,7 @@ def test_use_of_files_that_are_for_teachers(tmp_path: Path) -> None:
     assert rows["kind"] == "CLIP model, image tower 8 wide, patch 4"
     assert rows["use it"].startswith(f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}")
     torch.save({"weight": torch.zeros(2)}, path)
-    assert rows_of(describe(path))["use it"] == "nothing here takes it"
+    assert rows_of(describe(path))["use it"].startswith("as a teacher, if timm has its model: teachers.NAME=")
 
 
 def test_dtypes_and_values_that_are_not_finite(tmp_path: Path) -> None:

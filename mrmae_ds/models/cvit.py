@@ -269,6 +269,7 @@ class CViT(nn.Module):
     def _forward_visible(
         self, images: Tensor, visible: VisibleSet, taps: tuple[int, ...]
     ) -> dict[str, Tensor | list[Tensor]]:
+        """The encoding half of :meth:`forward`: [B, 3, H, W] to ``tokens`` [B, K, C3] and what lies below them."""
         self._check_size(images)
         x = visible.take_blocks(images.permute(0, 2, 3, 1))
         x1 = run_blocks(self.blocks1, self.patch_embed1(x), self.checkpointing.conv_stages, visible)
@@ -280,6 +281,7 @@ class CViT(nn.Module):
         return {"tokens": x, "stages": [x1, x2], "blocks": [outputs[i] for i in taps]}
 
     def _check_size(self, images: Tensor) -> None:
+        """Raises UserError unless images are [B, C, H, W] of the model's H and W."""
         if tuple(images.shape[2:]) != self.img_size:
             raise UserError(
                 f"images: {tuple(images.shape[2:])} pixels, but the model was built for {self.img_size}; "

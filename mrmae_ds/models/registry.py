@@ -57,7 +57,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     """A file's tensors as ``model`` names and sizes them; for ``pretrained_cfg_overlay={"file": ...}``.
 
     Of a pre-training's file, this project's or MCMAE's as released, the encoder is taken, without a class token. The
-    position embedding is resized if its grid is not the model's.
+    position embedding [1, rows, C] is resized if its grid is not the model's.
 
     Raises:
         UserError: if its rows are no square grid and not as many as the model's.

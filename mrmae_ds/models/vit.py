@@ -118,4 +118,5 @@ class MaskableViT(VisionTransformer):
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def _class_token(self, patches: Tensor) -> Tensor:
+        """The class token at its position, once a picture of ``patches`` [B, ..., C]: [B, 1, C]."""
         return (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)

@@ -154,7 +154,7 @@ class Reconstruction(NamedTuple):
 
 @torch.no_grad()
 def _teach(run: ShownRun, pixels: Tensor, looks: _Looks, seed: int) -> _Mask:
-    """Add the rows of a pre-training's teachers and draw its mask."""
+    """Add the rows of a pre-training's teachers and draw its mask, of pixels [N, 3, S, S] in 0 to 1."""
     stage, grid = run.pretraining, run.grid
     importance = None
     for name in stage.teachers:
@@ -179,7 +179,11 @@ def _teach(run: ShownRun, pixels: Tensor, looks: _Looks, seed: int) -> _Mask:
 
 @torch.no_grad()
 def _study(run: ShownRun, label: str, pixels: Tensor, looks: _Looks, mask: _Mask | None) -> Reconstruction | None:
-    """Add a student's row; what it reconstructs, where it predicts pixels and the mask is one of its grid."""
+    """Add a student's row of pixels [N, 3, S, S] in 0 to 1, under ``label``.
+
+    Returns:
+        What it reconstructs, where it predicts pixels and the mask is one of its grid.
+    """
     model = run.load()
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     images = (pixels - torch.tensor(run.mean).view(1, 3, 1, 1)) / torch.tensor(run.std).view(1, 3, 1, 1)

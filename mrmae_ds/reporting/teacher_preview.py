@@ -101,6 +101,7 @@ def short_source(source: str) -> str:
 
 
 def _importance(teacher: Teacher, pixels: Tensor) -> Tensor:
+    """[N, 3, S, S] in 0 to 1 to [N, L]."""
     return torch.cat([teacher(part).importance for part in pixels.split(_AT_ONCE)])
 
 
@@ -120,4 +121,5 @@ def _keep(
 
 
 def _numbers(values: Tensor) -> str:
+    """A buffer's values, [1, 3, 1, 1], as text."""
     return " ".join(f"{value:.4g}" for value in values.flatten().tolist())

@@ -29,6 +29,7 @@ class WholeAttention:
         return self
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """The dropout's input is the matrix [B, heads, N, N]."""
         self.weights = inputs[0]
 
     def __exit__(self, *_: object) -> None:
@@ -67,6 +68,7 @@ class BlockReader:
         network.prune_intermediate_layers(1, prune_norm=not self.normalized, prune_head=True)
 
     def _tokens(self, network: nn.Module, images: Tensor, output_fmt: str) -> Tensor:
+        """The last block's patch tokens of [B, 3, H, W]: [B, L, C] as ``NLC``, [B, C, rows, columns] as ``NCHW``."""
         return network.forward_intermediates(
             images, indices=1, norm=self.normalized, output_fmt=output_fmt, intermediates_only=True
         )[-1]
