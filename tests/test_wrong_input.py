@@ -60,7 +60,7 @@ CASES = {
     "no clipping key": (SCRATCH, {"gradient_clipping": None}, ["gradient_clipping is required"]),
     "zero key": (
         SCRATCH,
-        {"zero_optimization": {"stage": 3, "overlap_com": True}},
+        {"zero_optimization": {"stage": 3, "memory_efficient_linear": False, "overlap_com": True}},
         ["overlap_com", "did you mean 'overlap_comm'"],
     ),
     "no such stage": ((*SCRATCH[:2], "--stage", "pretrain"), {}, ["scratch_tiny", "no stage pretrain"]),

@@ -10,7 +10,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.planning.flops import Flops, StageCost, recipe_cost
 from mrmae_ds.recipe import load_recipe
 from mrmae_ds.reporting.paper import IMAGENET_TRAIN_SAMPLES
-from mrmae_ds.training.engine_config import load_engine_config
+from mrmae_ds.training.engine_config import default_recipe, load_engine_config
 
 GIGA, TERA, EXA = 1e9, 1e12, 1e18
 SECONDS_PER_HOUR = 3600
@@ -41,7 +41,7 @@ def describe_cost(
         UserError: for a wrong number, or as :func:`~mrmae_ds.planning.flops.recipe_cost`.
     """
     _check_numbers(pictures, tflops, gpus)
-    path = recipe or ds_config.with_suffix(".yaml")
+    path = recipe or default_recipe(ds_config)
     checkpointing = load_engine_config(ds_config).checkpointing
     costs = recipe_cost(load_recipe(path, list(overrides)), checkpointing)
     lines = [

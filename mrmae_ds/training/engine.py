@@ -3,9 +3,11 @@
     1. build the model whole, on the CPU, from the same seed on every rank (not under zero.Init: every size fits)
     2. load weights, freeze, build parameter groups by name
     3. set activation checkpointing
-    4. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
+    4. compile blocks, if wanted
+    5. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
+    6. watch that every trainable parameter gets a gradient
 
-Steps 1 and 2 are the stage's (training/job.py), 3 and 4 are :func:`build_engine`.
+Steps 1 and 2 are the stage's (training/job.py), the others are :func:`build_engine`.
 """
 
 from __future__ import annotations
@@ -15,10 +17,14 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.training.engine_config import EngineConfig
+from mrmae_ds.training.gradient_watch import watch_gradients
 
 
 def build_engine(
@@ -41,16 +47,56 @@ def build_engine(
 
     Raises:
         ValueError: if the groups are not exactly the trainable parameters.
+        UserError: if the engine config names leaf modules that the model does not have.
     """
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     grouped = [id(p) for group in groups for p in group["params"]]
     if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
         raise ValueError(f"{len(grouped)} parameters in groups, {len(trainable)} trainable ones in the model")
+    check_leaf_modules(model, config)
     set_checkpointing(model, config)
-    # The rate is written before every step (set_learning_rate). torch's AdamW needs no compiler, DeepSpeed's does.
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=device.type == "cuda")
+    if config.compile_blocks:
+        compile_blocks(model)
+    # The rate is written before every step (set_learning_rate). torch's AdamW needs no compiler, DeepSpeed's does; the
+    # fused one is also the one to have on the CPU, where the states may be offloaded to.
+    fused = device.type == "cuda" or config.offloads_optimizer
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
+    watch_gradients(engine)
     return engine
+
+
+def check_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
+    """``leaf_module.classes`` names classes of the model; DeepSpeed passes over a misspelt one.
+
+    ``Block`` and ``ConvBlock`` need not be there: the same engine config runs a plain ViT, which has no ``ConvBlock``.
+
+    Raises:
+        UserError: with the classes that could be meant.
+    """
+    wanted = config.raw.get("zero_optimization", {}).get("leaf_module", {}).get("classes", [])
+    blocks = {kind.__name__ for kind in (Block, ConvBlock)}
+    there = {type(module).__name__ for module in model.modules()} | blocks
+    unknown = [name for name in wanted if name.rpartition(".")[2] not in there]
+    if unknown:
+        raise UserError(
+            f"{config.path}: zero_optimization.leaf_module.classes: the model has no {', '.join(unknown)}; its blocks "
+            f"are {', '.join(sorted(blocks))}"
+        )
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let torch compile every transformer and convolution block, at its first call.
+
+    Blocks and no more: DeepSpeed's hooks on a whole model break the graph at every layer, those of a leaf block
+    lie outside it. Shapes are fixed: encoder and decoder have other numbers of tokens, and a graph that became
+    dynamic between forward and its recomputation would save other tensors.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block | ConvBlock)]
+    # Blocks share their code, and each rate of drop path, precision and mode is a graph of its own.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
 
 
 def set_checkpointing(model: nn.Module, config: EngineConfig) -> None:

@@ -1,12 +1,12 @@
-"""The engine config: DeepSpeed's JSON, checked before DeepSpeed sees it.
+"""The engine config: DeepSpeed's JSON, checked before DeepSpeed sees it (training/engine_checks.py says what for).
 
-DeepSpeed ignores unknown top-level keys, and its default for ``gradient_clipping`` silently became 1.0 in 0.19.3;
-both are errors here. The global batch belongs to the recipe, so ``gradient_accumulation_steps`` is derived. The
-section ``activation_checkpointing`` also takes our keys ``conv_stages``, ``transformer`` and ``decoder``.
+The global batch belongs to the recipe, so ``gradient_accumulation_steps`` is derived. Our own keys are the section
+``activation_checkpointing`` (``conv_stages``, ``transformer``, ``decoder``) and ``compile.blocks``.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,56 +16,33 @@ import torch
 from mrmae_ds.config_files import nearest_key, read_json
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.checkpointing import CheckpointPlan
-
-# What DeepSpeed 0.19.8 reads at the top level and makes sense for this project. The optimiser and the schedule are
-# the recipe's, the global batch too.
-KNOWN_KEYS = frozenset(
-    {
-        "activation_checkpointing",
-        "aio",
-        "bf16",
-        "checkpoint",
-        "comms_logger",
-        "communication_data_type",
-        "compile",
-        "data_types",
-        "disable_allgather",
-        "dump_state",
-        "flops_profiler",
-        "gradient_accumulation_steps",
-        "gradient_clipping",
-        "gradient_predivide_factor",
-        "memory_breakdown",
-        "prescale_gradients",
-        "steps_per_print",
-        "timers",
-        "torch_autocast",
-        "train_micro_batch_size_per_gpu",
-        "wall_clock_breakdown",
-        "zero_allow_untested_optimizer",
-        "zero_force_ds_cpu_optimizer",
-        "zero_optimization",
-    }
+from mrmae_ds.training.engine_checks import (
+    CHECKPOINTING_KEYS,
+    check_keys,
+    check_precision,
+    check_zero,
+    offload_devices,
 )
-RECIPE_KEYS = {
-    "train_batch_size": "the recipe's stages.STAGE.batch_size",
-    "optimizer": "the recipe's stages.STAGE.optimizer",
-    "scheduler": "the recipe's stages.STAGE.optimizer",
-    "fp16": "torch_autocast with bfloat16 (fp16 is not supported)",
-}
-CHECKPOINTING_KEYS = ("conv_stages", "transformer", "decoder")
-SECTION_KEYS = {
-    "activation_checkpointing": (
-        *CHECKPOINTING_KEYS,
-        "partition_activations",
-        "cpu_checkpointing",
-        "contiguous_memory_optimization",
-        "number_checkpoints",
-        "synchronize_checkpoint_boundary",
-        "profile",
-    ),
-    "torch_autocast": ("enabled", "dtype", "lower_precision_safe_modules"),
-}
+
+# NAME-zero1.json and NAME-offload.json run the recipe NAME.yaml in another way than NAME.json.
+VARIANTS = ("-zero1", "-offload")
+
+
+def default_recipe(ds_config: Path) -> Path:
+    """The recipe beside an engine config: that of the same name, without the name of a variant.
+
+    Raises:
+        UserError: if there is none; it names the recipes that are there.
+    """
+    variant = next((suffix for suffix in VARIANTS if ds_config.stem.endswith(suffix)), "")
+    candidates = [ds_config.with_suffix(".yaml"), ds_config.with_name(f"{ds_config.stem.removesuffix(variant)}.yaml")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    tried = " nor ".join(dict.fromkeys(path.name for path in candidates))
+    there = sorted(path.name for path in ds_config.parent.glob("*.yaml"))
+    choice = f"; there are {', '.join(there)}" if there else ""
+    raise UserError(f"{ds_config}: no recipe {tried} beside it; name one with --recipe{choice}")
 
 
 @dataclass(frozen=True)
@@ -80,6 +57,7 @@ class EngineConfig:
         zero_stage: 0 to 3.
         model_dtype: of the parameters that the modules see: bfloat16 with ``bf16``, else float32.
         checkpointing: which blocks recompute their activations.
+        compile_blocks: whether ``torch.compile`` compiles each block.
     """
 
     path: Path
@@ -89,15 +67,21 @@ class EngineConfig:
     zero_stage: int
     model_dtype: torch.dtype
     checkpointing: CheckpointPlan
+    compile_blocks: bool = False
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimiser's states and arithmetic are on the host."""
+        return "offload_optimizer" in offload_devices(self.raw)
 
     def for_deepspeed(self, accumulation: int) -> dict[str, Any]:
-        """The dictionary that DeepSpeed gets: our own keys removed, the accumulation filled in."""
-        config = {**self.raw, "gradient_accumulation_steps": accumulation}
-        section = config.get("activation_checkpointing", {})
-        rest = {key: value for key, value in section.items() if key not in CHECKPOINTING_KEYS}
-        config.pop("activation_checkpointing", None)
-        if rest:
-            config["activation_checkpointing"] = rest
+        """The dictionary that DeepSpeed gets: our own sections removed, the accumulation filled in."""
+        own = ("activation_checkpointing", "compile")
+        config = {key: value for key, value in self.raw.items() if key not in own}
+        config["gradient_accumulation_steps"] = accumulation
+        if self.offloads_optimizer:
+            # DeepSpeed would have its own CPU Adam, which a compiler must build; torch's fused one does the same.
+            config["zero_force_ds_cpu_optimizer"] = False
         # DeepSpeed's own step prints would break the progress bar; the loop logs instead.
         config.setdefault("steps_per_print", 2**31 - 1)
         return config
@@ -110,11 +94,7 @@ def load_engine_config(path: Path) -> EngineConfig:
         UserError: naming the file and the key.
     """
     raw = read_json(path)
-    for key in raw:
-        if key in RECIPE_KEYS:
-            raise UserError(f"{path}: {key} does not belong here; it is {RECIPE_KEYS[key]}")
-        if key not in KNOWN_KEYS:
-            raise UserError(f"{path}: {key}: unknown key{nearest_key(key, KNOWN_KEYS)}")
+    check_keys(path, raw)
     if "gradient_clipping" not in raw:
         raise UserError(
             f"{path}: gradient_clipping is required: left out, DeepSpeed clips at 1.0; write 0.0 for no clipping"
@@ -122,29 +102,32 @@ def load_engine_config(path: Path) -> EngineConfig:
     clipping = raw["gradient_clipping"]
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
         raise UserError(f"{path}: gradient_clipping must be a number of at least 0, got {clipping!r}")
-    _check_sections(path, raw)
+    check_precision(path, raw)
+    check_zero(path, raw)
     micro = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
     if micro is None:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: pictures a process takes at a time")
-    zero = raw.get("zero_optimization", {})
-    if type(zero.get("stage", 0)) is not int or zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    compiled = raw.get("compile", {}).get("blocks", False)
+    if not isinstance(compiled, bool):
+        raise UserError(f"{path}: compile.blocks must be true or false, got {compiled!r}")
     return EngineConfig(
         path=path,
         raw=raw,
         micro_batch=micro,
         declared_accumulation=_positive_int(path, raw, "gradient_accumulation_steps"),
-        zero_stage=zero.get("stage", 0),
+        zero_stage=raw.get("zero_optimization", {}).get("stage", 0),
         model_dtype=torch.bfloat16 if raw.get("bf16", {}).get("enabled") else torch.float32,
         checkpointing=_checkpoint_plan(path, raw.get("activation_checkpointing", {})),
+        compile_blocks=compiled,
     )
 
 
 def validate_sections(config: EngineConfig) -> None:
-    """Let DeepSpeed's own models judge the nested sections, before any process group exists.
+    """Let DeepSpeed's own models judge the nested sections, and see that it can offload, before any process group.
 
     Raises:
-        UserError: with the file, the key and DeepSpeed's message.
+        UserError: with the file, the key and DeepSpeed's message; for a folder that cannot be offloaded to, or
+            where DeepSpeed's asynchronous reads and writes cannot be built.
     """
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -159,6 +142,39 @@ def validate_sections(config: EngineConfig) -> None:
             written = [field.alias or known for known, field in model.model_fields.items()]
             near = nearest_key(key, written) if first["type"] == "extra_forbidden" else ""
             raise UserError(f"{config.path}: {name}.{key}: {first['msg']}{near}") from None
+    for key, device in offload_devices(config.raw).items():
+        if device == "nvme":
+            _check_nvme(f"{config.path}: zero_optimization.{key}", config.raw["zero_optimization"][key]["nvme_path"])
+
+
+def _check_nvme(where: str, folder: str) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not Path(folder).is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{where}.nvme_path: {folder} is not a folder that can be written to on this node")
+    if not AsyncIOBuilder().is_compatible():
+        raise UserError(
+            f"{where}.device: nvme needs the library libaio and its headers (Debian: apt install libaio-dev); without "
+            "them use cpu"
+        )
+
+
+def check_processes(config: EngineConfig, world_size: int, local_size: int) -> None:
+    """What the file says about groups of processes fits those that run.
+
+    Args:
+        config: the engine config.
+        world_size: processes in all. local_size: processes of a node.
+
+    Raises:
+        UserError: if ``zero_hpz_partition_size`` does not divide them.
+    """
+    size = config.raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    if size > 1 and (world_size % size or local_size % size):
+        raise UserError(
+            f"{config.path}: zero_optimization.zero_hpz_partition_size {size} must divide the {world_size} processes "
+            f"and the {local_size} of a node, which it is usually set to; set it to {local_size}, or leave it out"
+        )
 
 
 def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, recipe: str) -> int:
@@ -203,17 +219,6 @@ def _positive_int(path: Path, raw: dict[str, Any], key: str) -> int | None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
     return value
-
-
-def _check_sections(path: Path, raw: dict[str, Any]) -> None:
-    """Sections are objects, and those that DeepSpeed reads without a look have no unknown key."""
-    for name in ("zero_optimization", "bf16", "data_types", *SECTION_KEYS):
-        section = raw.get(name, {})
-        if not isinstance(section, dict):
-            raise UserError(f"{path}: {name} must be a section of keys and values, got {section!r}")
-        for key in section:
-            if name in SECTION_KEYS and key not in SECTION_KEYS[name]:
-                raise UserError(f"{path}: {name}.{key}: unknown key{nearest_key(key, SECTION_KEYS[name])}")
 
 
 def _checkpoint_plan(path: Path, section: dict[str, Any]) -> CheckpointPlan:

@@ -19,6 +19,8 @@ from mrmae_ds.recipe_stages import EvaluateConfig, FinetuneConfig, PretrainConfi
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,
+    check_processes,
+    default_recipe,
     load_engine_config,
     validate_sections,
 )
@@ -33,7 +35,7 @@ class Options:
     """The command line of train.py.
 
     Attributes:
-        ds_config: engine config; the recipe of the same stem beside it is the default recipe.
+        ds_config: engine config; the recipe of the same name beside it is the default recipe.
         stage: which stage of the recipe.
         recipe: another recipe. run: the run's folder, by default runs/NAME.
         resume: ``auto``, ``never`` or a checkpoint folder.
@@ -48,6 +50,11 @@ class Options:
     resume: str = "auto"
     overrides: tuple[str, ...] = ()
     dry_run: bool = False
+
+    @property
+    def recipe_path(self) -> Path:
+        """The recipe's file. Raises UserError if none is named and none is beside the engine config."""
+        return self.recipe or default_recipe(self.ds_config)
 
     def stage_dir(self, recipe: Recipe) -> Path:
         """The folder of the stage in the run's."""
@@ -84,8 +91,7 @@ def load_configs(options: Options) -> tuple[Recipe, EngineConfig]:
         UserError: naming file and key.
     """
     engine_config = load_engine_config(options.ds_config)
-    path = options.recipe or options.ds_config.with_suffix(".yaml")
-    return load_recipe(path, list(options.overrides)), engine_config
+    return load_recipe(options.recipe_path, list(options.overrides)), engine_config
 
 
 def prepare_job(options: Options, launch: Launch) -> Job:
@@ -103,8 +109,8 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     for backend in {recipe.data.backend, recipe.data.val_backend}:
         check_backend(backend)
     stage_dir = options.stage_dir(recipe)
-    recipe_path = str(options.recipe or options.ds_config.with_suffix(".yaml"))
-    accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, recipe_path)
+    check_processes(engine_config, launch.world_size, launch.local_size)
+    accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, str(options.recipe_path))
     train_data, val_data = check_beton(recipe.data.train), check_beton(recipe.data.val)
     if train_data.class_names != val_data.class_names:
         raise UserError(

@@ -1,6 +1,6 @@
 """Parameter groups, built by name before anything is partitioned.
 
-Under ZeRO-3 a partitioned parameter is one-dimensional, so "no decay for 1-D" must be decided on the whole model.
+A partitioned parameter is one-dimensional, so "no decay for 1-D" is decided on the shape of the whole one.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def _grouped(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decayed = parameter.ndim > 1 and not name.endswith(".bias") and name not in no_decay
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        decayed = len(shape) > 1 and not name.endswith(".bias") and name not in no_decay
         scale = scales.get(name, 1.0)
         group = groups.setdefault(
             (scale, decayed),

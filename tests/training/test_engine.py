@@ -1,18 +1,27 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.models.checkpointing import CheckpointPlan
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
-from mrmae_ds.models.sizes import ViTSpec
+from mrmae_ds.models.sizes import CViTSpec, ViTSpec
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.objectives import Objective
-from mrmae_ds.training.engine import build_engine, set_checkpointing, set_learning_rate
+from mrmae_ds.training.engine import (
+    build_engine,
+    check_leaf_modules,
+    compile_blocks,
+    set_checkpointing,
+    set_learning_rate,
+)
 from mrmae_ds.training.engine_config import EngineConfig
 from mrmae_ds.training.optimizer import pretrain_groups
 
@@ -56,6 +65,41 @@ def test_the_checkpointing_plan_reaches_encoder_and_decoder() -> None:
     classifier = build_encoder(SPEC, 32, num_classes=3)
     set_checkpointing(classifier, CONFIG)
     assert classifier.checkpointing == PLAN
+
+
+def _leaves(*classes: str) -> EngineConfig:
+    return replace(CONFIG, raw={"zero_optimization": {"leaf_module": {"classes": list(classes)}}})
+
+
+def test_leaf_modules_that_do_not_exist_are_named() -> None:
+    model = _model("decoder")
+    # A plain ViT has no ConvBlock, and the config of its size names it all the same.
+    for classes in ((), ("Block", "ConvBlock"), ("timm.models.vision_transformer.Block",), ("Decoder",)):
+        check_leaf_modules(model, _leaves(*classes))
+    with pytest.raises(UserError, match=r"engine\.json: .*classes: the model has no Blok; its blocks are Block, Conv"):
+        check_leaf_modules(model, _leaves("Blok", "ConvBlock"))
+    with pytest.raises(UserError, match="Blok"):
+        build_engine(model, pretrain_groups(model, 0.05), (0.9, 0.95), _leaves("Blok"), 1, torch.device("cpu"))
+
+
+def test_blocks_alone_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    def compile(forward: Any, dynamic: bool) -> Any:
+        assert dynamic is False
+        compiled.append(forward.__self__)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile)
+    spec = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))
+    objective = Objective(target="pixels", tap="decoder", tokens="masked", normalize="none", weight=1)
+    decoder = DecoderSpec(dim=8, depth=1, num_heads=2)
+    model = PretrainModel(build_encoder(spec, 32), FusionSpec(), decoder, {"pixels": objective}, {})
+    compile_blocks(model)
+    encoder = model.encoder
+    assert model.decoder is not None
+    expected = [encoder.blocks1[0], encoder.blocks2[0], *encoder.blocks3, model.decoder.blocks[0]]
+    assert {id(block) for block in compiled} == {id(block) for block in expected} and len(compiled) == 5
 
 
 def test_the_rate_of_each_group_is_scaled() -> None:

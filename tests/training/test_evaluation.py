@@ -286,7 +286,8 @@ def test_bf16_weights_are_evaluated_as_they_were_trained(
     workspace: Workspace, expected: dict[str, dict[str, float]], alone: None
 ) -> None:
     config = workspace.folder / "bf16.json"
-    config.write_text(json.dumps(json.loads(ENGINE.read_text()) | {"bf16": {"enabled": True}}))
+    section = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    config.write_text(json.dumps(json.loads(ENGINE.read_text()) | section))
     options = Options(config, "evaluate", RECIPE, workspace.folder / "bf16", "auto", workspace.overrides("cvit", "vit"))
     job = prepare_evaluation(options, ALONE)
     average, _ = score(job, CPU)

@@ -124,6 +124,17 @@ def test_the_plain_vit(pool: Literal["avg", "token"], norm: str) -> None:
     assert settings["head.weight"][1] == settings["patch_embed.proj.weight"][1] == 0.1
 
 
+@pytest.mark.parametrize("build", [lambda m: pretrain_groups(m, 0.05), lambda m: finetune_groups(m, 0.05, 0.8)])
+def test_a_partitioned_model_has_the_same_groups(build: Callable[[nn.Module], list[dict[str, Any]]]) -> None:
+    """Under ZeRO-3 every parameter is one-dimensional and empty, and its shape is in ``ds_shape``."""
+    model = build_encoder(ViTSpec(16, 3, 2, patch=8), 32, num_classes=5)
+    expected = _settings(model, build(model))
+    for parameter in model.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)
+    assert {parameter.ndim for parameter in model.parameters()} == {1}
+    assert _settings(model, build(model)) == expected
+
+
 def test_a_bias_is_not_decayed_whatever_its_shape() -> None:
     layer = nn.Module()
     layer.weight, layer.bias = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(2, 3))
