@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec, check_fusion
-from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, encoder_spec, token_grid
+from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, encoder_spec, token_grid
 from mrmae_ds.schema import Section
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -21,13 +21,25 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ModelConfig(Section):
-    """``arch`` names a row of models/sizes.py; ``overrides`` replaces single fields of it."""
+    """``arch`` names a row of models/sizes.py; ``overrides`` replaces single fields of it.
+
+    ``fusion.stages`` is both convolutional stages where a CViT's recipe does not list any, as in MCMAE; [] is none.
+    """
 
     arch: str
     image_size: int = Field(gt=0)
     overrides: dict[str, Any] = Field({})
     fusion: FusionSpec = FusionSpec()
     decoder: DecoderSpec = DecoderSpec()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _conv_stages_are_fused(cls, values: Any) -> Any:
+        """See the class; a fusion that is no mapping is left for its own check."""
+        fusion = values.get("fusion", {}) if isinstance(values, dict) else None
+        if not isinstance(fusion, dict) or not isinstance(ARCHITECTURES.get(str(values.get("arch"))), CViTSpec):
+            return values
+        return {**values, "fusion": {"stages": (1, 2), **fusion}}
 
     @model_validator(mode="after")
     def _can_be_built(self) -> ModelConfig:

@@ -100,6 +100,26 @@ def test_defaults_are_those_of_the_paper_and_the_authors_code(recipe: Recipe) ->
     assert stage.optimizer.weight_decay == 0.05 and stage.optimizer.min_lr == 0.0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "stages", "blocks"),
+    [
+        ((), (1, 2), ()),
+        (("model.fusion={}",), (1, 2), ()),
+        (("model.fusion.blocks=[3]",), (1, 2), (3,)),
+        (("model.fusion.stages=[]",), (), ()),
+        (("model.fusion.stages=[2]",), (2,), ()),
+        (("model.arch=vit_small",), (), ()),
+        (("model.arch=vit_small", "model.fusion.blocks=[3]"), (), (3,)),
+    ],
+    ids=str,
+)
+def test_both_conv_stages_are_fused_unless_told(
+    overrides: tuple[str, ...], stages: tuple[int, ...], blocks: tuple[int, ...], path: Path
+) -> None:
+    fusion = load_recipe(path, list(overrides)).model.fusion
+    assert (fusion.stages, fusion.blocks) == (stages, blocks)
+
+
 def test_the_peak_rate_is_absolute_or_scaled_by_the_batch(recipe: Recipe) -> None:
     assert recipe.stage("pretrain").optimizer.peak_lr(512) == pytest.approx(3e-4)
     assert recipe.stage("pretrain").optimizer.peak_lr(128) == pytest.approx(0.75e-4)
@@ -354,7 +374,8 @@ COUNTED = [
     "model.arch=cvit_base",
     "model.image_size=256",
     "model.overrides.num_heads=12",
-    "model.fusion.stages=[1, 2]",
+    "model.fusion.stages=[2]",
+    "model.fusion.blocks=[3]",
     "model.decoder.depth=4",
     "data.mean=[0.5, 0.5, 0.5]",
     "data.std=[0.5, 0.5, 0.5]",
