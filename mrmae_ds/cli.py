@@ -11,14 +11,16 @@ from mrmae_ds import __version__
 from mrmae_ds.data.console import add_data_commands
 from mrmae_ds.errors import UserError
 
+TABLE_NUMBERS = (1, 3, 4, 5, 6)
+
 
 def _table(args: argparse.Namespace) -> None:
     from mrmae_ds.reporting.table import write_table
 
-    out = args.out or args.runs[0]
-    table = write_table(args.runs, out)
-    print(table.to_markdown())
-    print(f"written: {', '.join(str(Path(out) / f'table.{kind}') for kind in ('md', 'csv', 'png'))}")
+    for number in args.paper or [None]:
+        table, written = write_table(args.runs, args.out or args.runs[0], number)
+        print(table.to_markdown())
+        print(f"written: {', '.join(map(str, written))}")
 
 
 def _show(args: argparse.Namespace) -> None:
@@ -72,9 +74,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mrmae_ds {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    table = _command(commands, "table", _table, "the scaling table from run records: Markdown, CSV, PNG")
+    table = _command(commands, "table", _table, "the paper's tables with ours, from run records")
     table.add_argument("runs", nargs="+", type=Path, help="folders that hold runs, at any depth")
-    table.add_argument("--out", type=Path, help="where table.md, table.csv and table.png go; default: the first folder")
+    table.add_argument(
+        "--paper",
+        type=int,
+        choices=TABLE_NUMBERS,
+        action="append",
+        help="the paper's table; may be given several times. Default: the scaling table, its Table 6, as table.*",
+    )
+    table.add_argument(
+        "--out",
+        type=Path,
+        help="where table[N].md, .csv, .tex, .png and table[N]_cost.png go; default: the first folder",
+    )
 
     show = _command(commands, "show", _show, "draw where runs look, and what they reconstruct, on the same pictures")
     show.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished stage, runs/NAME/STAGE")

@@ -68,9 +68,19 @@ def test_the_table_is_printed_and_written(tmp_path: Path, capsys: pytest.Capture
     assert main(["table", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
     assert "81.2" in out and "MR-MAE" in out
-    for kind in ("md", "csv", "png"):
-        path = tmp_path / "out" / f"table.{kind}"
+    for name in ("table.md", "table.csv", "table.tex", "table.png", "table_cost.png"):
+        path = tmp_path / "out" / name
         assert path.stat().st_size > 0 and str(path) in out
+
+
+def test_the_papers_tables_are_asked_for_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_record(top1=81.25).write(_folder(tmp_path / "runs" / "tiny" / "finetune"))
+    assert main(["table", "--paper", "3", "--paper", "5", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.count("# ") >= 4
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"table{n}{end}" for n in (3, 5) for end in (".md", ".csv", ".tex", ".png", "_cost.png")}
+    with pytest.raises(SystemExit):
+        main(["table", "--paper", "2", str(tmp_path / "runs")])
 
 
 def test_the_table_goes_into_the_first_folder_by_default(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_the_table_shows_what_ran(finetuned: Path, workspace: Workspace) -> None
     assert "MR-MAE, paper (200 ep, ImageNet-1K)" in done.stdout
     with (workspace.folder / "table" / "table.csv").open() as file:
         ours = [row for row in csv.DictReader(file) if row["source"] == "ours"]
-    assert [float(row["top1_percent"]) for row in ours if row["top1_percent"]] == [pytest.approx(top1, abs=0.01)]
+    assert [float(row["value"]) for row in ours if row["value"]] == [pytest.approx(top1, abs=0.01)]
     assert (workspace.folder / "table" / "table.png").stat().st_size > 10_000
 
 

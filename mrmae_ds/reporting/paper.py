@@ -57,7 +57,7 @@ class Slip:
 _COMPARISON = ("Params (M)", "Ratio (%)", "FT")
 _DETECTION = ("F-Epochs", "AP box", "AP mask", "Params (M)", "FLOPs (T)")
 _BOTH = ("FT", "AP box", "AP mask")
-_PARTS = ("Low Level", "High Level", "Focused Mimic", "Multi-layer Fusion", "Masked Conv.")
+PARTS = ("Low Level", "High Level", "Focused Mimic", "Multi-layer Fusion", "Masked Conv.")
 _TARGETS = ("Params (M)", "FT")
 _SIZES = ("Small", "Base", "Large", "Huge", "Huge-392", "Huge-448")
 
@@ -72,7 +72,7 @@ def _imagenet(method: str, backbone: str, supervision: str, epochs: int, values:
 
 
 def _ablation(number: int, values: tuple[float | None, ...], *parts: str) -> PaperRow:
-    return PaperRow(f"row {number}", 200, _cells(_BOTH, values), dict(zip(_PARTS, parts, strict=True)))
+    return PaperRow(f"row {number}", 200, _cells(_BOTH, values), dict(zip(PARTS, parts, strict=True)))
 
 
 TABLE_1 = PaperTable(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -99,6 +99,82 @@ class Schedule(Part):
         return self.epochs * self.steps_done / self.steps if self.steps else 0.0
 
 
+class ModelInfo(Part):
+    """The encoder: its name in ``models/sizes.py``, whether the recipe changed its sizes, and its input in pixels."""
+
+    arch: str
+    overridden: bool = False
+    image_size: Annotated[int, Field(gt=0)]
+
+    @property
+    def convolutional(self) -> bool:
+        """Whether it has masked convolution stages (CViT), or is a plain ViT."""
+        return self.arch.startswith("cvit")
+
+
+class ObjectiveInfo(Part):
+    """One loss of a pre-training; see ``objectives.Objective``."""
+
+    target: str
+    tap: Literal["encoder", "decoder"]
+    tokens: Literal["visible", "masked", "all"]
+    weight: float
+
+
+class Design(Part):
+    """What a pre-training learned from: the columns of the paper's Table 3.
+
+    `masking` is how the visible share `keep_ratio` was chosen; `fusion` names the layers that were added to the last.
+    """
+
+    keep_ratio: float
+    masking: str
+    fusion: tuple[str, ...] = ()
+    objectives: dict[str, ObjectiveInfo]
+
+
+class Operations(Part):
+    """Operations for one picture: one step's share in training (teachers, backward and recomputation included), and
+    of a classifier its forward pass alone."""
+
+    training: Count
+    forward: Count | None = None
+
+
+class Spent(Part):
+    """What a stage cost as it ran.
+
+    `device_hours` are processes times hours, restarts included; `images_per_s` the whole job's, the median of what it
+    logged; `operations` those of all its steps, without evaluation. None is unknown.
+    """
+
+    device: str
+    device_hours: Annotated[float, Field(ge=0)]
+    images_per_s: float | None = None
+    operations: float | None = None
+
+    @classmethod
+    def of(cls, record: RunRecord) -> Spent:
+        """What the run of a record cost."""
+        counted = record.operations
+        return cls(
+            device=record.hardware.device,
+            device_hours=record.wall_seconds * record.hardware.world_size / 3600,
+            images_per_s=record.results.images_per_s,
+            operations=None if counted is None else float(counted.training * record.images_seen),
+        )
+
+    def __add__(self, other: Spent) -> Spent:
+        """Both together; a speed and a device that differ are not known of the sum."""
+        known = self.operations is not None and other.operations is not None
+        return Spent(
+            device=" and ".join(dict.fromkeys((self.device, other.device))),
+            device_hours=self.device_hours + other.device_hours,
+            images_per_s=self.images_per_s if self.images_per_s == other.images_per_s else None,
+            operations=(self.operations or 0) + (other.operations or 0) if known else None,
+        )
+
+
 class PretrainSummary(Part):
     """The pre-training that made a run's initial weights, copied from its record so that it outlives that
     folder."""
@@ -109,12 +185,19 @@ class PretrainSummary(Part):
     seed: int | None = None
     recipe_hash: str | None = None
     teachers: dict[str, TeacherInfo] = {}
+    model: ModelInfo | None = None
+    design: Design | None = None
+    spent: Spent | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> PretrainSummary:
         """Summarise a pre-training's record. Epochs are those that really ran, planned or not, and those of the
         pre-training that it continued, if any; None if that is unknown."""
         before = record.pretrain_epochs
+        spent: Spent | None = Spent.of(record)
+        if record.init is not None:
+            earlier = record.init.pretrain.spent if record.init.pretrain else None
+            spent = earlier + Spent.of(record) if earlier else None
         return cls(
             method=record.method,
             epochs=None if before is None else before + record.schedule.epochs_done,
@@ -122,6 +205,9 @@ class PretrainSummary(Part):
             seed=record.seed,
             recipe_hash=record.recipe_hash,
             teachers=record.teachers,
+            model=record.model,
+            design=record.design,
+            spent=spent,
         )
 
 
@@ -143,10 +229,13 @@ class FinetuneSummary(Part):
     recipe_hash: str
     data: DataInfo
     init: Init | None = None
+    model: ModelInfo | None = None
+    forward: Count | None = None
+    spent: Spent | None = None
 
     @classmethod
     def of(cls, record: RunRecord) -> FinetuneSummary:
-        """Summarise a fine-tuning's record."""
+        """Summarise a fine-tuning's record; `forward` are the operations of the model on one picture."""
         return cls(
             name=record.name,
             method=record.method,
@@ -155,6 +244,9 @@ class FinetuneSummary(Part):
             recipe_hash=record.recipe_hash,
             data=record.data,
             init=record.init,
+            model=record.model,
+            forward=record.operations.forward if record.operations else None,
+            spent=Spent.of(record),
         )
 
     @property
@@ -193,6 +285,7 @@ class Results(BaseModel):
     top5: Percent | None = None
     loss: float | None = None
     eval_samples: Count | None = None
+    images_per_s: float | None = None
 
     @model_validator(mode="after")
     def _accuracy_needs_its_samples(self) -> Results:

@@ -22,16 +22,21 @@ from mrmae_ds.reporting.record_parts import (
     FROM_SCRATCH,
     Count,
     DataInfo,
+    Design,
     FinetuneSummary,
     GitState,
     Hardware,
     Init,
     Member,
+    ModelInfo,
+    ObjectiveInfo,
+    Operations,
     Parameters,
     Part,
     PretrainSummary,
     Results,
     Schedule,
+    Spent,
     TeacherInfo,
 )
 
@@ -39,16 +44,21 @@ __all__ = [
     "FROM_SCRATCH",
     "RECORD_FILE",
     "DataInfo",
+    "Design",
     "FinetuneSummary",
     "GitState",
     "Hardware",
     "Init",
     "Member",
+    "ModelInfo",
+    "ObjectiveInfo",
+    "Operations",
     "Parameters",
     "PretrainSummary",
     "Results",
     "RunRecord",
     "Schedule",
+    "Spent",
     "Status",
     "TeacherInfo",
     "find_records",
@@ -79,7 +89,8 @@ class RunRecord(Part):
 
     `method` and `size` are the row and the column of the scaling table ("MR-MAE", "Huge-448"). `recipe_hash`
     is that of the resolved recipe without its seed, so that runs which differ in nothing else share it.
-    `members` are the models that an evaluation averaged; a training has none.
+    `members` are the models that an evaluation averaged; a training has none. `design` is a pre-training's;
+    `operations` and `model` are None in the records of an evaluation, and `slurm_job` outside Slurm.
     """
 
     schema_version: Literal[1] = 1
@@ -93,9 +104,13 @@ class RunRecord(Part):
     seed: int
     recipe_hash: str
     git: GitState | None = None
+    slurm_job: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: Hardware
+    model: ModelInfo | None = None
+    design: Design | None = None
     parameters: Parameters
+    operations: Operations | None = None
     data: DataInfo
     teachers: dict[str, TeacherInfo] = Field(default_factory=dict)
     schedule: Schedule

@@ -1,32 +1,17 @@
-"""The scaling table as Markdown and as CSV."""
+"""A table as Markdown."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator
 
 from mrmae_ds.reporting import paper
 from mrmae_ds.reporting.records import RunRecord
-from mrmae_ds.reporting.table import Cell, Row, Table, run_name, sampling_error
+from mrmae_ds.reporting.table import Cell, Row, Table
+from mrmae_ds.reporting.table_facts import Facts, number
+from mrmae_ds.reporting.table_runs import chance, run_name, sampling_error, teachers
+from mrmae_ds.reporting.table_scaling import split_size
 
-CSV_COLUMNS = (
-    "method",
-    "source",
-    "dataset",
-    "pretrain_epochs",
-    "size",
-    "top1_percent",
-    "std_over_seeds",
-    "n_seeds",
-    "finetune_epochs",
-    "eval_samples",
-    "chance_percent",
-    "recipe_hash",
-    "seeds",
-    "runs",
-)
-_RUN_COLUMNS = (
+RUN_COLUMNS = (
     "cell",
     "run folder",
     "method, size",
@@ -41,131 +26,161 @@ _RUN_COLUMNS = (
     "recipe hash",
     "teachers",
 )
+COST_COLUMNS = (
+    "cell",
+    "seed",
+    "parameters (M)",
+    "GFLOP a picture",
+    "pre-training PFLOP",
+    "pre-training device-hours",
+    "pre-training images/s",
+    "fine-tuning device-hours",
+    "fine-tuning images/s",
+    "device",
+)
+SOURCES = (
+    "Rows marked **paper** are copied from the paper's Table {number}; a dash is its own blank. Rows marked **ours**, "
+    "in bold, were measured by the runs listed below, on the data set that the row names. Accuracies on different data "
+    "sets cannot be compared. What was not run is blank. ep = epochs of pre-training."
+)
+ERRORS = (
+    "Sampling error: one binomial standard error of the run's own accuracy. Chance: 100 / classes. A "
+    "cell with several runs shows their mean ± sample standard deviation over n seeds."
+)
+COSTS = (
+    "Parameters are the fine-tuned model's, with its head; GFLOP its forward pass. Pre-training PFLOP: all its steps, "
+    "teachers, backward and recomputation included, two operations a multiply-add. Device-hours: processes times hours "
+    "as they ran, evaluation included; on GPUs these are GPU-hours. Images/s: of the whole job, the median of what it "
+    "logged. Blank is not known."
+)
 
 
 def to_markdown(table: Table) -> str:
-    """Return the table, the footnotes and a line for every run behind our cells, as GitHub Markdown."""
-    marks = _marks(table)
-    head = ["Top-1 accuracy (%)", *table.sizes]
-    body = [[row.label, *(_text(row, size, marks) for size in table.sizes)] for row in table.rows]
-    parts = [
-        "# Top-1 accuracy after fine-tuning, by model size",
-        f"Rows marked **paper** are copied from the paper's Table {paper.TABLE_6.number}, {paper.IMAGENET}; "
-        "a dash is its own blank. Rows marked **ours**, in bold, were measured by the runs listed below, on "
-        "the data set that the row names. Accuracies on different data sets cannot be compared. What was not "
-        "run is blank. ep = epochs of pre-training.",
-        _grid(head, body, numbers_from=1),
-    ]
+    """Return the table, the footnotes and two lines for every run behind our cells, as GitHub Markdown."""
+    marks = cell_marks(table)
+    parts = [f"# {table.title}", SOURCES.format(number=table.number)]
+    parts += [_grid(head, body, numbers_from=1 + len(table.headings)) for head, body in grids(table, marks)]
     if marks:
-        parts += ["## The runs behind our numbers", _grid(list(_RUN_COLUMNS), list(_run_lines(table, marks)))]
-        parts.append(
-            "Sampling error: one binomial standard error of the run's own accuracy. Chance: 100 / classes. A "
-            "cell with several runs shows their mean ± sample standard deviation over n seeds."
-        )
+        parts += ["## The runs behind our numbers", _grid(list(RUN_COLUMNS), list(run_lines(table, marks))), ERRORS]
+        parts += ["## What they cost", _grid(list(COST_COLUMNS), list(cost_lines(table, marks)), 2), COSTS]
     else:
         parts.append("No run of ours has finished fine-tuning yet.")
     if table.left_out:
         parts += ["## Fine-tuning runs that fill no cell", "\n".join(f"- {line}" for line in table.left_out)]
-    notes = paper.slips_of(paper.TABLE_6.number)
+    notes = paper.slips_of(table.number)
     parts += ["## Notes on the paper's numbers", "\n".join(f"- {note}" for note in notes)]
     return "\n\n".join(parts) + "\n"
 
 
-def to_csv(table: Table) -> str:
-    """Return `CSV_COLUMNS` with one line a row and size; a blank cell has an empty top-1, the paper's dash a
-    "-"."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n", restval="")
-    writer.writeheader()
+def grids(
+    table: Table, marks: dict[tuple[str, str], str], bold: str = "**{}**"
+) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """Heads and bodies, as text: one grid, and of the scaling table one more for each family of sizes of our own."""
+    families = dict.fromkeys(split_size(column)[0] for column in table.columns)
+    for family in families:
+        columns = [column for column in table.columns if split_size(column)[0] == family]
+        rows = [row for row in table.rows if row.cells.keys() & set(columns)]
+        if not family:
+            rows = _with_blank_rows(table, rows)
+        head = ["Top-1 accuracy (%)" if table.number == 6 else "", *table.headings, *columns]
+        body = [
+            [
+                row.label,
+                *(row.labels.get(heading, "") for heading in table.headings),
+                *(cell_text(row, column, marks, bold) for column in columns),
+            ]
+            for row in rows
+        ]
+        yield head, body
+
+
+def _with_blank_rows(table: Table, filled: list[Row]) -> list[Row]:
+    """The rows with cells in the paper's grid, and a blank one of ours for what was run only at sizes of another, or
+    not at all."""
+    rows: list[Row] = []
     for row in table.rows:
-        for size in table.sizes:
-            line: dict[str, object] = {
-                "method": row.method,
-                "source": row.source,
-                "dataset": row.dataset,
-                "size": size,
-            }
-            line["pretrain_epochs"] = "" if row.epochs is None else f"{row.epochs:g}"
-            if cell := row.cells.get(size):
-                line |= _csv_cell(cell)
-            writer.writerow(line)
-    return text.getvalue()
+        blank = Row(row.method, "ours", f"{row.method}, ours (not run)", "", None, {})
+        if row in filled or not row.cells:
+            rows.append(row)
+        elif blank not in rows and any(other.method == row.method for other in filled):
+            rows.append(blank)
+    return rows
 
 
-def _csv_cell(cell: Cell) -> dict[str, object]:
-    fields: dict[str, object] = {"top1_percent": "-" if cell.value is None else f"{cell.value:.6g}"}
-    if cell.runs:
-        record = cell.runs[0][1]
-        fields |= {
-            "std_over_seeds": "" if cell.spread is None else f"{cell.spread:.6g}",
-            "n_seeds": len(cell.runs),
-            "finetune_epochs": "" if record.tuning_epochs is None else f"{record.tuning_epochs:g}",
-            "eval_samples": record.results.eval_samples,
-            "chance_percent": f"{_chance(record):g}",
-            "recipe_hash": record.recipe_hash,
-            "seeds": " ".join(_seeds(record) for _, record in cell.runs),
-            "runs": " ".join(run_name(run) for run in cell.runs),
-        }
-    return fields
+def cell_marks(table: Table) -> dict[tuple[str, str], str]:
+    """Number our cells in reading order: (row label, column) to "[1]"."""
+    return {(row.label, column): f"[{n}]" for n, (row, column, _) in enumerate(table.measured, start=1)}
 
 
-def _marks(table: Table) -> dict[tuple[str, str], str]:
-    """Number our cells in reading order: (row label, size) to "[1]"."""
-    filled = [
-        (row.label, size) for row in table.rows for size in table.sizes if row.source == "ours" and size in row.cells
-    ]
-    return {place: f"[{number}]" for number, place in enumerate(filled, start=1)}
-
-
-def _text(row: Row, size: str, marks: dict[tuple[str, str], str]) -> str:
-    cell = row.cells.get(size)
+def cell_text(row: Row, column: str, marks: dict[tuple[str, str], str], bold: str) -> str:
+    """A cell as it is shown: the paper's as printed, ours in `bold` with its spread and its mark."""
+    cell = row.cells.get(column)
     if cell is None:
         return ""
     if row.source == "paper":
-        return "-" if cell.value is None else f"{cell.value:.1f}"
+        return "-" if cell.value is None else paper_number(column, cell.value)
+    if not cell.runs:
+        return number(cell.value)
+    return f"{bold.format(measured_text(cell))} {marks[row.label, column]}"
+
+
+def measured_text(cell: Cell) -> str:
+    """Mean, and spread over seeds if there are several."""
     spread = "" if cell.spread is None else f" ± {cell.spread:.2f} (n={len(cell.runs)})"
-    return f"**{cell.value:.2f}{spread}** {marks[row.label, size]}"
+    return f"{cell.value:.2f}{spread}"
 
 
-def _run_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list[str]]:
-    for row in table.rows:
-        for size in table.sizes:
-            for run in row.cells[size].runs if size in row.cells else ():
-                record = run[1]
-                yield [
-                    marks[row.label, size],
-                    run_name(run),
-                    f"{row.method}, {size}",
-                    f"{record.results.top1:.2f}",
-                    f"± {sampling_error(record):.2f}",
-                    f"{_chance(record):.4g}",
-                    f"{record.results.eval_samples:,}",
-                    f"{(record.tuning_data or record.data).samples:,}",
-                    _epochs(record.pretrain_epochs),
-                    _epochs(record.tuning_epochs),
-                    _seeds(record),
-                    record.recipe_hash[:12],
-                    _teachers(record),
-                ]
+def paper_number(column: str, value: float) -> str:
+    """As the paper prints it: whole numbers of parameters, ratios and epochs, else one decimal."""
+    return f"{value:.0f}" if column in ("Params (M)", "Ratio (%)", "F-Epochs") else f"{value:.1f}"
 
 
-def _teachers(record: RunRecord) -> str:
-    inits = [tuning.init for tuning in record.tunings if tuning and tuning.init]
-    teachers = [item for init in inits if init.pretrain for item in init.pretrain.teachers.items()]
-    return "; ".join(dict.fromkeys(f"{name}: {teacher.source}" for name, teacher in teachers)) or "none"
+def run_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list[str]]:
+    """`RUN_COLUMNS` of every run behind a cell."""
+    for row, column, cell in table.measured:
+        for run in cell.runs:
+            record = run[1]
+            yield [
+                marks[row.label, column],
+                run_name(run),
+                f"{record.pretrain_method}, {record.size}",
+                f"{record.results.top1:.2f}",
+                f"± {sampling_error(record):.2f}",
+                f"{chance(record):.4g}",
+                f"{record.results.eval_samples:,}",
+                f"{(record.tuning_data or record.data).samples:,}",
+                _epochs(record.pretrain_epochs),
+                _epochs(record.tuning_epochs),
+                seeds(record),
+                record.recipe_hash[:12],
+                "; ".join(f"{name}: {source}" for name, source in teachers(record).items()) or "none",
+            ]
 
 
-def _seeds(record: RunRecord) -> str:
+def cost_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list[str]]:
+    """`COST_COLUMNS` of every run behind a cell."""
+    for row, column, cell in table.measured:
+        for _, record in cell.runs:
+            facts = Facts.of(record)
+            values = (
+                facts.parameters,
+                facts.forward,
+                facts.pretrain_work,
+                facts.pretrain_hours,
+                facts.pretrain_speed,
+                facts.tuning_hours,
+                facts.tuning_speed,
+            )
+            yield [marks[row.label, column], seeds(record), *map(number, values), facts.device]
+
+
+def seeds(record: RunRecord) -> str:
     """The run's seed; of an ensemble those of its members, "0+1"."""
     return "+".join(str(tuning.seed) for tuning in record.tunings if tuning)
 
 
 def _epochs(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4g}"
-
-
-def _chance(record: RunRecord) -> float:
-    return 100 / (record.data.classes or 1)
 
 
 def _grid(head: list[str], body: list[list[str]], numbers_from: int | None = None) -> str:

@@ -13,12 +13,15 @@ from mrmae_ds.reporting import records
 from mrmae_ds.reporting.records import (
     DataInfo,
     FinetuneSummary,
+    Hardware,
     Init,
     Member,
+    Operations,
     PretrainSummary,
     Results,
     RunRecord,
     Schedule,
+    Spent,
     TeacherInfo,
     find_records,
 )
@@ -176,3 +179,45 @@ def test_an_ensemble_comes_back_as_it_was_written(tmp_path: Path) -> None:
     record.write(tmp_path)
     assert RunRecord.load(tmp_path) == record
     assert [t and t.seed for t in record.tunings] == [3, None]
+
+
+def _pretraining(**fields: Any) -> RunRecord:
+    values = {
+        "stage": "pretrain",
+        "pretrain": None,
+        "wall_seconds": 900.0,
+        "images_seen": 2000,
+        "hardware": Hardware(device="H100", count=8, world_size=16),
+        "operations": Operations(training=3_000_000),
+        "results": Results(images_per_s=12.5),
+        **fields,
+    }
+    return make_record(**values)
+
+
+def test_what_a_stage_cost_goes_with_its_weights() -> None:
+    spent = PretrainSummary.of(_pretraining()).spent
+    # A quarter of an hour on 16 processes; 3e6 operations on each of 2000 pictures.
+    assert spent == Spent(device="H100", device_hours=4.0, images_per_s=12.5, operations=6e9)
+    tuned = make_record(wall_seconds=360.0, operations=Operations(training=5, forward=2))
+    summary = FinetuneSummary.of(tuned)
+    assert summary.forward == 2 and summary.spent is not None and summary.spent.device_hours == 0.1
+
+
+def test_a_pretraining_that_went_on_from_another_cost_both() -> None:
+    first = PretrainSummary.of(_pretraining())
+    second = PretrainSummary.of(_pretraining(init=Init(file="m", pretrain=first), results=Results(images_per_s=9.0)))
+    assert second.spent == Spent(device="H100", device_hours=8.0, images_per_s=None, operations=1.2e10)
+    uncounted = _pretraining(init=Init(file="m", pretrain=first), operations=None)
+    assert PretrainSummary.of(uncounted).spent == Spent(device="H100", device_hours=8.0, images_per_s=12.5)
+    foreign = _pretraining(init=Init(file="released.pth"))
+    assert PretrainSummary.of(foreign).spent is None
+
+
+def test_a_record_without_the_newer_fields_is_read(tmp_path: Path) -> None:
+    path = make_record().write(tmp_path)
+    content = json.loads(path.read_text())
+    for key in ("model", "design", "operations", "slurm_job"):
+        del content[key]
+    path.write_text(json.dumps(content))
+    assert RunRecord.load(tmp_path) == make_record()

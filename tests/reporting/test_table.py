@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -26,7 +27,8 @@ from mrmae_ds.reporting.records import (
     Schedule,
     TeacherInfo,
 )
-from mrmae_ds.reporting.table import Row, Run, Table, scaling_table, write_table
+from mrmae_ds.reporting.table import Row, Run, Table, write_table
+from mrmae_ds.reporting.table_scaling import scaling_table
 from tests.reporting.builders import make_record, make_run
 
 WHOLE = {"dataset": "ImageNet-1K", "classes": 1000, "samples": 1_281_167, "eval_samples": 50_000}
@@ -45,9 +47,15 @@ def _markdown_rows(table: Table) -> dict[str, list[str]]:
     return {label: cells for label, *cells in lines}
 
 
+def _section(table: Table, title: str) -> list[list[str]]:
+    """The lines of the grid below a heading of the Markdown text, as cells."""
+    grid = table.to_markdown().split(f"## {title}\n\n")[1].split("\n\n")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in grid.splitlines()[2:]]
+
+
 def test_without_runs_our_rows_are_blank() -> None:
     table = scaling_table([])
-    assert table.sizes == TABLE_6.columns
+    assert table.columns == TABLE_6.columns
     labels = [row.label for row in table.rows]
     assert labels == [
         "MAE, paper (1600 ep, ImageNet-1K)",
@@ -71,11 +79,11 @@ def test_our_cells_hold_what_ran_and_nothing_else() -> None:
         make_run("d", "MR-MAE", "Tiny", 99.0, stage="probe"),
     ]
     table = scaling_table(runs)
-    assert table.sizes == ("Tiny", *TABLE_6.columns, "Giant")
+    assert table.columns == ("Tiny", *TABLE_6.columns, "Giant")
     rows = _markdown_rows(table)
-    assert rows["MR-MAE, ours (20 ep, Fashion-MNIST)"] == ["**71.23** [2]", "", "", "", "", "", "", ""]
-    assert rows["MAE, ours (20 ep, Fashion-MNIST)"] == ["", "", "**61.00** [1]", "", "", "", "", ""]
-    assert rows["BEiT, ours (20 ep, Fashion-MNIST)"][-1] == "**55.50** [3]"
+    assert rows["MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %)"] == ["**71.23** [2]", "", "", "", "", "", "", ""]
+    assert rows["MAE, ours (20 ep, Fashion-MNIST, chance 10 %)"] == ["", "", "**61.00** [1]", "", "", "", "", ""]
+    assert rows["BEiT, ours (20 ep, Fashion-MNIST, chance 10 %)"][-1] == "**55.50** [3]"
     assert rows["MR-MAE, paper (200 ep, ImageNet-1K)"] == [
         "",
         "83.6",
@@ -95,7 +103,7 @@ def test_our_cells_hold_what_ran_and_nothing_else() -> None:
 def test_an_unfinished_run_fills_no_cell(status: str) -> None:
     table = scaling_table([make_run("a", top1=95.0, status=status)])
     assert _ours(table, "MR-MAE").cells == {}
-    assert "Tiny" not in table.sizes
+    assert "Tiny" not in table.columns
     assert table.left_out == (f"runs/a/finetune: not finished (status: {status})",)
     assert "95" not in table.to_csv()
 
@@ -117,9 +125,9 @@ def test_seeds_are_averaged_and_the_newest_of_each_counts() -> None:
     cell = _ours(table, "MR-MAE").cells["Tiny"]
     assert cell.value == pytest.approx((80.0 + 81.0 + 83.5) / 3)
     assert cell.spread == pytest.approx(statistics.stdev([80.0, 81.0, 83.5]))
-    assert _markdown_rows(table)["MR-MAE, ours (20 ep, Fashion-MNIST)"][0] == "**81.50 ± 1.80 (n=3)** [1]"
+    assert _markdown_rows(table)["MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %)"][0] == "**81.50 ± 1.80 (n=3)** [1]"
     assert table.left_out == ("runs/s0-old/finetune: a newer run fills the cell",)
-    assert table.to_markdown().count("| [1] ") == 3
+    assert len(_section(table, "The runs behind our numbers")) == len(_section(table, "What they cost")) == 3
 
 
 @pytest.mark.parametrize(
@@ -149,13 +157,13 @@ def test_pretraining_lengths_and_data_sets_have_their_own_rows() -> None:
     ]
     labels = [row.label for row in scaling_table(runs).rows if row.cells and row.source == "ours"]
     assert labels == [
-        "MR-MAE, ours (20 ep, CIFAR-10)",
-        "MR-MAE, ours (7 ep on ImageNet-1K, then Fashion-MNIST)",
-        "MR-MAE, ours (20 ep, Fashion-MNIST)",
-        "MR-MAE, ours (100 ep, Fashion-MNIST)",
-        "MR-MAE, ours (unknown pre-training, Fashion-MNIST)",
-        "From scratch, ours (no pre-training, Fashion-MNIST)",
-        "From scratch, ours (no pre-training, model of MR-MAE, Fashion-MNIST)",
+        "MR-MAE, ours (20 ep, CIFAR-10, chance 10 %)",
+        "MR-MAE, ours (7 ep on ImageNet-1K, then Fashion-MNIST, chance 10 %)",
+        "MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %)",
+        "MR-MAE, ours (100 ep, Fashion-MNIST, chance 10 %)",
+        "MR-MAE, ours (unknown pre-training, Fashion-MNIST, chance 10 %)",
+        "From scratch, ours (no pre-training, Fashion-MNIST, chance 10 %)",
+        "From scratch, ours (no pre-training, model of MR-MAE, Fashion-MNIST, chance 10 %)",
     ]
 
 
@@ -180,33 +188,32 @@ def test_every_run_behind_a_cell_is_told() -> None:
     teacher = {"clip": TeacherInfo(kind="clip", source="openai/ViT-B-16")}
     known = PretrainSummary(method="MR-MAE", epochs=20, dataset="Fashion-MNIST", teachers=teacher)
     record = make_record(top1=80.0, seed=3, recipe_hash="0123456789abcdef", init=Init(file="m", pretrain=known))
-    text = scaling_table([(Path("runs/tiny/finetune"), record)]).to_markdown()
-    (line,) = [line for line in text.splitlines() if line.startswith("| [1]")]
-    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    table = scaling_table([(Path("runs/tiny/finetune"), record)])
+    (cells,) = _section(table, "The runs behind our numbers")
     # The sampling error: 100 * sqrt(0.8 * 0.2 / 10000) = 0.4
     assert cells == [
         "[1]", "runs/tiny/finetune", "MR-MAE, Tiny", "80.00", "± 0.40", "10", "10,000", "60,000", "20", "10",
         "3", "0123456789ab", "clip: openai/ViT-B-16",
     ]  # fmt: skip
-    assert "Huge-393" in text
+    assert "Huge-393" in table.to_markdown()
 
 
 def test_the_csv_holds_every_cell() -> None:
     runs = [make_run("s0", top1=80.0), make_run("s1", top1=81.0, seed=1), make_run("b", "MAE", "Base", 61.0)]
     table = scaling_table(runs)
     lines = list(csv.DictReader(io.StringIO(table.to_csv())))
-    assert len(lines) == len(table.rows) * len(table.sizes)
-    for line, (row, size) in zip(lines, [(r, s) for r in table.rows for s in table.sizes], strict=True):
-        assert (line["method"], line["source"], line["size"]) == (row.method, row.source, size)
+    assert len(lines) == len(table.rows) * len(table.columns)
+    for line, (row, size) in zip(lines, [(r, s) for r in table.rows for s in table.columns], strict=True):
+        assert (line["method"], line["source"], line["column"]) == (row.method, row.source, size)
         cell = row.cells.get(size)
         if cell is None:
-            assert line["top1_percent"] == ""
+            assert line["value"] == ""
         elif cell.value is None:
-            assert line["top1_percent"] == "-"
+            assert line["value"] == "-"
         else:
-            assert float(line["top1_percent"]) == pytest.approx(cell.value)
+            assert float(line["value"]) == pytest.approx(cell.value)
     (filled,) = [line for line in lines if line["source"] == "ours" and line["n_seeds"] == "2"]
-    assert filled["top1_percent"] == "80.5"
+    assert filled["value"] == "80.5"
     assert filled["pretrain_epochs"] == "20"
     assert (filled["seeds"], filled["chance_percent"], filled["eval_samples"]) == ("0 1", "10", "10000")
     assert filled["runs"] == "runs/s0/finetune runs/s1/finetune"
@@ -214,7 +221,31 @@ def test_the_csv_holds_every_cell() -> None:
 
 def test_a_name_with_a_bar_does_not_break_the_markdown() -> None:
     rows = _markdown_rows(scaling_table([make_run("a", "A|B", top1=70.0)]))
-    assert rows["A\\|B, ours (20 ep, Fashion-MNIST)"][0] == "**70.00** [1]"
+    assert rows["A\\|B, ours (20 ep, Fashion-MNIST, chance 10 %)"][0] == "**70.00** [1]"
+
+
+def test_sizes_of_a_family_of_our_own_have_a_grid_of_their_own() -> None:
+    runs = [make_run("a", size="Tiny-Huge-448", top1=60.0), make_run("b", size="Tiny-Small", top1=50.0)]
+    runs += [make_run("c", "BEiT", "Tiny-Base", top1=40.0)]
+    table = scaling_table(runs)
+    assert table.columns == (*TABLE_6.columns, "Tiny-Small", "Tiny-Base", "Tiny-Huge-448")
+    papers, own = table.to_markdown().split("\n\n")[2:4]
+    assert "Tiny" not in papers and "ours (not run)" in papers and "BEiT" not in papers
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in own.splitlines()]
+    assert lines[0][1:] == ["Tiny-Small", "Tiny-Base", "Tiny-Huge-448"]
+    assert [line[1:] for line in lines[2:]] == [["**50.00** [1]", "", "**60.00** [2]"], ["", "**40.00** [3]", ""]]
+
+
+def test_families_stay_together_in_the_papers_order() -> None:
+    sizes = ("B-Small", "A-Large", "Giant", "A-Small")
+    table = scaling_table([make_run(size, size=size) for size in sizes])
+    assert table.columns == (*TABLE_6.columns, "Giant", "A-Small", "A-Large", "B-Small")
+
+
+def test_ablations_are_rows_of_their_own_table() -> None:
+    table = scaling_table([make_run("a", "MR-MAE, Table 3 row 2", "Base")])
+    assert not table.measured
+    assert table.left_out == ("runs/a/finetune: a row of another table; see mrmae table --paper 3",)
 
 
 def _panels(table: Table, monkeypatch: pytest.MonkeyPatch, path: Path) -> dict[str, Axes]:
@@ -232,6 +263,7 @@ def test_ours_and_the_papers_numbers_share_no_panel(tmp_path: Path, monkeypatch:
     paper_lines = [box[0] for box in panels[IMAGENET].containers]
     assert {line.get_markerfacecolor() for line in paper_lines} == {"white"}
     assert {line.get_linestyle() for line in paper_lines} == {"--"}
+    assert all(len(set(to_rgb(line.get_color()))) == 1 for line in paper_lines)  # grey
     (ours,) = [box[0] for box in panels["Fashion-MNIST"].containers]
     assert list(ours.get_ydata()) == [71.0, 72.0]
     assert ours.get_markerfacecolor() != "white"
@@ -241,14 +273,19 @@ def test_ours_and_the_papers_numbers_share_no_panel(tmp_path: Path, monkeypatch:
 def test_ours_on_imagenet_join_the_papers_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     panels = _panels(scaling_table([make_run("a", size="Base", **WHOLE)]), monkeypatch, tmp_path / "t.png")
     assert list(panels) == [IMAGENET]
+    colours = [to_rgb(box[0].get_color()) for box in panels[IMAGENET].containers]
+    assert [len(set(colour)) == 1 for colour in colours].count(False) == 1  # ours alone is no grey
     faces = [box[0].get_markerfacecolor() for box in panels[IMAGENET].containers]
     assert faces.count("white") == 3
     assert len(faces) == 4
 
 
-def test_write_table_leaves_three_files(tmp_path: Path) -> None:
+def test_write_table_leaves_its_files(tmp_path: Path) -> None:
     make_record(top1=71.23).write(tmp_path / "runs" / "tiny" / "finetune")
-    table = write_table([tmp_path / "runs"], tmp_path / "out")
+    table, written = write_table([tmp_path / "runs"], tmp_path / "out")
+    assert sorted(written) == sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in written] == ["table.md", "table.csv", "table.tex", "table.png", "table_cost.png"]
+    assert (tmp_path / "out" / "table.tex").read_text() == table.to_latex()
     assert (tmp_path / "out" / "table.md").read_text() == table.to_markdown()
     assert (tmp_path / "out" / "table.csv").read_text() == table.to_csv()
     assert "tiny/finetune" in table.to_markdown()
@@ -277,11 +314,10 @@ def test_an_ensemble_has_its_own_row_and_its_members_keep_theirs() -> None:
     runs = [(Path("runs/one/finetune"), one), (Path("runs/two/finetune"), two), _ensemble("both", one, two)]
     table = scaling_table(runs)
     rows = _markdown_rows(table)
-    assert rows["MR-MAE, ours (20 ep, Fashion-MNIST, 2 models averaged)"][0] == "**90.00** [2]"
+    assert rows["MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %, 2 models averaged)"][0] == "**90.00** [2]"
     # The two differ in how they were pre-trained, so the newer of equal age fills the cell, never the ensemble.
-    assert "90" not in rows["MR-MAE, ours (20 ep, Fashion-MNIST)"][0]
-    (line,) = [line for line in table.to_markdown().splitlines() if line.startswith("| [2]")]
-    cells = [cell.strip() for cell in line.split("|")[1:-1]]
+    assert "90" not in rows["MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %)"][0]
+    (cells,) = [line for line in _section(table, "The runs behind our numbers") if line[0] == "[2]"]
     assert cells[1:6] == ["runs/both/evaluate", "MR-MAE, Tiny", "90.00", "± 0.30", "10"]
     assert cells[6:11] == ["10,000", "60,000", "20", "10", "4+5"] and cells[12] == "dino: vit.dino"
     (filled,) = [row for row in csv.DictReader(io.StringIO(table.to_csv())) if row["runs"] == "runs/both/evaluate"]
@@ -314,4 +350,4 @@ def test_ensembles_of_other_seeds_are_averaged_but_not_one_evaluated_twice() -> 
 def test_an_ensemble_of_unlike_pretraining_says_so() -> None:
     runs = [_ensemble("both", make_record(), make_record(method="MAE", pretrain=40), method="Two")]
     (row,) = [row for row in scaling_table(runs).rows if row.cells and row.source == "ours"]
-    assert row.label == "Two, ours (different or unknown pre-training, Fashion-MNIST, 2 models averaged)"
+    assert row.label == "Two, ours (different or unknown pre-training, Fashion-MNIST, chance 10 %, 2 models averaged)"
