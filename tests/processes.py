@@ -69,17 +69,18 @@ def rank_processes(
     *arguments: str | Path,
     names: dict[str, str] = TORCHRUN,
     start: Sequence[int] | None = None,
+    program: Sequence[str] = ("train.py",),
 ) -> list[subprocess.Popen[str]]:
     """train.py as ``world_size`` processes, told their rank as torchrun or srun does; the caller ends them.
 
-    ``start`` names the ranks that are really started; None is all.
+    ``start`` names the ranks that are really started; None is all. ``program`` is what Python runs, in the repository.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(world_size) if start is None else start:
         values = {"rank": rank, "local_rank": rank, "world_size": world_size}
         ranks = {names[key]: str(value) for key, value in values.items()}
-        processes.append(_start([sys.executable, "train.py", *arguments], environment(**address, **ranks)))
+        processes.append(_start([sys.executable, *program, *arguments], environment(**address, **ranks)))
     return processes
 
 

@@ -67,7 +67,8 @@ class CheckpointTeacher(Teacher):
         if features == "ln_post":
             tensors = read_tensors(path)
             for name in ("weight", "bias"):
-                tensor = tensors[f"fusion.norm.{name}"].to(options.dtype)
+                # A copy: what the file gives is a view of all of it.
+                tensor = tensors[f"fusion.norm.{name}"].to(options.dtype, copy=True)
                 self.register_buffer(f"norm_{name}", tensor, persistent=False)
         self.features = features
 

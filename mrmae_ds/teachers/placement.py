@@ -81,6 +81,10 @@ def place_teacher(name: str, teacher: Teacher, placement: PlacementConfig, devic
     teacher.facts["placement"] = str(placement)
     if placement.kind == "device":
         return ResidentTeacher(teacher, device)
+    if placement.kind == "sharded":
+        from mrmae_ds.teachers.sharded import ShardedTeacher
+
+        return ShardedTeacher(name, teacher, placement, device)
     from mrmae_ds.teachers.moving import MovingTeacher
 
     return MovingTeacher(teacher, device, ahead=1 if placement.kind == "stream" else None)
