@@ -56,6 +56,12 @@ if [ -n "$packages" ]; then
                  inside that environment (FFCV compiles against them)"
 fi
 
+# tests/slurm start a Slurm of their own in a temporary folder; without it they are skipped. A machine that has Slurm's
+# commands belongs to a cluster and is left alone.
+if ! command -v sbatch >/dev/null && ! install_packages slurm-wlm munge; then
+    echo "setup: Slurm is not installed, so tests/slurm will be skipped (with root: apt-get install slurm-wlm munge)"
+fi
+
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 python=.venv/bin/python
 echo "setup: installing the pinned Python packages into .venv (several GB the first time)"

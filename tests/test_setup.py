@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import REPOSITORY, environment, run
+from tests.slurm.cluster import find_program
 
 
 def test_a_second_run_does_nothing() -> None:
@@ -50,3 +52,46 @@ def test_an_interpreter_that_does_not_fit_is_refused(bare_machine: Path) -> None
     path = {"PATH": str(bare_machine.parent / "bin"), "PYTHON": "/bin/false"}
     done = run(["bash", bare_machine / "scripts/setup.sh"], 30, environment() | path)
     assert done.status == 1 and "PYTHON=/bin/false is not a Python 3.10 to 3.12" in done.stderr
+
+
+def _script(path: Path, *lines: str) -> None:
+    path.unlink(missing_ok=True)
+    path.write_text("\n".join(["#!/bin/bash", *lines, ""]))
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def root_machine(bare_machine: Path) -> Path:
+    """The clone on a machine with everything but Slurm, with root; nothing is really installed."""
+    tools = bare_machine.parent / "bin"
+    for name in ("g++", "pkg-config"):
+        _script(tools / name)
+    for name in ("mkdir", "rm", "touch"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    _script(tools / "id", "echo 0")
+    _script(tools / "apt-get", f'echo "$@" >> {bare_machine}/asked', "exit ${APT_STATUS:-0}")
+    (bare_machine / ".venv" / "bin").mkdir(parents=True)
+    _script(bare_machine / ".venv" / "bin" / "python")
+    return bare_machine
+
+
+@pytest.mark.parametrize("status", ["0", "100"])
+def test_slurm_is_installed_if_it_can_be(status: str, root_machine: Path) -> None:
+    path = {"PATH": str(root_machine.parent / "bin"), "APT_STATUS": status}
+    done = run(["bash", root_machine / "scripts/setup.sh"], 30, environment() | path)
+    assert done.status == 0 and "setup: ready" in done.stdout, done.stderr
+    asked = (root_machine / "asked").read_text().splitlines()
+    assert asked == ["update -qq", "install -y -qq --no-install-recommends slurm-wlm munge"]
+    assert ("tests/slurm will be skipped" in done.stdout) == (status != "0")
+
+
+def test_a_machine_with_slurm_is_left_alone(root_machine: Path) -> None:
+    _script(root_machine.parent / "bin" / "sbatch")
+    path = {"PATH": str(root_machine.parent / "bin")}
+    done = run(["bash", root_machine / "scripts/setup.sh"], 30, environment() | path)
+    assert done.status == 0 and not (root_machine / "asked").exists(), done.stderr
+
+
+@pytest.mark.skipif(os.getuid() != 0 or not shutil.which("apt-get"), reason="only root may install Slurm")
+def test_the_tests_of_slurm_are_not_skipped_here() -> None:
+    assert find_program("sbatch"), "scripts/setup.sh should have installed slurm-wlm and munge; see what it printed"

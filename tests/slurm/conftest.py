@@ -1,0 +1,47 @@
+"""One real Slurm for all the tests of this folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, missing_programs
+
+# Stands in for Python: it answers for slurm/starts.py, or asks the real one, and runs $STUB in place of train.py.
+STUB = """#!/bin/bash
+if [ "$1" = slurm/starts.py ]; then
+    [ -z "$REAL_STARTS" ] || exec {python} "$@"
+    echo "{folder}/notes/$SLURM_JOB_ID"; echo; exit 0
+fi
+eval "$STUB"
+"""
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two nodes that take jobs, with the site's settings in SITE."""
+    missing = missing_programs()
+    if missing:
+        pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (scripts/setup.sh installs slurm-wlm and munge)")
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"))
+    try:
+        cluster.start()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def stub_site(cluster: Cluster) -> Path:
+    """Settings of a site whose Python is a shell that runs $STUB."""
+    folder = cluster.folder / "stub"
+    (folder / "notes").mkdir(parents=True)
+    python = folder / "python"
+    python.write_text(STUB.format(python=sys.executable, folder=folder))
+    python.chmod(0o755)
+    site = folder / "site.sh"
+    site.write_text(f"PYTHON={python}\nexport DS_ACCELERATOR=cpu\nNETWORK_INTERFACE=lo\nSTAGE_TO=$STAGE_HERE\n")
+    return site

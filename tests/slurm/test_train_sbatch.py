@@ -1,0 +1,216 @@
+"""slurm/train.sbatch on a real Slurm, with a shell in train.py's place: what is started, what becomes of the job."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait_for
+
+LIMIT_S = 120
+SCRIPT = "slurm/train.sbatch"
+CONFIG = "ds_configs/tiny.json"
+Submit = Callable[..., str]
+
+
+@pytest.fixture
+def submit(cluster: Cluster, stub_site: Path) -> Submit:
+    """``submit(STUB, OPTION..., arguments=[...], VARIABLE=...)``: a job whose processes run STUB; its id."""
+
+    def submit(stub: str, *options: str, arguments: tuple[str, ...] = (CONFIG,), **extra: str) -> str:
+        variables = {"MRMAE_SITE": str(stub_site), "STUB": stub} | extra
+        return cluster.submit(*(options or ("--nodes=2",)), SCRIPT, *arguments, **variables)
+
+    return submit
+
+
+def test_each_process_is_told_its_place_and_the_arguments_as_they_were(cluster: Cluster, submit: Submit) -> None:
+    """Three processes a node; spaces, equals signs and quotes in the arguments; a launcher's leftovers in the shell."""
+    stub = (
+        'printf "P %s/%s local %s at %s:%s rank=%s <" $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $MASTER_ADDR '
+        '"$MASTER_PORT" "$RANK"; printf "[%s]" "$@"; echo ">"'
+    )
+    arguments = ("--stage", "finetune", "data.train=/a b/c=d.beton", "x=[1, 'two']", "y=")
+    leftovers = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
+    job = submit(stub, "--nodes=2", "--ntasks-per-node=3", arguments=(CONFIG, *arguments), **leftovers)
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
+    told = sorted(line for line in cluster.output(job).splitlines() if line.startswith("P "))
+    passed = "".join(f"[{part}]" for part in ("-u", "train.py", "--ds_config", CONFIG, *arguments))
+    places = [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (5, 2)]
+    # The nodes' names resolve nowhere; Slurm knows their address.
+    assert told == [f"P {rank}/6 local {local} at 127.0.0.1: rank= <{passed}>" for rank, local in places]
+
+
+def test_a_process_that_fails_fails_the_job_and_ends_the_others(cluster: Cluster, submit: Submit) -> None:
+    began = time.monotonic()
+    job = submit('[ "$SLURM_PROCID" = 0 ] || exit 3; sleep 600')
+    ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("3:0", "0")
+    assert "train.py failed with status 3, first rank 1 on n2" in cluster.output(job)
+    assert time.monotonic() - began < 300 and not cluster.pids_of("n1")
+
+
+def test_processes_that_finish_later_than_others_are_waited_for(cluster: Cluster, submit: Submit) -> None:
+    job = submit('[ "$SLURM_PROCID" = 1 ] || sleep 4; echo "done $SLURM_PROCID"')
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
+    assert "done 0" in cluster.output(job)
+
+
+def test_a_stopped_job_is_started_again_and_its_dependents_wait(cluster: Cluster, submit: Submit) -> None:
+    """All processes stop with train.py's status, one much later than the others, which srun must not kill for it."""
+    stub = (
+        'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then [ "$SLURM_PROCID" = 0 ] || sleep 2; '
+        'echo "saved $SLURM_PROCID"; exit 75; fi; echo "finished $SLURM_PROCID"; sleep 1'
+    )
+    job = submit(stub)
+    after = submit("echo after", "--nodes=1", f"--dependency=afterok:{job}")
+    assert cluster.wait_for_job(job, ["PENDING"], LIMIT_S, restarts=1)["Reason"] == "BeginTime"
+    assert cluster.job(after)["JobState"] == "PENDING"
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S, restarts=1)
+    output = cluster.output(job)
+    assert [f"{word} {rank}" in output for word in ("saved", "finished") for rank in (0, 1)] == [True] * 4
+    cluster.wait_for_job(after, ["COMPLETED"], LIMIT_S)
+
+
+def test_the_signal_reaches_the_processes_and_not_what_they_wait_in(cluster: Cluster, submit: Submit) -> None:
+    """USR1 before a process is ready for it ends nothing; afterwards it is the process's to answer."""
+    ready = cluster.folder / "ready"
+    program = cluster.folder / "waits.py"
+    program.write_text(
+        f"""
+import os, pathlib, signal, time
+time.sleep(3)
+got, rank = [], os.environ["SLURM_PROCID"]
+signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
+pathlib.Path("{ready}-" + rank).touch()
+while not got:
+    time.sleep(0.1)
+print("got it", rank)
+"""
+    )
+    job = submit(f"exec python3 {program}")
+    cluster.wait_for_job(job, ["RUNNING"], LIMIT_S)
+    wait_for(lambda: bool(cluster.pids_of("n2")), "processes", 30)
+    time.sleep(1)
+    cluster.ask("scancel", "--signal=USR1", job)
+    wait_for(lambda: all(Path(f"{ready}-{rank}").exists() for rank in (0, 1)), "both processes live", 60)
+    cluster.ask("scancel", "--signal=USR1", job)
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
+    assert all(f"got it {rank}" in cluster.output(job) for rank in (0, 1))
+
+
+@pytest.mark.parametrize("how", ["cancelled", "told to stop for good"])
+def test_a_job_that_nobody_wants_does_not_come_back(how: str, cluster: Cluster, submit: Submit) -> None:
+    """Its processes save and stop, as they do near the time limit."""
+    ready = cluster.folder / f"ready-{how[:4]}"
+    program = cluster.folder / "stops.py"
+    program.write_text(
+        f"""
+import pathlib, signal, sys, time
+for number in (signal.SIGUSR1, signal.SIGTERM):
+    signal.signal(number, lambda *_: sys.exit(75))
+pathlib.Path("{ready}").touch()
+time.sleep(600)
+"""
+    )
+    job = submit(f"exec python3 {program}", "--nodes=1")
+    wait_for(ready.exists, "the process", LIMIT_S)
+    if how == "cancelled":
+        cluster.ask("scancel", job)
+        ended = cluster.wait_for_job(job, ["CANCELLED"], LIMIT_S)
+    else:
+        cluster.ask("scontrol", "update", f"JobId={job}", "Requeue=0")
+        cluster.ask("scancel", "--signal=USR1", job)
+        ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
+        assert ended["ExitCode"] == "75:0"
+        assert "stopped and saved; not queued again, as --no-requeue asks" in cluster.output(job)
+    time.sleep(2)
+    assert (cluster.job(job)["Restarts"], cluster.job(job)["JobState"]) == ("0", ended["JobState"])
+
+
+def test_a_job_that_gets_no_further_is_not_started_again(
+    cluster: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    """It stops without a newer checkpoint; asked of the real run folder."""
+    job = submit("exit 75", "--nodes=1", arguments=(CONFIG, "--run", str(tmp_path / "run")), REAL_STARTS="1")
+    ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "0")
+    assert "this start got no further than step 0" in cluster.output(job)
+
+
+def test_a_job_is_started_again_so_often_and_no_more(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    """Each start gets further, so that nothing but MAX_RESTARTS ends it."""
+    checkpoint = f"{tmp_path}/run/pretrain/checkpoints/step_00000000$((SLURM_RESTART_COUNT + 1))"
+    stub = f'mkdir -p {checkpoint}; echo "{{}}" > {checkpoint}/manifest.json; exit 75'
+    site = tmp_path / "site.sh"
+    site.write_text('source "$FIRST_SITE"\nMAX_RESTARTS=1\n')
+    variables = {"MRMAE_SITE": str(site), "FIRST_SITE": str(cluster.folder / "stub" / "site.sh"), "REAL_STARTS": "1"}
+    job = submit(stub, "--nodes=1", arguments=(CONFIG, "--run", str(tmp_path / "run")), **variables)
+    ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
+    assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "1")
+    output = cluster.output(job)
+    assert "stopped and saved; queued again" in output and "was started again 1 times" in output
+    assert "start 2 of job" in output and "newest checkpoint at step 1" in output
+
+
+def test_ranks_that_fail_because_a_node_is_gone_do_not_fail_the_job(cluster: Cluster, submit: Submit) -> None:
+    """The ranks notice before Slurm does, as they do when a connection breaks."""
+    gone = cluster.folder / "gone"
+    stub = f'[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] || exit 0; until [ -f {gone} ]; do sleep 0.1; done; exit 1'
+    job = submit(stub)
+    cluster.wait_for_job(job, ["RUNNING"], LIMIT_S)
+    wait_for(lambda: bool(cluster.pids_of("n2")), "processes", 60)
+    cluster.daemons["n2"].kill()
+    cluster.daemons["n2"].wait()
+    gone.touch()
+    wait_for(lambda: "a node no longer answers; queued again" in cluster.output(job), "the script notices", LIMIT_S)
+    cluster.start_node("n2")
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S, restarts=1)
+    cluster.wait_for_nodes()
+
+
+def test_a_copy_made_for_one_job_is_removed_with_it(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    kept, own = tmp_path / "kept", tmp_path / "own-$SLURM_JOB_ID"
+    stub = 'for word in "$@"; do case $word in loader.stage_to=*) mkdir -p "${word#*=}/x"; echo "$word"; esac; done'
+    site = tmp_path / "site.sh"
+    first = str(cluster.folder / "stub" / "site.sh")
+    jobs = []
+    for folder in (kept, own):
+        copy = site.with_name(f"{folder.name[:3]}.sh")
+        copy.write_text(f'source "{first}"\nSTAGE_TO={folder}\n')
+        jobs.append(submit(stub, "--nodes=2", MRMAE_SITE=str(copy)))
+    for job, folder in zip(jobs, (kept, own), strict=True):
+        cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
+        assert f"loader.stage_to={str(folder).replace('$SLURM_JOB_ID', job)}" in cluster.output(job)
+    assert (kept / "x").exists() and not list(tmp_path.glob("own-*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "extra", "says"),
+    [
+        ((), {}, "no engine config given"),
+        (("--stage", "finetune"), {}, "--stage: no such file; the first argument is the engine config"),
+        ((CONFIG,), {"MRMAE_SITE": "/nowhere/site.sh"}, "MRMAE_SITE=/nowhere/site.sh: no such file"),
+        ((CONFIG, "stages.pretrain.epoch=3"), {"REAL_STARTS": "1"}, "epochs"),
+    ],
+    ids=["nothing", "no config", "no site", "unknown key"],
+)
+def test_mistakes_end_the_job_before_it_starts(
+    arguments: tuple[str, ...], extra: dict[str, str], says: str, cluster: Cluster, submit: Submit
+) -> None:
+    job = submit("echo STARTED", "--nodes=1", arguments=arguments, **extra)
+    assert cluster.wait_for_job(job, ["FAILED"], LIMIT_S)["ExitCode"] == "2:0"
+    assert says in cluster.output(job) and "STARTED" not in cluster.output(job)
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a GPU")
+def test_a_node_without_gpus_is_told_of_rather_than_used(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text("unset DS_ACCELERATOR SLURM_NTASKS_PER_NODE\n")
+    job = submit("echo STARTED", "--nodes=1", MRMAE_SITE=str(site))
+    assert cluster.wait_for_job(job, ["FAILED"], LIMIT_S)["ExitCode"] == "2:0"
+    assert "no GPU on n1" in cluster.output(job) and "SBATCH_GPUS_PER_NODE" in cluster.output(job)
