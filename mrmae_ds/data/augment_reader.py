@@ -68,7 +68,8 @@ class AugmentReader:
         if self._pool is None:
             self._pool = self._start()
         count = len(batch.keys)
-        self._slots[slot, :count].copy_(batch.images.permute(0, 2, 3, 1))
+        # By numpy: torch would wake OpenMP's threads, which then spin for longer than the copy takes.
+        self._slots.numpy()[slot, :count] = batch.images.permute(0, 2, 3, 1).numpy()
         step = -(-count // (self.processes * _CHUNKS))
         pieces = [range(start, min(start + step, count)) for start in range(0, count, step)]
         work = [self._pool.submit(_augment, slot, piece, batch.keys[piece.start : piece.stop]) for piece in pieces]
@@ -89,7 +90,7 @@ class AugmentReader:
                 future.result()
         except BrokenProcessPool:
             raise RuntimeError("a process of the augmentation died (out of memory?)") from None
-        images = self._slots[slot, : len(batch.keys)].clone()
+        images = torch.from_numpy(self._slots.numpy()[slot, : len(batch.keys)].copy())
         free.append(slot)
         tensors = (images, batch.labels, batch.indices, batch.valid)
         images, labels, indices, valid = (to_device(tensor, self.settings.device) for tensor in tensors)

@@ -122,19 +122,18 @@ def resize_and_corner(sides: IntArray, short_sides: IntArray, image_size: int) -
     return resized, np.rint((resized - image_size) / 2).astype(np.int64)
 
 
-def center_boxes(heights: IntArray, widths: IntArray, image_size: int) -> IntArray:
-    """What evaluation looks at (``resize_and_corner``), in whole pixels of the stored pictures; never mirrored.
+def center_boxes(heights: IntArray, widths: IntArray, image_size: int) -> FloatArray:
+    """What evaluation looks at (``resize_and_corner``), in pixels of the stored pictures; never mirrored.
 
     Args:
         heights, widths: sizes of the stored pictures in pixels, int64 [B].
 
-    Returns int64 [B, 5]: top, left, height, width (pixels), 0.
+    Returns float64 [B, 5]: top, left, height, width (pixels, not whole ones), 0.
     """
     short = np.minimum(heights, widths)
-    corners, lengths = [], []
-    for sides in (heights, widths):
+    boxes = np.zeros((len(heights), 5))
+    for axis, sides in enumerate((heights, widths)):
         resized, corner = resize_and_corner(sides, short, image_size)
-        first, last = (np.rint(edge * sides / resized).astype(np.int64) for edge in (corner, corner + image_size))
-        corners.append(first)
-        lengths.append((last - first).clip(min=1))
-    return np.stack([*corners, *lengths, np.zeros_like(short)], axis=1)
+        scale = sides / resized
+        boxes[:, axis], boxes[:, axis + 2] = corner * scale, image_size * scale
+    return boxes

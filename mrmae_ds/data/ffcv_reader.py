@@ -97,6 +97,7 @@ class FFCVReader:
             self._decoder.boxes = partial(random_boxes, seed=settings.seed, epoch=epoch, crop=settings.crop)
         else:
             self._decoder.boxes = lambda heights, widths, _: center_boxes(heights, widths, settings.image_size)
+        self._decoder.beyond = not settings.train
         self._decoder.torch_threads = torch.get_num_threads()
         # FFCV refuses a custom order in its constructor, and takes every epoch's length from its first order.
         self._loader.traversal_order = _GivenOrder(rows.reshape(-1))
@@ -122,9 +123,10 @@ class FFCVReader:
 
         Returns the copy as [B, 3, H, W] and, if the copy may still be under way, the event that ends it.
         """
-        host = torch.from_numpy(images)
         if self._copies is None:
-            return host.clone().to(self.settings.device).permute(0, 3, 1, 2), None
+            # numpy's copy: torch's would wake OpenMP's threads, which then spin for longer than it takes.
+            return torch.from_numpy(images.copy()).to(self.settings.device).permute(0, 3, 1, 2), None
+        host = torch.from_numpy(images)
         compute = torch.cuda.current_stream(self.settings.device)
         with torch.cuda.stream(self._copies):
             moved = host.to(self.settings.device, non_blocking=True)

@@ -1,8 +1,9 @@
 """The second backend: Pillow in worker processes, bicubic and antialiased like torchvision's transforms.
 
 It shares the order, the boxes and the flips with the FFCV backend, so that both show a model the same part of the same
-picture; they differ in the interpolation (FFCV: OpenCV's area) and the inverse DCT. Slower; used where FFCV cannot be
-installed, as the oracle of tests, and for evaluation by the protocol that published accuracies follow.
+picture, and the filter too; they differ in that Pillow interpolates chroma before it resizes it, and in rounding.
+Slower; used where FFCV cannot be installed, as the oracle of tests, and for evaluation by the very code that published
+accuracies were measured with.
 
 Shapes: B micro-batch, S image size.
 """

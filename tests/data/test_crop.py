@@ -116,15 +116,18 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
 @pytest.mark.parametrize(
     "height, width, size, box",
     [
-        (32, 32, 32, [2, 2, 28, 28, 0]),  # 32 / 0.875 = 36.6 and a centre crop of 32: 28 of 32 stored pixels
+        # 32 / 0.875 = 36.6: resized to 36, of which 32 are cut from the second on.
+        (32, 32, 32, [2 * 32 / 36, 2 * 32 / 36, 32 * 32 / 36, 32 * 32 / 36, 0]),
         (256, 341, 224, [16, 58, 224, 224, 0]),
-        (512, 384, 224, [87, 24, 336, 336, 0]),  # 341 x 256 and corner 58, as torchvision rounds: 87.1 of 512
-        (500, 375, 448, [62, 0, 375, 375, 0]),  # above 224: all of the short side
-        (1, 9, 32, [0, 4, 1, 1, 0]),
+        # 341 x 256 and corner 58, as torchvision rounds.
+        (512, 384, 224, [58 * 512 / 341, 24, 224 * 512 / 341, 336, 0]),
+        (500, 375, 448, [74 * 500 / 597, 0, 448 * 500 / 597, 375, 0]),  # all of the short side; 74.5 becomes 74
+        (1, 9, 32, [2 / 36, 146 / 36, 32 / 36, 32 / 36, 0]),
     ],
 )
-def test_evaluation_looks_at_the_centre(height: int, width: int, size: int, box: list[int]) -> None:
-    assert center_boxes(np.array([height]), np.array([width]), size).tolist() == [box]
+def test_evaluation_looks_at_the_centre(height: int, width: int, size: int, box: list[float]) -> None:
+    found = center_boxes(np.array([height]), np.array([width]), size)
+    assert found.dtype == np.float64 and found.tolist() == [pytest.approx(box)]
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (64, 1000), (301, 77), (224, 225)])
@@ -137,4 +140,4 @@ def test_evaluation_rounds_like_torchvision(height: int, width: int, size: int) 
     top, left, tall, wide, _ = center_boxes(np.array([height]), np.array([width]), size)[0]
     # The middle of what is seen, in stored pixels; bilinear interpolation of coordinates is exact inside the picture.
     middle = seen[0].mean().item() + 0.5, seen[1].mean().item() + 0.5
-    assert abs(top + tall / 2 - middle[0]) <= 0.51 and abs(left + wide / 2 - middle[1]) <= 0.51
+    assert (top + tall / 2, left + wide / 2) == pytest.approx(middle, abs=1e-6)

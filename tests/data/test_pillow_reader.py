@@ -79,14 +79,13 @@ def test_evaluation_pixels_are_torchvisions(photographs: Path, size: int) -> Non
 
 
 def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
-    """How far the backends are apart in each picture, in levels of 255, after a blur that hides the kernels' edges."""
+    """How far the backends are apart in each picture: mean difference, of 255 levels."""
     first = _reader(path, train, "ffcv", image_size=64)
     second = _reader(path, train, "pillow", image_size=64, seed=other_seed)
     others = {int(i): image for batch in second.epoch(2) for i, image in zip(batch.indices, batch.images, strict=True)}
     second.close()
-    blurred = torch.nn.AvgPool2d(8)
     return [
-        float((blurred(image.float()) - blurred(others[int(i)].float())).abs().mean())
+        float((image.float() - others[int(i)].float()).abs().mean())
         for batch in first.epoch(2)
         for i, image in zip(batch.indices, batch.images, strict=True)
     ]
@@ -94,8 +93,8 @@ def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
 
 @pytest.mark.parametrize("train", [True, False])
 def test_both_backends_show_the_same_part_of_the_same_picture(photographs: Path, train: bool) -> None:
-    # FFCV cuts evaluation's box at whole stored pixels, Pillow between them.
-    assert max(_distances(photographs, train)) < (2 if train else 3.5)
+    # What remains is how chroma is interpolated: see test_jpeg_kernel.py.
+    assert max(_distances(photographs, train)) < 1.5
 
 
 def test_another_part_would_be_seen(photographs: Path) -> None:
