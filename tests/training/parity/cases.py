@@ -1,0 +1,231 @@
+"""What is compared: the matrix, how an engine of it is configured, and how equal is equal."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from mrmae_ds.config_files import merge
+
+GLOBAL_BATCH = 8
+STEPS_PER_EPOCH = 10
+EPOCHS = {"pretrain": 2, "finetune": 1}
+WARMUP = 0.5
+LR, MIN_LR = 1e-3, 1e-6
+LAYER_DECAY = 0.75
+BETAS = {"pretrain": (0.9, 0.95), "finetune": (0.9, 0.999)}
+WEIGHT_DECAY = 0.05
+CLIPPED = 0.1  # far below the gradient norms of both stages
+Stage = Literal["pretrain", "finetune"]
+Precision = Literal["fp32", "autocast", "bf16"]
+CHECKPOINTING = {"conv_stages": "all", "transformer": 2, "decoder": "all"}
+PRECISIONS: dict[Precision, dict[str, Any]] = {
+    "fp32": {},
+    "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
+    "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}},
+}
+# Small buckets, so that a model of half a million parameters needs many of them.
+ZERO: dict[int, dict[str, Any]] = {
+    0: {"stage": 0},
+    1: {"stage": 1, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000},
+    2: {"stage": 2, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000, "overlap_comm": True},
+    3: {
+        "stage": 3,
+        "overlap_comm": True,
+        "reduce_bucket_size": 50_000,
+        "stage3_prefetch_bucket_size": 50_000,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_live_parameters": 3_000_000,
+        "stage3_max_reuse_distance": 3_000_000,
+        "memory_efficient_linear": False,
+        "leaf_module": {"classes": ["Block", "ConvBlock"]},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One engine of the matrix.
+
+    Attributes:
+        stage: of the recipe. zero: ZeRO's stage.
+        checkpointing: activation checkpointing of every part.
+        accumulation: A. world_size: W.
+        precision: of the engine.
+        placement: of the teacher, in pre-training.
+        clipping: largest norm of the gradient, 0 for any.
+        engine: laid on the engine config, by what this case is named for.
+        label: names ``engine``.
+    """
+
+    stage: Stage = "pretrain"
+    zero: int = 3
+    checkpointing: bool = True
+    accumulation: int = 1
+    world_size: int = 1
+    precision: Precision = "fp32"
+    placement: str = "device"
+    clipping: float = 0.0
+    engine: dict[str, Any] = field(default_factory=dict)
+    label: str = ""
+
+    @property
+    def name(self) -> str:
+        """Words that tell it from the others, fit for a file's name."""
+        parts = [self.stage, f"zero{self.zero}", f"W{self.world_size}", f"A{self.accumulation}"]
+        parts += ["checkpointing"] if self.checkpointing else []
+        parts += [self.precision] if self.precision != "fp32" else []
+        parts += [self.placement] if self.placement != "device" else []
+        parts += ["clipped"] if self.clipping else []
+        return "-".join([*parts, *([self.label] if self.label else [])])
+
+    @property
+    def reference(self) -> str:
+        """The name of the plain run that it must equal.
+
+        In pre-training a step's numbers do not depend on how it is cut into parts, but for the rounding of bfloat16; in
+        fine-tuning its random draws do.
+        """
+        world_size, accumulation = self.cut
+        rest = "-clipped" if self.clipping else ""
+        return f"plain-{self.stage}-{self.precision}-W{world_size}-A{accumulation}{rest}"
+
+    @property
+    def cut(self) -> tuple[int, int]:
+        """W and A of the plain run: how it cuts a step into parts."""
+        whole = self.stage == "pretrain" and self.precision == "fp32"
+        return (1, 1) if whole else (self.world_size, self.accumulation)
+
+    def engine_config(self) -> dict[str, Any]:
+        """The engine config, as it would be in a file."""
+        config = {
+            "train_micro_batch_size_per_gpu": GLOBAL_BATCH // (self.world_size * self.accumulation),
+            "gradient_clipping": self.clipping,
+            "zero_optimization": ZERO[self.zero],
+            **PRECISIONS[self.precision],
+        }
+        if self.checkpointing:
+            config["activation_checkpointing"] = CHECKPOINTING
+        return merge(config, self.engine)
+
+
+PLACEMENTS = ("device", "step", "stream", "sharded")
+
+
+def matrix() -> list[Case]:
+    """{ZeRO 0 to 3} x {activation checkpointing} x {accumulation 1, 2} x {1, 2 processes} x {placements}, fp32.
+
+    Placements are pre-training's; fine-tuning has no teacher.
+    """
+    stages: list[tuple[Stage, str]] = [*(("pretrain", placement) for placement in PLACEMENTS), ("finetune", "device")]
+    return [
+        Case(stage, zero, checkpointing, accumulation, world_size, placement=placement)
+        for world_size in (1, 2)
+        for zero in ZERO
+        for checkpointing in (False, True)
+        for accumulation in (1, 2)
+        for stage, placement in stages
+    ]
+
+
+def beside_the_matrix() -> list[Case]:
+    """What the matrix does not cross: clipping, both kinds of bfloat16, offloading to the host, hpZ."""
+    cpu = {"device": "cpu"}
+    optimizer, both = {"offload_optimizer": cpu}, {"offload_optimizer": cpu, "offload_param": cpu}
+    cases: list[Case] = []
+    for stage in get_args(Stage):
+        cases += [Case(stage, zero, world_size=2, clipping=CLIPPED) for zero in ZERO]
+        for precision, stages in {"autocast": (0, 1, 2, 3), "bf16": (1, 2, 3)}.items():
+            cases += [Case(stage, zero, accumulation=2, world_size=2, precision=precision) for zero in stages]
+        for size in (1, 2):
+            for zero in (1, 2, 3):
+                cases.append(_offloaded(Case(stage, zero, accumulation=2, world_size=size), "optimizer", optimizer))
+            cases.append(_offloaded(Case(stage, 3, accumulation=2, world_size=size), "all", both))
+        hpz = {"zero_optimization": {"zero_hpz_partition_size": 2}}
+        cases.append(Case(stage, 3, accumulation=2, world_size=2, engine=hpz, label="hpz"))
+    return cases
+
+
+def nvme_cases(folder: Path, world_size: int) -> list[Case]:
+    """Offloading to files in ``folder``. DeepSpeed swaps pieces of a megabyte or more; the decayed group is one."""
+    nvme = {"device": "nvme", "nvme_path": str(folder)}
+    case = Case("finetune", 3, accumulation=2, world_size=world_size)
+    sections = {"optimizer": {"offload_optimizer": nvme}, "all": {"offload_optimizer": nvme, "offload_param": nvme}}
+    return [_offloaded(case, f"{what}_nvme", section) for what, section in sections.items()]
+
+
+def _offloaded(case: Case, what: str, section: dict[str, Any]) -> Case:
+    return replace(case, engine={"zero_optimization": section}, label=f"offload_{what}")
+
+
+@dataclass
+class Trace:
+    """What a training left behind.
+
+    Attributes:
+        losses: mean loss of each step. norms: of each step's gradient, where it is known.
+        weights: float32, by name, at the end.
+        seconds: of the steps.
+    """
+
+    losses: list[float]
+    norms: list[float]
+    weights: dict[str, Tensor]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far an engine was from the plain process, at the worst step or weight.
+
+    Attributes:
+        loss: relative. norm: of the gradient, relative; 0 where the engine does not tell it.
+        weights: absolute, at the end. Left out is the bias of the keys: softmax does not feel it, so its true gradient
+            is 0, and Adam makes whole steps of the rounding noise.
+    """
+
+    loss: float
+    norm: float
+    weights: float
+
+    def within(self, bound: Difference) -> bool:
+        """Whether no value is above that of ``bound``."""
+        return self.loss <= bound.loss and self.norm <= bound.norm and self.weights <= bound.weights
+
+
+# bfloat16 has 8 bits; what is left of them after twenty steps was measured at a fifth of these bounds.
+TOLERANCE: dict[Precision, Difference] = {
+    "fp32": Difference(loss=1e-6, norm=1e-6, weights=1e-6),
+    "autocast": Difference(loss=1e-3, norm=5e-3, weights=5e-3),
+    "bf16": Difference(loss=1e-3, norm=5e-3, weights=5e-3),
+}
+
+
+def difference(found: Trace, expected: Trace) -> Difference:
+    """Compare two trainings.
+
+    Raises:
+        AssertionError: if they have not the same steps or weights.
+    """
+    assert len(found.losses) == len(expected.losses) and found.weights.keys() == expected.weights.keys()
+    worst = []
+    for name, tensor in expected.weights.items():
+        distance = (found.weights[name] - tensor).abs()
+        if name.endswith("attn.qkv.bias"):
+            query, _, value = distance.chunk(3)
+            distance = torch.cat([query, value])
+        worst.append(distance.max())
+    weights = torch.stack(worst).max().item()
+    return Difference(_relative(found.losses, expected.losses), _relative(found.norms, expected.norms), weights)
+
+
+def _relative(found: list[float], expected: list[float]) -> float:
+    """The largest; not a number if any is not."""
+    if not found:
+        return 0.0
+    ours, theirs = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)
+    return ((ours - theirs).abs() / theirs.abs()).max().item()

@@ -1,0 +1,90 @@
+"""Engines one after another in one process group: ``python -m tests.training.parity.engine FOLDER`` is a rank of it."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from mrmae_ds.training.launch import Launch
+from tests.processes import finish, rank_processes
+
+from .cases import Case, Trace
+from .job import batches, prepare
+
+
+def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
+    """The case's engine in this process group; every rank of it calls this. The weights are rank 0's to have."""
+    from mrmae_ds.training.engine import build_engine, gather_state, set_learning_rate
+
+    job, device = prepare(case, folder, launch), torch.device("cpu")
+    task, plan = job.task, job.plan
+    engine = build_engine(
+        task.model, task.groups(), job.stage.optimizer.betas, job.engine_config, plan.accumulation, device
+    )
+    task.to(device)
+    engine.train()
+    losses, norms, began, parts = [], [], time.perf_counter(), batches(job)
+    for step in range(plan.total_steps):
+        set_learning_rate(engine, plan.rate(step))
+        total = torch.zeros(())
+        for micro in range(plan.accumulation):
+            loss = task.losses(engine, next(parts), plan.key(step, micro))["loss"]
+            engine.backward(loss)
+            engine.step()
+            total += loss.detach()
+        dist.all_reduce(total)
+        losses.append(total.item() / (plan.accumulation * launch.world_size))
+        norm = engine.get_global_grad_norm()
+        norms += [] if norm is None else [float(norm)]
+    seconds = time.perf_counter() - began
+    weights = gather_state(engine)
+    task.release()
+    engine.destroy()
+    return Trace(losses, norms, weights, seconds)
+
+
+def run_cases(cases: Iterable[Case], folder: Path, limit_s: float) -> dict[str, Trace]:
+    """All cases, those of as many processes one after another in one start of them; traces by name.
+
+    Raises:
+        RuntimeError, TimeoutError: with what was written, if a process failed or took longer.
+    """
+    by_size: dict[int, list[Case]] = {}
+    for case in cases:
+        by_size.setdefault(case.world_size, []).append(case)
+    for size, group in by_size.items():
+        (folder / f"cases-{size}.json").write_text(json.dumps([asdict(case) for case in group]))
+        ended = finish(rank_processes(size, folder, program=("-m", "tests.training.parity.engine")), limit_s)
+        if any(process.status for process in ended):
+            raise RuntimeError("\n".join(process.stdout[-2000:] + process.stderr[-4000:] for process in ended))
+    return {
+        case.name: Trace(**torch.load(folder / f"{case.name}.trace")) for group in by_size.values() for case in group
+    }
+
+
+def main(folder: Path) -> None:
+    """One rank: every case of FOLDER/cases-W.json in order, each trace written to FOLDER by rank 0."""
+    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from mrmae_ds.training.launch import prepare_environment
+
+    launch = prepare_environment()
+    torch.set_num_threads(1)
+    start_process_group(choose_device(launch))
+    for content in json.loads((folder / f"cases-{launch.world_size}.json").read_text()):
+        case = Case(**content)
+        trace = run_engine(case, folder, launch)
+        if launch.rank == 0:
+            torch.save(asdict(trace), folder / f"{case.name}.trace")
+            print(f"{case.name}: {trace.seconds:.2f} s", flush=True)
+    end_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

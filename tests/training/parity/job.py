@@ -1,0 +1,72 @@
+"""The job that both sides train: real pictures, a teacher, the tiny recipe with everything that draws at random."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from mrmae_ds.build import build_pretraining
+from mrmae_ds.data.reader import Batch
+from mrmae_ds.models.weights import encoder_metadata, save_weights
+from mrmae_ds.recipe import load_recipe
+from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.launch import Launch
+from tests.data.samples import write_sample_beton
+
+from .cases import BETAS, EPOCHS, GLOBAL_BATCH, LAYER_DECAY, LR, MIN_LR, STEPS_PER_EPOCH, WARMUP, Case, Stage
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def write_workspace(folder: Path) -> None:
+    """Pictures, and a teacher that this project could have trained: a plain ViT with a class token."""
+    write_sample_beton(folder, train=GLOBAL_BATCH * STEPS_PER_EPOCH, val=9)
+    recipe = load_recipe(REPOSITORY / "ds_configs/baselines/mae_tiny.yaml")
+    assert recipe.stages.pretrain is not None
+    torch.manual_seed(11)
+    model, _ = build_pretraining(recipe, recipe.stages.pretrain)
+    metadata = {"kind": "pretrain", **encoder_metadata(model.encoder), "mean": [0.5] * 3, "std": [0.5] * 3}
+    save_weights(folder / "teacher" / "model.safetensors", model.state_dict(), metadata)
+
+
+def overrides(folder: Path, stage: Stage, placement: str) -> tuple[str, ...]:
+    """Recipe values: short, a real schedule, and everything in fine-tuning that draws at random."""
+    optimizer = f"{{lr: {LR}, min_lr: {MIN_LR}, warmup_epochs: {WARMUP}, betas: {list(BETAS[stage])}}}"
+    ours = {
+        "data.train": folder / "train.beton",
+        "data.val": folder / "val.beton",
+        "data.backend": "pillow",
+        "loader.workers": 1,
+        "teachers.mae.source": folder / "teacher",
+        f"stages.{stage}.batch_size": GLOBAL_BATCH,
+        f"stages.{stage}.epochs": EPOCHS[stage],
+        f"stages.{stage}.optimizer": "null",
+    }
+    if stage == "finetune":
+        ours |= {"init": "scratch", "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0, "layer_decay": LAYER_DECAY}
+    keys = {key if "." in key else f"stages.finetune.{key}": value for key, value in ours.items()}
+    placed = [f"stages.pretrain.placement={placement}"] if placement != "device" else []
+    return (*(f"{key}={value}" for key, value in keys.items()), f"stages.{stage}.optimizer={optimizer}", *placed)
+
+
+def prepare(case: Case, folder: Path, launch: Launch) -> Job:
+    """What train.py does before it starts a process group."""
+    path = folder / f"{case.name}-{launch.rank}.json"
+    path.write_text(json.dumps(case.engine_config()))
+    settings = overrides(folder, case.stage, case.placement)
+    options = Options(path, case.stage, REPOSITORY / "ds_configs/tiny.yaml", folder / "runs", overrides=settings)
+    return prepare_job(replace(options, dry_run=True), launch)
+
+
+def batches(job: Job) -> Iterator[Batch]:
+    """The job's micro-batches of this rank, all epochs."""
+    from mrmae_ds.training.stage import open_reader
+
+    reader = open_reader(job, torch.device("cpu"), training=True)
+    for epoch in range(job.plan.epochs):
+        yield from reader.epoch(epoch)
+    reader.close()

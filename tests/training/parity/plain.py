@@ -1,0 +1,114 @@
+"""One process, one loop, no DeepSpeed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mrmae_ds.data.reader import Batch
+from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.tasks import StepKey
+
+from .cases import (
+    BETAS,
+    EPOCHS,
+    GLOBAL_BATCH,
+    LAYER_DECAY,
+    LR,
+    MIN_LR,
+    STEPS_PER_EPOCH,
+    WARMUP,
+    WEIGHT_DECAY,
+    Case,
+    Stage,
+    Trace,
+)
+from .job import batches, prepare
+
+ALONE = Launch(0, 0, 1, 1)
+
+
+def run_plain(case: Case, folder: Path) -> Trace:
+    """What the case must equal: one process, one loop, torch's AdamW; the parts of a step one after the other.
+
+    ``bf16`` is the textbook's: a bfloat16 model, float32 masters, gradients that add up in float32.
+    """
+    world_size, accumulation = case.cut
+    job = prepare(replace(case, world_size=1, accumulation=1, placement="device", engine={}), folder, ALONE)
+    model = job.task.model.train()
+    job.task.to(torch.device("cpu"))
+    if case.precision == "bf16":
+        model.to(torch.bfloat16)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    masters = {name: nn.Parameter(p.detach().float()) for name, p in trained.items()}
+    optimizer = torch.optim.AdamW(plain_groups(masters, case.stage), betas=BETAS[case.stage], foreach=False)
+    size = GLOBAL_BATCH // (world_size * accumulation)
+    student = _in_autocast(model) if case.precision == "autocast" else model
+    losses, norms, began = [], [], time.perf_counter()
+    for step, batch in enumerate(batches(job)):
+        for group in optimizer.param_groups:
+            group["lr"] = group["scale"] * plain_rate(step, case.stage)
+        total = 0.0
+        for part in range(world_size * accumulation):
+            micro, rank = divmod(part, world_size)
+            key = StepKey(job.plan.seed, step, micro, rank, world_size, size)
+            loss = job.task.losses(student, _cut(batch, part * size, size), key)["loss"] / (world_size * accumulation)
+            loss.backward()
+            total += loss.item()
+            for name, parameter in trained.items():
+                assert parameter.grad is not None
+                gradient, master = parameter.grad.float(), masters[name]
+                master.grad = gradient if master.grad is None else master.grad + gradient
+                parameter.grad = None
+        norms.append(float(nn.utils.clip_grad_norm_(masters.values(), case.clipping or math.inf)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(masters[name])
+    state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
+    return Trace(losses, norms, state | {n: m.detach() for n, m in masters.items()}, time.perf_counter() - began)
+
+
+def plain_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
+    """A group a parameter: decayed if it is a matrix or a token, layer-decayed in fine-tuning; by the paper's rule."""
+    groups = []
+    for name, parameter in parameters.items():
+        decayed = parameter.ndim > 1 and not (stage == "finetune" and name == "pos_embed")
+        layer = 0
+        if name.startswith("blocks3."):
+            layer = 1 + int(name.split(".")[1])
+        elif name.startswith(("fc_norm", "head")):
+            layer = 4  # cvit_tiny has three transformer blocks
+        scale = LAYER_DECAY ** (4 - layer) if stage == "finetune" else 1.0
+        groups.append({"params": [parameter], "weight_decay": WEIGHT_DECAY if decayed else 0.0, "scale": scale})
+    return groups
+
+
+def plain_rate(step: int, stage: Stage) -> float:
+    """Linear warm-up over half an epoch, then half a cosine to the floor."""
+    epoch, last = step / STEPS_PER_EPOCH, EPOCHS[stage]
+    if epoch < WARMUP:
+        return LR * epoch / WARMUP
+    return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * (epoch - WARMUP) / (last - WARMUP))) / 2
+
+
+def _cut(batch: Batch, first: int, size: int) -> Batch:
+    values = {name: getattr(batch, name)[first : first + size] for name in batch.__dataclass_fields__}
+    return Batch(**values)
+
+
+def _in_autocast(model: nn.Module) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(*arguments)
+
+    return run
