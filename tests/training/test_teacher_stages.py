@@ -1,0 +1,82 @@
+"""Teachers exist in the stages that ask them, where the recipe wants their weights, and not longer than that."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from mrmae_ds.recipe import load_recipe
+from mrmae_ds.training.job import Options, prepare_job
+from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
+from tests.data.samples import write_sample_beton
+from tests.processes import finish, rank_processes
+
+from .builders import ALONE, make_batch, make_plan
+from .release_worker import ENGINE, RECIPE, TEACHER, save_teacher
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    train, val = write_sample_beton(tmp_path_factory.mktemp("pictures"), train=64, val=20)
+    return f"data.train={train}", f"data.val={val}"
+
+
+def _task(stage: str, recipe: Path, folder: Path, *overrides: str) -> PretrainTask | FinetuneTask:
+    return prepare_job(Options(ENGINE, stage, recipe, folder, "never", overrides), ALONE).task
+
+
+def test_no_teacher_is_built_for_a_stage_that_asks_none(
+    pictures: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(kind: str, *_: object) -> None:
+        raise AssertionError(f"a {kind} was built")
+
+    monkeypatch.setattr("mrmae_ds.teachers._build", refuse)
+    defined = ("teachers.mae={kind: checkpoint, source: nowhere}", *pictures)
+    tasks = [
+        _task("finetune", RECIPE, tmp_path, *defined, "stages.finetune.init=scratch"),
+        _task("pretrain", TEACHER, tmp_path, *defined),
+    ]
+    for task in tasks:
+        task.to(CPU)
+        assert task.teachers == {}
+        task.release()
+    with pytest.raises(AssertionError, match="a checkpoint was built"):
+        _task("pretrain", RECIPE, tmp_path, *defined)
+
+
+@pytest.mark.parametrize("kind", ["device", "step", "stream"])
+def test_a_task_that_is_released_has_no_weights_and_gives_no_losses(
+    kind: str, pictures: tuple[str, str], tmp_path: Path
+) -> None:
+    source = f"teachers.mae.source={save_teacher(tmp_path / 'mae')}"
+    task = _task("pretrain", RECIPE, tmp_path, *pictures, source, f"stages.pretrain.placement={kind}")
+    weights = [StorageWeakRef(parameter.untyped_storage()) for parameter in task.teachers["mae"].parameters()]
+    task.to(CPU)
+    batch, key = make_batch(4), make_plan().key(0, 0)
+    assert task.losses(task.model, batch, key)["loss"] > 0
+    assert (task.placed["mae"].resident_bytes > 0) == (kind == "device")
+    task.release()
+    assert all(storage.expired() for storage in weights)
+    with pytest.raises(RuntimeError, match="released"):
+        task.losses(task.model, batch, key)
+    task.release()
+    assert task.teachers["mae"].facts["placement"] == kind  # for the record of a run that failed
+
+
+def test_a_stage_gives_its_teachers_memory_back_when_it_ends_and_when_it_fails(tmp_path: Path) -> None:
+    program = ("-m", "tests.training.release_worker")
+    (ended,) = finish(rank_processes(1, tmp_path, "sharded", program=program), limit_s=280)
+    assert ended.status == 0, ended.stderr[-3000:]
+    told = json.loads(ended.stdout.splitlines()[-1])
+    assert told["failed"] == {"error": "no more", "left": 0, "hooks": 0}
+    assert told["ended"] == {"error": None, "left": 0, "hooks": 0}
+    assert told["status"] == "finished"
+    assert told["teachers"]["mae"]["facts"]["placement"] == "sharded"
+    assert load_recipe(tmp_path / "run/pretrain/recipe.yaml").stages.pretrain.placement["mae"].kind == "sharded"
