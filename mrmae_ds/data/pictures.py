@@ -40,7 +40,10 @@ def open_picture(path: str | Path) -> Image.Image:
             head = file.read(12)
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
             raise PictureError("HEIC, which Pillow cannot read: convert it to JPEG") from None
-        raise PictureError(f"no picture, or damaged at its beginning (read as {', '.join(FORMATS)})") from None
+        kinds = ", ".join(FORMATS)
+        raise PictureError(
+            f"no picture, of a kind Pillow cannot read, or damaged at its beginning (read as {kinds})"
+        ) from None
 
 
 @contextmanager
@@ -61,7 +64,11 @@ def reason(error: Exception, max_pixels: int) -> str:
     """Why a picture is not taken, on one line."""
     if isinstance(error, _BOMB):
         return f"more than {max_pixels:,} pixels (--max-pixels): {error}"
-    text = str(error) if isinstance(error, PictureError) else f"{type(error).__name__}: {error}"
+    text = (
+        str(error)
+        if isinstance(error, PictureError)
+        else f"{type(error).__name__}: {str(error) or 'cannot be decoded'}"
+    )
     return " ".join(text.split())[:500]
 
 
@@ -154,7 +161,7 @@ def _upright(rgb: Image.Image, picture: Image.Image, kinds: list[str]) -> Image.
     except Exception:  # a damaged record raises anything, and is no reason to lose the pixels
         kinds.append("unreadable EXIF")
         return rgb
-    if orientation not in range(2, 9):
+    if not isinstance(orientation, int) or not 2 <= orientation <= 8:
         return rgb
     kinds.append("rotated")
     marker = Image.Exif()

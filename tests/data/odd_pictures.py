@@ -134,19 +134,43 @@ def _exif(orientation: int) -> bytes:
     return exif.tobytes()
 
 
+def _odd_exif(kind: int, value: bytes) -> bytes:
+    """An EXIF record whose orientation is of another type than it should be, by TIFF's number of the type."""
+    entry = struct.pack(">HHI", ExifTags.Base.Orientation, kind, 1) + value.ljust(4, b"\0")
+    return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
+
+
+_XMP = (
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
 def _animated(format: str, **options: object) -> bytes:
     others = [Image.new("RGB", SIZE, colour) for colour in ("red", "blue")]
     return _encoded(plain(), format, save_all=True, append_images=others, **options)
 
 
-def _bomb() -> bytes:
-    """A PNG of a few bytes that claims 3,600 million pixels."""
-    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+def _png(size: tuple[int, int], colour: int, pixels: bytes, text: bytes = b"") -> bytes:
+    """A PNG of 8 bits as it stands in the file, whatever it claims. text: of a compressed comment."""
+    header = struct.pack(">IIBBBBB", *size, 8, colour, 0, 0, 0)
+    parts = [(b"IHDR", header), (b"zTXt", b"comment\0\0" + zlib.compress(text))]
     chunks = b""
-    for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(bytes(1000))), (b"IEND", b"")):
+    for kind, content in (*parts, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
         checksum = zlib.crc32(kind + content)
         chunks += struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
     return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def _tiff(pixels: bytes, **changes: int) -> bytes:
+    """A little-endian grey TIFF of 96 x 72 and 8 bits. changes: values of tags, by ``t`` and their number; ``next``:
+    where the next page is said to be."""
+    tags = {256: SIZE[0], 257: SIZE[1], 258: 8, 259: 1, 262: 1, 273: 122, 277: 1, 278: SIZE[1], 279: len(pixels)}
+    following = changes.pop("next", 0)
+    tags |= {int(tag[1:]): value for tag, value in changes.items()}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in sorted(tags.items()))
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", following)
+    return head.ljust(122, b"\0") + pixels
 
 
 def _thin(size: tuple[int, int]) -> Image.Image:
@@ -171,11 +195,29 @@ ODD: dict[str, Odd] = {
     "text.jpg": Odd(_bytes(b"Not a picture, whatever its name says.\n" * 9), "no picture"),
     "truncated.jpg": Odd(_bytes(_JPEG[:-400]), "truncated"),
     "truncated.png": Odd(_bytes(_PNG[: len(_PNG) // 2]), "OSError|SyntaxError|truncated"),
-    "headless.png": Odd(_bytes(_PNG[:6]), "no picture, or damaged at its beginning"),
+    "headless.png": Odd(_bytes(_PNG[:6]), "no picture, of a kind .*, or damaged at its beginning"),
     "phone.heic": Odd(_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(100)), "HEIC"),
     "postscript.jpg": Odd(_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "no picture"),
     "nan.tif": Odd(lambda path: Image.fromarray(_floats() * np.nan).save(path), "no numbers"),
-    "bomb.png": Odd(_bytes(_bomb()), "more than 2,000,000 pixels"),
+    "bomb.png": Odd(_bytes(_png((60_000, 60_000), 2, bytes(1000))), "more than 2,000,000 pixels"),
+    "bomb_in_a_comment.png": Odd(_bytes(_png((1, 1), 2, bytes(4), bytes(10**8))), "ValueError: Decompressed data"),
+    "without_palette.png": Odd(_bytes(_png((8, 8), 3, bytes(72))), "AssertionError: cannot be decoded"),
+    "no_size.png": Odd(_bytes(_png((0, 8), 2, b"")), "no picture"),
+    "no_end.jpg": Odd(_bytes(_JPEG[:-2]), "truncated"),
+    "twelve_bits.jpg": Odd(_bytes(_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c")), "of a kind"),
+    "no_height.jpg": Odd(
+        _bytes(_JPEG.replace(b"\x08" + struct.pack(">HH", SIZE[1], SIZE[0]), b"\x08\0\0\0\x60")), "no picture"
+    ),
+    "floats_of_three.tif": Odd(
+        lambda path: cv2.imwrite(str(path), np.zeros((8, 8, 3), dtype=np.float32)), "of a kind Pillow cannot read"
+    ),
+    "short.tif": Odd(_bytes(_tiff(bytes(100))), "truncated"),
+    "far.tif": Odd(_bytes(_tiff(b"", t273=10**9)), "truncated"),
+    "billions.tif": Odd(_bytes(_tiff(b"", t256=2**31 - 1)), "more than 2,000,000 pixels"),
+    "page.jpg": Odd(_bytes(b"<!DOCTYPE html><html>404 not found</html>"), "no picture"),
+    "zeros.jpg": Odd(_bytes(bytes(10_000)), "no picture"),
+    "device.png": Odd(lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "itself.png": Odd(lambda path: path.symlink_to("itself.png"), "symbolic links"),
     "large.png": Odd(lambda path: _thin((1500, 1400)).save(path), "more than 2,000,000 pixels"),
     "dangling.jpg": Odd(lambda path: path.symlink_to("nowhere.jpg"), "FileNotFoundError"),
     "pipe.png": Odd(os.mkfifo, "not a regular file"),
@@ -186,18 +228,14 @@ ODD: dict[str, Odd] = {
     "grey16.png": Odd(lambda path: Image.fromarray(RAMP).save(path), RAMP_8, ("16-bit",), 1.5),
     "grey16.tif": Odd(lambda path: Image.fromarray(RAMP).save(path), RAMP_8, ("16-bit",), 1.5),
     "grey16.pgm": Odd(lambda path: Image.fromarray(RAMP.astype(np.int32)).save(path), RAMP_8, ("16-bit",), 1.5),
-    "grey16_big_endian.tif": Odd(
-        lambda path: Image.fromarray(RAMP.astype(">u2")).save(path), RAMP_8, ("16-bit",), 1.5
-    ),
+    "grey16_big_endian.tif": Odd(lambda path: Image.fromarray(RAMP.astype(">u2")).save(path), RAMP_8, ("16-bit",), 1.5),
     "rgb16.png": Odd(_deep_rgb, plain()),
     "rgb16.tif": Odd(_deep_rgb, plain()),
     "floats.tif": Odd(lambda path: Image.fromarray(_floats()).save(path), RAMP_8, ("32-bit",), 1.5),
     "palette.png": Odd(lambda path: _palette().save(path), _palette().convert("RGB"), ("palette",), 8),
     "palette_see_through.png": Odd(_bytes(_SEE_THROUGH[0]), _SEE_THROUGH[1], ("transparent",), 8),
     "still.gif": Odd(_saved(), plain().quantize().convert("RGB"), ("palette",), 10),
-    "see_through.gif": Odd(
-        lambda path: _with_alpha("RGBA").save(path), _on_white(plain()), ("transparent",), 10
-    ),
+    "see_through.gif": Odd(lambda path: _with_alpha("RGBA").save(path), _on_white(plain()), ("transparent",), 10),
     "rgba.png": Odd(lambda path: _with_alpha("RGBA").save(path), _on_white(plain()), ("transparent",)),
     "rgba.webp": Odd(lambda path: _with_alpha("RGBA").save(path, quality=95), _on_white(plain()), ("transparent",)),
     "la.png": Odd(lambda path: _with_alpha("LA").save(path), _on_white(_GREY), ("transparent",)),
@@ -207,11 +245,26 @@ ODD: dict[str, Odd] = {
     "turned.png": Odd(
         lambda path: plain().transpose(Image.Transpose.ROTATE_90).save(path, exif=_exif(6)), plain(), ("rotated",)
     ),
-    "turned.tif": Odd(
-        lambda path: plain().transpose(Image.Transpose.ROTATE_90).save(path, exif=_exif(6)), plain()
-    ),
+    "turned.tif": Odd(lambda path: plain().transpose(Image.Transpose.ROTATE_90).save(path, exif=_exif(6)), plain()),
     "bad_exif.jpg": Odd(_saved(quality=95, exif=b"Exif\0\0nothing of the kind"), plain()),
     "bad_exif.png": Odd(_saved(exif=b"Exif\0\0nothing of the kind"), plain(), ("unreadable EXIF",)),
+    "float_exif.jpg": Odd(_saved(quality=95, exif=_odd_exif(11, struct.pack(">f", 6))), plain()),
+    "text_exif.jpg": Odd(_saved(quality=95, exif=_odd_exif(2, b"6")), plain()),
+    "turned_by_xmp.jpg": Odd(
+        lambda path: plain().transpose(Image.Transpose.ROTATE_90).save(path, quality=95, xmp=_XMP),
+        plain(),
+        ("rotated",),
+    ),
+    "endless.tif": Odd(_bytes(_tiff(_GREY.tobytes(), next=8)), _GREY.convert("RGB"), ("grey",)),
+    "negative.tif": Odd(_bytes(_tiff(ImageOps.invert(_GREY).tobytes(), t262=0)), _GREY.convert("RGB"), ("grey",)),
+    "ten_bits.ppm": Odd(
+        _bytes(b"P6 96 72 1023\n" + (np.asarray(plain()).astype(np.uint16) * 4).astype(">u2").tobytes()), plain()
+    ),
+    "more.jpg": Odd(_bytes(_JPEG + bytes(5000)), plain()),
+    "rgb.jpg": Odd(_saved(quality=95, keep_rgb=True), plain()),
+    "restarts.jpg": Odd(_saved(quality=95, restart_marker_blocks=1), plain()),
+    "stereo.mpo": Odd(_bytes(_animated("MPO", quality=95)), plain(), _MANY),
+    'a "name",\nof two lines.png': Odd(_saved(), plain()),
     "animated.gif": Odd(_bytes(_animated("GIF")), plain().quantize().convert("RGB"), (*_MANY,), 12),
     "animated.webp": Odd(_bytes(_animated("WEBP", quality=95)), plain(), _MANY),
     "animated.png": Odd(_bytes(_animated("PNG")), plain(), _MANY),
