@@ -9,20 +9,15 @@ import argparse
 import json
 import os
 import sys
-import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from mrmae_ds.errors import UserError
 from mrmae_ds.training.launch import Launch, prepare_environment
 
 if TYPE_CHECKING:
     from mrmae_ds.training.job import Options
-
-WAIT_FOR_LEADER_S = 5
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -47,7 +42,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; the exit status: 0, 1 for a failure, 2 for bad input."""
+    """Run the command; the exit status: 0, 1 for a failure, 2 for bad input, 75 if a signal stopped it after a save."""
     launch, started = None, False
     try:
         # Before the command line is read: the names of the stages come with torch, which reads the environment.
@@ -77,16 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         started = True
         work()
         return 0
-    except UserError as error:
-        # Before the start every rank of a node sees the same mistake, and one tells it. A launcher ends the others as
-        # soon as one has left, so they let it speak; whoever is still there has a mistake of its own.
-        if launch is not None and launch.local_rank > 0 and not started:
-            time.sleep(WAIT_FOR_LEADER_S)
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
+    except Exception as error:
+        from mrmae_ds.training.ending import tell_end
+
+        return tell_end(error, launch, started)
 
 
 def _prepared_training(options: Options, launch: Launch) -> Callable[[], None]:

@@ -39,7 +39,8 @@ def describe(path: Path) -> str:
         return _block(str(path), describe_file(path))
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    from mrmae_ds.training.checkpoint import FOLDER, MANIFEST, list_checkpoints
+    from mrmae_ds.training.checkpoint import FOLDER, list_checkpoints
+    from mrmae_ds.training.manifest import MANIFEST
 
     if (path / MANIFEST).is_file():
         return _block(str(path), _checkpoint_rows(path))
@@ -176,15 +177,18 @@ def _checkpoint_blocks(checkpoints: list[Path]) -> list[str]:
 
 def _checkpoint_rows(checkpoint: Path) -> list[Row]:
     """Raises UserError if a file of it is missing or cut off."""
-    from mrmae_ds.training.checkpoint import read_manifest
+    from mrmae_ds.training.manifest import check_contents, check_sizes, read_manifest
 
     manifest = read_manifest(checkpoint)
-    size = sum(manifest.files.values())
+    wrong = check_sizes(checkpoint, manifest) or check_contents(checkpoint, manifest, manifest.files)
+    if wrong:
+        raise UserError("; ".join(wrong))
+    processes, identity = manifest.layout.world_size, manifest.identity
     return [
         ("kind", "training state (DeepSpeed), to go on from: --resume " + str(checkpoint)),
-        ("step", f"{manifest.step:,}, by {manifest.world_size} process{'es' * (manifest.world_size != 1)}"),
-        ("recipe", f"hash {manifest.recipe_hash}, seed {manifest.seed}"),
-        ("files", f"{len(manifest.files)}, {size / 2**20:,.1f} MiB, whole by the manifest"),
+        ("step", f"{manifest.step:,}, by {processes} process{'es' * (processes != 1)}"),
+        ("recipe", f"hash {identity.recipe_hash}, seed {identity.seed}"),
+        ("files", f"{len(manifest.files)}, {manifest.size / 2**20:,.1f} MiB, whole by their checksums"),
     ]
 
 

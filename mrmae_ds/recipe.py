@@ -99,11 +99,11 @@ class Recipe(Section):
         """The resolved recipe, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
-    def hash(self, stage: StageName | None = None) -> str:
-        """12 hex digits that change with anything that changes results but the seed.
+    def counted(self, stage: StageName | None = None) -> dict[str, Any]:
+        """Everything that changes results but the seed; what :meth:`hash` is taken of.
 
-        Runs that differ in their seed alone share it. Paths of the data do not count: the data's identity is its
-        checksum, recorded beside this. Nor does where a teacher's weights live.
+        Paths of the data do not count: the data's identity is its checksum, recorded beside this. Nor does where a
+        teacher's weights live.
 
         Args:
             stage: count only this stage and the teachers that it names; None counts the whole recipe.
@@ -115,6 +115,14 @@ class Recipe(Section):
             named = getattr(self.stage(stage), "teachers", ())
             kept["teachers"] = {name: kept["teachers"][name] for name in named}
             kept["stages"] = {stage: kept["stages"][stage]}
+        return kept
+
+    def hash(self, stage: StageName | None = None) -> str:
+        """12 hex digits that change with anything that :meth:`counted` names.
+
+        Runs that differ in their seed alone share it.
+        """
+        kept = self.counted(stage)
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
 
 

@@ -141,9 +141,27 @@ class LoaderConfig(Section):
 
 
 class RecordConfig(Section):
-    """What is written down: a metrics line every so many steps, a checkpoint every so many epochs, pictures."""
+    """What is written down and when; no influence on results.
+
+    Attributes:
+        log_every: optimiser steps from one metrics line to the next.
+        save_every_epochs, save_every_steps, save_every_minutes: from one checkpoint to the next; null is never by this
+            measure. A signal and the end of the stage save too.
+        keep_checkpoints: so many of the newest stay.
+        keep_every_epochs, keep_every_steps: those of such multiples are saved and stay for good; null keeps none.
+        save_in_background: write while training goes on, of a copy in memory; the run stands still only for the copy.
+        hang_minutes: without a step, an evaluated batch or a saved file; then every process tells where it is, and
+            the job fails.
+        pictures: drawn after pre-training.
+    """
 
     log_every: int = Field(20, ge=1)
-    save_every_epochs: int = Field(1, ge=1)
+    save_every_epochs: int | None = Field(1, ge=1)
+    save_every_steps: int | None = Field(None, ge=1)
+    save_every_minutes: float | None = Field(None, gt=0)
     keep_checkpoints: int = Field(2, ge=1)
+    keep_every_epochs: int | None = Field(None, ge=1)
+    keep_every_steps: int | None = Field(None, ge=1)
+    save_in_background: bool = False
+    hang_minutes: float = Field(20.0, gt=0)
     pictures: int = Field(8, ge=0)

@@ -21,6 +21,6 @@ class Section(BaseModel):
         """pydantic takes true for 1.0; where a key is not a boolean, one is a mistake."""
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and not (field and bool in get_args(field.annotation)):
+            if isinstance(value, bool) and not (field and bool in (field.annotation, *get_args(field.annotation))):
                 raise ValueError(f".{key}: expected a value, got {str(value).lower()}")
         return values

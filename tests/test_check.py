@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from mrmae_ds.models.sizes import CViTSpec
 from mrmae_ds.models.weights import MODEL_FILE, build_encoder, load_encoder
 from mrmae_ds.recipe import load_recipe
 from mrmae_ds.reporting.records import Schedule
-from mrmae_ds.training.checkpoint import MANIFEST
+from mrmae_ds.training.manifest import MANIFEST, FileEntry, Identity, Layout, Manifest
 
 from .fixtures import load_reference, part
 from .models.released import file_of, mcmae_state, released_shapes, tiny_vit, write_released
@@ -42,11 +41,13 @@ def write_checkpoint(stage: Path, step: int) -> Path:
     """A committed checkpoint of two small files, with its manifest."""
     folder = stage / "checkpoints" / f"step_{step:09d}"
     folder.mkdir(parents=True)
-    files = {"model_states.pt": 1000, "optim_states.pt": 3000}
-    for name, size in files.items():
+    files = {}
+    for name, size in {"model_states.pt": 1000, "optim_states.pt": 3000}.items():
         (folder / name).write_bytes(b"x" * size)
-    manifest = {"step": step, "world_size": 2, "recipe_hash": "0123456789ab", "seed": 7, "files": files}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+        files[name] = FileEntry(size=size, sha256=hashlib.sha256(b"x" * size).hexdigest())
+    identity = Identity(recipe_hash="0123456789ab", seed=7, train="", val="")
+    layout = Layout(world_size=2, zero_stage=3, dtype="float32")
+    Manifest(step=step, identity=identity, layout=layout, files=files).write(folder)
     return folder
 
 
@@ -172,7 +173,7 @@ def test_checkpoints_of_a_run(name: str, tmp_path: Path) -> None:
     assert rows["kind"].endswith(f"--resume {checkpoint}")
     assert rows["step"] == "40, by 2 processes"
     assert rows["recipe"] == "hash 0123456789ab, seed 7"
-    assert rows["files"] == "2, 0.0 MiB, whole by the manifest"
+    assert rows["files"] == "2, 0.0 MiB, whole by their checksums"
 
 
 def test_a_stages_folder_tells_all_it_has(tmp_path: Path) -> None:
@@ -189,7 +190,7 @@ def test_a_stages_folder_tells_all_it_has(tmp_path: Path) -> None:
     assert describe(tmp_path / "checkpoints") == checkpoint
 
 
-@pytest.mark.parametrize("damage", ["missing", "short", "manifest"])
+@pytest.mark.parametrize("damage", ["missing", "short", "changed", "manifest"])
 def test_a_checkpoint_that_is_not_whole(damage: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 20)
     folder = write_checkpoint(tmp_path, 40)
@@ -197,6 +198,8 @@ def test_a_checkpoint_that_is_not_whole(damage: str, tmp_path: Path) -> None:
         (folder / "optim_states.pt").unlink()
     elif damage == "short":
         (folder / "optim_states.pt").write_bytes(b"x")
+    elif damage == "changed":
+        (folder / "optim_states.pt").write_bytes(b"x" * 2999 + b"y")
     else:
         (folder / MANIFEST).write_text('{"step": ')
     with pytest.raises(UserError, match=str(folder)):

@@ -1,131 +1,129 @@
-"""Checkpoints of the whole training state, written beside their place and renamed into it.
+"""The folder of a stage's checkpoints: what is in it, which are whole, which are kept.
 
-DeepSpeed writes each shard straight to its final name and its pointer before the last shard is done. So a checkpoint
-is written into ``checkpoints/.staging``, gets a manifest once every rank has finished, and is then renamed: a folder
-``checkpoints/step_N`` with a manifest is whole, anything else is not a checkpoint.
+    checkpoints/step_000001000/      a checkpoint: committed by renaming, with its manifest
+    checkpoints/latest               the newest one's name, as DeepSpeed's own tools read it; nothing here depends on it
+    checkpoints/.saving-*            being written; left by a save that was killed
+    checkpoints/.left-step_*         set aside: damaged, or of a run that went back to an older checkpoint
+    checkpoints/.universal-*         converted for another number of processes
+
+:mod:`mrmae_ds.training.saving` writes them, :mod:`mrmae_ds.training.resuming` chooses and loads them.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import torch.distributed as dist
+from mrmae_ds.training.manifest import MANIFEST
 
-from mrmae_ds.errors import UserError
-from mrmae_ds.files import write_text
-
-if TYPE_CHECKING:  # manifests are also read where nothing is trained, and importing it is slow and prints
-    import deepspeed
-
-MANIFEST = "manifest.json"
 FOLDER = "checkpoints"
-STAGING = ".staging"
+POINTER = "latest"
+SAVING, LEFT, UNIVERSAL, REMOVING = ".saving-", ".left-", ".universal-", ".removing-"
+_TAG = re.compile(r"step_(\d+)(?:_r(\d+))?")
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint is: optimiser steps done, processes that wrote it, recipe hash and seed, size of each file."""
+class Retention:
+    """Which checkpoints stay.
 
-    step: int
-    world_size: int
-    recipe_hash: str
-    seed: int
-    files: dict[str, int]
-
-
-def save_checkpoint(
-    engine: deepspeed.DeepSpeedEngine, stage_dir: Path, step: int, recipe_hash: str, seed: int, keep: int
-) -> None:
-    """Write ``stage_dir/checkpoints/step_N`` and remove all but the newest ``keep``. All ranks must call it.
-
-    Args:
-        engine: what is saved.
-        stage_dir: on a file system that all ranks share.
-        step: optimiser steps done.
-        recipe_hash: of the recipe; seed: of the run.
-        keep: checkpoints left afterwards.
+    Attributes:
+        keep_last: so many of the newest.
+        keep_every: and for good those of steps that are multiples of any of these.
     """
-    staging = stage_dir / FOLDER / STAGING
-    first = dist.get_rank() == 0
-    if first:
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-    dist.barrier()
-    tag = f"step_{step:09d}"
-    engine.save_checkpoint(str(staging), tag=tag, save_latest=False)
-    dist.barrier()
-    if first:
-        shards = dist.get_world_size() if engine.zero_optimization_stage() > 0 else 0
-        _commit(staging / tag, stage_dir / FOLDER / tag, step, recipe_hash, seed, shards)
-        shutil.rmtree(staging, ignore_errors=True)
-        # Steps beyond this one are of a run that was left for an older checkpoint.
-        found = list_checkpoints(stage_dir)
-        kept = [path for path in found if path.name <= tag][-keep:]
-        for path in found:
-            if path not in kept:
-                shutil.rmtree(path)
-    dist.barrier()
+
+    keep_last: int
+    keep_every: tuple[int, ...] = ()
+
+    def kept(self, checkpoints: list[Path]) -> list[Path]:
+        """Those of ``checkpoints``, oldest first, that stay."""
+        newest = checkpoints[-self.keep_last :]
+        return [p for p in checkpoints if p in newest or any(step_of(p) % every == 0 for every in self.keep_every)]
 
 
-def _commit(written: Path, final: Path, step: int, recipe_hash: str, seed: int, expected_shards: int) -> None:
-    files = {path.name: path.stat().st_size for path in sorted(written.iterdir()) if path.is_file()}
-    shards = sum(name.endswith("optim_states.pt") for name in files)
-    if shards != expected_shards or not files or not all(files.values()):
-        raise RuntimeError(f"{written}: {shards} optimiser shards of {expected_shards}, or an empty file: {files}")
-    manifest = Manifest(step, dist.get_world_size(), recipe_hash, seed, files)
-    write_text(written / MANIFEST, json.dumps(asdict(manifest), indent=1))
-    if final.exists():  # a resumed run saves this step again
-        shutil.rmtree(final)
-    written.rename(final)
+def step_of(checkpoint: Path) -> int:
+    """Optimiser steps done, by the folder's name."""
+    return _order(checkpoint.name)[0]
+
+
+def _order(name: str) -> tuple[int, int]:
+    match = _TAG.fullmatch(name)
+    assert match is not None, name
+    return int(match[1]), int(match[2] or 0)
+
+
+def checkpoint_folders(stage_dir: Path) -> list[Path]:
+    """Everything that is called a checkpoint, whole or not, oldest first."""
+    folder = stage_dir / FOLDER
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _TAG.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: _order(path.name))
 
 
 def list_checkpoints(stage_dir: Path) -> list[Path]:
     """The committed checkpoints of a stage, oldest first."""
+    return [path for path in checkpoint_folders(stage_dir) if (path / MANIFEST).is_file()]
+
+
+def new_tag(stage_dir: Path, step: int) -> str:
+    """A name for a checkpoint after ``step`` steps that nothing in the folder has or has had a part in."""
     folder = stage_dir / FOLDER
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if re.fullmatch(r"step_\d+", p.name) and (p / MANIFEST).is_file())
+    plain = f"step_{step:09d}"
+    taken = [path.name for path in folder.iterdir() if plain in path.name] if folder.is_dir() else []
+    numbers = [int(match[1] or 0) for name in taken for match in re.finditer(rf"{plain}(?:_r(\d+))?", name)]
+    return f"{plain}_r{max(numbers) + 1}" if numbers else plain
 
 
-def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint, its files checked for presence and size.
-
-    Raises:
-        UserError: naming the file that is missing, damaged or cut off.
-    """
-    path = checkpoint / MANIFEST
-    try:
-        manifest = Manifest(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: no readable checkpoint manifest ({error}); name a folder checkpoints/step_N"
-        ) from None
-    for name, size in manifest.files.items():
-        file = checkpoint / name
-        found = file.stat().st_size if file.is_file() else None
-        if found != size:
-            raise UserError(f"{file}: {found} bytes instead of {size}; use an older checkpoint: --resume DIR")
-    return manifest
+def set_aside(checkpoints: Iterable[Path]) -> None:
+    """Rename checkpoints so that none of them is taken for one; they go when the next save is done."""
+    for path in checkpoints:
+        remove(path.with_name(LEFT + path.name))
+        path.rename(path.with_name(LEFT + path.name))
 
 
-def load_checkpoint(engine: deepspeed.DeepSpeedEngine, checkpoint: Path) -> int:
-    """Restore the engine; the number of optimiser steps done. All ranks must call it.
+def clear_leftovers(stage_dir: Path) -> None:
+    """Remove what ended processes left behind: half-written checkpoints, half-removed ones, temporary files."""
+    for prefix in (SAVING, REMOVING):
+        for path in (stage_dir / FOLDER).glob(f"{prefix}*"):
+            shutil.rmtree(path, ignore_errors=True)
+    for folder in (stage_dir, stage_dir / FOLDER):
+        for path in folder.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder in a way that leaves no half of it under its name. What cannot be removed stays, hidden.
 
     Raises:
-        UserError: if the checkpoint was written by another number of processes, or is not whole.
+        OSError: if it cannot even be renamed.
     """
-    manifest = read_manifest(checkpoint)
-    if manifest.world_size != dist.get_world_size():
-        raise UserError(
-            f"{checkpoint}: written by {manifest.world_size} processes, {dist.get_world_size()} are running; "
-            f"start {manifest.world_size}"
-        )
-    loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    if loaded is None:
-        raise UserError(f"{checkpoint}: DeepSpeed loaded nothing from it; use an older checkpoint: --resume DIR")
-    return manifest.step
+    if not path.exists():
+        return
+    going = path.with_name(REMOVING + path.name)
+    shutil.rmtree(going, ignore_errors=True)
+    path.rename(going)
+    shutil.rmtree(going, ignore_errors=True)
+
+
+def prune(stage_dir: Path, newest: Path, retention: Retention) -> None:
+    """After ``newest`` was committed: remove what is not kept, what was set aside, and conversions without a source.
+
+    Folders of later steps are of a run that was left for an older checkpoint, or are not whole.
+
+    Raises:
+        OSError: if something cannot be removed.
+    """
+    order = _order(newest.name)
+    line = [path for path in list_checkpoints(stage_dir) if _order(path.name) <= order]
+    kept = {path.name for path in retention.kept(line)}
+    for path in checkpoint_folders(stage_dir):
+        if path.name not in kept:
+            remove(path)
+    for path in (stage_dir / FOLDER).glob(f"{LEFT}*"):
+        remove(path)
+    for path in (stage_dir / FOLDER).glob(f"{UNIVERSAL}*"):
+        if path.name.removeprefix(UNIVERSAL) not in kept:
+            remove(path)

@@ -44,6 +44,7 @@ from mrmae_ds.training.distributed import choose_device, end_process_group, star
 from mrmae_ds.training.engine_config import EngineConfig, validate_sections
 from mrmae_ds.training.job import Options, load_configs
 from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.manifest import Identity
 from mrmae_ds.training.recorder import identity
 from mrmae_ds.training.run_folder import decide_start, prepare_folder
 from mrmae_ds.training.scores import Score, validation_reader
@@ -107,7 +108,14 @@ def prepare_evaluation(options: Options, launch: Launch) -> Evaluation:
     check_backend(recipe.data.val_backend)
     stage_dir = options.stage_dir(recipe)
     val_data = check_beton(recipe.data.val)
-    done = decide_start(stage_dir, recipe, "evaluate", val_data.sha256, options.resume).action == "done"
+    identity = Identity(
+        recipe_hash=recipe.hash("evaluate"),
+        seed=recipe.seed,
+        train="",
+        val=val_data.sha256,
+        recipe=recipe.counted("evaluate"),
+    )
+    done = decide_start(stage_dir, "evaluate", identity, options.resume).action == "done"
     sources = stage.members or (str(stage_dir.parent / "finetune"),)
     classifiers = tuple(
         load_classifier(source, f"stages.evaluate.members[{i}]", stage, val_data) for i, source in enumerate(sources)

@@ -26,6 +26,7 @@ from mrmae_ds.training.engine_config import (
 )
 from mrmae_ds.training.launch import Launch
 from mrmae_ds.training.loop import Plan
+from mrmae_ds.training.manifest import Identity
 from mrmae_ds.training.run_folder import Start, decide_start
 from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
 
@@ -70,6 +71,7 @@ class Job:
     engine_config: EngineConfig
     plan: Plan
     stage_dir: Path
+    identity: Identity
     start: Start
     train_data: BetonInfo
     val_data: BetonInfo
@@ -125,11 +127,6 @@ def prepare_job(options: Options, launch: Launch) -> Job:
         micro_batch=engine_config.micro_batch,
         launch=launch,
     )
-    start = (
-        Start("fresh")
-        if options.dry_run
-        else decide_start(stage_dir, recipe, options.stage, train_data.sha256, options.resume)
-    )
     torch.manual_seed(recipe.seed)
     init = _init_file(stage, stage_dir)
     image_size = recipe.model.image_size
@@ -139,6 +136,15 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     else:
         image_size = stage.image_size or image_size
         task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
+    identity = Identity(
+        recipe_hash=recipe.hash(options.stage),
+        seed=recipe.seed,
+        train=train_data.sha256,
+        val=val_data.sha256,
+        teachers={name: teacher.sha256 for name, teacher in task.teachers.items()},
+        recipe=recipe.counted(options.stage),
+    )
+    start = Start("fresh") if options.dry_run else decide_start(stage_dir, options.stage, identity, options.resume)
     _stage_data(recipe, stage, start, launch)
     return Job(
         recipe=recipe,
@@ -146,6 +152,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
         engine_config=engine_config,
         plan=plan,
         stage_dir=stage_dir,
+        identity=identity,
         start=start,
         train_data=train_data,
         val_data=val_data,

@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import deepspeed
-import torch
-from torch import Tensor
 
 from mrmae_ds.data.reader import Batch, Reader
 from mrmae_ds.recipe_stages import StageConfig
 from mrmae_ds.training.accounting import Accountant
-from mrmae_ds.training.distributed import sum_over_ranks
+from mrmae_ds.training.agreement import TrainingError
+from mrmae_ds.training.boundary import Boundary, Micro, Verdict
 from mrmae_ds.training.engine import set_learning_rate
+from mrmae_ds.training.guards import skip_step
 from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.schedule import learning_rate
+from mrmae_ds.training.signals import Stopped
+from mrmae_ds.training.state import TrainState
 from mrmae_ds.training.tasks import StepKey, Task
 
-# A few bad batches are skipped; when nothing else comes, going on is a waste. Judged where losses are read.
+# A few bad batches are skipped; when nothing else comes, going on is a waste.
 MAX_BAD_STEPS = 5
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the process group is intact and every rank raises it."""
 
 
 @dataclass(frozen=True)
@@ -73,49 +72,6 @@ class Plan:
         return StepKey(self.seed, step, micro, launch.rank, launch.world_size, self.micro_batch)
 
 
-@dataclass
-class Meter:
-    """Sums losses on the device and looks at them only when asked, so that no step waits for the host."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    nonfinite: Tensor | None = None
-    batches: int = 0
-    waited: float = 0.0
-    since: float = field(default_factory=time.perf_counter)
-
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """Count one micro-batch's losses, each a scalar."""
-        finite = torch.isfinite(losses["loss"].detach())
-        for name, value in losses.items():
-            safe = torch.where(finite, value.detach().float(), 0.0)
-            self.sums[name] = self.sums[name] + safe if name in self.sums else safe
-        bad = (~finite).float()
-        self.nonfinite = bad if self.nonfinite is None else self.nonfinite + bad
-        self.batches += 1
-
-    def read(self, launch: Launch, micro_batch: int) -> tuple[dict[str, float], dict[str, float], int]:
-        """Means over the finite micro-batches of all ranks since the last read, speeds, and how many were not finite.
-
-        All ranks must call it. The speeds are ``images_per_s`` of the whole job and ``data_wait``, the share of
-        this rank's time spent waiting for pictures.
-        """
-        assert self.nonfinite is not None
-        packed = sum_over_ranks(torch.stack([*self.sums.values(), self.nonfinite])).tolist()
-        *totals, bad = packed
-        everything = self.batches * launch.world_size
-        elapsed = time.perf_counter() - self.since
-        good = everything - bad
-        means = {name: total / good if good else float("nan") for name, total in zip(self.sums, totals, strict=True)}
-        speeds = {"images_per_s": everything * micro_batch / elapsed, "data_wait": self.waited / elapsed}
-        self.restart()
-        return means, speeds, int(bad)
-
-    def restart(self) -> None:
-        """Forget everything; the clock starts now."""
-        self.sums, self.nonfinite, self.batches, self.waited = {}, None, 0, 0.0
-        self.since = time.perf_counter()
-
-
 def run_step(
     engine: deepspeed.DeepSpeedEngine,
     task: Task,
@@ -123,21 +79,41 @@ def run_step(
     plan: Plan,
     step: int,
     meter: Meter,
-) -> None:
-    """One optimiser step: all its micro-batches, forward, backward, update."""
+    boundary: Boundary | None = None,
+) -> Verdict:
+    """One optimiser step: all its micro-batches, forward, backward, and the update if all ranks find it finite."""
+    boundary = boundary or Boundary()
     set_learning_rate(engine, plan.rate(step))
+    boundary.begin()
     for micro in range(plan.accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         meter.waited += time.perf_counter() - asked
         losses = task.losses(engine, batch, plan.key(step, micro))
         engine.backward(losses["loss"])
-        engine.step()
         meter.add(losses)
+        boundary.add(batch, losses)
+        if micro < plan.accumulation - 1:
+            engine.step()  # counts the micro-batch, and no more
+    verdict = boundary.agree(engine)
+    if not verdict.finite:
+        skip_step(engine)
+        return verdict
+    engine.step()
+    # DeepSpeed's own look: the square of a gradient may overflow where the gradient does not.
+    return verdict if engine.was_step_applied() else replace(verdict, bad_gradient=True)
 
 
 class Hooks(Protocol):
     """What happens around the steps. Every method is called on every rank, with the steps done."""
+
+    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+        """A step was not taken, because of these micro-batches on some rank."""
+        ...
+
+    def save(self, state: TrainState, verdict: Verdict) -> None:
+        """Write a checkpoint if it is time; called after every step, before what follows it."""
+        ...
 
     def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
         """Evaluate if it is time; numbers to log with this step."""
@@ -147,84 +123,120 @@ class Hooks(Protocol):
         """Write the interval's means down."""
         ...
 
-    def save(self, epochs: int, step: int) -> None:
-        """Write a checkpoint if it is time; called at the end of an epoch, after :meth:`log`."""
-        ...
-
 
 def train(
     engine: deepspeed.DeepSpeedEngine,
     task: Task,
     reader: Reader,
     plan: Plan,
-    start: int,
+    state: TrainState,
     log_every: int,
     hooks: Hooks,
+    boundary: Boundary,
     accountant: Accountant | None = None,
 ) -> None:
-    """Train from step ``start`` to the end of the stage.
+    """Train from where ``state`` stands to the end of the stage.
 
     Args:
         engine: wraps the task's model.
         task: gives the losses.
         reader: this rank's pictures.
         plan: the stage's arithmetic.
-        start: optimiser steps already done.
+        state: counters, kept up to date; what follows its last step (a line, an evaluation) is done first.
         log_every: steps between logged lines; the first step and every epoch's last are logged too.
         hooks: what happens around the steps.
+        boundary: what is agreed on before every update.
         accountant: whose numbers are logged too.
 
     Raises:
-        TrainingError: after :data:`MAX_BAD_STEPS` or more steps in a row without one finite loss.
+        TrainingError: after :data:`MAX_BAD_STEPS` steps in a row that were not finite.
+        Stopped: after a signal, and a checkpoint.
     """
-    engine.train()
-    meter = Meter()
-    bad_steps = 0
+    start = state.step
     batches: Iterator[Batch] = iter(())
+    follow_up = _FollowUp(engine, plan, state, log_every, hooks, accountant)
+    if start:
+        follow_up.run()
+    engine.train()
     for step in range(start, plan.total_steps):
         epoch, within = divmod(step, plan.steps_per_epoch)
         if step == start or within == 0:
             batches = reader.epoch(epoch, within * plan.accumulation)
-        run_step(engine, task, batches, plan, step, meter)
-        done = step + 1
+        verdict = run_step(engine, task, batches, plan, step, state.meter, boundary)
+        _count(engine, state, verdict)
+        follow_up.steps += 1
+        if not verdict.finite:
+            hooks.skipped(state, verdict, boundary.micros)
+            if state.bad_in_row >= MAX_BAD_STEPS:
+                follow_up.run(at_any_rate=True)
+                raise TrainingError(_gave_up(state))
+        hooks.save(state, verdict)
+        if verdict.signal and state.step < plan.total_steps:
+            raise Stopped(verdict.signal, state.step)
+        follow_up.run()
+
+
+def _count(engine: deepspeed.DeepSpeedEngine, state: TrainState, verdict: Verdict) -> None:
+    state.step += 1
+    state.grad_norm = engine.get_global_grad_norm()
+    state.skipped += not verdict.finite
+    state.bad_in_row = 0 if verdict.finite else state.bad_in_row + 1
+
+
+def _gave_up(state: TrainState) -> str:
+    return (
+        f"loss or gradients were not finite in the last {state.bad_in_row} steps, up to step {state.step}; such steps "
+        "are skipped, so the weights are as they were before. Lower the learning rate, or look at the pictures: "
+        "mrmae replay runs the captured step again"
+    )
+
+
+@dataclass
+class _FollowUp:
+    """What follows a step: the line of its interval, and the evaluation of its epoch, if it is time for them.
+
+    ``steps`` are those that this process took since the last line; fewer than the line's after a resume.
+    """
+
+    engine: deepspeed.DeepSpeedEngine
+    plan: Plan
+    state: TrainState
+    log_every: int
+    hooks: Hooks
+    accountant: Accountant | None
+    steps: int = 0
+
+    def run(self, at_any_rate: bool = False) -> None:
+        """All ranks must call it."""
+        plan, state, done = self.plan, self.state, self.state.step
         epoch_ends = done % plan.steps_per_epoch == 0
-        if done % log_every == 0 or epoch_ends or done == 1:
-            steps = meter.batches // plan.accumulation
-            values, all_bad = _interval(engine, plan, meter, done)
-            if accountant:
-                values |= accountant.interval(steps)
-            bad_steps = bad_steps + steps if all_bad else 0
-            if epoch_ends:
-                values |= hooks.end_of_epoch(epoch + 1, done)
-            hooks.log(done, values)
-            if bad_steps >= MAX_BAD_STEPS:
-                raise TrainingError(
-                    f"the loss was not finite in any micro-batch of the last {bad_steps} steps, up to step {done}; "
-                    "such steps are skipped, so the weights are as they were before. Lower the learning rate, or "
-                    "look at the pictures"
-                )
-            if epoch_ends:
-                hooks.save(epoch + 1, done)
-            engine.train()
-            meter.restart()
-            if accountant:
-                accountant.restart()
+        if not (done % self.log_every == 0 or epoch_ends or done == 1 or at_any_rate):
+            return
+        values = self._interval()
+        if epoch_ends:
+            values |= self.hooks.end_of_epoch(done // plan.steps_per_epoch, done)
+            self.engine.train()
+        self.hooks.log(done, values)
+        state.meter.restart()
+        self.steps = 0
+        if self.accountant:
+            self.accountant.restart()
 
-
-def _interval(engine: deepspeed.DeepSpeedEngine, plan: Plan, meter: Meter, done: int) -> tuple[dict[str, float], bool]:
-    """The numbers to log after ``done`` steps, and whether not one loss of the interval was finite."""
-    total = meter.batches * plan.launch.world_size
-    losses, speeds, bad = meter.read(plan.launch, plan.micro_batch)
-    values = {
-        **{name if name == "loss" else f"loss/{name}": value for name, value in losses.items()},
-        "lr": plan.rate(done - 1),
-        "epoch": done / plan.steps_per_epoch,
-        **speeds,
-        "skipped_steps": engine.skipped_steps,
-    }
-    norm = engine.get_global_grad_norm()
-    if norm is not None:
-        values["grad_norm"] = float(norm)
-    if bad:
-        values["nonfinite_batches"] = bad
-    return values, bad == total
+    def _interval(self) -> dict[str, float]:
+        """The numbers to log."""
+        plan, state = self.plan, self.state
+        losses, speeds, bad = state.meter.read(plan.launch, plan.micro_batch)
+        values = {
+            **{name if name == "loss" else f"loss/{name}": value for name, value in losses.items()},
+            "lr": plan.rate(state.step - 1),
+            "epoch": state.step / plan.steps_per_epoch,
+            **speeds,
+            "skipped_steps": state.skipped,
+        }
+        if state.grad_norm is not None:
+            values["grad_norm"] = float(state.grad_norm)
+        if bad:
+            values["nonfinite_batches"] = bad
+        if self.accountant and self.steps:
+            values |= self.accountant.interval(self.steps)
+        return values

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import statistics
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,15 +12,20 @@ from typing import Any
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.models.weights import encoder_metadata
+from mrmae_ds.planning.flops import recipe_cost
 from mrmae_ds.recipe import Recipe
-from mrmae_ds.recipe_stages import StageName
+from mrmae_ds.recipe_stages import PretrainConfig, StageName
 from mrmae_ds.reporting.environment import collect_hardware, collect_versions, git_state
-from mrmae_ds.reporting.metrics import MetricsWriter
+from mrmae_ds.reporting.metrics import MetricsWriter, read_metrics
 from mrmae_ds.reporting.progress import Progress
 from mrmae_ds.reporting.records import (
     RECORD_FILE,
     DataInfo,
+    Design,
     Init,
+    ModelInfo,
+    ObjectiveInfo,
+    Operations,
     Parameters,
     PretrainSummary,
     Results,
@@ -40,10 +48,13 @@ class Recorder:
         job: what runs.
         parameters: counts of the model, taken before it was partitioned.
         device: as text, for the record.
-        start: optimiser steps already done.
+        start: optimiser steps already done; what was logged after the last but one of them is logged again.
+        results: of the run so far.
     """
 
-    def __init__(self, job: Job, parameters: Parameters, device: Any, start: int) -> None:
+    def __init__(
+        self, job: Job, parameters: Parameters, device: Any, start: int, results: dict[str, float | int]
+    ) -> None:
         self.folder, self.plan = job.stage_dir, job.plan
         self.began, self.start = time.monotonic(), start
         previous = RunRecord.load(self.folder) if start and (self.folder / RECORD_FILE).exists() else None
@@ -51,8 +62,8 @@ class Recorder:
         self.record = new_record(job, parameters, device)
         if previous:
             self.record.started = previous.started
-            self.record.results = previous.results
-        self.metrics = MetricsWriter(self.folder, resume_step=start or None)
+        self._update(results)
+        self.metrics = MetricsWriter(self.folder, resume_step=start - 1 if start else None)
         label = f"{job.recipe.name} {job.stage_name}"
         self.progress = Progress(label, self.plan.total_steps, start, every_seconds=10.0)
         self._write("running", start)
@@ -69,8 +80,13 @@ class Recorder:
 
     def finish(self, results: dict[str, float | int]) -> None:
         """The stage is done."""
-        self._update(results)
+        speeds = [line["images_per_s"] for line in read_metrics(self.folder) if line.get("images_per_s")]
+        self._update(results | ({"images_per_s": round(statistics.median(speeds), 2)} if speeds else {}))
         self._close("finished", self.plan.total_steps)
+
+    def stop(self, step: int) -> None:
+        """The stage was asked to stop, after ``step`` steps and a checkpoint."""
+        self._close("stopped", step)
 
     def fail(self, step: int) -> None:
         """The stage ended with an error after about ``step`` steps."""
@@ -109,7 +125,10 @@ def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
     recipe, data = job.recipe, job.train_data
     return RunRecord(
         **identity(recipe, job.stage_name, job.plan.launch, device),
+        model=ModelInfo(arch=recipe.model.arch, overridden=bool(recipe.model.overrides), image_size=job.image_size),
+        design=describe_design(recipe, job.stage) if isinstance(job.stage, PretrainConfig) else None,
         parameters=parameters,
+        operations=count_operations(job),
         data=DataInfo(
             dataset=data.name,
             file=data.path.name,
@@ -131,6 +150,37 @@ def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
     )
 
 
+def describe_design(recipe: Recipe, stage: PretrainConfig) -> Design:
+    """What a pre-training learns from."""
+    fusion = recipe.model.fusion
+    return Design(
+        keep_ratio=stage.masking.keep_ratio,
+        masking=stage.masking.mode,
+        fusion=(*(f"stage {n}" for n in fusion.stages), *(f"block {n}" for n in fusion.blocks)),
+        objectives={
+            name: ObjectiveInfo(target=item.target, tap=item.tap, tokens=item.tokens, weight=item.weight)
+            for name, item in stage.objectives.items()
+        },
+    )
+
+
+def count_operations(job: Job) -> Operations | None:
+    """The stage's operations for one picture; None, with the reason on stderr, where they cannot be counted.
+
+    They are for the tables alone, so a stage trains whatever becomes of its count.
+    """
+    name = job.stage_name
+    stages = job.recipe.stages.model_copy(update={"pretrain": None, "finetune": None, name: job.stage})
+    recipe, plan = job.recipe.model_copy(update={"stages": stages}), job.engine_config.checkpointing
+    try:
+        (cost,) = recipe_cost(recipe, plan, job.train_data.num_classes)
+    except Exception as error:
+        print(f"{job.stage_dir}: its operations are not counted: {error}", file=sys.stderr, flush=True)
+        return None
+    forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
+    return Operations(training=cost.per_picture, forward=forward)
+
+
 def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> dict[str, Any]:
     """The fields of any stage's record that tell which recipe ran, with which code, on what."""
     return {
@@ -141,6 +191,7 @@ def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> d
         "seed": recipe.seed,
         "recipe_hash": recipe.hash(stage),
         "git": git_state(REPOSITORY),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "versions": collect_versions(),
         "hardware": collect_hardware(launch.world_size, device),
     }

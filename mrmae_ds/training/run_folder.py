@@ -5,102 +5,124 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import yaml
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import write_text
 from mrmae_ds.recipe import Recipe
 from mrmae_ds.recipe_stages import StageName
 from mrmae_ds.reporting.records import RECORD_FILE, RunRecord
-from mrmae_ds.training.checkpoint import FOLDER, list_checkpoints, read_manifest
+from mrmae_ds.training.checkpoint import FOLDER, checkpoint_folders
+from mrmae_ds.training.manifest import Identity, check_sizes, read_manifest
 
 RECIPE_FILE = "recipe.yaml"
 ENGINE_FILE = "engine.json"
+MEND = "Name another folder with --run, or start anew here with --resume never"
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a command is to do in a stage's folder: ``fresh``, ``resume`` from ``checkpoint``, or ``done``.
+    """What a command is to do in a stage's folder: ``fresh``, ``resume``, or ``done``.
 
-    ``damaged`` says what is wrong with newer checkpoints that were passed over.
+    Attributes:
+        action: see above.
+        candidates: checkpoints to go on from, the newest first; their contents are not yet verified.
+        damaged: what is wrong with newer ones that were passed over.
+        named: the user named the checkpoint, so no other one will do.
     """
 
     action: Literal["fresh", "resume", "done"]
-    checkpoint: Path | None = None
+    candidates: tuple[Path, ...] = ()
     damaged: tuple[str, ...] = ()
+    named: bool = False
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The first candidate; the one to load once all processes have verified it."""
+        return self.candidates[0] if self.candidates else None
 
 
-def decide_start(stage_dir: Path, recipe: Recipe, stage: StageName, data_sha256: str, resume: str) -> Start:
-    """Look before anything is started; nothing is changed.
+def decide_start(stage_dir: Path, stage: StageName, identity: Identity, resume: str) -> Start:
+    """Look before anything is started; nothing is changed, and no checkpoint's content is read.
 
     Args:
         stage_dir: runs/NAME/STAGE.
-        recipe, stage: that the command is for.
-        data_sha256: of its training data.
+        stage: that the command is for.
+        identity: of the run that the command is for.
         resume: ``auto`` goes on from the newest checkpoint if there is one; ``never`` starts anew; else a
             checkpoint folder.
 
     Raises:
-        UserError: if the folder holds another recipe's run, or checkpoints of which none is whole.
+        UserError: if the folder holds another run (naming every difference), or checkpoints of which none is whole.
     """
     if resume == "never":
         return Start("fresh")
     if resume != "auto":
         checkpoint = Path(resume)
         manifest = read_manifest(checkpoint)
-        _check_same(manifest.recipe_hash, manifest.seed, recipe, stage, checkpoint.parent.parent)
-        return Start("resume", checkpoint)
-    if not (stage_dir / RECORD_FILE).exists():
-        return Start("fresh")
-    record = RunRecord.load(stage_dir)
-    _check_same(record.recipe_hash, record.seed, recipe, stage, stage_dir)
-    if record.data.sha256 != data_sha256:
-        raise UserError(
-            f"{stage_dir}: holds a run on other data ({record.data.dataset}, {record.data.samples} samples, "
-            f"sha256 {(record.data.sha256 or '')[:12]}); name another folder with --run, or start anew here with "
-            "--resume never"
-        )
-    if record.status == "finished":
-        return Start("done")
-    damaged = []
-    for checkpoint in reversed(list_checkpoints(stage_dir)):
+        if wrong := check_sizes(checkpoint, manifest):
+            raise UserError(f"{'; '.join(wrong)}; use an older checkpoint: --resume DIR")
+        _check_same(manifest.identity, identity, checkpoint)
+        return Start("resume", (checkpoint,), named=True)
+    if (stage_dir / RECORD_FILE).exists():
+        record = RunRecord.load(stage_dir)
+        _check_same(_recorded(record, stage_dir, stage, identity), identity, stage_dir)
+        if record.status == "finished":
+            return Start("done")
+    return _from_checkpoints(stage_dir, identity)
+
+
+def _from_checkpoints(stage_dir: Path, identity: Identity) -> Start:
+    folders = checkpoint_folders(stage_dir)
+    candidates: list[Path] = []
+    damaged: list[str] = []
+    for checkpoint in reversed(folders):
         try:
-            read_manifest(checkpoint)
+            manifest = read_manifest(checkpoint)
+            wrong = "; ".join(check_sizes(checkpoint, manifest))
         except UserError as error:
-            damaged.append(str(error))
-            continue
-        return Start("resume", checkpoint, tuple(damaged))
-    if any((stage_dir / FOLDER).glob("step_*")):
-        raise UserError(
-            f"{stage_dir / FOLDER}: no whole checkpoint in it; --resume never starts anew. {' '.join(damaged)}"
-        )
-    return Start("fresh")
+            wrong = str(error)
+        else:
+            _check_same(manifest.identity, identity, checkpoint)
+        if not wrong:
+            candidates.append(checkpoint)
+        elif not candidates:
+            damaged.append(wrong)
+    if folders and not candidates:
+        raise UserError(none_whole(stage_dir, damaged))
+    return Start("resume" if candidates else "fresh", tuple(candidates), tuple(damaged))
 
 
-def _check_same(recipe_hash: str, seed: int, recipe: Recipe, stage: StageName, stage_dir: Path) -> None:
-    mend = "Name another folder with --run, or start anew here with --resume never"
-    if recipe_hash == recipe.hash(stage):
-        if seed != recipe.seed:
-            raise UserError(f"{stage_dir}: holds a run with seed {seed}, this is seed {recipe.seed}. {mend}")
-        return
+def none_whole(stage_dir: Path, damaged: list[str]) -> str:
+    """Why a run with checkpoints does not start from zero."""
+    return f"{stage_dir / FOLDER}: no whole checkpoint in it; --resume never starts anew. {' '.join(damaged)}"
+
+
+def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, now: Identity) -> Identity:
+    """The identity of the run in a folder, by its record; what a record does not hold is taken to be as it is now."""
     path = stage_dir / RECIPE_FILE
-    old = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    changed = differences(old, yaml.safe_load(recipe.to_yaml()))
-    raise UserError(
-        f"{stage_dir}: holds a run of another recipe; changed since: {'; '.join(changed) or 'not known'}. {mend}"
+    recipe = {}
+    if path.is_file() and record.recipe_hash != now.recipe_hash:
+        try:
+            recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).counted(stage)
+        except (ValueError, yaml.YAMLError):  # of an earlier version of this project
+            recipe = {}
+    trains = stage != "evaluate"
+    return Identity(
+        recipe_hash=record.recipe_hash,
+        seed=record.seed,
+        train=(record.data.sha256 or "") if trains else now.train,
+        val=now.val if trains else (record.data.sha256 or ""),
+        teachers={name: teacher.sha256 or "" for name, teacher in record.teachers.items()},
+        recipe=recipe,
     )
 
 
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """``key.path: old -> new`` for every leaf that differs between two nested mappings."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in dict.fromkeys([*old, *new])
-            for line in differences(old.get(key), new.get(key), f"{path}.{key}" if path else str(key))
-        ]
-    return [] if old == new else [f"{path}: {old!r} -> {new!r}"]
+def _check_same(before: Identity, now: Identity, where: Path) -> None:
+    if found := before.differences(now):
+        raise UserError(f"{where}: of another run; changed since: {'; '.join(found)}. {MEND}")
 
 
 def prepare_folder(stage_dir: Path, recipe: Recipe, engine_config: str, fresh: bool) -> None:
@@ -114,5 +136,5 @@ def prepare_folder(stage_dir: Path, recipe: Recipe, engine_config: str, fresh: b
         shutil.rmtree(previous, ignore_errors=True)
         stage_dir.rename(previous)
     stage_dir.mkdir(parents=True, exist_ok=True)
-    (stage_dir / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    (stage_dir / ENGINE_FILE).write_text(engine_config, encoding="utf-8")
+    write_text(stage_dir / RECIPE_FILE, recipe.to_yaml())
+    write_text(stage_dir / ENGINE_FILE, engine_config)

@@ -20,14 +20,24 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import MODEL_FILE, save_weights
 from mrmae_ds.recipe_stages import FinetuneConfig
 from mrmae_ds.training.accounting import GIB, Accountant, peak_memory
-from mrmae_ds.training.checkpoint import load_checkpoint, save_checkpoint
+from mrmae_ds.training.agreement import TrainingError
+from mrmae_ds.training.boundary import Boundary
 from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.engine import build_engine, gather_state
+from mrmae_ds.training.hooks import StageHooks
 from mrmae_ds.training.job import Job
-from mrmae_ds.training.loop import Meter, run_step, train
+from mrmae_ds.training.loop import run_step, train
+from mrmae_ds.training.manifest import Results
+from mrmae_ds.training.meter import Meter
+from mrmae_ds.training.monitor import TOGETHER, Monitor
 from mrmae_ds.training.recorder import Recorder, count_parameters, export_metadata
-from mrmae_ds.training.run_folder import prepare_folder
-from mrmae_ds.training.scores import evaluate, validation_reader
+from mrmae_ds.training.resuming import agree_on_start, load_checkpoint
+from mrmae_ds.training.run_folder import Start, prepare_folder
+from mrmae_ds.training.save_plan import SavePlan
+from mrmae_ds.training.saver import Saver
+from mrmae_ds.training.scores import validation_reader
+from mrmae_ds.training.signals import Stopped, StopSignals
+from mrmae_ds.training.state import TrainState
 from mrmae_ds.training.tasks import FinetuneTask
 
 
@@ -54,87 +64,107 @@ def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
     )
 
 
-class _Hooks:
-    """Evaluation, records and checkpoints of a running stage; ``recorder`` exists on rank 0 only."""
-
-    def __init__(
-        self, job: Job, engine: deepspeed.DeepSpeedEngine, val: Reader | None, recorder: Recorder | None
-    ) -> None:
-        self.job, self.engine, self.val, self.recorder = job, engine, val, recorder
-        self.results: dict[str, float | int] = {}
-
-    def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
-        """See :class:`Hooks`."""
-        task, stage = self.job.task, self.job.stage
-        if self.val is None or not isinstance(task, FinetuneTask) or not isinstance(stage, FinetuneConfig):
-            return {}
-        if epochs % stage.eval_every_epochs and epochs != stage.epochs:
-            return {}
-        self.results |= evaluate(self.engine, lambda images: task.logits(self.engine, images), self.val)
-        return {"top1": self.results["top1"], "val_loss": self.results["loss"]}
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """See :class:`Hooks`."""
-        if step == 1:
-            self.results["first_loss"] = values["loss"]
-        self.results["last_loss"] = values["loss"]
-        if self.recorder:
-            self.recorder.log(step, values)
-
-    def save(self, epochs: int, step: int) -> None:
-        """See :class:`Hooks`."""
-        record, job = self.job.recipe.record, self.job
-        if epochs % record.save_every_epochs and epochs != job.stage.epochs:
-            return
-        keep = record.keep_checkpoints
-        save_checkpoint(self.engine, job.stage_dir, step, job.recipe.hash(job.stage_name), job.recipe.seed, keep)
-        if self.recorder:
-            self.recorder.saved(step, self.results)
-
-
 def run_job(job: Job) -> None:
     """Train the stage to its end. Returns on every rank; leaves the process group.
 
     Writes into ``job.stage_dir``: recipe.yaml, engine.json, record.json, metrics.jsonl, tensorboard/, checkpoints/,
-    model.safetensors, loss_curves.png and, after pre-training, pictures/.
+    captures/ of skipped steps, model.safetensors, loss_curves.png and, after pre-training, pictures/.
+
+    Raises:
+        Stopped: on every rank, after a signal and a checkpoint.
+        AgreedError, TrainingError: on every rank.
     """
     launch = job.plan.launch
-    if job.start.action == "done":
-        if launch.rank == 0:
-            print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere")
-        return
-    parameters = count_parameters(job)
     device = choose_device(launch)
     start_process_group(device)
-    engine = _engine(job, device)
-    first = launch.rank == 0
-    if first:
-        config = json.dumps(job.engine_config.for_deepspeed(job.plan.accumulation), indent=2)
-        prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=job.start.action == "fresh")
-    step = load_checkpoint(engine, job.start.checkpoint) if job.start.checkpoint else 0
-    recorder = Recorder(job, parameters, device, step) if first else None
     try:
-        _announce(job, device, step, parameters.total)
-        val = open_reader(job, device, training=False) if isinstance(job.task, FinetuneTask) else None
-        hooks = _Hooks(job, engine, val, recorder)
-        reader = open_reader(job, device, training=True)
+        with Monitor(launch, 60 * job.recipe.record.hang_minutes) as monitor, StopSignals() as signals:
+            start = agree_on_start(job.start, job.stage_dir)
+            if start.action != "done":
+                _train(job, start, device, monitor, signals)
+            elif launch.rank == 0:
+                print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere")
+    except TOGETHER:
+        end_process_group()
+        raise
+    end_process_group()
+
+
+def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signals: StopSignals) -> None:
+    plan, launch, first = job.plan, job.plan.launch, job.plan.launch.rank == 0
+    parameters = count_parameters(job)
+    engine = _engine(job, device)
+    state, results = TrainState(), {}
+    if start.checkpoint:
+        state, manifest = load_checkpoint(engine, start.checkpoint, launch, plan.micro_batch)
+        results = dict(manifest.results)
+    recorder = None
+    if first:
+        config = json.dumps(job.engine_config.for_deepspeed(plan.accumulation), indent=2)
+        prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=start.action == "fresh")
+        recorder = Recorder(job, parameters, device, state.step, results)
+        monitor.on_failure = lambda: recorder.fail(state.step)
+        _announce(job, start, device, state.step, parameters.total)
+    hooks = _hooks(job, engine, device, recorder, monitor, signals, results)
+    try:
         accountant = Accountant(engine, device)
-        train(engine, job.task, reader, job.plan, step, job.recipe.record.log_every, hooks, accountant)
+        reader = open_reader(job, device, training=True)
+        log_every = job.recipe.record.log_every
+        train(engine, job.task, reader, plan, state, log_every, hooks, hooks.boundary, accountant)
         accountant.close()
-        if step == job.plan.total_steps:  # it ended between its last checkpoint and its record
-            hooks.end_of_epoch(job.plan.epochs, step)
-        _export(job, engine, hooks.results)
+        hooks.saver.finish()
+        _export(job, engine, results)
         if recorder:
-            recorder.finish(hooks.results)
-    except BaseException:
+            recorder.finish(results)
+    except BaseException as error:
+        if isinstance(error, TrainingError):
+            hooks.saver.finish()
         if recorder:
-            recorder.fail(engine.global_steps)
+            recorder.stop(state.step) if isinstance(error, Stopped) else recorder.fail(state.step)
         raise
     finally:
         job.task.release()
     if first:
+        monitor.beat("drawing")
         _draw(job.stage_dir)
-    end_process_group()
+
+
+def _hooks(
+    job: Job,
+    engine: deepspeed.DeepSpeedEngine,
+    device: torch.device,
+    recorder: Recorder | None,
+    monitor: Monitor,
+    signals: StopSignals,
+    results: Results,
+) -> StageHooks:
+    plan, record = job.plan, job.recipe.record
+    saves = SavePlan(record, plan.steps_per_epoch, plan.total_steps)
+
+    def committed(folder: Path, step: int, saved: Results) -> None:
+        if recorder:
+            recorder.saved(step, saved)
+
+    saver = Saver(
+        engine,
+        job.stage_dir,
+        job.identity,
+        saves.retention(),
+        plan.micro_batch,
+        background=record.save_in_background,
+        committed=committed,
+    )
+    return StageHooks(
+        job=job,
+        engine=engine,
+        val=open_reader(job, device, training=False) if isinstance(job.task, FinetuneTask) else None,
+        recorder=recorder,
+        saver=saver,
+        saves=saves,
+        boundary=Boundary(signals, record.save_every_minutes, saver.writing),
+        monitor=monitor,
+        results=results,
+    )
 
 
 def _engine(job: Job, device: torch.device) -> deepspeed.DeepSpeedEngine:
@@ -146,10 +176,8 @@ def _engine(job: Job, device: torch.device) -> deepspeed.DeepSpeedEngine:
     return engine
 
 
-def _announce(job: Job, device: torch.device, step: int, parameters: int) -> None:
+def _announce(job: Job, start: Start, device: torch.device, step: int, parameters: int) -> None:
     plan, launch = job.plan, job.plan.launch
-    if launch.rank:
-        return
     print(
         f"{job.recipe.name} {job.stage_name}: {parameters / 1e6:.2f} M parameters, ZeRO-{job.engine_config.zero_stage} "
         f"on {launch.world_size} x {device.type}, batch {plan.stage.batch_size} = {plan.micro_batch} x "
@@ -157,7 +185,7 @@ def _announce(job: Job, device: torch.device, step: int, parameters: int) -> Non
         f"into {job.stage_dir}" + (f", going on after step {step}" if step else ""),
         flush=True,
     )
-    for damaged in job.start.damaged:
+    for damaged in start.damaged:
         print(f"  passed over: {damaged}", flush=True)
     if job.report:
         print(f"  started from {job.report}", flush=True)

@@ -70,7 +70,7 @@ class FakeReader:
 
 
 class FakeEngine:
-    """What the loop needs of an engine: accumulates gradients, steps at the boundary, skips what is not finite."""
+    """What the loop needs of an engine without ZeRO: accumulates gradients, steps at the boundary whatever they are."""
 
     def __init__(self, module: nn.Module, accumulation: int) -> None:
         self.module, self.accumulation = module, accumulation
@@ -79,6 +79,7 @@ class FakeEngine:
         self.modes: list[bool] = []
         self.rates: list[float] = []
         self.norm: float | None = None
+        self.applied = True
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.module(images)
@@ -101,15 +102,18 @@ class FakeEngine:
         self.micros += 1
         if self.micros % self.accumulation:
             return
-        parameters = list(self.module.parameters())
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        self.norm = float(torch.cat([g.flatten() for g in gradients]).norm())
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        if gradients:
+            self.norm = float(torch.cat([g.flatten() for g in gradients]).norm())
         self.rates.append(self.optimizer.param_groups[0]["lr"])
-        if all(torch.isfinite(g).all() for g in gradients):
-            self.optimizer.step()
-        else:
-            self.skipped_steps += 1
+        self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def was_step_applied(self) -> bool:
+        return self.applied
+
+    def zero_optimization_stage(self) -> int:
+        return 0
 
     def get_global_grad_norm(self) -> float | None:
         return self.norm

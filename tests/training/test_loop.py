@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from mrmae_ds.data.reader import Batch
+from mrmae_ds.training.agreement import TrainingError
+from mrmae_ds.training.boundary import Boundary, Micro, Verdict
 from mrmae_ds.training.launch import Launch
-from mrmae_ds.training.loop import Plan, TrainingError, train
+from mrmae_ds.training.loop import MAX_BAD_STEPS, Plan, train
+from mrmae_ds.training.meter import Meter
+from mrmae_ds.training.signals import Stopped, StopSignals
+from mrmae_ds.training.state import TrainState
 from mrmae_ds.training.tasks import StepKey
 
-from .builders import FakeEngine, FakeReader, finetune_config, make_batch, make_plan, optimizer_config
+from .builders import ALONE, FakeEngine, FakeReader, finetune_config, make_batch, make_plan, optimizer_config
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -51,6 +56,8 @@ class Hooks:
         self.events: list[tuple[str, int]] = []
         self.epochs: list[tuple[int, int]] = []
         self.logged: dict[int, dict[str, float]] = {}
+        self.bad: list[tuple[int, int, int]] = []
+        self.verdicts: list[Verdict] = []
 
     def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
         self.events.append(("end_of_epoch", step))
@@ -62,17 +69,23 @@ class Hooks:
         self.events.append(("log", step))
         self.logged[step] = values
 
-    def save(self, epochs: int, step: int) -> None:
-        self.events.append(("save", step))
-        self.epochs.append((epochs, step))
+    def save(self, state: TrainState, verdict: Verdict) -> None:
+        self.events.append(("save", state.step))
+        self.verdicts.append(verdict)
+
+    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+        assert not verdict.finite and len(micros) == 2
+        self.bad.append((state.step, state.skipped, state.bad_in_row))
 
 
-def _run(task: LinearTask, plan: Plan, start: int = 0, log_every: int = 4) -> tuple[FakeEngine, FakeReader, Hooks]:
+def _run(
+    task: LinearTask, plan: Plan, state: TrainState | None = None, log_every: int = 4
+) -> tuple[FakeEngine, FakeReader, Hooks]:
     engine = FakeEngine(task.model, plan.accumulation)
     batches = plan.steps_per_epoch * plan.accumulation
     reader = FakeReader([make_batch(plan.micro_batch, side=4, seed=i) for i in range(batches)])
     hooks = Hooks()
-    train(engine, task, reader, plan, start, log_every, hooks)
+    train(engine, task, reader, plan, state or TrainState(), log_every, hooks, Boundary())
     return engine, reader, hooks
 
 
@@ -151,12 +164,17 @@ def test_the_first_every_nth_and_each_epochs_last_step_are_logged_once(log_every
     assert [step for event, step in hooks.events if event == "log"] == expected
 
 
-def test_an_epoch_ends_with_evaluation_then_log_then_save() -> None:
+def test_a_step_is_saved_before_what_follows_it() -> None:
+    """So a checkpoint's steps are done and nothing else: an evaluation or a line that a kill cuts short comes again."""
     _, _, hooks = _run(LinearTask(), make_plan(), log_every=100)
-    assert hooks.events[0] == ("log", 1)
-    expected = [(event, step) for step in (5, 10, 15) for event in ("end_of_epoch", "log", "save")]
-    assert hooks.events[1:] == expected
-    assert hooks.epochs == [(1, 5), (1, 5), (2, 10), (2, 10), (3, 15), (3, 15)]
+    assert [event for event in hooks.events if event[0] == "save"] == [("save", step) for step in range(1, 16)]
+    others = [event for event in hooks.events if event[0] != "save"]
+    expected = [(event, step) for step in (5, 10, 15) for event in ("end_of_epoch", "log")]
+    assert others == [("log", 1), *expected]
+    for step in (5, 10, 15):
+        at = hooks.events.index(("save", step))
+        assert hooks.events[at + 1 : at + 3] == [("end_of_epoch", step), ("log", step)]
+    assert hooks.epochs == [(1, 5), (2, 10), (3, 15)]
     assert [values.get("top1") for values in hooks.logged.values()] == [None, 10.0, 20.0, 30.0]
 
 
@@ -176,7 +194,7 @@ def test_the_engine_trains_again_after_an_evaluation() -> None:
     task, plan, hooks = Watches(), make_plan(), Evaluates()
     engine = hooks.engine = FakeEngine(task.model, plan.accumulation)
     reader = FakeReader([make_batch(4, side=4)] * 10)
-    train(engine, task, reader, plan, 0, 4, hooks)
+    train(engine, task, reader, plan, TrainState(), 4, hooks, Boundary())
     assert False in engine.modes
 
 
@@ -206,58 +224,146 @@ def test_what_is_logged_is_the_mean_of_its_interval() -> None:
     assert hooks.logged[15]["grad_norm"] == engine.norm
 
 
-@pytest.mark.parametrize("start", [0, 1, 5, 7, 14])
+class Interrupted(Exception):
+    pass
+
+
+class Ends(Hooks):
+    """Ends the process in a step's save, as a kill would, and remembers what the checkpoint would hold."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.counters = at, {}
+
+    def save(self, state: TrainState, verdict: Verdict) -> None:
+        super().save(state, verdict)
+        if state.step == self.at:
+            meter = Meter.restored([state.meter.state() | {"micro_batch": 4}], ALONE, 4, torch.device("cpu"))
+            self.counters = {**vars(state), "meter": meter}
+            raise Interrupted
+
+
+@pytest.mark.parametrize("start", [1, 4, 5, 7, 10, 14, 15])
 def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
+    """Steps, rates, keys, lines, evaluations and weights: with those before the end they are the whole run's."""
     whole, plan = LinearTask(), make_plan()
-    _run(whole, plan)
-    resumed = LinearTask()
-    short = make_plan()
-    # Stops after `start` steps, as a killed run does, and goes on with a new engine and reader.
-    engine = FakeEngine(resumed.model, plan.accumulation)
+    _, _, clean = _run(whole, plan)
+    task, ends = LinearTask(), Ends(start)
     batches = [make_batch(4, side=4, seed=i) for i in range(10)]
-    for step in range(start):
-        for group in engine.optimizer.param_groups:
-            group["lr"] = 0.5 * _formula(step, 0.5, 0.0, 1, 3, 5)
-        for micro in range(2):
-            engine.backward(resumed.losses(engine, batches[step % 5 * 2 + micro], plan.key(step, micro))["loss"])
-            engine.step()
-    resumed.keys.clear()
-    _, reader, hooks = _run(resumed, short, start=start)
+    with pytest.raises(Interrupted):
+        train(FakeEngine(task.model, 2), task, FakeReader(batches), plan, TrainState(), 4, ends, Boundary())
+    task.keys.clear()
+    _, reader, hooks = _run(task, plan, TrainState(**ends.counters))
     epoch, within = divmod(start, 5)
-    assert reader.asked == [(epoch, 2 * within), *((e, 0) for e in range(epoch + 1, 3))]
+    asked = [(epoch, 2 * within), *((e, 0) for e in range(epoch + 1, 3))] if start < 15 else []
+    assert reader.asked == asked
     assert reader.given == [(s // 5, s % 5 * 2 + m) for s in range(start, 15) for m in range(2)]
-    assert resumed.keys[0] == plan.key(start, 0) and len(resumed.keys) == 2 * (15 - start)
-    logged = list(hooks.logged)
-    assert logged == [step for step in range(start + 1, 16) if step == 1 or step % 4 == 0 or step % 5 == 0]
-    torch.testing.assert_close(resumed.model.weight, whole.model.weight, rtol=0, atol=1e-7)
+    assert [(key.step, key.micro) for key in task.keys] == [(s, m) for s in range(start, 15) for m in range(2)]
+    assert torch.equal(task.model.weight, whole.model.weight) and torch.equal(task.model.bias, whole.model.bias)
+    assert {step for step in ends.logged if step in hooks.logged} == set()
+    together = {**ends.logged, **hooks.logged}
+    assert together.keys() == clean.logged.keys()
+    for step, line in clean.logged.items():
+        for name in line.keys() - {"images_per_s", "data_wait"}:
+            assert together[step][name] == line[name], (step, name)
+    evaluated = [event for event in [*ends.events, *hooks.events] if event[0] == "end_of_epoch"]
+    assert evaluated == [("end_of_epoch", step) for step in (5, 10, 15)]
 
 
-def test_a_finished_run_has_nothing_to_do() -> None:
-    task = LinearTask()
-    _, reader, hooks = _run(task, make_plan(), start=15)
-    assert (reader.asked, hooks.events, task.keys) == ([], [], [])
+# ---- what is not finite
 
 
-def test_some_batches_that_are_not_finite_are_counted_and_left_out() -> None:
+def test_steps_that_are_not_finite_are_skipped_counted_and_told() -> None:
+    """One bad micro-batch makes its step a bad one; weights and the other losses are as if it had not been."""
     _, _, clean = _run(LinearTask(), make_plan())
-    task = LinearTask(bad={(2, 0), (2, 1), (3, 1)})
-    engine, _, hooks = _run(task, make_plan())
+    task = LinearTask(bad={(2, 0), (2, 1), (3, 1), (6, 0)})
+    _, _, hooks = _run(task, make_plan())
+    assert hooks.bad == [(3, 1, 1), (4, 2, 2), (7, 3, 1)]
     assert hooks.logged[4]["nonfinite_batches"] == 3
-    assert hooks.logged[4]["skipped_steps"] == engine.skipped_steps == 2
+    assert [hooks.logged[step]["skipped_steps"] for step in (1, 4, 5, 8, 15)] == [0, 2, 2, 3, 3]
     assert math.isfinite(hooks.logged[4]["loss"]) and math.isfinite(hooks.logged[4]["loss/half"])
     assert hooks.logged[1] == pytest.approx(hooks.logged[1] | {"loss": clean.logged[1]["loss"]})
     assert "nonfinite_batches" not in hooks.logged[5]
     assert torch.isfinite(task.model.weight).all()
 
 
-@pytest.mark.parametrize(("first_bad", "raised_at", "interval"), [(0, 5, 1), (1, 8, 3), (4, 10, 2), (5, 10, 2)])
-def test_five_steps_without_a_finite_loss_end_the_training(first_bad: int, raised_at: int, interval: int) -> None:
-    task = LinearTask(bad={(step, micro) for step in range(first_bad, 15) for micro in range(2)})
-    engine = FakeEngine(task.model, 2)
-    reader, hooks = FakeReader([make_batch(4, side=4)] * 10), Hooks()
-    with pytest.raises(TrainingError, match=rf"up to step {raised_at};"):
-        train(engine, task, reader, make_plan(), 0, 4, hooks)
-    assert hooks.events[-1] == ("log", raised_at)
-    assert hooks.logged[raised_at]["nonfinite_batches"] == 2 * interval
-    assert math.isnan(hooks.logged[raised_at]["loss"])
-    assert ("save", raised_at) not in hooks.events
+def test_a_skipped_step_changes_no_weight() -> None:
+    class Watches(Hooks):
+        def save(self, state: TrainState, verdict: Verdict) -> None:
+            weights[state.step] = task.model.weight.detach().clone()
+
+    weights: dict[int, Tensor] = {}
+    task, plan = LinearTask(bad={(4, 0)}), make_plan()
+    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4, seed=i) for i in range(10)])
+    train(engine, task, reader, plan, TrainState(), 4, Watches(), Boundary())
+    assert torch.equal(weights[5], weights[4])
+    assert not torch.equal(weights[6], weights[5])
+
+
+def test_a_step_that_the_engine_itself_does_not_take_is_a_skipped_one() -> None:
+    """A gradient whose square overflows is finite for us and not for DeepSpeed, which says nothing."""
+    task, plan, hooks = LinearTask(), make_plan(), Hooks()
+    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
+    engine.was_step_applied = lambda: len(engine.rates) != 3
+    train(engine, task, reader, plan, TrainState(), 4, hooks, Boundary())
+    assert hooks.bad == [(3, 1, 1)]
+
+
+@pytest.mark.parametrize("first_bad", [0, 1, 4, 7])
+def test_five_bad_steps_in_a_row_end_the_training(first_bad: int) -> None:
+    task = LinearTask(bad={(step, step % 2) for step in range(first_bad, 15)})
+    engine, reader, hooks = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10), Hooks()
+    end = first_bad + MAX_BAD_STEPS
+    with pytest.raises(TrainingError, match=rf"last {MAX_BAD_STEPS} steps, up to step {end};"):
+        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, Boundary())
+    assert hooks.bad[-1] == (end, MAX_BAD_STEPS, MAX_BAD_STEPS)
+    assert hooks.events[-1] == ("log", end) and hooks.logged[end]["skipped_steps"] == MAX_BAD_STEPS
+    assert ("save", end) not in hooks.events
+
+
+def test_a_good_step_between_them_lets_it_go_on() -> None:
+    bad = {(step, 0) for step in range(15) if step % MAX_BAD_STEPS}
+    _, _, hooks = _run(LinearTask(bad=bad), make_plan())
+    assert max(row for _, _, row in hooks.bad) == MAX_BAD_STEPS - 1
+    assert hooks.logged[15]["skipped_steps"] == len(bad)
+
+
+def test_the_row_goes_on_over_a_restart() -> None:
+    task = LinearTask(bad={(step, 0) for step in range(7, 15)})
+    with pytest.raises(TrainingError, match="up to step 9"):
+        _run(task, make_plan(), TrainState(step=7, skipped=3, bad_in_row=3, meter=Meter(batches=0)), log_every=100)
+
+
+# ---- being asked to stop
+
+
+class Asks(Hooks):
+    """Receives a signal while a step is saved, which is between two steps."""
+
+    def __init__(self, signals: StopSignals, at: int) -> None:
+        super().__init__()
+        self.signals, self.at = signals, at
+
+    def save(self, state: TrainState, verdict: Verdict) -> None:
+        super().save(state, verdict)
+        if state.step == self.at:
+            self.signals.received = 15
+
+
+@pytest.mark.parametrize("at", [1, 6, 13])
+def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
+    task, signals = LinearTask(), StopSignals()
+    hooks = Asks(signals, at)
+    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
+    with pytest.raises(Stopped, match=rf"SIGTERM after step {at + 1};"):
+        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, Boundary(signals))
+    assert hooks.events[-1] == ("save", at + 1)
+    assert hooks.verdicts[-1].signal == 15 and not hooks.verdicts[-2].signal
+
+
+def test_a_signal_in_the_last_step_lets_the_stage_finish() -> None:
+    task, signals = LinearTask(), StopSignals()
+    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
+    hooks = Asks(signals, 14)
+    train(engine, task, reader, make_plan(), TrainState(), 4, hooks, Boundary(signals))
+    assert hooks.events[-1] == ("log", 15)

@@ -7,7 +7,7 @@ import torch
 
 from mrmae_ds.training.distributed import sum_over_ranks
 from mrmae_ds.training.launch import Launch
-from mrmae_ds.training.loop import Meter
+from mrmae_ds.training.meter import Meter
 
 from .builders import ALONE
 
@@ -61,7 +61,7 @@ def test_it_keeps_no_graph_and_takes_any_precision() -> None:
 
 def test_the_mean_is_over_the_batches_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two ranks with the same losses, one batch of each not finite."""
-    monkeypatch.setattr("mrmae_ds.training.loop.sum_over_ranks", lambda values: 2 * values)
+    monkeypatch.setattr("mrmae_ds.training.meter.sum_over_ranks", lambda values: 2 * values)
     means, _, bad = _meter((1.0, 10.0), (NAN, 0.0), (2.0, 20.0)).read(Launch(0, 0, 2, 2), 4)
     assert means == {"loss": pytest.approx(1.5), "part": pytest.approx(15.0)}
     assert bad == 2
@@ -71,3 +71,40 @@ def test_the_sum_over_one_rank_is_a_copy() -> None:
     values = torch.tensor([1.0, 2.0])
     total = sum_over_ranks(values)
     assert total.tolist() == [1.0, 2.0] and total.data_ptr() != values.data_ptr()
+
+
+CPU = torch.device("cpu")
+
+
+def _states(*meters: Meter, micro_batch: int = 4) -> list[dict[str, object]]:
+    return [meter.state() | {"micro_batch": micro_batch} for meter in meters]
+
+
+def test_on_as_many_ranks_each_gets_its_own_back_bit_by_bit() -> None:
+    meters = [_meter((0.1, 10.0), (0.2, 1.0)), _meter((0.3, 7.0), (NAN, 1.0))]
+    meters[1].waited = 5.0
+    for rank, meter in enumerate(meters):
+        back = Meter.restored(_states(*meters), Launch(rank, rank, 2, 2), 4, CPU)
+        assert all(torch.equal(back.sums[name], meter.sums[name]) for name in meter.sums)
+        assert (back.nonfinite, back.batches, back.waited) == (meter.nonfinite, 2, meter.waited)
+        assert back.state()["elapsed"] == pytest.approx(meter.state()["elapsed"], abs=1)
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch", "batches"), [(1, 4, 4), (4, 4, 1), (2, 2, 4), (1, 8, 2)])
+def test_on_other_numbers_the_means_stay(
+    world_size: int, micro_batch: int, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four micro-batches of four pictures on two ranks, read as another division of the same sixteen."""
+    states = _states(_meter((1.0, 10.0), (2.0, 20.0)), _meter((6.0, 0.0), (3.0, 2.0)))
+    launches = [Launch(rank, rank, world_size, world_size) for rank in range(world_size)]
+    restored = [Meter.restored(states, launch, micro_batch, CPU) for launch in launches]
+    assert {meter.batches for meter in restored} == {batches}
+    packed = sum(torch.stack([*meter.sums.values(), meter.nonfinite]) for meter in restored)
+    monkeypatch.setattr("mrmae_ds.training.meter.sum_over_ranks", lambda values: packed)
+    means, _, bad = restored[0].read(launches[0], micro_batch)
+    assert means == {"loss": pytest.approx(3.0), "part": pytest.approx(8.0)} and bad == 0
+
+
+def test_an_empty_interval_comes_back_empty() -> None:
+    back = Meter.restored(_states(Meter(), Meter()), Launch(1, 1, 2, 2), 4, CPU)
+    assert (back.sums, back.nonfinite, back.batches) == ({}, None, 0)

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,24 +7,35 @@ import pytest
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.recipe import Recipe, load_recipe
-from mrmae_ds.reporting.records import DataInfo, Results, RunRecord
+from mrmae_ds.reporting.records import DataInfo, Results, RunRecord, TeacherInfo
+from mrmae_ds.training.checkpoint import LEFT
+from mrmae_ds.training.manifest import Identity
 from mrmae_ds.training.run_folder import (
     ENGINE_FILE,
     RECIPE_FILE,
     Start,
     decide_start,
-    differences,
     prepare_folder,
 )
 from tests.reporting.builders import make_record
 
+from .engines import written
+
 TINY = Path(__file__).resolve().parents[2] / "ds_configs" / "tiny.yaml"
-SHA = "5ha" * 20
+SHA, VAL, TEACHER = "5ha" * 20, "va1" * 20, "7ea" * 20
+SHARD = "zero_pp_rank_0_mp_rank_00_optim_states.pt"
 
 
 @pytest.fixture(scope="module")
 def recipe() -> Recipe:
     return load_recipe(TINY)
+
+
+def _identity(recipe: Recipe, **changes: Any) -> Identity:
+    """Of a pre-training by this recipe."""
+    values = {"train": SHA, "val": VAL, "teachers": {"mae": TEACHER}, "seed": recipe.seed}
+    counted = {"recipe_hash": recipe.hash("pretrain"), "recipe": recipe.counted("pretrain")}
+    return Identity(**{**values, **counted, **changes})
 
 
 @pytest.fixture
@@ -35,47 +45,41 @@ def folder(tmp_path: Path, recipe: Recipe) -> Path:
     prepare_folder(stage_dir, recipe, "{}\n", fresh=True)
     _record(stage_dir, recipe)
     for step in (20, 40):
-        _checkpoint(stage_dir, step, recipe)
+        written(stage_dir, step, _identity(recipe))
     return stage_dir
 
 
-def _record(stage_dir: Path, recipe: Recipe, status: str = "running", sha256: str = SHA) -> RunRecord:
+def _record(stage_dir: Path, recipe: Recipe, status: str = "running") -> RunRecord:
     record = make_record(
         stage="pretrain",
         status=status,
         seed=recipe.seed,
         recipe_hash=recipe.hash("pretrain"),
-        data=DataInfo(dataset="samples", file="train.beton", sha256=sha256, samples=640),
+        data=DataInfo(dataset="samples", file="train.beton", sha256=SHA, samples=640),
+        teachers={"mae": TeacherInfo(kind="checkpoint", source="runs/mae/pretrain", sha256=TEACHER)},
         results=Results(),
     )
     record.write(stage_dir)
     return record
 
 
-def _checkpoint(stage_dir: Path, step: int, recipe: Recipe, **changes: Any) -> Path:
-    checkpoint = stage_dir / "checkpoints" / f"step_{step:09d}"
-    checkpoint.mkdir(parents=True)
-    shard = checkpoint / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    shard.write_bytes(b"weights")
-    manifest = {"step": step, "world_size": 1, "recipe_hash": recipe.hash("pretrain"), "seed": recipe.seed}
-    content = {**manifest, "files": {shard.name: 7}, **changes}
-    (checkpoint / "manifest.json").write_text(json.dumps(content))
-    return checkpoint
-
-
-def _decide(folder: Path, recipe: Recipe, resume: str = "auto", sha256: str = SHA) -> Start:
+def _decide(folder: Path, recipe: Recipe, resume: str = "auto", **changes: Any) -> Start:
     """What is decided; nothing in the folder may change by it."""
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.parent.rglob("*"))
     try:
-        return decide_start(folder, recipe, "pretrain", sha256, resume)
+        return decide_start(folder, "pretrain", _identity(recipe, **changes), resume)
     finally:
         assert sorted((path, path.stat().st_mtime_ns) for path in folder.parent.rglob("*")) == before
 
 
-def _refused(folder: Path, recipe: Recipe, resume: str = "auto", sha256: str = SHA) -> str:
+def _refused(folder: Path, recipe: Recipe, resume: str = "auto", **changes: Any) -> str:
     with pytest.raises(UserError) as caught:
-        _decide(folder, recipe, resume, sha256)
+        _decide(folder, recipe, resume, **changes)
     return str(caught.value)
+
+
+def _at(folder: Path, *steps: int) -> tuple[Path, ...]:
+    return tuple(folder / "checkpoints" / f"step_{step:09d}" for step in steps)
 
 
 def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path: Path, recipe: Recipe) -> None:
@@ -87,7 +91,13 @@ def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path: Path, recipe: Rec
 @pytest.mark.parametrize("status", ["running", "failed", "stopped"])
 def test_a_run_that_was_ended_goes_on_from_its_newest_checkpoint(folder: Path, recipe: Recipe, status: str) -> None:
     _record(folder, recipe, status)
-    assert _decide(folder, recipe) == Start("resume", folder / "checkpoints" / "step_000000040")
+    assert _decide(folder, recipe) == Start("resume", _at(folder, 40, 20))
+
+
+def test_a_run_whose_record_is_lost_goes_on_too(folder: Path, recipe: Recipe) -> None:
+    (folder / "record.json").unlink()
+    assert _decide(folder, recipe) == Start("resume", _at(folder, 40, 20))
+    assert "seed: 0 -> 5" in _refused(folder, recipe, seed=5)
 
 
 def test_a_finished_run_is_done(folder: Path, recipe: Recipe) -> None:
@@ -98,7 +108,7 @@ def test_a_finished_run_is_done(folder: Path, recipe: Recipe) -> None:
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path: Path, recipe: Recipe) -> None:
     prepare_folder(tmp_path / "pretrain", recipe, "{}\n", fresh=True)
     _record(tmp_path / "pretrain", recipe)
-    (tmp_path / "pretrain" / "checkpoints" / ".staging" / "step_000000020").mkdir(parents=True)
+    (tmp_path / "pretrain" / "checkpoints" / ".saving-step_000000020").mkdir(parents=True)
     assert _decide(tmp_path / "pretrain", recipe) == Start("fresh")
 
 
@@ -110,7 +120,7 @@ def test_what_changes_no_result_does_not_hinder(folder: Path) -> None:
 def test_another_recipe_is_refused_with_what_changed(folder: Path) -> None:
     other = load_recipe(TINY, ["stages.pretrain.epochs=9", "stages.pretrain.objectives.mimic.loss=cosine", "size=S"])
     message = _refused(folder, other)
-    assert str(folder) in message and "another recipe" in message
+    assert str(folder) in message and "of another run" in message
     assert "stages.pretrain.epochs: 4 -> 9" in message
     assert "stages.pretrain.objectives.mimic.loss: 'l2' -> 'cosine'" in message
     assert "size: 'Tiny' -> 'S'" in message
@@ -118,24 +128,37 @@ def test_another_recipe_is_refused_with_what_changed(folder: Path) -> None:
     assert "--run" in message and "--resume never" in message
 
 
-def test_another_recipe_is_refused_even_without_its_file(folder: Path) -> None:
+@pytest.mark.parametrize("text", [None, "", "name: [", "name: tiny"])
+def test_another_recipe_is_refused_even_where_its_file_is_of_no_use(folder: Path, text: str | None) -> None:
     (folder / RECIPE_FILE).unlink()
-    assert "another recipe" in _refused(folder, load_recipe(TINY, ["stages.pretrain.epochs=9"]))
+    if text is not None:
+        (folder / RECIPE_FILE).write_text(text)
+    message = _refused(folder, load_recipe(TINY, ["stages.pretrain.epochs=9"]))
+    assert "recipe: " in message and " -> " in message
 
 
 def test_another_seed_is_refused(folder: Path) -> None:
     message = _refused(folder, load_recipe(TINY, ["seed=5"]))
-    assert "seed 0, this is seed 5" in message and "--run" in message
+    assert "seed: 0 -> 5" in message and "--run" in message
 
 
-def test_other_data_are_refused(folder: Path, recipe: Recipe) -> None:
-    message = _refused(folder, recipe, sha256="other")
-    assert "other data" in message and "samples" in message and SHA[:12] in message
+def test_everything_that_differs_is_named_at_once(folder: Path, recipe: Recipe) -> None:
+    other = load_recipe(TINY, ["stages.pretrain.epochs=9"])
+    for left_out in ("nothing", "record.json"):  # by the record, and by the checkpoint alone
+        (folder / left_out).unlink(missing_ok=True)
+        message = _refused(folder, other, seed=5, train="0" * 64, teachers={"mae": "1" * 64})
+        assert "stages.pretrain.epochs: 4 -> 9; seed: 0 -> 5; " in message
+        assert f"data.train: sha256 {SHA[:12]} -> sha256 000000000000" in message
+        assert f"teachers.mae: sha256 {TEACHER[:12]} -> sha256 111111111111" in message
+
+
+def test_another_validation_set_is_seen_by_the_checkpoint(folder: Path, recipe: Recipe) -> None:
+    assert f"data.val: sha256 {VAL[:12]} -> sha256 222222222222" in _refused(folder, recipe, val="2" * 64)
 
 
 def test_a_finished_run_of_another_recipe_is_refused_too(folder: Path, recipe: Recipe) -> None:
     _record(folder, recipe, "finished")
-    assert "another recipe" in _refused(folder, load_recipe(TINY, ["stages.pretrain.epochs=9"]))
+    assert "of another run" in _refused(folder, load_recipe(TINY, ["stages.pretrain.epochs=9"]))
 
 
 def test_checkpoints_of_which_none_is_whole(folder: Path, recipe: Recipe) -> None:
@@ -143,36 +166,53 @@ def test_checkpoints_of_which_none_is_whole(folder: Path, recipe: Recipe) -> Non
         (checkpoint / "manifest.json").unlink()
     message = _refused(folder, recipe)
     assert "no whole checkpoint" in message and "--resume never" in message
+    (folder / "record.json").unlink()
+    assert "no whole checkpoint" in _refused(folder, recipe)
+    assert _decide(folder, recipe, "never") == Start("fresh")
+
+
+def test_what_was_set_aside_is_no_checkpoint(folder: Path, recipe: Recipe) -> None:
+    for checkpoint in _at(folder, 20, 40):
+        checkpoint.rename(checkpoint.with_name(LEFT + checkpoint.name))
+    assert _decide(folder, recipe) == Start("fresh")
 
 
 def test_a_checkpoint_without_a_manifest_is_passed_over(folder: Path, recipe: Recipe) -> None:
     (folder / "checkpoints" / "step_000000040" / "manifest.json").unlink()
-    assert _decide(folder, recipe) == Start("resume", folder / "checkpoints" / "step_000000020")
+    start = _decide(folder, recipe)
+    assert (start.action, start.candidates, len(start.damaged)) == ("resume", _at(folder, 20), 1)
 
 
 def test_a_checkpoint_that_is_cut_off_is_passed_over(folder: Path, recipe: Recipe) -> None:
-    shard = folder / "checkpoints" / "step_000000040" / "zero_pp_rank_0_mp_rank_00_optim_states.pt"
-    shard.write_bytes(b"wei")
+    shard = folder / "checkpoints" / "step_000000040" / SHARD
+    shard.write_bytes(b"opt")
     start = _decide(folder, recipe)
-    assert (start.action, start.checkpoint) == ("resume", folder / "checkpoints" / "step_000000020")
+    assert (start.action, start.candidates) == ("resume", _at(folder, 20))
     assert len(start.damaged) == 1 and str(shard) in start.damaged[0]
 
 
 def test_never_starts_anew_whatever_is_there(folder: Path) -> None:
-    assert _decide(folder, load_recipe(TINY, ["seed=5", "size=S"]), "never", "other") == Start("fresh")
+    assert _decide(folder, load_recipe(TINY, ["seed=5", "size=S"]), "never", train="other") == Start("fresh")
 
 
 def test_a_checkpoint_that_is_named(folder: Path, recipe: Recipe) -> None:
     chosen = folder / "checkpoints" / "step_000000020"
-    assert _decide(folder, recipe, str(chosen)) == Start("resume", chosen)
+    assert _decide(folder, recipe, str(chosen)) == Start("resume", (chosen,), named=True)
     _record(folder, recipe, "finished")
-    assert _decide(folder, recipe, str(chosen)) == Start("resume", chosen)
+    assert _decide(folder, recipe, str(chosen)) == Start("resume", (chosen,), named=True)
+
+
+def test_a_named_checkpoint_that_is_cut_off_is_refused(folder: Path, recipe: Recipe) -> None:
+    (chosen,) = _at(folder, 40)
+    (chosen / SHARD).write_bytes(b"opt")
+    message = _refused(folder, recipe, str(chosen))
+    assert "3 bytes instead of 9" in message and "--resume DIR" in message
 
 
 def test_a_named_checkpoint_of_another_recipe_is_refused(folder: Path) -> None:
     chosen = folder / "checkpoints" / "step_000000020"
     message = _refused(folder, load_recipe(TINY, ["stages.pretrain.epochs=9"]), str(chosen))
-    assert "another recipe" in message and "stages.pretrain.epochs: 4 -> 9" in message
+    assert "of another run" in message and "stages.pretrain.epochs: 4 -> 9" in message
 
 
 def test_a_named_checkpoint_of_another_seed_is_refused(folder: Path) -> None:
@@ -188,13 +228,6 @@ def test_a_name_that_is_no_checkpoint(folder: Path, recipe: Recipe, name: str) -
 def test_a_damaged_record_is_named(folder: Path, recipe: Recipe) -> None:
     (folder / "record.json").write_text('{"schema_version": 1, "na')
     assert "record.json" in _refused(folder, recipe)
-
-
-def test_differences_are_leaves() -> None:
-    old = {"a": 1, "b": {"c": [1, 2], "d": 2}, "gone": {"x": 1}, "same": None}
-    new = {"a": 1, "b": {"c": [1, 3], "d": 2}, "new": {"y": 2}, "same": None}
-    assert differences(old, new) == ["b.c: [1, 2] -> [1, 3]", "gone: {'x': 1} -> None", "new: None -> {'y': 2}"]
-    assert differences(old, old) == []
 
 
 def test_a_folder_holds_what_was_resolved(tmp_path: Path, recipe: Recipe) -> None:

@@ -1,0 +1,92 @@
+"""Where processes tell of failures: the key-value store by which they found each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+
+from mrmae_ds.training.agreement import from_first
+from mrmae_ds.training.launch import Launch
+
+SILENCE_S = 5.0  # that the first to fail waits for the others to fall silent
+LEAVE_S = 3.0  # that the others leave it to speak
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Which rank failed, how, and whether it got no further (``stuck``): then all tell where they are."""
+
+    rank: int
+    text: str
+    stuck: bool = False
+
+
+class FailureBoard:
+    """Holds the first failure of a job. All ranks make it together; each uses a connection of its own.
+
+    Where the store is gone (its process has ended), a failure can be told to nobody, and nobody is waited for.
+
+    Attributes:
+        lost: the store is gone.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch, self.lost = launch, False
+        self._store: dist.TCPStore | None = None
+        key = from_first(f"mrmae/{os.getpid()}-{time.time_ns()}")
+        self._failure, self._silent = f"{key}/failure", f"{key}/silent"
+        if launch.world_size > 1:
+            address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+
+    def tell(self, failure: Failure) -> bool:
+        """Whether this is the first failure of the job; if it is, it stands from now on."""
+        if self._store is None:
+            return True
+        mine = json.dumps(asdict(failure))
+        try:
+            return self._store.compare_set(self._failure, "", mine).decode() == mine
+        except RuntimeError:
+            self._lose()
+            return True
+
+    def read(self) -> Failure | None:
+        """The first failure, if there is one."""
+        if self._store is None:
+            return None
+        try:
+            if not self._store.check([self._failure]):
+                return None
+            return Failure(**json.loads(self._store.get(self._failure)))
+        except RuntimeError:
+            self._lose()
+            return None
+
+    def wait_for_silence(self) -> None:
+        """Until all other ranks have fallen silent, but not for long."""
+        deadline = time.monotonic() + SILENCE_S
+        while self._store is not None and time.monotonic() < deadline:
+            try:
+                if self._store.add(self._silent, 0) >= self.launch.world_size - 1:
+                    return
+            except RuntimeError:
+                return
+            time.sleep(0.1)
+
+    def fall_silent(self) -> None:
+        """Print nothing from now on; returns when the first one has had time to speak."""
+        if self._store is None:
+            return
+        try:
+            self._store.add(self._silent, 1)
+        except RuntimeError:
+            return
+        time.sleep(LEAVE_S)
+
+    def _lose(self) -> None:
+        self._store, self.lost = None, True

@@ -1,0 +1,108 @@
+"""What a running stage does around its steps: evaluate, write down, save, capture."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import deepspeed
+from torch import Tensor
+
+from mrmae_ds.data.reader import Reader
+from mrmae_ds.recipe_stages import FinetuneConfig
+from mrmae_ds.training.boundary import Boundary, Micro, Verdict
+from mrmae_ds.training.capture import Division, write_capture
+from mrmae_ds.training.job import Job
+from mrmae_ds.training.manifest import Results
+from mrmae_ds.training.monitor import Monitor
+from mrmae_ds.training.recorder import Recorder
+from mrmae_ds.training.save_plan import SavePlan
+from mrmae_ds.training.saver import Saver
+from mrmae_ds.training.scores import evaluate
+from mrmae_ds.training.state import TrainState
+from mrmae_ds.training.tasks import FinetuneTask
+
+
+@dataclass
+class StageHooks:
+    """The hooks of :func:`mrmae_ds.training.loop.train`.
+
+    Attributes:
+        job, engine: what runs.
+        val: this rank's reader of the validation set, where the stage evaluates.
+        recorder: on rank 0.
+        saver, saves: write checkpoints, say when.
+        boundary: whose clock a save starts again.
+        monitor: is told that the process gets on.
+        results: so far.
+    """
+
+    job: Job
+    engine: deepspeed.DeepSpeedEngine
+    val: Reader | None
+    recorder: Recorder | None
+    saver: Saver
+    saves: SavePlan
+    boundary: Boundary
+    monitor: Monitor
+    results: Results
+
+    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+        """See :class:`mrmae_ds.training.loop.Hooks`."""
+        job, plan = self.job, self.job.plan
+        division = Division(
+            stage=job.stage_name,
+            seed=plan.seed,
+            recipe_hash=job.recipe.hash(job.stage_name),
+            world_size=plan.launch.world_size,
+            accumulation=plan.accumulation,
+            micro_batch=plan.micro_batch,
+        )
+        step, again = state.step - 1, state.bad_in_row > 1
+        folder = write_capture(self.engine, job.stage_dir, division, step, verdict, micros, same_weights=again)
+        self.engine.train()
+        if plan.launch.rank == 0:
+            what = "a loss" if verdict.bad_loss else "a gradient"
+            captured = f"; mrmae replay {folder} runs it again" if folder else ""
+            print(
+                f"step {state.step} skipped: {what} was not finite ({state.skipped} skipped so far, {state.bad_in_row} "
+                f"in a row){captured}",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def save(self, state: TrainState, verdict: Verdict) -> None:
+        """See :class:`mrmae_ds.training.loop.Hooks`."""
+        self.monitor.beat(f"step {state.step + 1}")
+        self.saver.poll(verdict.writing)
+        if not (self.saves.due(state.step) or verdict.save or verdict.signal):
+            return
+        self.monitor.beat(f"saving after step {state.step}")
+        self.saver.save(state, self.results)
+        if verdict.signal:
+            self.saver.finish()
+        self.boundary.saved()
+        self.monitor.beat(f"step {state.step + 1}")
+
+    def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
+        """See :class:`mrmae_ds.training.loop.Hooks`."""
+        task, stage = self.job.task, self.job.stage
+        if self.val is None or not isinstance(task, FinetuneTask) or not isinstance(stage, FinetuneConfig):
+            return {}
+        if epochs % stage.eval_every_epochs and epochs != stage.epochs:
+            return {}
+
+        def logits(images: Tensor) -> Tensor:
+            self.monitor.beat(f"evaluating after epoch {epochs}")
+            return task.logits(self.engine, images)
+
+        self.results |= evaluate(self.engine, logits, self.val)
+        return {"top1": self.results["top1"], "val_loss": self.results["loss"]}
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """See :class:`mrmae_ds.training.loop.Hooks`."""
+        if step == 1:
+            self.results["first_loss"] = values["loss"]
+        self.results["last_loss"] = values["loss"]
+        if self.recorder:
+            self.recorder.log(step, values)

@@ -1,0 +1,134 @@
+"""Seeing that a job whose processes cannot go on ends, soon, and says why.
+
+A process that fails leaves the others waiting in a collective operation, for half an hour or for good. So each process
+has a thread that looks, twice a second,
+
+* whether another one has told of a failure, through the process group's store: then this one ends,
+* whether one on this node has ended without a word (killed, out of memory): then it tells of that,
+* whether this process has got on within the limit: if not, all processes write down where they are, and the job fails.
+
+The first failure is printed last: who failed first waits until the others have gone silent.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+from mrmae_ds.training.agreement import AgreedError, TrainingError
+from mrmae_ds.training.failures import Failure, FailureBoard
+from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.signals import Stopped
+from mrmae_ds.training.stacks import Stacks
+
+FAILED_STATUS = 1
+# What every process raises at the same place needs nobody to be told.
+TOGETHER = (AgreedError, TrainingError, Stopped)
+POLL_S = 0.5
+NEWS_S = 2.0  # that an error which another process's end may have caused waits for news of that
+
+
+class Monitor:
+    """Watches this process and its fellows while it is entered, which all ranks must do together.
+
+    Args:
+        launch: this process.
+        limit_s: without :meth:`beat`, after which the process counts as stuck.
+
+    Attributes:
+        on_failure: called before the process is ended because of another one; rank 0 closes its record.
+    """
+
+    def __init__(self, launch: Launch, limit_s: float) -> None:
+        self.launch, self.limit_s = launch, limit_s
+        self.on_failure: Callable[[], None] = lambda: None
+        self._last, self._doing = time.monotonic(), "starting"
+        self._closed = threading.Event()
+        self._ending = threading.Lock()
+
+    def __enter__(self) -> Monitor:
+        self._stacks = Stacks(self.launch, self.limit_s)
+        self._board = FailureBoard(self.launch)
+        self.beat("starting")
+        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and not isinstance(error, TOGETHER):
+            self._fail(error)
+        self._closed.set()
+        self._thread.join()
+        self._stacks.close()
+
+    def beat(self, doing: str) -> None:
+        """The process gets on; ``doing`` says what it is at now."""
+        self._last, self._doing = time.monotonic(), doing
+        self._stacks.postpone(self._last)
+
+    # ---- this process's own failure, in the main thread
+
+    def _fail(self, error: BaseException) -> None:
+        """Tell the others; returns when they are silent, if this was the first failure, and else does not return."""
+        if isinstance(error, RuntimeError) and self.launch.world_size > 1:
+            time.sleep(NEWS_S)  # a broken connection: the thread hears of the reason, and ends this process
+        with self._ending:
+            text = f"{type(error).__name__}: {error}".partition("\n")[0]
+            if not self._board.tell(Failure(self.launch.rank, text)):
+                self._leave()
+            self._board.wait_for_silence()
+            self._closed.set()
+
+    # ---- the thread
+
+    def _watch(self) -> None:
+        while not self._closed.wait(POLL_S):
+            with self._ending:
+                if not self._closed.is_set():
+                    self._look()
+
+    def _look(self) -> None:
+        if dead := self._stacks.neighbours.dead():
+            rank, pid = dead
+            self._first(Failure(rank, f"rank {rank} (process {pid}) ended without a word: killed, or out of memory"))
+        if failure := self._board.read():
+            self._follow(failure)
+        if self._board.lost:
+            self._first(Failure(0, "the process that holds the job's store, rank 0 or its launcher, has ended"))
+        idle = time.monotonic() - self._last
+        if idle > self.limit_s:
+            text = f"rank {self.launch.rank} got no further for {idle:.0f} s, at: {self._doing}"
+            self._first(Failure(self.launch.rank, text, stuck=True))
+
+    def _first(self, failure: Failure) -> None:
+        """Tell of what this thread has found, unless another one was first; print it last; end."""
+        if not self._board.tell(failure):
+            self._follow(self._board.read() or failure)
+        if failure.stuck:
+            self._stacks.dump()
+        self._board.wait_for_silence()
+        self._close_record()
+        print(f"error: {failure.text}", file=sys.stderr, flush=True)
+        os._exit(FAILED_STATUS)
+
+    def _follow(self, failure: Failure) -> None:
+        """End because another process has failed."""
+        if failure.stuck:
+            self._stacks.dump()
+        print(f"rank {self.launch.rank}: ending, because rank {failure.rank} failed", file=sys.stderr, flush=True)
+        self._leave()
+
+    def _leave(self) -> None:
+        """Fall silent, let the first one speak, and end."""
+        self._close_record()
+        self._board.fall_silent()
+        os._exit(FAILED_STATUS)
+
+    def _close_record(self) -> None:
+        try:
+            self.on_failure()
+        except Exception as error:
+            print(f"rank {self.launch.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
