@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mrmae_ds import __version__
+from mrmae_ds.chain import console as chain
 from mrmae_ds.data.console import add_data_commands
 from mrmae_ds.errors import UserError
 
@@ -112,6 +113,8 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
 
     _add_teachers(commands)
+
+    chain.add_submit_arguments(_command(commands, "submit", chain.run_submit, chain.SUMMARY))
 
     export = _command(commands, "export", _export, "a finished run's weights for timm, or whole")
     export.add_argument("run", type=Path, help="a finished stage, runs/NAME/STAGE, or its model.safetensors")

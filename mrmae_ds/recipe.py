@@ -21,6 +21,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.objectives import PIXELS
 from mrmae_ds.recipe_sections import DataConfig, LoaderConfig, ModelConfig, RecordConfig, TeacherConfig
+from mrmae_ds.recipe_sources import shorten_sources
 from mrmae_ds.recipe_stages import EvaluateConfig, FinetuneConfig, Name, PretrainConfig, StageName, StagesConfig
 from mrmae_ds.schema import Section
 
@@ -103,7 +104,7 @@ class Recipe(Section):
         """Everything that changes results but the seed; what :meth:`hash` is taken of.
 
         Paths of the data do not count: the data's identity is its checksum, recorded beside this. Nor does where a
-        teacher's weights live.
+        teacher's weights live, nor in which folder of runs, and with which seed, another run lies that it names.
 
         Args:
             stage: count only this stage and the teachers that it names; None counts the whole recipe.
@@ -115,7 +116,7 @@ class Recipe(Section):
             named = getattr(self.stage(stage), "teachers", ())
             kept["teachers"] = {name: kept["teachers"][name] for name in named}
             kept["stages"] = {stage: kept["stages"][stage]}
-        return kept
+        return shorten_sources(kept)
 
     def hash(self, stage: StageName | None = None) -> str:
         """12 hex digits that change with anything that :meth:`counted` names.
