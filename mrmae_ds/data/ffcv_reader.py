@@ -42,7 +42,7 @@ class FFCVReader:
     def __init__(self, settings: ReaderSettings) -> None:
         """Raises UserError if the file is not what its sidecar says, or for more threads than there are."""
         self.settings = settings
-        self.num_samples = settings.info.num_samples
+        self.num_samples = settings.num_samples
         path, threads = settings.info.path, settings.num_workers
         if threads > numba_config.NUMBA_NUM_THREADS:
             raise UserError(

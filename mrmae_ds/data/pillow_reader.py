@@ -125,7 +125,7 @@ class PillowReader:
     def __init__(self, settings: ReaderSettings) -> None:
         """Raises UserError if the file is not what its sidecar says."""
         self.settings = settings
-        self.num_samples = settings.info.num_samples
+        self.num_samples = settings.num_samples
         self.batches_per_epoch = settings.batches_per_epoch
         self._source: Source = BetonSource(BetonFile(settings.info.path, settings.info.num_samples))
         self._batches = _Batches()

@@ -93,6 +93,12 @@ class ReaderSettings:
     num_workers: int
     device: torch.device
     augment: AugmentSettings | None = None
+    samples: int | None = None
+
+    @property
+    def num_samples(self) -> int:
+        """Of the set, or of the part of it that is evaluated."""
+        return self.info.num_samples if self.samples is None else min(self.samples, self.info.num_samples)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -100,7 +106,7 @@ class ReaderSettings:
         if self.train:
             global_batch = self.micro_batch * self.accumulation * self.world_size
             return steps_per_epoch(self.info.num_samples, global_batch) * self.accumulation
-        return -(-self.info.num_samples // (self.micro_batch * self.world_size))
+        return -(-self.num_samples // (self.micro_batch * self.world_size))
 
     def rows(self, epoch: int, start_batch: int = 0) -> tuple[IntArray, BoolArray]:
         """This rank's samples in an epoch from a batch on, and whether they count: int64 and bool [batches, B].
@@ -117,7 +123,10 @@ class ReaderSettings:
 
     def _order(self, epoch: int) -> tuple[IntArray, BoolArray]:
         if not self.train:
-            return eval_order(self.info.num_samples, batch=self.micro_batch, world_size=self.world_size, rank=self.rank)
+            places, valid = eval_order(
+                self.num_samples, batch=self.micro_batch, world_size=self.world_size, rank=self.rank
+            )
+            return places * self.info.num_samples // self.num_samples, valid
         rows = train_order(
             self.info.num_samples,
             seed=self.seed,
@@ -172,6 +181,7 @@ def build_reader(
     device: torch.device = _CPU,
     backend: Backend = "ffcv",
     augment: AugmentSettings | None = None,
+    samples: int | None = None,
 ) -> Reader:
     """Open a data set for one rank.
 
@@ -189,6 +199,7 @@ def build_reader(
         backend: "ffcv", or "pillow": the same boxes, bicubic and slower; see ``pillow_reader``.
         augment: RandAugment of the training pictures, after crop and flip. With "ffcv" a quarter of the workers
             decode and the rest are processes that augment.
+        samples: evaluate so many, evenly spaced in the set; None: all.
 
     Raises UserError for a missing or cut-off file, one smaller than a global batch, and values that make no
     sense.
@@ -199,6 +210,7 @@ def build_reader(
         accumulation=accumulation,
         world_size=world_size,
         num_workers=1 if num_workers is None else num_workers,
+        samples=1 if samples is None else samples,
         rank=rank,
         seed=seed,
     )
@@ -218,6 +230,7 @@ def build_reader(
         num_workers=num_workers or default_num_workers(),
         device=torch.device(device),
         augment=augment if train else None,
+        samples=None if train else samples,
     )
     return _open(settings, backend)
 
