@@ -43,7 +43,10 @@ class Ranks:
         """End them, and what they started, at once."""
         for process in self.processes:
             if process.is_alive() and process.pid is not None:
-                os.killpg(process.pid, signal.SIGKILL)
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:  # it has no group of its own yet
+                    process.kill()
         for process in self.processes:
             process.join()
 

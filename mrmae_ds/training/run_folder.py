@@ -55,8 +55,12 @@ def decide_start(stage_dir: Path, stage: StageName, identity: Identity, resume: 
             checkpoint folder.
 
     Raises:
-        UserError: if the folder holds another run (naming every difference), or checkpoints of which none is whole.
+        UserError: if the folder holds another run (naming every difference), or checkpoints of which none is whole, or
+            has a name that DeepSpeed cannot load from.
     """
+    for folder in (str(stage_dir), resume):
+        if any(letter in folder for letter in "*?["):
+            raise UserError(f"{folder}: DeepSpeed takes * ? [ in a path for a pattern; name a folder without them")
     if resume == "never":
         return Start("fresh")
     if resume != "auto":

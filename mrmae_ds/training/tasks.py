@@ -42,9 +42,14 @@ class StepKey:
     world_size: int
     micro_batch: int
 
-    def seed_for(self, purpose: str, per_rank: bool = True) -> int:
-        """A 63-bit seed; the same on all ranks if not ``per_rank``."""
-        where = (self.rank, self.micro) if per_rank else ()
+    @property
+    def part(self) -> int:
+        """Which part of the global batch this is: on another number of processes the same pictures have the same."""
+        return self.micro * self.world_size + self.rank
+
+    def seed_for(self, purpose: str, per_part: bool = True) -> int:
+        """A 63-bit seed, for this part of the global batch; for the whole step if not ``per_part``."""
+        where = (self.part,) if per_part else ()
         digest = hashlib.blake2b(repr((self.seed, self.step, where, purpose)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
@@ -54,8 +59,8 @@ class StepKey:
         Drawn for the whole global batch up to this part, so that a picture's noise depends on its place in the
         batch and not on the number of processes.
         """
-        first = (self.micro * self.world_size + self.rank) * self.micro_batch
-        generator = torch.Generator().manual_seed(self.seed_for("mask", per_rank=False))
+        first = self.part * self.micro_batch
+        generator = torch.Generator().manual_seed(self.seed_for("mask", per_part=False))
         noise = torch.rand(first + self.micro_batch, num_tokens, generator=generator)
         return noise[first:]
 

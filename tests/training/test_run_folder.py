@@ -94,6 +94,12 @@ def test_a_run_that_was_ended_goes_on_from_its_newest_checkpoint(folder: Path, r
     assert _decide(folder, recipe) == Start("resume", _at(folder, 40, 20))
 
 
+@pytest.mark.parametrize("name", ["run[1]", "run*", "what?"])
+def test_a_folder_that_deepspeed_would_take_for_a_pattern(name: str, tmp_path: Path, recipe: Recipe) -> None:
+    assert "pattern" in _refused(tmp_path / name / "pretrain", recipe, "never")
+    assert "pattern" in _refused(tmp_path / "run" / "pretrain", recipe, str(tmp_path / name))
+
+
 def test_a_run_whose_record_is_lost_goes_on_too(folder: Path, recipe: Recipe) -> None:
     (folder / "record.json").unlink()
     assert _decide(folder, recipe) == Start("resume", _at(folder, 40, 20))

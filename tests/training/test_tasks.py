@@ -131,11 +131,17 @@ def test_seeds_are_one_for_each_micro_batch_of_each_rank() -> None:
     assert StepKey(1, 2, 0, 0, 1, 4).seed_for("model") == KEY.seed_for("model")
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
+def test_the_same_part_of_the_batch_has_the_same_seed_on_any_number_of_processes(world_size: int) -> None:
+    keys = [StepKey(1, 2, m, rank, world_size, 4) for m in range(6 // world_size) for rank in range(world_size)]
+    assert [key.seed_for("model") for key in keys] == [StepKey(1, 2, m, 0, 1, 4).seed_for("model") for m in range(6)]
+
+
 def test_a_shared_seed_is_that_of_the_step() -> None:
     keys = [StepKey(1, 2, micro, rank, 3, 4) for micro in range(2) for rank in range(3)]
-    assert len({key.seed_for("mask", per_rank=False) for key in keys}) == 1
-    assert StepKey(1, 3, 0, 0, 3, 4).seed_for("mask", per_rank=False) != keys[0].seed_for("mask", per_rank=False)
-    assert keys[0].seed_for("mask", per_rank=False) != keys[0].seed_for("mask")
+    assert len({key.seed_for("mask", per_part=False) for key in keys}) == 1
+    assert StepKey(1, 3, 0, 0, 3, 4).seed_for("mask", per_part=False) != keys[0].seed_for("mask", per_part=False)
+    assert keys[0].seed_for("mask", per_part=False) != keys[0].seed_for("mask")
 
 
 # ---- pre-training

@@ -1,0 +1,370 @@
+"""What can befall a run of two processes, and that it goes on, or ends, as it should.
+
+Everything is compared with one undisturbed run, bit by bit. The runs are those of tests/small_runs.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mrmae_ds.training.checkpoint import list_checkpoints, step_of
+from mrmae_ds.training.signals import STOPPED_STATUS
+
+from .chaos import Chaos, whole
+from .processes import environment, free_port, run
+from .ranks import Ranks
+from .small_runs import STEPS, SmallRuns, assert_same, curve, leftovers
+
+pytestmark = pytest.mark.timeout(900)
+LIMIT_S = 240
+# Stopped in mid-epoch, and between the two micro-batches of a step.
+STOPPED_AT = 20
+STOP = f"signal:rank=1,step={STOPPED_AT - 1},micro=0"
+
+
+@pytest.fixture(scope="module")
+def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
+    """With its undisturbed run."""
+    chaos = Chaos(tmp_path_factory.mktemp("faults"), seed=3)
+    chaos.reference()
+    return chaos
+
+
+@pytest.fixture(scope="module")
+def runs(chaos: Chaos) -> SmallRuns:
+    return chaos.runs
+
+
+@pytest.fixture(scope="module")
+def undisturbed(chaos: Chaos) -> Path:
+    return chaos.undisturbed
+
+
+@pytest.fixture(scope="module")
+def stopped(runs: SmallRuns) -> Path:
+    """A run that was told to stop, by a signal to one of its processes."""
+    ranks = runs.launch("stopped", fault=STOP)
+    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    return runs.folder / "stopped"
+
+
+@pytest.fixture
+def copy(stopped: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A copy of the stopped run, to be damaged and gone on with."""
+    folder = stopped.with_name(re.sub(r"\W+", "_", f"copy_of_{request.node.name}"))
+    shutil.copytree(stopped, folder)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _go_on(runs: SmallRuns, folder: Path, *more: str, world_size: int = 2) -> Ranks:
+    ranks = runs.launch(folder.name, *more, world_size=world_size)
+    assert ranks.wait(LIMIT_S) == [0] * world_size, ranks.text()
+    return ranks
+
+
+def _newest(folder: Path) -> Path:
+    return list_checkpoints(folder / "pretrain")[-1]
+
+
+def _record(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "pretrain" / "record.json").read_text())
+
+
+# ---- kills
+
+
+def test_a_run_that_is_killed_again_and_again(chaos: Chaos) -> None:
+    """The short version of tests/chaos.py, which says what is looked at."""
+    chaos.rounds(3)
+
+
+# ---- signals, and where a run goes on
+
+
+def test_a_signal_to_one_process_saves_and_stops_all(stopped: Path, runs: SmallRuns) -> None:
+    """It came between two micro-batches; that step was finished first, and nothing of it is lost."""
+    assert step_of(_newest(stopped)) == whole(stopped / "pretrain") == STOPPED_AT
+    record = _record(stopped)
+    assert (record["status"], record["schedule"]["steps_done"]) == ("stopped", STOPPED_AT)  # type: ignore[index]
+    assert record["ended"] is not None
+    logs = Ranks([], [runs.folder / "logs" / "stopped" / f"rank{rank}.log" for rank in range(2)])
+    assert "SIGTERM: saving after this step, then stopping" in logs.text(1)
+    assert f"stopped by SIGTERM after step {STOPPED_AT}; the same command goes on from there" in logs.text(0)
+    assert "stopped by" not in logs.text(1)
+    assert [line["step"] for line in curve(stopped / "pretrain")] == [1, 3, 6, 8, 9, 12, 15, 16, 18]
+    assert not leftovers(stopped / "pretrain")
+
+
+def test_it_goes_on_in_mid_epoch_where_it_was(copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
+    ranks = _go_on(runs, copy)
+    assert f"going on after step {STOPPED_AT}" in ranks.text(0)
+    assert_same(copy / "pretrain", undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_the_other_signals_do_the_same(number: int, runs: SmallRuns, undisturbed: Path) -> None:
+    name = f"signal {number}"
+    ranks = runs.launch(name, fault=f"signal:rank=0,step=4,micro=1,number={number}")
+    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    assert step_of(_newest(runs.folder / name)) == 5
+    _go_on(runs, runs.folder / name)
+    assert_same(runs.stage(name), undisturbed)
+
+
+@pytest.mark.slow
+def test_the_launcher_passes_the_status_on(runs: SmallRuns) -> None:
+    """deepspeed's: one of its processes is told to stop, all do, and the launcher ends with the same status."""
+    command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "train.py"]
+    arguments = runs.arguments("launched", "stages.pretrain.epochs=300", "record.save_every_steps=1000")
+    process = subprocess.Popen(
+        [*command, *map(str, arguments)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while not (runs.stage("launched") / "metrics.jsonl").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = Path(f"/proc/{children[0]}/task/{children[0]}/children").read_text().split()
+        os.kill(int(ranks[0]), signal.SIGTERM)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == STOPPED_STATUS, output
+    assert _record(runs.folder / "launched")["status"] == "stopped"
+
+
+# ---- damaged checkpoints
+
+
+def _damage(folder: Path, how: str) -> None:
+    newest = _newest(folder)
+    shard = newest / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+    if how == "truncated shard":
+        os.truncate(shard, shard.stat().st_size // 2)
+    elif how == "missing file":
+        shard.unlink()
+    elif how == "flipped byte":
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+    elif how == "emptied manifest":
+        (newest / "manifest.json").write_text("")
+    else:
+        (newest.parent / "latest").write_text("")
+
+
+@pytest.mark.parametrize(
+    "how", ["truncated shard", "missing file", "flipped byte", "emptied pointer",
+            pytest.param("emptied manifest", marks=pytest.mark.slow)],
+)  # fmt: skip
+def test_a_damaged_checkpoint(how: str, copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
+    """The run goes on from the one before, says why, and ends where it would have ended."""
+    newest = _newest(copy)
+    _damage(copy, how)
+    text = _go_on(runs, copy).text(0)
+    if how == "emptied pointer":  # nothing depends on it
+        assert f"going on after step {STOPPED_AT}" in text and "passed over" not in text
+    else:
+        assert f"going on after step {STOPPED_AT - 2}" in text and f"passed over: {newest}" in text
+    assert_same(copy / "pretrain", undisturbed)
+    assert not leftovers(copy / "pretrain")
+    assert (copy / "pretrain" / "checkpoints" / "latest").read_text() == _newest(copy).name
+
+
+def test_no_whole_checkpoint_is_no_fresh_start(copy: Path, runs: SmallRuns) -> None:
+    """Their sizes are right and their contents are not: all processes read, all refuse, nothing is changed."""
+    for checkpoint in list_checkpoints(copy / "pretrain"):
+        file = checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+        file.write_bytes(bytes(file.stat().st_size))
+    before = sorted(path for path in copy.rglob("*"))
+    ranks = runs.launch(copy.name)
+    assert ranks.wait(LIMIT_S) == [2, 2], ranks.text()
+    assert "no whole checkpoint in it; --resume never starts anew" in ranks.text(0)
+    assert "Traceback" not in ranks.text() and "error" not in ranks.text(1)
+    assert sorted(path for path in copy.rglob("*")) == before
+
+
+def test_other_pictures_are_refused_naming_both_sets(copy: Path, runs: SmallRuns, tmp_path: Path) -> None:
+    other = SmallRuns(tmp_path)
+    other_data = [str(a) for a in other.arguments("x") if str(a).startswith("data.val")]
+    swapped = f"data.train={tmp_path / 'val.beton'}"
+    done = run(["python", "train.py", *runs.arguments(copy.name, swapped, *other_data)], LIMIT_S)
+    assert done.status == 2 and "data.train: sha256 " in done.stderr and "data.val" not in done.stderr
+
+
+# ---- disks
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, which may be resized; needs the right to mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root may mount a small disk; test_saving.py covers the same errors without one")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_save(small_disk: Path, runs: SmallRuns, undisturbed: Path) -> None:
+    """All processes end with the reason, the earlier checkpoint stays, and with more space the run goes on."""
+    size = sum(file.stat().st_size for file in _newest(runs.folder / "undisturbed").iterdir())
+    room = int(2.6 * size) // 1024
+    subprocess.run(["mount", "-o", f"remount,size={room}k", small_disk], check=True)
+    keep = "record.keep_checkpoints=9"
+    ranks = runs.launch(small_disk / "run", keep)
+    assert ranks.wait(LIMIT_S) == [2, 2], ranks.text()
+    assert "No space left on device; free space there" in ranks.text(0), ranks.text()
+    assert "was not saved, the earlier ones are as they were" in ranks.text(0)
+    stage = small_disk / "run" / "pretrain"
+    newest = whole(stage)
+    assert newest in (2, 4) and not leftovers(stage)
+    subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
+    ranks = runs.launch(small_disk / "run", keep)
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    assert f"going on after step {newest}" in ranks.text(0)
+    assert_same(stage, undisturbed)
+
+
+# ---- processes that fail
+
+
+def _ends_soon(runs: SmallRuns, name: str, fault: str, *more: str) -> Ranks:
+    """Both processes end with 1, the one that did not fail itself soon after the one that did."""
+    ranks = runs.launch(name, *more, fault=fault)
+    assert ranks.wait(LIMIT_S) == [1, 1], ranks.text()
+    assert _record(runs.folder / name)["status"] == "failed"
+    return ranks
+
+
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_an_exception_on_one_process_ends_all_and_is_told_last(rank: int, runs: SmallRuns) -> None:
+    ranks = _ends_soon(runs, f"error {rank}", f"error:rank={rank},step=5,micro=1")
+    own, other = ranks.text(rank), ranks.text(1 - rank)
+    assert own.rstrip().endswith("ValueError: the fault of this test") and own.count("Traceback") == 1
+    assert other.rstrip().endswith(f"rank {1 - rank}: ending, because rank {rank} failed")
+    assert "Traceback" not in other
+    assert ranks.logs[rank].stat().st_mtime_ns >= ranks.logs[1 - rank].stat().st_mtime_ns
+
+
+@pytest.mark.parametrize("how", ["freeze", pytest.param("sleep", marks=pytest.mark.slow)])
+def test_a_process_that_gets_no_further_is_told_with_the_stacks_of_all(how: str, runs: SmallRuns) -> None:
+    """``freeze`` holds the interpreter, so that none of the process's own threads could tell."""
+    name = f"stuck {how}"
+    ranks = runs.launch(name, "record.hang_minutes=0.2", fault=f"{how}:rank=1,step=5")
+    statuses = ranks.wait(LIMIT_S) if how == "sleep" else _wait_for_rank_0(ranks)
+    assert statuses[0] == 1 and (how == "freeze" or statuses == [1, 1]), ranks.text()
+    text = ranks.text()
+    assert "---- rank 0, process" in text and "---- rank 1, process" in text
+    assert f"in _{how}" in text, "the stuck process's stacks"
+    assert "in train" in text and "got no further for" in text
+    assert _record(runs.folder / name)["status"] == "failed"
+
+
+def _wait_for_rank_0(ranks: Ranks) -> list[int]:
+    """A process that holds its interpreter cannot end itself; a launcher does, when another has ended."""
+    ranks.processes[0].join(LIMIT_S)
+    code = ranks.processes[0].exitcode
+    ranks.kill()
+    return [-1 if code is None else code]
+
+
+# ---- batches that are not finite
+
+
+def test_a_batch_that_is_not_finite_on_one_process(runs: SmallRuns, undisturbed: Path) -> None:
+    """No process takes the step; it is counted, captured, told, and the run goes on; the steps before are the same."""
+    ranks = runs.launch("nan", fault="nan_loss:rank=1,step=9,micro=1")
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    assert "step 10 skipped: a loss was not finite (1 skipped so far, 1 in a row); mrmae replay" in ranks.text(0)
+    lines, clean = curve(runs.stage("nan")), curve(undisturbed)
+    assert [line["skipped_steps"] for line in lines] == [int(line["step"] > 9) for line in lines]
+    assert [line for line in lines if line["step"] < 10] == [line for line in clean if line["step"] < 10]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert [path.name for path in (runs.stage("nan") / "captures").iterdir()] == ["step_000000009"]
+
+
+def test_nothing_but_bad_batches_ends_the_run(runs: SmallRuns) -> None:
+    """A rate at which the weights explode: five steps are skipped, then all processes end with 1."""
+    wild = ("stages.pretrain.optimizer.base_lr=1e30", "stages.pretrain.optimizer.warmup_epochs=0")
+    ranks = runs.launch("wild", *wild)
+    assert ranks.wait(LIMIT_S) == [1, 1], ranks.text()
+    assert ranks.text(0).rstrip().splitlines()[-1].startswith("error: loss or gradients were not finite in the last 5")
+    assert "Traceback" not in ranks.text() and "error" not in ranks.text(1)
+    assert curve(runs.stage("wild"))[-1]["skipped_steps"] == 5
+    assert _record(runs.folder / "wild")["status"] == "failed"
+
+
+# ---- another number of processes
+
+
+@pytest.mark.parametrize("change", ["2 to 1", pytest.param("1 to 2", marks=pytest.mark.slow)])
+def test_on_another_number_of_processes_the_curve_is_the_same(
+    change: str, stopped: Path, copy: Path, runs: SmallRuns, undisturbed: Path
+) -> None:
+    """Pictures, masks, rates and optimiser states are; sums over other numbers of processes round differently."""
+    if change == "1 to 2":
+        shutil.rmtree(copy)
+        ranks = runs.launch(copy.name, world_size=1, fault=STOP.replace("rank=1", "rank=0"))
+        assert ranks.wait(LIMIT_S) == [STOPPED_STATUS], ranks.text()
+    text = _go_on(runs, copy, world_size=1 if change == "2 to 1" else 2).text(0)
+    assert f"going on after step {STOPPED_AT}" in text and "converting for" in text
+    ours, theirs = curve(copy / "pretrain"), curve(undisturbed)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for name in ("loss", "grad_norm", "lr"):
+        rtol = 1e-5 if name == "loss" else 1e-4
+        np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=rtol)
+    assert {step_of(path) for path in list_checkpoints(copy / "pretrain")} == {STEPS - 2, STEPS}
+    assert not leftovers(copy / "pretrain")
+
+
+# ---- fine-tuning
+
+
+FINETUNE = (
+    "--stage", "finetune", "stages.finetune.init=scratch", "stages.finetune.batch_size=8", "stages.finetune.epochs=2",
+    "stages.finetune.optimizer.warmup_epochs=0.5", "stages.finetune.drop_path=0.2", "stages.finetune.mixup=0.8",
+    "stages.finetune.erasing=0.25",
+)  # fmt: skip
+
+
+def test_fine_tuning_with_layer_decay_goes_on_too(runs: SmallRuns) -> None:
+    """Many parameter groups, each with its own rate; drop path, mixup and erasing; an evaluation each epoch."""
+    ranks = runs.launch("whole", *FINETUNE)
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    ranks = runs.launch("parted", *FINETUNE, fault="signal:rank=1,step=10,micro=0")
+    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    shutil.copytree(runs.folder / "parted", runs.folder / "one")
+    _go_on(runs, runs.folder / "parted", *FINETUNE)
+    whole_run = runs.stage("whole", "finetune")
+    assert_same(runs.stage("parted", "finetune"), whole_run)
+    _go_on(runs, runs.folder / "one", *FINETUNE, world_size=1)
+    ours, theirs = curve(runs.stage("one", "finetune")), curve(whole_run)
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=1e-4)
+    assert ours[-1]["top1"] == theirs[-1]["top1"]
+
+
+@pytest.mark.slow
+def test_checkpoints_written_in_the_background(tmp_path: Path) -> None:
+    """Killed three times, as above."""
+    chaos = Chaos(tmp_path, seed=5, more=("record.save_in_background=true",))
+    chaos.reference()
+    chaos.rounds(3)
