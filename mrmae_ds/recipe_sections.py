@@ -84,7 +84,7 @@ class DataConfig(Section):
 
 
 class TeacherConfig(Section):
-    """A frozen teacher.
+    """A frozen teacher. Where its weights live while a student is trained is ``stages.pretrain.placement``.
 
     Attributes:
         kind: ``checkpoint`` a run of this project, ``clip`` an open_clip tower, ``timm`` any timm model with tokens or
