@@ -78,7 +78,7 @@ def stock_ffcv(settings: Settings) -> Batches:
         os_cache=True,
         drop_last=True,
         seed=0,
-        pipelines={"image": image, "label": [IntDecoder(), ToTensor()], "index": None},
+        pipelines={"image": image, "label": [IntDecoder(), ToTensor()], "index": None, "adler32": None},
     )
     return lambda _: (len(images) for images, _label in loader)
 
@@ -182,7 +182,7 @@ def unpack(beton: Path, folder: Path) -> None:
     from mrmae_ds.data.beton import check_beton
     from mrmae_ds.data.beton_file import BetonFile
 
-    file = BetonFile(beton, check_beton(beton).num_samples)
+    file = BetonFile(check_beton(beton))
     for row, label in enumerate(file.labels.tolist()):
         target = folder / f"{label:04d}" / f"{row:08d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -32,7 +32,7 @@ class BetonInfo:
         path: the .beton. num_samples: how many pictures. num_classes: labels are 0..num_classes-1.
         class_names: their names, in the order of the labels.
         max_side: longer side of the largest picture it may hold, pixels. quality: of its JPEGs.
-        size: bytes. sha256: of the whole file.
+        size: bytes. sha256: of the whole file. tables_sha256: of ``beton_file.tables_sha256``, if known.
         name: the data set's, as tables show it. source: what it was made from, in words.
     """
 
@@ -44,6 +44,7 @@ class BetonInfo:
     quality: int
     size: int
     sha256: str
+    tables_sha256: str | None
     name: str
     source: str
 
@@ -105,6 +106,7 @@ def check_beton(path: str | Path) -> BetonInfo:
         quality=content["quality"],
         size=size,
         sha256=content["sha256"],
+        tables_sha256=content.get("tables_sha256"),
         name=content["name"],
         source=content["source"],
     )

@@ -7,6 +7,7 @@ out as its processes come; this one writes the same bytes for the same pictures.
 from __future__ import annotations
 
 import os
+import zlib
 from pathlib import Path
 from types import TracebackType
 
@@ -51,7 +52,7 @@ class BetonWriter:
             self._file.write(bytes(left))
             self._end += left
         self._file.write(jpeg)
-        self._samples[self._count] = ((JPEG, width, height, self._end), label, self._count)
+        self._samples[self._count] = ((JPEG, width, height, self._end), label, self._count, zlib.adler32(jpeg))
         self._allocations[self._count] = (self._count, self._end, len(jpeg))
         self._end += len(jpeg)
         self._count += 1

@@ -49,7 +49,7 @@ def compare(path: str | Path, dataset: PictureDataset, count: int, seed: int = 0
     if len(dataset) != info.num_samples:
         raise UserError(f"{path}: holds {info.num_samples:,} pictures, the source {len(dataset):,}")
     rows = np.sort(np.random.default_rng(seed).permutation(info.num_samples)[:count])
-    file, sidecar = BetonFile(info.path, info.num_samples), read_sidecar(path)
+    file, sidecar = BetonFile(info), read_sidecar(path)
     lowest, problems = float("inf"), []
     for row in tqdm(rows.tolist(), desc=f"compare {info.path.name}", unit="picture"):
         found = _compare_one(file, info, sidecar, dataset, row)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from mrmae_ds.data._ffcv import import_ffcv
+from mrmae_ds.data.beton_file import BetonFile
 from mrmae_ds.data.crop import FloatArray, IntArray
 
 import_ffcv()
@@ -57,15 +58,15 @@ class BoxDecoder(SimpleRGBImageDecoder):
         torch_threads: what torch's number of threads is to be in FFCV's thread.
     """
 
-    def __init__(self, size: int, table: IntArray, threads: int) -> None:
-        """size: S, pixels; table: see ``jpeg_kernel.decode``; threads: T."""
+    def __init__(self, size: int, file: BetonFile, threads: int) -> None:
+        """size: S, pixels; threads: T."""
         super().__init__()
         self.size = size
-        self.table = table
+        self.table, self.checksums = file.table, file.checksums
         self.boxes: Callable[[IntArray, IntArray, IntArray], IntArray | FloatArray] | None = None
         self.beyond = False
         self.torch_threads = torch.get_num_threads()
-        self._scratch = jpeg_kernel.make_scratch(table, size, threads)
+        self._scratch = jpeg_kernel.make_scratch(file.table, size, threads)
         # Not at the interpreter's exit, where FFCV's thread may still be using them.
         weakref.finalize(self, jpeg_kernel.free_scratch, self._scratch).atexit = False
 
@@ -91,27 +92,26 @@ class BoxDecoder(SimpleRGBImageDecoder):
             torch.set_num_threads(self.torch_threads)
         boxes = self.boxes(self.table[rows, 2], self.table[rows, 3], rows).astype(np.float64)
         status = np.zeros(len(rows), dtype=np.int32)
-        jpeg_kernel.decode(file.view(np.ndarray), self.table, rows, boxes, self.beyond, images, self._scratch, status)
+        jpeg_kernel.decode(
+            file.view(np.ndarray), self.table, self.checksums, rows, boxes, self.beyond, images, self._scratch, status
+        )
         return Decoded(images, rows[status != 0])
 
 
-def damaged_rows(file: npt.NDArray[np.uint8], table: IntArray, rows: IntArray) -> IntArray:
+def damaged_rows(file: BetonFile, rows: IntArray) -> IntArray:
     """Decode samples as training does. Returns those whose JPEG is damaged, int64.
 
     Unlike Pillow, the decoder takes the JPEG library's warnings (a stretch of bad data) for errors.
-
-    Args:
-        file, table, rows: see ``jpeg_kernel.decode``.
     """
     boxes = np.zeros((len(rows), 5))
-    boxes[:, 2:4] = table[rows, 2:4]
+    boxes[:, 2:4] = file.table[rows, 2:4]
     images = np.empty((len(rows), 8, 8, 3), dtype=np.uint8)
     status = np.zeros(len(rows), dtype=np.int32)
     threads = numba.config.NUMBA_NUM_THREADS
     numba.set_num_threads(threads)
-    scratch = jpeg_kernel.make_scratch(table[rows], 8, threads)
+    scratch = jpeg_kernel.make_scratch(file.table[rows], 8, threads)
     try:
-        jpeg_kernel.decode(file, table, rows, boxes, False, images, scratch, status)
+        jpeg_kernel.decode(file.content, file.table, file.checksums, rows, boxes, False, images, scratch, status)
     finally:
         jpeg_kernel.free_scratch(scratch)
     return rows[status != 0]
@@ -122,7 +122,7 @@ def build_loader(path: Path, decoder: BoxDecoder, *, batch_size: int, threads: i
     enabled = Compiler.is_enabled
     Compiler.set_enabled(False)
     try:
-        pipelines = {"image": [decoder], "label": None, "index": None}
+        pipelines = {"image": [decoder], "label": None, "index": None, "adler32": None}
         return Loader(str(path), batch_size=batch_size, num_workers=threads, os_cache=True, pipelines=pipelines)
     finally:
         Compiler.set_enabled(enabled)

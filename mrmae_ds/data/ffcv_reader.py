@@ -49,9 +49,9 @@ class FFCVReader:
                 f"num_workers is {threads}, but this process has {numba_config.NUMBA_NUM_THREADS} cores "
                 "(NUMBA_NUM_THREADS): lower it, or give the job more CPUs"
             )
-        file = BetonFile(path, self.num_samples)
+        file = BetonFile(settings.info)
         self._labels, self._indices = file.labels, file.indices
-        self._decoder = BoxDecoder(settings.image_size, file.table, threads)
+        self._decoder = BoxDecoder(settings.image_size, file, threads)
         with keep_torch_threads():
             self._loader = build_loader(path, self._decoder, batch_size=settings.micro_batch, threads=threads)
         self.batches_per_epoch = settings.batches_per_epoch

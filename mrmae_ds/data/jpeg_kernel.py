@@ -50,6 +50,7 @@ _ONE = 1 << 14  # a weight of 1
 _BETWEEN = 6  # fractional bits of a value between the passes
 _HALF = 1 << 13
 _MIDDLE = 128 << _BETWEEN  # chroma of grey
+_PRIME, _BLOCK = 65521, 4096  # Adler-32's modulus; bytes whose sums fit into 32 bits
 
 
 class Scratch(NamedTuple):
@@ -249,13 +250,30 @@ def _resize(planes, sides, box, beyond, image, scratch, thread):  # type: ignore
                 image[y, x, channel] = pixels[channel, y]
 
 
+@njit(nogil=True)
+def _adler32(content):  # type: ignore[no-untyped-def]
+    """zlib's checksum of bytes, uint8 [n], by sums that the compiler makes vectors of."""
+    one, two = 1, 0
+    for start in range(0, content.size, _BLOCK):
+        block = content[start : start + _BLOCK]
+        plain, weighted = np.uint32(0), np.uint32(0)
+        for place in range(block.size):
+            value = np.uint32(block[place])
+            plain = np.uint32(plain + value)
+            weighted = np.uint32(weighted + np.uint32(np.uint32(block.size - place) * value))
+        two = (two + block.size * one + np.int64(weighted)) % _PRIME
+        one = (one + np.int64(plain)) % _PRIME
+    return two * 65536 + one
+
+
 @njit(parallel=True, nogil=True, cache=True)
-def decode(file, table, rows, boxes, beyond, images, scratch, status):  # type: ignore[no-untyped-def]
+def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status):  # type: ignore[no-untyped-def]
     """Decode, cut, resize and mirror B samples on T threads.
 
     Args:
         file: uint8 [bytes], the whole .beton, mapped.
         table: int64 [N, 4]: offset and length of each JPEG in ``file``, its height and width.
+        checksums: int64 [N], Adler-32 of each JPEG; -1 where it is not known.
         rows: int64 [B], which samples.
         boxes: float64 [B, 5]: top, left, height, width (pixels of the stored picture), 1 if mirrored.
         beyond: whether pixels outside of a box count in the filter at its border, as they do when a picture is resized
@@ -273,6 +291,8 @@ def decode(file, table, rows, boxes, beyond, images, scratch, status):  # type: 
             place = np.uint64(header.ctypes.data)
             four, eight, twelve = np.uint64(4), np.uint64(8), np.uint64(12)
             status[b] = DAMAGED
+            if checksums[rows[b]] >= 0 and checksums[rows[b]] != _adler32(file[offset : offset + length]):
+                continue
             if _read_header(handle, source, np.uint64(length), place, place + four, place + eight, place + twelve):
                 continue
             sampling = header[2]

@@ -127,7 +127,7 @@ class PillowReader:
         self.settings = settings
         self.num_samples = settings.num_samples
         self.batches_per_epoch = settings.batches_per_epoch
-        self._source: Source = BetonSource(BetonFile(settings.info.path, settings.info.num_samples))
+        self._source: Source = BetonSource(BetonFile(settings.info))
         self._batches = _Batches()
         self._loader: DataLoader | None = None
         self._current: object = None

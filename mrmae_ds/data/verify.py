@@ -37,7 +37,7 @@ def verify_beton(path: str | Path) -> BetonInfo:
 
 def _problems(info: BetonInfo) -> Iterator[str]:
     """One line for each thing that is not as it should be."""
-    file = BetonFile(info.path, info.num_samples)
+    file = BetonFile(info)
     labels, rows = file.labels, np.arange(info.num_samples)
     strange = (labels < 0) | (labels >= info.num_classes)
     for row in rows[(file.indices != rows) | strange]:
@@ -85,7 +85,7 @@ def _damaged(file: BetonFile, rows: IntArray) -> list[int]:
         return [row for row in rows.tolist() if not _decodes(file.jpeg(row))]
     from mrmae_ds.data.ffcv_decoder import damaged_rows
 
-    return damaged_rows(file.content, file.table, rows).tolist()
+    return damaged_rows(file, rows).tolist()
 
 
 def _decodes(jpeg: bytes) -> bool:

@@ -16,10 +16,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from PIL import Image, features
 from tqdm import tqdm
 
 from mrmae_ds.data.beton import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
+from mrmae_ds.data.beton_file import tables_sha256
 from mrmae_ds.data.beton_writer import BetonWriter
 from mrmae_ds.data.options import WriteOptions
 from mrmae_ds.data.partial import partial_file
@@ -83,7 +85,7 @@ def write_beton(
     origin: Mapping[str, Any] | None = None,
     ignored: Mapping[str, int] | None = None,
 ) -> BetonInfo:
-    """Write pictures as JPEGs into a .beton with the fields image, label and index (the row), and a sidecar.
+    """Write pictures as JPEGs into a .beton (``beton_file`` says what is in it), and a sidecar.
 
     Every picture is fully decoded and made RGB (``pictures.to_rgb``), once. Those that cannot be are left out and
     listed in the sidecar and beside it, up to ``options.max_bad``. The file appears under its name when it is whole;
@@ -177,6 +179,7 @@ def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names:
         "workers": options.processes,
         "size": partial.stat().st_size,
         "sha256": file_sha256(partial),
+        "tables_sha256": tables_sha256(np.memmap(partial, dtype=np.uint8, mode="r").view(np.ndarray)),
         "versions": dict(_versions()),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(tally.seconds, 3),

@@ -79,7 +79,7 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, usual: i
         info = check_beton(val)
     except UserError as error:
         raise UserError(f"{error}; or show other pictures: --pictures FILE_OR_FOLDER") from None
-    source = BetonSource(BetonFile(info.path, info.num_samples))
+    source = BetonSource(BetonFile(info))
     if rows:
         if count is not None:
             raise UserError("--count: the numbers after --pictures say how many; leave it out")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +14,26 @@ _HEADER = np.dtype(
 )
 _DESCRIPTOR_BYTES = 1 + 16 + 1024
 _IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
-_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("index", "<i8")], align=True)
+_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("index", "<i8"), ("adler32", "<i8")], align=True)
 _ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
 
 
-def stored_jpegs(path: Path) -> list[tuple[bytes, int, int]]:
-    """(JPEG, label, index) of every sample of a .beton with these three fields."""
+def stored_jpegs(path: Path, sound: bool = True) -> list[tuple[bytes, int, int]]:
+    """(JPEG, label, index) of every sample of a .beton with these three fields and the JPEG's Adler-32.
+
+    sound: whether it must be right.
+    """
     content = path.read_bytes()
     header = np.frombuffer(content, _HEADER, count=1)[0]
-    assert (header["version"], header["fields"]) == (2, 3)
-    samples = np.frombuffer(content, _SAMPLE, int(header["samples"]), _HEADER.itemsize + 3 * _DESCRIPTOR_BYTES)
+    assert (header["version"], header["fields"]) == (2, 4)
+    samples = np.frombuffer(content, _SAMPLE, int(header["samples"]), _HEADER.itemsize + 4 * _DESCRIPTOR_BYTES)
     allocations = np.frombuffer(content, _ALLOCATION, offset=int(header["allocations"]))
     sizes = dict(zip(allocations["place"].tolist(), allocations["size"].tolist(), strict=True))
     places = samples["image"]["place"].tolist()
     labels, indices = samples["label"].tolist(), samples["index"].tolist()
-    return [
+    found = [
         (content[place : place + sizes[place]], label, index)
         for place, label, index in zip(places, labels, indices, strict=True)
     ]
+    assert not sound or samples["adler32"].tolist() == [zlib.adler32(jpeg) for jpeg, _, _ in found]
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -53,16 +54,24 @@ def _decode(
     offsets = np.cumsum([0, *(len(jpeg) for jpeg in jpegs)])
     sides = [Image.open(io.BytesIO(jpeg)).size[::-1] for jpeg in jpegs]
     table = np.array([[offset, len(jpeg), *side] for offset, jpeg, side in zip(offsets, jpegs, sides, strict=False)])
-    return _decode_table(b"".join(jpegs), table, boxes, size, beyond, threads)
+    sums = [zlib.adler32(jpeg) for jpeg in jpegs]
+    return _decode_table(b"".join(jpegs), table, boxes, size, beyond, threads, sums)
 
 
 def _decode_table(
-    content: bytes, table: np.ndarray, boxes: Sequence[Box], size: int, beyond: bool = False, threads: int = 2
+    content: bytes,
+    table: np.ndarray,
+    boxes: Sequence[Box],
+    size: int,
+    beyond: bool = False,
+    threads: int = 2,
+    checksums: Sequence[int] | None = None,
 ) -> tuple[np.ndarray, list[int]]:
     images, status = np.zeros((len(table), size, size, 3), dtype=np.uint8), np.full(len(table), -1, dtype=np.int32)
     scratch = jpeg_kernel.make_scratch(table, size, threads)
     file, rows = np.frombuffer(content, dtype=np.uint8), np.arange(len(table))
-    jpeg_kernel.decode(file, table, rows, np.array(boxes, dtype=float), beyond, images, scratch, status)
+    sums = np.array([-1] * len(table) if checksums is None else checksums)
+    jpeg_kernel.decode(file, table, sums, rows, np.array(boxes, dtype=float), beyond, images, scratch, status)
     jpeg_kernel.free_scratch(scratch)
     return images, status.tolist()
 
@@ -198,3 +207,16 @@ def test_a_jpeg_of_another_size_is_damaged(side: tuple[int, int]) -> None:
     jpeg = _jpeg(_picture(), quality=90)
     _, status = _decode_table(jpeg, np.array([[0, len(jpeg), *side]]), [(0, 0, 10, 10, 0)], 16)
     assert status == [jpeg_kernel.DAMAGED]
+
+
+@pytest.mark.parametrize("more", [0, 1, 4095, 4096, 60_000])
+def test_the_checksum_is_zlibs(more: int) -> None:
+    """Of JPEGs of several lengths, by bytes behind their end, which the decoder does not look at."""
+    jpeg = _jpeg(_picture().resize((20, 30)), quality=90) + b"\xff" * more
+    table, box = np.array([[0, len(jpeg), 30, 20]]), [(0, 0, 30, 20, 0)]
+    right = zlib.adler32(jpeg)
+    for checksum, status in ((right, 0), (-1, 0), (right ^ 1, jpeg_kernel.DAMAGED), (0, jpeg_kernel.DAMAGED)):
+        assert _decode_table(jpeg, table, box, 8, checksums=[checksum])[1] == [status]
+    if more:
+        changed = jpeg[:-1] + b"\xfe"
+        assert _decode_table(changed, table, box, 8, checksums=[right])[1] == [jpeg_kernel.DAMAGED]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,14 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ffcv.fields import IntField, RGBImageField
+from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from mrmae_ds.data import Batch, CropSettings, Reader, build_reader
 from mrmae_ds.data.beton import sidecar_path
+from mrmae_ds.data.beton_writer import BetonWriter
+from mrmae_ds.data.options import WriteOptions
 from mrmae_ds.data.reader import default_num_workers
+from mrmae_ds.data.writer import write_beton
 from mrmae_ds.errors import UserError
+from tests.processes import REPOSITORY
 
 from .jpegs import stored_jpegs
+from .samples import Photographs
 from .test_crop import expected_box
 
 pytestmark = pytest.mark.timeout(120, method="thread")
@@ -130,9 +139,10 @@ def test_evaluation_pixels_are_the_centre(photographs: Path, size: int, short: i
             _assert_cut_by(cut, image)
 
 
-def test_threads_do_not_change_pixels(betons: tuple[Path, Path]) -> None:
-    one, two = (_reader(betons[0], train=True, num_workers=threads).epoch(1) for threads in (1, 2))
-    assert _digest(one) == _digest(two)
+def test_threads_do_not_change_pixels(betons: tuple[Path, Path], photographs: Path) -> None:
+    for path in (betons[0], photographs):
+        one, two = (_reader(path, train=True, num_workers=threads).epoch(1) for threads in (1, 2))
+        assert _digest(one) == _digest(two)
 
 
 def test_ranks_share_the_same_steps_and_pixels(betons: tuple[Path, Path]) -> None:
@@ -154,26 +164,28 @@ _IN_A_PROCESS = """
 import sys
 from pathlib import Path
 from tests.data.test_reader import _digest, _reader
-print(_digest(_reader(Path(sys.argv[1]), train=True).epoch(1)))
+for path in sys.argv[1:]:
+    print(_digest(_reader(Path(path), train=True, num_workers=4).epoch(1)))
 """
 
 
-def test_a_fresh_process_sees_the_same(betons: tuple[Path, Path]) -> None:
-    root = Path(__file__).parents[2]
+def test_a_fresh_process_of_four_threads_sees_the_same(betons: tuple[Path, Path], photographs: Path) -> None:
+    paths = betons[0], photographs
     done = subprocess.run(
-        [sys.executable, "-c", _IN_A_PROCESS, str(betons[0])],
-        capture_output=True, text=True, timeout=90, cwd=root, check=False,
+        [sys.executable, "-c", _IN_A_PROCESS, *map(str, paths)],
+        capture_output=True, text=True, timeout=110, cwd=REPOSITORY, check=False,
+        env={**os.environ, "NUMBA_NUM_THREADS": "4"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [_digest(_reader(betons[0], train=True).epoch(1))]
+    assert done.stdout.split() == [_digest(_reader(path, train=True).epoch(1)) for path in paths]
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_an_epoch_is_resumed_where_it_was_left(betons: tuple[Path, Path], train: bool) -> None:
+def test_an_epoch_is_resumed_at_any_batch(betons: tuple[Path, Path], train: bool) -> None:
     reader = _reader(betons[not train], train=train)
     batches = list(reader.epoch(1))
     assert len(batches) == reader.batches_per_epoch
-    for start in (0, 3, len(batches) - 1, len(batches)):
+    for start in range(len(batches) + 1):
         assert _digest(reader.epoch(1, start)) == _digest(batches[start:])
 
 
@@ -248,15 +260,103 @@ def test_torchs_threads_are_left_alone(betons: tuple[Path, Path]) -> None:
         torch.set_num_threads(before)
 
 
-def test_a_damaged_picture_is_an_error(photographs: Path, tmp_path: Path) -> None:
-    path = tmp_path / "train.beton"
-    content, jpeg = bytearray(photographs.read_bytes()), stored_jpegs(photographs)[6][0]
-    place = bytes(content).index(jpeg)
-    content[place + len(jpeg) // 2 : place + len(jpeg)] = bytes(len(jpeg) - len(jpeg) // 2)
+def _altered(beton: Path, folder: Path, place: int) -> Path:
+    """A copy of which one bit is another."""
+    path = folder / "train.beton"
+    content = bytearray(beton.read_bytes())
+    content[place] ^= 1
     path.write_bytes(content)
+    shutil.copy(sidecar_path(beton), sidecar_path(path))
+    return path
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+@pytest.mark.parametrize("where", [0.01, 0.5, 0.97])
+def test_a_bit_that_has_changed_in_a_picture_is_an_error(
+    photographs: Path, tmp_path: Path, where: float, backend: str
+) -> None:
+    content, jpeg = photographs.read_bytes(), stored_jpegs(photographs)[6][0]
+    path = _altered(photographs, tmp_path, content.index(jpeg) + int(where * len(jpeg)))
+    reader = _reader(path, train=False, backend=backend)
+    with pytest.raises(UserError, match=r"damaged (JPEG|picture) in sample 6"):
+        list(reader.epoch(0))
+    reader.close()
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+@pytest.mark.parametrize("what", ["version", "label", "checksum", "length"])
+def test_a_bit_that_has_changed_in_the_tables_is_an_error(
+    photographs: Path, tmp_path: Path, what: str, backend: str
+) -> None:
+    """The label, row and checksum of a sample lie behind its picture's entry; places and lengths at the file's end."""
+    content, (jpeg, label, _) = photographs.read_bytes(), stored_jpegs(photographs)[6]
+    place = content.index(jpeg).to_bytes(8, "little")
+    entry = content.index(place + b"\0" * 3 + label.to_bytes(8, "little"))
+    where = {"version": 0, "label": entry + 11, "checksum": entry + 27, "length": content.rindex(place) + 8}[what]
+    path = _altered(photographs, tmp_path, where)
+    with pytest.raises(UserError, match=r"does not hold what its sidecar describes.*copy or write it again"):
+        _reader(path, train=False, backend=backend)
+
+
+def test_a_file_cut_off_or_of_another_set_is_an_error(
+    photographs: Path, betons: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "train.beton"
+    for content in (photographs.read_bytes()[:-1], b"", betons[0].read_bytes()):
+        path.write_bytes(content)
+        shutil.copy(sidecar_path(photographs), sidecar_path(path))
+        with pytest.raises(UserError, match=r"has [\d,]+ bytes, its sidecar says|no such file"):
+            _reader(path, train=False)
+    # A file of the same size that another run of the writer has made, and a sidecar that is not its own.
+    options = WriteOptions(max_side=256, quality=95, workers=1)
+    write_beton(Relabelled(), path, options, class_names=["wide", "tall"], name="other", source="a photograph")
+    assert path.stat().st_size == photographs.stat().st_size
     shutil.copy(sidecar_path(photographs), sidecar_path(path))
-    with pytest.raises(UserError, match="damaged JPEG in sample 6"):
-        list(_reader(path, train=False).epoch(0))
+    with pytest.raises(UserError, match="its tables have changed since they were written"):
+        _reader(path, train=False)
+
+
+class Relabelled(Photographs):
+    """The same pictures, other labels."""
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        picture, label = super().__getitem__(index)
+        return picture, 1 - label
+
+
+def test_a_file_of_ffcvs_own_writer_is_read(photographs: Path, tmp_path: Path) -> None:
+    path, pictures = tmp_path / "train.beton", Photographs()
+    fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField(), "index": IntField()}
+    samples = [(np.asarray(pictures[row][0].resize((60, 44))), pictures[row][1], row) for row in range(len(pictures))]
+    DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
+    sidecar = json.loads(sidecar_path(photographs).read_text())
+    del sidecar["tables_sha256"]
+    sidecar_path(path).write_text(json.dumps(sidecar | {"size": path.stat().st_size}))
+    for backend in ("ffcv", "pillow"):
+        reader = _reader(path, train=False, image_size=44, backend=backend)
+        batches = list(reader.epoch(0))
+        reader.close()
+        assert [label for batch in batches for label in batch.labels.tolist()] == [label for _, label, _ in samples]
+        for batch in batches:
+            for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+                whole = Image.fromarray(samples[index][0]).resize((68, 50), Image.Resampling.BICUBIC)
+                assert _distance(image, whole.crop((12, 3, 56, 47))) < 6
+
+
+@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+def test_what_was_damaged_before_it_was_written_is_an_error(photographs: Path, tmp_path: Path, backend: str) -> None:
+    """Checksums and all fit, the picture does not."""
+    path = tmp_path / "train.beton"
+    with BetonWriter(path, 2, 256) as file:
+        for jpeg in (stored_jpegs(photographs)[0][0], stored_jpegs(photographs)[6][0][:-300]):
+            file.append(jpeg, *Image.open(io.BytesIO(jpeg)).size, 0)
+    sidecar = json.loads(sidecar_path(photographs).read_text())
+    del sidecar["tables_sha256"]
+    sidecar_path(path).write_text(json.dumps(sidecar | {"size": path.stat().st_size, "num_samples": 2}))
+    reader = _reader(path, train=False, backend=backend)
+    with pytest.raises(UserError, match=r"damaged (JPEG|picture) in sample 1"):
+        list(reader.epoch(0))
+    reader.close()
 
 
 def test_what_goes_wrong_in_ffcvs_thread_is_raised(betons: tuple[Path, Path]) -> None:

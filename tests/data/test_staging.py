@@ -215,9 +215,7 @@ def test_a_file_that_is_not_what_its_sidecar_says_is_an_error_everywhere(
     assert not list((tmp_path / "disk").glob("*/*"))
 
 
-def test_too_little_space_is_told_before_copying(
-    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_little_space_is_told_before_copying(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, beton.stat().st_size - 1))
     with pytest.raises(UserError, match=r"stage_to .*disk: .* needs \d\.\d MB, \d\.\d MB are free; name"):
@@ -258,9 +256,7 @@ def test_waiting_ends(beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[
         stage_beton(beton, tmp_path / "disk", is_leader=True, timeout_s=0.5)
 
 
-def test_a_folder_that_cannot_be_used_is_an_error(
-    beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_cannot_be_used_is_an_error(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"stage_to .*/file/disk: cannot be written to \(Not a directory\)"):
         _leader(beton, tmp_path / "file" / "disk")
@@ -288,7 +284,8 @@ def test_training_reads_the_staged_copy(original: Path, tmp_path: Path) -> None:
     stage_to = f"loader.stage_to={tmp_path / 'disk'}"
     command = (*recipe, "--stage", "finetune", "--run", tmp_path / "run", *data, stage_to)
     results = finish(rank_processes(2, *command, "stages.finetune.batch_size=32"), 100)
-    assert [result.status for result in results] == [2, 2], results[0].stderr
+    statuses = [result.status for result in results]  # of who stumbles 2, of who ends because another one has 1
+    assert 2 in statuses and set(statuses) <= {1, 2}, results[0].stderr
     assert any(f"error: {path}: damaged JPEG in sample" in result.stderr for result in results)
     assert f"{original}: staged already, {path}" in results[0].stdout
     assert located(original.with_name("val.beton"), tmp_path / "disk").is_file()
