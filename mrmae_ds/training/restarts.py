@@ -9,7 +9,6 @@ start to start would do so until somebody looks, on hundreds of GPUs, so it ends
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.reporting.environment import git_state
 from mrmae_ds.reporting.records import RECORD_FILE, RunRecord, utc_now
-from mrmae_ds.training.checkpoint import list_checkpoints
+from mrmae_ds.training.checkpoint import list_checkpoints, step_of
 
 # Starts of a job that may end where they began: a node can be lost before the first checkpoint, and once more.
 MAX_IDLE_STARTS = 2
@@ -57,8 +56,7 @@ def _starts_file(stage_dir: Path) -> Path:
 def newest_step(stage_dir: Path) -> int:
     """The step of a stage's newest checkpoint; 0 without one."""
     found = list_checkpoints(stage_dir)
-    match = re.match(r"step_(\d+)", found[-1].name) if found else None
-    return int(match[1]) if match else 0
+    return step_of(found[-1]) if found else 0
 
 
 def read_starts(stage_dir: Path, job: str) -> list[Start]:

@@ -137,6 +137,18 @@ class Cluster:
         for pid in self.pids_of(node):
             _kill(pid)
 
+    def give_back(self, node: str) -> None:
+        """A lost node is back, and nothing is left of what it missed.
+
+        Slurm tries for a minute to deliver a signal to a step, here the end of the one that the node was lost with. A
+        job that is queued again has a step of that very number. By default it waits two minutes; this cluster starts it
+        sooner (cred_expire), so its controller is started anew, which forgets such messages.
+        """
+        self.daemons["slurmctld"].terminate()
+        self.daemons["slurmctld"].wait(30)
+        self._start("slurmctld", "-D", "-f", str(self.config))
+        self.start_node(node)
+
     def pids_of(self, node: str) -> list[int]:
         """The jobs' processes on a node and the slurmstepd above each, found by their environment."""
         found = set()

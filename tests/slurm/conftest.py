@@ -45,3 +45,23 @@ def stub_site(cluster: Cluster) -> Path:
     site = folder / "site.sh"
     site.write_text(f"PYTHON={python}\nexport DS_ACCELERATOR=cpu\nNETWORK_INTERFACE=lo\nSTAGE_TO=$STAGE_HERE\n")
     return site
+
+
+# Python, with train.py disturbed.
+DISTURBED = """#!/bin/bash
+[ "$1 $2" != "-u train.py" ] || set -- -u tests/slurm/disturbed.py "${{@:3}}"
+exec {python} "$@"
+"""
+
+
+@pytest.fixture(scope="session")
+def training_site(cluster: Cluster) -> Path:
+    """Settings of a site without GPUs."""
+    folder = cluster.folder / "training"
+    folder.mkdir()
+    python = folder / "python"
+    python.write_text(DISTURBED.format(python=sys.executable))
+    python.chmod(0o755)
+    site = folder / "site.sh"
+    site.write_text(f"PYTHON={python}\nexport DS_ACCELERATOR=cpu OMP_NUM_THREADS=1\nNETWORK_INTERFACE=lo\n")
+    return site

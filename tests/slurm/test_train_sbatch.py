@@ -132,9 +132,7 @@ time.sleep(600)
     assert (cluster.job(job)["Restarts"], cluster.job(job)["JobState"]) == ("0", ended["JobState"])
 
 
-def test_a_job_that_gets_no_further_is_not_started_again(
-    cluster: Cluster, submit: Submit, tmp_path: Path
-) -> None:
+def test_a_job_that_gets_no_further_is_not_started_again(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     """It stops without a newer checkpoint; asked of the real run folder."""
     job = submit("exit 75", "--nodes=1", arguments=(CONFIG, "--run", str(tmp_path / "run")), REAL_STARTS="1")
     ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
@@ -142,6 +140,7 @@ def test_a_job_that_gets_no_further_is_not_started_again(
     assert "this start got no further than step 0" in cluster.output(job)
 
 
+@pytest.mark.slow
 def test_a_job_is_started_again_so_often_and_no_more(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     """Each start gets further, so that nothing but MAX_RESTARTS ends it."""
     checkpoint = f"{tmp_path}/run/pretrain/checkpoints/step_00000000$((SLURM_RESTART_COUNT + 1))"
@@ -157,6 +156,7 @@ def test_a_job_is_started_again_so_often_and_no_more(cluster: Cluster, submit: S
     assert "start 2 of job" in output and "newest checkpoint at step 1" in output
 
 
+@pytest.mark.slow
 def test_ranks_that_fail_because_a_node_is_gone_do_not_fail_the_job(cluster: Cluster, submit: Submit) -> None:
     """The ranks notice before Slurm does, as they do when a connection breaks."""
     gone = cluster.folder / "gone"
