@@ -98,7 +98,13 @@ def test_everything_is_written_down(mrmae: Path, mae: Path) -> None:
     assert record.hardware.world_size == 2
     assert record.schedule.steps_done == 30 and record.images_seen == 30 * BATCH
     assert record.teachers["mae"].sha256 and record.data.sha256
-    assert record.teachers["mae"].facts == {"importance": "last block's attention, class token to patches"}
+    facts = {"importance": "last block's attention, class token to patches", "placement": "device"}
+    assert record.teachers["mae"].facts == facts
+    assert record.operations is not None
+    needed = record.operations.training - record.operations.recomputed
+    assert all(
+        line["tflops"] == pytest.approx(line["images_per_s"] * needed / 2 / 1e12) for line in read_metrics(mrmae)
+    )
     engine = json.loads((mrmae / "engine.json").read_text())
     assert engine["zero_optimization"]["stage"] == 3 and engine["gradient_accumulation_steps"] == 1
     assert "mode: sample" in (mrmae / "recipe.yaml").read_text()

@@ -134,10 +134,11 @@ class Design(Part):
 
 
 class Operations(Part):
-    """Operations for one picture: one step's share in training (teachers, backward and recomputation included), and
-    of a classifier its forward pass alone."""
+    """Operations for one picture: one step's share in training (teachers, backward and recomputation included), what
+    of it activation checkpointing computes once more, and of a classifier its forward pass alone."""
 
     training: Count
+    recomputed: Count = 0
     forward: Count | None = None
 
 

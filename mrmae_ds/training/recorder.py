@@ -35,6 +35,7 @@ from mrmae_ds.reporting.records import (
     TeacherInfo,
     utc_now,
 )
+from mrmae_ds.training.accounting import device_peak, utilisation
 from mrmae_ds.training.job import Job
 from mrmae_ds.training.launch import Launch
 
@@ -60,6 +61,7 @@ class Recorder:
         previous = RunRecord.load(self.folder) if start and (self.folder / RECORD_FILE).exists() else None
         self.wall_before = previous.wall_seconds if previous else 0.0
         self.record = new_record(job, parameters, device)
+        self.peak_tflops = device_peak(device)
         if previous:
             self.record.started = previous.started
         self._update(results)
@@ -70,7 +72,7 @@ class Recorder:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """A logged interval that ended after ``step`` steps."""
-        self.metrics.write(step, values)
+        self.metrics.write(step, values | self._utilisation(values["images_per_s"]))
         self.progress.update(step, values["loss"], values["lr"], values["images_per_s"])
 
     def saved(self, step: int, results: dict[str, float | int]) -> None:
@@ -91,6 +93,13 @@ class Recorder:
     def fail(self, step: int) -> None:
         """The stage ended with an error after about ``step`` steps."""
         self._close("failed", step)
+
+    def _utilisation(self, images_per_s: float) -> dict[str, float]:
+        counted, hardware = self.record.operations, self.record.hardware
+        if counted is None:
+            return {}
+        needed = counted.training - counted.recomputed
+        return utilisation(images_per_s, needed, hardware.world_size, self.peak_tflops)
 
     def _update(self, results: dict[str, float | int]) -> None:
         self.record.results = Results(**(self.record.results.model_dump() | results))
@@ -178,7 +187,8 @@ def count_operations(job: Job) -> Operations | None:
         print(f"{job.stage_dir}: its operations are not counted: {error}", file=sys.stderr, flush=True)
         return None
     forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
-    return Operations(training=cost.per_picture, forward=forward)
+    again = sum(part.recomputed for part in cost.parts.values())
+    return Operations(training=cost.per_picture, recomputed=again, forward=forward)
 
 
 def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def test_a_fine_tunings_operations_are_the_matrix_products_of_its_model() -> Non
     assert counted is not None and counted.forward == forward
     # No gradient of the pictures; every block is computed once more but for its last product.
     backward = 2 * forward - embed
-    assert forward + backward < counted.training < 2 * forward + backward
+    assert counted.training - counted.recomputed == forward + backward
+    assert 0 < counted.recomputed < forward
 
 
 def test_a_pretraining_has_no_classifier() -> None:
