@@ -22,6 +22,7 @@
 # conda activate mrmae                    # the environment with FFCV's libraries, if it was made by conda
 # export HF_HUB_OFFLINE=1                 # nodes without internet: teachers come from files (docs/cluster.md)
 # export DS_ACCELERATOR=cpu               # nodes without GPUs
+# export PYTORCH_ALLOC_CONF=expandable_segments:True   # where memory is short because it is fragmented
 PYTHON=.venv/bin/python                   # of the environment; inside the container, if there is one
 
 # ---- how processes are started

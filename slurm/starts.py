@@ -9,6 +9,8 @@ NOTES is the first line of the first one's answer; the second line is what --res
 from __future__ import annotations
 
 import argparse
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -31,7 +33,7 @@ def main(argv: list[str]) -> int:
     asked = parser.parse_args(argv[:split])
     try:
         if asked.question == "begin":
-            _begin(_stage_dir(argv[split + 1 :]), asked)
+            _begin(argv[split + 1 :], asked)
         else:
             from mrmae_ds.training.restarts import check_another, stage_of
 
@@ -43,27 +45,35 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _stage_dir(arguments: list[str]) -> Path:
+def _begin(arguments: list[str], asked: argparse.Namespace) -> None:
     from mrmae_ds.recipe import load_recipe
     from mrmae_ds.training.job import Options
+    from mrmae_ds.training.restarts import begin_start, notes_of, resume_option
     from train import parse_arguments
 
     args = parse_arguments(arguments)
     options = Options(args.ds_config, args.stage, args.recipe, args.run)
-    return options.stage_dir(load_recipe(options.recipe_path, args.overrides))
-
-
-def _begin(stage_dir: Path, asked: argparse.Namespace) -> None:
-    from mrmae_ds.training.restarts import begin_start, notes_of, resume_option
-
-    start = begin_start(stage_dir, asked.job, asked.restarts, asked.max_restarts, REPOSITORY)
-    print(
-        f"{stage_dir}: start {asked.restarts + 1} of job {asked.job}, newest checkpoint at step {start.step}, "
-        f"code {start.commit}",
-        file=sys.stderr,
-    )
+    stage_dir = options.stage_dir(load_recipe(options.recipe_path, args.overrides))
+    if not args.dry_run:
+        _check_alone(stage_dir, asked.job)
+        start = begin_start(stage_dir, asked.job, asked.restarts, asked.max_restarts, REPOSITORY)
+        told = f"start {asked.restarts + 1} of job {asked.job}, newest checkpoint at step {start.step}"
+        print(f"{stage_dir}: {told}, code {start.commit}", file=sys.stderr)
     print(notes_of(stage_dir))
     print(resume_option(stage_dir, asked.job, asked.restarts) or "")
+
+
+def _check_alone(stage_dir: Path, job: str) -> None:
+    """Raise UserError if another job trains in this folder: two would write over each other."""
+    from mrmae_ds.training.restarts import read_starts
+
+    others = {start.job for start in read_starts(stage_dir)} - {job}
+    if not others or not shutil.which("squeue"):
+        return
+    asked = ["squeue", "--noheader", "--me", "--states=RUNNING", "--format=%A"]
+    running = subprocess.run(asked, capture_output=True, text=True, timeout=60).stdout.split()
+    if both := sorted(others & set(running)):
+        raise UserError(f"{stage_dir}: job {both[0]} is at work in it; wait for it, or give this one another --run")
 
 
 if __name__ == "__main__":

@@ -59,16 +59,19 @@ def newest_step(stage_dir: Path) -> int:
     return step_of(found[-1]) if found else 0
 
 
-def read_starts(stage_dir: Path, job: str) -> list[Start]:
-    """The starts of a job so far, oldest first. Raises UserError for a file that is not such notes."""
+def read_starts(stage_dir: Path) -> list[Start]:
+    """The starts of a stage so far, oldest first. Raises UserError for a file that is not such notes."""
     path = _starts_file(stage_dir)
     if not path.exists():
         return []
     try:
-        starts = [Start(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [Start(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as a job's starts ({error}); move it away") from None
-    return [start for start in starts if start.job == job]
+
+
+def _starts_of(stage_dir: Path, job: str) -> list[Start]:
+    return [start for start in read_starts(stage_dir) if start.job == job]
 
 
 def begin_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root: Path) -> Start:
@@ -81,7 +84,7 @@ def begin_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root
     Raises:
         UserError: if the job was started too often, or its last starts got no further.
     """
-    step, before = newest_step(stage_dir), read_starts(stage_dir, job)
+    step, before = newest_step(stage_dir), _starts_of(stage_dir, job)
     _check_count(job, restart, max_restarts)
     idle = sum(start.step == step for start in before[-MAX_IDLE_STARTS:])
     if idle == MAX_IDLE_STARTS:
@@ -110,7 +113,7 @@ def check_another(stage_dir: Path, job: str, restart: int, max_restarts: int, *,
         UserError: saying why it may not.
     """
     _check_count(job, restart + 1, max_restarts)
-    starts, step = read_starts(stage_dir, job), newest_step(stage_dir)
+    starts, step = _starts_of(stage_dir, job), newest_step(stage_dir)
     if starts and not node_lost and step <= starts[-1].step:
         raise UserError(
             f"job {job}: this start got no further than step {step} ({stage_dir}), so another would not either. Is the "

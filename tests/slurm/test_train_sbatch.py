@@ -157,6 +157,21 @@ def test_a_job_is_started_again_so_often_and_no_more(cluster: Cluster, submit: S
 
 
 @pytest.mark.slow
+def test_two_jobs_do_not_train_in_one_folder(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    """The same command, submitted twice by mistake."""
+    arguments, ready = (CONFIG, "--run", str(tmp_path / "run")), tmp_path / "ready"
+    first = submit(f"touch {ready}; sleep 600", "--nodes=1", arguments=arguments, REAL_STARTS="1")
+    wait_for(ready.exists, "the first job trains", LIMIT_S)
+    second = submit("echo STARTED", "--nodes=1", arguments=arguments, REAL_STARTS="1")
+    assert cluster.wait_for_job(second, ["FAILED"], LIMIT_S)["ExitCode"] == "2:0"
+    assert f"run/pretrain: job {first} is at work in it" in cluster.output(second)
+    assert "STARTED" not in cluster.output(second)
+    cluster.ask("scancel", first)
+    third = submit("echo STARTED", "--nodes=1", arguments=arguments, REAL_STARTS="1")
+    cluster.wait_for_job(third, ["COMPLETED"], LIMIT_S)
+
+
+@pytest.mark.slow
 def test_ranks_that_fail_because_a_node_is_gone_do_not_fail_the_job(cluster: Cluster, submit: Submit) -> None:
     """The ranks notice before Slurm does, as they do when a connection breaks."""
     gone = cluster.folder / "gone"
