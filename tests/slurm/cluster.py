@@ -177,7 +177,7 @@ class Cluster:
         """One of Slurm's commands, in the repository, with ``extra`` in its environment."""
         env = environment(SLURM_CONF=str(self.config), **extra)
         words = [str(part) for part in command]
-        return subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=60)
+        return subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=180)
 
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints. Raises AssertionError if it fails."""

@@ -45,6 +45,36 @@ def test_each_process_is_told_its_place_and_the_arguments_as_they_were(cluster: 
     assert told == [f"P {rank}/6 local {local} at 127.0.0.1: rank= <{passed}>" for rank, local in places]
 
 
+@pytest.mark.parametrize(
+    ("nodes", "known", "resolves", "expected"),
+    [
+        (2, "10.1.2.3", {"10.1.2.3": "10.1.2.3"}, "10.1.2.3"),
+        (2, "n1", {"n1": "10.0.0.7"}, "10.0.0.7"),
+        (2, "n1-ib", {"n1": "10.0.0.7"}, "10.0.0.7"),
+        (2, "n1", {"n1": "127.0.1.1"}, "n1"),
+        (1, "n1", {"n1": "127.0.1.1"}, "127.0.1.1"),
+        (2, "n1", {}, "10.9.8.7"),
+    ],
+    ids=["address", "name", "other name", "Debian's own name", "one node", "no name"],
+)
+def test_the_first_nodes_address(
+    nodes: int, known: str, resolves: dict[str, str], expected: str, cluster: Cluster, submit: Submit, tmp_path: Path
+) -> None:
+    """By what Slurm calls the node, and what its name resolves to on itself; the site's file stands in for both."""
+    answers = "".join(f'[ "$2" != {name} ] || {{ echo "{ip} STREAM"; return 0; }}; ' for name, ip in resolves.items())
+    site = tmp_path / "site.sh"
+    site.write_text(
+        f"""source "{cluster.folder}/stub/site.sh"
+scontrol() {{ if [ "$2" = node ]; then echo "NodeAddr={known} NodeHostName=n1"; else command scontrol "$@"; fi; }}
+getent() {{ {answers} return 2; }}
+hostname() {{ echo "10.9.8.7 fe80::1"; }}
+"""
+    )
+    job = submit('echo "meets at $MASTER_ADDR"', f"--nodes={nodes}", MRMAE_SITE=str(site))
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
+    assert cluster.output(job).count(f"meets at {expected}\n") == nodes
+
+
 def test_a_process_that_fails_fails_the_job_and_ends_the_others(cluster: Cluster, submit: Submit) -> None:
     began = time.monotonic()
     job = submit('[ "$SLURM_PROCID" = 0 ] || exit 3; sleep 600')
