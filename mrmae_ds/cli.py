@@ -11,6 +11,7 @@ from mrmae_ds import __version__
 from mrmae_ds.chain import console as chain
 from mrmae_ds.data.console import add_data_commands
 from mrmae_ds.errors import UserError
+from mrmae_ds.training import replay_console
 
 TABLE_NUMBERS = (1, 3, 4, 5, 6)
 
@@ -129,6 +130,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     check = _command(commands, "check", _check, "what a checkpoint is, whoever wrote it, and how to use it here")
     check.add_argument("path", type=Path, help="a file of weights, a stage's folder, or a checkpoint in it")
+
+    replay = _command(commands, "replay", replay_console.run_replay, replay_console.SUMMARY)
+    replay_console.add_replay_arguments(replay)
 
     data = commands.add_parser("data", help="write and check .beton files")
     add_data_commands(data.add_subparsers(required=True, metavar="COMMAND"))

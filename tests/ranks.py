@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -60,14 +61,8 @@ class Ranks:
         return "\n".join(log.read_text(errors="replace") for log in logs if log.exists())
 
 
-def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault: str = "") -> Ranks:
-    """Start train.py on ``world_size`` ranks.
-
-    Args:
-        arguments: of train.py.
-        folder: for what they print.
-        fault: see :mod:`tests.faults`.
-    """
+def fork_server() -> ForkServerContext:
+    """Where processes come from that have everything imported; started when first asked for."""
     context = multiprocessing.get_context("forkserver")
     if forkserver._forkserver._forkserver_address is None:  # type: ignore[attr-defined]
         before = dict(os.environ)
@@ -76,6 +71,18 @@ def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault:
         forkserver.ensure_running()
         os.environ.clear()
         os.environ.update(before)
+    return context
+
+
+def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault: str = "") -> Ranks:
+    """Start train.py on ``world_size`` ranks.
+
+    Args:
+        arguments: of train.py.
+        folder: for what they print.
+        fault: see :mod:`tests.faults`.
+    """
+    server = fork_server()
     folder.mkdir(parents=True, exist_ok=True)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     processes, logs = [], []
@@ -83,7 +90,7 @@ def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
         log = folder / f"rank{rank}.log"
         argv = [str(argument) for argument in arguments]
-        process = context.Process(target=_rank, args=(argv, address | ranks, log, fault))
+        process = server.Process(target=_rank, args=(argv, address | ranks, log, fault))
         process.start()
         processes.append(process)
         logs.append(log)

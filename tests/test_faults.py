@@ -6,6 +6,7 @@ Everything is compared with one undisturbed run, bit by bit. The runs are those 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,8 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from mrmae_ds.cli import main as mrmae
 from mrmae_ds.training.checkpoint import list_checkpoints, step_of
+from mrmae_ds.training.replay import describe, replay
 from mrmae_ds.training.signals import STOPPED_STATUS
 
 from .chaos import Chaos, whole
@@ -28,6 +32,7 @@ from .small_runs import STEPS, SmallRuns, assert_same, curve, leftovers
 
 pytestmark = pytest.mark.timeout(900)
 LIMIT_S = 240
+CPU = torch.device("cpu")
 # Stopped in mid-epoch, and between the two micro-batches of a step.
 STOPPED_AT = 20
 STOP = f"signal:rank=1,step={STOPPED_AT - 1},micro=0"
@@ -298,10 +303,20 @@ def test_a_batch_that_is_not_finite_on_one_process(runs: SmallRuns, undisturbed:
     assert [line["skipped_steps"] for line in lines] == [int(line["step"] > 9) for line in lines]
     assert [line for line in lines if line["step"] < 10] == [line for line in clean if line["step"] < 10]
     assert all(np.isfinite(line["loss"]) for line in lines)
-    assert [path.name for path in (runs.stage("nan") / "captures").iterdir()] == ["step_000000009"]
+    (capture,) = (runs.stage("nan") / "captures").iterdir()
+    assert capture.name == "step_000000009"
+    # Run again without the fault it is fine: the same losses where there were some, and one where there was none.
+    step, parts = replay(capture, CPU)
+    assert (step.step, step.bad_loss, step.world_size, step.accumulation) == (9, True, 2, 2)
+    assert [(part.rank, part.micro) for part in parts] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for part in parts:
+        assert part.finite and part.captured.keys() == part.replayed.keys() == {"loss", "pixels"}
+        assert math.isnan(part.captured["loss"]) == ((part.rank, part.micro) == (1, 1))
+        assert part.replayed["pixels"] == pytest.approx(part.captured["pixels"], rel=1e-5)
+    assert "it is not the same again" in describe(step, parts)
 
 
-def test_nothing_but_bad_batches_ends_the_run(runs: SmallRuns) -> None:
+def test_nothing_but_bad_batches_ends_the_run(runs: SmallRuns, capsys: pytest.CaptureFixture[str]) -> None:
     """A rate at which the weights explode: five steps are skipped, then all processes end with 1."""
     wild = ("stages.pretrain.optimizer.base_lr=1e30", "stages.pretrain.optimizer.warmup_epochs=0")
     ranks = runs.launch("wild", *wild)
@@ -310,6 +325,13 @@ def test_nothing_but_bad_batches_ends_the_run(runs: SmallRuns) -> None:
     assert "Traceback" not in ranks.text() and "error" not in ranks.text(1)
     assert curve(runs.stage("wild"))[-1]["skipped_steps"] == 5
     assert _record(runs.folder / "wild")["status"] == "failed"
+    captures = sorted((runs.stage("wild") / "captures").iterdir())
+    assert len(captures) == 5
+    weights = [capture / "model.safetensors" for capture in captures]
+    assert len({path.stat().st_ino for path in weights}) == 1, "the same weights, once on the disk"
+    assert mrmae(["replay", str(captures[1])]) == 0
+    told = capsys.readouterr().out
+    assert "it is the same again" in told and "first not finite: encoder.blocks.0" in told
 
 
 # ---- another number of processes

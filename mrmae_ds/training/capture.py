@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.models.weights import MODEL_FILE, save_weights
+from mrmae_ds.recipe_stages import StageName
 from mrmae_ds.training.agreement import gather
 from mrmae_ds.training.boundary import Micro, Verdict
 from mrmae_ds.training.engine import gather_state
@@ -42,11 +43,12 @@ class Capture(BaseModel):
         recipe_hash: of the stage's recipe.
         world_size, accumulation, micro_batch: how the global batch was divided.
         bad_loss, bad_gradient: which of them was not finite.
+        engine: the engine config.
         ranks: every rank's micro-batches.
     """
 
     model_config = ConfigDict(extra="forbid")
-    stage: str
+    stage: StageName
     step: int
     seed: int
     recipe_hash: str
@@ -55,18 +57,20 @@ class Capture(BaseModel):
     micro_batch: int
     bad_loss: bool
     bad_gradient: bool
+    engine: dict[str, Any]
     ranks: list[list[MicroRecord]]
 
 
 class Division(NamedTuple):
-    """How a step's global batch was divided, and what the run is called."""
+    """How a step's global batch was divided, of which run, under which engine config; see :class:`Capture`."""
 
-    stage: str
+    stage: StageName
     seed: int
     recipe_hash: str
     world_size: int
     accumulation: int
     micro_batch: int
+    engine: dict[str, Any]
 
 
 def write_capture(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from mrmae_ds.training.agreement import from_first
 from mrmae_ds.training.launch import Launch
 
+STORE_S = 60.0  # after which a store that does not answer counts as gone
 SILENCE_S = 5.0  # that the first to fail waits for the others to fall silent
 LEAVE_S = 3.0  # that the others leave it to speak
 
@@ -42,7 +43,8 @@ class FailureBoard:
         self._failure, self._silent = f"{key}/failure", f"{key}/silent"
         if launch.world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+            self._store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=STORE_S))
+            dist.barrier()  # nobody may leave, and take the store along, before all have found it
 
     def tell(self, failure: Failure) -> bool:
         """Whether this is the first failure of the job; if it is, it stands from now on."""
@@ -67,12 +69,17 @@ class FailureBoard:
             self._lose()
             return None
 
-    def wait_for_silence(self) -> None:
-        """Until all other ranks have fallen silent, but not for long."""
+    def note_end(self, rank: int) -> None:
+        """A rank has ended. Its store may seem to be there for long: processes that it began hold the connections."""
+        if rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":  # torchrun has the store itself
+            self._lose()
+
+    def wait_for_silence(self, ended: int = 0) -> None:
+        """Until all other ranks, but for so many that have ended, have fallen silent; not for long."""
         deadline = time.monotonic() + SILENCE_S
         while self._store is not None and time.monotonic() < deadline:
             try:
-                if self._store.add(self._silent, 0) >= self.launch.world_size - 1:
+                if self._store.add(self._silent, 0) >= self.launch.world_size - 1 - ended:
                     return
             except RuntimeError:
                 return

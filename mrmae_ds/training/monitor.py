@@ -91,25 +91,32 @@ class Monitor:
                     self._look()
 
     def _look(self) -> None:
-        if dead := self._stacks.neighbours.dead():
-            rank, pid = dead
-            self._first(Failure(rank, f"rank {rank} (process {pid}) ended without a word: killed, or out of memory"))
+        self._look_around()
         if failure := self._board.read():
             self._follow(failure)
         if self._board.lost:
+            time.sleep(POLL_S)  # if its process is on this node, its end is seen now
+            self._look_around()
             self._first(Failure(0, "the process that holds the job's store, rank 0 or its launcher, has ended"))
         idle = time.monotonic() - self._last
         if idle > self.limit_s:
             text = f"rank {self.launch.rank} got no further for {idle:.0f} s, at: {self._doing}"
             self._first(Failure(self.launch.rank, text, stuck=True))
 
-    def _first(self, failure: Failure) -> None:
+    def _look_around(self) -> None:
+        if dead := self._stacks.neighbours.dead():
+            rank, pid = dead
+            self._board.note_end(rank)
+            text = f"rank {rank} (process {pid}) ended without a word: killed, or out of memory"
+            self._first(Failure(rank, text), ended=1)
+
+    def _first(self, failure: Failure, ended: int = 0) -> None:
         """Tell of what this thread has found, unless another one was first; print it last; end."""
         if not self._board.tell(failure):
             self._follow(self._board.read() or failure)
         if failure.stuck:
             self._stacks.dump()
-        self._board.wait_for_silence()
+        self._board.wait_for_silence(ended)
         self._close_record()
         print(f"error: {failure.text}", file=sys.stderr, flush=True)
         os._exit(FAILED_STATUS)

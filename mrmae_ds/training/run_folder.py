@@ -14,7 +14,7 @@ from mrmae_ds.files import write_text
 from mrmae_ds.recipe import Recipe
 from mrmae_ds.recipe_stages import StageName
 from mrmae_ds.reporting.records import RECORD_FILE, RunRecord
-from mrmae_ds.training.checkpoint import FOLDER, checkpoint_folders
+from mrmae_ds.training.checkpoint import FOLDER, checkpoint_folders, clear_leftovers
 from mrmae_ds.training.manifest import Identity, check_sizes, read_manifest
 
 RECIPE_FILE = "recipe.yaml"
@@ -132,13 +132,14 @@ def _check_same(before: Identity, now: Identity, where: Path) -> None:
 def prepare_folder(stage_dir: Path, recipe: Recipe, engine_config: str, fresh: bool) -> None:
     """Make the folder and write what was resolved; a fresh start sets an earlier run's folder aside.
 
-    It is renamed to ``.STAGE.previous`` (replacing one that is already there), so that starting anew by mistake
-    loses nothing.
+    What killed processes left half-written goes. An earlier run's folder is renamed to ``.STAGE.previous`` (replacing
+    one that is already there), so that starting anew by mistake loses nothing.
     """
     if fresh and stage_dir.exists():
         previous = stage_dir.with_name(f".{stage_dir.name}.previous")
         shutil.rmtree(previous, ignore_errors=True)
         stage_dir.rename(previous)
     stage_dir.mkdir(parents=True, exist_ok=True)
+    clear_leftovers(stage_dir)
     write_text(stage_dir / RECIPE_FILE, recipe.to_yaml())
     write_text(stage_dir / ENGINE_FILE, engine_config)

@@ -19,6 +19,7 @@ import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
@@ -126,8 +127,7 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
         loaded, _ = engine.load_checkpoint(str(folder.parent), tag=folder.name)
     if loaded is None:
         raise RuntimeError(f"{folder}: DeepSpeed loaded nothing from it")
-    for group, before in zip(engine.optimizer.param_groups, groups, strict=True):
-        group.update(before)
+    _restore_groups(engine, groups)
     _separate_steps(engine)
     _load_fixed(engine, torch.load(folder / FIXED, map_location="cpu", weights_only=True))
 
@@ -141,6 +141,12 @@ def _universal(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
         yield
     finally:
         config.load_universal_checkpoint = before
+
+
+def _restore_groups(engine: deepspeed.DeepSpeedEngine, groups: list[dict[str, Any]]) -> None:
+    """Give each parameter group its own settings back."""
+    for group, before in zip(engine.optimizer.param_groups, groups, strict=True):
+        group.update(before)
 
 
 def _separate_steps(engine: deepspeed.DeepSpeedEngine) -> None:

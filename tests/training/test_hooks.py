@@ -50,6 +50,7 @@ def _hooks(
         plan=make_plan(config, steps_per_epoch=STEPS),
         recipe=SimpleNamespace(hash=lambda stage: f"abc {stage}"),
         stage_name="finetune",
+        engine_config=SimpleNamespace(raw={"a": 1}),
         stage_dir=Path("runs/x/finetune"),
     )
     saves = SavePlan(RecordConfig(**record), STEPS, STEPS * epochs)

@@ -254,6 +254,15 @@ def test_starting_anew_sets_the_earlier_folder_aside(folder: Path, recipe: Recip
     assert not (folder / "checkpoints").exists()
 
 
+def test_going_on_clears_what_a_kill_left_half_written(folder: Path, recipe: Recipe) -> None:
+    """Also where no save follows that would."""
+    left = [folder / ".record.json.x.tmp", folder / "checkpoints" / ".latest.x.tmp"]
+    for path in left:
+        path.write_text("")
+    prepare_folder(folder, recipe, "new\n", fresh=False)
+    assert not any(path.exists() for path in left)
+
+
 def test_going_on_keeps_the_folder(folder: Path, recipe: Recipe) -> None:
     prepare_folder(folder, recipe, "new\n", fresh=False)
     assert (folder / ENGINE_FILE).read_text() == "new\n"

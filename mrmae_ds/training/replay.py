@@ -1,0 +1,213 @@
+"""Running a skipped step again: ``mrmae replay CAPTURE``.
+
+One process takes the parts of all ranks in turn, as plain modules without DeepSpeed: the captured weights, the same
+pictures cut the same way, the same masks and random draws, forward and backward. What is not finite is traced to the
+first module that made it so of finite input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.weights import MODEL_FILE, read_tensors
+from mrmae_ds.training.capture import Capture, read_capture
+from mrmae_ds.training.evaluation import autocast
+from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.run_folder import RECIPE_FILE
+
+
+@dataclass(frozen=True)
+class Part:
+    """One micro-batch of the step, run again.
+
+    Attributes:
+        rank, micro: which.
+        captured, replayed: its losses by name, then and now.
+        gradients: names of the parameters whose gradient is not finite.
+        origin: the first module that made something that is not finite of finite input; empty if there is none.
+    """
+
+    rank: int
+    micro: int
+    captured: dict[str, float]
+    replayed: dict[str, float]
+    gradients: tuple[str, ...]
+    origin: str
+
+    @property
+    def finite(self) -> bool:
+        """Whether all of it is."""
+        return math.isfinite(self.replayed["loss"]) and not self.gradients
+
+
+def replay(path: Path, device: torch.device) -> tuple[Capture, list[Part]]:
+    """Run a captured step again.
+
+    Args:
+        path: the capture's folder, in the run's.
+        device: to compute on.
+
+    Raises:
+        UserError: if it is no capture, or what it needs (recipe, pictures, teachers) is no longer what it was.
+    """
+    folder, capture = read_capture(path)
+    with _job(folder, capture) as job:
+        if job.identity.recipe_hash != capture.recipe_hash or job.plan.seed != capture.seed:
+            raise UserError(f"{folder}: of recipe {capture.recipe_hash}, seed {capture.seed}; the run's folder now "
+                            f"holds recipe {job.identity.recipe_hash}, seed {job.plan.seed}")  # fmt: skip
+        model = job.task.model
+        model.load_state_dict(read_tensors(folder / MODEL_FILE))
+        model.to(device, job.engine_config.model_dtype).train()
+        job.task.to(device)
+        try:
+            parts = [part for rank in range(capture.world_size) for part in _rank(job, capture, rank, device)]
+        finally:
+            job.task.release()
+    return capture, parts
+
+
+@contextmanager
+def _job(folder: Path, capture: Capture) -> Iterator[Job]:
+    """The stage as the captured job prepared it, with its teachers on the device."""
+    stage_dir = folder.parent.parent
+    overrides = ("stages.pretrain.placement=device",) if capture.stage == "pretrain" else ()
+    launch = Launch(0, 0, capture.world_size, capture.world_size)
+    with tempfile.TemporaryDirectory() as temporary:
+        engine = Path(temporary) / "engine.json"
+        engine.write_text(json.dumps(capture.engine))
+        options = Options(
+            ds_config=engine,
+            stage=capture.stage,
+            recipe=stage_dir / RECIPE_FILE,
+            run=stage_dir.parent,
+            overrides=overrides,
+            dry_run=True,
+        )
+        yield prepare_job(options, launch)
+
+
+def _rank(job: Job, capture: Capture, rank: int, device: torch.device) -> Iterator[Part]:
+    from mrmae_ds.training.stage import open_reader
+
+    job = replace(job, plan=replace(job.plan, launch=Launch(rank, rank, capture.world_size, capture.world_size)))
+    reader = open_reader(job, device, training=True)
+    epoch, within = divmod(capture.step, job.plan.steps_per_epoch)
+    batches = reader.epoch(epoch, within * capture.accumulation)
+    model = job.task.model
+    try:
+        for micro, record in enumerate(capture.ranks[rank]):
+            batch = next(batches)
+            if batch.indices.tolist() != record.indices:
+                raise UserError(f"{job.recipe.data.train}: its samples come in another order than when it was captured")
+            engine, origin = _Autocast(model, job, device), _Origin(model)
+            model.zero_grad(set_to_none=True)
+            with origin:
+                losses = job.task.losses(engine, batch, job.plan.key(capture.step, micro))
+                losses["loss"].backward()
+            yield Part(
+                rank=rank,
+                micro=micro,
+                captured={name: float(text) for name, text in record.losses.items()},
+                replayed={name: value.item() for name, value in losses.items()},
+                gradients=tuple(
+                    name
+                    for name, parameter in model.named_parameters()
+                    if parameter.grad is not None and not torch.isfinite(parameter.grad).all()
+                ),
+                origin=origin.name,
+            )
+    finally:
+        reader.close()
+
+
+class _Autocast(nn.Module):
+    """A model in the engine config's precision, as the engine runs it."""
+
+    def __init__(self, model: nn.Module, job: Job, device: torch.device) -> None:
+        super().__init__()
+        self.model, self.config, self.device = model, job.engine_config, device
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        """See the model."""
+        with autocast(self.config, self.device):
+            return self.model(*inputs, **named)
+
+
+class _Origin:
+    """Looks for the module that first made something that is not finite, while it is entered; ``name`` tells it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.name = ""
+        self._modules = [(name, module) for name, module in model.named_modules() if name]
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Origin:
+        for name, module in self._modules:
+            self._handles.append(module.register_forward_hook(self._look(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _look(self, name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not self.name and _bad(output):
+                broken = [key for key, parameter in module.named_parameters() if _bad(parameter)]
+                cause = f" (weights: {', '.join(broken[:3])})" if broken else " (input)" if _bad(inputs) else ""
+                self.name = name + cause
+
+        return hook
+
+
+def _bad(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and not bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return any(map(_bad, value.values()))
+    return isinstance(value, list | tuple) and any(map(_bad, value))
+
+
+def describe(capture: Capture, parts: list[Part]) -> str:
+    """What came of it: a line a part, and whether it is what was captured."""
+    what = "a loss" if capture.bad_loss else "a gradient"
+    lines = [f"step {capture.step + 1} of {capture.stage}, skipped because {what} was not finite:"]
+    for part in parts:
+        losses = ", ".join(f"{name} {_told(part, name)}" for name in part.replayed)
+        found = "" if part.finite else _found(part)
+        lines.append(f"  rank {part.rank}, micro-batch {part.micro}: {losses}{found}")
+    bad_then = {(p.rank, p.micro) for p in parts if not math.isfinite(p.captured["loss"])}
+    bad_now = {(p.rank, p.micro) for p in parts if not math.isfinite(p.replayed["loss"])}
+    again = bad_then == bad_now if capture.bad_loss else any(part.gradients for part in parts)
+    lines.append(
+        "it is the same again"
+        if again
+        else "it is not the same again: what went wrong is not in the weights, the pictures or the random draws. "
+        "Look at the device and at what runs on it"
+    )
+    return "\n".join(lines)
+
+
+def _told(part: Part, name: str) -> str:
+    then, now = part.captured[name], part.replayed[name]
+    same = then == now or (math.isnan(then) and math.isnan(now)) or math.isclose(then, now, rel_tol=1e-5)
+    return f"{now:.6g}" if same else f"{now:.6g} (captured: {then:.6g})"
+
+
+def _found(part: Part) -> str:
+    count = len(part.gradients)
+    named = ", ".join(part.gradients[:3]) + (", ..." if count > 3 else "")
+    gradients = f"; {count} gradients not finite: {named}" if count else ""
+    return f"\n    first not finite: {part.origin or 'none of the modules, so the loss or the backward'}{gradients}"
