@@ -22,7 +22,15 @@ from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.objectives import PIXELS
 from mrmae_ds.recipe_sections import DataConfig, LoaderConfig, ModelConfig, RecordConfig, TeacherConfig
 from mrmae_ds.recipe_sources import shorten_sources
-from mrmae_ds.recipe_stages import EvaluateConfig, FinetuneConfig, Name, PretrainConfig, StageName, StagesConfig
+from mrmae_ds.recipe_stages import (
+    EvaluateConfig,
+    FinetuneConfig,
+    Name,
+    PretrainConfig,
+    ProbeConfig,
+    StageName,
+    StagesConfig,
+)
 from mrmae_ds.schema import Section
 
 
@@ -71,20 +79,22 @@ class Recipe(Section):
         stage = self.stages.finetune
         if stage is not None and stage.pool == "token" and isinstance(self.model.spec(), CViTSpec):
             raise ValueError("stages.finetune.pool: a CViT has no class token; use avg, or a plain ViT")
-        if stage is not None and stage.image_size is not None:
+        for name, size in {"finetune": stage and stage.image_size, "probe": self.stages.probe.image_size}.items():
             try:
-                token_grid(self.model.spec(), stage.image_size)
+                token_grid(self.model.spec(), size or self.model.image_size)
             except UserError as error:
-                raise ValueError(f"stages.finetune.{error}") from None
+                raise ValueError(f"stages.{name}.{error}") from None
         return self
 
     @overload
-    def stage(self, name: Literal["pretrain", "finetune"]) -> PretrainConfig | FinetuneConfig: ...
+    def stage(
+        self, name: Literal["pretrain", "finetune", "probe"]
+    ) -> PretrainConfig | FinetuneConfig | ProbeConfig: ...
 
     @overload
     def stage(self, name: Literal["evaluate"]) -> EvaluateConfig: ...
 
-    def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig | EvaluateConfig:
+    def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig | ProbeConfig | EvaluateConfig:
         """The named stage.
 
         Raises:
@@ -104,13 +114,14 @@ class Recipe(Section):
         """Everything that changes results but the seed; what :meth:`hash` is taken of.
 
         Paths of the data do not count: the data's identity is its checksum, recorded beside this. Nor does where a
-        teacher's weights live, nor in which folder of runs, and with which seed, another run lies that it names.
+        teacher's weights live, nor a look at the features, nor in which folder of runs, and with which seed, another
+        run lies that it names.
 
         Args:
             stage: count only this stage and the teachers that it names; None counts the whole recipe.
         """
         ignored: dict[str, Any] = dict.fromkeys(("name", "seed", "loader", "record"), True)
-        ignored |= {"data": {"train", "val"}, "stages": {"pretrain": {"placement"}}}
+        ignored |= {"data": {"train", "val"}, "stages": {"pretrain": {"placement", "knn"}}}
         kept = self.model_dump(mode="json", exclude=ignored)
         if stage is not None:
             named = getattr(self.stage(stage), "teachers", ())

@@ -13,7 +13,7 @@ from mrmae_ds.objectives import Objective
 from mrmae_ds.recipe_sections import Positive
 from mrmae_ds.schema import Section
 
-StageName = Literal["pretrain", "finetune", "evaluate"]
+StageName = Literal["pretrain", "finetune", "probe", "evaluate"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Part of module, metric and folder names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
@@ -29,18 +29,16 @@ class MaskingConfig(Section):
     teacher: str | None = None
 
 
-class OptimizerConfig(Section):
-    """AdamW and its schedule: linear warm-up, cosine to ``min_lr``; give ``base_lr`` (times batch/256) or ``lr``."""
+class RateConfig(Section):
+    """The schedule: linear warm-up, cosine to ``min_lr``; give ``base_lr`` (times batch/256) or ``lr``."""
 
     base_lr: Positive | None = None
     lr: Positive | None = None
     min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
     warmup_epochs: float = Field(ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-    weight_decay: float = Field(0.05, ge=0)
 
     @model_validator(mode="after")
-    def _one_rate(self) -> OptimizerConfig:
+    def _one_rate(self) -> RateConfig:
         if (self.base_lr is None) == (self.lr is None):
             raise ValueError("give exactly one of base_lr (times batch_size/256) and lr (absolute)")
         return self
@@ -50,12 +48,33 @@ class OptimizerConfig(Section):
         return self.lr if self.lr is not None else (self.base_lr or 0.0) * batch_size / 256
 
 
+class OptimizerConfig(RateConfig):
+    """AdamW and its schedule."""
+
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
+    weight_decay: float = Field(0.05, ge=0)
+
+
+class LarsConfig(RateConfig):
+    """LARS and its schedule. The layer-wise rate is of the weight alone, as in MAE's linear probing."""
+
+    base_lr: Positive | None = 0.1
+    warmup_epochs: float = Field(10, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _an_absolute_rate_replaces_the_base_rate(cls, values: Any) -> Any:
+        return {"base_lr": None, **values} if isinstance(values, dict) and "lr" in values else values
+
+
 class StageConfig(Section):
     """What all stages have; ``batch_size`` is global, in pictures per optimiser step."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
-    optimizer: OptimizerConfig
+    optimizer: RateConfig
     crop_scale: tuple[Fraction, Fraction]
     flip: Fraction = 0.5
 
@@ -114,6 +133,23 @@ class PlacementConfig(Section):
         return self.kind if self.offload is None else f"{self.kind}, offload to {self.offload}"
 
 
+class KnnConfig(Section):
+    """A quick look at a pre-training: the accuracy of its features by their nearest neighbours (DINO's protocol).
+
+    The features of a picture are the mean of the encoder's tokens, all of them visible; those of ``samples`` training
+    pictures, evenly spaced in the set (null: all), vote for each validation picture.
+
+    Attributes:
+        every_epochs: how often; the last epoch is always looked at.
+        k: neighbours that vote, each with weight exp(cosine / ``temperature``).
+    """
+
+    every_epochs: int = Field(10, ge=1)
+    k: int = Field(20, ge=1)
+    temperature: Positive = 0.07
+    samples: int | None = Field(25_600, ge=1)
+
+
 class PretrainConfig(StageConfig):
     """Pre-training: which teachers exist, what is visible, what is learned.
 
@@ -123,13 +159,17 @@ class PretrainConfig(StageConfig):
         placement: where the teachers' weights live: a word for all (``device``, ``step``, ``stream``, ``sharded``), or
             by teacher's name a word or a section (:class:`PlacementConfig`); those not named are on the device. It
             changes speed and memory, never results, and so no hash.
+        knn: null is no such check; nor does it change what is learned.
     """
+
+    optimizer: OptimizerConfig
 
     init: str | None = None
     teachers: tuple[str, ...] = ()
     masking: MaskingConfig = MaskingConfig()
     objectives: dict[Name, Objective] = Field(min_length=1)
     placement: dict[str, PlacementConfig] = Field({})
+    knn: KnnConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -171,6 +211,7 @@ class FinetuneConfig(StageConfig):
         mixup, cutmix: alpha of each; 0 is off. smoothing: of labels. erasing: probability.
     """
 
+    optimizer: OptimizerConfig
     init: str = "pretrain"
     image_size: int | None = Field(None, gt=0)
     pool: Literal["avg", "token"] = "avg"
@@ -181,6 +222,25 @@ class FinetuneConfig(StageConfig):
     cutmix: float = Field(0.0, ge=0)
     smoothing: Fraction = 0.0
     erasing: Fraction = 0.0
+    eval_every_epochs: int = Field(1, ge=1)
+
+
+class ProbeConfig(StageConfig):
+    """Linear probing: the encoder is frozen, a linear classifier learns from its features (MAE's recipe).
+
+    The features are the mean of the patches, normalised by a BatchNorm without parameters whose statistics are those
+    of a micro-batch over all processes.
+
+    Attributes:
+        init: as for fine-tuning. image_size: null is the model's.
+    """
+
+    epochs: int = Field(90, ge=1)
+    batch_size: int = Field(4096, ge=1)
+    optimizer: LarsConfig = LarsConfig()
+    crop_scale: tuple[Fraction, Fraction] = (0.08, 1.0)
+    init: str = "pretrain"
+    image_size: int | None = Field(None, gt=0)
     eval_every_epochs: int = Field(1, ge=1)
 
 
@@ -208,4 +268,5 @@ class StagesConfig(Section):
 
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig | None = None
+    probe: ProbeConfig = ProbeConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -146,7 +146,7 @@ def test_a_recipe_extends_another(path: Path) -> None:
 def test_null_takes_a_stage_away(path: Path) -> None:
     recipe = load_recipe(path, ["stages.pretrain=null"])
     assert recipe.stages.pretrain is None
-    with pytest.raises(UserError, match=r"recipe small has no stage pretrain; it has finetune, evaluate$"):
+    with pytest.raises(UserError, match=r"recipe small has no stage pretrain; it has finetune, probe, evaluate$"):
         recipe.stage("pretrain")
 
 

@@ -20,6 +20,7 @@ from mrmae_ds.build import TeacherBuilder, build_pretraining
 from mrmae_ds.errors import UserError
 from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.checkpointing import CheckpointPlan
+from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.planning.outline import outline_teacher
 from mrmae_ds.recipe import Recipe
@@ -84,6 +85,15 @@ def recipe_cost(
     if not costs:
         raise UserError(f"recipe {recipe.name} has no stage that trains, so there is nothing to count")
     return costs
+
+
+def count_forward(spec: EncoderSpec, image_size: int, num_classes: int) -> int:
+    """Operations of a classifier's forward pass on one picture."""
+    with torch.device("meta"):
+        model = build_encoder(spec, image_size, num_classes)
+    with counter() as counted, torch.no_grad():
+        model(_picture(image_size))
+    return counted.get_total_flops()
 
 
 def count_trained(

@@ -12,6 +12,7 @@ Steps 1 and 2 are the stage's (training/job.py), the others are :func:`build_eng
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -19,12 +20,15 @@ import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.training.engine_config import EngineConfig
 from mrmae_ds.training.gradient_watch import watch_gradients
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
 
 
 def build_engine(
@@ -34,6 +38,7 @@ def build_engine(
     config: EngineConfig,
     accumulation: int,
     device: torch.device,
+    make_optimizer: MakeOptimizer | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap a model for training.
 
@@ -44,6 +49,7 @@ def build_engine(
         config: the engine config.
         accumulation: micro-batches a step.
         device: of this process.
+        make_optimizer: of the groups; None is AdamW.
 
     Raises:
         ValueError: if the groups are not exactly the trainable parameters.
@@ -60,7 +66,7 @@ def build_engine(
     # The rate is written before every step (set_learning_rate). torch's AdamW needs no compiler, DeepSpeed's does; the
     # fused one is also the one to have on the CPU, where the states may be offloaded to.
     fused = device.type == "cuda" or config.offloads_optimizer
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=fused)
+    optimizer = make_optimizer(groups) if make_optimizer else AdamW(groups, lr=0.0, betas=betas, fused=fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
     watch_gradients(engine)
     return engine
@@ -90,13 +96,13 @@ def compile_blocks(model: nn.Module) -> None:
 
     Blocks and no more: DeepSpeed's hooks on a whole model break the graph at every layer, those of a leaf block
     lie outside it. Shapes are fixed: encoder and decoder have other numbers of tokens, and a graph that became
-    dynamic between forward and its recomputation would save other tensors.
+    dynamic between forward and its recomputation would save other tensors. A block that is not one graph is an error.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block | ConvBlock)]
     # Blocks share their code, and each rate of drop path, precision and mode is a graph of its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
     for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
 
 
 def set_checkpointing(model: nn.Module, config: EngineConfig) -> None:

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import json
 import time
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from deepspeed.runtime.config import get_torch_autocast_dtype, get_torch_autocast_enabled
 from torch import Tensor, nn
 
 from mrmae_ds.data.beton import BetonInfo, check_beton
@@ -45,6 +43,7 @@ from mrmae_ds.training.engine_config import EngineConfig, validate_sections
 from mrmae_ds.training.job import Options, load_configs
 from mrmae_ds.training.launch import Launch
 from mrmae_ds.training.manifest import Identity
+from mrmae_ds.training.precision import autocast
 from mrmae_ds.training.recorder import identity
 from mrmae_ds.training.run_folder import decide_start, prepare_folder
 from mrmae_ds.training.scores import Score, validation_reader
@@ -232,12 +231,6 @@ def log_mean_softmax(logits: list[Tensor]) -> Tensor:
     if len(logits) == 1:
         return logits[0]
     return torch.stack([F.softmax(output.double(), dim=1) for output in logits]).mean(dim=0).log()
-
-
-def autocast(config: EngineConfig, device: torch.device) -> AbstractContextManager[None]:
-    """The engine config's ``torch_autocast``, read as DeepSpeed reads it."""
-    dtype = get_torch_autocast_dtype(config.raw)
-    return torch.autocast(device.type, dtype=dtype, enabled=get_torch_autocast_enabled(config.raw))
 
 
 def new_record(job: Evaluation, device: torch.device) -> RunRecord:

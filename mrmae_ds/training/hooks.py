@@ -9,10 +9,11 @@ import deepspeed
 from torch import Tensor
 
 from mrmae_ds.data.reader import Reader
-from mrmae_ds.recipe_stages import FinetuneConfig
+from mrmae_ds.recipe_stages import FinetuneConfig, ProbeConfig
 from mrmae_ds.training.boundary import Boundary, Micro, Verdict
 from mrmae_ds.training.capture import Division, write_capture
 from mrmae_ds.training.job import Job
+from mrmae_ds.training.knn import KnnCheck
 from mrmae_ds.training.manifest import Results
 from mrmae_ds.training.monitor import Monitor
 from mrmae_ds.training.recorder import Recorder
@@ -20,7 +21,7 @@ from mrmae_ds.training.save_plan import SavePlan
 from mrmae_ds.training.saver import Saver
 from mrmae_ds.training.scores import evaluate
 from mrmae_ds.training.state import TrainState
-from mrmae_ds.training.tasks import FinetuneTask
+from mrmae_ds.training.tasks import PretrainTask
 
 
 @dataclass
@@ -35,6 +36,7 @@ class StageHooks:
         boundary: whose clock a save starts again.
         monitor: is told that the process gets on.
         results: so far.
+        knn: a look at the features of a pre-training, where the recipe wants one.
     """
 
     job: Job
@@ -46,6 +48,7 @@ class StageHooks:
     boundary: Boundary
     monitor: Monitor
     results: Results
+    knn: KnnCheck | None = None
 
     def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
         """See :class:`mrmae_ds.training.loop.Hooks`."""
@@ -88,7 +91,12 @@ class StageHooks:
     def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
         """See :class:`mrmae_ds.training.loop.Hooks`."""
         task, stage = self.job.task, self.job.stage
-        if self.val is None or not isinstance(task, FinetuneTask) or not isinstance(stage, FinetuneConfig):
+        if self.knn is not None and self.knn.due(epochs):
+            self.monitor.beat(f"nearest neighbours after epoch {epochs}")
+            found = self.knn.run()
+            self.results |= found
+            return found
+        if self.val is None or isinstance(task, PretrainTask) or not isinstance(stage, FinetuneConfig | ProbeConfig):
             return {}
         if epochs % stage.eval_every_epochs and epochs != stage.epochs:
             return {}

@@ -15,7 +15,14 @@ from mrmae_ds.data.staging import stage_all
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder, load_pretrained
 from mrmae_ds.recipe import Recipe, load_recipe
-from mrmae_ds.recipe_stages import EvaluateConfig, FinetuneConfig, PretrainConfig, StageConfig, StageName
+from mrmae_ds.recipe_stages import (
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    StageConfig,
+    StageName,
+)
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,
@@ -27,8 +34,11 @@ from mrmae_ds.training.engine_config import (
 from mrmae_ds.training.launch import Launch
 from mrmae_ds.training.loop import Plan
 from mrmae_ds.training.manifest import Identity
+from mrmae_ds.training.probe import ProbeTask, probe_engine_config
 from mrmae_ds.training.run_folder import Start, decide_start
 from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
+
+TrainedStage = PretrainConfig | FinetuneConfig | ProbeConfig
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class Job:
     start: Start
     train_data: BetonInfo
     val_data: BetonInfo
-    task: PretrainTask | FinetuneTask
+    task: PretrainTask | FinetuneTask | ProbeTask
     image_size: int
     init: Path | None
     report: str
@@ -130,9 +140,13 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     torch.manual_seed(recipe.seed)
     init = _init_file(stage, stage_dir)
     image_size = recipe.model.image_size
-    task: PretrainTask | FinetuneTask
+    task: PretrainTask | FinetuneTask | ProbeTask
     if isinstance(stage, PretrainConfig):
         task, report = _pretrain_task(recipe, stage, init)
+    elif isinstance(stage, ProbeConfig):
+        image_size = stage.image_size or image_size
+        task, report = _probe_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
+        engine_config = probe_engine_config(engine_config)
     else:
         image_size = stage.image_size or image_size
         task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
@@ -163,21 +177,22 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     )
 
 
-def _stage_data(recipe: Recipe, stage: PretrainConfig | FinetuneConfig, start: Start, launch: Launch) -> None:
+def _stage_data(recipe: Recipe, stage: TrainedStage, start: Start, launch: Launch) -> None:
     """Copy what the stage reads to this node, where the recipe says so."""
     if start.action != "done":
-        read = [recipe.data.train] if isinstance(stage, PretrainConfig) else [recipe.data.train, recipe.data.val]
+        evaluates = not isinstance(stage, PretrainConfig) or stage.knn is not None
+        read = [recipe.data.train, recipe.data.val] if evaluates else [recipe.data.train]
         stage_all(read, recipe.loader.stage_to, is_leader=launch.local_rank == 0)
 
 
-def _init_file(stage: PretrainConfig | FinetuneConfig, stage_dir: Path) -> Path | None:
+def _init_file(stage: TrainedStage, stage_dir: Path) -> Path | None:
     """The weights to start from; None for random ones."""
     if isinstance(stage, PretrainConfig):
         return None if stage.init is None else find_weights(Path(stage.init), "stages.pretrain.init")
     if stage.init == "scratch":
         return None
     source = stage_dir.parent / "pretrain" if stage.init == "pretrain" else Path(stage.init)
-    return find_weights(source, "stages.finetune.init")
+    return find_weights(source, f"stages.{stage_dir.name}.init")
 
 
 def _pretrain_task(recipe: Recipe, stage: PretrainConfig, init: Path | None) -> tuple[PretrainTask, str]:
@@ -203,3 +218,17 @@ def _finetune_task(
     init_classifier(model)
     report = f"{init}: {load_encoder(model, init, 'stages.finetune.init')}" if init else "random weights"
     return FinetuneTask(model, stage, recipe.data, num_classes, engine_config.model_dtype), report
+
+
+def _probe_task(
+    recipe: Recipe,
+    stage: ProbeConfig,
+    engine_config: EngineConfig,
+    image_size: int,
+    num_classes: int,
+    init: Path | None,
+) -> tuple[ProbeTask, str]:
+    encoder = build_encoder(recipe.model.spec(), image_size, num_classes)
+    init_classifier(encoder)
+    report = f"{init}: {load_encoder(encoder, init, 'stages.probe.init')}" if init else "random weights"
+    return ProbeTask(encoder, stage, recipe.data, num_classes, engine_config), report

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mrmae_ds.files import file_sha256
-from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.pretrain import Encoder, PretrainModel
 from mrmae_ds.models.weights import encoder_metadata
-from mrmae_ds.planning.flops import recipe_cost
+from mrmae_ds.planning.flops import count_forward, recipe_cost
 from mrmae_ds.recipe import Recipe
 from mrmae_ds.recipe_stages import PretrainConfig, StageName
 from mrmae_ds.reporting.environment import collect_hardware, collect_versions, git_state
@@ -38,6 +38,7 @@ from mrmae_ds.reporting.records import (
 from mrmae_ds.training.accounting import device_peak, utilisation
 from mrmae_ds.training.job import Job
 from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.probe import ProbeTask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -118,12 +119,20 @@ class Recorder:
         self.record.write(self.folder)
 
 
-def count_parameters(job: Job) -> Parameters:
-    """Parameter counts of a job's model, before it is partitioned."""
+def _encoder(job: Job) -> Encoder:
+    """The encoder that a job's stage trains, or probes."""
+    if isinstance(job.task, ProbeTask):
+        return job.task.encoder
     model = job.task.model
-    encoder = model.encoder if isinstance(model, PretrainModel) else model
+    return model.encoder if isinstance(model, PretrainModel) else model
+
+
+def count_parameters(job: Job) -> Parameters:
+    """Parameter counts of a job's model, before it is partitioned; of a probe, those of encoder and head."""
+    model, encoder = job.task.model, _encoder(job)
+    whole = encoder if isinstance(job.task, ProbeTask) else model
     return Parameters(
-        total=sum(p.numel() for p in model.parameters()),
+        total=sum(p.numel() for p in whole.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         encoder=sum(p.numel() for p in encoder.parameters()),
     )
@@ -143,7 +152,7 @@ def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
             file=data.path.name,
             sha256=data.sha256,
             samples=data.num_samples,
-            classes=data.num_classes if job.stage_name == "finetune" else None,
+            classes=None if job.stage_name == "pretrain" else data.num_classes,
         ),
         teachers={
             name: TeacherInfo(
@@ -178,6 +187,9 @@ def count_operations(job: Job) -> Operations | None:
 
     They are for the tables alone, so a stage trains whatever becomes of its count.
     """
+    if isinstance(job.task, ProbeTask):  # what is trained is nothing beside the frozen encoder
+        alone = count_forward(job.task.encoder.spec, job.image_size, job.task.num_classes)
+        return Operations(training=alone, forward=alone)
     name = job.stage_name
     stages = job.recipe.stages.model_copy(update={"pretrain": None, "finetune": None, name: job.stage})
     recipe, plan = job.recipe.model_copy(update={"stages": stages}), job.engine_config.checkpointing
@@ -217,11 +229,10 @@ def _describe_init(path: Path) -> Init:
 
 def export_metadata(job: Job, results: dict[str, float | int]) -> dict[str, Any]:
     """What the weights file of a finished stage says about itself."""
-    model = job.task.model
-    pretrained = isinstance(model, PretrainModel)
+    pretrained = isinstance(job.task.model, PretrainModel)
     return {
         "kind": "pretrain" if pretrained else "classifier",
-        **encoder_metadata(model.encoder if pretrained else model),
+        **encoder_metadata(_encoder(job)),
         "num_classes": 0 if pretrained else job.train_data.num_classes,
         "class_names": [] if pretrained else list(job.train_data.class_names),
         "mean": job.recipe.data.mean,

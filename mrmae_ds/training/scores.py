@@ -6,6 +6,7 @@ Shape legend: B pictures of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,21 @@ def validation_reader(
     recipe: Recipe, image_size: int, micro_batch: int, launch: Launch, device: torch.device
 ) -> Reader:
     """This rank's reader of the recipe's validation set; see :func:`build_reader`."""
-    data = recipe.data
+    return evaluation_reader(recipe, recipe.data.val, image_size, micro_batch, launch, device)
+
+
+def evaluation_reader(
+    recipe: Recipe,
+    path: Path,
+    image_size: int,
+    micro_batch: int,
+    launch: Launch,
+    device: torch.device,
+    samples: int | None = None,
+) -> Reader:
+    """This rank's reader of any of the recipe's sets as the validation set is read; see :func:`build_reader`."""
     return build_reader(
-        located(data.val, recipe.loader.stage_to),
+        located(path, recipe.loader.stage_to),
         train=False,
         image_size=image_size,
         micro_batch=micro_batch,
@@ -37,7 +50,8 @@ def validation_reader(
         crop=None,
         num_workers=recipe.loader.workers,
         device=device,
-        backend=data.val_backend,
+        backend=recipe.data.val_backend,
+        samples=samples,
     )
 
 

@@ -18,7 +18,7 @@ from mrmae_ds.data.reader import Reader, build_reader
 from mrmae_ds.data.staging import located
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.weights import MODEL_FILE, save_weights
-from mrmae_ds.recipe_stages import FinetuneConfig
+from mrmae_ds.recipe_stages import FinetuneConfig, OptimizerConfig, PretrainConfig
 from mrmae_ds.training.accounting import GIB, Accountant, peak_memory
 from mrmae_ds.training.agreement import TrainingError
 from mrmae_ds.training.boundary import Boundary
@@ -26,10 +26,12 @@ from mrmae_ds.training.distributed import choose_device, end_process_group, star
 from mrmae_ds.training.engine import build_engine, gather_state
 from mrmae_ds.training.hooks import StageHooks
 from mrmae_ds.training.job import Job
+from mrmae_ds.training.knn import KnnCheck
 from mrmae_ds.training.loop import run_step, train
 from mrmae_ds.training.manifest import Results
 from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.monitor import TOGETHER, Monitor
+from mrmae_ds.training.probe import ProbeTask
 from mrmae_ds.training.recorder import Recorder, count_parameters, export_metadata
 from mrmae_ds.training.resuming import agree_on_start, load_checkpoint
 from mrmae_ds.training.run_folder import Start, prepare_folder
@@ -157,21 +159,27 @@ def _hooks(
     return StageHooks(
         job=job,
         engine=engine,
-        val=open_reader(job, device, training=False) if isinstance(job.task, FinetuneTask) else None,
+        val=open_reader(job, device, training=False) if isinstance(job.task, FinetuneTask | ProbeTask) else None,
         recorder=recorder,
         saver=saver,
         saves=saves,
         boundary=Boundary(signals, record.save_every_minutes, saver.writing),
         monitor=monitor,
         results=results,
+        knn=_knn_check(job, engine, device, monitor),
     )
+
+
+def _knn_check(job: Job, engine: deepspeed.DeepSpeedEngine, device: torch.device, monitor: Monitor) -> KnnCheck | None:
+    wanted = isinstance(job.stage, PretrainConfig) and job.stage.knn is not None
+    return KnnCheck(job, engine, device, lambda: monitor.beat("nearest neighbours")) if wanted else None
 
 
 def _engine(job: Job, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    task = job.task
-    engine = build_engine(
-        task.model, task.groups(), job.stage.optimizer.betas, job.engine_config, job.plan.accumulation, device
-    )
+    task, config, accumulation, rates = job.task, job.engine_config, job.plan.accumulation, job.stage.optimizer
+    betas = rates.betas if isinstance(rates, OptimizerConfig) else (0.0, 0.0)
+    make = task.optimizer if isinstance(task, ProbeTask) else None
+    engine = build_engine(task.model, task.groups(), betas, config, accumulation, device, make)
     task.to(device)
     return engine
 
@@ -194,6 +202,8 @@ def _announce(job: Job, start: Start, device: torch.device, step: int, parameter
 def _export(job: Job, engine: deepspeed.DeepSpeedEngine, results: dict[str, float | int]) -> None:
     state = gather_state(engine)
     if job.plan.launch.rank == 0:
+        if isinstance(job.task, ProbeTask):
+            state = job.task.classifier(state)
         save_weights(job.stage_dir / MODEL_FILE, state, export_metadata(job, results))
 
 

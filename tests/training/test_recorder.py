@@ -29,6 +29,7 @@ def _job(recipe: Path, stage: str, config: str = "ds_configs/tiny.json", classes
         engine_config=load_engine_config(Path(config)),
         train_data=SimpleNamespace(num_classes=classes),
         stage_dir=Path("runs/x") / stage,
+        task=None,
     )
 
 
