@@ -65,7 +65,7 @@ class DataConfig(Section):
 
     Attributes:
         train, val: .beton files (data/README.md).
-        backend: ``ffcv``, or ``pillow``: slower, bicubic and antialiased, the same boxes.
+        backend: ``ffcv``, or ``pillow``: slower, the same boxes and filter (data/README.md).
         eval_backend: of the validation set; null is ``backend``. Published accuracies follow ``pillow``.
         mean, std: the student's input statistics (of pixels in 0 to 1).
     """

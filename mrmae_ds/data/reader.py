@@ -196,8 +196,8 @@ def build_reader(
         crop: needed for training, not used for evaluation.
         num_workers: decoding threads (of "pillow", processes); None: ``default_num_workers()``.
         device: where the batches are delivered.
-        backend: "ffcv", or "pillow": the same boxes, bicubic and slower; see ``pillow_reader``.
-        augment: RandAugment of the training pictures, after crop and flip. With "ffcv" a quarter of the workers
+        backend: "ffcv", or "pillow": the same boxes and filter, slower; see ``pillow_reader``.
+        augment: RandAugment of the training pictures, after crop and flip. With "ffcv" half of the workers
             decode and the rest are processes that augment.
         samples: evaluate so many, evenly spaced in the set; None: all.
 
@@ -260,7 +260,7 @@ def _open(settings: ReaderSettings, backend: Backend) -> Reader:
         return FFCVReader(settings)
     from mrmae_ds.data.augment_reader import AugmentReader
 
-    threads = max(1, settings.num_workers // 4)
+    threads = max(1, settings.num_workers // 2)
     inner = FFCVReader(replace(settings, num_workers=threads, device=_CPU))
     return AugmentReader(inner, settings, processes=max(1, settings.num_workers - threads))
 
