@@ -1,0 +1,108 @@
+"""How much does ZeRO-3 gather for an optimiser step of Huge, and which key of its engine config decides it?
+
+    python benchmarks/gather_volume.py
+
+Two processes on the CPU run a narrow Huge (its stages, depths and patches, layers an eighth to a sixteenth as wide)
+under ds_configs/huge.json with one key changed at a time, its sizes in elements shrunk as the model is. Counted is
+every all-gather that DeepSpeed issues in a step, in units of the model: all parameters once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+
+def settings(elements: int) -> dict[str, tuple[dict[str, Any], int]]:
+    """Changes to huge.json and accumulation, by what they are called; ``elements`` of the whole Huge."""
+
+    def zero(**values: Any) -> dict[str, Any]:
+        return {"zero_optimization": values}
+
+    off = {"activation_checkpointing": {"conv_stages": "none", "transformer": "none", "decoder": "none"}}
+    cases: dict[str, tuple[dict[str, Any], int]] = {
+        "huge.json": ({}, 1),
+        "no activation checkpointing": (off, 1),
+        "autocast": ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 1),
+        "accumulation 2": ({}, 2),
+        "no leaf modules": (zero(leaf_module=None), 1),
+    }
+    for share in (0.0, 0.25, 0.5, 1.0, 1.5):
+        reuse = round(share * elements)
+        cases[f"reuse distance {share:g} model"] = (zero(stage3_max_reuse_distance=reuse), 1)
+        both = zero(stage3_max_reuse_distance=reuse, stage3_max_live_parameters=reuse)
+        cases[f"reuse distance and live {share:g} model"] = (both, 1)
+    cases["DeepSpeed's defaults (1e9 each)"] = (
+        zero(stage3_max_reuse_distance=10**9, stage3_max_live_parameters=10**9),
+        1,
+    )
+    cases["huge-offload.json's (1e8 each)"] = (
+        zero(stage3_max_reuse_distance=10**8, stage3_max_live_parameters=10**8),
+        1,
+    )
+    return cases
+
+
+def run_rank(folder: Path) -> None:
+    """One process: all settings in turn, the result in FOLDER/result.json."""
+    from mrmae_ds.training.launch import prepare_environment
+
+    launch = prepare_environment()
+    import torch
+
+    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from tests.training.parity.gathers import elements, gathered, huge
+
+    torch.set_num_threads(1)
+    start_process_group(choose_device(launch))
+    found = {}
+    for name, (changes, accumulation) in settings(elements(huge(narrow=False))).items():
+        found[name] = [asdict(step) for step in gathered(changes, accumulation, folder, launch.rank)]
+    if launch.rank == 0:
+        (folder / "result.json").write_text(json.dumps(found))
+    end_process_group()
+
+
+def main() -> None:
+    """Start the two processes, print the table, write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=float, default=1800, help="seconds")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_of:
+        run_rank(args.rank_of)
+        return
+    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+    from tests.processes import finish, rank_processes
+    from tests.training.parity.gathers import elements, huge
+
+    with tempfile.TemporaryDirectory() as folder:
+        ended = finish(rank_processes(2, "--rank-of", folder, program=(__file__,)), args.limit)
+        if any(process.status for process in ended):
+            sys.exit("\n".join(process.stderr[-2000:] for process in ended))
+        found = json.loads((Path(folder) / "result.json").read_text())
+    print(f"Huge: {elements(huge(narrow=False)):,} parameters; narrow: {elements(huge(narrow=True)):,}\n")
+    print("| engine config | models gathered a step | all-gathers | first step |\n|---|---|---|---|")
+    for name, steps in found.items():
+        print(f"| {name} | {steps[-1]['models']:.2f} | {steps[-1]['calls']} | {steps[0]['models']:.2f} |")
+    if args.out:
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": collect_hardware(2, "cpu").model_dump(),
+            "versions": collect_versions(),
+            "steps": found,
+        }
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

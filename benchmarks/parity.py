@@ -1,0 +1,118 @@
+"""Does a scaled run compute what one process computes: every engine of the matrix against one plain torch process.
+
+    python benchmarks/parity.py                              # the matrix, and bfloat16, clipping, offloading, hpZ
+    python benchmarks/parity.py --compiled --nvme /scratch   # torch.compile of every block; files on a disk
+
+Twenty steps of pre-training and ten of fine-tuning of CViT-Tiny on real pictures, on the CPU (tests/training/parity).
+A number is the largest relative difference of a step's loss; ! marks one outside the tolerance that it is tested to
+(1e-6 in float32). Where it is run beside other work it takes longer and gives the same numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+
+from tests.training.parity.cases import (  # noqa: E402
+    PLACEMENTS,
+    TOLERANCE,
+    ZERO,
+    Case,
+    Difference,
+    beside_the_matrix,
+    compiled_cases,
+    difference,
+    matrix,
+    nvme_cases,
+)
+
+
+def compare(cases: list[Case], folder: Path, limit_s: float) -> dict[str, Difference]:
+    """Differences by the case's name."""
+    from tests.training.parity.engine import run_cases
+    from tests.training.parity.job import write_workspace
+    from tests.training.parity.plain import run_plain
+
+    write_workspace(folder)
+    traces = run_cases(cases, folder, limit_s)
+    plain: dict[str, Any] = {}
+    for case in cases:
+        if case.reference not in plain:
+            plain[case.reference] = run_plain(case, folder)
+    return {case.name: difference(traces[case.name], plain[case.reference]) for case in cases}
+
+
+def cell(case: Case, found: dict[str, Difference]) -> str:
+    """The difference of the loss."""
+    value = found[case.name]
+    return f"{value.loss:.1e}{'' if value.within(TOLERANCE[case.precision]) else ' !'}"
+
+
+def matrix_table(found: dict[str, Difference]) -> str:
+    """Markdown: a row an engine, a column a placement, and fine-tuning."""
+    head = ["processes", "ZeRO", "checkpointing", "accumulation", *PLACEMENTS, "finetune"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for world_size in (1, 2):
+        for zero in ZERO:
+            for checkpointing in (False, True):
+                for accumulation in (1, 2):
+                    engine = (zero, checkpointing, accumulation, world_size)
+                    cases = [Case("pretrain", *engine, placement=placement) for placement in PLACEMENTS]
+                    cells = [cell(case, found) for case in [*cases, Case("finetune", *engine)]]
+                    on = "on" if checkpointing else "off"
+                    lines.append("| " + " | ".join([str(world_size), str(zero), on, str(accumulation), *cells]) + " |")
+    return "\n".join(lines)
+
+
+def other_table(cases: list[Case], found: dict[str, Difference]) -> str:
+    """Markdown: a row a case."""
+    lines = ["| engine | loss | gradient norm | weights |", "|---|---|---|---|"]
+    for case in cases:
+        value = found[case.name]
+        lines.append(f"| {case.name} | {cell(case, found)} | {value.norm:.1e} | {value.weights:.1e} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run, print, write; status 1 if anything is outside its tolerance."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--compiled", action="store_true", help="torch.compile's cases and nothing else")
+    parser.add_argument("--nvme", type=Path, help="a folder on a disk: offloading to it, and nothing else")
+    parser.add_argument("--limit", type=float, default=7200, help="seconds for all engines of as many processes")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    special = [case for size in (1, 2) for case in (compiled_cases(size) if args.compiled else [])]
+    special += [case for size in (1, 2) for case in (nvme_cases(args.nvme, size) if args.nvme else [])]
+    others = special or beside_the_matrix()
+    cases = others if special else [*matrix(), *others]
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare(cases, Path(folder), args.limit)
+    if not special:
+        print(matrix_table(found), end="\n\n")
+    print(other_table(others, found))
+    wrong = [case.name for case in cases if not found[case.name].within(TOLERANCE[case.precision])]
+    print(f"\n{len(cases)} engines, {len(wrong)} outside their tolerance {' '.join(wrong)}")
+    if args.out:
+        from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": collect_hardware(2, "cpu").model_dump(),
+            "versions": collect_versions(),
+            "tolerance": {name: asdict(bound) for name, bound in TOLERANCE.items()},
+            "differences": {name: asdict(value) for name, value in found.items()},
+        }
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()
