@@ -76,8 +76,8 @@ def _freeze(losses: Losses) -> Losses:
 
 
 def _signal(losses: Losses, number: str = "15") -> Losses:
-    """Is told to stop, or killed."""
-    os.kill(os.getpid(), signal.Signals(int(number)))
+    """Is told to stop, with all processes that it began, as by a terminal or by Slurm."""
+    os.killpg(0, signal.Signals(int(number)))
     return losses
 
 

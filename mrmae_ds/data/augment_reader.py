@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mrmae_ds.data.augment import Augment, AugmentSettings
 from mrmae_ds.data.reader import Batch, Reader, ReaderSettings, to_device
+from mrmae_ds.data.worker import become_worker
 
 _AHEAD = 2  # batches worked on while one is used
 _CHUNKS = 2  # pieces of a batch for each process: the last one to finish has little left to do
@@ -124,7 +125,7 @@ _worker: _Worker  # of a worker process
 
 def _prepare(slots: Tensor, settings: AugmentSettings, size: int) -> None:
     global _worker
-    torch.set_num_threads(1)
+    become_worker()
     _worker = _Worker(slots.numpy(), Augment(settings, size))
 
 

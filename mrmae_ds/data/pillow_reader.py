@@ -25,6 +25,7 @@ from mrmae_ds.data.beton_file import BetonFile
 from mrmae_ds.data.crop import random_boxes, resize_and_corner, sample_keys
 from mrmae_ds.data.order import BoolArray, IntArray
 from mrmae_ds.data.reader import Batch, ReaderSettings, to_device
+from mrmae_ds.data.worker import become_worker
 from mrmae_ds.errors import UserError
 
 Key = tuple[int, int]  # epoch and row
@@ -166,7 +167,7 @@ class PillowReader:
             persistent_workers=True,
             # The workers read the file that is mapped here.
             multiprocessing_context="fork",
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin,
         )
 
     def close(self) -> None:
@@ -174,5 +175,5 @@ class PillowReader:
         self._current = self._loader = None
 
 
-def _one_thread(_worker: int) -> None:
-    torch.set_num_threads(1)
+def _begin(_worker: int) -> None:
+    become_worker()

@@ -48,23 +48,22 @@ class FailureBoard:
 
     def tell(self, failure: Failure) -> bool:
         """Whether this is the first failure of the job; if it is, it stands from now on."""
-        if self._store is None:
+        store, mine = self._store, json.dumps(asdict(failure))
+        if store is None:
             return True
-        mine = json.dumps(asdict(failure))
         try:
-            return self._store.compare_set(self._failure, "", mine).decode() == mine
+            return store.compare_set(self._failure, "", mine).decode() == mine
         except RuntimeError:
             self._lose()
             return True
 
     def read(self) -> Failure | None:
         """The first failure, if there is one."""
-        if self._store is None:
+        store = self._store
+        if store is None:
             return None
         try:
-            if not self._store.check([self._failure]):
-                return None
-            return Failure(**json.loads(self._store.get(self._failure)))
+            return Failure(**json.loads(store.get(self._failure))) if store.check([self._failure]) else None
         except RuntimeError:
             self._lose()
             return None
@@ -76,10 +75,10 @@ class FailureBoard:
 
     def wait_for_silence(self, ended: int = 0) -> None:
         """Until all other ranks, but for so many that have ended, have fallen silent; not for long."""
-        deadline = time.monotonic() + SILENCE_S
-        while self._store is not None and time.monotonic() < deadline:
+        store, deadline = self._store, time.monotonic() + SILENCE_S
+        while store is not None and time.monotonic() < deadline:
             try:
-                if self._store.add(self._silent, 0) >= self.launch.world_size - 1 - ended:
+                if store.add(self._silent, 0) >= self.launch.world_size - 1 - ended:
                     return
             except RuntimeError:
                 return
@@ -87,10 +86,11 @@ class FailureBoard:
 
     def fall_silent(self) -> None:
         """Print nothing from now on; returns when the first one has had time to speak."""
-        if self._store is None:
+        store = self._store
+        if store is None:
             return
         try:
-            self._store.add(self._silent, 1)
+            store.add(self._silent, 1)
         except RuntimeError:
             return
         time.sleep(LEAVE_S)

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from mrmae_ds.training.agreement import AgreedError, TrainingError
 from mrmae_ds.training.failures import Failure, FailureBoard
@@ -53,15 +54,19 @@ class Monitor:
         self._stacks = Stacks(self.launch, self.limit_s)
         self._board = FailureBoard(self.launch)
         self.beat("starting")
-        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-        self._thread.start()
+        # Two threads: asking the store may take long where it has just gone.
+        looks = (self._look_around, self._look_at_board)
+        self._threads = [threading.Thread(target=self._watch, args=(look,), daemon=True) for look in looks]
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, TOGETHER):
             self._fail(error)
         self._closed.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._stacks.close()
 
     def beat(self, doing: str) -> None:
@@ -82,33 +87,38 @@ class Monitor:
             self._board.wait_for_silence()
             self._closed.set()
 
-    # ---- the thread
+    # ---- the threads
 
-    def _watch(self) -> None:
+    def _watch(self, look: Callable[[], Callable[[], None] | None]) -> None:
+        """Look twice a second; what is found ends the process, once."""
         while not self._closed.wait(POLL_S):
+            end = look()
             with self._ending:
-                if not self._closed.is_set():
-                    self._look()
+                if end is not None and not self._closed.is_set():
+                    end()
 
-    def _look(self) -> None:
-        self._look_around()
-        if failure := self._board.read():
-            self._follow(failure)
-        if self._board.lost:
-            time.sleep(POLL_S)  # if its process is on this node, its end is seen now
-            self._look_around()
-            self._first(Failure(0, "the process that holds the job's store, rank 0 or its launcher, has ended"))
-        idle = time.monotonic() - self._last
-        if idle > self.limit_s:
-            text = f"rank {self.launch.rank} got no further for {idle:.0f} s, at: {self._doing}"
-            self._first(Failure(self.launch.rank, text, stuck=True))
-
-    def _look_around(self) -> None:
+    def _look_around(self) -> Callable[[], None] | None:
+        """At the processes of this node, and at how long ago this one got on."""
         if dead := self._stacks.neighbours.dead():
             rank, pid = dead
             self._board.note_end(rank)
             text = f"rank {rank} (process {pid}) ended without a word: killed, or out of memory"
-            self._first(Failure(rank, text), ended=1)
+            return partial(self._first, Failure(rank, text), ended=1)
+        idle = time.monotonic() - self._last
+        if idle > self.limit_s:
+            text = f"rank {self.launch.rank} got no further for {idle:.0f} s, at: {self._doing}"
+            return partial(self._first, Failure(self.launch.rank, text, stuck=True))
+        return None
+
+    def _look_at_board(self) -> Callable[[], None] | None:
+        """At what other processes have told."""
+        if failure := self._board.read():
+            return partial(self._follow, failure)
+        if self._board.lost:
+            time.sleep(2 * POLL_S)  # if its process is on this node, the other thread has seen its end by now
+            text = "the process that holds the job's store, rank 0 or its launcher, has ended"
+            return partial(self._first, Failure(0, text))
+        return None
 
     def _first(self, failure: Failure, ended: int = 0) -> None:
         """Tell of what this thread has found, unless another one was first; print it last; end."""
