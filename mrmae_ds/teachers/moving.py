@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
 from mrmae_ds.teachers.placement import PlacedTeacher
 from mrmae_ds.teachers.units import lay_out
@@ -86,16 +87,28 @@ class MovingTeacher(PlacedTeacher):
     """Weights on the device only for a call, or only for as long as their unit runs.
 
     Args:
+        name: the teacher's in the recipe.
         teacher: on the CPU.
         device: of this process.
         ahead: units that are copied while one computes, after which its weights are dropped (``stream``); None copies
             all of them when a call begins, in the order in which they run, and drops them when it ends (``step``).
+
+    Raises:
+        UserError: if the teacher cannot be tried on the CPU.
     """
 
-    def __init__(self, teacher: Teacher, device: torch.device, ahead: int | None) -> None:
+    def __init__(self, name: str, teacher: Teacher, device: torch.device, ahead: int | None) -> None:
         super().__init__(teacher)
-        layout = lay_out(teacher)
-        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        try:
+            layout = lay_out(teacher)
+        except RuntimeError as error:
+            raise UserError(
+                f"stages.pretrain.placement.{name}: the teacher does not run on the CPU, where it is tried to see when "
+                f"it uses which weights ({' '.join(str(error).split())}); use device or sharded, or "
+                f"teachers.{name}.precision: fp32"
+            ) from None
+        self.pinned = device.type == "cuda"
+        stream = torch.cuda.Stream(device) if self.pinned else None
         self.ahead, self.order, self.held = ahead, layout.order, [unit.held for unit in layout.units]
         for tensor in layout.idle:
             tensor.data = tensor.data.new_empty(0)
@@ -155,3 +168,5 @@ class MovingTeacher(PlacedTeacher):
             self._drop(bundle)
         self.rest, self.units, self.handles = Bundle((), self.rest.device, None), [], []
         super().release()
+        if self.pinned and hasattr(torch.accelerator, "empty_host_cache"):  # torch would keep the pinned memory
+            torch.accelerator.empty_host_cache()

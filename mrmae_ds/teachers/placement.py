@@ -76,7 +76,7 @@ def place_teacher(name: str, teacher: Teacher, placement: PlacementConfig, devic
         device: of this process.
 
     Raises:
-        UserError: if this machine cannot offload as the recipe wants.
+        UserError: if this machine cannot offload as the recipe wants, or ``step`` or ``stream`` cannot try the teacher.
     """
     teacher.facts["placement"] = str(placement)
     if placement.kind == "device":
@@ -87,4 +87,4 @@ def place_teacher(name: str, teacher: Teacher, placement: PlacementConfig, devic
         return ShardedTeacher(name, teacher, placement, device)
     from mrmae_ds.teachers.moving import MovingTeacher
 
-    return MovingTeacher(teacher, device, ahead=1 if placement.kind == "stream" else None)
+    return MovingTeacher(name, teacher, device, ahead=1 if placement.kind == "stream" else None)

@@ -99,10 +99,11 @@ class ShardedTeacher(PlacedTeacher):
 
     def _look(self, *_: Any) -> None:
         now = self.buffer_bytes
+        gathers = self.offloads or dist.get_world_size() > 1  # else the only share is the whole
         for parameter in self.parameters:
             if not self.offloads:
                 now += parameter.ds_tensor.nbytes
-            if parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
+            if gathers and parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
                 now += parameter.ds_numel * parameter.element_size()
         self._count(now - self.resident_bytes)
 
@@ -120,7 +121,7 @@ class ShardedTeacher(PlacedTeacher):
         self.engine.destroy()
         _forget_module(whole)
         for parameter in self.parameters:
-            parameter.ds_tensor.data = parameter.ds_tensor.data.new_empty(0)
+            vars(parameter).clear()  # what DeepSpeed hung on it: its share, and what reads it from a file
         super().release()
         self.parameters = []
         del self.engine, whole

@@ -1,5 +1,8 @@
-"""What one of several processes sees of teachers that are divided among them: ``python -m tests.teachers.sharded_worker
-FOLDER`` writes FOLDER/rankN.json."""
+"""What one of several processes sees of teachers that are divided among them.
+
+``python -m tests.teachers.sharded_worker FOLDER`` writes FOLDER/rankN.json; with ``nvme`` after it, of one teacher
+whose shares are files.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import gc
 import json
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.recipe_sections import DataConfig
 from mrmae_ds.recipe_stages import MaskingConfig, PlacementConfig, PretrainConfig
-from mrmae_ds.teachers import place_teacher
+from mrmae_ds.teachers import Teacher, place_teacher
 from mrmae_ds.teachers.units import split
 from mrmae_ds.training.distributed import end_process_group, start_process_group
 from mrmae_ds.training.engine import build_engine, gather_state, set_learning_rate
@@ -29,7 +33,7 @@ from mrmae_ds.training.engine_config import load_engine_config
 from mrmae_ds.training.tasks import PretrainTask, StepKey
 
 from ..training.builders import make_batch, pretrain_config
-from .placed import TEACHERS, bytes_present, weights_of
+from .placed import TEACHERS, bytes_present, timm_network, weights_of
 from .samples import pixels_of
 
 CPU = torch.device("cpu")
@@ -48,32 +52,35 @@ ENGINE = {
 }
 
 
-def targets(name: str, offload: str | None, folder: Path) -> dict[str, Any]:
+def targets(build: Callable[[Path], Teacher], placement: PlacementConfig, folder: Path) -> dict[str, Any]:
     """Calls of a sharded teacher beside a plain one's, on pictures that differ between the ranks; then its end."""
-    plain, teacher = TEACHERS[name](folder), TEACHERS[name](folder)
+    plain, teacher = build(folder), build(folder)
     network, storages = weakref.ref(teacher.network), [StorageWeakRef(t.untyped_storage()) for t in weights_of(teacher)]
     stack = len(parameter_offload.FWD_MODULE_STACK)
-    placed = place_teacher(name, teacher, PlacementConfig(kind="sharded", offload=offload), CPU)
+    placed = place_teacher("one", teacher, placement, CPU)
     equal, between = [], []
     for seed in range(4):
         pixels = pixels_of(2, plain.image_size, 10 * seed + dist.get_rank())
         expected, output = plain(pixels), placed(pixels)
         equal.append(all(map(torch.equal, expected, output)))
         between.append(placed.resident_bytes)
-    present = bytes_present(teacher)
+    present, files = bytes_present(teacher), sum(file.stat().st_size for file in folder.rglob("*.swp"))
     storages += [StorageWeakRef(p.ds_tensor.untyped_storage()) for p in teacher.parameters()]
-    engine = weakref.ref(placed.engine)
+    engine, parameters = weakref.ref(placed.engine), list(teacher.parameters())
     placed.release()
+    left = sum(not storage.expired() for storage in storages)  # though somebody holds the parameters
+    del parameters
     gc.collect()
     return {
         "equal": equal,
         "between": between,
         "present": present,
+        "files": files,
         "peak": placed.peak_resident_bytes,
         "all": bytes_present(plain),
         "buffers": sum(buffer.nbytes for buffer in plain.buffers()),
         "unit": max(bytes_present(unit) for unit in split(plain.network)),
-        "left": sum(not storage.expired() for storage in storages),
+        "left": left,
         "gone": engine() is None and network() is None,
         "stack": len(parameter_offload.FWD_MODULE_STACK) - stack,
     }
@@ -115,21 +122,27 @@ def training(placement: Any, folder: Path) -> list[float]:
     return losses
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, nvme: bool) -> None:
     """Everything, in one process group."""
     torch.set_num_threads(1)
     linear = torch.nn.functional.linear
     start_process_group(CPU)
     own = folder / f"rank{dist.get_rank()}"
     own.mkdir()
-    facts = {name: targets(name, None, own) for name in TEACHERS}
-    facts |= {f"{name}, offload": targets(name, "cpu", own) for name in ("clip", "resnet")}
-    losses = {name: training(placement, own) for name, placement in PLACEMENTS.items()}
-    patched = torch.nn.functional.linear is not linear
-    result = {"targets": facts, "losses": losses, "patched": patched}
+    result: dict[str, Any]
+    if nvme:
+        placement = PlacementConfig(kind="sharded", offload="nvme", nvme_path=own)
+        result = targets(lambda _: timm_network("vit_small_patch16_224", img_size=64, depth=3), placement, own)
+    else:
+        plain, offload = PlacementConfig(kind="sharded"), PlacementConfig(kind="sharded", offload="cpu")
+        facts = {name: targets(build, plain, own) for name, build in TEACHERS.items()}
+        facts |= {f"{name}, offload": targets(TEACHERS[name], offload, own) for name in ("clip", "resnet")}
+        losses = {name: training(placement, own) for name, placement in PLACEMENTS.items()}
+        patched = torch.nn.functional.linear is not linear
+        result = {"targets": facts, "losses": losses, "patched": patched}
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
     end_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), "nvme" in sys.argv[2:])

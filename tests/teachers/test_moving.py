@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.recipe_stages import PlacementConfig
 from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher
 from mrmae_ds.teachers.moving import ALIGNMENT, MovingTeacher
@@ -134,6 +135,20 @@ def test_the_host_keeps_the_weights_apart_from_those_that_work() -> None:
     assert all(map(torch.equal, values, weights_of(plain)))
 
 
+def test_weights_arrive_in_their_own_memory_format() -> None:
+    teacher = TEACHERS["resnet"](Path())
+    teacher.network.to(memory_format=torch.channels_last)
+    strides = [parameter.stride() for parameter in teacher.network.parameters()]
+    assert any(not parameter.is_contiguous() for parameter in teacher.network.parameters())
+    placed = _placed(teacher, "step")
+    seen: list[list[tuple[int, ...]]] = []
+    teacher.network.conv1.register_forward_pre_hook(
+        lambda *_: seen.append([parameter.stride() for parameter in teacher.network.parameters()])
+    )
+    placed(pixels_of(1, 64))
+    assert seen == [strides]
+
+
 @pytest.mark.parametrize("kind", ["step", "stream"])
 def test_a_call_that_fails_leaves_nothing_behind(kind: str) -> None:
     teacher = TEACHERS["dino"](Path())
@@ -175,6 +190,15 @@ def test_all_memory_is_back_after_the_last_use(kind: str) -> None:
     placed.release()
     with pytest.raises(RuntimeError, match="released"):
         placed(pixels_of(1, 64))
+
+
+def test_a_teacher_that_the_cpu_cannot_run_is_an_error_that_says_what_to_do() -> None:
+    class GpuOnly(OddTeacher):
+        def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            raise NotImplementedError("no kernel for bfloat16")
+
+    with pytest.raises(UserError, match=r"stages.pretrain.placement.one: .* CPU.*no kernel for bfloat16.*use device"):
+        _placed(GpuOnly(), "stream")
 
 
 # ---- what the units of a network are

@@ -1,0 +1,87 @@
+"""The order of copies on a GPU's two streams, with streams that only write down what they are asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae_ds.teachers import moving
+from mrmae_ds.teachers.moving import Bundle
+
+
+class Stream:
+    """Writes down whom it waits for, and hands out events by number."""
+
+    def __init__(self, name: str, log: list[str]) -> None:
+        self.name, self.log = name, log
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        return f"event of {self.name}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+
+class Cuda:
+    """What :class:`Bundle` calls of torch.cuda."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.compute, self.log = Stream("compute", log), log
+
+    def current_stream(self, device: torch.device) -> Stream:
+        return self.compute
+
+    @contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        self.log.append(f"{stream.name} copies")
+        yield
+
+
+class Torch:
+    """torch, but for streams and pinned memory."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.cuda, self.pinned = Cuda(log), 0
+
+    def empty(self, *size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        self.pinned += pin_memory
+        return torch.empty(*size, **options)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the streams were asked."""
+    events: list[str] = []
+    monkeypatch.setattr(moving, "torch", Torch(events))
+    return events
+
+
+def test_copies_wait_for_memory_that_is_free_and_computing_for_copies_that_are_done(log: list[str]) -> None:
+    weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3), requires_grad=False)
+    bundle = Bundle([weight], torch.device("cpu"), Stream("side", log))
+    assert moving.torch.pinned == 1 and log == [] and weight.numel() == 0
+    bundle.fetch()
+    assert log == ["side waits for compute", "side copies"]
+    bundle.wait()
+    bundle.wait()  # once is enough
+    assert log[2:] == ["compute waits for event of side"]
+    assert torch.equal(weight, torch.arange(6.0).view(2, 3))
+    bundle.drop()
+    assert log[3:] == [] and weight.numel() == 0
+
+
+def test_what_was_fetched_in_vain_is_not_freed_while_it_is_copied(log: list[str]) -> None:
+    bundle = Bundle([torch.ones(3)], torch.device("cpu"), Stream("side", log))
+    bundle.fetch()
+    bundle.drop()
+    assert log == ["side waits for compute", "side copies", "compute waits for event of side"]
