@@ -198,6 +198,25 @@ def check_zero(path: Path, raw: dict[str, Any]) -> None:
         raise UserError(f"{path}: aio has an effect only where something is offloaded to nvme; leave it out")
 
 
+def check_compile(path: Path, raw: dict[str, Any]) -> bool:
+    """Whether blocks are compiled.
+
+    Raises:
+        UserError: for a value that is none, and where hooks of ZeRO-3 inside the blocks would break every graph.
+    """
+    compiled = raw.get("compile", {}).get("blocks", False)
+    if not isinstance(compiled, bool):
+        raise UserError(f"{path}: compile.blocks must be true or false, got {compiled!r}")
+    zero = raw.get("zero_optimization", {})
+    leaves = zero.get("leaf_module", {}).get("classes", [])
+    if compiled and zero.get("stage", 0) == 3 and not {"Block", "ConvBlock"} <= set(leaves):
+        raise UserError(
+            f"{path}: compile.blocks at stage 3 needs whole blocks to be gathered at once; write "
+            '"leaf_module": {"classes": ["Block", "ConvBlock"]} into zero_optimization'
+        )
+    return compiled
+
+
 def offload_devices(raw: dict[str, Any]) -> dict[str, str]:
     """Where ``offload_optimizer`` and ``offload_param`` put things, ``cpu`` or ``nvme``; left out where it is off."""
     zero = raw.get("zero_optimization", {})

@@ -18,6 +18,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.checkpointing import CheckpointPlan
 from mrmae_ds.training.engine_checks import (
     CHECKPOINTING_KEYS,
+    check_compile,
     check_keys,
     check_precision,
     check_zero,
@@ -107,9 +108,6 @@ def load_engine_config(path: Path) -> EngineConfig:
     micro = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
     if micro is None:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: pictures a process takes at a time")
-    compiled = raw.get("compile", {}).get("blocks", False)
-    if not isinstance(compiled, bool):
-        raise UserError(f"{path}: compile.blocks must be true or false, got {compiled!r}")
     return EngineConfig(
         path=path,
         raw=raw,
@@ -118,7 +116,7 @@ def load_engine_config(path: Path) -> EngineConfig:
         zero_stage=raw.get("zero_optimization", {}).get("stage", 0),
         model_dtype=torch.bfloat16 if raw.get("bf16", {}).get("enabled") else torch.float32,
         checkpointing=_checkpoint_plan(path, raw.get("activation_checkpointing", {})),
-        compile_blocks=compiled,
+        compile_blocks=check_compile(path, raw),
     )
 
 

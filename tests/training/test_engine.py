@@ -85,8 +85,8 @@ def test_leaf_modules_that_do_not_exist_are_named() -> None:
 def test_blocks_alone_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
 
-    def compile(forward: Any, dynamic: bool) -> Any:
-        assert dynamic is False
+    def compile(forward: Any, dynamic: bool, fullgraph: bool) -> Any:
+        assert dynamic is False and fullgraph is True
         compiled.append(forward.__self__)
         return forward
 

@@ -297,6 +297,16 @@ def test_what_changes_results_or_has_another_name_is_refused(load: Load, key: st
     assert f"zero_optimization.{key} " in _error(load, zero_optimization=STAGE_3 | {key: True})
 
 
+def test_compiled_blocks_are_gathered_whole(load: Load) -> None:
+    blocks = {"compile": {"blocks": True}}
+    assert load(**blocks, zero_optimization={"stage": 2}).compile_blocks
+    leaves = {"leaf_module": {"classes": ["Block", "ConvBlock"]}}
+    assert load(**blocks, zero_optimization=STAGE_3 | leaves).compile_blocks
+    for section in (STAGE_3, STAGE_3 | {"leaf_module": {"classes": ["Block"]}}):
+        assert "compile.blocks at stage 3 needs whole blocks" in _error(load, **blocks, zero_optimization=section)
+    assert "compile.blocks must be true or false, got 'all'" in _error(load, compile={"blocks": "all"})
+
+
 def test_offloading(load: Load) -> None:
     cpu = {"device": "cpu", "pin_memory": True}
     for stage in (1, 2, 3):
@@ -370,12 +380,13 @@ def test_the_nearest_zero_key_is_one_as_it_is_written(load: Load) -> None:
 
 def test_deepspeed_gets_its_own_keys_and_the_accumulation(load: Load) -> None:
     section = {"transformer": "all", "conv_stages": 2, "decoder": "none"}
-    config = load(activation_checkpointing=section, zero_optimization=STAGE_3, compile={"blocks": True})
+    zero = STAGE_3 | {"leaf_module": {"classes": ["Block", "ConvBlock"]}}
+    config = load(activation_checkpointing=section, zero_optimization=zero, compile={"blocks": True})
     before = json.dumps(config.raw)
     given = config.for_deepspeed(6)
     assert given["gradient_accumulation_steps"] == 6
     assert "activation_checkpointing" not in given and "compile" not in given
-    assert given["zero_optimization"] == STAGE_3
+    assert given["zero_optimization"] == zero
     assert given["train_micro_batch_size_per_gpu"] == 4 and given["gradient_clipping"] == 0.0
     assert given["steps_per_print"] > 10**9
     assert json.dumps(config.raw) == before

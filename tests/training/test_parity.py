@@ -13,7 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from .parity.cases import CLIPPED, TOLERANCE, Case, Difference, Trace, beside_the_matrix, difference, matrix, nvme_cases
+from .parity.cases import (
+    CLIPPED,
+    TOLERANCE,
+    Case,
+    Difference,
+    Trace,
+    beside_the_matrix,
+    compiled_cases,
+    difference,
+    matrix,
+    nvme_cases,
+)
 from .parity.engine import run_cases
 from .parity.job import write_workspace
 from .parity.plain import run_plain
@@ -110,6 +121,18 @@ def test_offloading_to_nvme(world_size: int, tmp_path: Path) -> None:
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio is not installed")
     cases = nvme_cases(tmp_path, world_size)
+    compare = _comparison(cases, tmp_path, limit_s=1500)
+    for case in cases:
+        found = compare(case)
+        assert found.within(TOLERANCE["fp32"]), (case.name, found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiled_blocks(world_size: int, tmp_path: Path) -> None:
+    """Inductor compiles C++ for minutes here."""
+    cases = compiled_cases(world_size)
     compare = _comparison(cases, tmp_path, limit_s=1500)
     for case in cases:
         found = compare(case)

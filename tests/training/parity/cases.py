@@ -150,6 +150,13 @@ def beside_the_matrix() -> list[Case]:
     return cases
 
 
+def compiled_cases(world_size: int) -> list[Case]:
+    """``torch.compile`` of every block, under ZeRO-3 with activation checkpointing and without either."""
+    compiled: dict[str, Any] = {"engine": {"compile": {"blocks": True}}, "label": "compiled"}
+    stages: tuple[tuple[Stage, int], ...] = (("pretrain", 3), ("finetune", 3), ("finetune", 1))
+    return [Case(stage, zero, zero == 3, 2, world_size, **compiled) for stage, zero in stages]
+
+
 def nvme_cases(folder: Path, world_size: int) -> list[Case]:
     """Offloading to files in ``folder``. DeepSpeed swaps pieces of a megabyte or more; the decayed group is one."""
     nvme = {"device": "nvme", "nvme_path": str(folder)}

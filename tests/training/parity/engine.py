@@ -10,44 +10,58 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from mrmae_ds.training.launch import Launch
+from mrmae_ds.training.boundary import Boundary, Micro, Verdict
+from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+from mrmae_ds.training.engine import build_engine, gather_state
+from mrmae_ds.training.launch import Launch, prepare_environment
+from mrmae_ds.training.loop import train
+from mrmae_ds.training.stage import open_reader
+from mrmae_ds.training.state import TrainState
 from tests.processes import finish, rank_processes
 
 from .cases import Case, Trace
-from .job import batches, prepare
+from .job import prepare
+
+
+class _Recorder:
+    """Hooks of the loop that keep what is logged."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+        raise AssertionError(f"step {state.step} was not taken: {verdict}")
+
+    def save(self, state: TrainState, verdict: Verdict) -> None:
+        pass
+
+    def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
+        return {}
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.losses.append(values["loss"])
+        if "grad_norm" in values:
+            self.norms.append(values["grad_norm"])
 
 
 def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
     """The case's engine in this process group; every rank of it calls this. The weights are rank 0's to have."""
-    from mrmae_ds.training.engine import build_engine, gather_state, set_learning_rate
-
     job, device = prepare(case, folder, launch), torch.device("cpu")
     task, plan = job.task, job.plan
     engine = build_engine(
         task.model, task.groups(), job.stage.optimizer.betas, job.engine_config, plan.accumulation, device
     )
     task.to(device)
-    engine.train()
-    losses, norms, began, parts = [], [], time.perf_counter(), batches(job)
-    for step in range(plan.total_steps):
-        set_learning_rate(engine, plan.rate(step))
-        total = torch.zeros(())
-        for micro in range(plan.accumulation):
-            loss = task.losses(engine, next(parts), plan.key(step, micro))["loss"]
-            engine.backward(loss)
-            engine.step()
-            total += loss.detach()
-        dist.all_reduce(total)
-        losses.append(total.item() / (plan.accumulation * launch.world_size))
-        norm = engine.get_global_grad_norm()
-        norms += [] if norm is None else [float(norm)]
+    reader, recorder, began = open_reader(job, device, training=True), _Recorder(), time.perf_counter()
+    train(engine, task, reader, plan, TrainState(), 1, recorder, Boundary())
+    reader.close()
     seconds = time.perf_counter() - began
     weights = gather_state(engine)
     task.release()
     engine.destroy()
-    return Trace(losses, norms, weights, seconds)
+    return Trace(recorder.losses, recorder.norms, weights, seconds)
 
 
 def run_cases(cases: Iterable[Case], folder: Path, limit_s: float) -> dict[str, Trace]:
@@ -71,9 +85,6 @@ def run_cases(cases: Iterable[Case], folder: Path, limit_s: float) -> dict[str, 
 
 def main(folder: Path) -> None:
     """One rank: every case of FOLDER/cases-W.json in order, each trace written to FOLDER by rank 0."""
-    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
-    from mrmae_ds.training.launch import prepare_environment
-
     launch = prepare_environment()
     torch.set_num_threads(1)
     start_process_group(choose_device(launch))
