@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2034
 # What differs between clusters, in one file. Copy it to slurm/site.sh, which git ignores, and edit the copy:
 #
 #   cp slurm/site.example.sh slurm/site.sh

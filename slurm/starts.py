@@ -3,7 +3,7 @@
 python slurm/starts.py begin --job ID --restarts N --max-restarts N -- train.py's arguments
 python slurm/starts.py again --job ID --restarts N --max-restarts N --notes NOTES [--node-lost]
 
-NOTES is the first line of the first one's answer; the second line is what --resume must be in this start, if anything.
+The first prints mrmae-notes=NOTES and, if the start must go on with what an earlier one has begun, mrmae-resume=auto.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def _begin(arguments: list[str], asked: argparse.Namespace) -> None:
         start = begin_start(stage_dir, asked.job, asked.restarts, asked.max_restarts, REPOSITORY)
         told = f"start {asked.restarts + 1} of job {asked.job}, newest checkpoint at step {start.step}"
         print(f"{stage_dir}: {told}, code {start.commit}", file=sys.stderr)
-    print(notes_of(stage_dir))
-    print(resume_option(stage_dir, asked.job, asked.restarts) or "")
+    print(f"mrmae-notes={notes_of(stage_dir)}")
+    if resume := resume_option(stage_dir, asked.job, asked.restarts):
+        print(f"mrmae-resume={resume}")
 
 
 def _check_alone(stage_dir: Path, job: str) -> None:

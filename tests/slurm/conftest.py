@@ -14,7 +14,7 @@ from tests.slurm.cluster import Cluster, missing_programs
 STUB = """#!/bin/bash
 if [ "$1" = slurm/starts.py ]; then
     [ -z "$REAL_STARTS" ] || exec {python} "$@"
-    echo "{folder}/notes/$SLURM_JOB_ID"; echo; exit 0
+    echo "mrmae-notes={folder}/notes/$SLURM_JOB_ID"; echo "mrmae-resume=$RESUME"; exit 0
 fi
 eval "$STUB"
 """

@@ -14,6 +14,8 @@ from tests.slurm.cluster import Cluster, wait_for
 LIMIT_S = 120
 SCRIPT = "slurm/train.sbatch"
 CONFIG = "ds_configs/tiny.json"
+# What a start that must go on is told last, which counts.
+GOES_ON = ("--resume", "auto")
 Submit = Callable[..., str]
 
 
@@ -34,15 +36,36 @@ def test_each_process_is_told_its_place_and_the_arguments_as_they_were(cluster: 
         'printf "P %s/%s local %s at %s:%s rank=%s <" $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $MASTER_ADDR '
         '"$MASTER_PORT" "$RANK"; printf "[%s]" "$@"; echo ">"'
     )
-    arguments = ("--stage", "finetune", "data.train=/a b/c=d.beton", "x=[1, 'two']", "y=")
+    arguments = ("--stage", "finetune", "data.train=/a b/c=d.beton", "x=[1, 'two']", "y=", "--resume", "never")
     leftovers = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
-    job = submit(stub, "--nodes=2", "--ntasks-per-node=3", arguments=(CONFIG, *arguments), **leftovers)
+    job = submit(stub, "--nodes=2", "--ntasks-per-node=3", arguments=(CONFIG, *arguments), RESUME="auto", **leftovers)
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
     told = sorted(line for line in cluster.output(job).splitlines() if line.startswith("P "))
-    passed = "".join(f"[{part}]" for part in ("-u", "train.py", "--ds_config", CONFIG, *arguments))
+    passed = "".join(f"[{part}]" for part in ("-u", "train.py", "--ds_config", CONFIG, *arguments, *GOES_ON))
     places = [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (5, 2)]
     # The nodes' names resolve nowhere; Slurm knows their address.
     assert told == [f"P {rank}/6 local {local} at 127.0.0.1: rank= <{passed}>" for rank, local in places]
+
+
+def test_the_sites_settings_reach_each_process(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    """The example's, and then others; site.sh may read a variable that is not set."""
+    site = tmp_path / "site.sh"
+    site.write_text(
+        f"""source slurm/site.example.sh
+source "{cluster.folder}/stub/site.sh"
+[ -z "$NOT_SET_ANYWHERE" ] && export NCCL_DEBUG=INFO
+CONTAINER=(env "INSIDE=a container") SRUN_OPTIONS=(--label) TASKS_PER_NODE=2 NETWORK_INTERFACE=ib7
+"""
+    )
+    stub = (
+        'echo "$INSIDE, $SLURM_CPUS_PER_TASK CPUs, $NCCL_SOCKET_IFNAME $GLOO_SOCKET_IFNAME $NCCL_DEBUG" '
+        "$TORCH_FR_BUFFER_SIZE ${TORCH_FR_DUMP_TEMP_FILE##*/}"
+    )
+    job = submit(stub, "--nodes=2", MRMAE_SITE=str(site))
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
+    told = sorted(line for line in cluster.output(job).splitlines() if "INSIDE" in line or "container" in line)
+    assert told == [f"{rank}: a container, 2 CPUs, ib7 ib7 INFO 2000 rank_" for rank in range(4)]
+    assert (cluster.folder / "stub" / "notes" / f"{job}.nccl").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_the_time_limit_and_a_lost_node_leave_no_trace(cluster: Cluster, trainin
     Its losses and weights are those of a run that nothing disturbed, which Slurm had no part in.
     """
     pace = data.folder / "pace"
-    pace.write_text("1")
+    pace.write_text("2")
     job = cluster.submit(
         *("--nodes=2", "--time=30", "slurm/train.sbatch", CONFIG, *data.arguments("disturbed")),
         **{"MRMAE_SITE": str(training_site), "PACE": str(pace)},
