@@ -75,11 +75,14 @@ class EngineConfig:
         """Whether the optimiser's states and arithmetic are on the host."""
         return "offload_optimizer" in offload_devices(self.raw)
 
+    def as_used(self, accumulation: int) -> dict[str, Any]:
+        """What the run's record keeps: the file with the accumulation filled in, an engine config again."""
+        return {**self.raw, "gradient_accumulation_steps": accumulation}
+
     def for_deepspeed(self, accumulation: int) -> dict[str, Any]:
         """The dictionary that DeepSpeed gets: our own sections removed, the accumulation filled in."""
         own = ("activation_checkpointing", "compile")
-        config = {key: value for key, value in self.raw.items() if key not in own}
-        config["gradient_accumulation_steps"] = accumulation
+        config = {key: value for key, value in self.as_used(accumulation).items() if key not in own}
         if self.offloads_optimizer:
             # DeepSpeed would have its own CPU Adam, which a compiler must build; torch's fused one does the same.
             config["zero_force_ds_cpu_optimizer"] = False

@@ -102,7 +102,7 @@ def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signa
         results = dict(manifest.results)
     recorder = None
     if first:
-        config = json.dumps(job.engine_config.for_deepspeed(plan.accumulation), indent=2)
+        config = json.dumps(job.engine_config.as_used(plan.accumulation), indent=2)
         prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=start.action == "fresh")
         recorder = Recorder(job, parameters, device, state.step, results)
         monitor.on_failure = lambda: recorder.fail(state.step)

@@ -393,6 +393,15 @@ def test_deepspeed_gets_its_own_keys_and_the_accumulation(load: Load) -> None:
     assert load(steps_per_print=10).for_deepspeed(1)["steps_per_print"] == 10
 
 
+def test_what_a_run_keeps_is_an_engine_config_again(load: Load) -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    config = load(activation_checkpointing={"transformer": 2}, zero_optimization={"stage": 1} | offload)
+    again = load(**config.as_used(6))
+    assert again.declared_accumulation == 6
+    assert (again.checkpointing, again.offloads_optimizer) == (config.checkpointing, True)
+    assert again.for_deepspeed(6) == config.for_deepspeed(6)
+
+
 @pytest.mark.parametrize(
     ("batch", "micro", "processes", "expected"),
     [(4, 4, 1, 1), (1024, 4, 1, 256), (1024, 64, 16, 1), (1024, 8, 16, 8), (48, 8, 3, 2), (1, 1, 1, 1), (30, 5, 2, 3)],
