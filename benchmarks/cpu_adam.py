@@ -1,0 +1,96 @@
+"""Which AdamW should step what is offloaded to the host: torch's, its fused one, or DeepSpeed's?
+
+    python benchmarks/cpu_adam.py
+
+One flat float32 tensor, as ZeRO-3 keeps a rank's share of a group on the host. The three take turns, so that other work
+on the machine meets all alike; a time is the median. DeepSpeed's is compiled the first time, which takes minutes; where
+it cannot be, its row stays blank.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPOSITORY))
+BETAS, DECAY, RATE = (0.9, 0.95), 0.05, 1e-3
+
+
+def deepspeeds(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """DeepSpeedCPUAdam with AdamW's decay."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(parameters, lr=RATE, betas=BETAS, weight_decay=DECAY, adamw_mode=True)
+
+
+def torchs(fused: bool) -> Callable[[list[torch.nn.Parameter]], torch.optim.Optimizer]:
+    """torch.optim.AdamW."""
+    return lambda p: torch.optim.AdamW(p, lr=RATE, betas=BETAS, weight_decay=DECAY, fused=fused)
+
+
+KINDS = {"torch": torchs(fused=False), "torch, fused": torchs(fused=True), "DeepSpeedCPUAdam": deepspeeds}
+
+
+def main() -> None:
+    """Time, compare, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--elements", type=int, default=25_000_000)
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, help="JSON file")
+    args = parser.parse_args()
+    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+    from mrmae_ds.training.launch import prepare_environment
+
+    prepare_environment()
+    torch.set_num_threads(args.threads)
+    start = torch.randn(args.elements, generator=torch.Generator().manual_seed(0))
+    gradient = torch.randn(args.elements, generator=torch.Generator().manual_seed(1))
+    made, times = {}, {kind: [] for kind in KINDS}
+    for kind, make in KINDS.items():
+        parameter = torch.nn.Parameter(start.clone())
+        parameter.grad = gradient
+        try:
+            made[kind] = (parameter, make([parameter]))
+        except RuntimeError as error:
+            print(f"{kind}: {error}", file=sys.stderr)
+    for step in range(args.rounds + 1):
+        for kind, (_, optimizer) in made.items():
+            began = time.perf_counter()
+            optimizer.step()
+            if step:
+                times[kind].append(time.perf_counter() - began)
+    medians = {kind: statistics.median(values) for kind, values in times.items() if values}
+    apart = {kind: (p - made["torch"][0]).abs().max().item() for kind, (p, _) in made.items()}
+    print(f"{args.elements:,} elements, {args.threads} threads\n")
+    print("| AdamW | ms a step | of torch's | weights apart |\n|---|---|---|---|")
+    for kind in KINDS:
+        cells = (
+            (f"{1e3 * medians[kind]:.0f} | {medians[kind] / medians['torch']:.2f} | {apart[kind]:.1e}")
+            if kind in medians
+            else " | | "
+        )
+        print(f"| {kind} | {cells} |")
+    if args.out:
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": collect_hardware(1, "cpu").model_dump(),
+            "versions": collect_versions(),
+            "elements": args.elements,
+            "threads": args.threads,
+            "seconds": medians,
+            "apart": apart,
+        }
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
