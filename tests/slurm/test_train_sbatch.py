@@ -241,6 +241,18 @@ def test_ranks_that_fail_because_a_node_is_gone_do_not_fail_the_job(cluster: Clu
     cluster.wait_for_nodes()
 
 
+@pytest.mark.slow
+def test_the_node_with_the_script_is_lost(cluster: Cluster, submit: Submit) -> None:
+    """Nothing of the job is left to notice; Slurm starts it again by itself."""
+    job = submit('[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0; sleep 600')
+    wait_for(lambda: len(cluster.pids_of("n2")) > 1, "processes", LIMIT_S)
+    cluster.lose("n1")
+    cluster.wait_for_job(job, ["PENDING"], LIMIT_S, restarts=1)
+    cluster.give_back("n1")
+    cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S, restarts=1)
+    cluster.wait_for_nodes()
+
+
 def test_a_copy_made_for_one_job_is_removed_with_it(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     kept, own = tmp_path / "kept", tmp_path / "own-$SLURM_JOB_ID"
     stub = 'for word in "$@"; do case $word in loader.stage_to=*) mkdir -p "${word#*=}/x"; echo "$word"; esac; done'
