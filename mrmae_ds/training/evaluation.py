@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from mrmae_ds.training.engine_config import EngineConfig, validate_sections
 from mrmae_ds.training.job import Options, load_configs
 from mrmae_ds.training.launch import Launch
 from mrmae_ds.training.manifest import Identity
+from mrmae_ds.training.monitor import Monitor
 from mrmae_ds.training.precision import autocast
 from mrmae_ds.training.recorder import identity
 from mrmae_ds.training.run_folder import decide_start, prepare_folder
@@ -179,14 +181,20 @@ def run_evaluation(job: Evaluation) -> None:
         return
     device = choose_device(job.launch)
     start_process_group(device)
+    with Monitor(job.launch, 60 * job.recipe.record.hang_minutes) as monitor:
+        _run(job, device, monitor)
+    end_process_group()
+
+
+def _run(job: Evaluation, device: torch.device, monitor: Monitor) -> None:
     began, record = time.monotonic(), None
-    if first:
+    if job.launch.rank == 0:
         prepare_folder(job.stage_dir, job.recipe, json.dumps(job.engine_config.raw, indent=2) + "\n", fresh=True)
         record = new_record(job, device)
         record.write(job.stage_dir)
         _announce(job, record.parameters, device)
     try:
-        average, members = score(job, device)
+        average, members = score(job, device, lambda: monitor.beat("evaluating"))
     except BaseException:
         if record:
             _close(record, "failed", job.stage_dir, began)
@@ -200,14 +208,15 @@ def run_evaluation(job: Evaluation) -> None:
             metrics.write(0, results)
         record.results = Results(**results)
         _close(record, "finished", job.stage_dir, began)
-    end_process_group()
 
 
 @torch.no_grad()
-def score(job: Evaluation, device: torch.device) -> tuple[Scores, list[Scores]]:
+def score(
+    job: Evaluation, device: torch.device, beat: Callable[[], None] = lambda: None
+) -> tuple[Scores, list[Scores]]:
     """The accuracy of the averaged softmax outputs, and each member's own; see :meth:`Score.read`. All ranks call it.
 
-    Members of different picture sizes see the same pictures, each read at its size.
+    Members of different picture sizes see the same pictures, each read at its size. ``beat`` is called with each batch.
     """
     config, dtype = job.engine_config, job.engine_config.model_dtype
     for classifier in job.classifiers:
@@ -216,6 +225,7 @@ def score(job: Evaluation, device: torch.device) -> tuple[Scores, list[Scores]]:
     readers = [validation_reader(job.recipe, size, config.micro_batch, job.launch, device) for size in sizes]
     average, scores = Score(), [Score() for _ in job.classifiers]
     for batches in zip(*(reader.epoch(0) for reader in readers), strict=True):
+        beat()
         by_size = dict(zip(sizes, batches, strict=True))
         with autocast(config, device):
             logits = [classifier.logits(by_size[classifier.image_size].images, dtype) for classifier in job.classifiers]

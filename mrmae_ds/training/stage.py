@@ -235,10 +235,15 @@ def dry_run(job: Job) -> None:
     The shapes are the stage's largest: a whole micro-batch, every micro-batch of the step, and one evaluation batch
     where the stage evaluates.
     """
-    launch = job.plan.launch
-    device = choose_device(launch)
+    device = choose_device(job.plan.launch)
     start_process_group(device)
-    engine = _engine(job, device)
+    with Monitor(job.plan.launch, 60 * job.recipe.record.hang_minutes):
+        _dry_run(job, device)
+    end_process_group()
+
+
+def _dry_run(job: Job, device: torch.device) -> None:
+    launch, engine = job.plan.launch, _engine(job, device)
     reader = open_reader(job, device, training=True)
     if job.plan.total_steps < 2:
         raise UserError("the stage has a single step; a dry run needs two")
@@ -260,4 +265,3 @@ def dry_run(job: Job) -> None:
             f"(with warm-up), second {times[1]:.2f} s = {job.stage.batch_size / times[1]:.1f} images/s; peak {kind} of "
             f"a process {memory.item() / GIB:.2f} GiB"
         )
-    end_process_group()
