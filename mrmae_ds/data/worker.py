@@ -8,8 +8,11 @@ the process that began them, whatever ended it.
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import signal
+import threading
+from multiprocessing.process import BaseProcess
 
 import torch
 
@@ -26,3 +29,12 @@ def become_worker() -> None:
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, int(signal.SIGKILL))
     if os.getppid() != parent:  # it ended in between
         os._exit(1)
+    began = multiprocessing.parent_process()
+    if began is not None and began.pid != parent:
+        # A fork server is the parent, and lives as long as its children do.
+        threading.Thread(target=_end_with, args=(began,), daemon=True).start()
+
+
+def _end_with(process: BaseProcess) -> None:
+    process.join()
+    os._exit(1)

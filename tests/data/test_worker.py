@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from mrmae_ds.data.worker import STOP_SIGNALS, become_worker
+from tests.processes import REPOSITORY
 
 
 def _gone(pid: int) -> bool:
@@ -71,3 +74,35 @@ def test_it_ends_with_the_process_that_began_it() -> None:
     assert _wait_for_gone(worker)
     os.close(told)
     os.close(tell)
+
+
+_TRAINING = """
+import os, sys, time
+from pathlib import Path
+from tests.data.test_augment import _reader
+
+if __name__ == "__main__":
+    reader = _reader(Path(sys.argv[1]), num_workers=4)
+    next(reader.epoch(0))
+    print(*reader._pool._processes, flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.mark.timeout(300, method="thread")
+def test_augmentation_ends_with_its_training_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
+    """Its processes are children of a fork server, which would live on with them."""
+    script = tmp_path / "training.py"
+    script.write_text(_TRAINING)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NUMBA_NUM_THREADS": "4"}
+    training = subprocess.Popen(
+        [sys.executable, str(script), str(betons[0])], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        assert training.stdout is not None
+        workers = [int(pid) for pid in training.stdout.readline().split()]
+        assert len(workers) == 2 and not any(_gone(pid) for pid in workers)
+    finally:
+        training.kill()
+        training.wait()
+    assert all(_wait_for_gone(pid) for pid in workers)
