@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -89,9 +92,37 @@ def test_pretraining_is_identical(spec: EncoderSpec, plan: CheckpointPlan) -> No
     assert len(expected) == sum(p.requires_grad for p in model.parameters())
 
 
-def test_finetuning_with_drop_path_is_identical() -> None:
+@pytest.mark.parametrize("spec", [CVIT, ViTSpec(16, 3, 4, patch=4)], ids=["cvit", "vit"])
+def test_every_plan_recomputes_what_it_says_and_changes_no_gradient(spec: EncoderSpec) -> None:
+    torch.manual_seed(0)
+    decoder = DecoderSpec(dim=16, depth=3, num_heads=4)
+    model = PretrainModel(build_encoder(spec, 16), FusionSpec(), decoder, {"pixels": pixel_objective()}, {})
+    perturb(model, seed=1)
+    visible, images = choose_visible(random_noise(2, 16, seed=2), (4, 4), 0.25), random_images(2, 16, seed=3)
+    assert model.decoder is not None
+    stacks = {"transformer": model.encoder.transformer_blocks, "decoder": model.decoder.blocks}
+    if isinstance(model.encoder, CViT):
+        stacks |= {"conv_stages 1": model.encoder.blocks1, "conv_stages 2": model.encoder.blocks2}
+    calls: Counter[nn.Module] = Counter()
+    for block in (block for stack in stacks.values() for block in stack):
+        block.register_forward_pre_hook(lambda module, _: calls.update([module]))
+    expected = gradients(model, model(images, visible, {})["loss"])
+    for conv, transformer, decode in product((0, 1, 2), repeat=3):
+        plan = CheckpointPlan(conv, transformer, decode)
+        model.encoder.checkpointing, model.decoder.checkpoint_every = plan, decode
+        calls.clear()
+        found = gradients(model, model(images, visible, {})["loss"])
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        for name, stack in stacks.items():
+            every = getattr(plan, name.split()[0])
+            twice = [bool(every) and i % every == 0 for i in range(len(stack))]
+            assert [calls[block] for block in stack] == [1 + again for again in twice], (plan, name)
+
+
+@pytest.mark.parametrize("spec", [CVIT, ViTSpec(16, 3, 4, patch=4)], ids=["cvit", "vit"])
+def test_finetuning_with_drop_path_is_identical(spec: EncoderSpec) -> None:
     """The recomputation must draw the same random paths."""
-    model = CViT(CVIT, 16, num_classes=3, drop_path_rate=0.5).train()
+    model = build_encoder(spec, 16, num_classes=3, drop_path_rate=0.5).train()
     perturb(model, seed=1)
     images, labels = random_images(4, 16, seed=3), torch.tensor([0, 1, 2, 0])
 
