@@ -17,8 +17,10 @@ import argparse
 import contextlib
 import hashlib
 import json
+import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections import Counter
@@ -121,7 +123,7 @@ class Chaos:
         for other in others:
             other.join(ALONE_LIMIT_S)
         codes = [other.exitcode for other in others]
-        text = ranks.text()
+        text = "\n".join([ranks.text(), *(stacks(other.pid) for other in others if other.is_alive() and other.pid)])
         ranks.kill()
         # A process that is alone before the group exists waits for the other one; a launcher would end it.
         began = "going on after step" in text or "steps, into" in text
@@ -131,6 +133,15 @@ class Chaos:
         """What happened, by moment."""
         rows = [f"  {count:4}  {moment}" for moment, count in self.moments.most_common()]
         return "\n".join([f"{kills} kills, at these moments:", *rows])
+
+
+def stacks(pid: int) -> str:
+    """Where a watched process is, by its own means; see mrmae_ds/training/stacks.py."""
+    os.kill(pid, signal.SIGUSR2)
+    time.sleep(1)
+    names = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "memfd:stacks" in os.readlink(path)]
+    state = Path(f"/proc/{pid}/status").read_text().splitlines()[2]
+    return f"process {pid}, {state}:\n" + "\n".join(name.read_text() for name in names)
 
 
 def whole(stage: Path) -> int:

@@ -121,6 +121,22 @@ def test_the_teacher_is_not_in_the_students_file(mrmae: Path) -> None:
     assert {name.split(".")[0] for name in names} == {"encoder", "fusion", "decoder", "heads"}
 
 
+def test_the_teacher_is_not_in_a_checkpoint(mrmae: Path) -> None:
+    """What is in it is the student, parameter by parameter, and AdamW's two moments of what is trained."""
+    parts = {name: shape.numel() for name, shape in _saved_shapes(list_checkpoints(mrmae)[-1]).items()}
+    names = load_file(mrmae / "model.safetensors")
+    assert parts == {name: tensor.numel() for name, tensor in names.items()}
+    size = sum(file.stat().st_size for file in list_checkpoints(mrmae)[-1].glob("*optim_states.pt"))
+    assert size < 1.1 * 12 * sum(parts.values())
+
+
+def _saved_shapes(checkpoint: Path) -> dict[str, torch.Size]:
+    state = torch.load(checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt", weights_only=False)
+    trained = {name: shape for group in state["param_shapes"] for name, shape in group.items()}
+    buffers = {name: state["module"][name].shape for name in state["buffer_names"]}
+    return {**trained, **(state["frozen_param_shapes"] or {}), **buffers}
+
+
 def test_finetuning_starts_from_the_encoder_and_beats_chance(finetuned: Path, mrmae: Path) -> None:
     record = RunRecord.load(finetuned)
     assert record.results.eval_samples == VAL

@@ -29,6 +29,7 @@ FAILED_STATUS = 1
 # What every process raises at the same place needs nobody to be told.
 TOGETHER = (AgreedError, TrainingError, Stopped)
 POLL_S = 0.5
+RECORD_S = 2.0  # for rank 0 to close its record
 NEWS_S = 2.0  # that an error which another process's end may have caused waits for news of that
 
 
@@ -40,7 +41,7 @@ class Monitor:
         limit_s: without :meth:`beat`, after which the process counts as stuck.
 
     Attributes:
-        on_failure: called before the process is ended because of another one; rank 0 closes its record.
+        on_failure: called when the job fails, whoever failed; rank 0 closes its record.
     """
 
     def __init__(self, launch: Launch, limit_s: float) -> None:
@@ -84,6 +85,7 @@ class Monitor:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             if not self._board.tell(Failure(self.launch.rank, text)):
                 self._leave()
+            self._close_record()
             self._board.wait_for_silence()
             self._closed.set()
 
@@ -126,8 +128,8 @@ class Monitor:
             self._follow(self._board.read() or failure)
         if failure.stuck:
             self._stacks.dump()
-        self._board.wait_for_silence(ended)
         self._close_record()
+        self._board.wait_for_silence(ended)
         print(f"error: {failure.text}", file=sys.stderr, flush=True)
         os._exit(FAILED_STATUS)
 
@@ -145,6 +147,12 @@ class Monitor:
         os._exit(FAILED_STATUS)
 
     def _close_record(self) -> None:
+        """Not waited for beyond a limit: the file system may be what all are waiting for."""
+        closing = threading.Thread(target=self._try_to_close, daemon=True)
+        closing.start()
+        closing.join(RECORD_S)
+
+    def _try_to_close(self) -> None:
         try:
             self.on_failure()
         except Exception as error:

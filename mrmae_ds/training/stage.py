@@ -118,7 +118,7 @@ def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signa
         _export(job, engine, results)
         if recorder:
             recorder.finish(results)
-    except BaseException as error:
+    except TOGETHER as error:  # of any other failure the monitor tells the other processes first
         if isinstance(error, TrainingError):
             hooks.saver.finish()
         if recorder:

@@ -82,6 +82,14 @@ def _fail_because_the_other_died(rank: int) -> None:
     raise RuntimeError("Connection closed by peer")
 
 
+def _fail_on_1_while_the_disk_hangs(rank: int) -> None:
+    """Closing the record never comes back: neither process waits for it."""
+    from mrmae_ds.training.monitor import Monitor
+
+    Monitor._try_to_close = lambda self: time.sleep(100)  # type: ignore[method-assign]
+    _fail_on_1(rank)
+
+
 def _raise_together(rank: int) -> None:
     from mrmae_ds.training.agreement import AgreedError
 
@@ -101,8 +109,13 @@ def test_the_first_to_fail_raises_when_the_other_is_silent(tmp_path: Path) -> No
     assert statuses == [1, 3]
     assert texts == [
         "rank 0: ending, because rank 1 failed\nthe record is closed\n",
-        "raised: the first cause\n",
+        "the record is closed\nraised: the first cause\n",
     ]
+
+
+def test_a_record_that_cannot_be_closed_keeps_nobody(tmp_path: Path) -> None:
+    statuses, texts = _run(_fail_on_1_while_the_disk_hangs, tmp_path)
+    assert statuses == [1, 3] and texts[1] == "raised: the first cause\n"
 
 
 def test_a_broken_connection_is_not_the_first_cause(tmp_path: Path) -> None:
