@@ -1,0 +1,272 @@
+"""What does it cost to keep a frozen teacher's weights off the device: memory and time of every placement.
+
+    python benchmarks/teacher_placement.py --dino dinov2_vits14.safetensors --processes 1 2
+    python benchmarks/teacher_placement.py --clip ViT-L-14 --processes 1 --batch 2 --out FILE.json
+
+``--dino`` takes a weights file of timm's vit_small_patch14_dinov2, ``--clip`` an open_clip model by name, with random
+weights: neither memory nor time depends on them. Teachers compute in bf16 unless told otherwise, at 224 pixels, on
+noise. In each round every placement is built, called until its plan is settled, timed, and released, one after the
+other, so that the machine's moods meet all of them; ``ratio`` is to ``device`` in the same round, and the median of the
+rounds is told, with the least and the most.
+
+``between`` and ``peak`` count weights on the device; on a GPU ``allocated`` is the most that torch had allocated in a
+call, activations included. On a CPU host and device are one memory: a copy to the device is a copy within it, so that
+times say what hooks and copies cost the CPU and nothing of PCIe, and no placement can hide them. There ``cpu_ratio`` is
+the ratio of the process's CPU time, which other processes on the machine disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MB = 1e6
+SETTLED = 4  # calls after which DeepSpeed knows what to gather ahead
+PLACEMENTS: dict[str, dict[str, str]] = {
+    "device": {"kind": "device"},
+    "step": {"kind": "step"},
+    "stream": {"kind": "stream"},
+    "sharded": {"kind": "sharded"},
+    "sharded, offload: cpu": {"kind": "sharded", "offload": "cpu"},
+}
+ON_CPU = "copies within the memory of a CPU: this says nothing of PCIe, nor of what runs beside a GPU's computing"
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dino", type=Path, metavar="FILE", help="weights of timm's vit_small_patch14_dinov2")
+    parser.add_argument("--clip", nargs="*", default=[], metavar="NAME", help="open_clip models, random weights")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1])
+    parser.add_argument("--batch", type=int, default=8, help="pictures a call of each process")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--calls", type=int, default=3, help="timed calls of a round; their median counts")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for a teacher on a number of processes")
+    parser.add_argument("--out", type=Path, help="JSON file; rows of other teachers in it are kept")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not args.rank_of and not (args.dino or args.clip):
+        parser.error("name a teacher: --dino FILE, --clip NAME")
+    return args
+
+
+def teacher_builder(kind: str, source: str, precision: str) -> Callable[[], Any]:
+    """How to build a teacher on the CPU, the same each time."""
+    import torch
+
+    from mrmae_ds.recipe import DataConfig, TeacherConfig
+    from mrmae_ds.teachers import build_teacher
+    from mrmae_ds.teachers.base import LibraryTeacher
+    from mrmae_ds.teachers.clip import TowerReader
+    from mrmae_ds.teachers.options import TeacherOptions
+
+    if kind == "dino":
+        config = TeacherConfig(kind="timm", source="vit_small_patch14_dinov2", weights=source, precision=precision)
+        data = DataConfig(train="none", val="none")
+        return lambda: build_teacher("dino", config, data, 224, (16, 16))
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+
+    def clip() -> Any:
+        import open_clip
+
+        from mrmae_ds.teachers.clip_loading import NO_TEXT
+
+        torch.manual_seed(0)
+        model = open_clip.get_model_config(source)
+        with torch.device("meta"):
+            visual = open_clip.CLIP(model["embed_dim"], model["vision_cfg"], NO_TEXT).visual.to(dtype)
+        visual = visual.to_empty(device="cpu").eval()
+        for tensor in (*visual.parameters(), *visual.buffers()):
+            tensor.data.normal_(std=0.02)
+        options = TeacherOptions("teachers.clip", source, 224, visual.grid_size, dtype=dtype)
+        half = ((0.5,) * 3, (0.5,) * 3)
+        return LibraryTeacher(visual, TowerReader(visual, options), options, half, "", {})
+
+    return clip
+
+
+def measure(build: Callable[[], Any], placement: dict[str, str], pixels: Any, calls: int) -> dict[str, Any]:
+    """One placement in one round. Times are this process's."""
+    import torch
+    import torch.distributed as dist
+
+    from mrmae_ds.recipe_stages import PlacementConfig
+    from mrmae_ds.teachers import place_teacher
+
+    gpu = pixels.device.type == "cuda"
+    teacher = build()
+    total = sum(tensor.nbytes for tensor in (*teacher.parameters(), *teacher.buffers()))
+    placed = place_teacher("teacher", teacher, PlacementConfig(**placement), pixels.device)
+    for _ in range(SETTLED):
+        output = placed(pixels)
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    times, cpu_times = [], []
+    for _ in range(calls):
+        dist.barrier()
+        began, cpu_began = time.perf_counter(), time.process_time()
+        output = placed(pixels)
+        if gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+        cpu_times.append(time.process_time() - cpu_began)
+    result = {
+        "weights": total,
+        "between": placed.resident_bytes,
+        "peak": placed.peak_resident_bytes,
+        "seconds": statistics.median(times),
+        "cpu_seconds": statistics.median(cpu_times),
+        "sum": output.tokens.double().sum().item() + output.importance.double().sum().item(),
+    }
+    if gpu:
+        result["allocated"] = torch.cuda.max_memory_allocated()
+    placed.release()
+    return result
+
+
+def run_rank(settings: dict[str, Any]) -> None:
+    """One process; rank 0 writes what it measured to the settings' ``result``."""
+    from mrmae_ds.training.launch import prepare_environment
+
+    launch = prepare_environment()
+    import torch
+
+    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+
+    device = choose_device(launch)
+    start_process_group(device)
+    generator = torch.Generator().manual_seed(launch.rank)
+    pixels = torch.rand(settings["batch"], 3, 224, 224, generator=generator).to(device)
+    build = teacher_builder(settings["kind"], settings["source"], settings["precision"])
+    rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in PLACEMENTS}
+    for number in range(settings["rounds"]):
+        for name, placement in PLACEMENTS.items():
+            rounds[name].append(measure(build, placement, pixels, settings["calls"]))
+            if launch.rank == 0:
+                print(f"round {number + 1}: {name} {rounds[name][-1]['seconds']:.3f} s", file=sys.stderr, flush=True)
+    if launch.rank == 0:
+        Path(settings["result"]).write_text(json.dumps(rounds))
+    end_process_group()
+
+
+def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """A row a placement; fails if a target differed."""
+    rows = {}
+    for name, seen in rounds.items():
+        if {entry["sum"] for entry in seen} != {rounds["device"][0]["sum"]}:
+            raise RuntimeError(f"{name}: other targets than on the device")
+        row = {key: max(e[key] for e in seen) for key in ("weights", "between", "peak", "allocated") if key in seen[0]}
+        row["seconds"] = round(statistics.median(entry["seconds"] for entry in seen), 4)
+        for key, label in {"seconds": "ratio", "cpu_seconds": "cpu_ratio"}.items():
+            ratios = [entry[key] / base[key] for entry, base in zip(seen, rounds["device"], strict=True)]
+            row[label] = [round(value, 3) for value in (statistics.median(ratios), min(ratios), max(ratios))]
+        rows[name] = row
+    return rows
+
+
+def run(args: argparse.Namespace, kind: str, source: str, processes: int) -> dict[str, dict[str, Any]]:
+    """Start the processes of one teacher and wait for them; they are ended whatever happens."""
+    from tests.processes import environment, free_port
+
+    with tempfile.TemporaryDirectory() as folder:
+        job, result = Path(folder) / "job.json", Path(folder) / "result.json"
+        settings = {key: getattr(args, key) for key in ("batch", "rounds", "calls", "precision")}
+        job.write_text(json.dumps({"kind": kind, "source": source, "result": str(result), **settings}))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes)}
+        started = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--rank-of", str(job)],
+                env=environment(RANK=str(r), LOCAL_RANK=str(r), DS_ACCELERATOR=args.accelerator, **address),
+                stdout=subprocess.DEVNULL,
+            )
+            for r in range(processes)
+        ]
+        deadline = time.monotonic() + args.limit
+        try:
+            for process in started:
+                process.wait(timeout=max(1.0, deadline - time.monotonic()))
+        finally:
+            for process in started:
+                process.kill()
+        if any(process.returncode for process in started):
+            raise RuntimeError(f"{kind} on {processes} processes ended with an error, told above")
+        return summary(json.loads(result.read_text()))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| teacher | processes | placement | weights, MB | between | peak | s a batch | ratio | CPU time ratio |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sizes = " | ".join(f"{row[key] / MB:.1f}" for key in ("weights", "between", "peak"))
+        ratios = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*row[key]) for key in ("ratio", "cpu_ratio"))
+        which = f"{row['teacher']} | {row['processes']} | {row['placement']}"
+        lines.append(f"| {which} | {sizes} | {row['seconds']:.3f} | {ratios} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure every teacher on every number of processes, print the table, write the JSON."""
+    args = parse()
+    sys.path.insert(0, str(REPOSITORY))
+    if args.rank_of:
+        run_rank(json.loads(args.rank_of.read_text()))
+        return
+    import torch
+
+    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+
+    args.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    teachers = [("dino", str(args.dino))] if args.dino else []
+    teachers += [("clip", name) for name in args.clip]
+    rows = []
+    for kind, source in teachers:
+        for processes in args.processes:
+            name = "DINOv2 ViT-S/14" if kind == "dino" else f"CLIP {source}, random weights"
+            common = {"teacher": name, "processes": processes, "batch": args.batch, "precision": args.precision}
+            found = run(args, kind, source, processes)
+            rows += [{**common, "placement": placement, **row} for placement, row in found.items()]
+    print(table(rows))
+    if args.accelerator == "cpu":
+        print(ON_CPU)
+    if args.out:
+        write(args, rows, collect_hardware(max(args.processes), args.accelerator).model_dump(), collect_versions())
+
+
+def write(args: argparse.Namespace, rows: list[dict[str, Any]], hardware: Any, versions: Any) -> None:
+    """The JSON: these rows, and those that the file has of other teachers or numbers of processes on such a device."""
+    new = {(row["teacher"], row["processes"]) for row in rows}
+    earlier = json.loads(args.out.read_text()) if args.out.exists() else {"rows": [], "hardware": hardware}
+    same = earlier["hardware"].get("device") == hardware.get("device")
+    kept = [row for row in earlier["rows"] if same and (row["teacher"], row["processes"]) not in new]
+    given = [argument.replace(str(args.dino), "FILE") if args.dino else argument for argument in sys.argv[1:]]
+    kept_arguments = [a for before, a in zip(["", *given], given, strict=False) if "--out" not in (before, a[:5])]
+    command = " ".join(["python benchmarks/teacher_placement.py", *kept_arguments])
+    for row in rows:
+        row["command"] = command
+    content = {
+        "hardware": hardware,
+        "cores": os.cpu_count(),
+        "versions": versions,
+        "note": ON_CPU if args.accelerator == "cpu" else "",
+        "rows": kept + rows,
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
