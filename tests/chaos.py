@@ -122,12 +122,14 @@ class Chaos:
         others = [p for p in ranks.processes if p is not process]
         for other in others:
             other.join(ALONE_LIMIT_S)
-        codes = [other.exitcode for other in others]
-        text = "\n".join([ranks.text(), *(stacks(other.pid) for other in others if other.is_alive() and other.pid)])
-        ranks.kill()
+        codes, text = [other.exitcode for other in others], ranks.text()
         # A process that is alone before the group exists waits for the other one; a launcher would end it.
         began = "going on after step" in text or "steps, into" in text
-        assert not began or all(code not in (None, 0) for code in codes), f"others ended with {codes}\n{text}"
+        if began and any(code in (None, 0) for code in codes):
+            where = "\n".join(stacks(other.pid) for other in others if other.is_alive() and other.pid)
+            ranks.kill()
+            raise AssertionError(f"{victim} was killed, and others ended with {codes}\n{text}\n{where}")
+        ranks.kill()
 
     def summary(self, kills: int) -> str:
         """What happened, by moment."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -26,9 +27,10 @@ MODEL = "mp_rank_00_model_states.pt"
 
 
 def test_what_was_written_comes_back(tmp_path: Path) -> None:
-    manifest = read_manifest(written(tmp_path, 12, results={"top1": 71.5, "last_loss": 0.1 + 0.2}))
+    results = {"top1": 71.5, "last_loss": 0.1 + 0.2, "n": 3, "x": math.inf}
+    manifest = read_manifest(written(tmp_path, 12, results=results))
     assert (manifest.step, manifest.identity, manifest.layout.world_size) == (12, IDENTITY, 1)
-    assert manifest.results == {"top1": 71.5, "last_loss": 0.1 + 0.2}
+    assert manifest.results == results
     assert manifest.size == sum(map(len, FILES.values()))
     other = read_manifest(written(tmp_path / "other", 12))
     assert other.id != manifest.id

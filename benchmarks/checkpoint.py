@@ -1,0 +1,290 @@
+"""What a safe checkpoint costs: saving and resuming, ours and DeepSpeed's own, side by side.
+
+    python benchmarks/checkpoint.py --parameters 60 --processes 2 --out benchmarks/results/checkpoint_cpu.json
+
+A ZeRO-3 engine over so many million parameters (linear layers; only the number of bytes matters), float32, AdamW, with
+its optimiser states. In every repeat each way of saving and of resuming is timed once, in turn, by the slowest process:
+
+    deepspeed save            engine.save_checkpoint: no flush to the disk, no checksum, in place
+    deepspeed save, flushed   the same, and then each process flushes its files (fsync), as a save that is to outlive
+                              a power cut must
+    save                      ours: written, checksummed, flushed, committed by a rename, an older one removed
+    background: standstill    ours in the background: until training goes on
+    background: committed     until it is whole, when nothing else is computed meanwhile
+    deepspeed resume          engine.load_checkpoint
+    resume                    ours: every file read and its checksum compared, then loaded
+
+and what is agreed on before every optimiser step (:mod:`mrmae_ds.training.boundary`): its reduction, the look at the
+gradients, and the note for the watchdog. Files are read from the page cache, where they have just been written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RESULT = "RESULT "
+WIDTH = 1024
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parameters", type=float, default=60, help="millions")
+    parser.add_argument("--processes", type=int, help="default: one a GPU, or 2 on the CPU")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the temporary folder's")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def build(layers: int) -> Any:
+    """An engine whose optimiser has states."""
+    import deepspeed
+    import torch
+    from torch import nn
+
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_param_persistence_threshold": 0,
+            "memory_efficient_linear": False,
+            "reduce_bucket_size": 10_000_000,
+            "stage3_prefetch_bucket_size": 0,
+        },
+    }
+    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(layers)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def step(engine: Any, boundary: Any = None) -> float:
+    """An optimiser step; seconds that were spent on agreeing."""
+    import torch
+    import torch.distributed as dist
+
+    loss = engine(torch.ones(1, WIDTH, device=engine.device)).square().mean()
+    engine.backward(loss)
+    spent = 0.0
+    if boundary is not None:
+        dist.barrier()  # not the other process's lag
+        boundary.micros = [type("Micro", (), {"losses": {"loss": loss.detach()}})]
+        began = time.perf_counter()
+        boundary.agree(engine)
+        spent = time.perf_counter() - began
+    engine.step()
+    return spent
+
+
+def timed(work: Callable[[], Any]) -> float:
+    """Seconds that the slowest process needs."""
+    import torch.distributed as dist
+
+    dist.barrier()
+    began = time.perf_counter()
+    work()
+    seconds: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(seconds, time.perf_counter() - began)
+    return max(seconds)
+
+
+def flushed_save(engine: Any, folder: Path) -> None:
+    """DeepSpeed's, each file flushed by who wrote it."""
+    import torch.distributed as dist
+
+    engine.save_checkpoint(str(folder), tag="step", save_latest=False)
+    for path in (folder / "step").glob(f"*rank_{dist.get_rank()}_*"):
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+    dist.barrier()
+
+
+def run_rank(settings: dict[str, Any]) -> None:
+    """One process; rank 0 prints the result."""
+    from mrmae_ds.training.launch import prepare_environment
+
+    launch = prepare_environment()
+    from mrmae_ds.training.checkpoint import list_checkpoints
+    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+
+    start_process_group(choose_device(launch))
+    folder, times = Path(settings["folder"]), {}
+
+    def note(name: str, seconds: float) -> None:
+        times.setdefault(name, []).append(seconds)
+
+    for repeat in range(1, settings["repeats"] + 1):
+        _save(folder, build(settings["layers"]), note)
+        _load(folder, build(settings["layers"]), launch, note)
+        engine = _resume(folder, build(settings["layers"]), launch, note)
+        if repeat == settings["repeats"]:
+            _note_steps(engine, launch, note)
+        engine.destroy()
+    size = sum(path.stat().st_size for path in list_checkpoints(folder / "foreground")[-1].iterdir())
+    if launch.rank == 0:
+        print(RESULT + json.dumps({"bytes": size, "times": times}), flush=True)
+    end_process_group()
+    os._exit(0)
+
+
+Note = Callable[[str, float], None]
+
+
+def _save(folder: Path, engine: Any, note: Note) -> None:
+    """Each way of saving, once."""
+    import torch.distributed as dist
+
+    from mrmae_ds.training.checkpoint import Retention
+    from mrmae_ds.training.manifest import Identity
+    from mrmae_ds.training.saver import Saver
+    from mrmae_ds.training.state import TrainState
+
+    step(engine)
+    state, plain = TrainState(step=int(engine.global_steps)), folder / "deepspeed"
+    identity = Identity(recipe_hash="", seed=0, train="", val="")
+    front, back = (
+        Saver(engine, folder / name, identity, Retention(1), 1, name == "background", lambda *_: None)
+        for name in ("foreground", "background")
+    )
+    for name in ("deepspeed save", "deepspeed save, flushed"):
+        if dist.get_rank() == 0:
+            shutil.rmtree(plain, ignore_errors=True)
+        dist.barrier()
+        if name == "deepspeed save":
+            note(name, timed(lambda: engine.save_checkpoint(str(plain), tag="step", save_latest=False)))
+        else:
+            note(name, timed(lambda: flushed_save(engine, plain)))
+    note("save", timed(lambda: front.save(state, {})))
+    began = time.perf_counter()
+    note("background: standstill", timed(lambda: back.save(state, {})))
+    back.finish()
+    note("background: committed", time.perf_counter() - began)
+    engine.destroy()
+
+
+def _load(folder: Path, engine: Any, launch: Any, note: Note) -> None:
+    note("deepspeed resume", timed(lambda: engine.load_checkpoint(str(folder / "deepspeed"), tag="step")))
+    engine.destroy()
+
+
+def _resume(folder: Path, engine: Any, launch: Any, note: Note) -> Any:
+    from mrmae_ds.training.checkpoint import list_checkpoints
+    from mrmae_ds.training.resuming import agree_on_start, load_checkpoint
+    from mrmae_ds.training.run_folder import Start
+
+    newest = list_checkpoints(folder / "foreground")[-1]
+
+    def resume() -> None:
+        start = agree_on_start(Start("resume", (newest,)), folder / "foreground")
+        assert start.checkpoint is not None
+        load_checkpoint(engine, start.checkpoint, launch, 1)
+
+    note("resume", timed(resume))
+    return engine
+
+
+def _note_steps(engine: Any, launch: Any, note: Note) -> None:
+    """What is done in every step, fifty times."""
+    from mrmae_ds.training.boundary import Boundary
+    from mrmae_ds.training.monitor import Monitor
+
+    boundary = Boundary()
+    with Monitor(launch, 3600) as monitor:
+        for _ in range(50):
+            note("agreement before a step", step(engine, boundary))
+            began = time.perf_counter()
+            monitor.beat("a step")
+            note("note for the watchdog", time.perf_counter() - began)
+
+
+def run(args: argparse.Namespace, accelerator: str, processes: int) -> dict[str, Any]:
+    """Start the processes and wait for them."""
+    from tests.processes import environment, free_port
+
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        job = Path(folder) / "job.json"
+        layers = round(args.parameters * 1e6 / WIDTH**2)
+        job.write_text(json.dumps({"folder": folder, "layers": layers, "repeats": args.repeats}))
+        common = {"WORLD_SIZE": processes, "LOCAL_SIZE": processes, "MASTER_PORT": free_port()}
+        started = [
+            subprocess.Popen(
+                [sys.executable, __file__, "--rank-of", str(job)],
+                env=environment(
+                    **{name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()},
+                    MASTER_ADDR="127.0.0.1",
+                    DS_ACCELERATOR=accelerator,
+                ),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for rank in range(processes)
+        ]
+        try:
+            output = started[0].communicate(timeout=args.limit)[0]
+        finally:
+            for process in started:
+                process.kill()
+    found = [line for line in output.splitlines() if line.startswith(RESULT)]
+    if not found:
+        sys.exit(output)
+    return json.loads(found[-1].removeprefix(RESULT))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: the median and the range of each, and what it is of DeepSpeed's own."""
+    own = {"save": "deepspeed save", "background: standstill": "deepspeed save", "resume": "deepspeed resume"}
+    lines = ["| | median s | least | most | of DeepSpeed's own |", "|---|---|---|---|---|"]
+    medians = {name: statistics.median(values) for name, values in result["times"].items()}
+    for name, values in result["times"].items():
+        share = f"{medians[name] / medians[own[name]]:.2f}" if name in own else ""
+        form = "{:.3f}" if medians[name] >= 0.05 else "{:.6f}"
+        cells = [form.format(value) for value in (medians[name], min(values), max(values))]
+        lines.append(f"| {name} | {' | '.join(cells)} | {share} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, print the table, write the JSON."""
+    args = parse()
+    if args.rank_of:
+        run_rank(json.loads(args.rank_of.read_text()))
+    sys.path.insert(0, str(REPOSITORY))
+    import torch
+
+    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+
+    gpus = torch.cuda.device_count()
+    accelerator, processes = "cuda" if gpus else "cpu", args.processes or gpus or 2
+    result = run(args, accelerator, processes)
+    print(f"{args.parameters:g} M parameters, {processes} processes, a checkpoint of {result['bytes'] / 1e6:,.0f} MB")
+    print(table(result))
+    if args.out:
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": collect_hardware(processes, accelerator).model_dump(),
+            "versions": collect_versions(),
+            "parameters": args.parameters * 1e6,
+            **result,
+        }
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
