@@ -11,6 +11,7 @@ import torch
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.checkpointing import CheckpointPlan
+from mrmae_ds.planning.report import describe_cost
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,
@@ -19,6 +20,7 @@ from mrmae_ds.training.engine_config import (
     load_engine_config,
     validate_sections,
 )
+from mrmae_ds.training.job import Options, load_configs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 SMALLEST = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0}
@@ -62,6 +64,18 @@ def test_every_size_has_its_variants() -> None:
     sizes = {"tiny", "small", "base", "large", "huge", "huge392", "huge448"}
     small = {"tiny", "small", "base", "large"}
     assert names == sizes | {f"{size}-offload" for size in sizes} | {f"{size}-zero1" for size in small}
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny-zero1", "tiny-offload"])
+def test_a_variant_trains_and_costs_the_recipe_of_its_size(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, counted = CONFIGS / f"{variant}.json", []
+    recipe, config = load_configs(Options(path))
+    assert recipe.name == "tiny" and config.path == path
+    monkeypatch.setattr("mrmae_ds.planning.report.recipe_cost", lambda recipe, _: counted.append(recipe.name))
+    monkeypatch.setattr("mrmae_ds.planning.report.cost_table", lambda _: "")
+    monkeypatch.setattr("mrmae_ds.planning.report.cost_line", lambda *_: "")
+    describe_cost(path, None)
+    assert counted == ["tiny"]
 
 
 def test_a_recipe_of_the_variants_own_name_comes_first(tmp_path: Path) -> None:
