@@ -11,6 +11,7 @@ from mrmae_ds import __version__
 from mrmae_ds.chain import console as chain
 from mrmae_ds.data.console import add_data_commands
 from mrmae_ds.errors import UserError
+from mrmae_ds.planning.command import add_plan_command
 from mrmae_ds.training import replay_console
 
 TABLE_NUMBERS = (1, 3, 4, 5, 6)
@@ -113,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     cost.add_argument("--gpus", type=int, help="tells hours on so many")
     cost.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
 
+    add_plan_command(commands)
     _add_teachers(commands)
 
     chain.add_submit_arguments(_command(commands, "submit", chain.run_submit, chain.SUMMARY))

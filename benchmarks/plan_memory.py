@@ -1,0 +1,342 @@
+"""Whether the planner's memory is right: its prediction beside the measured peak of real optimiser steps.
+
+    python benchmarks/plan_memory.py                                     # small to large, on the CPU
+    python benchmarks/plan_memory.py huge-pretrain --out FILE.json       # 18 GiB of free memory
+    python benchmarks/plan_memory.py --gpu small-pretrain base-pretrain  # on GPUs
+
+Each configuration runs in fresh processes: model, teachers (with random weights), objectives, optimiser and engine are
+the real ones at their real sizes, the pictures noise. On the CPU everything is float32, as the CPU's half precision
+is another library's business.
+
+Measured on the CPU is what the kernel says was resident at most (VmHWM, which is reset before each part of a step), so
+it holds everything: tensors, what kernels take for a moment, and Python. From it the resident memory after imports and
+three steps of a toy engine is taken away, so that libraries, compiled kernels and DeepSpeed itself are not counted.
+Blocks of 64 KiB and more come straight from the kernel and go back to it (MALLOC_MMAP_THRESHOLD_), so that freed
+memory is not resident any more. On a GPU it is ``torch.cuda.max_memory_allocated``. Predicted is what ``mrmae plan``
+counts, before its allowances for the context and for fragments. Fails (status 1) if a ratio is off by more than 10 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from train_step import REPOSITORY, build_task, noise_batches
+
+MIB = 2**20
+STEPS = 3  # DeepSpeed gathers ahead from the third step on
+RESULT = "RESULT "
+TOLERANCE = 0.10
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What one comparison runs: ds_configs/CONFIG.json with some values replaced, and the recipe of SIZE.
+
+    ``changes`` are merged into the JSON's sections; ``overrides`` are the recipe's.
+    """
+
+    config: str
+    size: str
+    stage: str
+    micro_batch: int
+    ranks: int = 1
+    accumulation: int = 1
+    changes: dict[str, dict[str, Any]] = field(default_factory=dict)
+    overrides: tuple[str, ...] = ()
+
+
+# Without checkpointing and with it, divided and not, one process and two, fine-tuning and pre-training.
+CONFIGURATIONS = {
+    "small-pretrain": Configuration("small", "small", "pretrain", 8, ranks=2),
+    "base-pretrain": Configuration("base", "base", "pretrain", 8),
+    "base-finetune": Configuration("base-zero1", "base", "finetune", 4, accumulation=2),
+    # Small pieces are updated at a time, so that 16 GiB are enough.
+    "large-pretrain": Configuration(
+        "large", "large", "pretrain", 4, changes={"zero_optimization": {"sub_group_size": 50_000_000}}
+    ),
+    "huge-pretrain": Configuration(
+        "huge", "huge", "pretrain", 2, changes={"zero_optimization": {"sub_group_size": 50_000_000}}
+    ),
+}
+DEFAULT = [name for name in CONFIGURATIONS if not name.startswith("huge")]
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)}; default: all but huge"
+    )
+    parser.add_argument("--gpu", action="store_true", help="on GPUs, with the engine config's precision")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for one configuration")
+    parser.add_argument("--out", type=Path, help="JSON file; rows of other configurations in it are kept")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    args.names = args.names or DEFAULT
+    if unknown := [name for name in args.names if name not in CONFIGURATIONS]:
+        parser.error(f"no configuration {', '.join(unknown)}; there are {', '.join(CONFIGURATIONS)}")
+    return args
+
+
+class Memory:
+    """What this process has: resident, or allocated on its GPU; ``peak`` since the last ``reset``."""
+
+    def __init__(self, device: Any) -> None:
+        self.device = device
+        self.baseline = 0
+
+    def reset(self) -> None:
+        """Begin anew to look for the most."""
+        if self.device.type == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        """Bytes above the baseline."""
+        if self.device.type == "cpu":
+            return self._status("VmHWM") - self.baseline
+        import torch
+
+        return torch.cuda.max_memory_allocated(self.device)
+
+    def start(self) -> None:
+        """Count from now on."""
+        gc.collect()
+        if self.device.type == "cpu":
+            self.baseline = self._status("VmRSS")
+
+    def _status(self, key: str) -> int:
+        found = re.search(rf"^{key}:\s+(\d+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+        assert found is not None
+        return int(found[1]) * 1024
+
+
+def steps(task: Any, engine: Any, batches: Any, settings: Configuration, rank: int, memory: Memory) -> dict[str, int]:
+    """Run steps; the most of each part of them, in bytes."""
+    from mrmae_ds.training.engine import set_learning_rate
+    from mrmae_ds.training.tasks import StepKey
+
+    most: dict[str, int] = {}
+
+    def note(part: str) -> None:
+        most[part] = max(most.get(part, 0), memory.peak())
+        memory.reset()
+
+    memory.reset()
+    for step in range(STEPS):
+        set_learning_rate(engine, 1e-4)
+        for micro in range(settings.accumulation):
+            key = StepKey(0, step, micro, rank, settings.ranks, settings.micro_batch)
+            losses = task.losses(engine, next(batches), key)
+            note("forward")
+            engine.backward(losses["loss"])
+            note("backward")
+            engine.step()
+            note("update")
+    return most
+
+
+def toy(config: Any, device: Any) -> None:
+    """Three steps of a small model in the same kind of engine, so that all code that a step needs is loaded."""
+    import torch
+
+    from mrmae_ds.models.cvit import CViT
+    from mrmae_ds.models.sizes import CViTSpec
+    from mrmae_ds.models.weights import init_classifier
+    from mrmae_ds.training.engine import build_engine
+    from mrmae_ds.training.optimizer import finetune_groups
+
+    model = CViT(CViTSpec((16, 16, 32), (1, 1, 1), 2, patches=(4, 2, 2)), 32, 10)
+    init_classifier(model)
+    engine = build_engine(model, finetune_groups(model, 0.05, 0.9), (0.9, 0.95), config, 1, device)
+    for _ in range(3):
+        engine.backward(engine(torch.randn(2, 3, 32, 32, device=device)).float().sum())
+        engine.step()
+    engine.destroy()
+
+
+def run_rank(job: dict[str, Any]) -> None:
+    """One process; rank 0 prints the result."""
+    from mrmae_ds.training.launch import prepare_environment
+
+    launch = prepare_environment()
+    import torch
+
+    from mrmae_ds.recipe import load_recipe
+    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from mrmae_ds.training.engine import build_engine
+    from mrmae_ds.training.engine_config import load_engine_config
+
+    settings = Configuration(**job["settings"])
+    config = load_engine_config(Path(job["engine"]))
+    recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings.size}.yaml", list(settings.overrides))
+    device = choose_device(launch)
+    start_process_group(device)
+    toy(config, device)
+    memory = Memory(device)
+    memory.start()
+    torch.manual_seed(0)
+    task, size = build_task(recipe, config, settings.stage)
+    betas = recipe.stage(settings.stage).optimizer.betas
+    engine = build_engine(task.model, task.groups(), betas, config, settings.accumulation, device)
+    task.to(device)
+    engine.train()
+    most = steps(task, engine, noise_batches(settings.micro_batch, size, device), settings, launch.rank, memory)
+    if launch.rank == 0:
+        print(RESULT + json.dumps(most), flush=True)
+    end_process_group()
+    os._exit(0)
+
+
+def engine_json(settings: Configuration, on_cpu: bool) -> dict[str, Any]:
+    """The engine config of a comparison."""
+    config = json.loads((REPOSITORY / "ds_configs" / f"{settings.config}.json").read_text())
+    config["train_micro_batch_size_per_gpu"] = settings.micro_batch
+    for section, values in settings.changes.items():
+        config[section] = config.get(section, {}) | values
+    if on_cpu:
+        config.pop("torch_autocast", None)
+    return config
+
+
+def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[str, float]:
+    """The planner's bytes at the fullest moment of each part of a step."""
+    from mrmae_ds.planning.flops import recipe_cost
+    from mrmae_ds.planning.memory import moments
+    from mrmae_ds.planning.stages import count_stage
+    from mrmae_ds.planning.states import Engine
+    from mrmae_ds.planning.zero import ZeroSettings
+    from mrmae_ds.recipe import load_recipe
+    from mrmae_ds.reporting.paper import IMAGENET_CLASSES
+    from mrmae_ds.training.engine_config import load_engine_config
+
+    config = load_engine_config(engine_file)
+    recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings.size}.yaml", list(settings.overrides))
+    (cost,) = [cost for cost in recipe_cost(recipe, config.checkpointing) if cost.stage == settings.stage]
+    stage = count_stage(recipe, config, cost, IMAGENET_CLASSES, on_cpu=on_cpu)
+    zero = ZeroSettings.of(config)
+    engine = Engine(stage.census(zero), zero, settings.ranks, settings.accumulation, on_cpu)
+    placed = {name: each.placed(stage.placements[name], settings.ranks) for name, each in stage.teachers.items()}
+    parts: dict[str, float] = {}
+    for moment in moments(engine, stage.simulation.timeline, placed, settings.micro_batch):
+        # Teachers are asked in what is measured as forward, gradients reduced late in what is measured as backward.
+        part = {"reduction of gradients": "backward"}.get(moment.name, moment.name)
+        part = "forward" if part.startswith("teacher ") else part
+        parts[part] = max(parts.get(part, 0.0), moment.total)
+    return parts
+
+
+def measure(settings: Configuration, engine_file: Path, folder: Path, on_cpu: bool, limit: float) -> dict[str, int]:
+    """Run a configuration's processes; what rank 0 measured.
+
+    Raises:
+        RuntimeError: with the end of rank 0's output, if it ended without a result or took too long.
+    """
+    from tests.processes import environment, free_port
+
+    job = folder / "job.json"
+    job.write_text(json.dumps({"settings": asdict(settings), "engine": str(engine_file)}))
+    port = str(free_port())
+    ranks = {"WORLD_SIZE": str(settings.ranks), "LOCAL_WORLD_SIZE": str(settings.ranks)}
+    rest = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu" if on_cpu else "cuda"}
+    blocks = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--rank-of", str(job)],
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **ranks, **rest, **blocks),
+            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(settings.ranks)
+    ]
+    try:
+        output = started[0].communicate(timeout=limit)[0]
+    except subprocess.TimeoutExpired:
+        raise RuntimeError(f"took more than {limit:.0f} s") from None
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    found = [line for line in output.splitlines() if line.startswith(RESULT)]
+    if not found:
+        raise RuntimeError(output[-2000:])
+    result: dict[str, int] = json.loads(found[-1].removeprefix(RESULT))
+    return result
+
+
+def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure and predict one configuration: MiB of each part of a step, and the ratio of the peaks."""
+    settings, on_cpu = CONFIGURATIONS[name], not args.gpu
+    with tempfile.TemporaryDirectory() as folder:
+        engine_file = Path(folder) / "engine.json"
+        engine_file.write_text(json.dumps(engine_json(settings, on_cpu)))
+        measured = measure(settings, engine_file, Path(folder), on_cpu, args.limit)
+        predicted = predict(settings, engine_file, on_cpu)
+    return {
+        "name": name,
+        "device": "cpu" if on_cpu else "cuda",
+        **asdict(settings),
+        "measured_mib": {part: round(size / MIB, 1) for part, size in measured.items()},
+        "predicted_mib": {part: round(predicted[part] / MIB, 1) for part in measured},
+        "ratio": round(max(predicted.values()) / max(measured.values()), 3),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: predicted / measured MiB of each part, and the ratio of the peaks."""
+    parts = ("forward", "backward", "update")
+    lines = [
+        "| configuration | processes x micro-batch | " + " | ".join(f"{part}, MiB" for part in parts) + " | ratio |",
+        "|---" * (len(parts) + 3) + "|",
+    ]
+    for row in rows:
+        cells = [f"{row['predicted_mib'][part]:,.0f} / {row['measured_mib'][part]:,.0f}" for part in parts]
+        lines.append(
+            f"| {row['name']} | {row['ranks']} x {row['micro_batch']} | {' | '.join(cells)} | {row['ratio']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Compare the configurations in turn, print the table, write the JSON."""
+    args = parse()
+    sys.path.insert(0, str(REPOSITORY))
+    if args.rank_of:
+        run_rank(json.loads(args.rank_of.read_text()))
+    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+
+    rows = []
+    for name in args.names:
+        rows.append(compare(name, args))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    print("predicted / measured; the ratio is of the peaks\n\n" + table(rows))
+    if args.out:
+        there = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
+        kept = [row for row in there if row["name"] not in args.names or row["device"] != rows[0]["device"]]
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": collect_hardware(1, "cuda" if args.gpu else "cpu").model_dump(),
+            "versions": collect_versions(),
+            "rows": [*kept, *rows],
+        }
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+    if any(abs(row["ratio"] - 1) > TOLERANCE for row in rows):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
