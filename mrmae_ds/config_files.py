@@ -24,6 +24,21 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _parsed(path, parse_yaml)
 
 
+def read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file laid on the one that it ``extends``, if it names one, and so on; see :func:`merge`.
+
+    Raises:
+        UserError: as :func:`read_yaml`, and for a file that extends itself.
+    """
+    if path.resolve() in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
+    raw = read_yaml(path)
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    return merge(read_extended(path.parent / str(parent), (*seen, path.resolve())), raw)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file that holds an object; see :func:`read_yaml`."""
     return _parsed(path, lambda text: json.loads(text, object_pairs_hook=_unique))

@@ -16,7 +16,7 @@ from typing import Any, Literal, overload
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from mrmae_ds.config_files import apply_overrides, describe_errors, merge, read_yaml
+from mrmae_ds.config_files import apply_overrides, describe_errors, read_extended
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.objectives import PIXELS
@@ -148,22 +148,11 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: naming file, key and nearest known key.
     """
-    raw = apply_overrides(_read_extended(path, ()), overrides or [], path)
+    raw = apply_overrides(read_extended(path), overrides or [], path)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(describe_errors(error, Recipe, path)) from None
-
-
-def _read_extended(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
-    raw = read_yaml(path)
-    parent = raw.pop("extends", None)
-    if parent is None:
-        return raw
-    base = _read_extended(path.parent / str(parent), (*seen, path.resolve()))
-    return merge(base, raw)
 
 
 def _listed(names: Any) -> str:

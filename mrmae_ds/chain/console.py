@@ -104,7 +104,11 @@ def _run_here(
     print(f"{len(links)} links, {there} finished already")
     signal.signal(signal.SIGTERM, _interrupt)
     chain = LocalChain(links, known, processes=args.processes or gpus or 1, gpus=gpus, at_once=args.jobs, say=_say)
-    failed = chain.run()
+    try:
+        failed = chain.run()
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from there", file=sys.stderr)
+        raise SystemExit(130) from None
     _write_tables(args.runs, tables)
     if failed:
         for key, reason in failed.items():

@@ -28,16 +28,21 @@ def operations(link: Link) -> float | None:
         return None
     stages = link.recipe.stages.model_copy(update={name: None for name in COUNTED if name != link.stage})
     recipe = link.recipe.model_copy(update={"stages": stages})
-    try:
-        data = check_beton(recipe.data.train)
-        pictures, classes = data.num_samples, data.num_classes
-    except UserError:
-        pictures, classes = IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES
+    pictures, classes = data_set(link) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
     try:
         (cost,) = recipe_cost(recipe, load_engine_config(link.config).checkpointing, classes)
     except UserError:
         return None
     return float(cost.total(pictures))
+
+
+def data_set(link: Link) -> tuple[int, int] | None:
+    """Pictures and classes of a link's training set; None if it is not there."""
+    try:
+        data = check_beton(link.recipe.data.train)
+    except UserError:
+        return None
+    return data.num_samples, data.num_classes
 
 
 def plan(links: Sequence[Link], known: Mapping[str, Status], tflops: float) -> str:
@@ -83,6 +88,8 @@ def plan(links: Sequence[Link], known: Mapping[str, Status], tflops: float) -> s
         f"{missing} of {len(links)} links to run, {number(total)} GPU-hours at an assumed {tflops:g} TFLOP/s a GPU; "
         "evaluation is not counted, nor what an interrupted link has done already"
     )
+    absent = dict.fromkeys(str(link.recipe.data.train) for link in links if data_set(link) is None)
+    text += [f"{path} is not there: ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} pictures are taken" for path in absent]
     if uncounted:
         text.append(f"not counted either: {uncounted} links whose teacher is a run that is not there yet")
     return "\n".join(text)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from mrmae_ds.config_files import describe_errors, nearest_key, read_yaml
+from mrmae_ds.config_files import describe_errors, nearest_key, read_extended
 from mrmae_ds.errors import UserError
 from mrmae_ds.recipe_stages import StageName
 from mrmae_ds.reporting.paper import TABLES
@@ -91,12 +91,12 @@ def assignments(changes: dict[str, Any], above: str = "") -> Iterator[str]:
 
 
 def load_chain(path: Path) -> ChainConfig:
-    """Read and check a chain.
+    """Read and check a chain. It may say ``extends: other.yaml``, as a recipe may: its keys are laid on the other's.
 
     Raises:
         UserError: naming file, key and nearest known key.
     """
     try:
-        return ChainConfig.model_validate(read_yaml(path))
+        return ChainConfig.model_validate(read_extended(path))
     except ValidationError as error:
         raise UserError(describe_errors(error, ChainConfig, path)) from None

@@ -143,6 +143,20 @@ def test_sets_are_applied_in_order_and_null_removes(tmp_path: Path) -> None:
     assert isinstance(recipe.stages.finetune, FinetuneConfig) and recipe.stages.finetune.epochs == 7
 
 
+def test_a_chain_may_extend_another(tmp_path: Path) -> None:
+    write_chain(tmp_path, sets={"long": {"stages": {"finetune": {"epochs": 9}}}})
+    run = {"recipe": "ds_configs/baselines/mae_tiny.yaml", "use": ["long"]}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump({"extends": "chain.yaml", "name": "more", "runs": [run]}))
+    chain = load_chain(tmp_path / "more.yaml")
+    assert (chain.name, len(chain.runs), chain.config) == ("more", 1, Path("ds_configs/tiny.json"))
+    stages = [link.recipe.stages for link in build_links(chain, tmp_path)]
+    assert [s.finetune.epochs for s in stages if s.finetune] == [9, 9]
+    assert [s.pretrain.epochs for s in stages if s.pretrain] == [3, 3]
+    (tmp_path / "chain.yaml").write_text("extends: more.yaml")
+    with pytest.raises(UserError, match="extends itself through"):
+        load_chain(tmp_path / "more.yaml")
+
+
 def test_common_changes_are_for_recipes_that_have_what_they_change(tmp_path: Path) -> None:
     chain = load_chain(write_chain(tmp_path))
     links = {link.key: link for link in build_links(chain, tmp_path, overrides=["teachers.mae.precision=bf16"])}

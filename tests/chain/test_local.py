@@ -134,7 +134,12 @@ def test_a_signal_is_passed_on_and_waited_for(room: Path, tmp_path: Path) -> Non
         f"{str(tmp_path / 'runs')!r}])"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=REPOSITORY, env=environment(), start_new_session=True
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 120
@@ -142,10 +147,11 @@ def test_a_signal_is_passed_on_and_waited_for(room: Path, tmp_path: Path) -> Non
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.05)
         process.terminate()
-        assert process.wait(60) != 0
+        _, told = process.communicate(timeout=60)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and told == "interrupted; the same command goes on from there\n"
     assert (room / "stopped").read_text() == "mae_tiny-pretrain"
     assert _begun(room) == ["mae_tiny-pretrain"]
 

@@ -177,9 +177,11 @@ def test_the_plan_is_printed_and_nothing_is_started(
     slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(links["mae_tiny/pretrain"])
-    assert _submit(tmp_path, "--dry-run", "--tflops", "1") == 0
+    absent_data = tmp_path / "train.beton"
+    assert _submit(tmp_path, "--dry-run", "--tflops", "1", "--set", f"data.train={absent_data}") == 0
     out = capsys.readouterr().out
-    *plan, summary, uncounted = out.splitlines()
+    *plan, summary, absent, uncounted = out.splitlines()
+    assert absent == f"{absent_data} is not there: ImageNet-1K's 1,281,167 pictures are taken"
     lines = {line.split()[0]: line for line in plan[1:]}
     assert (
         list(lines) == KEYS and uncounted == "not counted either: 1 links whose teacher is a run that is not there yet"
