@@ -55,6 +55,7 @@ FEW = [
         "finetune", 1, True, 2, 2, engine={"zero_optimization": {"offload_optimizer": _CPU}}, label="offload_optimizer"
     ),
     Case("finetune", 3, True, 2, 2, engine=_ALL, label="offload_all"),
+    Case("finetune", 3, True, 2, 1, "autocast", engine=_ALL, label="offload_all"),  # as NAME-offload.json
     Case("finetune", 3, True, 2, 2, engine={"zero_optimization": {"zero_hpz_partition_size": 2}}, label="hpz"),
 ]
 Compare = Callable[[Case], Difference]

@@ -60,6 +60,7 @@ class Case:
         clipping: largest norm of the gradient, 0 for any.
         engine: laid on the engine config, by what this case is named for.
         label: names ``engine``.
+        wide: blocks of several megabytes instead of half of one.
     """
 
     stage: Stage = "pretrain"
@@ -72,6 +73,7 @@ class Case:
     clipping: float = 0.0
     engine: dict[str, Any] = field(default_factory=dict)
     label: str = ""
+    wide: bool = False
 
     @property
     def name(self) -> str:
@@ -81,6 +83,7 @@ class Case:
         parts += [self.precision] if self.precision != "fp32" else []
         parts += [self.placement] if self.placement != "device" else []
         parts += ["clipped"] if self.clipping else []
+        parts += ["wide"] if self.wide else []
         return "-".join([*parts, *([self.label] if self.label else [])])
 
     @property
@@ -91,7 +94,7 @@ class Case:
         fine-tuning its random draws do.
         """
         world_size, accumulation = self.cut
-        rest = "-clipped" if self.clipping else ""
+        rest = ("-clipped" if self.clipping else "") + ("-wide" if self.wide else "")
         return f"plain-{self.stage}-{self.precision}-W{world_size}-A{accumulation}{rest}"
 
     @property
@@ -145,6 +148,9 @@ def beside_the_matrix() -> list[Case]:
             for zero in (1, 2, 3):
                 cases.append(_offloaded(Case(stage, zero, accumulation=2, world_size=size), "optimizer", optimizer))
             cases.append(_offloaded(Case(stage, 3, accumulation=2, world_size=size), "all", both))
+        for precision in ("autocast", "bf16"):
+            mixed = Case(stage, 3, accumulation=2, world_size=2, precision=precision)
+            cases.append(_offloaded(mixed, "all", both))
         hpz = {"zero_optimization": {"zero_hpz_partition_size": 2}}
         cases.append(Case(stage, 3, accumulation=2, world_size=2, engine=hpz, label="hpz"))
     return cases
@@ -158,9 +164,9 @@ def compiled_cases(world_size: int) -> list[Case]:
 
 
 def nvme_cases(folder: Path, world_size: int) -> list[Case]:
-    """Offloading to files in ``folder``. DeepSpeed swaps pieces of a megabyte or more; the decayed group is one."""
+    """Offloading to files in ``folder``, of a model that DeepSpeed swaps: it leaves pieces below a megabyte alone."""
     nvme = {"device": "nvme", "nvme_path": str(folder)}
-    case = Case("finetune", 3, accumulation=2, world_size=world_size)
+    case = Case("finetune", 3, accumulation=2, world_size=world_size, wide=True)
     sections = {"optimizer": {"offload_optimizer": nvme}, "all": {"offload_optimizer": nvme, "offload_param": nvme}}
     return [_offloaded(case, f"{what}_nvme", section) for what, section in sections.items()]
 

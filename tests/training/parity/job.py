@@ -17,7 +17,7 @@ from mrmae_ds.training.job import Job, Options, prepare_job
 from mrmae_ds.training.launch import Launch
 from tests.data.samples import write_sample_beton
 
-from .cases import BETAS, EPOCHS, GLOBAL_BATCH, LAYER_DECAY, LR, MIN_LR, STEPS_PER_EPOCH, WARMUP, Case, Stage
+from .cases import BETAS, EPOCHS, GLOBAL_BATCH, LAYER_DECAY, LR, MIN_LR, STEPS_PER_EPOCH, WARMUP, Case
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -33,8 +33,12 @@ def write_workspace(folder: Path) -> None:
     save_weights(folder / "teacher" / "model.safetensors", model.state_dict(), metadata)
 
 
-def overrides(folder: Path, stage: Stage, placement: str) -> tuple[str, ...]:
+WIDE = "{dims: [64, 128, 512]}"
+
+
+def overrides(case: Case, folder: Path) -> tuple[str, ...]:
     """Recipe values: short, a real schedule, and everything in fine-tuning that draws at random."""
+    stage = case.stage
     optimizer = f"{{lr: {LR}, min_lr: {MIN_LR}, warmup_epochs: {WARMUP}, betas: {list(BETAS[stage])}}}"
     ours = {
         "data.train": folder / "train.beton",
@@ -49,15 +53,17 @@ def overrides(folder: Path, stage: Stage, placement: str) -> tuple[str, ...]:
     if stage == "finetune":
         ours |= {"init": "scratch", "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0, "layer_decay": LAYER_DECAY}
     keys = {key if "." in key else f"stages.finetune.{key}": value for key, value in ours.items()}
-    placed = [f"stages.pretrain.placement={placement}"] if placement != "device" else []
-    return (*(f"{key}={value}" for key, value in keys.items()), f"stages.{stage}.optimizer={optimizer}", *placed)
+    rest = [f"stages.{stage}.optimizer={optimizer}"]
+    rest += [f"stages.pretrain.placement={case.placement}"] if case.placement != "device" else []
+    rest += [f"model.overrides={WIDE}"] if case.wide else []
+    return (*(f"{key}={value}" for key, value in keys.items()), *rest)
 
 
 def prepare(case: Case, folder: Path, launch: Launch) -> Job:
     """What train.py does before it starts a process group."""
     path = folder / f"{case.name}-{launch.rank}.json"
     path.write_text(json.dumps(case.engine_config()))
-    settings = overrides(folder, case.stage, case.placement)
+    settings = overrides(case, folder)
     options = Options(path, case.stage, REPOSITORY / "ds_configs/tiny.yaml", folder / "runs", overrides=settings)
     return prepare_job(replace(options, dry_run=True), launch)
 
