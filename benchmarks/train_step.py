@@ -3,10 +3,11 @@
     python benchmarks/train_step.py huge448 --stage finetune --processes 2 --micro-batch 1 --lean     # on a CPU
     python benchmarks/train_step.py small base large huge --micro-batch 16 32 64 128 --out FILE.json  # on GPUs
 
-Names are those of ds_configs/NAME.json and its recipe: the model, its teachers, objectives, optimiser and engine are
-the real ones, built as training builds them. Teachers have random weights, which changes neither time nor memory, and
-the pictures are noise made once, so that neither a reader nor a data set is measured. Every combination of name and
-micro-batch runs in fresh processes, one a device (--processes on the CPU). A step is one micro-batch.
+Names are those of ds_configs/NAME.json, variants (small-zero1) too, and its recipe: model, teachers, objectives,
+optimiser and engine are the real ones, built as training builds them. Teachers have random weights, which changes
+neither time nor memory, and the pictures are noise made once, so that neither a reader nor a data set is measured.
+Every combination of name and micro-batch runs in fresh processes, one a device (--processes on the CPU). A step is one
+micro-batch.
 
 ``tflops`` counts what the model needs (forward, backward, teachers), not what checkpointing computes again; ``mfu`` is
 its share of the device's peak, left out for devices whose peak is not known. Memory on the CPU is what the process has
@@ -118,11 +119,11 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.training.accounting import Accountant, device_peak, peak_memory, utilisation
     from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
     from mrmae_ds.training.engine import build_engine
-    from mrmae_ds.training.engine_config import load_engine_config
+    from mrmae_ds.training.engine_config import default_recipe, load_engine_config
     from mrmae_ds.training.loop import Meter, Plan, run_step
 
     config = load_engine_config(Path(settings["engine"]))
-    recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings['name']}.yaml")
+    recipe = load_recipe(default_recipe(REPOSITORY / "ds_configs" / f"{settings['name']}.json"))
     stage, device = recipe.stage(settings["stage"]), choose_device(launch)
     start_process_group(device)
     before = peak_memory(device)
@@ -137,6 +138,8 @@ def run_rank(settings: dict[str, Any]) -> None:
     plan = Plan(stage, 0, 1000, 1, config.micro_batch, launch)
     times = []
     for step in range(settings["warmup"] + settings["steps"]):
+        if step == settings["warmup"]:
+            accountant.restart()  # at first DeepSpeed learns the order of the modules, and gathers more
         meter, began = Meter(), time.perf_counter()
         run_step(engine, task, batches, plan, step, meter)
         losses, _, bad = meter.read(launch, config.micro_batch)  # waits for the device
@@ -144,7 +147,7 @@ def run_rank(settings: dict[str, Any]) -> None:
         if bad:
             raise RuntimeError(f"step {step}: the loss is not finite")
     seconds = statistics.median(times[settings["warmup"] :])
-    noted = accountant.interval(len(times))
+    noted = accountant.interval(settings["steps"])
     if launch.rank == 0:
         (cost,) = [c for c in recipe_cost(recipe, config.checkpointing) if c.stage == settings["stage"]]
         model_operations = sum(part.forward + part.backward for part in cost.parts.values())

@@ -1,0 +1,172 @@
+"""What do the engine configs of a size cost: its own (ZeRO-3), -zero1 and -offload, beside each other.
+
+    python benchmarks/engine_variants.py small --stage finetune --micro-batch 2
+
+Real optimiser steps on made-up pictures (benchmarks/train_step.py). For time and gathered bytes the engines live in the
+same processes and take turns, step by step, so that other work on the machine meets all alike; a time is the median, a
+ratio the median over rounds of the ratio to the size's own config. For memory each has processes of its own: the most
+that one had resident, less what it had before the model. On the CPU the device is the host: what -offload keeps off a
+GPU is resident all the same, and moving it costs a copy in memory instead of a bus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
+GIB = 2**30
+
+
+def run_rank(folder: Path) -> None:
+    """One process: an engine of each config in FOLDER/job.json, step by step in turn; rank 0 writes result.json."""
+    from mrmae_ds.training.launch import prepare_environment
+
+    launch = prepare_environment()
+    import torch
+    import torch.distributed as dist
+
+    from mrmae_ds.training.accounting import peak_memory
+    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from mrmae_ds.training.traffic import GatherCounter
+
+    job = json.loads((folder / "job.json").read_text())
+    device = choose_device(launch)
+    start_process_group(device)
+    before, runs = peak_memory(device), {name: _Run(name, job, device, launch) for name in job["names"]}
+    counter = GatherCounter()
+    counter.install(None)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    gathered: dict[str, int] = {}
+    for _ in range(job["warmup"] + job["steps"]):
+        for name, run in runs.items():
+            seen = counter.bytes
+            dist.barrier()
+            began = time.perf_counter()
+            run.step()
+            times[name].append(time.perf_counter() - began)
+            gathered[name] = counter.bytes - seen
+    memory = torch.tensor(peak_memory(device) - before, dtype=torch.float64, device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MAX)
+    if launch.rank == 0:
+        steady = {name: values[job["warmup"] :] for name, values in times.items()}
+        result = {"times": steady, "gathered": gathered, "memory": memory.item()}
+        (folder / "result.json").write_text(json.dumps(result))
+    end_process_group()
+    os._exit(0)
+
+
+class _Run:
+    """A config's engine and its task."""
+
+    def __init__(self, name: str, job: dict[str, Any], device: Any, launch: Any) -> None:
+        import torch
+        from train_step import build_task, noise_batches
+
+        from mrmae_ds.recipe import load_recipe
+        from mrmae_ds.training.engine import build_engine
+        from mrmae_ds.training.engine_config import default_recipe, load_engine_config
+        from mrmae_ds.training.loop import Plan
+
+        source = REPOSITORY / "ds_configs" / f"{name}.json"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "engine.json"
+            content = json.loads(source.read_text()) | {"train_micro_batch_size_per_gpu": job["micro_batch"]}
+            path.write_text(json.dumps(content))
+            config = load_engine_config(path)
+        recipe = load_recipe(default_recipe(source))
+        stage = recipe.stage(job["stage"])
+        torch.manual_seed(0)
+        self.task, size = build_task(recipe, config, job["stage"])
+        self.engine = build_engine(self.task.model, self.task.groups(), stage.optimizer.betas, config, 1, device)
+        self.task.to(device)
+        self.engine.train()
+        self.batches = noise_batches(job["micro_batch"], size, device)
+        self.plan, self.taken = Plan(stage, 0, 1000, 1, job["micro_batch"], launch), 0
+
+    def step(self) -> None:
+        """One optimiser step, and its loss on the host."""
+        from mrmae_ds.training.loop import Meter, run_step
+
+        meter = Meter()
+        run_step(self.engine, self.task, self.batches, self.plan, self.taken, meter)
+        meter.read(self.plan.launch, self.plan.micro_batch)
+        self.taken += 1
+
+
+def start(names: list[str], args: argparse.Namespace, warmup: int, steps: int) -> dict[str, Any]:
+    """Fresh processes with these configs; what they found."""
+    from tests.processes import finish, rank_processes
+
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"names": names, "warmup": warmup, "steps": steps, "stage": args.stage, "micro_batch": args.micro_batch}
+        (Path(folder) / "job.json").write_text(json.dumps(job))
+        ended = finish(rank_processes(args.processes, args.name, "--rank-of", folder, program=(__file__,)), args.limit)
+        if any(process.status for process in ended):
+            sys.exit(f"{names}: " + "\n".join(process.stderr[-2000:] for process in ended))
+        return json.loads((Path(folder) / "result.json").read_text())
+
+
+def summary(names: list[str], together: dict[str, Any], memory: dict[str, float]) -> dict[str, dict[str, float]]:
+    """Numbers of each config, and their ratios to the first one's."""
+    times, gathered, first = together["times"], together["gathered"], names[0]
+    return {
+        name: {
+            "step_s": statistics.median(times[name]),
+            "step_ratio": statistics.median(a / b for a, b in zip(times[name], times[first], strict=True)),
+            "memory_gib": memory[name] / GIB,
+            "memory_ratio": memory[name] / memory[first],
+            "gathered_gib": gathered[name] / GIB,
+            "gathered_ratio": gathered[name] / gathered[first],
+        }
+        for name in names
+    }
+
+
+def main() -> None:
+    """Run, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="ds_configs/NAME.json, and what there is of its variants")
+    parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
+    parser.add_argument("--micro-batch", type=int, default=2, help="pictures a process takes at a time")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before those that are timed")
+    parser.add_argument("--steps", type=int, default=9, help="timed rounds")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds for one start")
+    parser.add_argument("--out", type=Path, help="JSON file")
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_of:
+        run_rank(args.rank_of)
+    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+
+    variants = [args.name, f"{args.name}-zero1", f"{args.name}-offload"]
+    names = [name for name in variants if (REPOSITORY / "ds_configs" / f"{name}.json").is_file()]
+    memory = {name: start([name], args, 1, 2)["memory"] for name in names}
+    together = start(names, args, args.warmup, args.steps)
+    rows = summary(names, together, memory)
+    print("| engine config | s a step | ratio | GiB a process | ratio | GiB gathered a step | ratio |")
+    print("|---|---|---|---|---|---|---|")
+    for name, row in rows.items():
+        print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row.values()) + " |")
+    if args.out:
+        content = {
+            "command": " ".join(["python", *sys.argv]),
+            "hardware": collect_hardware(args.processes, "cpu").model_dump(),
+            "versions": collect_versions(),
+            "summary": rows,
+            "rounds": together["times"],
+        }
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
