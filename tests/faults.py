@@ -27,9 +27,10 @@ def install(fault: str) -> None:
     act: Callable[..., Losses] = globals()[f"_{name}"]
     if int(os.environ["RANK"]) != rank:
         return
+    from mrmae_ds.training.probe import ProbeTask
     from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
 
-    for task in (PretrainTask, FinetuneTask):
+    for task in (PretrainTask, FinetuneTask, ProbeTask):
         _wrap(task, lambda losses, key: act(losses, **settings) if (key.step, key.micro) == (step, micro) else losses)
 
 

@@ -384,9 +384,26 @@ def test_fine_tuning_with_layer_decay_goes_on_too(runs: SmallRuns) -> None:
     assert ours[-1]["top1"] == theirs[-1]["top1"]
 
 
+PROBE = (
+    "--stage", "probe", "stages.probe={epochs: 2, batch_size: 8, init: scratch, optimizer: {warmup_epochs: 0.5}}",
+)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_linear_probe_goes_on_too(runs: SmallRuns) -> None:
+    """Another optimiser, no ZeRO, and a BatchNorm's statistics."""
+    ranks = runs.launch("probed", *PROBE)
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    ranks = runs.launch("half probed", *PROBE, fault="signal:rank=1,step=10,micro=0")
+    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    _go_on(runs, runs.folder / "half probed", *PROBE)
+    assert_same(runs.stage("half probed", "probe"), runs.stage("probed", "probe"))
+
+
 @pytest.mark.slow
 def test_checkpoints_written_in_the_background(tmp_path: Path) -> None:
-    """Killed three times, as above."""
-    chaos = Chaos(tmp_path, seed=5, more=("record.save_in_background=true",))
+    """And by the clock; killed three times, as above."""
+    by_the_clock = ("record.save_every_steps=null", "record.save_every_minutes=0.01")
+    chaos = Chaos(tmp_path, seed=5, more=("record.save_in_background=true", *by_the_clock))
     chaos.reference()
     chaos.rounds(3)

@@ -126,7 +126,8 @@ def load_checkpoint(
     else:
         load_universal(engine, convert(checkpoint, manifest))
         error = None
-    state = load_state(checkpoint, manifest.layout.world_size, launch, micro_batch, torch.device(engine.device))
+    device = torch.device(engine.device)
+    state = load_state(checkpoint, manifest.layout.world_size, engine.module, launch, micro_batch, device)
     steps = {"the manifest": manifest.step, "the state": state.step, "DeepSpeed": int(engine.global_steps)}
     if error is None and len(set(steps.values())) > 1:
         error = f"{checkpoint}: its parts disagree on the steps done: {steps}"

@@ -116,8 +116,9 @@ def take_snapshot(
         manifest=Manifest(step=state.step, identity=identity, layout=layout, results=dict(results), files={}),
         shards=layout.world_size if layout.zero_stage > 0 else 0,
     )
+    device = torch.device(engine.device)
     snapshot.parts.update(engine_parts(engine, snapshot.staging))
-    snapshot.parts[state_file(dist.get_rank())] = state.to_save(micro_batch, torch.device(engine.device))
+    snapshot.parts[state_file(dist.get_rank())] = state.to_save(engine.module, micro_batch, device)
     return snapshot
 
 

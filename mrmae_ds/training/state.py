@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrmae_ds.training.launch import Launch
 from mrmae_ds.training.meter import Meter
@@ -38,8 +38,11 @@ class TrainState:
     grad_norm: float | Tensor | None = None
     meter: Meter = field(default_factory=Meter)
 
-    def to_save(self, micro_batch: int, device: torch.device) -> dict[str, Any]:
-        """This rank's part of a checkpoint, with all random states."""
+    def to_save(self, module: nn.Module, micro_batch: int, device: torch.device) -> dict[str, Any]:
+        """This rank's part of a checkpoint, with all random states, and the buffers of ``module``.
+
+        DeepSpeed keeps the buffers of rank 0 alone, but for ZeRO-3; a BatchNorm's statistics are each rank's own.
+        """
         norm = self.grad_norm
         return {
             "step": self.step,
@@ -48,6 +51,7 @@ class TrainState:
             "grad_norm": None if norm is None else float(norm),
             "meter": self.meter.state() | {"micro_batch": micro_batch},
             "random": random_state(device),
+            "buffers": dict(module.named_buffers()),
         }
 
 
@@ -56,12 +60,15 @@ def state_file(rank: int) -> str:
     return _FILE.format(rank)
 
 
-def load_state(checkpoint: Path, saved_by: int, launch: Launch, micro_batch: int, device: torch.device) -> TrainState:
-    """Read the counters and put this rank's random states back.
+def load_state(
+    checkpoint: Path, saved_by: int, module: nn.Module, launch: Launch, micro_batch: int, device: torch.device
+) -> TrainState:
+    """Read the counters, and put this rank's random states and buffers back.
 
     Args:
         checkpoint: the folder, verified.
-        saved_by: number of ranks that wrote it. A rank beyond them takes rank 0's random states.
+        saved_by: number of ranks that wrote it. A rank beyond them takes rank 0's random states and buffers.
+        module: whose buffers they are.
         launch, micro_batch: of this job.
         device: of this process.
     """
@@ -69,6 +76,11 @@ def load_state(checkpoint: Path, saved_by: int, launch: Launch, micro_batch: int
     states = [torch.load(checkpoint / name, map_location="cpu", weights_only=True) for name in names]
     own = states[launch.rank if launch.rank < saved_by else 0]
     restore_random_state(own["random"], device)
+    buffers = dict(module.named_buffers())
+    if buffers.keys() != own["buffers"].keys():
+        raise ValueError(f"{checkpoint}: buffers differ: {sorted(buffers.keys() ^ own['buffers'].keys())}")
+    for name, buffer in buffers.items():
+        buffer.copy_(own["buffers"][name])
     return TrainState(
         step=own["step"],
         skipped=own["skipped"],

@@ -27,6 +27,7 @@ class FakeEngine:
         self.zero_stage, self.loads = zero_stage, loads
         self.asked: list[tuple[str, str]] = []
         self.checkpoint_engine: Any = None
+        self.module = torch.nn.BatchNorm1d(2)
         self.global_steps = 0
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:

@@ -119,7 +119,9 @@ def test_counters_open_interval_and_random_states_come_back(tmp_path: Path) -> N
     meter = Meter()
     meter.add({"loss": torch.tensor(0.1), "part": torch.tensor(3.0)})
     state = TrainState(step=12, skipped=2, bad_in_row=1, grad_norm=float("inf"), meter=meter)
-    path = _save_state(tmp_path, state)
+    saved = FakeEngine()
+    saved.module(torch.rand(5, 2))
+    path = _save_state(tmp_path, state, saved)
     expected = random.random(), np.random.random(), torch.rand(3)
     engine = FakeEngine()
     loaded, manifest = load_checkpoint(engine, path, ALONE, 4)
@@ -127,17 +129,19 @@ def test_counters_open_interval_and_random_states_come_back(tmp_path: Path) -> N
     assert (random.random(), np.random.random()) == expected[:2] and torch.equal(torch.rand(3), expected[2])
     assert (loaded.step, loaded.skipped, loaded.bad_in_row, loaded.grad_norm) == (12, 2, 1, float("inf"))
     assert loaded.meter.sums == meter.sums and loaded.meter.batches == 1
+    assert torch.equal(engine.module.running_mean, saved.module.running_mean)
+    assert engine.module.num_batches_tracked == 1
     assert manifest.results == {"top1": 1.5}
 
 
-def _save_state(stage_dir: Path, state: TrainState) -> Path:
+def _save_state(stage_dir: Path, state: TrainState, engine: FakeEngine) -> Path:
     from mrmae_ds.training.checkpoint import Retention
     from mrmae_ds.training.saving import save_checkpoint
 
     from .engines import IDENTITY
 
     return save_checkpoint(
-        FakeEngine(), stage_dir, state, identity=IDENTITY, results={"top1": 1.5}, retention=Retention(2), micro_batch=4
+        engine, stage_dir, state, identity=IDENTITY, results={"top1": 1.5}, retention=Retention(2), micro_batch=4
     )
 
 
