@@ -1,11 +1,13 @@
 """How fast pictures arrive: this project's readers beside stock FFCV, torchvision and DALI, on the same pictures.
 
-    python benchmarks/loader.py train.beton [--size 224] [--batch 64] [--workers 2] [--rounds 3] [--out loader.json]
+    python benchmarks/loader.py train.beton [--originals TRAIN_FOLDER] [--rounds 3] [--out loader.json]
 
 Every contender runs in a process of its own, in turn, ``rounds`` times; what is printed is the median over rounds. The
 first epoch (imports, compilation, a cold page cache) is not counted. torchvision and DALI read the very JPEGs of the
-.beton, unpacked into class folders. All cut random boxes of 20 % to 100 % of a picture and flip half of them; this
-project's backends and torchvision cut the same boxes. CPU-seconds are those of the whole tree of processes.
+.beton, unpacked into class folders, and torchvision also the files that it was made of, if they are named. All cut
+random boxes of 20 % to 100 % of a picture and flip half of them; this project's backends and torchvision cut the same
+boxes. CPU-seconds are those of the whole tree of processes; on a machine that does other work too, they and not the
+pictures a second are what can be compared. DALI is no dependency: pip install nvidia-dali-cuda120.
 """
 
 from __future__ import annotations
@@ -31,10 +33,15 @@ SCALE = (0.2, 1.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """What every contender is given. ``folder`` holds the .beton's JPEGs in class folders."""
+    """What every contender is given.
+
+    Attributes:
+        folder: the .beton's JPEGs in class folders. originals: what the .beton was made of, in class folders.
+    """
 
     beton: Path
     folder: Path
+    originals: Path | None
     size: int
     batch: int
     workers: int
@@ -83,7 +90,7 @@ def stock_ffcv(settings: Settings) -> Batches:
     return lambda _: (len(images) for images, _label in loader)
 
 
-def torchvision_folder(settings: Settings, policy: str | None = None) -> Batches:
+def torchvision_folder(settings: Settings, policy: str | None = None, folder: Path | None = None) -> Batches:
     """torchvision's ImageFolder behind torch's DataLoader: the usual one, with the boxes that ours cuts."""
     import torch
     from torch.utils.data import DataLoader
@@ -108,7 +115,7 @@ def torchvision_folder(settings: Settings, policy: str | None = None) -> Batches
             return transform.pil_to_tensor(augment(image, index) if augment else image), label
 
     loader = DataLoader(
-        Pictures(settings.folder),
+        Pictures(folder or settings.folder),
         batch_size=settings.batch,
         shuffle=True,
         num_workers=settings.workers,
@@ -140,12 +147,20 @@ def dali(settings: Settings) -> Batches:
     return lambda _: (len(batch[0]["label"]) for batch in iterator)
 
 
+def torchvision_originals(settings: Settings) -> Batches:
+    """The same of the pictures as they were before they were written to the .beton."""
+    if settings.originals is None:
+        raise ValueError("no --originals")
+    return torchvision_folder(settings, folder=settings.originals)
+
+
 POLICY = "rand-m9-mstd0.5-inc1"
 CONTENDERS: dict[str, Callable[[Settings], Batches]] = {
     "mrmae_ds, ffcv backend": lambda settings: ours(settings, "ffcv"),
     "stock FFCV": stock_ffcv,
     "mrmae_ds, pillow backend": lambda settings: ours(settings, "pillow"),
     "torchvision ImageFolder": torchvision_folder,
+    "torchvision, original files": torchvision_originals,
     "DALI, CPU": dali,
     "mrmae_ds, ffcv + RandAugment": lambda settings: ours(settings, "ffcv", POLICY),
     "mrmae_ds, pillow + RandAugment": lambda settings: ours(settings, "pillow", POLICY),
@@ -154,7 +169,7 @@ CONTENDERS: dict[str, Callable[[Settings], Batches]] = {
 
 
 def measure(name: str, settings: Settings, pictures: int) -> dict[str, float]:
-    """One contender in this process: images/s, CPU-seconds per 1,000 pictures, seconds to the first batch."""
+    """One contender in this process: see the keys of what is returned; load: the machine's average over a minute."""
     import psutil
 
     began = time.perf_counter()
@@ -174,7 +189,12 @@ def measure(name: str, settings: Settings, pictures: int) -> dict[str, float]:
         epoch += 1
     seconds = time.perf_counter() - start
     cpu = cpu_seconds() - cpu
-    return {"images_per_s": seen / seconds, "cpu_s_per_1000": 1000 * cpu / seen, "first_batch_s": first or 0.0}
+    return {
+        "cpu_s_per_1000": 1000 * cpu / seen,
+        "images_per_s": seen / seconds,
+        "first_batch_s": first or 0.0,
+        "load": os.getloadavg()[0],
+    }
 
 
 def unpack(beton: Path, folder: Path) -> None:
@@ -194,11 +214,13 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
     results: dict[str, list[dict[str, float]] | str] = {}
     command = [sys.executable, __file__, str(args.beton), "--folder", str(folder)]
     command += [f"--{key}={getattr(args, key)}" for key in ("size", "batch", "workers", "pictures")]
+    command += [f"--originals={args.originals}"] if args.originals else []
+    names = [name for name in args.only or CONTENDERS if args.originals or "original" not in name]
     for turn in range(args.rounds):
-        for name in args.only or CONTENDERS:
+        for name in names:
             if isinstance(results.get(name), str):
                 continue
-            done = subprocess.run([*command, "--contender", name], capture_output=True, text=True, timeout=1800)
+            done = subprocess.run([*command, "--contender", name], capture_output=True, text=True, timeout=3600)
             last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
             print(f"round {turn + 1}: {name}: {last}", file=sys.stderr)
             if done.returncode:
@@ -211,17 +233,27 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
 
 
 def table(results: dict[str, list[dict[str, float]] | str]) -> str:
-    """Markdown: medians over rounds, and the speed as a ratio to the first contender's."""
-    lines = ["| reader | images/s | ratio | CPU-s per 1,000 | first batch, s |", "|---|---|---|---|---|"]
+    """Markdown: medians over rounds, and the CPU time as a multiple of the first contender's."""
+    lines = ["| reader | CPU-s per 1,000 | ratio | images/s | first batch, s | load |", "|---|---|---|---|---|---|"]
     reference: float | None = None
     for name, rounds in results.items():
         if isinstance(rounds, str):
-            lines.append(f"| {name} | did not run | | | |")
+            lines.append(f"| {name} | did not run | | | | |")
             continue
-        speed, cpu, first = (statistics.median(run[key] for run in rounds) for key in rounds[0])
-        reference = reference or speed
-        lines.append(f"| {name} | {speed:,.0f} | {speed / reference:.2f} | {cpu:.2f} | {first:.1f} |")
+        cpu, speed, first, load = (statistics.median(run[key] for run in rounds) for key in rounds[0])
+        reference = reference or cpu
+        lines.append(f"| {name} | {cpu:.2f} | {cpu / reference:.2f} | {speed:,.0f} | {first:.1f} | {load:.0f} |")
     return "\n".join(lines)
+
+
+def recorded(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings for the JSON: of paths the names alone, and how many pictures there are."""
+    from mrmae_ds.data.beton import check_beton
+
+    info = check_beton(args.beton)
+    kept = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
+    kept |= {"num_samples": info.num_samples, "bytes_per_picture": round(info.size / info.num_samples)}
+    return {key: value for key, value in kept.items() if value is not None and key not in ("out", "alone")}
 
 
 def main() -> None:
@@ -233,13 +265,14 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes")
     parser.add_argument("--pictures", type=int, default=4000, help="measured in each round, at least")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--originals", type=Path, help="class folders of the files that the .beton was made of")
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="these contenders; default: all")
     parser.add_argument("--out", type=Path, help="JSON of all rounds")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
-        settings = Settings(args.beton, args.folder, args.size, args.batch, args.workers)
+        settings = Settings(args.beton, args.folder, args.originals, args.size, args.batch, args.workers)
         print(json.dumps(measure(args.contender, settings, args.pictures)), flush=True)
         os._exit(0)  # some contenders' threads outlive their loader
     from mrmae_ds.reporting.environment import collect_versions, cpu_name
@@ -249,7 +282,7 @@ def main() -> None:
         results = run_all(args, Path(folder))
     print(table(results))
     if args.out:
-        settings = {key: str(value) for key, value in vars(args).items() if value is not None and key != "out"}
+        settings = recorded(args)
         machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "versions": collect_versions()}
         content = {"settings": settings, "machine": machine, "rounds": results}
         args.out.write_text(json.dumps(content, indent=1, default=str) + "\n")

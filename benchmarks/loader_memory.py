@@ -1,9 +1,9 @@
 """Whether a reader's memory stays flat: the process tree's anonymous and shared memory after each of many epochs.
 
-    python benchmarks/loader_memory.py train.beton [--epochs 20] [--out loader_memory.json]
+    python benchmarks/loader_memory.py train.beton [--epochs 20] [--reader NAME ...] [--out loader_memory.json]
 
-The mapped .beton itself is not counted: its pages belong to the system's cache. Fails (status 1) if the second half of
-the epochs needs more than 2 % above the end of the first half.
+Each reader runs in a process of its own. The mapped .beton itself is not counted: its pages belong to the system's
+cache. Fails (status 1) if the second half of the epochs needs more than 2 % above the end of the first half.
 """
 
 from __future__ import annotations
@@ -11,11 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import psutil
-from loader import CONTENDERS, Settings
+from loader import CONTENDERS, Settings, recorded
+
+READERS = ("mrmae_ds, ffcv backend", "mrmae_ds, pillow backend", "mrmae_ds, ffcv + RandAugment")
 
 
 def memory() -> float:
@@ -29,30 +32,54 @@ def memory() -> float:
     return total / 1024
 
 
+def measure(args: argparse.Namespace) -> list[float]:
+    """MiB after each epoch of one reader, in this process."""
+    settings = Settings(args.beton, Path(), None, args.size, args.batch, args.workers)
+    batches = CONTENDERS[args.alone](settings)
+    used = []
+    for epoch in range(args.epochs):
+        sum(batches(epoch))
+        used.append(round(memory(), 1))
+    return used
+
+
+def growth(used: list[float]) -> float:
+    """How much more the second half of the epochs needs, at most, than the end of the first, as a share."""
+    half = len(used) // 2
+    return max(used[half:]) / used[half - 1] - 1
+
+
 def main() -> None:
-    """Parse, measure in this process, print a line a reader, write the JSON."""
+    """Parse, measure each reader in a process, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("beton", type=Path)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--reader", choices=CONTENDERS, default=next(iter(CONTENDERS)))
+    parser.add_argument("--reader", action="append", choices=CONTENDERS, help=f"default: {', '.join(READERS)}")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--alone", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    batches = CONTENDERS[args.reader](Settings(args.beton, Path(), args.size, args.batch, args.workers))
-    used = []
-    for epoch in range(args.epochs):
-        sum(batches(epoch))
-        used.append(round(memory(), 1))
-    print(f"{args.reader}: MiB after each epoch: {' '.join(f'{value:.0f}' for value in used)}")
+    if args.alone:
+        print(json.dumps(measure(args)), flush=True)
+        os._exit(0)  # some contenders' threads outlive their loader
+    from mrmae_ds.reporting.environment import collect_versions, cpu_name
+
+    found = {}
+    print("| reader | MiB after epoch 1 | halfway | at the end | second half, at most |\n|---|---|---|---|---|")
+    for reader in args.reader or READERS:
+        command = [sys.executable, __file__, *sys.argv[1:], "--alone", reader]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=3600)
+        used = found[reader] = json.loads(done.stdout.splitlines()[-1])
+        middle = used[len(used) // 2 - 1]
+        print(f"| {reader} | {used[0]:.0f} | {middle:.0f} | {used[-1]:.0f} | {100 * growth(used):+.1f} % |", flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"reader": args.reader, "mib_after_epoch": used}, indent=1) + "\n")
-    half = args.epochs // 2
-    grown = max(used[half:]) / used[half - 1] - 1
-    print(f"second half: at most {100 * grown:+.1f} % of the end of the first half")
-    sys.stdout.flush()
-    os._exit(int(grown > 0.02))
+        settings = recorded(args)
+        machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "versions": collect_versions()}
+        content = {"settings": settings, "machine": machine, "mib_after_epoch": found}
+        args.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
+    sys.exit(int(any(growth(used) > 0.02 for used in found.values())))
 
 
 if __name__ == "__main__":
