@@ -34,7 +34,7 @@ _SOURCES = (
 
 
 def to_latex(table: Table) -> str:
-    """Return a `table` environment and, where runs fill cells, one more with these runs and what they cost.
+    """Return a `table` environment and, where runs fill cells, two more with these runs and what they cost.
 
     It needs `\\usepackage{booktabs,graphicx}`.
     """
@@ -47,18 +47,20 @@ def to_latex(table: Table) -> str:
         _float(f"{table.title}.", f"tab:paper{table.number}", bodies, notes),
     ]
     if marks:
-        runs = [
-            _tabular(list(RUN_COLUMNS), list(run_lines(table, marks)), None),
-            _tabular(list(COST_COLUMNS), list(cost_lines(table, marks)), 2),
-        ]
-        caption = f"The runs behind our numbers in Table~\\ref{{tab:paper{table.number}}}."
-        parts.append(_float(caption, f"tab:paper{table.number}runs", runs, [ERRORS, COSTS], escaped=True))
+        label = f"tab:paper{table.number}"
+        runs = _tabular(list(RUN_COLUMNS), list(run_lines(table, marks)), None)
+        costs = _tabular(list(COST_COLUMNS), list(cost_lines(table, marks)), 2)
+        behind = f"The runs behind our numbers in Table~\\ref{{{label}}}"
+        parts.append(_float(f"{behind}.", f"{label}runs", [runs], [ERRORS], escaped=True))
+        parts.append(_float(f"{behind}: what they cost.", f"{label}cost", [costs], [COSTS], escaped=True))
     return "\n\n".join(parts) + "\n"
 
 
 def escape(text: str) -> str:
-    """Return plain text as LaTeX."""
+    """Return plain text as LaTeX. A bracket at its beginning is no option of a line break before it."""
     shown = "".join(_SPECIAL.get(character, character) for character in text)
+    if shown.startswith("["):
+        shown = f"{{[}}{shown[1:]}"
     return shown.replace(_BOLD, r"\textbf{").replace(_END, "}")
 
 

@@ -112,6 +112,11 @@ def test_the_latex_has_the_same_cells(number_: int) -> None:
         ]
 
 
+def test_a_mark_at_the_beginning_of_a_line_is_no_length_of_the_line_break() -> None:
+    text = paper_table(6, [_known_run()]).to_latex()
+    assert "\n{[}1] & runs/a/finetune" in text and "\n[" not in text
+
+
 def test_latex_is_escaped() -> None:
     assert escape("50 % of a_b & c # {d} ~ \\") == (r"50 \% of a\_b \& c \# \{d\} \textasciitilde{} \textbackslash{}")
 
