@@ -58,7 +58,8 @@ class Row:
 class Table:
     """A table: the paper's `number`, its `title`, headings in words, columns of numbers, rows.
 
-    `left_out` tells of fine-tuning runs that fill no cell, and why.
+    `left_out` tells of fine-tuning runs that fill no cell, and why; `probes` are finished linear probes, for which the
+    paper has no table.
     """
 
     number: int
@@ -67,6 +68,7 @@ class Table:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     left_out: tuple[str, ...]
+    probes: tuple[Run, ...] = ()
 
     @property
     def measured(self) -> list[tuple[Row, str, Cell]]:

@@ -23,6 +23,15 @@ def tuned_runs(records: Sequence[Run]) -> tuple[list[Run], list[str]]:
     return [run for run in tuned if not _unusable(run[1])], left_out
 
 
+def probed_runs(records: Sequence[Run]) -> tuple[Run, ...]:
+    """Finished linear probes, in the order of their folders."""
+    return tuple(
+        run
+        for run in records
+        if run[1].stage == "probe" and run[1].status == "finished" and run[1].results.top1 is not None
+    )
+
+
 def _unusable(record: RunRecord) -> str | None:
     if record.status != "finished":
         return f"not finished (status: {record.status})"

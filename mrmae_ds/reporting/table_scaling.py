@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from mrmae_ds.reporting import paper
 from mrmae_ds.reporting.records import FROM_SCRATCH, RunRecord
 from mrmae_ds.reporting.table import Cell, Row, Run, Table
-from mrmae_ds.reporting.table_runs import dataset_labels, fill_cell, how_trained, run_name, tuned_runs
+from mrmae_ds.reporting.table_runs import dataset_labels, fill_cell, how_trained, probed_runs, run_name, tuned_runs
 
 METHODS = ("MAE", "MCMAE", "MR-MAE", FROM_SCRATCH)
 SIZES = ("Tiny", *paper.TABLE_6.columns)
@@ -20,7 +20,8 @@ SIZES = ("Tiny", *paper.TABLE_6.columns)
 
 def scaling_table(records: Iterable[Run]) -> Table:
     """Build the table from run folders and their records (see `find_records`)."""
-    usable, left_out = tuned_runs(list(records))
+    records = list(records)
+    usable, left_out = tuned_runs(records)
     left_out += [f"{run_name(run)}: {reason}" for run in usable if (reason := _of_ablation(run[1]))]
     usable = [run for run in usable if not _of_ablation(run[1])]
     groups: dict[tuple[str, str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
@@ -40,7 +41,8 @@ def scaling_table(records: Iterable[Run]) -> Table:
         ours[method].append(Row(method, "ours", f"{method}, ours ({how})", dataset, epochs[key], cells))
     found = {record.size for _, record in usable}
     rows = tuple(_all_rows(ours))
-    return Table(6, "Top-1 accuracy after fine-tuning, by model size", (), columns(found), rows, tuple(left_out))
+    title = "Top-1 accuracy after fine-tuning, by model size"
+    return Table(6, title, (), columns(found), rows, tuple(left_out), probed_runs(records))
 
 
 def _of_ablation(record: RunRecord) -> str | None:

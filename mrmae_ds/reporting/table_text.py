@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from mrmae_ds.reporting import paper
 from mrmae_ds.reporting.records import RunRecord
-from mrmae_ds.reporting.table import Cell, Row, Table
+from mrmae_ds.reporting.table import Cell, Row, Run, Table
 from mrmae_ds.reporting.table_facts import Facts, number
 from mrmae_ds.reporting.table_runs import chance, run_name, sampling_error, teachers
 from mrmae_ds.reporting.table_scaling import split_size
@@ -38,6 +38,17 @@ COST_COLUMNS = (
     "fine-tuning images/s",
     "device",
 )
+PROBE_COLUMNS = (
+    "run folder",
+    "method, size",
+    "data set",
+    "top-1 (%)",
+    "chance (%)",
+    *RUN_COLUMNS[8:9],
+    "probe epochs",
+    "seed",
+)
+PROBES = "Ours, of a linear classifier on the frozen encoder; the paper has none, and they stand in no cell above."
 SOURCES = (
     "Rows marked **paper** are copied from the paper's Table {number}; a dash is its own blank. Rows marked **ours**, "
     "in bold, were measured by the runs listed below, on the data set that the row names. Accuracies on different data "
@@ -65,6 +76,9 @@ def to_markdown(table: Table) -> str:
         parts += ["## What they cost", _grid(list(COST_COLUMNS), list(cost_lines(table, marks)), 2), COSTS]
     else:
         parts.append("No run of ours has finished fine-tuning yet.")
+    if table.probes:
+        lines = [_probe_line(run) for run in table.probes]
+        parts += ["## Linear probes", PROBES, _grid(list(PROBE_COLUMNS), lines)]
     if table.left_out:
         parts += ["## Fine-tuning runs that fill no cell", "\n".join(f"- {line}" for line in table.left_out)]
     notes = paper.slips_of(table.number)
@@ -172,6 +186,20 @@ def cost_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list
                 facts.tuning_speed,
             )
             yield [marks[row.label, column], seeds(record), *map(number, values), facts.device]
+
+
+def _probe_line(run: Run) -> list[str]:
+    record = run[1]
+    return [
+        run_name(run),
+        f"{record.pretrain_method}, {record.size}",
+        record.data.dataset,
+        f"{record.results.top1:.2f}",
+        f"{chance(record):.4g}",
+        _epochs(record.pretrain_epochs),
+        _epochs(record.schedule.epochs),
+        str(record.seed),
+    ]
 
 
 def seeds(record: RunRecord) -> str:

@@ -236,6 +236,19 @@ def test_sizes_of_a_family_of_our_own_have_a_grid_of_their_own() -> None:
     assert [line[1:] for line in lines[2:]] == [["**50.00** [1]", "", "**60.00** [2]"], ["", "**40.00** [3]", ""]]
 
 
+def test_linear_probes_are_listed_and_fill_no_cell() -> None:
+    runs = [
+        make_run("a", "MAE", "Base", 41.5, stage="probe", seed=3),
+        make_run("b", top1=9.0, stage="probe", status="failed"),
+    ]
+    table = scaling_table(runs)
+    assert not table.measured and table.left_out == ()
+    text = table.to_markdown().split("## Linear probes")[1].split("\n\n")[2]
+    (line,) = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
+    assert line == ["runs/a/finetune", "MAE, Base", "Fashion-MNIST", "41.50", "10", "20", "10", "3"]
+    assert "Linear probes" not in scaling_table([]).to_markdown()
+
+
 def test_families_stay_together_in_the_papers_order() -> None:
     sizes = ("B-Small", "A-Large", "Giant", "A-Small")
     table = scaling_table([make_run(size, size=size) for size in sizes])
