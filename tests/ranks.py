@@ -89,6 +89,7 @@ def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault:
     for rank in range(world_size):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
         log = folder / f"rank{rank}.log"
+        log.unlink(missing_ok=True)  # an earlier run's, if this one is killed before it has written a word
         argv = [str(argument) for argument in arguments]
         process = server.Process(target=_rank, args=(argv, address | ranks, log, fault))
         process.start()
