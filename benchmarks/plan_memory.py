@@ -32,7 +32,7 @@ from typing import Any
 
 from train_step import REPOSITORY, build_task, noise_batches
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 STEPS = 3  # DeepSpeed gathers ahead from the third step on
 RESULT = "RESULT "
 TOLERANCE = 0.10
@@ -190,7 +190,7 @@ def run_rank(job: dict[str, Any]) -> None:
     memory.start()
     torch.manual_seed(0)
     task, size = build_task(recipe, config, settings.stage)
-    betas = recipe.stage(settings.stage).optimizer.betas
+    betas = getattr(recipe.stages, settings.stage).optimizer.betas
     engine = build_engine(task.model, task.groups(), betas, config, settings.accumulation, device)
     task.to(device)
     engine.train()
@@ -278,14 +278,25 @@ def measure(settings: Configuration, engine_file: Path, folder: Path, on_cpu: bo
     return result
 
 
+def check_room(size: float) -> None:
+    """Raises RuntimeError unless so many bytes and some more are free: the kernel would end some process or other."""
+    import psutil
+
+    available = psutil.virtual_memory().available
+    if available < 1.15 * size + GIB:
+        raise RuntimeError(f"needs about {(1.15 * size + GIB) / GIB:.0f} GiB, {available / GIB:.0f} are free")
+
+
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Measure and predict one configuration: MiB of each part of a step, and the ratio of the peaks."""
     settings, on_cpu = CONFIGURATIONS[name], not args.gpu
     with tempfile.TemporaryDirectory() as folder:
         engine_file = Path(folder) / "engine.json"
         engine_file.write_text(json.dumps(engine_json(settings, on_cpu)))
-        measured = measure(settings, engine_file, Path(folder), on_cpu, args.limit)
         predicted = predict(settings, engine_file, on_cpu)
+        if on_cpu:
+            check_room(settings.ranks * max(predicted.values()))
+        measured = measure(settings, engine_file, Path(folder), on_cpu, args.limit)
     return {
         "name": name,
         "device": "cpu" if on_cpu else "cuda",

@@ -26,9 +26,11 @@ def _memory(stage: CountedStage, now: Estimate, zero: ZeroSettings) -> list[str]
     best = largest_fitting(stage, zero, now.cluster)
     if best is None:
         smallest = estimate(stage, zero, now.cluster, min(micro_batches(stage, now.cluster.gpus)))
-        # What the smallest micro-batch keeps for backward, or what is there whatever the micro-batch.
+        # Activations, or what is there whatever the micro-batch.
         saved = smallest.fullest.items.get(SAVED, 0.0)
-        mend = "checkpoint more blocks" if saved > now.cluster.usable / 2 else "divide or offload more of the states"
+        mend = (
+            "checkpoint more blocks" if saved > smallest.fullest.total / 2 else "divide or offload more of the states"
+        )
         return [f"not even micro-batch {smallest.micro_batch} fits; {mend}"]
     words = f"train_micro_batch_size_per_gpu {best.micro_batch}"
     then = f"accumulation follows: {best.engine.accumulation}"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import nn
@@ -25,7 +26,7 @@ def chain(*sizes: int, leaf: bool = True) -> Module:
     return Module(children=tuple(Module((Parameter(size),), leaf) for size in sizes))
 
 
-def gather(model: Module, **settings: int) -> Gathering:
+def gather(model: Module, **settings: Any) -> Gathering:
     return follow(model, replace(ZeroSettings(3, autocast=False, bf16=False, prefetch_bucket=0), **settings))
 
 
