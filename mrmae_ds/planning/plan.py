@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.planning.cluster import CALL_S, CONTEXT_GIB, FRAGMENTS, LINK_SHARE, NODE_S, Cluster, check_cluster
+from mrmae_ds.planning.cluster import (
+    CALL_S,
+    CONTEXT_GIB,
+    FRAGMENTS,
+    LINK_SHARE,
+    NODE_MEMORY_GBS,
+    NODE_S,
+    UPDATE_BYTES,
+    Cluster,
+    check_cluster,
+)
 from mrmae_ds.planning.devices import GPUS, Gpu, find_gpu
 from mrmae_ds.planning.flops import recipe_cost
 from mrmae_ds.planning.host import PICTURE_BYTES, PROCESS_GIB
@@ -80,7 +90,7 @@ def describe_plan(request: Request) -> str:
         counted = count_stage(recipe, config, cost, request.classes)
         now = estimate(counted, zero, cluster, config.micro_batch)
         lines += ["", *stage_lines(recipe, config, zero, counted, now, request.pictures, request.loader)]
-    lines += ["", "assumed", *(f"  {line}" for line in _assumptions(request, cluster))]
+    lines += ["", "assumed", *(f"  {line}" for line in _assumptions(request, cluster, zero))]
     return "\n".join(lines)
 
 
@@ -159,8 +169,12 @@ def _hardware(cluster: Cluster) -> str:
     return f"{cluster.gpus} x {cluster.gpu.key} ({nodes})"
 
 
-def _assumptions(request: Request, cluster: Cluster) -> list[str]:
+def _assumptions(request: Request, cluster: Cluster, zero: ZeroSettings) -> list[str]:
     """A line each."""
+    offloaded = (
+        f"an update on the host moves {UPDATE_BYTES} bytes an element through the node's memory, "
+        f"{NODE_MEMORY_GBS:g} GB/s for all its processes"
+    )
     gpu = cluster.gpu
     if cluster.sustained is None:
         rate = f"{gpu.key} has no bf16 peak in the table, so times are left out; give --tflops"
@@ -182,6 +196,7 @@ def _assumptions(request: Request, cluster: Cluster) -> list[str]:
         "rest to the allocator's gaps and kernels' workspaces",
         f"an epoch has {request.pictures:,} pictures (--pictures); evaluation, checkpoints, start and the GPU's update "
         "take no time",
+        *([offloaded] if zero.offload_optimizer else []),
         f"a process takes {PROCESS_GIB:g} GiB of host memory before its first tensor; a picture of the .beton "
         f"{PICTURE_BYTES / 1000:.0f} kB",
         "memory is of DeepSpeed 0.19.8 with AdamW; it was compared with real steps on the CPU "

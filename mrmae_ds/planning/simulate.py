@@ -66,9 +66,9 @@ def simulate(
     with torch.device("meta"):
         modules, teachers, size = _outline(recipe, stage, num_classes, teacher_builder)
     with FakeTensorMode():
-        _make_fake(modules, config.model_dtype)
+        make_fake(modules, config.model_dtype)
         for teacher in teachers.values():
-            _make_fake(teacher)
+            make_fake(teacher)
         task: PretrainTask | FinetuneTask
         if isinstance(modules, PretrainModel):
             assert isinstance(stage, PretrainConfig)
@@ -92,7 +92,7 @@ def _outline(
     return *build_pretraining(recipe, stage, teacher_builder), size
 
 
-def _make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
+def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Replace parameters and buffers of the meta device by fake ones of the CPU, on which autocast works.
 
     Args:
