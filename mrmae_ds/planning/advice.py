@@ -36,15 +36,23 @@ def _memory(stage: CountedStage, now: Estimate, zero: ZeroSettings) -> list[str]
     then = f"accumulation follows: {best.engine.accumulation}"
     if not now.fits:
         return [f"micro-batch {now.micro_batch} does not fit; {words} does, and {then}"]
+    sentences = []
     if best.micro_batch > now.micro_batch:
-        return [f"{words} fits too: larger matrices, fewer collectives; {then}"]
-    return []
+        sentences.append(f"{words} fits too: larger matrices, fewer collectives; {then}")
+    again = sum(part.recomputed for part in stage.cost.parts.values()) / stage.cost.per_picture
+    free = now.cluster.usable - now.fullest.total
+    if again > WORTH and free > now.cluster.usable / 2:
+        sentences.append(
+            f"{again:.0%} of the operations are recomputed, and {free / 2**30:.0f} GiB of a GPU are free: plan again "
+            "with less activation_checkpointing"
+        )
+    return sentences
 
 
 def _stages(stage: CountedStage, now: Estimate, zero: ZeroSettings) -> list[str]:
+    sentences = _offloading(stage, now, zero)
     if zero.stage == 0 or now.cluster.gpus == 1:
-        return []
-    sentences = []
+        return sentences
     one = estimate(stage, zero.at_stage(1), now.cluster, now.micro_batch)
     if zero.stage == 3 and one.fits:
         waits = _share(one)
@@ -65,6 +73,15 @@ def _stages(stage: CountedStage, now: Estimate, zero: ZeroSettings) -> list[str]
     return sentences
 
 
+def _offloading(stage: CountedStage, now: Estimate, zero: ZeroSettings) -> list[str]:
+    if not (zero.offload_optimizer or zero.offload_param):
+        return []
+    here = estimate(stage, zero.at_stage(zero.stage), now.cluster, now.micro_batch)
+    if not here.fits:
+        return []
+    return [f"with nothing offloaded it would fit, in {here.fullest.total / 2**30:.1f} GiB"]
+
+
 def _teachers(stage: CountedStage, now: Estimate, zero: ZeroSettings) -> list[str]:
     if not stage.teachers:
         return []
@@ -81,9 +98,10 @@ def _time(now: Estimate, loader_rate: float | None) -> list[str]:
     waits = _share(now)
     if waits is not None and waits > WORTH:
         longest = max(now.flows, key=lambda flow: flow.seconds)
+        mend = "" if longest.local else ", fewer GPUs or a faster network"
         sentences.append(
             f"a step waits {waits:.0%} of its time for what travels, most of all for: {longest.name}; a larger "
-            "micro-batch with less accumulation, fewer GPUs or a faster network make it less"
+            f"micro-batch with less accumulation{mend} would make it less"
         )
     if now.images_per_s is not None:
         needed = now.images_per_s / now.cluster.nodes
@@ -95,12 +113,13 @@ def _time(now: Estimate, loader_rate: float | None) -> list[str]:
 
 
 def waits_for(of: Estimate, loader_rate: float | None) -> str:
-    """What keeps a job from being faster: its loaders, its network or its GPUs."""
+    """What keeps a job from being faster: its loaders, its network, its hosts or its GPUs."""
     if loader_rate is not None and of.images_per_s and of.images_per_s > loader_rate * of.cluster.nodes:
         return f"loader ({of.images_per_s / of.cluster.nodes / loader_rate:.1f} times what it delivers)"
     share = _share(of) or 0.0
     if share > WORTH:
-        return f"{'network' if share > 0.5 else 'compute; network'} {share:.0%}"
+        what = "host" if max(of.flows, key=lambda flow: flow.seconds).local else "network"
+        return f"{what if share > 0.5 else f'compute; {what}'} {share:.0%}"
     return "compute"
 
 

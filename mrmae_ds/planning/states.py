@@ -55,8 +55,8 @@ class Engine:
 
     @property
     def share(self) -> float:
-        """Trainable elements whose states a process keeps."""
-        return self.census.trainable / (self.world if self.zero.stage else 1)
+        """Trainable elements whose states a process keeps, from ZeRO-1 on."""
+        return self.census.trainable / self.world
 
     @property
     def accumulates_whole(self) -> bool:

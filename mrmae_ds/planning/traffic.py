@@ -19,6 +19,7 @@ class Flow:
         size: bytes, of the whole tensors. calls: in how many collectives or copies.
         seconds: that it takes.
         hidden: whether it runs beside what computes.
+        local: whether it stays in its node, between a GPU and the host.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Flow:
     calls: int
     seconds: float
     hidden: bool
+    local: bool = False
 
 
 def student_flows(engine: Engine, cluster: Cluster) -> list[Flow]:
@@ -87,15 +89,14 @@ def offload_flows(engine: Engine, cluster: Cluster) -> list[Flow]:
         part = engine.census.total * zero.param_bytes / engine.world
         uses = engine.gathering.gathered / engine.census.total
         size = part * uses * times
-        flows.append(Flow("parameters, from the host", size, 0, cluster.copy_s(size), True))
+        flows.append(Flow("parameters, from the host", size, 0, cluster.copy_s(size), True, local=True))
     if zero.offload_optimizer:
         size = zero.accumulation_bytes * engine.share * times + zero.param_bytes * engine.share
-        flows.append(
-            Flow("gradients and updated parameters, to and from the host", size, 0, cluster.copy_s(size), False)
-        )
+        name = "gradients and updated parameters, to and from the host"
+        flows.append(Flow(name, size, 0, cluster.copy_s(size), False, local=True))
         moved = UPDATE_BYTES * engine.share
         seconds = moved * cluster.in_node / (NODE_MEMORY_GBS * 1e9)
-        flows.append(Flow("update by the host's processors", moved, 0, seconds, False))
+        flows.append(Flow("update by the host's processors", moved, 0, seconds, False, local=True))
     return flows
 
 
@@ -111,4 +112,6 @@ def teacher_flow(name: str, placed: Placed, cluster: Cluster, batches: int, comp
         return None
     seconds = cluster.copy_s(copied) + cluster.collective_s(gathered, 0)
     words = "gathered" if gathered else "copied to the device"
-    return Flow(f"teacher {name}, {words}", copied + gathered, 0, max(seconds - computing_s, 0.0), False)
+    return Flow(
+        f"teacher {name}, {words}", copied + gathered, 0, max(seconds - computing_s, 0.0), False, local=not gathered
+    )

@@ -12,14 +12,12 @@ here it only hands over what is to be written.
 
 from __future__ import annotations
 
-import errno
-import hashlib
 import os
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import deepspeed
 import torch
@@ -30,6 +28,7 @@ from mrmae_ds.files import file_sha256, flush_folder, write_text
 from mrmae_ds.training import checkpoint as store
 from mrmae_ds.training.agreement import AgreedError, from_first, gather, raise_together
 from mrmae_ds.training.manifest import FileEntry, Identity, Layout, Manifest, Results
+from mrmae_ds.training.part_file import told, write_part
 from mrmae_ds.training.state import TrainState, state_file
 
 Parts = dict[str, Any]  # by file name, what torch.save gets
@@ -130,7 +129,7 @@ def _made_folder(stage_dir: Path, step: int) -> tuple[str, str | None]:
         tag = store.new_tag(stage_dir, step)
         (folder / f"{store.SAVING}{tag}" / tag).mkdir(parents=True)
     except OSError as error:
-        return "", _told(error, folder)
+        return "", told(error, folder)
     return tag, None
 
 
@@ -185,29 +184,6 @@ def engine_parts(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Parts:
     return {os.path.relpath(path, folder): part for path, part in collector.parts.items()}
 
 
-class _HashingFile:
-    """A file that takes the SHA-256 of what goes through it."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file, self.digest, self.size = file, hashlib.sha256(), 0
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        """Write and count; torch hides what a write raises, so it is remembered."""
-        try:
-            self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.digest.update(data)
-        self.size += len(data)
-        return len(data)
-
-    def flush(self) -> None:
-        """Of the file."""
-        self.file.flush()
-
-
 @dataclass(frozen=True)
 class Written:
     """How this rank's writing went: its files, or what went wrong."""
@@ -222,23 +198,10 @@ def write_parts(snapshot: Snapshot) -> Written:
     for name, part in snapshot.parts.items():
         path = snapshot.staging / name
         try:
-            files[name] = _write(path, part)
+            files[name] = write_part(path, part)
         except Exception as error:
-            return Written({}, _told(error, path))
+            return Written({}, told(error, path))
     return Written(files)
-
-
-def _write(path: Path, part: Any) -> FileEntry:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        hashing = _HashingFile(file)
-        try:
-            torch.save(part, hashing)
-            file.flush()
-            os.fsync(file.fileno())
-        except Exception as error:
-            raise hashing.error or error from None
-    return FileEntry(size=hashing.size, sha256=hashing.digest.hexdigest())
 
 
 def commit(snapshot: Snapshot, written: Written, retention: store.Retention) -> Path:
@@ -253,7 +216,7 @@ def commit(snapshot: Snapshot, written: Written, retention: store.Retention) -> 
         try:
             _put_in_place(snapshot, {name: entry for report in reports for name, entry in report.files.items()})
         except Exception as raised:
-            error = _told(raised, snapshot.final)
+            error = told(raised, snapshot.final)
     try:
         step = snapshot.manifest.step
         raise_together(error, f"the checkpoint after step {step} was not saved, the earlier ones are as they were: ")
@@ -290,18 +253,4 @@ def _tidy(snapshot: Snapshot, retention: store.Retention) -> None:
         write_text(snapshot.final.with_name(store.POINTER), snapshot.tag)
         store.prune(snapshot.stage_dir, snapshot.final, retention)
     except OSError as error:
-        print(f"warning: {snapshot.final} is saved, but {_told(error, snapshot.final.parent)}", file=sys.stderr)
-
-
-def _told(error: Exception, path: Path) -> str:
-    """An error in words, with a mend where there is one."""
-    if not isinstance(error, OSError):
-        return f"{path}: {error or type(error).__name__}"
-    mends = {
-        errno.ENOSPC: "free space there, or keep fewer checkpoints (record.keep_checkpoints)",
-        errno.EDQUOT: "your quota is used up; keep fewer checkpoints (record.keep_checkpoints)",
-        errno.EACCES: "make the folder writable",
-        errno.EROFS: "make the file system writable",
-    }
-    mend = mends.get(error.errno or 0)
-    return f"{error.filename or path}: {error.strerror or error}" + (f"; {mend}" if mend else "")
+        print(f"warning: {snapshot.final} is saved, but {told(error, snapshot.final.parent)}", file=sys.stderr)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mrmae_ds.cli import main
+from mrmae_ds.models.checkpointing import CheckpointPlan
 from mrmae_ds.planning import host
 from mrmae_ds.planning.advice import advise, waits_for
 from mrmae_ds.planning.cluster import Cluster
@@ -121,6 +122,7 @@ def test_advice(stages: dict[str, CountedStage]) -> None:
     said = " ".join(advise(stage, now, ZERO, loader_rate=None))
     assert "train_micro_batch_size_per_gpu 64 fits too" in said and "accumulation follows: 1" in said
     assert "ZeRO-1 would fit" in said
+    assert "recomputed" not in said
     assert now.images_per_s is not None
     assert f"the loader must deliver {now.images_per_s / 2:,.0f} pictures/s a node" in said
     assert waits_for(now, loader_rate=1.0).startswith("loader")
@@ -128,6 +130,15 @@ def test_advice(stages: dict[str, CountedStage]) -> None:
     mean = replace(ZERO, max_live=0, max_reuse=0)
     said = " ".join(advise(stage, estimate(stage, mean, CLUSTER, 16), mean, None))
     assert "gathered 2.00 times" in said
+
+
+def test_advice_where_much_is_recomputed_though_memory_is_free(recipe: Recipe) -> None:
+    config = replace(load_engine_config(SMALL), checkpointing=CheckpointPlan(1, 1, 1))
+    cost = recipe_cost(recipe, config.checkpointing, 1000)[1]
+    stage = count_stage(recipe, config, cost, 1000)
+    again = sum(part.recomputed for part in cost.parts.values()) / cost.per_picture
+    said = " ".join(advise(stage, estimate(stage, ZERO, CLUSTER, 16), ZERO, None))
+    assert f"{again:.0%} of the operations are recomputed" in said
 
 
 def test_advice_where_memory_is_short(stages: dict[str, CountedStage]) -> None:
@@ -246,6 +257,7 @@ def test_every_engine_config_has_a_plan(name: str, capsys: pytest.CaptureFixture
     assert "together" in out and "advice" in out
     if name.endswith("-offload"):
         assert "offloaded to cpu" in out and "update by the host's processors" in out
+        assert "with nothing offloaded it would fit" in out
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae_ds.training import saving
+from mrmae_ds.training import checkpoint as store
+from mrmae_ds.training import part_file
 from mrmae_ds.training.agreement import AgreedError
 from mrmae_ds.training.checkpoint import Retention, list_checkpoints
 from mrmae_ds.training.manifest import check_contents, check_sizes, read_manifest
@@ -149,21 +150,21 @@ def test_a_disk_that_fails_in_the_middle_of_a_file(
     number: int, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch hides what a write raises behind an error of its own; the message tells it all the same."""
-    plain = saving._HashingFile.write
+    plain = part_file._HashingFile.write
     writes: list[int] = []
 
     class FullFile:
         def write(self, data: Any) -> None:
             raise OSError(number, os.strerror(number))
 
-    def write(file: saving._HashingFile, data: Any) -> int:
+    def write(file: part_file._HashingFile, data: Any) -> int:
         writes.append(len(data))
         if len(writes) == 8 + 20:
             file.file = FullFile()  # type: ignore[assignment]
         return plain(file, data)
 
     save(tmp_path, 5)
-    monkeypatch.setattr(saving._HashingFile, "write", write)
+    monkeypatch.setattr(part_file._HashingFile, "write", write)
     with pytest.raises(AgreedError, match=rf"{os.strerror(number)}.*{mend}"):
         save(tmp_path, 10)
     assert len(writes) > 20 and _names(tmp_path) == ["step_000000005"]
@@ -211,7 +212,7 @@ def test_what_cannot_be_tidied_is_told_and_does_not_unsave(
     def fail(*_: Any) -> None:
         raise OSError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(saving.store, "prune", fail)
+    monkeypatch.setattr(store, "prune", fail)
     path = save(tmp_path, 5)
     assert _names(tmp_path) == ["step_000000005"]
     assert f"warning: {path} is saved, but" in capsys.readouterr().err
