@@ -29,9 +29,7 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix_tokens: int = 0) ->
     return torch.cat([torch.zeros(prefix_tokens, dim, dtype=torch.float64), tokens]).float()[None]
 
 
-def resize_positions(
-    positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int = 0
-) -> Tensor:
+def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
     """Positions [1, prefix_tokens + old rows*columns, C] for another grid: bicubic, align_corners=False, in float32.
 
     Prefix tokens (a class token) keep theirs.

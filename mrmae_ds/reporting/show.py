@@ -81,9 +81,7 @@ def show_runs(
     """
     runs = [ShownRun.open(source) for source in sources]
     first, labels = runs[0], _labels(runs)
-    chosen, told = choose_pictures(
-        first.recipe.data.val, pictures, count, first.recipe.record.pictures or _USUAL
-    )
+    chosen, told = choose_pictures(first.recipe.data.val, pictures, count, first.recipe.record.pictures or _USUAL)
     if told:
         _tell(told)
     folder = _folder(runs, out)

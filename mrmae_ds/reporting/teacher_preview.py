@@ -34,9 +34,7 @@ def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
         raise UserError(f"recipe {recipe.name} has no teachers")
     size = recipe.model.image_size
     grid = build_encoder(recipe.model.spec(), size).grid
-    return {
-        name: build_teacher(name, config, recipe.data, size, grid) for name, config in recipe.teachers.items()
-    }
+    return {name: build_teacher(name, config, recipe.data, size, grid) for name, config in recipe.teachers.items()}
 
 
 def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:

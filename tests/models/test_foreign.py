@@ -53,9 +53,7 @@ def test_released_mae_is_known_and_every_name_is_ours() -> None:
     assert found.title == "plain ViT with its decoder, MAE pre-training as released"
     assert found.sizes == {"dim": 768, "depth": 12, "mlp_ratio": 4, "patch": 16}
     with torch.device("meta"):
-        model = pixel_model(
-            build_encoder(ARCHITECTURES["vit_base"], 224), FusionSpec(), DecoderSpec(), "standardize"
-        )
+        model = pixel_model(build_encoder(ARCHITECTURES["vit_base"], 224), FusionSpec(), DecoderSpec(), "standardize")
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert {found.names[name]: shape for name, shape in shapes.items()} == ours
 

@@ -74,9 +74,7 @@ def test_a_released_classifier_gives_the_authors_numbers(mcmae: dict[str, Tensor
 
 
 @pytest.mark.parametrize("layout", ["whole", "first-release", "class-token", "wrapped"])
-def test_finetuning_starts_from_a_released_pretraining(
-    layout: str, mcmae: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_finetuning_starts_from_a_released_pretraining(layout: str, mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     state = mcmae_state(mcmae)
     if layout == "first-release":
         state = {name: state[name] for name in without_decoder(state)}
@@ -205,9 +203,7 @@ def test_pretraining_goes_on_from_the_first_release(mcmae: dict[str, Tensor], tm
     assert report.unexpected == []
 
 
-def test_the_pixel_head_is_found_under_any_name_and_mimic_heads_stay(
-    mcmae: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_the_pixel_head_is_found_under_any_name_and_mimic_heads_stay(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     state = mcmae_state(mcmae)
     mimic = Objective(target="clip", tap="encoder", tokens="visible", normalize="layer_norm", weight=0.5)
     objectives = {"mimic": mimic, "rebuild": pixel_objective()}
@@ -288,9 +284,7 @@ def test_other_families_and_variants_are_refused(mcmae: dict[str, Tensor], tmp_p
 
 
 @pytest.mark.parametrize("lost", ["blocks1.0.attn.bias", "patch_embed4.weight", "blocks3.1.norm1.weight"])
-def test_a_file_without_a_tensor_of_the_encoder_is_refused(
-    lost: str, mcmae: dict[str, Tensor], tmp_path: Path
-) -> None:
+def test_a_file_without_a_tensor_of_the_encoder_is_refused(lost: str, mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     state = mcmae_state(mcmae)
     del state[lost]
     path = write_released(tmp_path / "x.pth", state)

@@ -23,9 +23,7 @@ def test_sincos_equals_maes(name: str) -> None:
     assert positions.dtype == torch.float32
     assert list(positions.shape) == [1, *expected["shape"]]
     assert positions.double().sum().item() == pytest.approx(expected["sum"], abs=1e-6 * positions.numel())
-    assert positions.double().abs().sum().item() == pytest.approx(
-        expected["abs_sum"], abs=1e-6 * positions.numel()
-    )
+    assert positions.double().abs().sum().item() == pytest.approx(expected["abs_sum"], abs=1e-6 * positions.numel())
     for row, column, value in expected["samples_row_col_value"]:
         assert positions[0, int(row), int(column)].item() == pytest.approx(value, abs=1e-6)
 
@@ -53,9 +51,7 @@ def test_resized_equals_the_authors(name: str) -> None:
     resized = resize_positions(sincos_positions(dim, (old, old)), (old, old), (new, new))
     assert list(resized.shape) == expected["shape"]
     assert resized.double().sum().item() == pytest.approx(expected["sum"], abs=1e-6 * resized.numel())
-    assert resized.double().abs().sum().item() == pytest.approx(
-        expected["abs_sum"], abs=1e-6 * resized.numel()
-    )
+    assert resized.double().abs().sum().item() == pytest.approx(expected["abs_sum"], abs=1e-6 * resized.numel())
     assert resized[0, 0, :4].tolist() == pytest.approx(expected["first4"], abs=1e-5)
     assert resized[0, 37, :4].tolist() == pytest.approx(expected["row37_first4"], abs=1e-5)
 
@@ -66,9 +62,7 @@ def test_same_grid_is_left_alone() -> None:
 
 
 def test_resizing_keeps_rows_and_columns_apart() -> None:
-    grid_map = (
-        torch.arange(4.0)[:, None, None].expand(4, 4, 2).clone()
-    )  # grows downwards, constant along a row
+    grid_map = torch.arange(4.0)[:, None, None].expand(4, 4, 2).clone()  # grows downwards, constant along a row
     grid_map[..., 1] = torch.arange(4.0)  # grows to the right, constant down a column
     resized = resize_positions(grid_map.reshape(1, 16, 2), (4, 4), (8, 2)).reshape(8, 2, 2)
     assert torch.allclose(resized[:, 0, 0], resized[:, 1, 0], atol=1e-5)

@@ -25,9 +25,7 @@ CONFLICT = Objective(target="clip", tap="decoder", tokens="masked", normalize="l
 NO_FUSION = FusionSpec()
 
 
-def build(
-    objectives: dict[str, Objective], fusion: FusionSpec = NO_FUSION, spec: EncoderSpec = CVIT
-) -> PretrainModel:
+def build(objectives: dict[str, Objective], fusion: FusionSpec = NO_FUSION, spec: EncoderSpec = CVIT) -> PretrainModel:
     torch.manual_seed(0)
     model = PretrainModel(build_encoder(spec, 16), fusion, DECODER, objectives, {"clip": 6, "dino": 7})
     perturb(model, seed=1)
@@ -47,9 +45,7 @@ def images() -> Tensor:
 @pytest.fixture
 def targets() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(4)
-    return {
-        name: torch.randn(2, 16, width, generator=generator) for name, width in {"clip": 6, "dino": 7}.items()
-    }
+    return {name: torch.randn(2, 16, width, generator=generator) for name, width in {"clip": 6, "dino": 7}.items()}
 
 
 def with_gradient(model: PretrainModel) -> set[str]:
@@ -73,9 +69,7 @@ def test_losses_are_of_their_targets(
         "late": (16, 6),
     }
     truth = targets["clip"].double()
-    clip = (truth - truth.mean(-1, keepdim=True)) / (
-        truth.var(-1, unbiased=False, keepdim=True) + 1e-5
-    ).sqrt()
+    clip = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
     squares: dict[str, list[Tensor]] = {name: [] for name in objectives}
     for row in range(2):
         kept = visible.ids_keep[row].tolist()
@@ -92,9 +86,7 @@ def test_losses_are_of_their_targets(
     assert losses.keys() == {"loss", *objectives}
     expected = {name: torch.stack(values).mean().item() for name, values in squares.items()}
     assert {name: losses[name].item() for name in objectives} == pytest.approx(expected, rel=1e-5)
-    total = (
-        0.75 * expected["pixels"] + 0.5 * expected["clip"] + 0.25 * expected["dino"] + 0.5 * expected["late"]
-    )
+    total = 0.75 * expected["pixels"] + 0.5 * expected["clip"] + 0.25 * expected["dino"] + 0.5 * expected["late"]
     assert losses["loss"].item() == pytest.approx(total, rel=1e-5)
 
 
@@ -138,9 +130,7 @@ def test_every_trainable_parameter_gets_a_gradient(
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
-def test_no_decoder_where_nothing_taps_it(
-    images: Tensor, visible: VisibleSet, targets: dict[str, Tensor]
-) -> None:
+def test_no_decoder_where_nothing_taps_it(images: Tensor, visible: VisibleSet, targets: dict[str, Tensor]) -> None:
     model = build({"mimic": MIMIC})
     assert model.decoder is None
     assert not any(name.startswith("decoder") for name in model.state_dict())
@@ -155,9 +145,7 @@ def norm(x: Tensor, model: PretrainModel) -> Tensor:
 
 
 @pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
-def test_listed_blocks_are_added_before_the_norm(
-    spec: EncoderSpec, images: Tensor, visible: VisibleSet
-) -> None:
+def test_listed_blocks_are_added_before_the_norm(spec: EncoderSpec, images: Tensor, visible: VisibleSet) -> None:
     model = build({"mimic": MIMIC}, FusionSpec(blocks=(0, 1)), spec)
     outputs: list[Tensor] = []
     for block in model.encoder.transformer_blocks:

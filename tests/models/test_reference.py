@@ -72,9 +72,7 @@ def test_mae_gradients(mae: dict[str, Tensor]) -> None:
     for name, expected in part(mae, "grad/").items():
         gradient = gradients[name]
         norm = mae[f"grad_norm/{name}"]
-        torch.testing.assert_close(
-            gradient.norm(), norm, atol=0, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(gradient.norm(), norm, atol=0, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
         sampled = gradient.flatten()[::13] if gradient.numel() > 4096 else gradient.flatten()
         assert (sampled - expected.flatten()).norm() <= 1e-3 * expected.norm(), name
 

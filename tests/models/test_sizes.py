@@ -61,9 +61,7 @@ def test_parameters_of_pretraining_base() -> None:
 
 @pytest.mark.usefixtures("on_meta")
 def test_parameters_of_pretraining_plain_mae_base() -> None:
-    model = pixel_model(
-        build_encoder(ARCHITECTURES["vit_base"], 224), FusionSpec(), DecoderSpec(), "standardize"
-    )
+    model = pixel_model(build_encoder(ARCHITECTURES["vit_base"], 224), FusionSpec(), DecoderSpec(), "standardize")
     assert count(model) == 111_907_840
     assert count(model, trainable_only=True) == 111_655_680
 
@@ -102,9 +100,7 @@ def test_the_side_that_does_not_fit_is_named(image_size: int | tuple[int, int], 
 
 
 def test_patches_that_do_not_tile_name_the_sizes_that_fit() -> None:
-    with pytest.raises(
-        UserError, match=r"image_size: 392 is not a multiple of the patch stride 16.*384 and 400"
-    ):
+    with pytest.raises(UserError, match=r"image_size: 392 is not a multiple of the patch stride 16.*384 and 400"):
         CViT(CViTSpec((8, 8, 8), (1, 1, 1), 2), 392)
     with pytest.raises(UserError, match=r"sizes that fit are 16$"):
         token_grid(ViTSpec(8, 1, 2), 8)

@@ -80,9 +80,7 @@ def test_views_are_saved_as_they_look(tmp_path: Path) -> None:
 
 
 @BOTH
-def test_pretrained_into_classifier_misses_exactly_head_and_fc_norm(
-    spec: EncoderSpec, tmp_path: Path
-) -> None:
+def test_pretrained_into_classifier_misses_exactly_head_and_fc_norm(spec: EncoderSpec, tmp_path: Path) -> None:
     path = tmp_path / MODEL_FILE
     saved = save_pretrained(path, spec)
     model = build_encoder(spec, 16, 3)
@@ -229,23 +227,17 @@ def test_foreign_absent_and_truncated_files_are_named(tmp_path: Path) -> None:
             read_metadata(path)
         with pytest.raises(UserError, match=str(path)):
             load_encoder(build_encoder(CVIT, 16), path)
-    with pytest.raises(
-        UserError, match=rf"{without}: a safetensors file, but not one written by this project"
-    ):
+    with pytest.raises(UserError, match=rf"{without}: a safetensors file, but not one written by this project"):
         read_metadata(without)
 
 
 def test_find_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"teachers.t.source: {tmp_path} has not finished"):
         find_weights(tmp_path, "teachers.t.source")
-    with pytest.raises(
-        UserError, match=r"stages.finetune.init: .*nowhere does not exist; run that stage first"
-    ):
+    with pytest.raises(UserError, match=r"stages.finetune.init: .*nowhere does not exist; run that stage first"):
         find_weights(tmp_path / "nowhere", "stages.finetune.init")
     (tmp_path / MODEL_FILE).touch()
-    assert (
-        find_weights(tmp_path, "key") == find_weights(tmp_path / MODEL_FILE, "key") == tmp_path / MODEL_FILE
-    )
+    assert find_weights(tmp_path, "key") == find_weights(tmp_path / MODEL_FILE, "key") == tmp_path / MODEL_FILE
 
 
 def test_report_counts_and_names() -> None:

@@ -127,9 +127,7 @@ def test_kept_and_removed_patches_make_up_the_picture(runs: Runs, pages: dict[st
     show_runs([runs.mrmae], ["0", "5", "9"], out=tmp_path)
     rows = pages["attention.png"].rows
     picture = rows["Picture"].pictures
-    kept, removed = (
-        (rows[label].pictures == picture).all(1) for label in ("Kept (25 %)", "Removed (75 %)")
-    )
+    kept, removed = ((rows[label].pictures == picture).all(1) for label in ("Kept (25 %)", "Removed (75 %)"))
     assert (kept ^ removed).all()
     cells = kept.reshape(3, GRID, 4, GRID, 4).transpose(0, 1, 3, 2, 4).reshape(3, GRID * GRID, 16)
     assert (cells.all(-1) == cells.any(-1)).all() and (cells.all(-1).sum(1) == 4).all()
@@ -142,9 +140,7 @@ def test_kept_and_removed_patches_make_up_the_picture(runs: Runs, pages: dict[st
 
 
 @pytest.mark.parametrize("how", ["standardize", "none"])
-def test_reconstructions_are_denormalised(
-    how: str, val: Path, pages: dict[str, Page], tmp_path: Path
-) -> None:
+def test_reconstructions_are_denormalised(how: str, val: Path, pages: dict[str, Page], tmp_path: Path) -> None:
     """A head that says 0.5 everywhere: a known colour, or half a deviation above each patch's own mean."""
     recipe = make_recipe(val, "MAE", VIT, SIDE, None)
     assert recipe.stages.pretrain is not None
@@ -256,9 +252,7 @@ def test_the_seed_is_the_masks(runs: Runs, pages: dict[str, Page], tmp_path: Pat
     assert (kept[0] == kept[1]).all() and (kept[0] != kept[2]).any()
 
 
-def test_the_default_is_evenly_spaced_pictures(
-    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path
-) -> None:
+def test_the_default_is_evenly_spaced_pictures(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
     show_runs([runs.mae], out=tmp_path)
     assert [caption.split(":")[0] for caption in pages["attention.png"].captions] == ["2", "8", "13"]
     show_runs([runs.mae], count=COUNT, out=tmp_path)
@@ -316,9 +310,7 @@ def test_a_teacher_that_is_gone_is_left_out_and_told(
     assert pages["attention.png"].labels == ["Picture", label, "Kept (25 %)", "Removed (75 %)"]
     heat = pages["attention.png"].rows[label].heat
     assert heat is not None
-    np.testing.assert_allclose(
-        heat, scaled_attention(model, normalize(evaluated_page(val), MEAN, STD)), atol=1e-4
-    )
+    np.testing.assert_allclose(heat, scaled_attention(model, normalize(evaluated_page(val), MEAN, STD)), atol=1e-4)
     lines = capsys.readouterr().err.splitlines()
     assert "drawn without teacher guide" in lines[0] and "gone" in lines[0]
     assert "at random, not by teacher guide" in lines[1] and len(lines) == 2

@@ -34,9 +34,7 @@ def pixels_of(batch: int, side: int, seed: int = 0) -> Tensor:
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
-def save_run(
-    folder: Path, spec: EncoderSpec, kind: str = "pretrain", image_size: int = 16
-) -> dict[str, Tensor]:
+def save_run(folder: Path, spec: EncoderSpec, kind: str = "pretrain", image_size: int = 16) -> dict[str, Tensor]:
     """Write a stage folder's model file; returns its tensors."""
     encoder = build_encoder(spec, image_size, 0 if kind == "pretrain" else 3)
     model: nn.Module = encoder
@@ -60,8 +58,6 @@ def timm_attention(block: nn.Module, run: nn.Module, images: Tensor) -> Tensor:
     return seen[0]
 
 
-def normalize(
-    pixels: Tensor, mean: list[float] | tuple[float, ...], std: list[float] | tuple[float, ...]
-) -> Tensor:
+def normalize(pixels: Tensor, mean: list[float] | tuple[float, ...], std: list[float] | tuple[float, ...]) -> Tensor:
     """Per-channel statistics, by hand."""
     return torch.stack([(pixels[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)

@@ -140,9 +140,7 @@ def test_class_attention_is_float32_from_bf16() -> None:
     found = class_attention(x, weight, None, 2, prefix=1)
     assert found.dtype == torch.float32
     assert (found >= 0).all()
-    torch.testing.assert_close(
-        found, class_attention(x.float(), weight.float(), None, 2, 1), atol=0.05, rtol=0.05
-    )
+    torch.testing.assert_close(found, class_attention(x.float(), weight.float(), None, 2, 1), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize(
