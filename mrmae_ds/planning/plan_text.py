@@ -114,10 +114,14 @@ def _time_lines(recipe: Recipe, stage: CountedStage, now: Estimate, pictures: in
     yield (
         f"  time: a step {1000 * now.step_s:,.0f} ms ({1000 * now.computing_s:,.0f} computing, "
         f"{1000 * now.waiting_s:,.0f} waiting); {now.images_per_s:,.0f} images/s, "
-        f"{now.images_per_s / now.cluster.gpus:,.1f} a GPU; {hours:,.1f} hours for the stage"
+        f"{now.images_per_s / now.cluster.gpus:,.1f} a GPU; {_hours(hours)} hours for the stage"
     )
     rate = now.images_per_s / now.cluster.nodes
     yield f"  each node must be given {rate:,.0f} pictures/s" + _cores(recipe, stage, rate)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2f}"
 
 
 def _cores(recipe: Recipe, stage: CountedStage, rate: float) -> str:
@@ -187,7 +191,7 @@ def _scale_table(
             (
                 f"{gpus} GPUs",
                 f"{best.micro_batch} x {best.engine.accumulation}",
-                "" if hours is None else f"{hours:,.1f}",
+                "" if hours is None else _hours(hours),
                 "" if rate is None else f"{rate:,.0f}",
                 "" if rate is None else f"{rate / best.cluster.nodes:,.0f}",
                 "" if rate is None else waits_for(best, loader_rate),

@@ -194,7 +194,7 @@ def test_the_command(stages: dict[str, CountedStage], capsys: pytest.CaptureFixt
         assert re.search(rf"^ +together +{total(now) / 2**30:.2f}  of 73\.3 usable: fits$", out, re.MULTILINE)
         assert now.step_s is not None and f"{now.images_per_s:,.0f} images/s" in out
         hours = now.hours(1_281_167, stage.config.epochs)
-        assert f"{hours:,.1f} hours for the stage" in out
+        assert (f"{hours:,.1f}" if hours >= 1 else f"{hours:.2f}") + " hours for the stage" in out
     assert re.search(r"^ +ZeRO-3 \(as configured\) ", out, re.MULTILINE)
     assert re.search(r"^ +stream +[\d.]+ +0\.00 ", out, re.MULTILINE)
     assert re.search(r"^ +1024 GPUs +the batch of 1,024: 1 a GPU, and mixup pairs pictures$", out, re.MULTILINE)
