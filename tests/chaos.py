@@ -89,7 +89,8 @@ class Chaos:
             seen: set[str] = set()
             while ranks.alive() and len(seen) < saves:
                 assert time.monotonic() < deadline, ranks.text()
-                seen |= {path.name for path in (stage / "checkpoints").glob(".saving-*")}
+                with contextlib.suppress(FileNotFoundError):  # a fresh start sets the folder aside
+                    seen |= {path.name for path in (stage / "checkpoints").glob(".saving-*")}
                 time.sleep(0.001)
             pause = self.random.random() ** 2 * 0.15
         else:
@@ -139,10 +140,13 @@ class Chaos:
 
 def stacks(pid: int) -> str:
     """Where a watched process is, by its own means; see mrmae_ds/training/stacks.py."""
-    os.kill(pid, signal.SIGUSR2)
-    time.sleep(1)
-    names = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "memfd:stacks" in os.readlink(path)]
-    state = Path(f"/proc/{pid}/status").read_text().splitlines()[2]
+    try:
+        os.kill(pid, signal.SIGUSR2)
+        time.sleep(1)
+        names = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "memfd:stacks" in os.readlink(path)]
+        state = Path(f"/proc/{pid}/status").read_text().splitlines()[2]
+    except OSError:
+        return f"process {pid} has ended by now"
     return f"process {pid}, {state}:\n" + "\n".join(name.read_text() for name in names)
 
 
