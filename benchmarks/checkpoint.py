@@ -33,6 +33,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from result_file import write_result
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 RESULT = "RESULT "
 WIDTH = 1024
@@ -268,22 +270,13 @@ def main() -> None:
     sys.path.insert(0, str(REPOSITORY))
     import torch
 
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
-
     gpus = torch.cuda.device_count()
     accelerator, processes = "cuda" if gpus else "cpu", args.processes or gpus or 2
     result = run(args, accelerator, processes)
     print(f"{args.parameters:g} M parameters, {processes} processes, a checkpoint of {result['bytes'] / 1e6:,.0f} MB")
     print(table(result))
     if args.out:
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": collect_hardware(processes, accelerator).model_dump(),
-            "versions": collect_versions(),
-            "parameters": args.parameters * 1e6,
-            **result,
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(args.out, processes, accelerator, parameters=args.parameters * 1e6, **result)
 
 
 if __name__ == "__main__":

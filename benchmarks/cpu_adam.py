@@ -10,7 +10,6 @@ it cannot be, its row stays blank.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -47,7 +47,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
     from mrmae_ds.training.launch import prepare_environment
 
     prepare_environment()
@@ -80,16 +79,7 @@ def main() -> None:
         )
         print(f"| {kind} | {cells} |")
     if args.out:
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": collect_hardware(1, "cpu").model_dump(),
-            "versions": collect_versions(),
-            "elements": args.elements,
-            "threads": args.threads,
-            "seconds": medians,
-            "apart": apart,
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(args.out, 1, "cpu", elements=args.elements, threads=args.threads, seconds=medians, apart=apart)
 
 
 if __name__ == "__main__":

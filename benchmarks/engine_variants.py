@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from result_file import write_result
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "benchmarks")]
 GIB = 2**30
@@ -146,7 +148,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.rank_of:
         run_rank(args.rank_of)
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
 
     variants = [args.name, f"{args.name}-zero1", f"{args.name}-offload"]
     names = [name for name in variants if (REPOSITORY / "ds_configs" / f"{name}.json").is_file()]
@@ -158,14 +159,7 @@ def main() -> None:
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row.values()) + " |")
     if args.out:
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": collect_hardware(args.processes, "cpu").model_dump(),
-            "versions": collect_versions(),
-            "summary": rows,
-            "rounds": together["times"],
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(args.out, args.processes, "cpu", summary=rows, rounds=together["times"])
 
 
 if __name__ == "__main__":

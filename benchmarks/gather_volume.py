@@ -17,6 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from result_file import write_result
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
@@ -81,7 +83,6 @@ def main() -> None:
     if args.rank_of:
         run_rank(args.rank_of)
         return
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
     from tests.processes import finish, rank_processes
     from tests.training.parity.gathers import elements, huge
 
@@ -95,13 +96,7 @@ def main() -> None:
     for name, steps in found.items():
         print(f"| {name} | {steps[-1]['models']:.2f} | {steps[-1]['calls']} | {steps[0]['models']:.2f} |")
     if args.out:
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": collect_hardware(2, "cpu").model_dump(),
-            "versions": collect_versions(),
-            "steps": found,
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(args.out, 2, "cpu", steps=found)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ A number is the largest relative difference of a step's loss; ! marks one outsid
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -101,16 +102,13 @@ def main() -> None:
     wrong = [case.name for case in cases if not found[case.name].within(TOLERANCE[case.precision])]
     print(f"\n{len(cases)} engines, {len(wrong)} outside their tolerance {' '.join(wrong)}")
     if args.out:
-        from mrmae_ds.reporting.environment import collect_hardware, collect_versions
-
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": collect_hardware(2, "cpu").model_dump(),
-            "versions": collect_versions(),
-            "tolerance": {name: asdict(bound) for name, bound in TOLERANCE.items()},
-            "differences": {name: asdict(value) for name, value in found.items()},
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(
+            args.out,
+            2,
+            "cpu",
+            tolerance={name: asdict(bound) for name, bound in TOLERANCE.items()},
+            differences={name: asdict(value) for name, value in found.items()},
+        )
     sys.exit(bool(wrong))
 
 

@@ -30,6 +30,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from result_file import write_result
 from train_step import REPOSITORY, build_task, noise_batches
 
 MIB, GIB = 2**20, 2**30
@@ -328,7 +329,6 @@ def main() -> None:
     sys.path.insert(0, str(REPOSITORY))
     if args.rank_of:
         run_rank(json.loads(args.rank_of.read_text()))
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
 
     rows = []
     for name in args.names:
@@ -338,13 +338,7 @@ def main() -> None:
     if args.out:
         there = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
         kept = [row for row in there if row["name"] not in args.names or row["device"] != rows[0]["device"]]
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": collect_hardware(1, "cuda" if args.gpu else "cpu").model_dump(),
-            "versions": collect_versions(),
-            "rows": [*kept, *rows],
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(args.out, 1, "cuda" if args.gpu else "cpu", rows=[*kept, *rows])
     if any(abs(row["ratio"] - 1) > TOLERANCE for row in rows):
         sys.exit(1)
 

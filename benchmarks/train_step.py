@@ -28,6 +28,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from result_file import write_result
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIB = 2**30
 # For a machine with little memory: nothing is kept gathered longer than a block needs it, and buffers are small.
@@ -238,8 +240,6 @@ def main() -> None:
     sys.path.insert(0, str(REPOSITORY))
     import torch
 
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
-
     gpus = torch.cuda.device_count()
     args.accelerator = "cuda" if gpus else "cpu"
     processes = args.processes or gpus or 2
@@ -251,14 +251,7 @@ def main() -> None:
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     print(table(rows))
     if args.out:
-        content = {
-            "command": " ".join(["python", *sys.argv]),
-            "hardware": collect_hardware(processes, args.accelerator).model_dump(),
-            "versions": collect_versions(),
-            "lean": args.lean,
-            "rows": rows,
-        }
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        write_result(args.out, processes, args.accelerator, lean=args.lean, rows=rows)
     if any("failed" in row for row in rows):
         sys.exit(1)
 

@@ -120,7 +120,9 @@ def _time_lines(recipe: Recipe, stage: CountedStage, now: Estimate, pictures: in
     yield f"  each node must be given {rate:,.0f} pictures/s" + _cores(recipe, stage, rate)
 
 
-def _hours(hours: float) -> str:
+def _hours(hours: float | None) -> str:
+    if hours is None:
+        return ""
     return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2f}"
 
 
@@ -191,7 +193,7 @@ def _scale_table(
             (
                 f"{gpus} GPUs",
                 f"{best.micro_batch} x {best.engine.accumulation}",
-                "" if hours is None else _hours(hours),
+                _hours(hours),
                 "" if rate is None else f"{rate:,.0f}",
                 "" if rate is None else f"{rate / best.cluster.nodes:,.0f}",
                 "" if rate is None else waits_for(best, loader_rate),
