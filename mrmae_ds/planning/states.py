@@ -131,8 +131,9 @@ class Engine:
             at, there = (np.array(column) for column in zip(*came, strict=True))
             items[GATHERED] = zero.param_bytes * there[np.searchsorted(at, finished, side="right") - 1].astype(float)
         if zero.stage == 3:
-            # A full bucket is copied into one piece.
-            full = (finished >= min(zero.reduce_bucket, trainable)).astype(float)
+            # A full bucket is copied into one piece; gloo, which the CPU communicates by, reduces a copy of that.
+            copies = 2 if self.on_cpu else 1
+            full = copies * (finished >= min(zero.reduce_bucket, trainable)).astype(float)
             return items | {REDUCED: full * self._travelling() * min(zero.reduce_bucket / trainable, 1)}
         if self.accumulates_whole:
             return items | {GRADIENTS: BF16 * finished.astype(float)}

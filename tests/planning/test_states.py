@@ -84,6 +84,12 @@ def test_stage_3_divides_everything() -> None:
     assert engine(world=1).in_forward() == {}
 
 
+def test_a_full_bucket_is_copied_and_gloo_copies_it_again() -> None:
+    finished = np.array([0, 99, 100, 1000])
+    assert engine().in_backward(finished)["gradients being reduced"].tolist() == [0, 0, 400, 400]
+    assert engine(on_cpu=True).in_backward(finished)["gradients being reduced"].tolist() == [0, 0, 800, 800]
+
+
 def test_autocast_gathers_in_two_types_and_so_has_two_buckets() -> None:
     both = engine(autocast=True)
     assert both.standing()["reduce buckets"] == (2 + 4) * 100
