@@ -16,7 +16,6 @@ from mrmae_ds.chain.links import Link, build_links
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.planning.outline import outline_teacher
 from mrmae_ds.reporting.paper import TABLE_3, TABLE_6
-from mrmae_ds.reporting.records import FROM_SCRATCH
 from mrmae_ds.reporting.table_rows import parts_of
 from mrmae_ds.training.engine_config import accumulation_steps, load_engine_config
 from mrmae_ds.training.recorder import describe_design
@@ -32,7 +31,7 @@ def _links(name: str, seeds: list[int]) -> dict[str, Link]:
 
 def test_every_cell_of_table_6_has_its_miniature() -> None:
     links = _links("toy6", [0, 1])
-    tuned = [link for link in links.values() if link.stage == "finetune" and link.recipe.method != FROM_SCRATCH]
+    tuned = [link for link in links.values() if link.stage == "finetune" and link.needs]
     cells = sorted((link.recipe.method, link.recipe.size, link.recipe.seed) for link in tuned)
     methods = [row.method for row in TABLE_6.rows]
     assert cells == sorted((m, f"Tiny-{size}", seed) for m in methods for size in TABLE_6.columns for seed in (0, 1))
@@ -43,11 +42,12 @@ def test_every_cell_of_table_6_has_its_miniature() -> None:
             assert link.recipe.stages.finetune is not None and link.recipe.stages.finetune.image_size == size
 
 
-def test_what_starts_from_random_weights_is_fine_tuned_alike() -> None:
+@pytest.mark.parametrize("model", ["", "mae_"])
+def test_what_starts_from_random_weights_is_fine_tuned_alike(model: str) -> None:
     links = _links("toy6", [0])
     for size in ("small", "base", "large", "huge"):
-        link, pretrained = links[f"toy_scratch_{size}/finetune"], links[f"toy_{size}/finetune"]
-        assert link.needs == () and f"toy_scratch_{size}/pretrain" not in links
+        link, pretrained = links[f"toy_scratch_{model}{size}/finetune"], links[f"toy_{model}{size}/finetune"]
+        assert link.needs == () and f"toy_scratch_{model}{size}/pretrain" not in links
         random, usual = link.recipe.stages.finetune, pretrained.recipe.stages.finetune
         assert random is not None and usual is not None
         assert random == usual.model_copy(update={"init": "scratch"}) and link.recipe.model == pretrained.recipe.model
@@ -56,7 +56,7 @@ def test_what_starts_from_random_weights_is_fine_tuned_alike() -> None:
 @pytest.mark.parametrize("method", ["MAE", "MCMAE", "MR-MAE"])
 def test_columns_grow_and_methods_are_told_apart_by_what_they_learn_alone(method: str) -> None:
     links = [link for link in _links("toy6", [0]).values() if link.recipe.method == method]
-    tuned = [link for link in links if link.stage == "finetune"]
+    tuned = [link for link in links if link.stage == "finetune" and link.needs]
     counts = []
     for link in tuned:
         stage = link.recipe.stages.finetune
