@@ -187,6 +187,17 @@ def test_a_finished_stage_is_left_alone(mrmae: Path, workspace: Workspace) -> No
     assert (mrmae / "record.json").read_bytes() == before
 
 
+def test_a_stage_that_was_killed_while_it_was_drawn_is_drawn_again(mrmae: Path, workspace: Workspace) -> None:
+    curves, torn = mrmae / "loss_curves.png", mrmae / ".loss_curves.png.torn.tmp"
+    before = curves.read_bytes()
+    curves.unlink()
+    torn.write_bytes(before[:100])
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
+    done = run(["python", "train.py", *TINY, "--run", workspace.run("tiny"), *settings], 120)
+    assert done.status == 0 and "already finished" in done.stdout
+    assert curves.read_bytes() == before and not torn.exists()
+
+
 def test_one_process_computes_what_two_compute(mrmae: Path, workspace: Workspace) -> None:
     """ZeRO-3 over two processes against one process without it: the same pictures, masks and losses."""
     engine = json.loads(Path("ds_configs/tiny.json").read_text())

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
-import traceback
 from pathlib import Path
 
 import deepspeed
@@ -23,6 +21,7 @@ from mrmae_ds.training.accounting import GIB, Accountant, peak_memory
 from mrmae_ds.training.agreement import TrainingError
 from mrmae_ds.training.boundary import Boundary
 from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+from mrmae_ds.training.drawing import draw, finish_drawing
 from mrmae_ds.training.engine import build_engine, gather_state
 from mrmae_ds.training.hooks import StageHooks
 from mrmae_ds.training.job import Job
@@ -85,7 +84,8 @@ def run_job(job: Job) -> None:
             if start.action != "done":
                 _train(job, start, device, monitor, signals)
             elif launch.rank == 0:
-                print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere")
+                print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere", flush=True)
+                finish_drawing(job.stage_dir, _has_pictures(job), monitor)
     except TOGETHER:
         end_process_group()
         raise
@@ -128,7 +128,7 @@ def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signa
         job.task.release()
     if first:
         monitor.beat("drawing")
-        _draw(job.stage_dir)
+        draw(job.stage_dir)
 
 
 def _hooks(
@@ -207,26 +207,8 @@ def _export(job: Job, engine: deepspeed.DeepSpeedEngine, results: dict[str, floa
         save_weights(job.stage_dir / MODEL_FILE, state, export_metadata(job, results))
 
 
-def _draw(stage_dir: Path) -> None:
-    """Curves and pictures of a finished stage; it stays finished whatever becomes of them, so the reason is printed."""
-    for what, draw in {"loss curves": _draw_curves, "pictures": _draw_pictures}.items():
-        try:
-            draw(stage_dir)
-        except Exception as error:
-            reason = str(error) if isinstance(error, UserError) else traceback.format_exc().strip()
-            print(f"{stage_dir}: finished, but its {what} were not drawn: {reason}", file=sys.stderr, flush=True)
-
-
-def _draw_curves(stage_dir: Path) -> None:
-    from mrmae_ds.reporting.figures import loss_curves
-
-    loss_curves(stage_dir, stage_dir / "loss_curves.png")
-
-
-def _draw_pictures(stage_dir: Path) -> None:
-    from mrmae_ds.reporting.show import show_run
-
-    show_run(stage_dir)
+def _has_pictures(job: Job) -> bool:
+    return job.stage_name == "pretrain" and job.recipe.record.pictures > 0
 
 
 def dry_run(job: Job) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.training import stage
+from mrmae_ds.training.drawing import draw
 
 
 @pytest.mark.parametrize("error", [UserError("the set is gone"), RuntimeError("a fault of ours")], ids=["user", "ours"])
@@ -19,7 +19,7 @@ def test_a_finished_stage_stays_finished_when_a_picture_cannot_be_drawn(
 
     monkeypatch.setattr("mrmae_ds.reporting.figures.loss_curves", fail)
     monkeypatch.setattr("mrmae_ds.reporting.show.show_run", drawn.append)
-    stage._draw(tmp_path)
+    draw(tmp_path)
     assert drawn == [tmp_path]  # one failure does not keep the other from being drawn
     told = capsys.readouterr().err
     assert told.startswith(f"{tmp_path}: finished, but its loss curves were not drawn: ") and str(error) in told
