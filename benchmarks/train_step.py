@@ -7,7 +7,7 @@ Names are those of ds_configs/NAME.json, variants (small-zero1) too, and its rec
 optimiser and engine are the real ones, built as training builds them. Teachers have random weights, which changes
 neither time nor memory, and the pictures are noise made once, so that neither a reader nor a data set is measured.
 Every combination of name and micro-batch runs in fresh processes, one a device (--processes on the CPU). A step is one
-micro-batch.
+micro-batch; an odd one is fine-tuned on without mixup and cutmix, which pair pictures.
 
 ``tflops`` counts what the model needs (forward, backward, teachers), not what checkpointing computes again; ``mfu`` is
 its share of the device's peak, left out for devices whose peak is not known. Memory on the CPU is what the process has
@@ -125,7 +125,8 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.training.loop import Meter, Plan, run_step
 
     config = load_engine_config(Path(settings["engine"]))
-    recipe = load_recipe(default_recipe(REPOSITORY / "ds_configs" / f"{settings['name']}.json"))
+    unpaired = ["stages.finetune.mixup=0", "stages.finetune.cutmix=0"] if config.micro_batch % 2 else []
+    recipe = load_recipe(default_recipe(REPOSITORY / "ds_configs" / f"{settings['name']}.json"), unpaired)
     stage, device = recipe.stage(settings["stage"]), choose_device(launch)
     start_process_group(device)
     before = peak_memory(device)
