@@ -32,12 +32,14 @@ from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIB = 2**30
-# For a machine with little memory: nothing is kept gathered longer than a block needs it, and buffers are small.
+# For a machine with little memory: nothing is kept gathered longer than a block needs it, buffers are small, and so are
+# the pieces that are updated at a time.
 LEAN = {
     "stage3_max_live_parameters": 30_000_000,
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
     "reduce_bucket_size": 20_000_000,
+    "sub_group_size": 50_000_000,
 }
 RESULT = "RESULT "
 
