@@ -81,7 +81,7 @@ GUARDS = {
         "training/monitor.py",
         "if dead := self._stacks.neighbours.dead():",
         "if dead := None:",
-        ("tests/test_faults.py", "-k", "killed_again"),
+        ("tests/training/test_monitor.py", "-k", "killed_process"),
     ),
     "a signal to one process": Guard(
         "training/loop.py",

@@ -73,6 +73,12 @@ def _fail_on_1(rank: int) -> None:
     time.sleep(100)
 
 
+def _killed_on_1(rank: int) -> None:
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(100)
+
+
 def _fail_because_the_other_died(rank: int) -> None:
     """As a broken connection would be told, at once."""
     if rank == 0:
@@ -116,6 +122,12 @@ def test_the_first_to_fail_raises_when_the_other_is_silent(tmp_path: Path) -> No
 def test_a_record_that_cannot_be_closed_keeps_nobody(tmp_path: Path) -> None:
     statuses, texts = _run(_fail_on_1_while_the_disk_hangs, tmp_path)
     assert statuses == [1, 3] and texts[1] == "raised: the first cause\n"
+
+
+def test_a_killed_process_is_missed_by_one_that_does_not_talk_to_it(tmp_path: Path) -> None:
+    statuses, (text, _) = _run(_killed_on_1, tmp_path)
+    assert statuses == [1, -signal.SIGKILL]
+    assert text.rstrip().splitlines()[-1].startswith("error: rank 1 (process ")
 
 
 def test_a_broken_connection_is_not_the_first_cause(tmp_path: Path) -> None:
