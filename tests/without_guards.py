@@ -108,8 +108,17 @@ GUARDS = {
         "reports = [(identity, wrong)]",
         (RESUMING, "-k", "wrong_for_all"),
     ),
-    "no start from zero": Guard(
-        "training/run_folder.py", "if folders and not candidates:", "if False:", _faults("no_whole")
+    "no start from zero: sizes": Guard(
+        "training/run_folder.py",
+        "if folders and not candidates:",
+        "if False:",
+        ("tests/training/test_run_folder.py", "-k", "none_is_whole"),
+    ),
+    "no start from zero: contents": Guard(
+        "training/resuming.py",
+        "raise AgreedError(none_whole(stage_dir, damaged))",
+        'return Start("fresh", (), tuple(damaged))',
+        _faults("no_whole"),
     ),
     "newer ones are set aside": Guard(
         "training/resuming.py",
