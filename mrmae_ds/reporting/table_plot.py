@@ -25,6 +25,7 @@ PAPER_GREYS = ("#9a9a9a", "#6b6b6b", "#3c3c3c")
 OUR_COLOURS = style.PALETTE[:6]  # those after them are grey and black
 _INCHES_PER_NUMBER = 0.46  # the room that a printed "88.35" needs beside its neighbours
 _CHARACTERS_PER_INCH = 12.5
+_WIDEST = 16.0  # inches; wider, a page would shrink the text too much, and panels stand below each other
 _NBSP = "\N{NO-BREAK SPACE}"
 
 
@@ -54,12 +55,16 @@ def plot(table: Table, path: Path) -> None:
     panels = [_panel(table, dataset) for dataset in datasets(table)]
     colours = colours_of(table)
     widths = [panel.width for panel in panels]
-    tallest = max(len(panel.rows) for panel in panels)
-    figure = style.new_figure(sum(widths), 4.4 + 0.17 * tallest)
+    height = 4.4 + 0.17 * max(len(panel.rows) for panel in panels)
+    stacked = len(panels) > 1 and sum(widths) > _WIDEST
+    figure = style.new_figure(max(widths), height * len(panels)) if stacked else style.new_figure(sum(widths), height)
     title = "Model scaling: accuracy after fine-tuning"
     figure.suptitle(title, fontsize=13, fontweight="bold", color=style.INK)
-    all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
-    for axes, panel in zip(all_axes, panels, strict=True):
+    if stacked:
+        all_axes = figure.subplots(len(panels), 1, squeeze=False)
+    else:
+        all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
+    for axes, panel in zip(all_axes.flat, panels, strict=True):
         _draw_panel(axes, panel, colours)
     style.save(figure, path)
 

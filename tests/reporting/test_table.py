@@ -269,6 +269,18 @@ def _panels(table: Table, monkeypatch: pytest.MonkeyPatch, path: Path) -> dict[s
     return {axes.get_title().split(":")[0]: axes for axes in figures[0].axes}
 
 
+@pytest.mark.parametrize("many", [False, True])
+def test_panels_stand_below_each_other_where_they_would_be_too_wide(
+    many: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = [f"Tiny-{size}" for size in TABLE_6.columns] if many else ["Small"]
+    methods = ["MAE", "MCMAE", "MR-MAE", "MR-MAE-2"] if many else ["MAE"]
+    runs = [make_run(f"{m}{s}", m, s) for m in methods for s in sizes]
+    paper_axes, ours = _panels(scaling_table(runs), monkeypatch, tmp_path / "t.png").values()
+    places = [axes.get_subplotspec().get_geometry() for axes in (paper_axes, ours)]
+    assert places == ([(2, 1, 0, 0), (2, 1, 1, 1)] if many else [(1, 2, 0, 0), (1, 2, 1, 1)])
+
+
 def test_ours_and_the_papers_numbers_share_no_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run("a", top1=71.0), make_run("b", size="Small", top1=72.0)]
     panels = _panels(scaling_table(runs), monkeypatch, tmp_path / "t.png")
