@@ -25,7 +25,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,10 +32,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ranks import RanksError, machine, run_ranks, tell
 from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-RESULT = "RESULT "
 WIDTH = 1024
 
 
@@ -140,7 +139,7 @@ def run_rank(settings: dict[str, Any]) -> None:
         engine.destroy()
     size = sum(path.stat().st_size for path in list_checkpoints(folder / "foreground")[-1].iterdir())
     if launch.rank == 0:
-        print(RESULT + json.dumps({"bytes": size, "times": times}), flush=True)
+        tell({"bytes": size, "times": times})
     end_process_group()
     os._exit(0)
 
@@ -217,36 +216,14 @@ def _note_steps(engine: Any, launch: Any, note: Note) -> None:
 
 def run(args: argparse.Namespace, accelerator: str, processes: int) -> dict[str, Any]:
     """Start the processes and wait for them."""
-    from tests.processes import environment, free_port
-
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         job = Path(folder) / "job.json"
         layers = round(args.parameters * 1e6 / WIDTH**2)
         job.write_text(json.dumps({"folder": folder, "layers": layers, "repeats": args.repeats}))
-        common = {"WORLD_SIZE": processes, "LOCAL_SIZE": processes, "MASTER_PORT": free_port()}
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, "--rank-of", str(job)],
-                env=environment(
-                    **{name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()},
-                    MASTER_ADDR="127.0.0.1",
-                    DS_ACCELERATOR=accelerator,
-                ),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(processes)
-        ]
         try:
-            output = started[0].communicate(timeout=args.limit)[0]
-        finally:
-            for process in started:
-                process.kill()
-    found = [line for line in output.splitlines() if line.startswith(RESULT)]
-    if not found:
-        sys.exit(output)
-    return json.loads(found[-1].removeprefix(RESULT))
+            return run_ranks([__file__, "--rank-of", str(job)], processes, accelerator, args.limit)
+        except RanksError as error:
+            sys.exit(str(error))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -268,10 +245,7 @@ def main() -> None:
     if args.rank_of:
         run_rank(json.loads(args.rank_of.read_text()))
     sys.path.insert(0, str(REPOSITORY))
-    import torch
-
-    gpus = torch.cuda.device_count()
-    accelerator, processes = "cuda" if gpus else "cpu", args.processes or gpus or 2
+    accelerator, processes = machine(args.processes)
     result = run(args, accelerator, processes)
     print(f"{args.parameters:g} M parameters, {processes} processes, a checkpoint of {result['bytes'] / 1e6:,.0f} MB")
     print(table(result))

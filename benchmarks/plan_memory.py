@@ -23,19 +23,18 @@ import gc
 import json
 import os
 import re
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ranks import run_ranks, tell
 from result_file import write_result
 from train_step import REPOSITORY, build_task, noise_batches
 
 MIB, GIB = 2**20, 2**30
 STEPS = 3  # DeepSpeed gathers ahead from the third step on
-RESULT = "RESULT "
 TOLERANCE = 0.10
 
 
@@ -197,7 +196,7 @@ def run_rank(job: dict[str, Any]) -> None:
     engine.train()
     most = steps(task, engine, noise_batches(settings.micro_batch, size, device), settings, launch.rank, memory)
     if launch.rank == 0:
-        print(RESULT + json.dumps(most), flush=True)
+        tell(most)
     end_process_group()
     os._exit(0)
 
@@ -244,38 +243,13 @@ def measure(settings: Configuration, engine_file: Path, folder: Path, on_cpu: bo
     """Run a configuration's processes; what rank 0 measured.
 
     Raises:
-        RuntimeError: with the end of rank 0's output, if it ended without a result or took too long.
+        RanksError: with the end of rank 0's output, if it ended without a result or took too long.
     """
-    from tests.processes import environment, free_port
-
     job = folder / "job.json"
     job.write_text(json.dumps({"settings": asdict(settings), "engine": str(engine_file)}))
-    port = str(free_port())
-    ranks = {"WORLD_SIZE": str(settings.ranks), "LOCAL_WORLD_SIZE": str(settings.ranks)}
-    rest = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu" if on_cpu else "cuda"}
     blocks = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, "--rank-of", str(job)],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **ranks, **rest, **blocks),
-            stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(settings.ranks)
-    ]
-    try:
-        output = started[0].communicate(timeout=limit)[0]
-    except subprocess.TimeoutExpired:
-        raise RuntimeError(f"took more than {limit:.0f} s") from None
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-    found = [line for line in output.splitlines() if line.startswith(RESULT)]
-    if not found:
-        raise RuntimeError(output[-2000:])
-    result: dict[str, int] = json.loads(found[-1].removeprefix(RESULT))
+    accelerator, command = "cpu" if on_cpu else "cuda", [__file__, "--rank-of", str(job)]
+    result: dict[str, int] = run_ranks(command, settings.ranks, accelerator, limit, **blocks)
     return result
 
 

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ranks import RanksError, machine, run_ranks, tell
 from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,7 +41,6 @@ LEAN = {
     "reduce_bucket_size": 20_000_000,
     "sub_group_size": 50_000_000,
 }
-RESULT = "RESULT "
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -167,15 +166,13 @@ def run_rank(settings: dict[str, Any]) -> None:
             **noted,
             "before_gib": before / GIB if device.type == "cpu" else 0.0,
         }
-        print(RESULT + json.dumps(result), flush=True)
+        tell(result)
     end_process_group()
     os._exit(0)
 
 
 def run_combination(args: argparse.Namespace, name: str, micro_batch: int, processes: int) -> dict[str, Any]:
     """Start the processes of one combination and wait for them; an error's last line where it does not run."""
-    from tests.processes import environment, free_port
-
     config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
     config["train_micro_batch_size_per_gpu"] = micro_batch
     if args.lean:
@@ -185,33 +182,11 @@ def run_combination(args: argparse.Namespace, name: str, micro_batch: int, proce
         engine.write_text(json.dumps(config))
         settings = {key: getattr(args, key) for key in ("stage", "warmup", "steps")}
         job.write_text(json.dumps({"name": name, "engine": str(engine), **settings}))
-        started = [
-            subprocess.Popen(
-                [sys.executable, __file__, name, "--rank-of", str(job)],
-                env=environment(
-                    RANK=str(rank),
-                    LOCAL_RANK=str(rank),
-                    WORLD_SIZE=str(processes),
-                    MASTER_ADDR="127.0.0.1",
-                    MASTER_PORT=str(port),
-                    DS_ACCELERATOR=args.accelerator,
-                ),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for port in [free_port()]
-            for rank in range(processes)
-        ]
+        command = [__file__, name, "--rank-of", str(job)]
         try:
-            output = started[0].communicate(timeout=args.limit)[0]
-        except subprocess.TimeoutExpired:
-            return {"failed": f"took more than {args.limit:.0f} s"}
-        finally:
-            for process in started:
-                process.kill()
-    found = [line for line in output.splitlines() if line.startswith(RESULT)]
-    return json.loads(found[-1].removeprefix(RESULT)) if found else {"failed": output.strip().splitlines()[-1][-300:]}
+            return dict(run_ranks(command, processes, args.accelerator, args.limit))
+        except RanksError as error:
+            return {"failed": str(error).splitlines()[-1][-300:]}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -241,11 +216,7 @@ def main() -> None:
     if args.rank_of:
         run_rank(json.loads(args.rank_of.read_text()))
     sys.path.insert(0, str(REPOSITORY))
-    import torch
-
-    gpus = torch.cuda.device_count()
-    args.accelerator = "cuda" if gpus else "cpu"
-    processes = args.processes or gpus or 2
+    args.accelerator, processes = machine(args.processes)
     rows = []
     for name in args.names:
         for micro_batch in args.micro_batch:
