@@ -224,6 +224,11 @@ class FinetuneConfig(StageConfig):
     erasing: Fraction = 0.0
     eval_every_epochs: int = Field(1, ge=1)
 
+    @property
+    def pairs(self) -> bool:
+        """Whether mixup or cutmix pairs the pictures of a micro-batch, which must be even then."""
+        return self.mixup > 0 or self.cutmix > 0
+
 
 class ProbeConfig(StageConfig):
     """Linear probing: the encoder is frozen, a linear classifier learns from its features (MAE's recipe).

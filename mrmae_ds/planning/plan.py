@@ -31,6 +31,7 @@ from mrmae_ds.reporting.paper import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,
+    check_paired,
     check_processes,
     default_recipe,
     load_engine_config,
@@ -135,12 +136,7 @@ def _only(recipe: Recipe, stage: str | None) -> Recipe:
 def _check_batch(config: EngineConfig, stage: PretrainConfig | FinetuneConfig, gpus: int, path: Path) -> None:
     """Raises UserError if the batch cannot be made of micro-batches on so many GPUs."""
     accumulation_steps(config, stage.batch_size, gpus, str(path))
-    paired = isinstance(stage, FinetuneConfig) and (stage.mixup or stage.cutmix)
-    if paired and config.micro_batch % 2:
-        raise UserError(
-            f"{config.path}: mixup pairs the pictures of a micro-batch, which {config.micro_batch} cannot be; take an "
-            "even one"
-        )
+    check_paired(config, isinstance(stage, FinetuneConfig) and stage.pairs)
 
 
 def _check_numbers(request: Request) -> None:

@@ -48,7 +48,7 @@ class CountedStage:
     @property
     def pairs(self) -> bool:
         """Whether mixup pairs pictures, so that a micro-batch must be even."""
-        return isinstance(self.config, FinetuneConfig) and bool(self.config.mixup or self.config.cutmix)
+        return isinstance(self.config, FinetuneConfig) and self.config.pairs
 
     def census(self, zero: ZeroSettings) -> Census:
         """Its parameters under some settings."""

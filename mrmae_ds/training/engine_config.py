@@ -178,6 +178,15 @@ def check_processes(config: EngineConfig, world_size: int, local_size: int) -> N
         )
 
 
+def check_paired(config: EngineConfig, pairs: bool) -> None:
+    """Raises UserError if the micro-batch is odd and mixup or cutmix pairs its pictures (``FinetuneConfig.pairs``)."""
+    if pairs and config.micro_batch % 2:
+        raise UserError(
+            f"{config.path}: mixup pairs the pictures of a micro-batch, and so does cutmix, so "
+            f"train_micro_batch_size_per_gpu must be even, not {config.micro_batch}"
+        )
+
+
 def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, recipe: str) -> int:
     """Micro-batches a process runs for one optimiser step: batch_size / (micro-batch * processes).
 

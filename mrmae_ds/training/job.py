@@ -26,6 +26,7 @@ from mrmae_ds.recipe_stages import (
 from mrmae_ds.training.engine_config import (
     EngineConfig,
     accumulation_steps,
+    check_paired,
     check_processes,
     default_recipe,
     load_engine_config,
@@ -209,11 +210,7 @@ def _finetune_task(
     num_classes: int,
     init: Path | None,
 ) -> tuple[FinetuneTask, str]:
-    if (stage.mixup > 0 or stage.cutmix > 0) and engine_config.micro_batch % 2:
-        raise UserError(
-            f"{engine_config.path}: mixup and cutmix pair pictures, so train_micro_batch_size_per_gpu must be even, "
-            f"not {engine_config.micro_batch}"
-        )
+    check_paired(engine_config, stage.pairs)
     model = build_encoder(recipe.model.spec(), image_size, num_classes, stage.drop_path, stage.pool)
     init_classifier(model)
     report = f"{init}: {load_encoder(model, init, 'stages.finetune.init')}" if init else "random weights"

@@ -180,7 +180,6 @@ class FinetuneTask:
         self.model, self.config, self.num_classes, self.dtype = model, config, num_classes, dtype
         self.teachers: dict[str, Teacher] = {}
         self.normalize = Normalize(data.mean, data.std)
-        mixes = config.mixup > 0 or config.cutmix > 0
         self.mix = (
             Mixup(
                 mixup_alpha=config.mixup,
@@ -188,7 +187,7 @@ class FinetuneTask:
                 label_smoothing=config.smoothing,
                 num_classes=num_classes,
             )
-            if mixes
+            if config.pairs
             else None
         )
         self.soft_loss = SoftTargetCrossEntropy()
