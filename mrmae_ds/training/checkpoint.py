@@ -89,9 +89,13 @@ def clear_leftovers(stage_dir: Path) -> None:
     for prefix in (SAVING, REMOVING):
         for path in (stage_dir / FOLDER).glob(f"{prefix}*"):
             shutil.rmtree(path, ignore_errors=True)
-    for folder in (stage_dir, stage_dir / FOLDER):
-        for path in folder.glob(".*.tmp"):
-            path.unlink(missing_ok=True)
+    for path in torn_files(stage_dir):
+        path.unlink(missing_ok=True)
+
+
+def torn_files(stage_dir: Path) -> list[Path]:
+    """Temporary files of a stage, of its checkpoints and of its pictures, whose writers were killed."""
+    return [*stage_dir.glob(".*.tmp"), *stage_dir.glob("*/.*.tmp")]
 
 
 def remove(path: Path) -> None:

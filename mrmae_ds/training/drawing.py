@@ -8,7 +8,7 @@ import traceback
 from pathlib import Path
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.training.checkpoint import clear_leftovers
+from mrmae_ds.training.checkpoint import clear_leftovers, torn_files
 from mrmae_ds.training.monitor import Monitor
 
 CURVES, PICTURES = "loss_curves.png", "pictures"
@@ -44,12 +44,10 @@ def finish_drawing(stage_dir: Path, with_pictures: bool, monitor: Monitor) -> No
         with_pictures: whether it has pictures too.
         monitor: of this process, which may have to wait for the drawing.
     """
-    pictures = stage_dir / PICTURES
-    torn = [*stage_dir.glob(".*.tmp"), *pictures.glob(".*.tmp")]
+    torn = torn_files(stage_dir)
     with contextlib.suppress(OSError):  # a folder that has become read-only is left as it is
-        for path in torn:
-            path.unlink(missing_ok=True)
         clear_leftovers(stage_dir)
-    if torn or not (stage_dir / CURVES).is_file() or (with_pictures and not any(pictures.glob("*.png"))):
+    lacks_pictures = with_pictures and not any((stage_dir / PICTURES).glob("*.png"))
+    if torn or lacks_pictures or not (stage_dir / CURVES).is_file():
         monitor.beat("drawing")
         draw(stage_dir)
