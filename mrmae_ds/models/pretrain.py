@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.masking import VisibleSet
+from mrmae_ds.models.checkpointing import CheckpointPlan
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import Decoder, DecoderSpec
 from mrmae_ds.models.layers import PatchConv
@@ -194,6 +195,14 @@ class PretrainModel(nn.Module):
         """The fused, normalised visible tokens, prefix tokens first: [B, P + K, C]."""
         images = images.to(self.fusion.norm.weight.dtype)
         return self.fusion(self.encoder(images, visible, self.fusion.spec.blocks))
+
+
+def set_checkpointing(model: nn.Module, plan: CheckpointPlan) -> None:
+    """Hand a plan to a pre-training model's encoder and decoder, or to a classifier, which is an encoder."""
+    encoder = model.encoder if isinstance(model, PretrainModel) else model
+    encoder.checkpointing = plan
+    if isinstance(model, PretrainModel) and model.decoder is not None:
+        model.decoder.checkpoint_every = plan.decoder
 
 
 def masked_pixels(images: Tensor, visible: VisibleSet, stride: int, fill: float = 0.0) -> Tensor:

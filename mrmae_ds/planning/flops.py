@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mrmae_ds.build import TeacherBuilder, build_pretraining
 from mrmae_ds.errors import UserError
 from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.checkpointing import CheckpointPlan
+from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.planning.outline import outline_teacher
@@ -151,11 +153,7 @@ def _pretrain(
     visible = choose_visible(noise, encoder.grid, stage.masking.keep_ratio)
     images = _picture(recipe.model.image_size)
 
-    def checkpoint(plan: CheckpointPlan) -> None:
-        encoder.checkpointing = plan
-        if model.decoder is not None:
-            model.decoder.checkpoint_every = plan.decoder
-
+    checkpoint = partial(set_checkpointing, model)
     parts = {"encoder": count_trained(lambda: model.latent(images, visible), checkpoint, plan)}
     seen = encoder.num_prefix_tokens + visible.ids_keep.shape[1]
     latent = torch.empty(1, seen, encoder.embed_dim, device="meta", requires_grad=True)
@@ -174,11 +172,7 @@ def _finetune(recipe: Recipe, stage: FinetuneConfig, plan: CheckpointPlan, num_c
     with torch.device("meta"):
         model = build_encoder(recipe.model.spec(), size, num_classes, stage.drop_path)
     images = _picture(size)
-
-    def checkpoint(plan: CheckpointPlan) -> None:
-        model.checkpointing = plan
-
-    return {"classifier": count_trained(lambda: model(images), checkpoint, plan)}
+    return {"classifier": count_trained(lambda: model(images), partial(set_checkpointing, model), plan)}
 
 
 def _picture(side: int) -> Tensor:

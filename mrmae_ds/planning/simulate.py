@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrmae_ds.build import TeacherBuilder, build_pretraining
 from mrmae_ds.data.reader import Batch
-from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.pretrain import PretrainModel, set_checkpointing
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.planning.outline import outline_teacher
 from mrmae_ds.planning.trace import CudaPolicy, Recorder, Timeline, trace
@@ -76,7 +76,7 @@ def simulate(
         else:
             assert isinstance(stage, FinetuneConfig)
             task = FinetuneTask(modules, stage, recipe.data, num_classes, config.model_dtype)
-        _checkpoint(modules, config)
+        set_checkpointing(modules, config.checkpointing)
         timeline = trace(lambda pictures: _run(task, config, size, pictures, on_cpu))
     return Simulation(modules, teachers, size, timeline)
 
@@ -111,14 +111,6 @@ def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
     for part in module.modules():
         for held in (part._parameters, part._buffers):
             held.update({name: fake(tensor) for name, tensor in held.items() if tensor is not None})
-
-
-def _checkpoint(model: nn.Module, config: EngineConfig) -> None:
-    """As the engine's, which imports DeepSpeed."""
-    encoder = getattr(model, "encoder", model)
-    encoder.checkpointing = config.checkpointing
-    if (decoder := getattr(model, "decoder", None)) is not None:
-        decoder.checkpoint_every = config.checkpointing.decoder
 
 
 class _Engine:

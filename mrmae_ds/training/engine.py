@@ -24,7 +24,7 @@ from torch.optim import AdamW, Optimizer
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.layers import ConvBlock
-from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.training.engine_config import EngineConfig
 from mrmae_ds.training.gradient_watch import watch_gradients
 
@@ -60,7 +60,7 @@ def build_engine(
     if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
         raise ValueError(f"{len(grouped)} parameters in groups, {len(trainable)} trainable ones in the model")
     check_leaf_modules(model, config)
-    set_checkpointing(model, config)
+    set_checkpointing(model, config.checkpointing)
     if config.compile_blocks:
         compile_blocks(model)
     # The rate is written before every step (set_learning_rate). torch's AdamW needs no compiler, DeepSpeed's does; the
@@ -103,14 +103,6 @@ def compile_blocks(model: nn.Module) -> None:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
-
-
-def set_checkpointing(model: nn.Module, config: EngineConfig) -> None:
-    """Hand the engine config's checkpointing plan to the encoder and the decoder."""
-    encoder = model.encoder if isinstance(model, PretrainModel) else model
-    encoder.checkpointing = config.checkpointing
-    if isinstance(model, PretrainModel) and model.decoder is not None:
-        model.decoder.checkpoint_every = config.checkpointing.decoder
 
 
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:

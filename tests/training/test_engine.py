@@ -11,7 +11,7 @@ from torch import nn
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.checkpointing import CheckpointPlan
 from mrmae_ds.models.decoder import DecoderSpec
-from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
+from mrmae_ds.models.pretrain import FusionSpec, PretrainModel, set_checkpointing
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
 from mrmae_ds.models.weights import build_encoder
 from mrmae_ds.objectives import Objective
@@ -19,7 +19,6 @@ from mrmae_ds.training.engine import (
     build_engine,
     check_leaf_modules,
     compile_blocks,
-    set_checkpointing,
     set_learning_rate,
 )
 from mrmae_ds.training.engine_config import EngineConfig
@@ -56,14 +55,14 @@ def test_frozen_parameters_must_not_be_in_them() -> None:
 
 def test_the_checkpointing_plan_reaches_encoder_and_decoder() -> None:
     model = _model("decoder")
-    set_checkpointing(model, CONFIG)
+    set_checkpointing(model, CONFIG.checkpointing)
     assert model.encoder.checkpointing == PLAN
     assert model.decoder is not None and model.decoder.checkpoint_every == 1
     without = _model("encoder")
-    set_checkpointing(without, CONFIG)
+    set_checkpointing(without, CONFIG.checkpointing)
     assert without.encoder.checkpointing == PLAN and without.decoder is None
     classifier = build_encoder(SPEC, 32, num_classes=3)
-    set_checkpointing(classifier, CONFIG)
+    set_checkpointing(classifier, CONFIG.checkpointing)
     assert classifier.checkpointing == PLAN
 
 
