@@ -48,5 +48,5 @@ setup(
     python_requires=">=3.10,<3.13",
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["mrmae = mrmae_ds.cli:main"]},
+    entry_points={"console_scripts": ["mrmae = mrmae_ds.cli.main:main"]},
 )

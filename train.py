@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
-from mrmae_ds.training.launch import Launch, prepare_environment
+from mrmae_ds.distributed.launch import Launch, prepare_environment
 
 if TYPE_CHECKING:
     from mrmae_ds.training.job import Options
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; also takes what the deepspeed launcher adds."""
-    from mrmae_ds.recipe_stages import StageName
+    from mrmae_ds.config.stages import StageName
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ds_config", type=Path, required=True, help="engine config, ds_configs/NAME.json")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         # Before the command line is read: the names of the stages come with torch, which reads the environment.
         launch = prepare_environment()
         args = parse_arguments(argv)
-        from mrmae_ds.training.engine_config import validate_sections
+        from mrmae_ds.config.engine import validate_sections
         from mrmae_ds.training.job import Options, load_configs
 
         options = Options(
@@ -73,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         work()
         return 0
     except Exception as error:
-        from mrmae_ds.training.ending import tell_end
+        from mrmae_ds.distributed.exit_status import tell_end
 
         return tell_end(error, launch, started)
 
@@ -82,13 +82,13 @@ def _prepared_training(options: Options, launch: Launch) -> Callable[[], None]:
     from mrmae_ds.training.job import prepare_job
 
     job = prepare_job(options, launch)
-    from mrmae_ds.training.stage import dry_run, run_job
+    from mrmae_ds.training.run import dry_run, run_job
 
     return partial(dry_run if options.dry_run else run_job, job)
 
 
 def _prepared_evaluation(options: Options, launch: Launch) -> Callable[[], None]:
-    from mrmae_ds.training.evaluation import prepare_evaluation, run_evaluation
+    from mrmae_ds.training.evaluation.evaluate import prepare_evaluation, run_evaluation
 
     return partial(run_evaluation, prepare_evaluation(options, launch))
 

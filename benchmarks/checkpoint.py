@@ -14,7 +14,7 @@ its optimiser states. In every repeat each way of saving and of resuming is time
     deepspeed resume          engine.load_checkpoint
     resume                    ours: every file read and its checksum compared, then loaded
 
-and what is agreed on before every optimiser step (:mod:`mrmae_ds.training.boundary`): its reduction, the look at the
+and what is agreed on before every optimiser step (:mod:`mrmae_ds.training.step_sync`): its reduction, the look at the
 gradients, and the note for the watchdog. Files are read from the page cache, where they have just been written.
 """
 
@@ -118,11 +118,11 @@ def flushed_save(engine: Any, folder: Path) -> None:
 
 def run_rank(settings: dict[str, Any]) -> None:
     """One process; rank 0 prints the result."""
-    from mrmae_ds.training.launch import prepare_environment
+    from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
-    from mrmae_ds.training.checkpoint import list_checkpoints
-    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+    from mrmae_ds.training.checkpoint.folder import list_checkpoints
 
     start_process_group(choose_device(launch))
     folder, times = Path(settings["folder"]), {}
@@ -151,10 +151,10 @@ def _save(folder: Path, engine: Any, note: Note) -> None:
     """Each way of saving, once."""
     import torch.distributed as dist
 
-    from mrmae_ds.training.checkpoint import Retention
-    from mrmae_ds.training.manifest import Identity
-    from mrmae_ds.training.saver import Saver
-    from mrmae_ds.training.state import TrainState
+    from mrmae_ds.training.checkpoint.async_saver import Saver
+    from mrmae_ds.training.checkpoint.folder import Retention
+    from mrmae_ds.training.checkpoint.manifest import Identity
+    from mrmae_ds.training.checkpoint.train_state import TrainState
 
     step(engine)
     state, plain = TrainState(step=int(engine.global_steps)), folder / "deepspeed"
@@ -185,9 +185,9 @@ def _load(folder: Path, engine: Any, launch: Any, note: Note) -> None:
 
 
 def _resume(folder: Path, engine: Any, launch: Any, note: Note) -> Any:
-    from mrmae_ds.training.checkpoint import list_checkpoints
-    from mrmae_ds.training.resuming import agree_on_start, load_checkpoint
-    from mrmae_ds.training.run_folder import Start
+    from mrmae_ds.training.checkpoint.folder import list_checkpoints
+    from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
+    from mrmae_ds.training.checkpoint.run_dir import Start
 
     newest = list_checkpoints(folder / "foreground")[-1]
 
@@ -202,8 +202,8 @@ def _resume(folder: Path, engine: Any, launch: Any, note: Note) -> Any:
 
 def _note_steps(engine: Any, launch: Any, note: Note) -> None:
     """What is done in every step, fifty times."""
-    from mrmae_ds.training.boundary import Boundary
-    from mrmae_ds.training.monitor import Monitor
+    from mrmae_ds.distributed.watchdog import Monitor
+    from mrmae_ds.training.step_sync import Boundary
 
     boundary = Boundary()
     with Monitor(launch, 3600) as monitor:

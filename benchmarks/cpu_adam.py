@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
-    from mrmae_ds.training.launch import prepare_environment
+    from mrmae_ds.distributed.launch import prepare_environment
 
     prepare_environment()
     torch.set_num_threads(args.threads)

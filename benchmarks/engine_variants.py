@@ -30,15 +30,15 @@ GIB = 2**30
 
 def run_rank(folder: Path) -> None:
     """One process: an engine of each config in FOLDER/job.json, step by step in turn; rank 0 writes result.json."""
-    from mrmae_ds.training.launch import prepare_environment
+    from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
     import torch
     import torch.distributed as dist
 
-    from mrmae_ds.training.accounting import peak_memory
-    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
-    from mrmae_ds.training.traffic import GatherCounter
+    from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+    from mrmae_ds.training.engine.comm_volume import GatherCounter
+    from mrmae_ds.training.perf_metrics import peak_memory
 
     job = json.loads((folder / "job.json").read_text())
     device = choose_device(launch)
@@ -73,9 +73,9 @@ class _Run:
         import torch
         from train_step import build_task, noise_batches
 
-        from mrmae_ds.recipe import load_recipe
-        from mrmae_ds.training.engine import build_engine
-        from mrmae_ds.training.engine_config import default_recipe, load_engine_config
+        from mrmae_ds.config.engine import default_recipe, load_engine_config
+        from mrmae_ds.config.recipe import load_recipe
+        from mrmae_ds.training.engine.build import build_engine
         from mrmae_ds.training.loop import Plan
 
         source = REPOSITORY / "ds_configs" / f"{name}.json"
@@ -106,7 +106,7 @@ class _Run:
 
 def start(names: list[str], args: argparse.Namespace, warmup: int, steps: int) -> dict[str, Any]:
     """Fresh processes with these configs; what they found."""
-    from tests.processes import finish, rank_processes
+    from tests.support.processes import finish, rank_processes
 
     with tempfile.TemporaryDirectory() as folder:
         job = {"names": names, "warmup": warmup, "steps": steps, "stage": args.stage, "micro_batch": args.micro_batch}

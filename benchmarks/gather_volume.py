@@ -55,12 +55,12 @@ def settings(elements: int) -> dict[str, tuple[dict[str, Any], int]]:
 
 def run_rank(folder: Path) -> None:
     """One process: all settings in turn, the result in FOLDER/result.json."""
-    from mrmae_ds.training.launch import prepare_environment
+    from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
     import torch
 
-    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
     from tests.training.parity.gathers import elements, gathered, huge
 
     torch.set_num_threads(1)
@@ -83,7 +83,7 @@ def main() -> None:
     if args.rank_of:
         run_rank(args.rank_of)
         return
-    from tests.processes import finish, rank_processes
+    from tests.support.processes import finish, rank_processes
     from tests.training.parity.gathers import elements, huge
 
     with tempfile.TemporaryDirectory() as folder:

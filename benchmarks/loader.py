@@ -49,8 +49,9 @@ class Settings:
 
 def ours(settings: Settings, backend: str, policy: str | None = None) -> Batches:
     """This project's reader."""
-    from mrmae_ds.data import CropSettings, build_reader
-    from mrmae_ds.data.augment import AugmentSettings
+    from mrmae_ds.data.loaders.augment import AugmentSettings
+    from mrmae_ds.data.loaders.build import build_reader
+    from mrmae_ds.data.loaders.crop import CropSettings
 
     reader = build_reader(
         settings.beton,
@@ -97,9 +98,8 @@ def torchvision_folder(settings: Settings, policy: str | None = None, folder: Pa
     from torchvision.datasets import ImageFolder
     from torchvision.transforms.v2 import functional as transform
 
-    from mrmae_ds.data import CropSettings
-    from mrmae_ds.data.augment import Augment, AugmentSettings
-    from mrmae_ds.data.crop import random_boxes
+    from mrmae_ds.data.loaders.augment import Augment, AugmentSettings
+    from mrmae_ds.data.loaders.crop import CropSettings, random_boxes
 
     bicubic = transform.InterpolationMode.BICUBIC
     augment = Augment(AugmentSettings(policy, (0.5, 0.5, 0.5)), settings.size) if policy else None
@@ -199,8 +199,8 @@ def measure(name: str, settings: Settings, pictures: int) -> dict[str, float]:
 
 def unpack(beton: Path, folder: Path) -> None:
     """The .beton's JPEGs as FOLDER/LABEL/ROW.jpg."""
-    from mrmae_ds.data.beton import check_beton
-    from mrmae_ds.data.beton_file import BetonFile
+    from mrmae_ds.data.beton.file import BetonFile
+    from mrmae_ds.data.beton.sidecar import check_beton
 
     file = BetonFile(check_beton(beton))
     for row, label in enumerate(file.labels.tolist()):
@@ -248,7 +248,7 @@ def table(results: dict[str, list[dict[str, float]] | str]) -> str:
 
 def recorded(args: argparse.Namespace) -> dict[str, Any]:
     """The settings for the JSON: of paths the names alone, and how many pictures there are."""
-    from mrmae_ds.data.beton import check_beton
+    from mrmae_ds.data.beton.sidecar import check_beton
 
     info = check_beton(args.beton)
     kept = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
@@ -275,7 +275,7 @@ def main() -> None:
         settings = Settings(args.beton, args.folder, args.originals, args.size, args.batch, args.workers)
         print(json.dumps(measure(args.contender, settings, args.pictures)), flush=True)
         os._exit(0)  # some contenders' threads outlive their loader
-    from mrmae_ds.reporting.environment import collect_versions, cpu_name
+    from mrmae_ds.records.environment import collect_versions, cpu_name
 
     with tempfile.TemporaryDirectory() as folder:
         unpack(args.beton, Path(folder))

@@ -19,18 +19,18 @@ from pathlib import Path
 import numpy as np
 from loader import SCALE, Settings, ours, recorded
 
-from mrmae_ds.data._ffcv import import_ffcv
-from mrmae_ds.data.beton import check_beton
-from mrmae_ds.data.beton_file import BetonFile
-from mrmae_ds.data.crop import CropSettings, random_boxes
-from mrmae_ds.reporting.environment import collect_versions, cpu_name
+from mrmae_ds.data.beton.file import BetonFile
+from mrmae_ds.data.beton.sidecar import check_beton
+from mrmae_ds.data.loaders._ffcv import import_ffcv
+from mrmae_ds.data.loaders.crop import CropSettings, random_boxes
+from mrmae_ds.records.environment import collect_versions, cpu_name
 
 import_ffcv()
 
 import numba  # noqa: E402
 from ffcv.libffcv import lib  # noqa: E402
 
-from mrmae_ds.data import jpeg_kernel  # noqa: E402
+from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
 
 NO_OUTPUT, FAST_DCT = 16, 2048  # libturbojpeg's TJXOPT_NOOUTPUT and TJFLAG_FASTDCT
 

@@ -64,7 +64,7 @@ def main() -> None:
     if args.alone:
         print(json.dumps(measure(args)), flush=True)
         os._exit(0)  # some contenders' threads outlive their loader
-    from mrmae_ds.reporting.environment import collect_versions, cpu_name
+    from mrmae_ds.records.environment import collect_versions, cpu_name
 
     found = {}
     print("| reader | MiB after epoch 1 | halfway | at the end | second half, at most |\n|---|---|---|---|---|")

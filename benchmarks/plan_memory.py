@@ -126,8 +126,8 @@ class Memory:
 
 def steps(task: Any, engine: Any, batches: Any, settings: Configuration, rank: int, memory: Memory) -> dict[str, int]:
     """Run steps; the most of each part of them, in bytes."""
-    from mrmae_ds.training.engine import set_learning_rate
-    from mrmae_ds.training.tasks import StepKey
+    from mrmae_ds.training.engine.build import set_learning_rate
+    from mrmae_ds.training.tasks.base import StepKey
 
     most: dict[str, int] = {}
 
@@ -155,9 +155,9 @@ def toy(config: Any, device: Any) -> None:
 
     from mrmae_ds.models.cvit import CViT
     from mrmae_ds.models.sizes import CViTSpec
-    from mrmae_ds.models.weights import init_classifier
-    from mrmae_ds.training.engine import build_engine
-    from mrmae_ds.training.optimizer import finetune_groups
+    from mrmae_ds.training.engine.build import build_engine
+    from mrmae_ds.training.param_groups import finetune_groups
+    from mrmae_ds.weights.load import init_classifier
 
     model = CViT(CViTSpec((16, 16, 32), (1, 1, 1), 2, patches=(4, 2, 2)), 32, 10)
     init_classifier(model)
@@ -170,15 +170,15 @@ def toy(config: Any, device: Any) -> None:
 
 def run_rank(job: dict[str, Any]) -> None:
     """One process; rank 0 prints the result."""
-    from mrmae_ds.training.launch import prepare_environment
+    from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
     import torch
 
-    from mrmae_ds.recipe import load_recipe
-    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
-    from mrmae_ds.training.engine import build_engine
-    from mrmae_ds.training.engine_config import load_engine_config
+    from mrmae_ds.config.engine import load_engine_config
+    from mrmae_ds.config.recipe import load_recipe
+    from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+    from mrmae_ds.training.engine.build import build_engine
 
     settings = Configuration(**job["settings"])
     config = load_engine_config(Path(job["engine"]))
@@ -214,14 +214,14 @@ def engine_json(settings: Configuration, on_cpu: bool) -> dict[str, Any]:
 
 def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[str, float]:
     """The planner's bytes at the fullest moment of each part of a step."""
-    from mrmae_ds.planning.flops import recipe_cost
-    from mrmae_ds.planning.memory import moments
-    from mrmae_ds.planning.stages import count_stage
-    from mrmae_ds.planning.states import Engine
-    from mrmae_ds.planning.zero import ZeroSettings
-    from mrmae_ds.recipe import load_recipe
-    from mrmae_ds.reporting.paper import IMAGENET_CLASSES
-    from mrmae_ds.training.engine_config import load_engine_config
+    from mrmae_ds.config.engine import load_engine_config
+    from mrmae_ds.config.recipe import load_recipe
+    from mrmae_ds.planning.estimate import count_stage
+    from mrmae_ds.planning.peak_memory import moments
+    from mrmae_ds.planning.zero_memory import Engine
+    from mrmae_ds.planning.zero_settings import ZeroSettings
+    from mrmae_ds.profiling.flops import recipe_cost
+    from mrmae_ds.tables.paper import IMAGENET_CLASSES
 
     config = load_engine_config(engine_file)
     recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings.size}.yaml", list(settings.overrides))

@@ -34,7 +34,7 @@ def run_ranks(arguments: list[str], processes: int, accelerator: str, limit_s: f
     Raises:
         RanksError: without a result.
     """
-    from tests.processes import environment, free_port
+    from tests.support.processes import environment, free_port
 
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": accelerator}
     together |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | variables

@@ -16,7 +16,7 @@ def write_result(path: Path, processes: int, device: str, **found: Any) -> None:
         processes: that took part. device: ``cpu`` or ``cuda``.
         found: what the benchmark found.
     """
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions, git_state
+    from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
 
     git = git_state(Path(__file__).parent)
     content = {

@@ -24,10 +24,10 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw
 
+from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.errors import UserError
-from mrmae_ds.recipe import Recipe, load_recipe
-from mrmae_ds.reporting.environment import collect_versions, cpu_name
-from mrmae_ds.reporting.teacher_preview import build_teachers
+from mrmae_ds.figures.teachers import build_teachers
+from mrmae_ds.records.environment import collect_versions, cpu_name
 from mrmae_ds.teachers import Teacher
 
 Floats = npt.NDArray[np.float64]

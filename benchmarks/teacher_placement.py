@@ -65,11 +65,11 @@ def teacher_builder(kind: str, source: str, precision: str) -> Callable[[], Any]
     """How to build a teacher on the CPU, the same each time."""
     import torch
 
-    from mrmae_ds.recipe import DataConfig, TeacherConfig
+    from mrmae_ds.config.recipe import DataConfig, TeacherConfig
     from mrmae_ds.teachers import build_teacher
     from mrmae_ds.teachers.base import LibraryTeacher
-    from mrmae_ds.teachers.clip import TowerReader
     from mrmae_ds.teachers.options import TeacherOptions
+    from mrmae_ds.teachers.sources.clip import TowerReader
 
     if kind == "dino":
         config = TeacherConfig(kind="timm", source="vit_small_patch14_dinov2", weights=source, precision=precision)
@@ -80,7 +80,7 @@ def teacher_builder(kind: str, source: str, precision: str) -> Callable[[], Any]
     def clip() -> Any:
         import open_clip
 
-        from mrmae_ds.teachers.clip_loading import NO_TEXT
+        from mrmae_ds.teachers.sources.clip_loading import NO_TEXT
 
         torch.manual_seed(0)
         model = open_clip.get_model_config(source)
@@ -101,7 +101,7 @@ def measure(build: Callable[[], Any], placement: dict[str, str], pixels: Any, ca
     import torch
     import torch.distributed as dist
 
-    from mrmae_ds.recipe_stages import PlacementConfig
+    from mrmae_ds.config.stages import PlacementConfig
     from mrmae_ds.teachers import place_teacher
 
     gpu = pixels.device.type == "cuda"
@@ -137,12 +137,12 @@ def measure(build: Callable[[], Any], placement: dict[str, str], pixels: Any, ca
 
 def run_rank(settings: dict[str, Any]) -> None:
     """One process; rank 0 writes what it measured to the settings' ``result``."""
-    from mrmae_ds.training.launch import prepare_environment
+    from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
     import torch
 
-    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
+    from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 
     device = choose_device(launch)
     start_process_group(device)
@@ -177,7 +177,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
 
 def run(args: argparse.Namespace, kind: str, source: str, processes: int) -> dict[str, dict[str, Any]]:
     """Start the processes of one teacher and wait for them; they are ended whatever happens."""
-    from tests.processes import environment, free_port
+    from tests.support.processes import environment, free_port
 
     with tempfile.TemporaryDirectory() as folder:
         job, result = Path(folder) / "job.json", Path(folder) / "result.json"
@@ -227,7 +227,7 @@ def main() -> None:
         return
     import torch
 
-    from mrmae_ds.reporting.environment import collect_hardware, collect_versions
+    from mrmae_ds.records.environment import collect_hardware, collect_versions
 
     args.accelerator = "cuda" if torch.cuda.is_available() else "cpu"
     teachers = [("dino", str(args.dino))] if args.dino else []

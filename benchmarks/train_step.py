@@ -63,7 +63,7 @@ def random_teacher(*arguments: Any) -> Any:
     """A teacher as the recipe names it, with random weights: what ``build_teacher`` takes to what it returns."""
     import torch
 
-    from mrmae_ds.planning.outline import outline_teacher
+    from mrmae_ds.profiling.meta_teachers import outline_teacher
 
     teacher = outline_teacher(*arguments).to_empty(device="cpu")
     with torch.no_grad():
@@ -77,10 +77,10 @@ def random_teacher(*arguments: Any) -> Any:
 
 def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, int]:
     """The stage's task and the side of its pictures."""
-    from mrmae_ds.build import build_pretraining
-    from mrmae_ds.models.weights import build_encoder, init_classifier
-    from mrmae_ds.reporting.paper import IMAGENET_CLASSES
-    from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
+    from mrmae_ds.factory import build_pretraining
+    from mrmae_ds.tables.paper import IMAGENET_CLASSES
+    from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
+    from mrmae_ds.weights.load import build_encoder, init_classifier
 
     stage, size = recipe.stage(stage_name), recipe.model.image_size
     if stage_name == "pretrain":
@@ -96,7 +96,7 @@ def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
     import numpy as np
     import torch
 
-    from mrmae_ds.data.reader import Batch
+    from mrmae_ds.data.loaders.build import Batch
 
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
     batch = Batch(
@@ -112,18 +112,18 @@ def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
 
 def run_rank(settings: dict[str, Any]) -> None:
     """One process of one combination; rank 0 prints the result."""
-    from mrmae_ds.training.launch import prepare_environment
+    from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
     import torch
 
-    from mrmae_ds.planning.flops import recipe_cost
-    from mrmae_ds.recipe import load_recipe
-    from mrmae_ds.training.accounting import Accountant, device_peak, peak_memory, utilisation
-    from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
-    from mrmae_ds.training.engine import build_engine
-    from mrmae_ds.training.engine_config import default_recipe, load_engine_config
+    from mrmae_ds.config.engine import default_recipe, load_engine_config
+    from mrmae_ds.config.recipe import load_recipe
+    from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+    from mrmae_ds.profiling.flops import recipe_cost
+    from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.loop import Meter, Plan, run_step
+    from mrmae_ds.training.perf_metrics import Accountant, device_peak, peak_memory, utilisation
 
     config = load_engine_config(Path(settings["engine"]))
     unpaired = ["stages.finetune.mixup=0", "stages.finetune.cutmix=0"] if config.micro_batch % 2 else []

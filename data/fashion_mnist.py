@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mrmae_ds.data.console import report, run_script
-from mrmae_ds.data.fashion_mnist import write_fashion_mnist
+from mrmae_ds.cli.data import report, run_script
+from mrmae_ds.data.convert.fashion_mnist import write_fashion_mnist
 
 
 def _run(args: argparse.Namespace) -> None:

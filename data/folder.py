@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from mrmae_ds.data.console import add_folder_arguments, run_folder, run_script
+from mrmae_ds.cli.data import add_folder_arguments, run_folder, run_script
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)

@@ -1,7 +1,7 @@
 """Registers this project's models with timm when timm is imported, before or after this package.
 
 Importing timm here would make every ``import mrmae_ds`` import torch: commands that need neither would start slowly,
-and what training/launch.py sets in the environment would come after torch has read it.
+and what distributed/launch.py sets in the environment would come after torch has read it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-REGISTRY = "mrmae_ds.models.registry"
+REGISTRY = "mrmae_ds.timm_registry"
 
 
 class _TimmFinder(MetaPathFinder):

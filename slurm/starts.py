@@ -1,4 +1,4 @@
-"""What slurm/train.sbatch asks about the run that it is to start, or to start again; mrmae_ds/training/restarts.py.
+"""Starts and restarts of a run, asked by slurm/train.sbatch; see mrmae_ds/pipeline/slurm_restarts.py.
 
 python slurm/starts.py begin --job ID --restarts N --max-restarts N -- train.py's arguments
 python slurm/starts.py again --job ID --restarts N --max-restarts N --notes NOTES [--node-lost]
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
         if asked.question == "begin":
             _begin(argv[split + 1 :], asked)
         else:
-            from mrmae_ds.training.restarts import check_another, stage_of
+            from mrmae_ds.pipeline.slurm_restarts import check_another, stage_of
 
             stage_dir = stage_of(asked.notes)
             check_another(stage_dir, asked.job, asked.restarts, asked.max_restarts, node_lost=asked.node_lost)
@@ -46,9 +46,9 @@ def main(argv: list[str]) -> int:
 
 
 def _begin(arguments: list[str], asked: argparse.Namespace) -> None:
-    from mrmae_ds.recipe import load_recipe
+    from mrmae_ds.config.recipe import load_recipe
+    from mrmae_ds.pipeline.slurm_restarts import begin_start, notes_of, resume_option
     from mrmae_ds.training.job import Options
-    from mrmae_ds.training.restarts import begin_start, notes_of, resume_option
     from train import parse_arguments
 
     args = parse_arguments(arguments)
@@ -66,7 +66,7 @@ def _begin(arguments: list[str], asked: argparse.Namespace) -> None:
 
 def _check_alone(stage_dir: Path, job: str) -> None:
     """Raise UserError if another job trains in this folder: two would write over each other."""
-    from mrmae_ds.training.restarts import read_starts
+    from mrmae_ds.pipeline.slurm_restarts import read_starts
 
     others = {start.job for start in read_starts(stage_dir)} - {job}
     if not others or not shutil.which("squeue"):

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.reporting.records import find_records
-from tests.data.samples import sample_sets
-from tests.processes import REPOSITORY, run
+from mrmae_ds.records.record import find_records
+from tests.support.processes import REPOSITORY, run
+from tests.support.sample_data import sample_sets
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from mrmae_ds.reporting.metrics import read_metrics
-from mrmae_ds.reporting.records import RunRecord
-from mrmae_ds.training.checkpoint import list_checkpoints
-from tests.data.samples import write_sample_beton
-from tests.processes import SRUN, deepspeed_train, finish, kill, rank_processes, run
+from mrmae_ds.records.metrics import read_metrics
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.training.checkpoint.folder import list_checkpoints
+from tests.support.processes import SRUN, deepspeed_train, finish, kill, rank_processes, run
+from tests.support.sample_data import write_sample_beton
 
 TRAIN, VAL = 320, 90
 BATCH = 32
@@ -150,8 +150,8 @@ def test_finetuning_starts_from_the_encoder_and_beats_chance(finetuned: Path, mr
 
 def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspace) -> None:
     """Top-1 again from the exported file, picture by picture, without DeepSpeed."""
-    from mrmae_ds.data import build_reader
-    from mrmae_ds.models.weights import build_encoder, read_metadata, read_tensors, spec_from_metadata
+    from mrmae_ds.data.loaders.build import build_reader
+    from mrmae_ds.weights.load import build_encoder, read_metadata, read_tensors, spec_from_metadata
 
     path = finetuned / "model.safetensors"
     metadata = read_metadata(path)

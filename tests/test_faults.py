@@ -1,6 +1,6 @@
 """What can befall a run of two processes, and that it goes on, or ends, as it should.
 
-Everything is compared with one undisturbed run, bit by bit. The runs are those of tests/small_runs.py.
+Everything is compared with one undisturbed run, bit by bit. The runs are those of tests/support/small_runs.py.
 """
 
 from __future__ import annotations
@@ -20,15 +20,14 @@ import numpy as np
 import pytest
 import torch
 
-from mrmae_ds.cli import main as mrmae
-from mrmae_ds.training.checkpoint import list_checkpoints, step_of
+from mrmae_ds.cli.main import main as mrmae
+from mrmae_ds.distributed.signals import STOPPED_STATUS
+from mrmae_ds.training.checkpoint.folder import list_checkpoints, step_of
 from mrmae_ds.training.replay import describe, replay
-from mrmae_ds.training.signals import STOPPED_STATUS
-
-from .chaos import Chaos, whole
-from .processes import environment, free_port, run
-from .ranks import Ranks
-from .small_runs import STEPS, SmallRuns, assert_same, curve, leftovers
+from tests.support.chaos import Chaos, whole
+from tests.support.processes import environment, free_port, run
+from tests.support.ranks import Ranks
+from tests.support.small_runs import STEPS, SmallRuns, assert_same, curve, leftovers
 
 pytestmark = pytest.mark.timeout(900)
 LIMIT_S = 240
@@ -91,7 +90,7 @@ def _record(folder: Path) -> dict[str, object]:
 
 
 def test_a_run_that_is_killed_again_and_again(chaos: Chaos) -> None:
-    """The short version of tests/chaos.py, which says what is looked at."""
+    """The short version of tests/support/chaos.py, which says what is looked at."""
     chaos.rounds(3)
 
 

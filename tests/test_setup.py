@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import REPOSITORY, environment, run
-from tests.slurm.cluster import find_program
+from tests.support.processes import REPOSITORY, environment, run
+from tests.support.slurm_cluster import find_program
 
 
 def test_a_second_run_does_nothing() -> None:

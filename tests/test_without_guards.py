@@ -1,11 +1,11 @@
-"""tests/without_guards.py knows the guards as they are written now; running it takes longer than a suite should."""
+"""Every guard of tests/support/without_guards.py is found in the code; running it takes longer than a suite should."""
 
 from __future__ import annotations
 
 import pytest
 
-from .processes import REPOSITORY
-from .without_guards import GUARDS
+from tests.support.processes import REPOSITORY
+from tests.support.without_guards import GUARDS
 
 
 @pytest.mark.parametrize("name", GUARDS)

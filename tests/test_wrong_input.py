@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.samples import write_sample_beton
-from tests.processes import deepspeed_train, finish, rank_processes
+from tests.support.processes import deepspeed_train, finish, rank_processes
+from tests.support.sample_data import write_sample_beton
 
 pytestmark = pytest.mark.timeout(300)
 SCRATCH = ("--recipe", "ds_configs/baselines/scratch_tiny.yaml", "--stage", "finetune")
@@ -30,7 +30,7 @@ def _engine(path: Path, **changes: object) -> Path:
 def _write_teacher(folder: Path) -> Path:
     """A stage folder as a pre-training leaves it: a ViT with 8x8 tokens at 32 pixels."""
     from mrmae_ds.models.sizes import ViTSpec
-    from mrmae_ds.models.weights import build_encoder, encoder_metadata, save_weights
+    from mrmae_ds.weights.load import build_encoder, encoder_metadata, save_weights
 
     encoder = build_encoder(ViTSpec(32, 1, 2, patch=4), 32)
     folder.mkdir()

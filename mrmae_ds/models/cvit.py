@@ -2,7 +2,7 @@
 
 Shape legend: B pictures, H x W their pixels, L tokens of the final grid, K visible tokens, C3 the last stage's width.
 Source of the architecture: MCMAE's public code; parameter names are those of its released files. The interface is a
-timm model's, see models/registry.py.
+timm model's, see timm_registry.py.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.masking import VisibleSet
-from mrmae_ds.models.checkpointing import CheckpointPlan, run_blocks
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan, run_blocks
 from mrmae_ds.models.layers import ConvBlock, PatchEmbed
-from mrmae_ds.models.positions import resize_positions, sincos_positions
+from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.pos_embed import resize_positions, sincos_positions
 from mrmae_ds.models.sizes import CViTSpec, ImageSize, height_width, token_grid
 
 POOLS = ("avg", "max", "avgmax", "")

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mrmae_ds.masking import VisibleSet
-from mrmae_ds.models.checkpointing import run_blocks
-from mrmae_ds.models.positions import sincos_positions
+from mrmae_ds.models.activation_checkpointing import run_blocks
+from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.pos_embed import sincos_positions
 from mrmae_ds.schema import Section
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mrmae_ds.masking import VisibleSet
+from mrmae_ds.models.masking import VisibleSet
 
 
 class PatchConv(nn.Conv2d):

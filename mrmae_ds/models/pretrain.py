@@ -10,13 +10,13 @@ from pydantic import field_validator
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.masking import VisibleSet
-from mrmae_ds.models.checkpointing import CheckpointPlan
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import Decoder, DecoderSpec
 from mrmae_ds.models.layers import PatchConv
+from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.objectives import PIXELS, Objective, objective_loss, patchify, total_loss
 from mrmae_ds.models.vit import MaskableViT
-from mrmae_ds.objectives import PIXELS, Objective, objective_loss, patchify, total_loss
 from mrmae_ds.schema import Section
 
 Encoder = CViT | MaskableViT

@@ -12,9 +12,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.masking import VisibleSet
-from mrmae_ds.models.checkpointing import CheckpointPlan, run_blocks
-from mrmae_ds.models.positions import resize_positions, sincos_positions
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan, run_blocks
+from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.pos_embed import resize_positions, sincos_positions
 from mrmae_ds.models.sizes import ImageSize, ViTSpec, height_width, token_grid
 
 POOLS = ("avg", "token")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.planning.devices import GIB, Gpu
+from mrmae_ds.profiling.gpus import GIB, Gpu
 
 GIGA = 1e9
 # What of a data sheet's bandwidth a collective reaches.

@@ -7,16 +7,16 @@ import statistics
 from dataclasses import dataclass
 from pathlib import Path
 
-from mrmae_ds.planning.devices import GIB
-from mrmae_ds.planning.stages import CountedStage, Estimate
-from mrmae_ds.planning.states import Items
-from mrmae_ds.recipe import Recipe
-from mrmae_ds.recipe_stages import FinetuneConfig
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.stages import FinetuneConfig
+from mrmae_ds.planning.estimate import CountedStage, Estimate
+from mrmae_ds.planning.zero_memory import Items
+from mrmae_ds.profiling.gpus import GIB
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 # FFCV decodes 3 batches ahead, beside the one that is read and the one that is written (its Loader's default).
 RING = 3 + 2
-# Batches of RandAugment in shared memory: those ahead and the one that is used (data/augment_reader.py).
+# Batches of RandAugment in shared memory: those ahead and the one that is used (data/loaders/rand_augment.py).
 AUGMENT_SLOTS = 3
 # ImageNet-1K as data/README.md writes it: JPEGs of at most 512 pixels; docs.ffcv.io gives 65 GB for such a file.
 PICTURE_BYTES, PICTURE_SIDE = 65e9 / 1_281_167, 512

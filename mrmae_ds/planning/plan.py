@@ -7,6 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mrmae_ds.config.engine import (
+    EngineConfig,
+    accumulation_steps,
+    check_paired,
+    check_processes,
+    default_recipe,
+    load_engine_config,
+)
+from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.planning.cluster import (
     CALL_S,
@@ -19,23 +29,13 @@ from mrmae_ds.planning.cluster import (
     Cluster,
     check_cluster,
 )
-from mrmae_ds.planning.devices import GPUS, Gpu, find_gpu
-from mrmae_ds.planning.flops import recipe_cost
+from mrmae_ds.planning.estimate import count_stage, estimate
 from mrmae_ds.planning.host import PICTURE_BYTES, PROCESS_GIB
-from mrmae_ds.planning.plan_text import stage_lines
-from mrmae_ds.planning.stages import count_stage, estimate
-from mrmae_ds.planning.zero import ZeroSettings
-from mrmae_ds.recipe import Recipe, load_recipe
-from mrmae_ds.recipe_stages import FinetuneConfig, PretrainConfig
-from mrmae_ds.reporting.paper import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
-from mrmae_ds.training.engine_config import (
-    EngineConfig,
-    accumulation_steps,
-    check_paired,
-    check_processes,
-    default_recipe,
-    load_engine_config,
-)
+from mrmae_ds.planning.render import stage_lines
+from mrmae_ds.planning.zero_settings import ZeroSettings
+from mrmae_ds.profiling.flops import recipe_cost
+from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
+from mrmae_ds.tables.paper import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 
 TERA = 1e12
 # Published ViT training on such GPUs reaches about this (NeMo's ViT-g/14 on 8 H100: 29 %).
@@ -48,7 +48,7 @@ BY_HAND_GBS = 32.0
 
 @dataclass(frozen=True)
 class Request:
-    """The command line of ``mrmae plan``; see ``planning/command.py`` for what each means."""
+    """The command line of ``mrmae plan``; see ``cli/plan.py`` for what each means."""
 
     ds_config: Path
     gpus: int

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from mrmae_ds.planning.cluster import NODE_MEMORY_GBS, UPDATE_BYTES, Cluster
-from mrmae_ds.planning.placing import Placed
-from mrmae_ds.planning.states import PLAIN_BUCKET, Engine
+from mrmae_ds.planning.teacher_memory import Placed
+from mrmae_ds.planning.zero_memory import PLAIN_BUCKET, Engine
 
 
 @dataclass(frozen=True)

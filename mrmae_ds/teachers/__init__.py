@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.recipe import DataConfig, TeacherConfig
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.placement import PlacedTeacher, place_teacher
+from mrmae_ds.teachers.placement.build import PlacedTeacher, place_teacher
 
 __all__ = [
     "PlacedTeacher",
@@ -59,13 +59,13 @@ def check_grid(teacher: Teacher, options: TeacherOptions, student_size: int) -> 
 def _build(kind: str, options: TeacherOptions) -> Teacher:
     """The libraries behind each kind are imported only where a recipe names it."""
     if kind == "checkpoint":
-        from mrmae_ds.teachers.own import CheckpointTeacher
+        from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
 
         return CheckpointTeacher(options)
     if kind == "clip":
-        from mrmae_ds.teachers.clip import ClipTeacher
+        from mrmae_ds.teachers.sources.clip import ClipTeacher
 
         return ClipTeacher(options)
-    from mrmae_ds.teachers.timm_models import TimmTeacher
+    from mrmae_ds.teachers.sources.timm import TimmTeacher
 
     return TimmTeacher(options)

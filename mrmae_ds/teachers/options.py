@@ -7,14 +7,14 @@ from typing import Literal
 
 import torch
 
-from mrmae_ds.recipe import DataConfig, TeacherConfig
+from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 
 Rgb = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """How to build a teacher; see :class:`~mrmae_ds.recipe.TeacherConfig` for the keys.
+    """How to build a teacher; see :class:`~mrmae_ds.config.recipe.TeacherConfig` for the keys.
 
     Attributes:
         key: the recipe key to name in errors, ``teachers.NAME``.

@@ -8,20 +8,20 @@ from dataclasses import dataclass
 import deepspeed
 from torch import Tensor
 
-from mrmae_ds.data.reader import Reader
-from mrmae_ds.recipe_stages import FinetuneConfig, ProbeConfig
-from mrmae_ds.training.boundary import Boundary, Micro, Verdict
-from mrmae_ds.training.capture import Division, write_capture
+from mrmae_ds.config.stages import FinetuneConfig, ProbeConfig
+from mrmae_ds.data.loaders.build import Reader
+from mrmae_ds.distributed.watchdog import Monitor
+from mrmae_ds.training.checkpoint.async_saver import Saver
+from mrmae_ds.training.checkpoint.manifest import Results
+from mrmae_ds.training.checkpoint.policy import SavePlan
+from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.evaluation.accuracy import evaluate
+from mrmae_ds.training.evaluation.knn import KnnCheck
 from mrmae_ds.training.job import Job
-from mrmae_ds.training.knn import KnnCheck
-from mrmae_ds.training.manifest import Results
-from mrmae_ds.training.monitor import Monitor
-from mrmae_ds.training.recorder import Recorder
-from mrmae_ds.training.save_plan import SavePlan
-from mrmae_ds.training.saver import Saver
-from mrmae_ds.training.scores import evaluate
-from mrmae_ds.training.state import TrainState
-from mrmae_ds.training.tasks import PretrainTask
+from mrmae_ds.training.nonfinite_capture import Division, write_capture
+from mrmae_ds.training.run_logger import Recorder
+from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
+from mrmae_ds.training.tasks.base import PretrainTask
 
 
 @dataclass

@@ -7,23 +7,7 @@ from pathlib import Path
 
 import torch
 
-from mrmae_ds.build import build_pretraining
-from mrmae_ds.data.beton import BetonInfo, check_beton
-from mrmae_ds.data.order import steps_per_epoch
-from mrmae_ds.data.reader import check_backend
-from mrmae_ds.data.staging import stage_all
-from mrmae_ds.errors import UserError
-from mrmae_ds.models.weights import build_encoder, find_weights, init_classifier, load_encoder, load_pretrained
-from mrmae_ds.recipe import Recipe, load_recipe
-from mrmae_ds.recipe_stages import (
-    EvaluateConfig,
-    FinetuneConfig,
-    PretrainConfig,
-    ProbeConfig,
-    StageConfig,
-    StageName,
-)
-from mrmae_ds.training.engine_config import (
+from mrmae_ds.config.engine import (
     EngineConfig,
     accumulation_steps,
     check_paired,
@@ -32,12 +16,28 @@ from mrmae_ds.training.engine_config import (
     load_engine_config,
     validate_sections,
 )
-from mrmae_ds.training.launch import Launch
+from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.config.stages import (
+    EvaluateConfig,
+    FinetuneConfig,
+    PretrainConfig,
+    ProbeConfig,
+    StageConfig,
+    StageName,
+)
+from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
+from mrmae_ds.data.loaders.build import check_backend
+from mrmae_ds.data.loaders.sampler import steps_per_epoch
+from mrmae_ds.data.node_cache import stage_all
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.errors import UserError
+from mrmae_ds.factory import build_pretraining
+from mrmae_ds.training.checkpoint.manifest import Identity
+from mrmae_ds.training.checkpoint.run_dir import Start, decide_start
 from mrmae_ds.training.loop import Plan
-from mrmae_ds.training.manifest import Identity
-from mrmae_ds.training.probe import ProbeTask, probe_engine_config
-from mrmae_ds.training.run_folder import Start, decide_start
-from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
+from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
+from mrmae_ds.training.tasks.linear_probe import ProbeTask, probe_engine_config
+from mrmae_ds.weights.load import build_encoder, find_weights, init_classifier, load_encoder, load_pretrained
 
 TrainedStage = PretrainConfig | FinetuneConfig | ProbeConfig
 
@@ -117,7 +117,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     recipe, engine_config = load_configs(options)
     stage = recipe.stage(options.stage)
     if isinstance(stage, EvaluateConfig):
-        raise ValueError("evaluating trains nothing; see training/evaluation.py")
+        raise ValueError("evaluating trains nothing; see training/evaluation/evaluate.py")
     validate_sections(engine_config)
     for backend in {recipe.data.backend, recipe.data.val_backend}:
         check_backend(backend)

@@ -9,19 +9,19 @@ from typing import Protocol
 
 import deepspeed
 
-from mrmae_ds.data.reader import Batch, Reader
-from mrmae_ds.recipe_stages import StageConfig
-from mrmae_ds.training.accounting import Accountant
-from mrmae_ds.training.agreement import TrainingError
-from mrmae_ds.training.boundary import Boundary, Micro, Verdict
-from mrmae_ds.training.engine import set_learning_rate
-from mrmae_ds.training.guards import skip_step
-from mrmae_ds.training.launch import Launch
+from mrmae_ds.config.stages import StageConfig
+from mrmae_ds.data.loaders.build import Batch, Reader
+from mrmae_ds.distributed.collectives import TrainingError
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.distributed.signals import Stopped
+from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.engine.build import set_learning_rate
+from mrmae_ds.training.engine.nonfinite import skip_step
+from mrmae_ds.training.lr_schedule import learning_rate
 from mrmae_ds.training.meter import Meter
-from mrmae_ds.training.schedule import learning_rate
-from mrmae_ds.training.signals import Stopped
-from mrmae_ds.training.state import TrainState
-from mrmae_ds.training.tasks import StepKey, Task
+from mrmae_ds.training.perf_metrics import Accountant
+from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
+from mrmae_ds.training.tasks.base import StepKey, Task
 
 # A few bad batches are skipped; when nothing else comes, going on is a waste.
 MAX_BAD_STEPS = 5

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrmae_ds.training.distributed import sum_over_ranks
-from mrmae_ds.training.launch import Launch
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.distributed.process_group import sum_over_ranks
 
 
 @dataclass

@@ -19,13 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.weights import MODEL_FILE, read_tensors
-from mrmae_ds.training.capture import Capture, read_capture
-from mrmae_ds.training.evaluation import autocast
+from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
+from mrmae_ds.training.evaluation.evaluate import autocast
 from mrmae_ds.training.job import Job, Options, prepare_job
-from mrmae_ds.training.launch import Launch
-from mrmae_ds.training.run_folder import RECIPE_FILE
+from mrmae_ds.training.nonfinite_capture import Capture, read_capture
+from mrmae_ds.weights.load import MODEL_FILE, read_tensors
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def _job(folder: Path, capture: Capture) -> Iterator[Job]:
 
 
 def _rank(job: Job, capture: Capture, rank: int, device: torch.device) -> Iterator[Part]:
-    from mrmae_ds.training.stage import open_reader
+    from mrmae_ds.training.run import open_reader
 
     job = replace(job, plan=replace(job.plan, launch=Launch(rank, rank, capture.world_size, capture.world_size)))
     reader = open_reader(job, device, training=True)

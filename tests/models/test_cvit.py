@@ -11,18 +11,17 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.masking import choose_visible
-from mrmae_ds.models.checkpointing import CheckpointPlan
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
-from mrmae_ds.models.positions import resize_positions
+from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.pos_embed import resize_positions
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec
-from mrmae_ds.models.weights import build_encoder
-
-from ..fixtures import load_json
-from . import dense
-from .reference import perturb, pixel_model, random_images, random_noise
+from mrmae_ds.weights.load import build_encoder
+from tests.fixtures import load_json
+from tests.support import dense
+from tests.support.reference import perturb, pixel_model, random_images, random_noise
 
 GRID = 4
 

@@ -7,10 +7,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.decoder import Decoder, DecoderSpec
-
-from .reference import perturb, random_noise
+from mrmae_ds.models.masking import choose_visible
+from tests.support.reference import perturb, random_noise
 
 
 @pytest.mark.parametrize("prefix", [0, 1])

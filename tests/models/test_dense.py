@@ -8,16 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrmae_ds.masking import choose_visible
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
 from mrmae_ds.models.vit import MaskableViT
-from mrmae_ds.objectives import Objective
-
-from . import dense
-from .reference import authors_name, perturb, pixel_objective, random_noise
+from tests.support import dense
+from tests.support.reference import authors_name, perturb, pixel_objective, random_noise
 
 TEACHER_WIDTH = 10
 MIMIC = Objective(target="clip", tap="encoder", tokens="visible", normalize="layer_norm", weight=0.3)

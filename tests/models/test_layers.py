@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from mrmae_ds.models.layers import ConvBlock, PatchConv, PatchEmbed
-
-from .reference import perturb
+from tests.support.reference import perturb
 
 
 @pytest.mark.parametrize("patch", [1, 2, 7])

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mrmae_ds.masking import VisibleSet, choose_visible
 from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.models.weights import encoder_metadata, load_encoder, save_weights
-
-from ..fixtures import part
-from .reference import MCMAE, authors_name, our_name, reference_mae, reference_mcmae
+from mrmae_ds.weights.load import encoder_metadata, load_encoder, save_weights
+from tests.fixtures import part
+from tests.support.reference import MCMAE, authors_name, our_name, reference_mae, reference_mcmae
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.masking import choose_visible
-from mrmae_ds.models.positions import resize_positions
+from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.pos_embed import resize_positions
 from mrmae_ds.models.sizes import ImageSize, ViTSpec
 from mrmae_ds.models.vit import MaskableViT
-
-from . import dense
-from .reference import perturb, random_images, random_noise
+from tests.support import dense
+from tests.support.reference import perturb, random_images, random_noise
 
 SPEC = ViTSpec(16, 3, 4, patch=4)
 

@@ -8,11 +8,11 @@ import pytest
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.planning.cluster import CALL_S, LINK_SHARE, NODE_S, Cluster, check_cluster
-from mrmae_ds.planning.devices import Gpu
-from mrmae_ds.planning.placing import Placed
-from mrmae_ds.planning.states import Engine
+from mrmae_ds.planning.teacher_memory import Placed
 from mrmae_ds.planning.traffic import offload_flows, student_flows, teacher_flow
-from tests.planning.test_states import CENSUS, FLOAT32, KEEP
+from mrmae_ds.planning.zero_memory import Engine
+from mrmae_ds.profiling.gpus import Gpu
+from tests.planning.test_zero_memory import CENSUS, FLOAT32, KEEP
 
 # 100 GB/s in a node, 10 to the host.
 GPU = Gpu("made up", (), 42.0, 100.0, 100.0, 10.0)

@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from mrmae_ds.cli import main
-from mrmae_ds.models.checkpointing import CheckpointPlan
+from mrmae_ds.cli.main import main
+from mrmae_ds.config.engine import load_engine_config
+from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.planning import host
 from mrmae_ds.planning.advice import advise, waits_for
 from mrmae_ds.planning.cluster import Cluster
-from mrmae_ds.planning.devices import Gpu, find_gpu
-from mrmae_ds.planning.flops import recipe_cost
-from mrmae_ds.planning.host import loader_cost, node_memory
-from mrmae_ds.planning.plan import Request, make_cluster
-from mrmae_ds.planning.stages import (
+from mrmae_ds.planning.estimate import (
     CountedStage,
     Estimate,
     count_stage,
@@ -27,9 +25,11 @@ from mrmae_ds.planning.stages import (
     micro_batches,
     with_placement,
 )
-from mrmae_ds.planning.zero import ZeroSettings
-from mrmae_ds.recipe import Recipe, load_recipe
-from mrmae_ds.training.engine_config import load_engine_config
+from mrmae_ds.planning.host import loader_cost, node_memory
+from mrmae_ds.planning.plan import Request, make_cluster
+from mrmae_ds.planning.zero_settings import ZeroSettings
+from mrmae_ds.profiling.flops import recipe_cost
+from mrmae_ds.profiling.gpus import Gpu, find_gpu
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # CViT-Small with one block a stage: a moment's work.

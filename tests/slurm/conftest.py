@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing_programs
+from tests.support.slurm_cluster import Cluster, missing_programs
 
 # Stands in for Python: it answers for slurm/starts.py, or asks the real one, and runs $STUB in place of train.py.
 STUB = """#!/bin/bash
@@ -49,7 +49,7 @@ def stub_site(cluster: Cluster) -> Path:
 
 # Python, with train.py disturbed.
 DISTURBED = """#!/bin/bash
-[ "$1 $2" != "-u train.py" ] || set -- -u tests/slurm/disturbed.py "${{@:3}}"
+[ "$1 $2" != "-u train.py" ] || set -- -u tests/support/disturbed.py "${{@:3}}"
 exec {python} "$@"
 """
 

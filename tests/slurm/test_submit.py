@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.slurm.cluster import Cluster
+from tests.support.slurm_cluster import Cluster
 
 CHAIN = """
 name: short

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, wait_for
+from tests.support.slurm_cluster import Cluster, wait_for
 
 LIMIT_S = 120
 SCRIPT = "slurm/train.sbatch"

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mrmae_ds.reporting.metrics import read_metrics
-from mrmae_ds.reporting.records import RunRecord
-from tests.data.samples import write_sample_beton
-from tests.processes import finish, kill, rank_processes
-from tests.slurm.cluster import Cluster, wait_for
+from mrmae_ds.records.metrics import read_metrics
+from mrmae_ds.records.record import RunRecord
+from tests.support.processes import finish, kill, rank_processes
+from tests.support.sample_data import write_sample_beton
+from tests.support.slurm_cluster import Cluster, wait_for
 
 pytestmark = pytest.mark.timeout(900)
 CONFIG = "ds_configs/tiny.json"

@@ -11,9 +11,8 @@ from timm.layers import attention as timm_attention
 from torch import Tensor, nn
 
 from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention
-
-from ..fixtures import load_reference
-from .samples import MEAN, STD, normalize, pixels_of
+from tests.fixtures import load_reference
+from tests.support.sample_teachers import MEAN, STD, normalize, pixels_of
 
 
 class Mirror(Teacher):

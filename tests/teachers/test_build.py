@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.recipe import DataConfig, TeacherConfig
 from mrmae_ds.teachers import Teacher, build_teacher
-
-from .samples import CVIT, MEAN, VIT, pixels_of, save_run
+from tests.support.sample_teachers import CVIT, MEAN, VIT, pixels_of, save_run
 
 DATA = DataConfig(train=Path("train.beton"), val=Path("val.beton"), mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from mrmae_ds.recipe import TeacherConfig
+from mrmae_ds.config.recipe import TeacherConfig
 
 
 def config(**keys: Any) -> TeacherConfig:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae_ds.teachers import moving
-from mrmae_ds.teachers.moving import Bundle
+from mrmae_ds.teachers.placement import offloaded as moving
+from mrmae_ds.teachers.placement.offloaded import Bundle
 
 
 class Stream:

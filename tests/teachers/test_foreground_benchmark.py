@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from .samples import VIT, save_run
+from tests.support.sample_teachers import VIT, save_run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "teacher_foreground.py"
 

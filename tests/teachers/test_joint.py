@@ -10,20 +10,19 @@ import timm
 import torch
 from torch import Tensor
 
-from mrmae_ds.data.reader import Batch
+from mrmae_ds.config.recipe import DataConfig, TeacherConfig
+from mrmae_ds.config.stages import MaskingConfig
+from mrmae_ds.data.loaders.build import Batch
 from mrmae_ds.errors import UserError
-from mrmae_ds.masking import VisibleSet
+from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
-from mrmae_ds.models.weights import MODEL_FILE, build_encoder, load_encoder
-from mrmae_ds.recipe import DataConfig, TeacherConfig
-from mrmae_ds.recipe_stages import MaskingConfig
 from mrmae_ds.teachers import Teacher, build_teacher
-from mrmae_ds.training.tasks import PretrainTask, StepKey
-
-from ..models.reference import perturb
-from ..training.builders import make_batch, pretrain_config
-from .samples import MEAN, STD, VIT, normalize, save_run
+from mrmae_ds.training.tasks.base import PretrainTask, StepKey
+from mrmae_ds.weights.load import MODEL_FILE, build_encoder, load_encoder
+from tests.support.jobs import make_batch, pretrain_config
+from tests.support.reference import perturb
+from tests.support.sample_teachers import MEAN, STD, VIT, normalize, save_run
 
 SIDE, GRID = 32, (8, 8)
 STUDENT_MEAN, STUDENT_STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.4)

@@ -8,15 +8,14 @@ from typing import Any
 
 import pytest
 
-from mrmae_ds.recipe_sections import RecordConfig
+from mrmae_ds.config.sections import RecordConfig
 from mrmae_ds.training import hooks
-from mrmae_ds.training.boundary import Boundary, Verdict
+from mrmae_ds.training.checkpoint.policy import SavePlan
+from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.hooks import StageHooks
-from mrmae_ds.training.save_plan import SavePlan
-from mrmae_ds.training.state import TrainState
-from mrmae_ds.training.tasks import FinetuneTask
-
-from .builders import finetune_config, make_plan
+from mrmae_ds.training.step_sync import Boundary, Verdict
+from mrmae_ds.training.tasks.base import FinetuneTask
+from tests.support.jobs import finetune_config, make_plan
 
 STEPS = 10
 
@@ -146,7 +145,7 @@ def test_the_clock_is_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
     boundary = Boundary(save_minutes=1 / 60)
     boundary.last_save -= 2
     ranks = {"rank": 0}
-    monkeypatch.setattr("mrmae_ds.training.boundary.dist.get_rank", lambda: ranks["rank"])
+    monkeypatch.setattr("mrmae_ds.training.step_sync.dist.get_rank", lambda: ranks["rank"])
     assert boundary._time_is_up()
     ranks["rank"] = 1
     assert not boundary._time_is_up()

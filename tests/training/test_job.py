@@ -7,17 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrmae_ds.build import build_pretraining
+from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.weights import encoder_metadata, save_weights
-from mrmae_ds.recipe import load_recipe
-from mrmae_ds.reporting.records import Parameters, Results
+from mrmae_ds.factory import build_pretraining
+from mrmae_ds.records.record import Parameters, Results
 from mrmae_ds.training.job import Job, Options, prepare_job
-from mrmae_ds.training.recorder import new_record
-from tests.data.samples import write_sample_beton
-from tests.reporting.builders import make_record
-
-from .builders import ALONE
+from mrmae_ds.training.run_logger import new_record
+from mrmae_ds.weights.load import encoder_metadata, save_weights
+from tests.support.jobs import ALONE
+from tests.support.records import make_record
+from tests.support.sample_data import write_sample_beton
 
 ENGINE, RECIPE = Path("ds_configs/tiny.json"), Path("ds_configs/baselines/mae_tiny.yaml")
 

@@ -7,17 +7,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mrmae_ds.data.reader import Batch
-from mrmae_ds.training.agreement import TrainingError
-from mrmae_ds.training.boundary import Boundary, Micro, Verdict
-from mrmae_ds.training.launch import Launch
+from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.distributed.collectives import TrainingError
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.distributed.signals import Stopped, StopSignals
+from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.loop import MAX_BAD_STEPS, Plan, train
 from mrmae_ds.training.meter import Meter
-from mrmae_ds.training.signals import Stopped, StopSignals
-from mrmae_ds.training.state import TrainState
-from mrmae_ds.training.tasks import StepKey
-
-from .builders import ALONE, FakeEngine, FakeReader, finetune_config, make_batch, make_plan, optimizer_config
+from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
+from mrmae_ds.training.tasks.base import StepKey
+from tests.support.jobs import ALONE, FakeEngine, FakeReader, finetune_config, make_batch, make_plan, optimizer_config
 
 pytestmark = pytest.mark.usefixtures("alone")
 

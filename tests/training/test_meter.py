@@ -5,11 +5,10 @@ import math
 import pytest
 import torch
 
-from mrmae_ds.training.distributed import sum_over_ranks
-from mrmae_ds.training.launch import Launch
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.distributed.process_group import sum_over_ranks
 from mrmae_ds.training.meter import Meter
-
-from .builders import ALONE
+from tests.support.jobs import ALONE
 
 pytestmark = pytest.mark.usefixtures("alone")
 NAN, INF = float("nan"), float("inf")

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mrmae_ds.recipe import load_recipe
+from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.training.job import Options, prepare_job
-from mrmae_ds.training.tasks import FinetuneTask, PretrainTask
-from tests.data.samples import write_sample_beton
-from tests.processes import finish, rank_processes
-
-from .builders import ALONE, make_batch, make_plan
-from .release_worker import ENGINE, RECIPE, TEACHER, save_teacher
+from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
+from tests.support.jobs import ALONE, make_batch, make_plan
+from tests.support.processes import finish, rank_processes
+from tests.support.release_worker import ENGINE, RECIPE, TEACHER, save_teacher
+from tests.support.sample_data import write_sample_beton
 
 CPU = torch.device("cpu")
 
@@ -71,7 +70,7 @@ def test_a_task_that_is_released_has_no_weights_and_gives_no_losses(
 
 
 def test_a_stage_gives_its_teachers_memory_back_when_it_ends_and_when_it_fails(tmp_path: Path) -> None:
-    program = ("-m", "tests.training.release_worker")
+    program = ("-m", "tests.support.release_worker")
     (ended,) = finish(rank_processes(1, tmp_path, "sharded", program=program), limit_s=280)
     assert ended.status == 0, ended.stderr[-3000:]
     told = json.loads(ended.stdout.splitlines()[-1])

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from mrmae_ds.config_files import merge
+from mrmae_ds.config.files import merge
 
 GLOBAL_BATCH = 8
 STEPS_PER_EPOCH = 10

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import torch
 
-from mrmae_ds.training.boundary import Boundary, Micro, Verdict
-from mrmae_ds.training.distributed import choose_device, end_process_group, start_process_group
-from mrmae_ds.training.engine import build_engine, gather_state
-from mrmae_ds.training.launch import Launch, prepare_environment
+from mrmae_ds.distributed.launch import Launch, prepare_environment
+from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.loop import train
-from mrmae_ds.training.stage import open_reader
-from mrmae_ds.training.state import TrainState
-from tests.processes import finish, rank_processes
-
-from .cases import Case, Trace
-from .job import prepare
+from mrmae_ds.training.run import open_reader
+from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
+from tests.support.processes import finish, rank_processes
+from tests.training.parity.cases import Case, Trace
+from tests.training.parity.job import prepare
 
 
 class _Recorder:

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from mrmae_ds.config_files import merge, read_json
-from mrmae_ds.masking import choose_visible
+from mrmae_ds.config.files import merge, read_json
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
-from mrmae_ds.models.weights import build_encoder
-from mrmae_ds.objectives import Objective
-
-from .job import REPOSITORY
+from mrmae_ds.weights.load import build_encoder
+from tests.training.parity.job import REPOSITORY
 
 IMAGE = 56
 NARROW = {"dims": (48, 64, 80), "num_heads": 4}
@@ -83,10 +82,10 @@ def narrow_config(changes: dict[str, Any]) -> dict[str, Any]:
 
 def gathered(changes: dict[str, Any], accumulation: int, folder: Path, rank: int, steps: int = 4) -> list[Gathered]:
     """What each optimiser step gathered; the first two are DeepSpeed's, to learn the order of the modules."""
-    from mrmae_ds.training.engine import build_engine
-    from mrmae_ds.training.engine_config import load_engine_config
-    from mrmae_ds.training.optimizer import pretrain_groups
-    from mrmae_ds.training.traffic import GatherCounter
+    from mrmae_ds.config.engine import load_engine_config
+    from mrmae_ds.training.engine.build import build_engine
+    from mrmae_ds.training.engine.comm_volume import GatherCounter
+    from mrmae_ds.training.param_groups import pretrain_groups
 
     path = folder / f"gathers-{rank}.json"
     path.write_text(json.dumps(narrow_config(changes)))

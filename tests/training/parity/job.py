@@ -9,15 +9,24 @@ from pathlib import Path
 
 import torch
 
-from mrmae_ds.build import build_pretraining
-from mrmae_ds.data.reader import Batch
-from mrmae_ds.models.weights import encoder_metadata, save_weights
-from mrmae_ds.recipe import load_recipe
+from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training.job import Job, Options, prepare_job
-from mrmae_ds.training.launch import Launch
-from tests.data.samples import write_sample_beton
-
-from .cases import BETAS, EPOCHS, GLOBAL_BATCH, LAYER_DECAY, LR, MIN_LR, STEPS_PER_EPOCH, WARMUP, Case
+from mrmae_ds.weights.load import encoder_metadata, save_weights
+from tests.support.sample_data import write_sample_beton
+from tests.training.parity.cases import (
+    BETAS,
+    EPOCHS,
+    GLOBAL_BATCH,
+    LAYER_DECAY,
+    LR,
+    MIN_LR,
+    STEPS_PER_EPOCH,
+    WARMUP,
+    Case,
+)
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 
@@ -70,7 +79,7 @@ def prepare(case: Case, folder: Path, launch: Launch) -> Job:
 
 def batches(job: Job) -> Iterator[Batch]:
     """The job's micro-batches of this rank, all epochs."""
-    from mrmae_ds.training.stage import open_reader
+    from mrmae_ds.training.run import open_reader
 
     reader = open_reader(job, torch.device("cpu"), training=True)
     for epoch in range(job.plan.epochs):

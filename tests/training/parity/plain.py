@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from mrmae_ds.data.reader import Batch
-from mrmae_ds.training.launch import Launch
-from mrmae_ds.training.tasks import StepKey
-
-from .cases import (
+from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.training.tasks.base import StepKey
+from tests.training.parity.cases import (
     BETAS,
     EPOCHS,
     GLOBAL_BATCH,
@@ -30,7 +29,7 @@ from .cases import (
     Stage,
     Trace,
 )
-from .job import batches, prepare
+from tests.training.parity.job import batches, prepare
 
 ALONE = Launch(0, 0, 1, 1)
 

@@ -1,0 +1,1 @@
+"""The ``mrmae`` command, one module per subcommand."""

@@ -1,0 +1,1 @@
+"""Recipes and engine configs: strict, typed, parsed once."""

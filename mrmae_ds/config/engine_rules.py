@@ -1,0 +1,249 @@
+"""What an engine config may say: known keys, and combinations that would be ignored, fail late or go wrong unseen.
+
+DeepSpeed ignores unknown keys at the top level, and at every level keys that belong to something this project does not
+use. Here each is an error that names the key and the mend. Nothing here imports DeepSpeed; what its own models know is
+asked in :func:`mrmae_ds.config.engine.validate_engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from mrmae_ds.config.files import nearest_key
+from mrmae_ds.errors import UserError
+
+# What DeepSpeed 0.19.8 reads at the top level and has an effect here. The optimiser and the schedule are the recipe's,
+# the global batch too.
+KNOWN_KEYS = frozenset(
+    {
+        "activation_checkpointing",
+        "aio",
+        "bf16",
+        "checkpoint",
+        "comms_logger",
+        "communication_data_type",
+        "compile",
+        "data_types",
+        "dump_state",
+        "flops_profiler",
+        "gradient_accumulation_steps",
+        "gradient_clipping",
+        "memory_breakdown",
+        "steps_per_print",
+        "timers",
+        "torch_autocast",
+        "train_micro_batch_size_per_gpu",
+        "wall_clock_breakdown",
+        "zero_optimization",
+    }
+)
+REFUSED_KEYS = {
+    "train_batch_size": "does not belong here; it is the recipe's stages.STAGE.batch_size",
+    "optimizer": "does not belong here; it is the recipe's stages.STAGE.optimizer",
+    "scheduler": "does not belong here; it is the recipe's stages.STAGE.optimizer",
+    "fp16": "does not belong here; it is torch_autocast with bfloat16 (fp16 is not supported)",
+    "zero_force_ds_cpu_optimizer": "leave it out; it is set where the optimiser is offloaded",
+    "zero_allow_untested_optimizer": "leave it out; AdamW needs no permission",
+    "prescale_gradients": "leave it out; bfloat16 has float32's range, so gradients need no scaling",
+    "gradient_predivide_factor": "leave it out; bfloat16 has float32's range, so gradients need no scaling",
+    "disable_allgather": "leave it out; this version of DeepSpeed reads it and does nothing",
+}
+CHECKPOINTING_KEYS = ("conv_stages", "transformer", "decoder")
+COMPILE_KEYS = ("blocks",)
+AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
+BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
+DATA_TYPE_KEYS = ("grad_accum_dtype",)
+FLOAT32, BFLOAT16 = ("fp32", "float32", "float"), ("bf16", "bfloat16")
+
+# DeepSpeed's own activation checkpointing reads these. The blocks here are checkpointed by torch, so none would act.
+DEEPSPEED_CHECKPOINTING = (
+    "partition_activations",
+    "cpu_checkpointing",
+    "contiguous_memory_optimization",
+    "number_checkpoints",
+    "synchronize_checkpoint_boundary",
+    "profile",
+)
+_STAGE_3_KEYS = (
+    "offload_param",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "leaf_module",
+    "sub_group_size",
+    "memory_efficient_linear",
+    "log_trace_cache_warnings",
+)
+_STAGE_1_2_KEYS = ("allgather_bucket_size", "round_robin_gradients", "parameter_alignment", "compute_grad_norm")
+_NOT_SUPPORTED = {
+    "zenflow": "replaces AdamW's arithmetic; leave it out",
+    "zero_quantized_weights": "gathers parameters in 8 bits, which changes results; leave it out",
+    "zero_quantized_nontrainable_weights": "keeps frozen parameters in 8 bits, which changes results; leave it out",
+    "zero_quantized_gradients": "reduces gradients in 4 bits, which changes results; leave it out",
+    "legacy_stage1": "is gone from DeepSpeed; leave it out",
+    "cpu_offload": "is an old name; write offload_optimizer",
+    "cpu_offload_param": "is an old name; write offload_param",
+    "cpu_offload_use_pin_memory": "is an old name; write pin_memory into the offload sections",
+    "stage3_gather_fp16_weights_on_model_save": "has no effect: what is exported is float32; leave it out",
+    "stage3_gather_16bit_weights_on_model_save": "has no effect: what is exported is float32; leave it out",
+}
+
+
+def check_keys(path: Path, raw: dict[str, Any]) -> None:
+    """Every key of the top level and of our own sections is known and has an effect.
+
+    Raises:
+        UserError: naming the file, the key and the nearest known one or the reason.
+    """
+    for key in raw:
+        if key in REFUSED_KEYS:
+            raise UserError(f"{path}: {key} {REFUSED_KEYS[key]}")
+        _known(path, key, KNOWN_KEYS)
+    sections = {
+        "activation_checkpointing": CHECKPOINTING_KEYS,
+        "compile": COMPILE_KEYS,
+        "torch_autocast": AUTOCAST_KEYS,
+        "bf16": BF16_KEYS,
+        "data_types": DATA_TYPE_KEYS,
+        "zero_optimization": None,
+    }
+    for name, known in sections.items():
+        section = raw.get(name, {})
+        if not isinstance(section, dict):
+            raise UserError(f"{path}: {name} must be a section of keys and values, got {section!r}")
+        for key in section:
+            if name == "activation_checkpointing" and key in DEEPSPEED_CHECKPOINTING:
+                raise UserError(
+                    f"{path}: {name}.{key} would have no effect: blocks are checkpointed by torch, not by DeepSpeed; "
+                    f"leave it out, {', '.join(CHECKPOINTING_KEYS)} say which blocks"
+                )
+            if name == "compile" and key == "deepcompile":
+                raise UserError(f"{path}: {name}.{key} is not supported; blocks: true compiles each block by torch")
+            if known is not None:
+                _known(path, key, known, f"{name}.")
+
+
+def check_precision(path: Path, raw: dict[str, Any]) -> None:
+    """One kind of mixed precision, whose gradients add up in a type that the file names.
+
+    Raises:
+        UserError: naming the key and the mend.
+    """
+    bf16, autocast = (raw.get(name, {}) for name in ("bf16", "torch_autocast"))
+    for name, section in {"bf16": bf16, "torch_autocast": autocast}.items():
+        if not isinstance(section.get("enabled", False), bool):
+            raise UserError(f"{path}: {name}.enabled must be true or false, got {section['enabled']!r}")
+    accumulated = raw.get("data_types", {}).get("grad_accum_dtype")
+    if autocast.get("enabled"):
+        if bf16.get("enabled"):
+            raise UserError(
+                f"{path}: bf16 and torch_autocast are both enabled, and DeepSpeed would switch autocast off; keep "
+                "torch_autocast (parameters stay float32) or bf16 (they are bfloat16, with float32 masters)"
+            )
+        if autocast.get("dtype") not in BFLOAT16:
+            raise UserError(
+                f'{path}: torch_autocast.dtype must be "bfloat16", got {autocast.get("dtype")!r} (float16 is not '
+                "supported)"
+            )
+        if "communication_data_type" in raw:
+            raise UserError(
+                f"{path}: communication_data_type would have no effect: with torch_autocast each gradient travels in "
+                "the type that its layer computes in; leave it out"
+            )
+    if bf16.get("enabled"):
+        if accumulated is None:
+            raise UserError(
+                f"{path}: data_types.grad_accum_dtype is required with bf16: left out, DeepSpeed adds gradients up in "
+                'bfloat16; write "data_types": {"grad_accum_dtype": "fp32"}'
+            )
+        if raw.get("zero_optimization", {}).get("stage", 0) == 0:
+            raise UserError(
+                f"{path}: bf16 needs zero_optimization.stage 1, 2 or 3, which keep the float32 masters; at stage 0 use "
+                "torch_autocast"
+            )
+    elif accumulated is not None and accumulated not in FLOAT32:
+        raise UserError(
+            f"{path}: data_types.grad_accum_dtype {accumulated!r} needs bf16; without it gradients are float32"
+        )
+
+
+def check_zero(path: Path, raw: dict[str, Any]) -> None:
+    """The ZeRO section: a stage, the keys that this stage reads, and offloading that can be.
+
+    Raises:
+        UserError: naming the key and the mend.
+    """
+    zero = raw.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+    for key in zero:
+        name = f"{path}: zero_optimization.{key}"
+        if key in _NOT_SUPPORTED:
+            raise UserError(f"{name} {_NOT_SUPPORTED[key]}")
+        if stage < 3 and (key in _STAGE_3_KEYS or key.startswith("stage3_")):
+            raise UserError(f"{name} has an effect at stage 3 only, and the stage is {stage}; leave it out")
+        if stage not in (1, 2) and key in _STAGE_1_2_KEYS:
+            raise UserError(f"{name} has an effect at stages 1 and 2 only, and the stage is {stage}; leave it out")
+    if stage == 3 and zero.get("memory_efficient_linear") is not False:
+        raise UserError(
+            f"{path}: zero_optimization.memory_efficient_linear must be false: left out, DeepSpeed replaces "
+            "torch.nn.functional.linear in the whole process, teachers included"
+        )
+    _check_offload(path, zero, stage)
+    if "aio" in raw and "nvme" not in offload_devices(raw).values():
+        raise UserError(f"{path}: aio has an effect only where something is offloaded to nvme; leave it out")
+
+
+def check_compile(path: Path, raw: dict[str, Any]) -> bool:
+    """Whether blocks are compiled.
+
+    Raises:
+        UserError: for a value that is none, and where hooks of ZeRO-3 inside the blocks would break every graph.
+    """
+    compiled = raw.get("compile", {}).get("blocks", False)
+    if not isinstance(compiled, bool):
+        raise UserError(f"{path}: compile.blocks must be true or false, got {compiled!r}")
+    zero = raw.get("zero_optimization", {})
+    leaves = zero.get("leaf_module", {}).get("classes", [])
+    if compiled and zero.get("stage", 0) == 3 and not {"Block", "ConvBlock"} <= set(leaves):
+        raise UserError(
+            f"{path}: compile.blocks at stage 3 needs whole blocks to be gathered at once; write "
+            '"leaf_module": {"classes": ["Block", "ConvBlock"]} into zero_optimization'
+        )
+    return compiled
+
+
+def offload_devices(raw: dict[str, Any]) -> dict[str, str]:
+    """Where ``offload_optimizer`` and ``offload_param`` put things, ``cpu`` or ``nvme``; left out where it is off."""
+    zero = raw.get("zero_optimization", {})
+    devices = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
+    return {key: device for key, device in devices.items() if device != "none"}
+
+
+def _check_offload(path: Path, zero: dict[str, Any], stage: int) -> None:
+    for key in ("offload_optimizer", "offload_param"):
+        section = zero.get(key)
+        where = f"{path}: zero_optimization.{key}"
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            raise UserError(f"{where} must be a section of keys and values, got {section!r}")
+        if stage == 0:
+            raise UserError(f"{where} needs stage 1, 2 or 3, and the stage is 0")
+        if section.get("device") == "nvme":
+            if stage != 3:
+                raise UserError(f"{where}.device nvme needs stage 3, and the stage is {stage}; use cpu")
+            if not section.get("nvme_path"):
+                raise UserError(f"{where}.nvme_path is required with nvme: a folder on the node's own disk")
+        for name in ("ratio", "super_offload", "cpuadam_cores_perc"):
+            if name in section:
+                raise UserError(f"{where}.{name} works with DeepSpeed's own Adam only, not with torch's; leave it out")
+
+
+def _known(path: Path, key: str, known: Collection[str], prefix: str = "") -> None:
+    if key not in known:
+        raise UserError(f"{path}: {prefix}{key}: unknown key{nearest_key(key, known)}")

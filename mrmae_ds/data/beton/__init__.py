@@ -1,0 +1,1 @@
+"""The .beton file format and its JSON sidecar."""

@@ -1,0 +1,80 @@
+"""Writing a .beton (FFCV's format 2; ``beton_file`` reads it) from JPEGs that are made already, one after another.
+
+FFCV's own ``DatasetWriter`` waits for ever when one of its processes dies or its disk is full, and lays the pictures
+out as its processes come; this one writes the same bytes for the same pictures.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from mrmae_ds.data.beton.file import ALLOCATION, FIELD, HEADER, JPEG, NAMES, SAMPLE, VERSION
+
+_MIN_PAGE = 1 << 21
+_IMAGE_FIELD, _INTEGER_FIELD = 2, 1  # FFCV's numbers for the kinds of field
+
+
+class BetonWriter:
+    """An open file; a picture never crosses the border of a page, as FFCV wants it."""
+
+    def __init__(self, path: Path, capacity: int, max_side: int) -> None:
+        """Begin a file of at most ``capacity`` pictures whose sides are at most ``max_side`` pixels."""
+        # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
+        self._page = max(_MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
+        self._samples = np.zeros(capacity, dtype=SAMPLE)
+        self._allocations = np.zeros(capacity, dtype=ALLOCATION)
+        self._count = 0
+        self._table = HEADER.itemsize + len(NAMES) * FIELD.itemsize
+        self._end = -(-(self._table + self._samples.nbytes) // self._page) * self._page
+        self._file = path.open("wb")
+        self._file.seek(self._end)
+
+    def __enter__(self) -> BetonWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self._finish()
+        else:
+            self._discard()
+
+    def append(self, jpeg: bytes, width: int, height: int, label: int) -> None:
+        """Store a picture. Raises OSError, of a full disk for one."""
+        if len(jpeg) > self._page:
+            raise ValueError(f"a JPEG of {len(jpeg):,} bytes does not fit into a page of {self._page:,}")
+        left = -self._end % self._page
+        if len(jpeg) > left:
+            self._file.write(bytes(left))
+            self._end += left
+        self._file.write(jpeg)
+        self._samples[self._count] = ((JPEG, width, height, self._end), label, self._count, zlib.adler32(jpeg))
+        self._allocations[self._count] = (self._count, self._end, len(jpeg))
+        self._end += len(jpeg)
+        self._count += 1
+
+    def _finish(self) -> None:
+        """Write what is known at the end only. Where fewer pictures came than announced, a gap remains."""
+        header = np.zeros(1, dtype=HEADER)
+        header[0] = (VERSION, len(NAMES), self._page, self._count, self._end)
+        fields = np.zeros(len(NAMES), dtype=FIELD)
+        for field, name in zip(fields, NAMES, strict=True):
+            field["kind"] = _IMAGE_FIELD if name == "image" else _INTEGER_FIELD
+            field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), dtype=np.uint8)
+        with self._file as file:
+            file.write(self._allocations[: self._count].tobytes())
+            file.seek(0)
+            file.write(header.tobytes() + fields.tobytes() + self._samples[: self._count].tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _discard(self) -> None:
+        """Close the file as it is; closing writes what is buffered, which a full disk refuses once more."""
+        try:
+            self._file.close()
+        except OSError:
+            return

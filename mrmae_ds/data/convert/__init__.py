@@ -1,0 +1,1 @@
+"""Conversion of image data sets to .beton files."""

@@ -1,0 +1,264 @@
+"""Pictures to .beton: whole or not at all, nothing undecodable stored, and no hanging."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from PIL import Image, features
+from tqdm import tqdm
+
+from mrmae_ds.data.beton.file import tables_sha256
+from mrmae_ds.data.beton.file_writer import BetonWriter
+from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
+from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
+from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.partial import partial_file
+from mrmae_ds.data.convert.pool import map_in_order
+from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
+from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256, write_text
+
+_ENOUGH = 1000  # bad pictures beyond the limit, after which the rest is not looked at
+_RECORDED = ("numpy", "pillow", "mrmae_ds")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class PictureDataset(Protocol):
+    """What can be written: any indexed sequence of (picture, label), for example a torchvision data set.
+
+    Two optional methods: ``name(index) -> str`` tells where a picture comes from, for messages;
+    ``label(index) -> int`` tells a label without reading the picture, so that a class whose pictures are all bad is
+    told from one that was empty.
+    """
+
+    def __len__(self) -> int:
+        """How many samples."""
+        ...
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """A picture of any mode, and its label in 0..classes-1. May raise: the picture then counts as bad."""
+        ...
+
+
+class _Encoded(NamedTuple):
+    """What a worker makes of a picture. ``kinds``: what was odd about it."""
+
+    jpeg: bytes
+    width: int
+    height: int
+    label: int
+    kinds: list[str]
+
+
+@dataclass
+class _Tally:
+    """What has been written so far."""
+
+    class_counts: list[int]
+    kinds: Counter[str] = field(default_factory=Counter)
+    skipped: list[Skipped] = field(default_factory=list)
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+
+def write_beton(
+    dataset: PictureDataset,
+    path: str | Path,
+    options: WriteOptions | None = None,
+    *,
+    class_names: Sequence[str],
+    name: str,
+    source: str,
+    origin: Mapping[str, Any] | None = None,
+    ignored: Mapping[str, int] | None = None,
+) -> BetonInfo:
+    """Write pictures as JPEGs into a .beton (``beton_file`` says what is in it), and a sidecar.
+
+    Every picture is fully decoded and made RGB (``pictures.to_rgb``), once. Those that cannot be are left out and
+    listed in the sidecar and beside it, up to ``options.max_bad``. The file appears under its name when it is whole;
+    what was there before stays until then. The same pictures give the same bytes, whatever the number of workers.
+
+    Args:
+        path: the .beton; its folder is made.
+        options: see there.
+        class_names: in the order of the labels.
+        name: of the data set, as tables show it. source: what the pictures are, in words.
+        origin: how to open the source again, for ``verify --source``; see ``sources.open_origin``.
+        ignored: files of the source that are no pictures, by extension; for the record.
+
+    Raises:
+        UserError: for an empty set, a label without a class, more bad pictures than allowed, a class that has lost
+            all of its pictures, a worker that died or is stuck (naming the picture), a full disk.
+    """
+    path, options = Path(path), options or WriteOptions()
+    if len(dataset) == 0:
+        raise UserError(f"{path}: nothing to write, the data set is empty")
+    with _disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial_file(path) as partial:
+            tally = _write_pictures(dataset, path, partial, options, class_names)
+            _check_classes(dataset, path, tally, class_names)
+            sidecar = {
+                **_described(partial, tally, options, class_names),
+                "name": name,
+                "source": source,
+                "origin": origin,
+                "ignored": dict(ignored or {}),
+            }
+            write_report(path, tally.skipped)
+            # At no point does a .beton stand beside the sidecar of another.
+            sidecar_path(path).unlink(missing_ok=True)
+            os.replace(partial, path)
+            write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
+    return check_beton(path)
+
+
+def _write_pictures(
+    dataset: PictureDataset, path: Path, partial: Path, options: WriteOptions, class_names: Sequence[str]
+) -> _Tally:
+    """Convert all pictures and write the good ones to ``partial``."""
+    count, limit = len(dataset), options.bad_limit(len(dataset))
+    tally = _Tally([0] * len(class_names))
+    began, cpu_began = time.monotonic(), _cpu_seconds()
+    results = map_in_order(
+        _Converter(dataset, options),
+        count,
+        workers=options.processes,
+        timeout_s=options.timeout_s,
+        name=lambda row: _name(dataset, row),
+    )
+    with closing(results), BetonWriter(partial, count, options.max_side) as file:
+        for row, result in enumerate(tqdm(results, total=count, desc=path.stem, unit="picture")):
+            if isinstance(result, str):
+                tally.skipped.append(Skipped(row, _name(dataset, row), result))
+                if len(tally.skipped) > limit + _ENOUGH:
+                    break
+                continue
+            jpeg, width, height, label, kinds = result
+            if not 0 <= label < len(class_names):
+                classes = f"there are {len(class_names)} classes, labels from 0"
+                raise UserError(f"{_name(dataset, row)}: has the label {label}, but {classes}")
+            tally.class_counts[label] += 1
+            tally.kinds.update(kinds)
+            if len(tally.skipped) <= limit:
+                file.append(jpeg, width, height, label)
+        if len(tally.skipped) > limit:
+            write_report(path, tally.skipped)
+            raise too_many(path, tally.skipped, row + 1, count, limit)
+    tally.seconds, tally.cpu_seconds = time.monotonic() - began, _cpu_seconds() - cpu_began
+    return tally
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those of its children that have ended."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names: Sequence[str]) -> dict[str, Any]:
+    """What the sidecar says of a written file."""
+    return {
+        "format": SIDECAR_FORMAT,
+        "num_samples": sum(tally.class_counts),
+        "class_names": list(class_names),
+        "class_counts": tally.class_counts,
+        **asdict(options),
+        "workers": options.processes,
+        "size": partial.stat().st_size,
+        "sha256": file_sha256(partial),
+        "tables_sha256": tables_sha256(np.memmap(partial, dtype=np.uint8, mode="r").view(np.ndarray)),
+        "versions": dict(_versions()),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(tally.seconds, 3),
+        "cpu_seconds": round(tally.cpu_seconds, 3),
+        "converted": dict(tally.kinds.most_common()),
+        "skipped": [asdict(entry) for entry in tally.skipped],
+    }
+
+
+class _Converter:
+    """What the workers run: a row of the data set to what is stored of it, or to the reason why it is not."""
+
+    def __init__(self, dataset: PictureDataset, options: WriteOptions) -> None:
+        self.dataset, self.options = dataset, options
+
+    def __call__(self, row: int) -> _Encoded | str:
+        """Never raises."""
+        options = self.options
+        try:
+            with pixel_limit(options.max_pixels):
+                picture, label = self.dataset[row]
+                with picture:
+                    rgb, kinds = to_rgb(
+                        picture,
+                        max_side=options.max_side,
+                        max_pixels=options.max_pixels,
+                        background=options.background,
+                    )
+                stream = io.BytesIO()
+                rgb.save(stream, "JPEG", quality=options.quality, comment=None)  # not the source's comment
+            return _Encoded(stream.getvalue(), rgb.width, rgb.height, int(label), kinds)
+        except Exception as error:
+            return reason(error, options.max_pixels)
+
+
+def _name(dataset: PictureDataset, row: int) -> str:
+    """Where a sample comes from, as far as the data set can tell."""
+    name = getattr(dataset, "name", None)
+    return printable(name(row)) if name is not None else f"sample {row}"
+
+
+def _check_classes(dataset: PictureDataset, path: Path, tally: _Tally, class_names: Sequence[str]) -> None:
+    """Raises UserError if a class has lost all of its pictures."""
+    if not tally.skipped:
+        return
+    label = getattr(dataset, "label", None)
+    if label is None:
+        lost = {place for place, count in enumerate(tally.class_counts) if count == 0}
+    else:
+        lost = {label(entry.row) for entry in tally.skipped}
+    names = [class_names[place] for place in sorted(lost) if tally.class_counts[place] == 0]
+    if names:
+        write_report(path, tally.skipped)
+        first = tally.skipped[0]
+        raise UserError(
+            f"{path}: no picture of the class {', '.join(names[:10])} can be read ({first.name}: {first.reason}); "
+            "mend them or leave the class out"
+        )
+
+
+@contextmanager
+def _disk_errors(path: Path) -> Iterator[None]:
+    """What the system says of the disk that is written to, as an error of the user's."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise UserError(
+                f"{path}: the disk is full ({error.strerror}); nothing half-written was left: free some space, "
+                "or write elsewhere"
+            ) from error
+        raise UserError(f"{path}: cannot be written ({error})") from error
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """The versions of what shaped the file."""
+    for package in _RECORDED:
+        try:
+            yield package, version(package)
+        except PackageNotFoundError:
+            continue
+    yield "libjpeg-turbo", features.version("libjpeg_turbo") or "unknown"

@@ -1,0 +1,1 @@
+"""Data loaders: deterministic sampling, crops and augmentation over FFCV or Pillow."""

@@ -1,0 +1,128 @@
+"""FFCV image decoder that cuts, resizes and mirrors by given boxes: decoding holds no random state at all.
+
+What it does to a picture is compiled in ``jpeg_kernel``, and FFCV is told not to compile the rest (``build_loader``),
+which then is a few lines of Python a batch.
+
+Shapes: B samples in a batch, S output size, N samples in the file, T threads.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from mrmae_ds.data.beton.file import BetonFile
+from mrmae_ds.data.loaders._ffcv import import_ffcv
+from mrmae_ds.data.loaders.crop import FloatArray, IntArray
+
+import_ffcv()
+
+import numba  # noqa: E402
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder  # noqa: E402
+from ffcv.loader import Loader  # noqa: E402
+from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
+from ffcv.pipeline.compiler import Compiler  # noqa: E402
+from ffcv.pipeline.state import State  # noqa: E402
+
+from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One batch as it lies in FFCV's ring of buffers: to be copied before the next one is asked for.
+
+    Attributes:
+        images: uint8 [B, S, S, 3].
+        failed: rows of the file whose JPEG is damaged, int64; their pixels mean nothing.
+        error: what else went wrong. An exception in FFCV's thread would leave its consumer waiting for ever.
+    """
+
+    images: npt.NDArray[np.uint8] | None
+    failed: IntArray | None
+    error: Exception | None = None
+
+
+class BoxDecoder(SimpleRGBImageDecoder):
+    """Decoder for an ``RGBImageField`` in JPEG mode, output square.
+
+    Attributes:
+        boxes: (heights, widths, rows) -> [B, 5], as ``crop.py`` makes them. Set before each epoch.
+        beyond: whether they are cut out after resizing (``jpeg_kernel.decode``).
+        torch_threads: what torch's number of threads is to be in FFCV's thread.
+    """
+
+    def __init__(self, size: int, file: BetonFile, threads: int) -> None:
+        """size: S, pixels; threads: T."""
+        super().__init__()
+        self.size = size
+        self.table, self.checksums = file.table, file.checksums
+        self.boxes: Callable[[IntArray, IntArray, IntArray], IntArray | FloatArray] | None = None
+        self.beyond = False
+        self.torch_threads = torch.get_num_threads()
+        self._scratch = jpeg_kernel.make_scratch(file.table, size, threads)
+        # Not at the interpreter's exit, where FFCV's thread may still be using them.
+        weakref.finalize(self, jpeg_kernel.free_scratch, self._scratch).atexit = False
+
+    def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
+        """FFCV asks for the output's shape and for the memory of one sample."""
+        shape, dtype = (self.size, self.size, 3), np.dtype("u1")
+        return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
+
+    def generate_code(self) -> Callable[..., Decoded]:
+        """FFCV asks for the function to call on each batch."""
+
+        def decode(rows: IntArray, images: npt.NDArray[np.uint8], _metadata: Any, storage: tuple[Any, ...]) -> Decoded:
+            try:
+                return self._decode_batch(rows, images, storage[0])
+            except Exception as error:
+                return Decoded(None, None, error)
+
+        return decode
+
+    def _decode_batch(self, rows: IntArray, images: npt.NDArray[np.uint8], file: npt.NDArray[np.uint8]) -> Decoded:
+        assert self.boxes is not None
+        if torch.get_num_threads() != self.torch_threads:
+            torch.set_num_threads(self.torch_threads)
+        boxes = self.boxes(self.table[rows, 2], self.table[rows, 3], rows).astype(np.float64)
+        status = np.zeros(len(rows), dtype=np.int32)
+        jpeg_kernel.decode(
+            file.view(np.ndarray), self.table, self.checksums, rows, boxes, self.beyond, images, self._scratch, status
+        )
+        return Decoded(images, rows[status != 0])
+
+
+def damaged_rows(file: BetonFile, rows: IntArray) -> IntArray:
+    """Decode samples as training does. Returns those whose JPEG is damaged, int64.
+
+    Unlike Pillow, the decoder takes the JPEG library's warnings (a stretch of bad data) for errors.
+    """
+    boxes = np.zeros((len(rows), 5))
+    boxes[:, 2:4] = file.table[rows, 2:4]
+    images = np.empty((len(rows), 8, 8, 3), dtype=np.uint8)
+    status = np.zeros(len(rows), dtype=np.int32)
+    threads = numba.config.NUMBA_NUM_THREADS
+    numba.set_num_threads(threads)
+    scratch = jpeg_kernel.make_scratch(file.table[rows], 8, threads)
+    try:
+        jpeg_kernel.decode(file.content, file.table, file.checksums, rows, boxes, False, images, scratch, status)
+    finally:
+        jpeg_kernel.free_scratch(scratch)
+    return rows[status != 0]
+
+
+def build_loader(path: Path, decoder: BoxDecoder, *, batch_size: int, threads: int) -> Loader:
+    """An FFCV ``Loader`` of the images alone. It compiles nothing: ``decoder`` brings a compiled function."""
+    enabled = Compiler.is_enabled
+    Compiler.set_enabled(False)
+    try:
+        pipelines = {"image": [decoder], "label": None, "index": None, "adler32": None}
+        return Loader(str(path), batch_size=batch_size, num_workers=threads, os_cache=True, pipelines=pipelines)
+    finally:
+        Compiler.set_enabled(enabled)

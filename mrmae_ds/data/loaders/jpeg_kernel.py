@@ -1,0 +1,318 @@
+"""JPEG to a resized, mirrored part of it, compiled by numba: decoding that holds no random state and no GIL.
+
+FFCV compiles its numba functions anew for every ``Loader`` in every process and can keep none of them on disk, because
+the addresses of its C functions are baked into them. Here the C functions (libturbojpeg's, which FFCV is linked with)
+are named by symbol, so numba keeps ``decode`` in its on-disk cache, and one version serves training and evaluation, any
+number of threads, any epoch and any seed. Everything it calls must be in this file: the cache notices changes of this
+file only.
+
+libturbojpeg gives the planes of luma and chroma as they are stored, chroma at half the resolution. They are resized
+first and made RGB afterwards, which is the same up to rounding and chroma's interpolation, and touches a third of the
+numbers. Resizing is Pillow's bicubic with antialiasing, in integers: the same on every machine.
+
+Shapes: B samples in a batch, S output size, N samples in the file, T threads, K taps of the filter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import llvmlite.binding
+import numpy as np
+import numpy.typing as npt
+from ffcv.libffcv import lib
+from numba import njit, prange, types
+
+from mrmae_ds.data.loaders.crop import FloatArray, IntArray
+
+for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
+    llvmlite.binding.add_symbol(f"mrmae_{_name}", ctypes.cast(getattr(lib, _name), ctypes.c_void_p).value)
+
+# Addresses are passed as integers: calling conventions treat them alike.
+_address = types.uint64
+_read_header = types.ExternalFunction(
+    "mrmae_tjDecompressHeader3", types.int32(_address, _address, types.uint64, *[_address] * 4)
+)
+_read_planes = types.ExternalFunction(
+    "mrmae_tjDecompressToYUVPlanes",
+    types.int32(_address, _address, types.uint64, _address, types.int32, _address, types.int32, types.int32),
+)
+
+DAMAGED = 1  # see ``decode``
+_YCBCR = 1  # libturbojpeg's number of the colour space
+# How much wider and higher a chroma sample is than a luma one, by libturbojpeg's number of the subsampling:
+# 4:4:4, 4:2:2, 4:2:0, grey (which is not of three planes), 4:4:0, 4:1:1.
+_WIDER, _HIGHER = (1, 2, 2, 0, 1, 4), (1, 1, 2, 0, 2, 1)
+_PADDING = 4  # planes are padded to whole chroma samples
+_ONE = 1 << 14  # a weight of 1
+_BETWEEN = 6  # fractional bits of a value between the passes
+_HALF = 1 << 13
+_MIDDLE = 128 << _BETWEEN  # chroma of grey
+_PRIME, _BLOCK = 65521, 4096  # Adler-32's modulus; bytes whose sums fit into 32 bits
+
+
+class Scratch(NamedTuple):
+    """What T threads work in; nothing in it outlives a picture.
+
+    Attributes:
+        handles: uint64 [T], libturbojpeg's decoders. header: int32 [T, 4]. pointers: uint64 [T, 3].
+        planes: uint8 [T, bytes of the largest picture].
+        rows: int32 [T, largest side or S]. columns: int32 [T, 3, S]. pixels: uint8 [T, 3, S].
+        reduced: int16 [T, 3, largest side + K, S], planes after the first pass, transposed; what is beyond their end
+            meets weights of 0.
+        firsts: int64 [T, 4, S], weights: int16 [T, 4, S, K]: of the axes, luma's and chroma's, down and across.
+        kernel: float64 [T, K].
+    """
+
+    handles: npt.NDArray[np.uint64]
+    header: npt.NDArray[np.int32]
+    pointers: npt.NDArray[np.uint64]
+    planes: npt.NDArray[np.uint8]
+    rows: npt.NDArray[np.int32]
+    columns: npt.NDArray[np.int32]
+    pixels: npt.NDArray[np.uint8]
+    reduced: npt.NDArray[np.int16]
+    firsts: IntArray
+    weights: npt.NDArray[np.int16]
+    kernel: FloatArray
+
+
+def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
+    """For pictures of a table (see ``decode``) and S = ``size``. ``free_scratch`` gives the decoders back."""
+    init = lib.tjInitDecompress
+    init.restype = ctypes.c_void_p
+    handles = [init() for _ in range(threads)]
+    if None in handles:
+        raise MemoryError("libturbojpeg cannot be initialised")
+    side = int(table[:, 2:4].max())
+    taps = 2 * (2 * -(-side // size) + 2)
+    area = int(((table[:, 2] + _PADDING) * (table[:, 3] + _PADDING)).max())
+    return Scratch(
+        handles=np.array(handles, dtype=np.uint64),
+        header=np.zeros((threads, 4), dtype=np.int32),
+        pointers=np.zeros((threads, 3), dtype=np.uint64),
+        planes=np.empty((threads, 3 * area), dtype=np.uint8),
+        rows=np.empty((threads, side + _PADDING), dtype=np.int32),
+        columns=np.empty((threads, 3, size), dtype=np.int32),
+        pixels=np.empty((threads, 3, size), dtype=np.uint8),
+        reduced=np.empty((threads, 3, side + taps, size), dtype=np.int16),
+        firsts=np.zeros((threads, 4, size), dtype=np.int64),
+        weights=np.zeros((threads, 4, size, taps), dtype=np.int16),
+        kernel=np.zeros((threads, taps)),
+    )
+
+
+def free_scratch(scratch: Scratch) -> None:
+    """Give libturbojpeg's decoders back."""
+    for handle in scratch.handles.tolist():
+        lib.tjDestroy(ctypes.c_void_p(handle))
+
+
+@njit(nogil=True)
+def _cubic(x):  # type: ignore[no-untyped-def]
+    """Keys's cubic with a = -0.5, Pillow's BICUBIC."""
+    x = abs(x)
+    if x < 1:
+        return (1.5 * x - 2.5) * x * x + 1
+    if x < 2:
+        return ((2.5 - 0.5 * x) * x - 4) * x + 2
+    return 0.0
+
+
+@njit(nogil=True)
+def _weigh(begin, length, low, high, mirrored, firsts, weights, kernel):  # type: ignore[no-untyped-def]
+    """The filter along one axis: Pillow's ``precompute_coeffs``, in integers whose sum is exactly 1.
+
+    Args:
+        begin, length: of the box in samples of the plane, floats. low, high: the samples that may be used.
+        mirrored: whether the last output comes first.
+        firsts: int64 [S], weights: int16 [S, K], written: the first sample used, and the weight of each.
+        kernel: float64 [K], overwritten.
+
+    Returns the taps in use, an even number; the first sample in use and the one after the last.
+    """
+    size = firsts.size
+    scale = length / size
+    spread = max(scale, 1.0)
+    most, used, unused = 1, high, low
+    for place in range(size):
+        centre = begin + (place + 0.5) * scale
+        first = max(low, math.floor(centre - 2 * spread + 0.5))
+        count = min(high, math.floor(centre + 2 * spread + 0.5)) - first
+        total = 0.0
+        for tap in range(count):
+            kernel[tap] = _cubic((first + tap + 0.5 - centre) / spread)
+            total += kernel[tap]
+        output = size - 1 - place if mirrored else place
+        firsts[output] = first
+        running, given = 0.0, 0
+        for tap in range(count):
+            running += kernel[tap]
+            upto = int(np.rint(_ONE * running / total))
+            weights[output, tap] = upto - given
+            given = upto
+        weights[output, count:] = 0
+        most, used, unused = max(most, count), min(used, first), max(unused, first + count)
+    return most + most % 2, used, unused
+
+
+@njit(nogil=True)
+def _reduce_rows(plane, firsts, weights, taps, left, right, row, reduced):  # type: ignore[no-untyped-def]
+    """The first pass: filter down the columns ``left`` to ``right`` of a plane.
+
+    Args:
+        plane: uint8 [height, width]. row: int32, overwritten. reduced: int16 [.., S], written: [column, output row].
+    """
+    sums = row[: right - left]
+    last = plane.shape[0] - 1  # of a weight that is 0, any sample will do
+    for output in range(firsts.size):
+        sums[:] = 1 << (13 - _BETWEEN)
+        for tap in range(0, taps, 2):
+            # Typed, so that the compiler makes vectors of 32-bit numbers; two taps at a time are the fastest.
+            one, other = np.int32(weights[output, tap]), np.int32(weights[output, tap + 1])
+            first = firsts[output] + tap
+            above, below = plane[min(first, last), left:right], plane[min(first + 1, last), left:right]
+            for x in range(sums.size):
+                sums[x] = np.int32(sums[x] + np.int32(one * np.int32(above[x])) + np.int32(other * np.int32(below[x])))
+        for x in range(sums.size):
+            reduced[x, output] = np.int16(sums[x] >> (14 - _BETWEEN))
+
+
+@njit(nogil=True)
+def _reduce_column(reduced, first, weights, taps, column):  # type: ignore[no-untyped-def]
+    """The second pass, of one output column: ``column`` int32 [S], written, with ``_BETWEEN`` fractional bits."""
+    column[:] = _HALF
+    for tap in range(taps):
+        weight, values = np.int32(weights[tap]), reduced[first + tap]
+        for y in range(column.size):
+            column[y] = np.int32(column[y] + np.int32(weight * np.int32(values[y])))
+    for y in range(column.size):
+        column[y] >>= 14
+
+
+@njit(nogil=True)
+def _byte(value):  # type: ignore[no-untyped-def]
+    """Round away 20 fractional bits."""
+    return np.uint8(min(max(np.int32(np.int32(value + np.int32(1 << 19)) >> 20), np.int32(0)), np.int32(255)))
+
+
+@njit(nogil=True)
+def _to_rgb(columns, pixels):  # type: ignore[no-untyped-def]
+    """JFIF's YCbCr [3, S] to RGB [3, S]; weights of 14 bits."""
+    luma, blue, red = columns[0], columns[1], columns[2]
+    r, g, b = pixels[0], pixels[1], pixels[2]
+    for y in range(r.size):
+        grey = np.int32(luma[y] << 14)
+        cb, cr = np.int32(blue[y] - _MIDDLE), np.int32(red[y] - _MIDDLE)
+        r[y] = _byte(np.int32(grey + np.int32(np.int32(22970) * cr)))
+        g[y] = _byte(np.int32(grey - np.int32(np.int32(5638) * cb) - np.int32(np.int32(11700) * cr)))
+        b[y] = _byte(np.int32(grey + np.int32(np.int32(29032) * cb)))
+
+
+@njit(nogil=True)
+def _resize(planes, sides, box, beyond, image, scratch, thread):  # type: ignore[no-untyped-def]
+    """Resize a box of three planes, and make it RGB.
+
+    Args:
+        planes: luma, Cb, Cr, uint8 [height, width], padded to whole chroma samples. sides: height and width without
+            padding. box, beyond, image: see ``decode``.
+    """
+    firsts, weights = scratch.firsts[thread], scratch.weights[thread]
+    reduced, columns, pixels = scratch.reduced[thread], scratch.columns[thread], scratch.pixels[thread]
+    used = np.empty((4, 3), np.int64)
+    for plane in range(2):  # Cb and Cr are alike
+        for axis in range(2):
+            step = planes[0].shape[axis] // planes[plane].shape[axis]
+            begin, length, side = box[axis], box[axis + 2], float(sides[axis])
+            low, high = (0.0, side) if beyond else (begin, begin + length)
+            mirrored = axis == 1 and box[4] != 0
+            way = 2 * plane + axis
+            used[way] = _weigh(
+                begin / step, length / step, int(low) // step, math.ceil(high / step), mirrored,
+                firsts[way], weights[way], scratch.kernel[thread],
+            )  # fmt: skip
+    for plane in range(3):
+        down, across = (0, 1) if plane == 0 else (2, 3)
+        _reduce_rows(
+            planes[plane], firsts[down], weights[down], used[down, 0], used[across, 1], used[across, 2],
+            scratch.rows[thread], reduced[plane],
+        )  # fmt: skip
+    for x in range(image.shape[1]):
+        for plane in range(3):
+            across = 1 if plane == 0 else 3
+            first = firsts[across, x] - used[across, 1]
+            _reduce_column(reduced[plane], first, weights[across, x], used[across, 0], columns[plane])
+        _to_rgb(columns, pixels)
+        for y in range(image.shape[0]):
+            for channel in range(3):
+                image[y, x, channel] = pixels[channel, y]
+
+
+@njit(nogil=True)
+def _adler32(content):  # type: ignore[no-untyped-def]
+    """zlib's checksum of bytes, uint8 [n], by sums that the compiler makes vectors of."""
+    one, two = 1, 0
+    for start in range(0, content.size, _BLOCK):
+        block = content[start : start + _BLOCK]
+        plain, weighted = np.uint32(0), np.uint32(0)
+        for place in range(block.size):
+            value = np.uint32(block[place])
+            plain = np.uint32(plain + value)
+            weighted = np.uint32(weighted + np.uint32(np.uint32(block.size - place) * value))
+        two = (two + block.size * one + np.int64(weighted)) % _PRIME
+        one = (one + np.int64(plain)) % _PRIME
+    return two * 65536 + one
+
+
+@njit(parallel=True, nogil=True, cache=True)
+def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status):  # type: ignore[no-untyped-def]
+    """Decode, cut, resize and mirror B samples on T threads.
+
+    Args:
+        file: uint8 [bytes], the whole .beton, mapped.
+        table: int64 [N, 4]: offset and length of each JPEG in ``file``, its height and width.
+        checksums: int64 [N], Adler-32 of each JPEG; -1 where it is not known.
+        rows: int64 [B], which samples.
+        boxes: float64 [B, 5]: top, left, height, width (pixels of the stored picture), 1 if mirrored.
+        beyond: whether pixels outside of a box count in the filter at its border, as they do when a picture is resized
+            and then cut; otherwise it is as when the box is cut out and then resized.
+        images: uint8 [B, S, S, 3], written.
+        scratch: see :class:`Scratch`.
+        status: int32 [B], written: 0, or ``DAMAGED``.
+    """
+    threads = scratch.handles.size
+    for thread in prange(threads):
+        for b in range(thread, rows.shape[0], threads):
+            offset, length, height, width = table[rows[b]]
+            source = np.uint64(file.ctypes.data) + np.uint64(offset)
+            handle, header, pointers = scratch.handles[thread], scratch.header[thread], scratch.pointers[thread]
+            place = np.uint64(header.ctypes.data)
+            four, eight, twelve = np.uint64(4), np.uint64(8), np.uint64(12)
+            status[b] = DAMAGED
+            if checksums[rows[b]] >= 0 and checksums[rows[b]] != _adler32(file[offset : offset + length]):
+                continue
+            if _read_header(handle, source, np.uint64(length), place, place + four, place + eight, place + twelve):
+                continue
+            sampling = header[2]
+            if header[0] != width or header[1] != height or header[3] != _YCBCR or not 0 <= sampling < len(_WIDER):
+                continue
+            wider, higher = _WIDER[sampling], _HIGHER[sampling]
+            if wider == 0:
+                continue
+            across, down = -(-width // wider), -(-height // higher)
+            luma, chroma = across * wider * down * higher, across * down
+            memory = scratch.planes[thread]
+            pointers[0] = np.uint64(memory.ctypes.data)
+            pointers[1] = pointers[0] + np.uint64(luma)
+            pointers[2] = pointers[1] + np.uint64(chroma)
+            if _read_planes(handle, source, np.uint64(length), np.uint64(pointers.ctypes.data), 0, np.uint64(0), 0, 0):
+                continue
+            planes = (
+                memory[:luma].reshape((down * higher, across * wider)),
+                memory[luma : luma + chroma].reshape((down, across)),
+                memory[luma + chroma : luma + 2 * chroma].reshape((down, across)),
+            )
+            _resize(planes, (height, width), boxes[b], beyond, images[b], scratch, thread)
+            status[b] = 0

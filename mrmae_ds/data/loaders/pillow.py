@@ -1,0 +1,179 @@
+"""The second backend: Pillow in worker processes, bicubic and antialiased like torchvision's transforms.
+
+It shares the order, the boxes and the flips with the FFCV backend, so that both show a model the same part of the same
+picture, and the filter too; they differ in that Pillow interpolates chroma before it resizes it, and in rounding.
+Slower; used where FFCV cannot be installed, as the oracle of tests, and for evaluation by the very code that published
+accuracies were measured with.
+
+Shapes: B micro-batch, S image size.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from mrmae_ds.data.beton.file import BetonFile
+from mrmae_ds.data.loaders.augment import Augment
+from mrmae_ds.data.loaders.build import Batch, ReaderSettings, to_device
+from mrmae_ds.data.loaders.crop import random_boxes, resize_and_corner, sample_keys
+from mrmae_ds.data.loaders.sampler import BoolArray, IntArray
+from mrmae_ds.data.loaders.worker import become_worker
+from mrmae_ds.errors import UserError
+
+Key = tuple[int, int]  # epoch and row
+
+
+class Source(Protocol):
+    """Where pictures come from: labels and rows known without decoding, int64 [N]."""
+
+    labels: IntArray
+    indices: IntArray
+
+    def picture(self, row: int) -> Image.Image:
+        """One sample, RGB."""
+        ...
+
+
+class BetonSource:
+    """The JPEGs of a .beton."""
+
+    def __init__(self, file: BetonFile) -> None:
+        self.file = file
+        self.labels, self.indices = file.labels, file.indices
+
+    def picture(self, row: int) -> Image.Image:
+        """See :class:`Source`."""
+        picture = Image.open(io.BytesIO(self.file.jpeg(row)))
+        picture.load()
+        return picture
+
+
+class _Samples:
+    """What a worker process runs: (epoch, row) to an image, uint8 [S, S, 3]."""
+
+    def __init__(self, source: Source, settings: ReaderSettings) -> None:
+        self.source, self.settings = source, settings
+        self.augment = Augment(settings.augment, settings.image_size) if settings.augment else None
+
+    def __getitem__(self, key: Key) -> np.ndarray | str:
+        epoch, row = key
+        # An exception would lose its kind on the way out of a worker; a message is made one there (``_images``).
+        try:
+            picture = self.source.picture(row)
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
+            path = self.settings.info.path
+            return f"{path}: damaged picture in sample {row} ({error}); copy or write the file again"
+        if not self.settings.train:
+            return np.asarray(center_cut(picture, self.settings.image_size))
+        image = self._cut(picture, epoch, row)
+        if self.augment is not None:
+            keys = sample_keys(self.settings.seed, epoch, np.array([row]))
+            image = self.augment(image, int(keys[0]))
+        return np.asarray(image)
+
+    def _cut(self, picture: Image.Image, epoch: int, row: int) -> Image.Image:
+        crop, seed, size = self.settings.crop, self.settings.seed, self.settings.image_size
+        assert crop is not None
+        heights, widths = np.array([picture.height]), np.array([picture.width])
+        boxes = random_boxes(heights, widths, np.array([row]), seed=seed, epoch=epoch, crop=crop)
+        top, left, height, width, mirrored = boxes[0].tolist()
+        image = picture.crop((left, top, left + width, top + height))
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+        return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
+
+
+def center_cut(picture: Image.Image, size: int) -> Image.Image:
+    """MAE's evaluation to the letter: resize the short side, cut the centre square of ``size`` pixels."""
+    short = np.array(min(picture.size))
+    axes = [resize_and_corner(np.array(side), short, size) for side in picture.size]
+    (width, left), (height, top) = ((int(resized), int(corner)) for resized, corner in axes)
+    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
+    return picture.crop((left, top, left + size, top + size))
+
+
+class _Batches:
+    """The keys of the batches of one epoch, as DataLoader asks for them; set before each epoch."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self.rows: IntArray = np.empty((0, 0), dtype=np.int64)
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        return iter([[(self.epoch, row) for row in batch] for batch in self.rows.tolist()])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def _stack(images: list[np.ndarray | str]) -> Tensor | str:
+    for image in images:
+        if isinstance(image, str):
+            return image
+    return torch.from_numpy(np.stack(images))
+
+
+class PillowReader:
+    """See ``reader.Reader``. ``num_workers`` are processes; they live until ``close``."""
+
+    def __init__(self, settings: ReaderSettings) -> None:
+        """Raises UserError if the file is not what its sidecar says."""
+        self.settings = settings
+        self.num_samples = settings.num_samples
+        self.batches_per_epoch = settings.batches_per_epoch
+        self._source: Source = BetonSource(BetonFile(settings.info))
+        self._batches = _Batches()
+        self._loader: DataLoader | None = None
+        self._current: object = None
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """See ``reader.Reader``. Raises UserError for an epoch or a batch that does not exist."""
+        return self._deliver(epoch, *self.settings.rows(epoch, start_batch))
+
+    def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
+        if len(rows) == 0:
+            return
+        if self._loader is None:
+            self._loader = self._open()
+        self._batches.epoch, self._batches.rows = epoch, rows
+        current = self._current = object()
+        device = self.settings.device
+        for images, batch_rows, batch_valid in zip(self._loader, rows, valid, strict=True):
+            if self._current is not current:
+                raise RuntimeError("this epoch has ended: the reader was closed or began another one")
+            if isinstance(images, str):
+                raise UserError(images)
+            others = (self._source.labels[batch_rows], self._source.indices[batch_rows], batch_valid.copy())
+            labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
+            moved = to_device(images, device)
+            keys = sample_keys(self.settings.seed, epoch, batch_rows)
+            yield Batch(moved.permute(0, 3, 1, 2), labels, indices, counted, keys)
+
+    def _open(self) -> DataLoader:
+        settings = self.settings
+        return DataLoader(
+            _Samples(self._source, settings),
+            batch_sampler=self._batches,
+            num_workers=settings.num_workers,
+            collate_fn=_stack,
+            pin_memory=settings.device.type == "cuda",
+            persistent_workers=True,
+            # The workers read the file that is mapped here.
+            multiprocessing_context="fork",
+            worker_init_fn=_begin,
+        )
+
+    def close(self) -> None:
+        """See ``reader.Reader``."""
+        self._current = self._loader = None
+
+
+def _begin(_worker: int) -> None:
+    become_worker()

@@ -1,0 +1,135 @@
+"""RandAugment behind the FFCV backend: worker processes change the decoded pictures in shared memory.
+
+timm's RandAugment works on Pillow pictures and with global generators, so it needs processes; decoding stays with
+FFCV's threads. While one batch is used, the next ones are being worked on.
+
+Shapes: B micro-batch, S image size.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mrmae_ds.data.loaders.augment import Augment, AugmentSettings
+from mrmae_ds.data.loaders.build import Batch, Reader, ReaderSettings, to_device
+from mrmae_ds.data.loaders.worker import become_worker
+
+_AHEAD = 2  # batches worked on while one is used
+_CHUNKS = 2  # pieces of a batch for each process: the last one to finish has little left to do
+
+
+class _Pending(NamedTuple):
+    batch: Batch
+    slot: int
+    work: list[Future[None]]
+
+
+class AugmentReader:
+    """See ``reader.Reader``; ``inner`` delivers on the CPU what this one changes and moves to the device."""
+
+    def __init__(self, inner: Reader, settings: ReaderSettings, processes: int) -> None:
+        """processes: workers; they live until ``close``."""
+        assert settings.augment is not None
+        self.inner, self.settings, self.processes = inner, settings, processes
+        self.num_samples, self.batches_per_epoch = inner.num_samples, inner.batches_per_epoch
+        shape = (_AHEAD + 1, settings.micro_batch, settings.image_size, settings.image_size, 3)
+        self._slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self._pool: ProcessPoolExecutor | None = None
+        self._pending: deque[_Pending] = deque()
+        self._current: object = None
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """See ``reader.Reader``. Raises RuntimeError if a worker process dies."""
+        return self._deliver(self.inner.epoch(epoch, start_batch))
+
+    def _deliver(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        self._drain()
+        current = self._current = object()
+        pending = self._pending
+        free = deque(range(len(self._slots)))
+        for batch in batches:
+            pending.append(self._submit(batch, free.popleft()))
+            if len(pending) > _AHEAD:
+                yield self._finish(free, current)
+        while pending or self._current is not current:
+            yield self._finish(free, current)
+
+    def _submit(self, batch: Batch, slot: int) -> _Pending:
+        if self._pool is None:
+            self._pool = self._start()
+        count = len(batch.keys)
+        # By numpy: torch would wake OpenMP's threads, which then spin for longer than the copy takes.
+        self._slots.numpy()[slot, :count] = batch.images.permute(0, 2, 3, 1).numpy()
+        step = -(-count // (self.processes * _CHUNKS))
+        pieces = [range(start, min(start + step, count)) for start in range(0, count, step)]
+        work = [self._pool.submit(_augment, slot, piece, batch.keys[piece.start : piece.stop]) for piece in pieces]
+        return _Pending(batch, slot, work)
+
+    def _drain(self) -> None:
+        """End what another epoch has begun: the slots are about to be written again."""
+        self._current = None
+        wait([future for pending in self._pending for future in pending.work if not future.cancel()])
+        self._pending.clear()
+
+    def _finish(self, free: deque[int], current: object) -> Batch:
+        if self._current is not current:
+            raise RuntimeError("this epoch has ended: the reader was closed or began another one")
+        batch, slot, work = self._pending.popleft()
+        try:
+            for future in work:
+                future.result()
+        except BrokenProcessPool:
+            raise RuntimeError("a process of the augmentation died (out of memory?)") from None
+        images = torch.from_numpy(self._slots.numpy()[slot, : len(batch.keys)].copy())
+        free.append(slot)
+        tensors = (images, batch.labels, batch.indices, batch.valid)
+        images, labels, indices, valid = (to_device(tensor, self.settings.device) for tensor in tensors)
+        return Batch(images.permute(0, 3, 1, 2), labels, indices, valid, batch.keys)
+
+    def _start(self) -> ProcessPoolExecutor:
+        # Not forked from here: FFCV's threads run in this process. The server imports once for all workers.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+        settings = self.settings
+        assert settings.augment is not None
+        prepare = partial(_prepare, self._slots, settings.augment, settings.image_size)
+        return ProcessPoolExecutor(self.processes, mp_context=context, initializer=prepare)
+
+    def close(self) -> None:
+        """See ``reader.Reader``."""
+        self._drain()
+        self.inner.close()
+        pool, self._pool = self._pool, None
+        if pool is not None:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker(NamedTuple):
+    slots: np.ndarray
+    augment: Augment
+
+
+_worker: _Worker  # of a worker process
+
+
+def _prepare(slots: Tensor, settings: AugmentSettings, size: int) -> None:
+    global _worker
+    become_worker()
+    _worker = _Worker(slots.numpy(), Augment(settings, size))
+
+
+def _augment(slot: int, samples: range, keys: np.ndarray) -> None:
+    for sample, key in zip(samples, keys.tolist(), strict=True):
+        image = _worker.slots[slot, sample]
+        image[:] = np.asarray(_worker.augment(Image.fromarray(image), key))

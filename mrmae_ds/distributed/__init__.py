@@ -1,0 +1,1 @@
+"""Launch, process group, collectives and watchdog."""

@@ -1,0 +1,45 @@
+"""From a recipe to the modules of its pre-training, on the CPU: for training, and for planning it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mrmae_ds.config.recipe import DataConfig, Recipe, TeacherConfig
+from mrmae_ds.config.stages import PretrainConfig
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.masking import num_visible
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.teachers import Teacher, build_teacher
+from mrmae_ds.weights.load import build_encoder
+
+TeacherBuilder = Callable[[str, TeacherConfig, DataConfig, int, tuple[int, int]], Teacher]
+
+
+def build_pretraining(
+    recipe: Recipe, stage: PretrainConfig, teacher_builder: TeacherBuilder = build_teacher
+) -> tuple[PretrainModel, dict[str, Teacher]]:
+    """The student, freshly initialised, and its teachers by the recipe's names.
+
+    Args:
+        recipe: whose model, teachers and data statistics these are.
+        stage: its pre-training.
+        teacher_builder: takes what :func:`~mrmae_ds.teachers.build_teacher` takes; another one builds teachers
+            without their weights.
+
+    Raises:
+        UserError: if the patches do not tile the picture, no token would be visible, a fused layer does not exist, or
+            a teacher cannot be had or does not fit.
+    """
+    size = recipe.model.image_size
+    encoder = build_encoder(recipe.model.spec(), size)
+    rows, columns = encoder.grid
+    if num_visible(rows * columns, stage.masking.keep_ratio) < 1:
+        raise UserError(
+            f"stages.pretrain.masking.keep_ratio: {stage.masking.keep_ratio} of {rows}x{columns} "
+            "tokens leaves none visible; raise it or model.image_size"
+        )
+    teachers = {
+        name: teacher_builder(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
+    }
+    widths = {name: teacher.width for name, teacher in teachers.items()}
+    return PretrainModel(encoder, recipe.model.fusion, recipe.model.decoder, stage.objectives, widths), teachers

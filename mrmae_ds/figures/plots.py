@@ -1,0 +1,207 @@
+"""Pictures of a run: loss curves, reconstructions, attention maps.
+
+Shapes: N images, 3 colours, H x W pixels, h x w grid of patches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.figures import style
+from mrmae_ds.figures.image_grid import GridRow, draw_grid
+from mrmae_ds.records.metrics import METRICS_FILE, read_metrics
+
+if TYPE_CHECKING:
+    import torch
+
+    Pictures: TypeAlias = np.ndarray | torch.Tensor
+
+_SMOOTH_FROM = 200
+HIDDEN = 0.82  # the grey of a patch that the model does not see
+
+
+def denormalise(images: Pictures, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Undo `(x - mean) / std`: images [N, 3, H, W] as the model reads them to colours in [0, 1], clipped,
+    float32."""
+    shape = (1, 3, 1, 1)
+    colours = _array(images) * np.asarray(std, np.float32).reshape(shape) + np.asarray(mean, np.float32).reshape(shape)
+    return np.clip(colours, 0, 1)
+
+
+def reconstruction_rows(
+    original: Pictures,
+    masked: Pictures,
+    reconstructed: Pictures | Mapping[str, Pictures],
+    *,
+    keep_ratio: float = 0.25,
+) -> list[GridRow]:
+    """The rows of :func:`reconstruction_grid`, from the top."""
+    count, _, height, width = _images(original, "original").shape
+    results = reconstructed if isinstance(reconstructed, Mapping) else {"Reconstructed": reconstructed}
+    grid = []
+    for label, pictures in {"Original": original, f"Visible ({100 * keep_ratio:.0f} %)": masked, **results}.items():
+        array = _images(pictures, label)
+        if array.shape != (count, 3, height, width):
+            raise ValueError(f"{label}: shape {array.shape} differs from the originals' {(count, 3, height, width)}")
+        grid.append(GridRow(label, array))
+    return grid
+
+
+def reconstruction_grid(
+    original: Pictures,
+    masked: Pictures,
+    reconstructed: Pictures | Mapping[str, Pictures],
+    out_png: str | Path,
+    *,
+    keep_ratio: float = 0.25,
+    captions: Sequence[str] | None = None,
+    title: str | None = None,
+    legend: Sequence[str] = (),
+) -> None:
+    """Draw rows of pictures: the original, its visible share, and each reconstruction.
+
+    All are [N, 3, H, W] of colours in [0, 1]; values outside are clipped. `reconstructed` is one of them, or several
+    by their labels. `captions` names the N columns, `legend` is written below. Raises ValueError on shapes that
+    differ.
+    """
+    rows = reconstruction_rows(original, masked, reconstructed, keep_ratio=keep_ratio)
+    draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
+
+
+def attention_rows(images: Pictures, maps: Mapping[str, Pictures], visible: Pictures | None) -> list[GridRow]:
+    """The rows of :func:`attention_grid`, from the top."""
+    pictures = _images(images, "images")
+    grid = [GridRow("Picture", pictures)]
+    grey = np.repeat(pictures.mean(axis=1, keepdims=True), 3, axis=1)
+    for label, heat in maps.items():
+        grid.append(GridRow(label, grey, heat=_scaled(_maps(heat, len(pictures), label))))
+    if visible is not None:
+        kept = _maps(visible, len(pictures), "visible") > 0.5
+        share = 100 * kept.mean()
+        grid.append(GridRow(f"Kept ({share:.0f} %)", _hide(pictures, kept)))
+        grid.append(GridRow(f"Removed ({100 - share:.0f} %)", _hide(pictures, ~kept)))
+    return grid
+
+
+def attention_grid(
+    images: Pictures,
+    maps: Mapping[str, Pictures],
+    visible: Pictures | None,
+    out_png: str | Path,
+    *,
+    captions: Sequence[str] | None = None,
+    title: str | None = None,
+    legend: Sequence[str] = (),
+) -> None:
+    """Draw attention as in Fig. 3 of the paper: a row of pictures, a row a model, rows of kept and removed patches.
+
+    `images` [N, 3, H, W] in [0, 1]; each of `maps` [N, h, w], of any grid, drawn over the greyed picture and scaled
+    from its own least to its own greatest value; `visible` [N, h, w] is 1 (or True) for patches that are kept,
+    None leaves both rows out. `captions` names the columns, `legend` is written below. Raises ValueError on shapes
+    that do not fit.
+    """
+    rows = attention_rows(images, maps, visible)
+    draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
+
+
+def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
+    """Draw a run's losses over optimiser steps, its learning rate below and, where measured, its top-1
+    accuracy.
+
+    Reads `metrics.jsonl`. Above 200 points a curve is drawn faint with its running mean on top; steps at
+    which a loss was not finite are marked by red lines. Raises UserError when the run logged no loss.
+    """
+    lines = read_metrics(run_dir)
+    names = dict.fromkeys(name for line in lines for name in line)
+    losses = [name for name in names if name in ("loss",) or name.startswith("loss/") or name.endswith("/loss")]
+    if not losses:
+        raise UserError(f"{Path(run_dir) / METRICS_FILE}: no loss was logged; there is nothing to draw")
+    panels = [("Loss", losses, 3.0)]
+    if "lr" in names:
+        panels.append(("Learning rate", ["lr"], 1.0))
+    if accuracies := [name for name in names if name.rpartition("/")[2] == "top1"]:
+        panels.append(("Top-1 accuracy (%)", accuracies, 1.4))
+    heights = [height for _, _, height in panels]
+    figure = style.new_figure(8, 0.8 + sum(heights))
+    figure.suptitle("/".join(Path(run_dir).resolve().parts[-2:]), fontsize=12, fontweight="bold", color=style.INK)
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, (label, series, _) in zip(axes, panels, strict=True):
+        _draw_series(panel, lines, series)
+        panel.set_ylabel(label, fontsize=10)
+    strange = [line["step"] for line in lines if any(name in line.get("nonfinite", {}) for name in losses)]
+    for index, step in enumerate(strange):
+        once = {"label": "not finite"} if index == 0 else {}
+        axes[0].axvline(step, color=style.ALARM, linewidth=0.8, alpha=0.6, **once)
+    for panel, (_, series, _) in zip(axes, panels, strict=True):
+        style.tidy(panel)
+        panel.margins(x=0.01)
+        if series != ["lr"]:
+            panel.legend(fontsize=8, frameon=False)
+    figure.align_ylabels()
+    axes[-1].set_xlabel("Optimiser step", fontsize=10)
+    style.save(figure, Path(out_png))
+
+
+def _draw_series(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    for index, name in enumerate(names):
+        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        steps, values = np.array([p[0] for p in points]), np.array([p[1] for p in points], np.float64)
+        colour = style.INK if name == "loss" else style.PALETTE[index % len(style.PALETTE)]
+        # A few points (an accuracy an epoch) are marked one by one; many make a line.
+        marker = "o" if len(points) <= 30 else ""
+        smooth = len(points) > _SMOOTH_FROM and name != "lr"
+        axes.plot(
+            steps,
+            values,
+            color=colour,
+            alpha=0.25 if smooth else 1,
+            linewidth=1.3,
+            marker=marker,
+            markersize=4,
+            label=None if smooth else name,
+        )
+        if smooth:
+            width = math.ceil(len(points) / 50)
+            mean = np.convolve(values, np.ones(width) / width, mode="valid")
+            axes.plot(steps[width - 1 :], mean, color=colour, linewidth=1.6, label=name)
+
+
+def _array(values: Pictures) -> np.ndarray:
+    """Return a float32 array of a NumPy array, or of a tensor on any device, of any precision."""
+    if not isinstance(values, np.ndarray):
+        values = values.detach().float().cpu().numpy()
+    return np.asarray(values, dtype=np.float32)
+
+
+def _images(values: Pictures, name: str) -> np.ndarray:
+    array = _array(values)
+    if array.ndim != 4 or array.shape[1] != 3 or array.shape[0] == 0:
+        raise ValueError(f"{name}: expected [N, 3, H, W] with N > 0, got {array.shape}")
+    return np.clip(np.nan_to_num(array), 0, 1)
+
+
+def _maps(values: Pictures, count: int, name: str) -> np.ndarray:
+    array = _array(values)
+    if array.ndim != 3 or array.shape[0] != count:
+        raise ValueError(f"{name}: expected [{count}, h, w], got {array.shape}")
+    return array
+
+
+def _scaled(maps: np.ndarray) -> np.ndarray:
+    """Stretch each map [N, h, w] to [0, 1]; a constant one becomes 0."""
+    low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
+    return (maps - low) / np.where(high > low, high - low, 1)
+
+
+def _hide(pictures: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    height, width = pictures.shape[-2:]
+    rows = np.arange(height) * kept.shape[1] // height
+    columns = np.arange(width) * kept.shape[2] // width
+    return np.where(kept[:, None][:, :, rows][:, :, :, columns], pictures, np.float32(HIDDEN))

@@ -1,0 +1,120 @@
+"""Objectives: what is predicted, from where, over which tokens, and how the difference is measured.
+
+MAE, MCMAE, MR-MAE and the paper's ablations are mappings of these, not branches in the code.
+
+Shape legend: B pictures, L tokens of the grid, K visible tokens, D width of a target, p pixels of a token's side.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.schema import Section
+
+PIXELS = "pixels"
+
+
+class Objective(Section):
+    """One loss of pre-training.
+
+    Attributes:
+        target: ``pixels`` (of the student's normalised input) or the name of one of the stage's teachers.
+        tap: where the prediction is read: the fused ``encoder`` latent, or the ``decoder``'s output.
+        tokens: over which tokens the loss is taken. The encoder only has visible ones.
+        loss: per-token distance: ``l2`` mean squared error over channels, ``l2_sum`` its sum over channels
+            (Eq. 2 of the paper to the letter), ``smooth_l1``, or ``cosine`` (1 - cosine similarity).
+        normalize: of the target, per token: ``standardize`` by mean and unbiased variance + 1e-6 (MAE's
+            norm_pix), ``layer_norm`` without affine, ``l2`` to unit length, or ``none``.
+        weight: factor in the total.
+    """
+
+    target: str
+    tap: Literal["encoder", "decoder"]
+    tokens: Literal["visible", "masked", "all"]
+    loss: Literal["l2", "l2_sum", "smooth_l1", "cosine"] = "l2"
+    normalize: Literal["standardize", "layer_norm", "l2", "none"]
+    weight: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _encoder_sees_visible_tokens_only(self) -> Objective:
+        if self.tap == "encoder" and self.tokens != "visible":
+            raise ValueError(f"tap: encoder has visible tokens only, so tokens: {self.tokens} cannot be supervised")
+        return self
+
+
+def patchify(images: Tensor, patch: int) -> Tensor:
+    """Pixels of each token: [B, 3, H, W] to [B, L, p*p*3], ordered row, column, channel (channel fastest)."""
+    batch, channels, height, width = images.shape
+    x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
+    return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
+
+
+def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """The inverse of :func:`patchify`: [B, L, p*p*3] to [B, 3, rows*p, columns*p]."""
+    rows, columns = grid
+    x = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], 3, rows * patch, columns * patch)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """[...] of half precision to float32; float32 and float64 as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def normalize_target(target: Tensor, how: str) -> Tensor:
+    """Normalise each token's target [..., D] in float32 (float64 stays); see :class:`Objective`."""
+    target = at_least_float32(target)
+    if how == "standardize":
+        return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    if how == "layer_norm":
+        return F.layer_norm(target, target.shape[-1:])
+    if how == "l2":
+        return F.normalize(target, dim=-1)
+    return target
+
+
+def token_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
+    """Distance of each token in float32 (float64 stays), [..., D] twice to [...]; see :class:`Objective`."""
+    prediction, target = at_least_float32(prediction), at_least_float32(target)
+    if loss == "cosine":
+        return 1 - F.cosine_similarity(prediction, target, dim=-1)
+    if loss == "smooth_l1":
+        return F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+    squared = (prediction - target).square()
+    return squared.sum(-1) if loss == "l2_sum" else squared.mean(-1)
+
+
+def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible: VisibleSet) -> Tensor:
+    """The mean of one objective over its tokens, a scalar: float32, or float64 if its inputs are.
+
+    Args:
+        spec: the objective.
+        prediction: [B, K, D] at the encoder, [B, L, D] at the decoder.
+        target: [B, L, D], not yet normalised.
+        visible: the batch's visible set.
+
+    Raises:
+        ValueError: if prediction and target differ in shape.
+    """
+    target = normalize_target(target, spec.normalize)
+    if spec.tap == "encoder":
+        target = visible.take(target)
+    if prediction.shape != target.shape:
+        raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ")
+    per_token = token_loss(prediction, target, spec.loss)
+    if spec.tap == "encoder" or spec.tokens == "all":
+        return per_token.mean()
+    removed = visible.mask
+    chosen = removed if spec.tokens == "masked" else 1 - removed
+    return (per_token * chosen).sum() / chosen.sum()
+
+
+def total_loss(specs: dict[str, Objective], losses: dict[str, Tensor]) -> Tensor:
+    """The weighted sum, a scalar."""
+    return torch.stack([spec.weight * losses[name] for name, spec in specs.items()]).sum()

@@ -1,0 +1,1 @@
+"""FLOP counts and peak throughput of devices."""

@@ -1,0 +1,99 @@
+"""What :mod:`mrmae_ds.profiling.flops` counted, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from mrmae_ds.config.engine import default_recipe, load_engine_config
+from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.errors import UserError
+from mrmae_ds.profiling.flops import Flops, StageCost, recipe_cost
+from mrmae_ds.tables.paper import IMAGENET_TRAIN_SAMPLES
+
+GIGA, TERA, EXA = 1e9, 1e12, 1e18
+SECONDS_PER_HOUR = 3600
+_COLUMNS = ("forward", "backward", "recomputed", "together")
+_NAME_WIDTH, _NUMBER_WIDTH = 28, 12
+
+
+def describe_cost(
+    ds_config: Path,
+    recipe: Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    pictures: int = IMAGENET_TRAIN_SAMPLES,
+    tflops: float | None = None,
+    gpus: int | None = None,
+) -> str:
+    """What ``mrmae cost`` prints.
+
+    Args:
+        ds_config: engine config, whose activation checkpointing counts.
+        recipe: default: the one of the same name beside ``ds_config``.
+        overrides: ``key.path=value`` for the recipe.
+        pictures: of the training set.
+        tflops: what a GPU sustains, in TFLOP/s; None tells no hours.
+        gpus: how many share the work, taken to lose nothing by it.
+
+    Raises:
+        UserError: for a wrong number, or as :func:`~mrmae_ds.profiling.flops.recipe_cost`.
+    """
+    _check_numbers(pictures, tflops, gpus)
+    path = recipe or default_recipe(ds_config)
+    checkpointing = load_engine_config(ds_config).checkpointing
+    costs = recipe_cost(load_recipe(path, list(overrides)), checkpointing)
+    lines = [
+        f"{path} with {ds_config}, {pictures:,} pictures an epoch; evaluation is not counted",
+        cost_table(costs),
+        cost_line(costs, pictures, tflops),
+    ]
+    if tflops and gpus:
+        lines.append(f"{_three_digits(gpu_hours(costs, pictures, tflops) / gpus)} hours on {gpus} GPUs")
+    return "\n".join(lines)
+
+
+def cost_table(costs: list[StageCost]) -> str:
+    """A line a part, in GFLOP for one picture."""
+    lines = ["GFLOP a picture".ljust(_NAME_WIDTH) + "".join(f"{column:>{_NUMBER_WIDTH}}" for column in _COLUMNS)]
+    for cost in costs:
+        lines += [_line(f"{cost.stage}: {name}", part) for name, part in cost.parts.items()]
+        if len(cost.parts) > 1:
+            width = _NUMBER_WIDTH * len(_COLUMNS)
+            lines.append(f"{cost.stage}, together".ljust(_NAME_WIDTH) + f"{cost.per_picture / GIGA:>{width}.2f}")
+    return "\n".join(lines)
+
+
+def cost_line(costs: list[StageCost], pictures: int, tflops: float | None) -> str:
+    """The whole recipe in a line, as the recipes' headers give it; arguments as in :func:`describe_cost`."""
+    exa = " + ".join(_three_digits(cost.total(pictures) / EXA) for cost in costs)
+    stages = " + ".join(cost.stage for cost in costs)
+    line = f"{exa} exaFLOP ({stages})"
+    if tflops is None:
+        return line
+    return f"{line}, {_three_digits(gpu_hours(costs, pictures, tflops))} GPU-hours at an assumed {tflops:g} TFLOP/s"
+
+
+def gpu_hours(costs: list[StageCost], pictures: int, tflops: float) -> float:
+    """Hours of one GPU that sustains ``tflops`` TFLOP/s."""
+    return sum(cost.total(pictures) for cost in costs) / (tflops * TERA) / SECONDS_PER_HOUR
+
+
+def _line(name: str, part: Flops) -> str:
+    numbers = (part.forward, part.backward, part.recomputed, part.total)
+    return name.ljust(_NAME_WIDTH) + "".join(f"{number / GIGA:>{_NUMBER_WIDTH}.2f}" for number in numbers)
+
+
+def _three_digits(number: float) -> str:
+    """Three significant ones, without an exponent; ``number`` is above 0."""
+    decimals = 2 - math.floor(math.log10(number))
+    return f"{round(number, decimals):,.{max(decimals, 0)}f}"
+
+
+def _check_numbers(pictures: int, tflops: float | None, gpus: int | None) -> None:
+    for option, number in {"--pictures": pictures, "--tflops": tflops, "--gpus": gpus}.items():
+        if number is not None and not (0 < number < math.inf):
+            raise UserError(f"{option} must be above 0, got {number:g}")
+    if gpus is not None and tflops is None:
+        raise UserError("--gpus: hours need --tflops, what one GPU sustains in TFLOP/s")

@@ -1,0 +1,90 @@
+"""Teachers without their weights: the shapes and the arithmetic alone, for counting and for checking recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mrmae_ds.config.recipe import DataConfig, TeacherConfig
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.teachers import Teacher, check_grid
+from mrmae_ds.teachers.base import LibraryTeacher, TokenReader, importance_words
+from mrmae_ds.teachers.options import TeacherOptions
+from mrmae_ds.teachers.sources.checkpoint import encoder_attention
+from mrmae_ds.teachers.sources.clip import TowerReader
+from mrmae_ds.teachers.sources.clip_loading import NO_TEXT
+from mrmae_ds.teachers.sources.timm import create_network
+from mrmae_ds.teachers.sources.timm_readers import timm_reader
+from mrmae_ds.weights.load import build_encoder, find_weights, read_metadata, spec_from_metadata
+
+# Pictures on the meta device have no values to normalise.
+NO_STATISTICS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def outline_teacher(
+    name: str, config: TeacherConfig, data: DataConfig, student_size: int, student_grid: tuple[int, int]
+) -> Teacher:
+    """:func:`~mrmae_ds.teachers.build_teacher` without weights, on the meta device; nothing is downloaded.
+
+    Raises:
+        UserError: naming the key: a name that the library does not have, a run that is not there, or a grid that
+            differs from the student's.
+    """
+    options = TeacherOptions.of(name, config, data, student_size, student_grid)
+    parts: dict[str, Callable[[TeacherOptions], tuple[nn.Module, TokenReader]]] = {
+        "checkpoint": _own,
+        "clip": _clip,
+        "timm": _timm,
+    }
+    with torch.device("meta"):
+        network, reader = parts[config.kind](options)
+        teacher = LibraryTeacher(network, reader, options, NO_STATISTICS, "", {})
+    check_grid(teacher, options, student_size)
+    return teacher
+
+
+def _clip(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
+    config = open_clip.get_model_config(options.source)
+    if config is None:
+        raise UserError(f"{options.key}.source: open_clip has no model {options.source!r}; see open_clip.list_models()")
+    vision = {**config["vision_cfg"], "image_size": options.image_size, "timm_model_pretrained": False}
+    visual = open_clip.CLIP(config["embed_dim"], vision, NO_TEXT).visual
+    if isinstance(visual, TimmModel):
+        visual.set_input_size(options.image_size)
+        return visual.trunk, timm_reader(visual.trunk, options)
+    if not isinstance(visual, VisionTransformer):
+        raise UserError(f"{options.key}.source: the image tower of {options.source} is no ViT; choose a ViT-* model")
+    return visual, TowerReader(visual, options)
+
+
+def _timm(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
+    try:
+        network = create_network(options.source, options.image_size, pretrained=False)
+    except Exception as error:  # timm raises its own kinds
+        raise UserError(
+            f"{options.key}.source: timm model {options.source!r} could not be built ({type(error).__name__}: "
+            f"{' '.join(str(error).split())})"
+        ) from None
+    return network, timm_reader(network, options)
+
+
+class _OwnReader:
+    def __init__(self, encoder: Encoder) -> None:
+        self.grid, self.width = encoder.grid, encoder.embed_dim
+        self.importance = importance_words(encoder.num_prefix_tokens > 0)
+
+    def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        return encoder_attention(network, images)
+
+
+def _own(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
+    metadata = read_metadata(find_weights(Path(options.source), f"{options.key}.source"))
+    encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
+    return encoder, _OwnReader(encoder)

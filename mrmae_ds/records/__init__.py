@@ -1,0 +1,1 @@
+"""Run records, metrics and environment of a training run."""

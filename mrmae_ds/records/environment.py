@@ -1,0 +1,78 @@
+"""What a record says of the place a run ran in: versions, hardware, the code's commit. No host or user
+names."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mrmae_ds.records.record import GitState, Hardware
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("mrmae_ds", "torch", "torchvision", "deepspeed", "timm", "open_clip_torch", "ffcv", "numpy")
+
+
+def collect_versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that decide a run's numbers; missing ones are left
+    out."""
+    import torch  # Here and not above: reading records and making tables must not wait for it.
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    # Only torch itself tells which build it is ("2.10.0+cpu").
+    versions["torch"] = str(torch.__version__)
+    if torch.version.cuda:
+        versions["cuda"] = torch.version.cuda
+    return versions
+
+
+def collect_hardware(world_size: int, device: str | torch.device) -> Hardware:
+    """Return the name and count of this node's devices of `device`'s type, and the job's `world_size`."""
+    import torch
+
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return Hardware(device=cpu_name(), count=os.cpu_count() or 1, world_size=world_size)
+    module = torch.get_device_module(kind)
+    return Hardware(device=module.get_device_name(device), count=module.device_count(), world_size=world_size)
+
+
+def cpu_name() -> str:
+    """Return the processor's model name as Linux tells it, or the architecture where it does not."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name" and value.strip():
+                return value.strip()
+    except OSError:
+        pass
+    return platform.machine() or "CPU"
+
+
+def git_state(root: str | Path) -> GitState | None:
+    """Return commit and dirtiness of the repository around `root`; None outside one, before its first commit,
+    or without git."""
+    commit = _git(root, "rev-parse", "HEAD")
+    changes = _git(root, "status", "--porcelain")
+    if not commit or changes is None:
+        return None
+    return GitState(commit=commit, dirty=bool(changes))
+
+
+def _git(root: str | Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(root), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

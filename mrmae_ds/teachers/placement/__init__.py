@@ -1,0 +1,1 @@
+"""Placement of frozen teachers: resident, offloaded per step, streamed block-wise, sharded."""

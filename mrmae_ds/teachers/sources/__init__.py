@@ -1,0 +1,1 @@
+"""Teacher sources: open_clip, timm and checkpoints of this project."""

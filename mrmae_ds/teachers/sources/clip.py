@@ -1,0 +1,122 @@
+"""CLIP's image tower as a teacher, by open_clip."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256
+from mrmae_ds.teachers.base import (
+    LastBlockInput,
+    LibraryTeacher,
+    check_tiles,
+    class_attention,
+    importance_words,
+    tensors_sha256,
+)
+from mrmae_ds.teachers.options import TeacherOptions
+from mrmae_ds.teachers.sources.clip_loading import ClipTower, load_clip_tower
+from mrmae_ds.teachers.sources.timm_readers import TimmReader, timm_reader
+
+
+class ClipTeacher(LibraryTeacher):
+    """Patch tokens of the tower's last block, and its attention.
+
+    The source is open_clip's model name, with or without ``-quickgelu``: the weights decide which GELU is computed. The
+    weights are a pretrained tag (``openai``) or a local file, OpenAI's archives included; a source that names files
+    itself (``hf-hub:``, ``local-dir:``) takes none. Features are ``raw``, ``ln_post``, or ``proj`` (ln_post, then the
+    projection to the joint space). open_clip resizes the position embedding for another input than the tower's own.
+
+    Raises:
+        UserError: for an unknown name, unreadable weights, a GELU that cannot be told, or features that the tower does
+            not have.
+    """
+
+    def __init__(self, options: TeacherOptions) -> None:
+        tower = load_clip_tower(options)
+        weights = Path(options.weights) if options.weights else None
+        sha256 = file_sha256(weights) if weights and weights.is_file() else tensors_sha256(tower.visual)
+        reader = tower_reader(tower.visual, options)
+        network = tower.visual.trunk if isinstance(tower.visual, TimmModel) else tower.visual
+        super().__init__(network, reader, options, tower.statistics, sha256, _facts(tower, options))
+
+
+class TowerReader:
+    """Tokens and attention of open_clip's own vision transformer.
+
+    Raises:
+        UserError: for features that it does not have, or attention that open_clip itself cannot run.
+    """
+
+    def __init__(self, visual: VisionTransformer, options: TeacherOptions) -> None:
+        self.features = options.features
+        if visual.attn_pool is not None and self.features != "raw":
+            raise UserError(
+                f"{options.key}.features: {options.source} pools by attention before its final norm, so its tokens "
+                f"have no {self.features}; use raw"
+            )
+        if getattr(visual.transformer.resblocks[-1].attn, "logit_scale", None) is not None:
+            raise UserError(f"{options.key}.source: {options.source} has cosine attention, which is not read")
+        check_tiles(visual.patch_size[0], options.image_size, options.key)
+        # Where the class token is not what the tower gives, nothing trained its attention.
+        self.has_class = visual.pool_type == "tok" and visual.attn_pool is None
+        self.importance = importance_words(self.has_class)
+        self.grid: tuple[int, int] = visual.grid_size
+        self.width: int = visual.output_dim if self.features == "proj" else visual.conv1.out_channels
+
+    def __call__(self, visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+        last = len(visual.transformer.resblocks) - 1
+        block = visual.transformer.resblocks[last]
+        with LastBlockInput(block) as seen:
+            tokens = visual.forward_intermediates(
+                images,
+                indices=[last],
+                intermediates_only=True,
+                normalize_intermediates=self.features != "raw",
+                output_fmt="NLC",
+            )["image_intermediates"][-1]
+        if self.features == "proj":
+            tokens = tokens @ visual.proj
+        attn = block.attn
+        importance = class_attention(
+            block.ln_1(seen.x),
+            attn.in_proj_weight,
+            attn.in_proj_bias,
+            attn.num_heads,
+            prefix=1,
+            from_class=self.has_class,
+            q_norm=getattr(attn, "ln_q", None),
+            k_norm=getattr(attn, "ln_k", None),
+        )
+        return tokens, importance
+
+
+def tower_reader(visual: nn.Module, options: TeacherOptions) -> TowerReader | TimmReader:
+    """The reader of an image tower; a :class:`TimmModel`'s reads its ``trunk``.
+
+    Raises:
+        UserError: naming the recipe key: a tower or features that cannot be read.
+    """
+    if isinstance(visual, TimmModel):
+        if options.features == "proj":
+            raise UserError(
+                f"{options.key}.features: {options.source} projects its pooled output only; use raw or ln_post"
+            )
+        return timm_reader(visual.trunk, options)
+    if not isinstance(visual, VisionTransformer):
+        raise UserError(f"{options.key}.source: the image tower of {options.source} is no ViT; choose a ViT-* model")
+    if options.stage is not None:
+        raise UserError(f"{options.key}.stage: {options.source} is a ViT, whose last block is taken; remove the key")
+    return TowerReader(visual, options)
+
+
+def _facts(tower: ClipTower, options: TeacherOptions) -> dict[str, str]:
+    facts = {"GELU": tower.gelu_words}
+    if options.statistics is None:
+        facts["statistics"] = tower.statistics_words
+    return facts

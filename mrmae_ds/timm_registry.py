@@ -1,0 +1,138 @@
+"""The CViTs as timm models: ``import mrmae_ds``, then ``timm.create_model("cvit_huge", img_size=392, num_classes=10)``.
+
+Imported by mrmae_ds/timm_hook.py when timm is. The models themselves are imported when one is built: this module may
+run while they are being imported, because they import timm.
+
+Tracing and ``torch.export`` work on these models; TorchScript's compiler and symbolic tracing (``torch.fx``) do not, as
+patches are cut out of any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from mrmae_ds.models.sizes import CViTSpec, encoder_spec
+from mrmae_ds.weights.formats import TensorFile, unwrap
+from mrmae_ds.weights.identify import identify
+from mrmae_ds.weights.matching import fit_positions
+
+FIELDS = [field.name for field in fields(CViTSpec)]
+PREFIX = "encoder."
+
+
+def _default_cfg(pixels: int = 224) -> dict[str, Any]:
+    """No weights: there is no public file of these models to name."""
+    return {
+        "num_classes": 1000,
+        "input_size": (3, pixels, pixels),
+        "fixed_input_size": True,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "patch_embed1.proj",
+        "classifier": "head",
+    }
+
+
+# register_model looks them up under this name.
+default_cfgs = generate_default_cfgs(
+    {
+        "cvit_tiny": _default_cfg(32),
+        "cvit_small": _default_cfg(),
+        "cvit_base": _default_cfg(),
+        "cvit_large": _default_cfg(),
+        "cvit_huge": _default_cfg(),
+    }
+)
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """A file's tensors as ``model`` names and sizes them; for ``pretrained_cfg_overlay={"file": ...}``.
+
+    Of a pre-training's file, this project's or MCMAE's as released, the encoder is taken, without a class token. The
+    position embedding [1, rows, C] is resized if its grid is not the model's.
+
+    Raises:
+        UserError: if its rows are no square grid and not as many as the model's.
+    """
+    tensors = unwrap(state_dict)
+    found = identify(TensorFile(Path("the file"), "pickle", tensors))
+    if found.family != "cvit":
+        return state_dict
+    ours = {full.removeprefix(PREFIX): name for name, full in found.names.items() if full.startswith(PREFIX)}
+    encoder = {name: tensors[original] for name, original in ours.items() if name != "cls_token"}
+    if "pos_embed" in encoder:
+        encoder["pos_embed"] = fit_positions(encoder["pos_embed"], found, model, "the file")
+    return encoder
+
+
+def _build(
+    spec: CViTSpec, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
+) -> nn.Module:
+    """A model with fine-tuning's initialisation if it has a head; ``device`` and ``dtype`` as timm's models take."""
+    from mrmae_ds.models.cvit import CViT
+    from mrmae_ds.weights.load import init_classifier
+
+    model = CViT(spec, **settings)
+    if model.num_classes:
+        init_classifier(model)
+    return model.to(device=device, dtype=dtype)
+
+
+def _create(arch: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
+    overrides = {name: settings.pop(name) for name in FIELDS if name in settings}
+    return build_model_with_cfg(
+        _build,
+        arch,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2), "feature_cls": "getter"},
+        spec=encoder_spec(arch, overrides, key=arch),
+        **settings,
+    )
+
+
+@register_model
+def cvit_tiny(pretrained: bool = False, **settings: Any) -> nn.Module:
+    """CViT-Tiny, stride 4, for pictures of 32 pixels; see :func:`cvit_base`."""
+    return _create("cvit_tiny", pretrained, settings)
+
+
+@register_model
+def cvit_small(pretrained: bool = False, **settings: Any) -> nn.Module:
+    """CViT-Small, stride 16; see :func:`cvit_base`."""
+    return _create("cvit_small", pretrained, settings)
+
+
+@register_model
+def cvit_base(pretrained: bool = False, **settings: Any) -> nn.Module:
+    """CViT-Base, stride 16.
+
+    Args:
+        pretrained: load the weights that ``pretrained_cfg_overlay={"file": ...}`` names.
+        settings: fields of :class:`mrmae_ds.models.sizes.CViTSpec`, arguments of
+            :class:`mrmae_ds.models.cvit.CViT`, and what timm's ``create_model`` takes.
+
+    Raises:
+        UserError: for a field's wrong value, an ``img_size`` that the patches do not tile, an unknown ``global_pool``.
+    """
+    return _create("cvit_base", pretrained, settings)
+
+
+@register_model
+def cvit_large(pretrained: bool = False, **settings: Any) -> nn.Module:
+    """CViT-Large, stride 16; see :func:`cvit_base`."""
+    return _create("cvit_large", pretrained, settings)
+
+
+@register_model
+def cvit_huge(pretrained: bool = False, **settings: Any) -> nn.Module:
+    """CViT-Huge, stride 14; see :func:`cvit_base`."""
+    return _create("cvit_huge", pretrained, settings)

@@ -1,0 +1,1 @@
+"""Checkpoints: saving, verification, resuming, conversion to other numbers of ranks."""

@@ -1,0 +1,1 @@
+"""The DeepSpeed engine: construction, precision, non-finite steps, communication volume."""

@@ -1,0 +1,147 @@
+"""From a model to a DeepSpeed engine, in one place and one order.
+
+    1. build the model whole, on the CPU, from the same seed on every rank (not under zero.Init: every size fits)
+    2. load weights, freeze, build parameter groups by name
+    3. set activation checkpointing
+    4. compile blocks, if wanted
+    5. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
+    6. watch that every trainable parameter gets a gradient
+
+Steps 1 and 2 are the stage's (training/job.py), the others are :func:`build_engine`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.layers import ConvBlock
+from mrmae_ds.models.pretrain import set_checkpointing
+from mrmae_ds.training.engine.missing_gradients import watch_gradients
+
+MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+
+
+def build_engine(
+    model: nn.Module,
+    groups: list[dict[str, Any]],
+    betas: tuple[float, float],
+    config: EngineConfig,
+    accumulation: int,
+    device: torch.device,
+    make_optimizer: MakeOptimizer | None = None,
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap a model for training.
+
+    Args:
+        model: on the CPU, weights loaded, frozen where wanted.
+        groups: every trainable parameter once, each group with ``lr_scale``.
+        betas: AdamW's.
+        config: the engine config.
+        accumulation: micro-batches a step.
+        device: of this process.
+        make_optimizer: of the groups; None is AdamW.
+
+    Raises:
+        ValueError: if the groups are not exactly the trainable parameters.
+        UserError: if the engine config names leaf modules that the model does not have.
+    """
+    trainable = {id(p) for p in model.parameters() if p.requires_grad}
+    grouped = [id(p) for group in groups for p in group["params"]]
+    if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
+        raise ValueError(f"{len(grouped)} parameters in groups, {len(trainable)} trainable ones in the model")
+    check_leaf_modules(model, config)
+    set_checkpointing(model, config.checkpointing)
+    if config.compile_blocks:
+        compile_blocks(model)
+    # The rate is written before every step (set_learning_rate). torch's AdamW needs no compiler, DeepSpeed's does; the
+    # fused one is also the one to have on the CPU, where the states may be offloaded to.
+    fused = device.type == "cuda" or config.offloads_optimizer
+    optimizer = make_optimizer(groups) if make_optimizer else AdamW(groups, lr=0.0, betas=betas, fused=fused)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
+    watch_gradients(engine)
+    return engine
+
+
+def check_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
+    """``leaf_module.classes`` names classes of the model; DeepSpeed passes over a misspelt one.
+
+    ``Block`` and ``ConvBlock`` need not be there: the same engine config runs a plain ViT, which has no ``ConvBlock``.
+
+    Raises:
+        UserError: with the classes that could be meant.
+    """
+    wanted = config.raw.get("zero_optimization", {}).get("leaf_module", {}).get("classes", [])
+    blocks = {kind.__name__ for kind in (Block, ConvBlock)}
+    there = {type(module).__name__ for module in model.modules()} | blocks
+    unknown = [name for name in wanted if name.rpartition(".")[2] not in there]
+    if unknown:
+        raise UserError(
+            f"{config.path}: zero_optimization.leaf_module.classes: the model has no {', '.join(unknown)}; its blocks "
+            f"are {', '.join(sorted(blocks))}"
+        )
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let torch compile every transformer and convolution block, at its first call.
+
+    Blocks and no more: DeepSpeed's hooks on a whole model break the graph at every layer, those of a leaf block
+    lie outside it. Shapes are fixed: encoder and decoder have other numbers of tokens, and a graph that became
+    dynamic between forward and its recomputation would save other tensors. A block that is not one graph is an error.
+    """
+    blocks = [module for module in model.modules() if isinstance(module, Block | ConvBlock)]
+    # Blocks share their code, and each rate of drop path, precision and mode is a graph of its own.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
+    for block in blocks:
+        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+    """Write ``rate`` times each group's ``lr_scale``."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
+
+
+def gather_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
+    """The whole float32 model state on rank 0's CPU, an empty dictionary elsewhere. All ranks must call it.
+
+    One module at a time, so that no GPU ever holds the whole model because of it.
+    """
+    keep = dist.get_rank() == 0
+    state: dict[str, Tensor] = {}
+    masters = _fp32_masters(engine)
+    for prefix, module in engine.module.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+        partitioned = [p for p in own.values() if hasattr(p, "ds_id")]
+        with deepspeed.zero.GatheredParameters(partitioned, enabled=bool(partitioned)):
+            for name, parameter in own.items():
+                full = masters(parameter)
+                if keep:
+                    state[f"{prefix}.{name}" if prefix else name] = full.detach().float().cpu().clone()
+    if keep:
+        state.update({name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()})
+    return state
+
+
+def _fp32_masters(engine: deepspeed.DeepSpeedEngine) -> Any:
+    """How to read a parameter at full precision: its fp32 master where the model itself is bf16."""
+    if engine.bfloat16_enabled() and engine.zero_optimization_stage() > 0:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        def master(parameter: Tensor) -> Tensor:
+            full = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            return parameter if full is None else full
+
+        return master
+    return lambda parameter: parameter

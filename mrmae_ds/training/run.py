@@ -1,0 +1,249 @@
+"""Run a prepared job: start the processes' group, build the engine, train, write what came of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig
+from mrmae_ds.data.loaders.augment import AugmentSettings
+from mrmae_ds.data.loaders.build import Reader, build_reader
+from mrmae_ds.data.loaders.crop import CropSettings
+from mrmae_ds.data.node_cache import located
+from mrmae_ds.distributed.collectives import TrainingError
+from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+from mrmae_ds.distributed.signals import Stopped, StopSignals
+from mrmae_ds.distributed.watchdog import TOGETHER, Monitor
+from mrmae_ds.errors import UserError
+from mrmae_ds.training.checkpoint.async_saver import Saver
+from mrmae_ds.training.checkpoint.manifest import Results
+from mrmae_ds.training.checkpoint.policy import SavePlan
+from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
+from mrmae_ds.training.checkpoint.run_dir import Start, prepare_folder
+from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.engine.build import build_engine, gather_state
+from mrmae_ds.training.evaluation.accuracy import validation_reader
+from mrmae_ds.training.evaluation.knn import KnnCheck
+from mrmae_ds.training.final_figures import draw, finish_drawing
+from mrmae_ds.training.hooks import StageHooks
+from mrmae_ds.training.job import Job
+from mrmae_ds.training.loop import run_step, train
+from mrmae_ds.training.meter import Meter
+from mrmae_ds.training.perf_metrics import GIB, Accountant, peak_memory
+from mrmae_ds.training.run_logger import Recorder, count_parameters, export_metadata
+from mrmae_ds.training.step_sync import Boundary
+from mrmae_ds.training.tasks.base import FinetuneTask
+from mrmae_ds.training.tasks.linear_probe import ProbeTask
+from mrmae_ds.weights.load import MODEL_FILE, save_weights
+
+
+def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
+    """This rank's reader of the training or the validation set."""
+    launch, data, stage = job.plan.launch, job.recipe.data, job.stage
+    if not training:
+        return validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, device)
+    policy = stage.rand_augment if isinstance(stage, FinetuneConfig) else None
+    return build_reader(
+        located(data.train, job.recipe.loader.stage_to),
+        train=True,
+        image_size=job.image_size,
+        micro_batch=job.plan.micro_batch,
+        accumulation=job.plan.accumulation,
+        world_size=launch.world_size,
+        rank=launch.rank,
+        seed=job.recipe.seed,
+        crop=CropSettings(scale=stage.crop_scale, flip=stage.flip),
+        num_workers=job.recipe.loader.workers,
+        device=device,
+        backend=data.backend,
+        augment=AugmentSettings(policy, data.mean) if policy else None,
+    )
+
+
+def run_job(job: Job) -> None:
+    """Train the stage to its end. Returns on every rank; leaves the process group.
+
+    Writes into ``job.stage_dir``: recipe.yaml, engine.json, record.json, metrics.jsonl, tensorboard/, checkpoints/,
+    captures/ of skipped steps, model.safetensors, loss_curves.png and, after pre-training, pictures/.
+
+    Raises:
+        Stopped: on every rank, after a signal and a checkpoint.
+        AgreedError, TrainingError: on every rank.
+    """
+    launch = job.plan.launch
+    device = choose_device(launch)
+    start_process_group(device)
+    try:
+        with Monitor(launch, 60 * job.recipe.record.hang_minutes) as monitor, StopSignals() as signals:
+            start = agree_on_start(job.start, job.stage_dir)
+            if start.action != "done":
+                _train(job, start, device, monitor, signals)
+            elif launch.rank == 0:
+                print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere", flush=True)
+                finish_drawing(job.stage_dir, _has_pictures(job), monitor)
+    except TOGETHER:
+        end_process_group()
+        raise
+    end_process_group()
+
+
+def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signals: StopSignals) -> None:
+    plan, launch, first = job.plan, job.plan.launch, job.plan.launch.rank == 0
+    parameters = count_parameters(job)
+    engine = _engine(job, device)
+    state, results = TrainState(), {}
+    if start.checkpoint:
+        state, manifest = load_checkpoint(engine, start.checkpoint, launch, plan.micro_batch)
+        results = dict(manifest.results)
+    recorder = None
+    if first:
+        config = json.dumps(job.engine_config.as_used(plan.accumulation), indent=2)
+        prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=start.action == "fresh")
+        recorder = Recorder(job, parameters, device, state.step, results)
+        monitor.on_failure = lambda: recorder.fail(state.step)
+        _announce(job, start, device, state.step, parameters.total)
+    hooks = _hooks(job, engine, device, recorder, monitor, signals, results)
+    try:
+        accountant = Accountant(engine, device)
+        reader = open_reader(job, device, training=True)
+        log_every = job.recipe.record.log_every
+        train(engine, job.task, reader, plan, state, log_every, hooks, hooks.boundary, accountant)
+        accountant.close()
+        hooks.saver.finish()
+        _export(job, engine, results)
+        if recorder:
+            recorder.finish(results)
+    except TOGETHER as error:  # of any other failure the monitor tells the other processes first
+        if isinstance(error, TrainingError):
+            hooks.saver.finish()
+        if recorder:
+            recorder.stop(state.step) if isinstance(error, Stopped) else recorder.fail(state.step)
+        raise
+    finally:
+        job.task.release()
+    if first:
+        monitor.beat("drawing")
+        draw(job.stage_dir)
+
+
+def _hooks(
+    job: Job,
+    engine: deepspeed.DeepSpeedEngine,
+    device: torch.device,
+    recorder: Recorder | None,
+    monitor: Monitor,
+    signals: StopSignals,
+    results: Results,
+) -> StageHooks:
+    plan, record = job.plan, job.recipe.record
+    saves = SavePlan(record, plan.steps_per_epoch, plan.total_steps)
+
+    def committed(folder: Path, step: int, saved: Results) -> None:
+        if recorder:
+            recorder.saved(step, saved)
+
+    saver = Saver(
+        engine,
+        job.stage_dir,
+        job.identity,
+        saves.retention(),
+        plan.micro_batch,
+        background=record.save_in_background,
+        committed=committed,
+    )
+    return StageHooks(
+        job=job,
+        engine=engine,
+        val=open_reader(job, device, training=False) if isinstance(job.task, FinetuneTask | ProbeTask) else None,
+        recorder=recorder,
+        saver=saver,
+        saves=saves,
+        boundary=Boundary(signals, record.save_every_minutes, saver.writing),
+        monitor=monitor,
+        results=results,
+        knn=_knn_check(job, engine, device, monitor),
+    )
+
+
+def _knn_check(job: Job, engine: deepspeed.DeepSpeedEngine, device: torch.device, monitor: Monitor) -> KnnCheck | None:
+    wanted = isinstance(job.stage, PretrainConfig) and job.stage.knn is not None
+    return KnnCheck(job, engine, device, lambda: monitor.beat("nearest neighbours")) if wanted else None
+
+
+def _engine(job: Job, device: torch.device) -> deepspeed.DeepSpeedEngine:
+    task, config, accumulation, rates = job.task, job.engine_config, job.plan.accumulation, job.stage.optimizer
+    betas = rates.betas if isinstance(rates, OptimizerConfig) else (0.0, 0.0)
+    make = task.optimizer if isinstance(task, ProbeTask) else None
+    engine = build_engine(task.model, task.groups(), betas, config, accumulation, device, make)
+    task.to(device)
+    return engine
+
+
+def _announce(job: Job, start: Start, device: torch.device, step: int, parameters: int) -> None:
+    plan, launch = job.plan, job.plan.launch
+    print(
+        f"{job.recipe.name} {job.stage_name}: {parameters / 1e6:.2f} M parameters, ZeRO-{job.engine_config.zero_stage} "
+        f"on {launch.world_size} x {device.type}, batch {plan.stage.batch_size} = {plan.micro_batch} x "
+        f"{launch.world_size} x {plan.accumulation}, {plan.epochs} epochs of {plan.steps_per_epoch} steps, "
+        f"into {job.stage_dir}" + (f", going on after step {step}" if step else ""),
+        flush=True,
+    )
+    for damaged in start.damaged:
+        print(f"  passed over: {damaged}", flush=True)
+    if job.report:
+        print(f"  started from {job.report}", flush=True)
+
+
+def _export(job: Job, engine: deepspeed.DeepSpeedEngine, results: dict[str, float | int]) -> None:
+    state = gather_state(engine)
+    if job.plan.launch.rank == 0:
+        if isinstance(job.task, ProbeTask):
+            state = job.task.classifier(state)
+        save_weights(job.stage_dir / MODEL_FILE, state, export_metadata(job, results))
+
+
+def _has_pictures(job: Job) -> bool:
+    return job.stage_name == "pretrain" and job.recipe.record.pictures > 0
+
+
+def dry_run(job: Job) -> None:
+    """Two real steps on real pictures, nothing written: prints each one's time and the peak memory of this node.
+
+    The shapes are the stage's largest: a whole micro-batch, every micro-batch of the step, and one evaluation batch
+    where the stage evaluates.
+    """
+    device = choose_device(job.plan.launch)
+    start_process_group(device)
+    with Monitor(job.plan.launch, 60 * job.recipe.record.hang_minutes):
+        _dry_run(job, device)
+    end_process_group()
+
+
+def _dry_run(job: Job, device: torch.device) -> None:
+    launch, engine = job.plan.launch, _engine(job, device)
+    reader = open_reader(job, device, training=True)
+    if job.plan.total_steps < 2:
+        raise UserError("the stage has a single step; a dry run needs two")
+    engine.train()
+    batches, times = reader.epoch(0), []
+    for step in range(2):
+        meter = Meter()
+        began = time.perf_counter()
+        run_step(engine, job.task, batches, job.plan, step, meter)
+        losses, _, _ = meter.read(launch, job.plan.micro_batch)
+        times.append(time.perf_counter() - began)
+    reader.close()
+    memory = torch.tensor(peak_memory(device), dtype=torch.float64, device=device)
+    dist.all_reduce(memory, dist.ReduceOp.MAX)
+    if launch.rank == 0:
+        kind = "device memory" if device.type != "cpu" else "resident memory"
+        print(
+            f"dry run: {job.recipe.name} {job.stage_name}, loss {losses['loss']:.4f}; first step {times[0]:.2f} s "
+            f"(with warm-up), second {times[1]:.2f} s = {job.stage.batch_size / times[1]:.1f} images/s; peak {kind} of "
+            f"a process {memory.item() / GIB:.2f} GiB"
+        )

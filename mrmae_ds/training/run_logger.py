@@ -1,0 +1,245 @@
+"""Rank 0's side of a stage: progress, metrics, the run record, and what is drawn at the end."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.stages import PretrainConfig, StageName
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.files import file_sha256
+from mrmae_ds.models.pretrain import Encoder, PretrainModel
+from mrmae_ds.profiling.flops import count_forward, recipe_cost
+from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
+from mrmae_ds.records.metrics import MetricsWriter, read_metrics
+from mrmae_ds.records.progress import Progress
+from mrmae_ds.records.record import (
+    RECORD_FILE,
+    DataInfo,
+    Design,
+    Init,
+    ModelInfo,
+    ObjectiveInfo,
+    Operations,
+    Parameters,
+    PretrainSummary,
+    Results,
+    RunRecord,
+    Schedule,
+    Status,
+    TeacherInfo,
+    utc_now,
+)
+from mrmae_ds.training.job import Job
+from mrmae_ds.training.perf_metrics import device_peak, utilisation
+from mrmae_ds.training.tasks.linear_probe import ProbeTask
+from mrmae_ds.weights.load import encoder_metadata
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+class Recorder:
+    """Writes one stage's records.
+
+    Args:
+        job: what runs.
+        parameters: counts of the model, taken before it was partitioned.
+        device: as text, for the record.
+        start: optimiser steps already done; what was logged after the last but one of them is logged again.
+        results: of the run so far.
+    """
+
+    def __init__(
+        self, job: Job, parameters: Parameters, device: Any, start: int, results: dict[str, float | int]
+    ) -> None:
+        self.folder, self.plan = job.stage_dir, job.plan
+        self.began, self.start = time.monotonic(), start
+        previous = RunRecord.load(self.folder) if start and (self.folder / RECORD_FILE).exists() else None
+        self.wall_before = previous.wall_seconds if previous else 0.0
+        self.record = new_record(job, parameters, device)
+        self.peak_tflops = device_peak(device)
+        if previous:
+            self.record.started = previous.started
+        self._update(results)
+        self.metrics = MetricsWriter(self.folder, resume_step=start - 1 if start else None)
+        label = f"{job.recipe.name} {job.stage_name}"
+        self.progress = Progress(label, self.plan.total_steps, start, every_seconds=10.0)
+        self._write("running", start)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """A logged interval that ended after ``step`` steps."""
+        self.metrics.write(step, values | self._utilisation(values["images_per_s"]))
+        self.progress.update(step, values["loss"], values["lr"], values["images_per_s"])
+
+    def saved(self, step: int, results: dict[str, float | int]) -> None:
+        """A checkpoint was written after ``step`` steps, with the results so far."""
+        self._update(results)
+        self._write("running", step)
+
+    def finish(self, results: dict[str, float | int]) -> None:
+        """The stage is done."""
+        speeds = [line["images_per_s"] for line in read_metrics(self.folder) if line.get("images_per_s")]
+        self._update(results | ({"images_per_s": round(statistics.median(speeds), 2)} if speeds else {}))
+        self._close("finished", self.plan.total_steps)
+
+    def stop(self, step: int) -> None:
+        """The stage was asked to stop, after ``step`` steps and a checkpoint."""
+        self._close("stopped", step)
+
+    def fail(self, step: int) -> None:
+        """The stage ended with an error after about ``step`` steps."""
+        self._close("failed", step)
+
+    def _utilisation(self, images_per_s: float) -> dict[str, float]:
+        counted, hardware = self.record.operations, self.record.hardware
+        if counted is None:
+            return {}
+        needed = counted.training - counted.recomputed
+        return utilisation(images_per_s, needed, hardware.world_size, self.peak_tflops)
+
+    def _update(self, results: dict[str, float | int]) -> None:
+        self.record.results = Results(**(self.record.results.model_dump() | results))
+
+    def _close(self, status: Status, step: int) -> None:
+        self.progress.close()
+        self.metrics.close()
+        self.record.ended = utc_now()
+        self._write(status, step)
+
+    def _write(self, status: Status, step: int) -> None:
+        self.record.status = status
+        self.record.schedule.steps_done = step
+        self.record.images_seen = step * self.plan.stage.batch_size
+        self.record.wall_seconds = round(self.wall_before + time.monotonic() - self.began, 1)
+        self.record.write(self.folder)
+
+
+def _encoder(job: Job) -> Encoder:
+    """The encoder that a job's stage trains, or probes."""
+    if isinstance(job.task, ProbeTask):
+        return job.task.encoder
+    model = job.task.model
+    return model.encoder if isinstance(model, PretrainModel) else model
+
+
+def count_parameters(job: Job) -> Parameters:
+    """Parameter counts of a job's model, before it is partitioned; of a probe, those of encoder and head."""
+    model, encoder = job.task.model, _encoder(job)
+    whole = encoder if isinstance(job.task, ProbeTask) else model
+    return Parameters(
+        total=sum(p.numel() for p in whole.parameters()),
+        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        encoder=sum(p.numel() for p in encoder.parameters()),
+    )
+
+
+def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
+    """The record of a stage that is about to run."""
+    recipe, data = job.recipe, job.train_data
+    return RunRecord(
+        **identity(recipe, job.stage_name, job.plan.launch, device),
+        model=ModelInfo(arch=recipe.model.arch, overridden=bool(recipe.model.overrides), image_size=job.image_size),
+        design=describe_design(recipe, job.stage) if isinstance(job.stage, PretrainConfig) else None,
+        parameters=parameters,
+        operations=count_operations(job),
+        data=DataInfo(
+            dataset=data.name,
+            file=data.path.name,
+            sha256=data.sha256,
+            samples=data.num_samples,
+            classes=None if job.stage_name == "pretrain" else data.num_classes,
+        ),
+        teachers={
+            name: TeacherInfo(
+                kind=recipe.teachers[name].kind,
+                source=recipe.teachers[name].source,
+                sha256=teacher.sha256,
+                facts=teacher.facts,
+            )
+            for name, teacher in job.task.teachers.items()
+        },
+        schedule=Schedule(epochs=job.plan.epochs, global_batch=job.plan.stage.batch_size, steps=job.plan.total_steps),
+        init=_describe_init(job.init) if job.init else None,
+    )
+
+
+def describe_design(recipe: Recipe, stage: PretrainConfig) -> Design:
+    """What a pre-training learns from."""
+    fusion = recipe.model.fusion
+    return Design(
+        keep_ratio=stage.masking.keep_ratio,
+        masking=stage.masking.mode,
+        fusion=(*(f"stage {n}" for n in fusion.stages), *(f"block {n}" for n in fusion.blocks)),
+        objectives={
+            name: ObjectiveInfo(target=item.target, tap=item.tap, tokens=item.tokens, weight=item.weight)
+            for name, item in stage.objectives.items()
+        },
+    )
+
+
+def count_operations(job: Job) -> Operations | None:
+    """The stage's operations for one picture; None, with the reason on stderr, where they cannot be counted.
+
+    They are for the tables alone, so a stage trains whatever becomes of its count.
+    """
+    if isinstance(job.task, ProbeTask):  # what is trained is nothing beside the frozen encoder
+        alone = count_forward(job.task.encoder.spec, job.image_size, job.task.num_classes)
+        return Operations(training=alone, forward=alone)
+    name = job.stage_name
+    stages = job.recipe.stages.model_copy(update={"pretrain": None, "finetune": None, name: job.stage})
+    recipe, plan = job.recipe.model_copy(update={"stages": stages}), job.engine_config.checkpointing
+    try:
+        (cost,) = recipe_cost(recipe, plan, job.train_data.num_classes)
+    except Exception as error:
+        print(f"{job.stage_dir}: its operations are not counted: {error}", file=sys.stderr, flush=True)
+        return None
+    forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
+    again = sum(part.recomputed for part in cost.parts.values())
+    return Operations(training=cost.per_picture, recomputed=again, forward=forward)
+
+
+def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> dict[str, Any]:
+    """The fields of any stage's record that tell which recipe ran, with which code, on what."""
+    return {
+        "name": recipe.name,
+        "method": recipe.method,
+        "size": recipe.size,
+        "stage": stage,
+        "seed": recipe.seed,
+        "recipe_hash": recipe.hash(stage),
+        "git": git_state(REPOSITORY),
+        "slurm_job": os.environ.get("SLURM_JOB_ID"),
+        "versions": collect_versions(),
+        "hardware": collect_hardware(launch.world_size, device),
+    }
+
+
+def _describe_init(path: Path) -> Init:
+    beside = RunRecord.load(path.parent) if (path.parent / RECORD_FILE).exists() else None
+    summary = None
+    if beside is not None:  # fine-tuned weights: what counts is how they were pre-trained
+        summary = PretrainSummary.of(beside) if beside.stage == "pretrain" else beside.init and beside.init.pretrain
+    return Init(file=path.name, sha256=file_sha256(path), pretrain=summary)
+
+
+def export_metadata(job: Job, results: dict[str, float | int]) -> dict[str, Any]:
+    """What the weights file of a finished stage says about itself."""
+    pretrained = isinstance(job.task.model, PretrainModel)
+    return {
+        "kind": "pretrain" if pretrained else "classifier",
+        **encoder_metadata(_encoder(job)),
+        "num_classes": 0 if pretrained else job.train_data.num_classes,
+        "class_names": [] if pretrained else list(job.train_data.class_names),
+        "mean": job.recipe.data.mean,
+        "std": job.recipe.data.std,
+        "recipe": job.recipe.model_dump(mode="json"),
+        "recipe_hash": job.recipe.hash(job.stage_name),
+        "stage": job.stage_name,
+        "step": job.plan.total_steps,
+        "results": results,
+    }

@@ -1,0 +1,1 @@
+"""Tasks: what each training stage computes on a batch."""

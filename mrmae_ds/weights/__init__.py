@@ -1,0 +1,1 @@
+"""Weights: loading checkpoints of any origin, identification, export."""

@@ -1,0 +1,90 @@
+"""``mrmae data ...`` as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mrmae_ds.cli.main import main
+from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar
+from mrmae_ds.data.convert.folder import open_folder
+from tests.support.sample_data import photograph
+
+pytestmark = pytest.mark.timeout(120, method="thread")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """Two classes of six pictures; one that is not split off for validation is empty."""
+    for place in range(12):
+        path = tmp_path / "birds" / ("finch", "wren")[place % 2] / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph().crop((15 * place, 20 * place, 15 * place + 90, 20 * place + 120)).save(path)
+    Path(open_folder(tmp_path / "birds", 0.34)[0].name(7)).write_bytes(b"")
+    return tmp_path / "birds"
+
+
+def test_write_info_and_verify(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    command = ["data", "write", str(tree), "--out", str(out), "--val-fraction", "0.34", "--workers", "1"]
+    assert main([*command, "--max-side", "64", "--quality", "85", "--name", "Birds", "--max-bad", "10%"]) == 0
+    told = capsys.readouterr()
+    train = out / "train.beton"
+    assert f"{train}: Birds, 7 pictures, 2 classes (finch, wren)" in told.out
+    assert "3 to 4 pictures a class" in told.out and "7 reduced" in told.out
+    assert f"warning: some pictures were left out, see {train}.skipped.csv" in told.err
+    assert (read_sidecar(train)["max_side"], read_sidecar(train)["quality"]) == (64, 85)
+    assert main(["data", "info", str(train)]) == 0
+    assert "left out  1 that cannot be read, listed in train.beton.skipped.csv" in capsys.readouterr().out
+    assert main(["data", "verify", str(train), "--source", str(tree), "--count", "5"]) == 0
+    told = capsys.readouterr()
+    assert f"{train}: 7 pictures decode, checksum as written" in told.out
+    assert f"{train}: 5 pictures are those of {tree}, at " in told.out and "dB or more" in told.out
+
+
+def test_a_strict_write_fails(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["data", "write", str(tree), "--out", str(tmp_path / "out"), "--val-fraction", "0.34", "--max-bad", "0"]
+    assert main(command) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "1 of 8 pictures cannot be read, more than the 0 that --max-bad allows" in errors[0]
+    assert not (tmp_path / "out" / "train.beton").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["write", "{}/nowhere", "--out", "{}/out"], "nowhere: no such folder"),
+        (["write", "{}/birds", "--out", "{}/out", "--background", "whitish"], "background must be a colour"),
+        (["imagenet", "{}/birds", "--out", "{}/out"], "has no train/"),
+        (["verify", "{}/x.beton", "--count", "0"], "--count must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(
+    arguments: list[str], message: str, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["data", *(argument.format(tmp_path) for argument in arguments)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+
+
+@pytest.mark.parametrize("text", ["many", "1.5.2", "x%"])
+def test_a_share_that_is_none_is_a_wrong_command_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["data", "write", "SRC", "--out", "DIR", "--max-bad", text])
+    assert caught.value.code == 2
+    assert "--max-bad" in capsys.readouterr().err
+
+
+def test_writing_needs_neither_torch_nor_ffcv(tree: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from mrmae_ds.cli.main import main; status = main(sys.argv[1:]); "
+        "sys.exit(status or ', '.join(name for name in ('torch', 'ffcv', 'cv2', 'timm') if name in sys.modules) or 0)"
+    )
+    command = ["data", "write", str(tree), "--out", str(tmp_path / "out"), "--val-fraction", "0.34"]
+    command = [sys.executable, "-c", program, *command]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert check_beton(tmp_path / "out" / "val.beton").num_samples == 4

@@ -1,0 +1,466 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae_ds.config.engine import (
+    EngineConfig,
+    accumulation_steps,
+    check_processes,
+    default_recipe,
+    load_engine_config,
+    validate_sections,
+)
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.profiling.flops_report import describe_cost
+from mrmae_ds.training.job import Options, load_configs
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+SMALLEST = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0}
+Load = Callable[..., EngineConfig]
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Load:
+    """The smallest valid engine config with changes; a key given as None is left out."""
+
+    def loaded(**changes: Any) -> EngineConfig:
+        path = tmp_path / "engine.json"
+        path.write_text(json.dumps({k: v for k, v in (SMALLEST | changes).items() if v is not None}))
+        return load_engine_config(path)
+
+    return loaded
+
+
+def _error(load: Load, **changes: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        load(**changes)
+    message = str(caught.value)
+    assert "engine.json: " in message and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.json")), ids=lambda path: path.name)
+def test_every_engine_config_of_the_project_is_good(path: Path) -> None:
+    config = load_engine_config(path)
+    validate_sections(config)
+    assert config.declared_accumulation is None
+    size, _, variant = path.stem.partition("-")
+    assert default_recipe(path) == CONFIGS / f"{size}.yaml"
+    assert config.zero_stage == (1 if variant == "zero1" else 3)
+    assert config.offloads_optimizer == (variant == "offload")
+    assert (config.checkpointing == CheckpointPlan()) == (variant == "zero1")
+
+
+def test_every_size_has_its_variants() -> None:
+    names = {path.stem for path in CONFIGS.glob("*.json")}
+    sizes = {"tiny", "small", "base", "large", "huge", "huge392", "huge448"}
+    small = {"tiny", "small", "base", "large"}
+    assert names == sizes | {f"{size}-offload" for size in sizes} | {f"{size}-zero1" for size in small}
+
+
+@pytest.mark.parametrize("variant", ["tiny", "tiny-zero1", "tiny-offload"])
+def test_a_variant_trains_and_costs_the_recipe_of_its_size(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, counted = CONFIGS / f"{variant}.json", []
+    recipe, config = load_configs(Options(path))
+    assert recipe.name == "tiny" and config.path == path
+    monkeypatch.setattr("mrmae_ds.profiling.flops_report.recipe_cost", lambda recipe, _: counted.append(recipe.name))
+    monkeypatch.setattr("mrmae_ds.profiling.flops_report.cost_table", lambda _: "")
+    monkeypatch.setattr("mrmae_ds.profiling.flops_report.cost_line", lambda *_: "")
+    describe_cost(path, None)
+    assert counted == ["tiny"]
+
+
+def test_a_recipe_of_the_variants_own_name_comes_first(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").touch()
+    assert default_recipe(tmp_path / "mine-offload.json") == tmp_path / "mine.yaml"
+    (tmp_path / "mine-offload.yaml").touch()
+    assert default_recipe(tmp_path / "mine-offload.json") == tmp_path / "mine-offload.yaml"
+    assert default_recipe(tmp_path / "mine.json") == tmp_path / "mine.yaml"
+
+
+def test_without_a_recipe_beside_it_the_error_names_those_that_are_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"my-zero1\.json: no recipe my-zero1\.yaml nor my\.yaml beside it; name one"):
+        default_recipe(tmp_path / "my-zero1.json")
+    (tmp_path / "mine.yaml").touch()
+    (tmp_path / "other.yaml").touch()
+    with pytest.raises(
+        UserError, match=r"no recipe my-zero2\.yaml beside it.*--recipe; there are mine\.yaml, other\.ya"
+    ):
+        default_recipe(tmp_path / "my-zero2.json")
+
+
+def test_the_smallest_one(load: Load) -> None:
+    config = load()
+    assert (config.micro_batch, config.declared_accumulation, config.zero_stage) == (4, None, 0)
+    assert config.model_dtype == torch.float32
+    assert config.checkpointing == CheckpointPlan(0, 0, 0)
+
+
+def test_what_is_read_from_it(load: Load) -> None:
+    config = load(
+        gradient_accumulation_steps=3,
+        zero_optimization={"stage": 2},
+        bf16={"enabled": True},
+        data_types={"grad_accum_dtype": "fp32"},
+        activation_checkpointing={"conv_stages": "all", "transformer": 2, "decoder": "none"},
+        compile={"blocks": True},
+    )
+    assert (config.declared_accumulation, config.zero_stage) == (3, 2)
+    assert config.model_dtype == torch.bfloat16
+    assert config.compile_blocks and not config.offloads_optimizer
+    assert config.checkpointing == CheckpointPlan(conv_stages=1, transformer=2, decoder=0)
+    assert load(bf16={"enabled": False}).model_dtype == torch.float32
+
+
+def test_a_missing_or_broken_file(tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text('{"a": 1')
+    with pytest.raises(UserError, match=r"tin\.json: no such file; did you mean 'tiny\.json'"):
+        load_engine_config(tmp_path / "tin.json")
+    with pytest.raises(UserError, match=r"tiny\.json: .*line 1"):
+        load_engine_config(tmp_path / "tiny.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("gradient_cliping", "gradient_clipping"),
+        ("zero_optimisation", "zero_optimization"),
+        ("train_micro_batch_size", "train_micro_batch_size_per_gpu"),
+        ("bfloat16", "bf16"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(load: Load, key: str, nearest: str) -> None:
+    assert f"{key}: unknown key; did you mean {nearest!r}?" in _error(load, **{key: {}})
+
+
+@pytest.mark.parametrize("key", ["train_batch_size", "optimizer", "scheduler"])
+def test_what_belongs_to_the_recipe(load: Load, key: str) -> None:
+    assert f"{key} does not belong here; it is the recipe's stages.STAGE." in _error(load, **{key: {}})
+
+
+def test_half_precision_is_not_supported(load: Load) -> None:
+    assert "fp16 does not belong here" in _error(load, fp16={"enabled": True})
+
+
+def test_clipping_must_be_stated(load: Load) -> None:
+    assert "gradient_clipping is required" in _error(load, gradient_clipping=None)
+
+
+@pytest.mark.parametrize("value", [None, "auto"])
+def test_the_micro_batch_must_be_stated(load: Load, value: str | None) -> None:
+    assert "train_micro_batch_size_per_gpu is required" in _error(load, train_micro_batch_size_per_gpu=value)
+
+
+@pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
+@pytest.mark.parametrize("value", [0, -1, True, False, 4.0, "4", [4]])
+def test_counts_are_whole_numbers_above_0(load: Load, key: str, value: Any) -> None:
+    assert f"{key} must be a whole number above 0, got {value!r}" in _error(load, **{key: value})
+
+
+def test_an_automatic_accumulation_is_derived(load: Load) -> None:
+    assert load(gradient_accumulation_steps="auto").declared_accumulation is None
+
+
+@pytest.mark.parametrize("value", [{"stage": 4}, {"stage": -1}, {"stage": "3"}, {"stage": None}, {"stage": True}])
+def test_zero_stages_are_0_to_3(load: Load, value: Any) -> None:
+    assert "zero_optimization.stage must be 0, 1, 2 or 3" in _error(load, zero_optimization=value)
+
+
+@pytest.mark.parametrize("part", ["conv_stages", "transformer", "decoder"])
+@pytest.mark.parametrize("value", ["some", -1, True, 1.5, None, [1]])
+def test_activation_checkpointing_is_all_none_or_every_nth(load: Load, part: str, value: Any) -> None:
+    message = _error(load, activation_checkpointing={part: value})
+    assert f'activation_checkpointing.{part} must be "all", "none" or n' in message
+    assert message.endswith(f"got {value!r}")
+
+
+def test_an_unknown_key_of_activation_checkpointing(load: Load) -> None:
+    assert "'transformer'" in _error(load, activation_checkpointing={"transfomer": "all"})
+
+
+@pytest.mark.parametrize(
+    ("section", "nearest"),
+    [
+        ({"bf16": {"enable": True}}, "enabled"),
+        ({"torch_autocast": {"enabled": True, "dtyp": "x"}}, "dtype"),
+        ({"compile": {"block": True}}, "blocks"),
+        ({"data_types": {"grad_accum_type": "fp32"}}, "grad_accum_dtype"),
+    ],
+)
+def test_an_unknown_key_of_another_section(load: Load, section: dict[str, Any], nearest: str) -> None:
+    assert f"did you mean {nearest!r}" in _error(load, **section)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "partition_activations",
+        "cpu_checkpointing",
+        "contiguous_memory_optimization",
+        "number_checkpoints",
+        "synchronize_checkpoint_boundary",
+        "profile",
+    ],
+)
+def test_deepspeeds_checkpointing_keys_would_do_nothing(load: Load, key: str) -> None:
+    message = _error(load, activation_checkpointing={"transformer": "all", key: True})
+    assert f"activation_checkpointing.{key} would have no effect" in message and "conv_stages" in message
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "disable_allgather",
+        "gradient_predivide_factor",
+        "prescale_gradients",
+        "zero_allow_untested_optimizer",
+        "zero_force_ds_cpu_optimizer",
+    ],
+)
+def test_keys_without_a_use_here_say_why(load: Load, key: str) -> None:
+    assert f"{key} leave it out; " in _error(load, **{key: True})
+
+
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+
+
+def test_both_kinds_of_mixed_precision(load: Load) -> None:
+    load(**AUTOCAST)
+    load(**BF16, zero_optimization={"stage": 1})
+    load(**AUTOCAST, bf16={"enabled": False})
+    message = _error(load, **AUTOCAST, **BF16)
+    assert "bf16 and torch_autocast are both enabled" in message and "keep torch_autocast" in message
+    assert "bf16.enabled must be true or false, got 'yes'" in _error(load, bf16={"enabled": "yes"})
+
+
+@pytest.mark.parametrize("dtype", ["float16", None, "bf"])
+def test_autocast_is_to_bfloat16(load: Load, dtype: str | None) -> None:
+    section = {"enabled": True} | ({"dtype": dtype} if dtype else {})
+    assert f'torch_autocast.dtype must be "bfloat16", got {dtype!r}' in _error(load, torch_autocast=section)
+
+
+def test_what_gradients_add_up_in_must_be_stated_with_bf16(load: Load) -> None:
+    message = _error(load, bf16={"enabled": True}, zero_optimization={"stage": 1})
+    assert "data_types.grad_accum_dtype is required with bf16" in message and '{"grad_accum_dtype": "fp32"}' in message
+    load(bf16={"enabled": True}, data_types={"grad_accum_dtype": "bf16"}, zero_optimization={"stage": 1})
+    load(data_types={"grad_accum_dtype": "fp32"})
+    assert "'bf16' needs bf16" in _error(load, data_types={"grad_accum_dtype": "bf16"})
+
+
+def test_bf16_needs_a_stage_with_float32_masters(load: Load) -> None:
+    assert "bf16 needs zero_optimization.stage 1, 2 or 3" in _error(load, **BF16)
+
+
+@pytest.mark.parametrize("key", ["bf16_master_weights_and_grads", "bf16_optimizer_states"])
+def test_masters_are_float32(load: Load, key: str) -> None:
+    bf16 = {"bf16": {"enabled": True, key: True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    assert f"bf16.{key}: unknown key" in _error(load, **bf16, zero_optimization={"stage": 1})
+
+
+def test_with_autocast_the_reduction_has_its_own_type(load: Load) -> None:
+    load(communication_data_type="fp32")
+    assert "communication_data_type would have no effect" in _error(load, **AUTOCAST, communication_data_type="fp32")
+
+
+STAGE_3 = {"stage": 3, "memory_efficient_linear": False}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"offload_param": {"device": "cpu"}},
+        {"zero_hpz_partition_size": 2},
+        {"leaf_module": {"classes": ["Block"]}},
+        {"stage3_max_live_parameters": 1},
+        {"memory_efficient_linear": False},
+    ],
+    ids=lambda section: next(iter(section)),
+)
+def test_what_only_stage_3_has(load: Load, section: dict[str, Any], stage: int) -> None:
+    load(zero_optimization=STAGE_3 | section)
+    message = _error(load, zero_optimization={"stage": stage} | section)
+    assert f"zero_optimization.{next(iter(section))} has an effect at stage 3 only, and the stage is {stage}" in message
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("key", ["allgather_bucket_size", "round_robin_gradients"])
+def test_what_only_stages_1_and_2_have(load: Load, key: str, stage: int) -> None:
+    load(zero_optimization={"stage": 1, key: 1})
+    section = (STAGE_3 if stage else {"stage": 0}) | {key: 1}
+    assert f"zero_optimization.{key} has an effect at stages 1 and 2 only" in _error(load, zero_optimization=section)
+
+
+@pytest.mark.parametrize("section", [{"stage": 3}, {"stage": 3, "memory_efficient_linear": True}])
+def test_no_function_of_torch_is_replaced(load: Load, section: dict[str, Any]) -> None:
+    message = _error(load, zero_optimization=section)
+    assert "memory_efficient_linear must be false: left out, DeepSpeed replaces torch.nn.functional.linear" in message
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients", "zenflow", "cpu_offload"])
+def test_what_changes_results_or_has_another_name_is_refused(load: Load, key: str) -> None:
+    assert f"zero_optimization.{key} " in _error(load, zero_optimization=STAGE_3 | {key: True})
+
+
+def test_compiled_blocks_are_gathered_whole(load: Load) -> None:
+    blocks = {"compile": {"blocks": True}}
+    assert load(**blocks, zero_optimization={"stage": 2}).compile_blocks
+    leaves = {"leaf_module": {"classes": ["Block", "ConvBlock"]}}
+    assert load(**blocks, zero_optimization=STAGE_3 | leaves).compile_blocks
+    for section in (STAGE_3, STAGE_3 | {"leaf_module": {"classes": ["Block"]}}):
+        assert "compile.blocks at stage 3 needs whole blocks" in _error(load, **blocks, zero_optimization=section)
+    assert "compile.blocks must be true or false, got 'all'" in _error(load, compile={"blocks": "all"})
+
+
+def test_offloading(load: Load) -> None:
+    cpu = {"device": "cpu", "pin_memory": True}
+    for stage in (1, 2, 3):
+        section = (STAGE_3 if stage == 3 else {"stage": stage}) | {"offload_optimizer": cpu}
+        config = load(zero_optimization=section)
+        assert config.offloads_optimizer and config.for_deepspeed(1)["zero_force_ds_cpu_optimizer"] is False
+    off = load(zero_optimization=STAGE_3 | {"offload_param": cpu, "offload_optimizer": {"device": "none"}})
+    assert not off.offloads_optimizer and "zero_force_ds_cpu_optimizer" not in off.for_deepspeed(1)
+    message = _error(load, zero_optimization={"stage": 0, "offload_optimizer": cpu})
+    assert "offload_optimizer needs stage 1, 2 or 3" in message
+    message = _error(load, zero_optimization=STAGE_3 | {"offload_optimizer": cpu | {"ratio": 0.5}})
+    assert "offload_optimizer.ratio works with DeepSpeed's own Adam only" in message
+    assert "must be a section" in _error(load, zero_optimization=STAGE_3 | {"offload_param": "cpu"})
+
+
+def test_offloading_to_nvme(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
+    message = _error(load, zero_optimization={"stage": 2, "offload_optimizer": nvme})
+    assert "offload_optimizer.device nvme needs stage 3, and the stage is 2; use cpu" in message
+    message = _error(load, zero_optimization=STAGE_3 | {"offload_param": {"device": "nvme"}})
+    assert "offload_param.nvme_path is required" in message
+    assert "aio has an effect only where something is offloaded to nvme" in _error(load, aio={"thread_count": 2})
+    config = load(zero_optimization=STAGE_3 | {"offload_optimizer": nvme}, aio={"thread_count": 2})
+    builder = "deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible"
+    monkeypatch.setattr(builder, lambda self: False)
+    with pytest.raises(UserError, match=r"offload_optimizer\.device: nvme needs the library libaio.*libaio-dev"):
+        validate_sections(config)
+    monkeypatch.setattr(builder, lambda self: True)
+    validate_sections(config)
+    gone = load(zero_optimization=STAGE_3 | {"offload_param": nvme | {"nvme_path": str(tmp_path / "gone")}})
+    with pytest.raises(UserError, match=r"offload_param\.nvme_path: .*gone is not a folder that can be written to"):
+        validate_sections(gone)
+
+
+@pytest.mark.parametrize(("size", "world", "local", "good"), [(1, 3, 3, 1), (2, 4, 2, 1), (8, 64, 8, 1), (4, 64, 8, 1)])
+def test_hpz_divides_the_processes(load: Load, size: int, world: int, local: int, good: bool) -> None:
+    check_processes(load(zero_optimization=STAGE_3 | {"zero_hpz_partition_size": size}), world, local)
+
+
+@pytest.mark.parametrize(("size", "world", "local"), [(2, 3, 3), (4, 4, 2), (3, 64, 8), (16, 64, 8)])
+def test_hpz_that_does_not_is_an_error(load: Load, size: int, world: int, local: int) -> None:
+    config = load(zero_optimization=STAGE_3 | {"zero_hpz_partition_size": size})
+    with pytest.raises(UserError, match=rf"hpz_partition_size {size} must divide the {world} .* {local} of a node"):
+        check_processes(config, world, local)
+
+
+@pytest.mark.parametrize(
+    "section", [{"bf16": True}, {"activation_checkpointing": "all"}, {"zero_optimization": 3}, {"compile": True}]
+)
+def test_a_section_that_is_a_value(load: Load, section: dict[str, Any]) -> None:
+    _error(load, **section)
+
+
+@pytest.mark.parametrize("value", [-1.0, "one", [1.0], True])
+def test_clipping_is_a_number(load: Load, value: Any) -> None:
+    assert "gradient_clipping" in _error(load, gradient_clipping=value)
+
+
+def test_deepspeeds_own_models_judge_the_zero_section(load: Load) -> None:
+    validate_sections(load(zero_optimization=STAGE_3 | {"stage3_param_persistence_threshold": 0}))
+    with pytest.raises(UserError, match=r"zero_optimization\.overlap_com: .*; did you mean 'overlap_comm'\?"):
+        validate_sections(load(zero_optimization=STAGE_3 | {"overlap_com": True}))
+    with pytest.raises(UserError, match=r"zero_optimization\.offload_optimizer\.device: .*'cpu'"):
+        validate_sections(load(zero_optimization=STAGE_3 | {"offload_optimizer": {"device": "gpu"}}))
+
+
+def test_the_nearest_zero_key_is_one_as_it_is_written(load: Load) -> None:
+    with pytest.raises(UserError, match="'stage3_prefetch_bucket_size'"):
+        validate_sections(load(zero_optimization=STAGE_3 | {"stage3_prefetch_bucket_siz": 1}))
+
+
+def test_deepspeed_gets_its_own_keys_and_the_accumulation(load: Load) -> None:
+    section = {"transformer": "all", "conv_stages": 2, "decoder": "none"}
+    zero = STAGE_3 | {"leaf_module": {"classes": ["Block", "ConvBlock"]}}
+    config = load(activation_checkpointing=section, zero_optimization=zero, compile={"blocks": True})
+    before = json.dumps(config.raw)
+    given = config.for_deepspeed(6)
+    assert given["gradient_accumulation_steps"] == 6
+    assert "activation_checkpointing" not in given and "compile" not in given
+    assert given["zero_optimization"] == zero
+    assert given["train_micro_batch_size_per_gpu"] == 4 and given["gradient_clipping"] == 0.0
+    assert given["steps_per_print"] > 10**9
+    assert json.dumps(config.raw) == before
+    assert load(steps_per_print=10).for_deepspeed(1)["steps_per_print"] == 10
+
+
+def test_what_a_run_keeps_is_an_engine_config_again(load: Load) -> None:
+    offload = {"offload_optimizer": {"device": "cpu"}}
+    config = load(activation_checkpointing={"transformer": 2}, zero_optimization={"stage": 1} | offload)
+    again = load(**config.as_used(6))
+    assert again.declared_accumulation == 6
+    assert (again.checkpointing, again.offloads_optimizer) == (config.checkpointing, True)
+    assert again.for_deepspeed(6) == config.for_deepspeed(6)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "expected"),
+    [(4, 4, 1, 1), (1024, 4, 1, 256), (1024, 64, 16, 1), (1024, 8, 16, 8), (48, 8, 3, 2), (1, 1, 1, 1), (30, 5, 2, 3)],
+)
+def test_the_accumulation_makes_up_the_batch(load: Load, batch: int, micro: int, processes: int, expected: int) -> None:
+    config = load(train_micro_batch_size_per_gpu=micro)
+    assert accumulation_steps(config, batch, processes, "r.yaml") == expected
+    declared = load(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=expected)
+    assert accumulation_steps(declared, batch, processes, "r.yaml") == expected
+
+
+def _suggested(message: str, after: str) -> list[int]:
+    found = re.search(rf"{after} (\d+)(?: or (\d+))?", message.split("the nearest that fit:")[1])
+    return [int(number) for number in found.groups() if number] if found else []
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes"),
+    [(1000, 16, 4), (1024, 48, 8), (100, 7, 2), (6, 16, 2), (50, 16, 2), (97, 4, 1), (64, 16, 3), (5, 8, 4)],
+)
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(
+    load: Load, batch: int, micro: int, processes: int
+) -> None:
+    config = load(train_micro_batch_size_per_gpu=micro)
+    with pytest.raises(UserError) as caught:
+        accumulation_steps(config, batch, processes, "r.yaml")
+    message = str(caught.value)
+    assert f"batch_size {batch}" in message and "in r.yaml" in message and str(micro * processes) in message
+    fitting = [size for size in range(1, 3 * batch + 2 * micro * processes) if size % (micro * processes) == 0]
+    below, above = [s for s in fitting if s < batch], [s for s in fitting if s > batch]
+    assert _suggested(message, "batch_size") == [*below[-1:], above[0]]
+    micros = [m for m in range(1, batch + 1) if batch % (m * processes) == 0]
+    found = _suggested(message, "train_micro_batch_size_per_gpu")
+    assert len(found) == min(2, len(micros)) and set(found) <= set(micros)
+    for other in set(micros) - set(found):
+        assert all(abs(other - micro) >= abs(m - micro) for m in found)
+    for mended in found:
+        assert accumulation_steps(load(train_micro_batch_size_per_gpu=mended), batch, processes, "r.yaml") >= 1
+
+
+def test_an_accumulation_for_another_number_of_processes(load: Load) -> None:
+    config = load(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=2)
+    assert accumulation_steps(config, 128, 8, "r.yaml") == 2
+    with pytest.raises(UserError, match=r"meant for 8 processes, but 4 are running.*it becomes 4"):
+        accumulation_steps(config, 128, 4, "r.yaml")
+    odd = load(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=3)
+    with pytest.raises(UserError, match=r"meant for no whole number of processes, but 4 are running"):
+        accumulation_steps(odd, 128, 4, "r.yaml")

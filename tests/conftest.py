@@ -1,0 +1,54 @@
+"""Fixtures shared by all tests: sample data sets, the authors' reference values, a process group of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from torch import Tensor
+
+from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.writer import write_beton
+from tests.fixtures import load_reference
+from tests.support.sample_data import Photographs, write_sample_beton
+
+
+@pytest.fixture(scope="session")
+def betons(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(train, val): 150 and 37 real 32x32 pictures in ten classes."""
+    return write_sample_beton(tmp_path_factory.mktemp("betons"), train=150, val=37)
+
+
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 photographs of many sizes and shapes, longer side at most 256."""
+    path = tmp_path_factory.mktemp("photographs") / "train.beton"
+    write_beton(
+        Photographs(),
+        path,
+        WriteOptions(max_side=256, quality=95, workers=2),
+        class_names=["wide", "tall"],
+        name="photographs",
+        source="a photograph",
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def mcmae() -> dict[str, Tensor]:
+    return load_reference("mcmae")
+
+
+@pytest.fixture(scope="module")
+def mae() -> dict[str, Tensor]:
+    return load_reference("mae")
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """This process as the only one of a gloo group; its store is in memory, so no port is taken."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()

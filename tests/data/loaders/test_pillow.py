@@ -1,0 +1,147 @@
+"""The Pillow backend: torchvision's pixels, the FFCV backend's samples and boxes."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+
+from mrmae_ds.data.beton.sidecar import sidecar_path
+from mrmae_ds.data.loaders.build import Batch, Reader, build_reader
+from mrmae_ds.data.loaders.crop import CropSettings
+from mrmae_ds.errors import UserError
+from tests.data.loaders.test_crop import expected_box
+from tests.support.jpegs import stored_jpegs
+
+pytestmark = pytest.mark.timeout(120, method="thread")
+CROP = CropSettings(scale=(0.2, 1.0))
+
+
+def _reader(path: Path, train: bool, backend: str = "pillow", **changes: Any) -> Reader:
+    settings: dict[str, Any] = {"image_size": 32, "micro_batch": 4, "accumulation": 1, "num_workers": 1}
+    settings |= {"world_size": 1, "rank": 0, "seed": 5, "crop": CROP if train else None}
+    return build_reader(path, train=train, backend=backend, **settings | changes)
+
+
+def _samples(reader: Reader, epoch: int = 0, start: int = 0) -> list[tuple[int, bytes]]:
+    batches = [
+        (index, image.contiguous().numpy().tobytes())
+        for batch in reader.epoch(epoch, start)
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
+    ]
+    reader.close()
+    return batches
+
+
+def _picture(jpeg: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(jpeg)).convert("RGB")
+
+
+@pytest.mark.parametrize("size", [32, 224])
+def test_training_pixels_are_torchvisions(photographs: Path, size: int) -> None:
+    jpegs, mirrored = stored_jpegs(photographs), 0
+    reader = _reader(photographs, train=True, image_size=size)
+    for batch in reader.epoch(3):
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+            picture = _picture(jpegs[index][0])
+            box = expected_box(picture.height, picture.width, index, seed=5, epoch=3, crop=CROP)
+            top, left, height, width, flip = box
+            bicubic = TF.InterpolationMode.BICUBIC
+            expected = TF.resized_crop(picture, top, left, height, width, [size, size], interpolation=bicubic)
+            expected = TF.horizontal_flip(expected) if flip else expected
+            assert torch.equal(image, TF.pil_to_tensor(expected))
+            mirrored += flip
+    reader.close()
+    assert 0 < mirrored < 16
+
+
+@pytest.mark.parametrize("size", [32, 96, 224, 256])
+def test_evaluation_pixels_are_torchvisions(photographs: Path, size: int) -> None:
+    short = size if size > 224 else math.floor(size / 0.875)
+    transform = v2.Compose([v2.Resize(short, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
+    jpegs = stored_jpegs(photographs)
+    reader = _reader(photographs, train=False, image_size=size)
+    count = 0
+    for batch in reader.epoch(0):
+        for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
+            assert torch.equal(image, TF.pil_to_tensor(transform(_picture(jpegs[index][0])))), index
+            count += 1
+    reader.close()
+    assert count == 16
+
+
+def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
+    """How far the backends are apart in each picture: mean difference, of 255 levels."""
+    first = _reader(path, train, "ffcv", image_size=64)
+    second = _reader(path, train, "pillow", image_size=64, seed=other_seed)
+    others = {int(i): image for batch in second.epoch(2) for i, image in zip(batch.indices, batch.images, strict=True)}
+    second.close()
+    return [
+        float((image.float() - others[int(i)].float()).abs().mean())
+        for batch in first.epoch(2)
+        for i, image in zip(batch.indices, batch.images, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_both_backends_show_the_same_part_of_the_same_picture(photographs: Path, train: bool) -> None:
+    # What remains is how chroma is interpolated: see test_jpeg_kernel.py.
+    assert max(_distances(photographs, train)) < 1.5
+
+
+def test_another_part_would_be_seen(photographs: Path) -> None:
+    assert np.median(_distances(photographs, True, other_seed=6)) > 12
+
+
+def test_pixels_do_not_depend_on_processes_ranks_or_where_an_epoch_starts(betons: tuple[Path, Path]) -> None:
+    whole = _samples(_reader(betons[0], True), 1)
+    assert _samples(_reader(betons[0], True, num_workers=2), 1) == whole
+    assert _samples(_reader(betons[0], True), 1, start=20) == whole[80:]
+    assert _samples(_reader(betons[0], True), 2) != whole
+    ranks = [_samples(_reader(betons[0], True, micro_batch=2, world_size=2, rank=rank), 1) for rank in (0, 1)]
+    assert dict(ranks[0] + ranks[1]) == dict(whole)
+
+
+def test_an_epoch_can_be_left_and_another_begun(betons: tuple[Path, Path]) -> None:
+    whole = _samples(_reader(betons[0], True), 1)
+    reader = _reader(betons[0], True)
+    left = reader.epoch(0)
+    next(left)
+    batch: Batch = next(reader.epoch(1))
+    pixels = [image.contiguous().numpy().tobytes() for image in batch.images]
+    assert list(zip(batch.indices.tolist(), pixels, strict=True)) == whole[:4]
+    with pytest.raises(RuntimeError, match="this epoch has ended"):
+        next(left)
+    reader.close()
+    assert _samples(reader, 1) == whole
+
+
+def test_a_damaged_picture_is_named(betons: tuple[Path, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "train.beton"
+    content = bytearray(betons[0].read_bytes())
+    place = content.index(stored_jpegs(betons[0])[7][0])
+    content[place : place + 400] = bytes(400)
+    copy.write_bytes(content)
+    sidecar_path(copy).write_text(sidecar_path(betons[0]).read_text())
+    with pytest.raises(UserError, match=r"train\.beton: damaged picture in sample 7 "):
+        _samples(_reader(copy, True))
+
+
+def test_needs_no_ffcv(betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    import mrmae_ds.data.loaders._ffcv as module
+
+    def missing() -> None:
+        raise UserError("no ffcv here")
+
+    monkeypatch.setattr(module, "import_ffcv", missing)
+    with pytest.raises(UserError, match="no ffcv here"):
+        _reader(betons[1], False, "ffcv")
+    assert len(_samples(_reader(betons[1], False))) == 40

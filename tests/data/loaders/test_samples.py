@@ -1,0 +1,54 @@
+"""Evaluating a part of a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mrmae_ds.data.loaders.build import Backend, build_reader
+from mrmae_ds.errors import UserError
+from tests.support.sample_data import write_sample_beton
+
+
+@pytest.fixture(scope="module")
+def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sample_beton(tmp_path_factory.mktemp("samples"), train=64, val=50)[1]
+
+
+def _read(beton: Path, samples: int | None, world_size: int = 1, backend: Backend = "pillow") -> list[list[int]]:
+    """The rows that count, by rank."""
+    ranks = []
+    for rank in range(world_size):
+        reader = build_reader(
+            beton, train=False, image_size=16, micro_batch=4, accumulation=1, world_size=world_size, rank=rank, seed=0,
+            crop=None, num_workers=1, backend=backend, samples=samples,
+        )  # fmt: skip
+        assert reader.num_samples == min(samples or 50, 50)
+        batches = list(reader.epoch(0))
+        assert len(batches) == reader.batches_per_epoch
+        ranks.append([int(i) for batch in batches for i in batch.indices[batch.valid]])
+        reader.close()
+    return ranks
+
+
+@pytest.mark.parametrize("backend", ["pillow", "ffcv"])
+def test_a_part_is_evenly_spaced(beton: Path, backend: Backend) -> None:
+    assert _read(beton, 7, backend=backend) == [[0, 7, 14, 21, 28, 35, 42]]
+
+
+@pytest.mark.parametrize("samples", [None, 50, 1000])
+def test_no_more_than_all_are_read(beton: Path, samples: int | None) -> None:
+    assert _read(beton, samples) == [list(range(50))]
+
+
+def test_each_is_read_once_by_any_number_of_processes(beton: Path) -> None:
+    (alone,) = _read(beton, 21)
+    assert len(set(alone)) == 21 and alone[-1] == 50 * 20 // 21
+    for world_size in (2, 3):
+        assert sorted(row for rank in _read(beton, 21, world_size) for row in rank) == alone
+
+
+def test_none_is_an_error(beton: Path) -> None:
+    with pytest.raises(UserError, match="samples must be at least 1, not 0"):
+        _read(beton, 0)

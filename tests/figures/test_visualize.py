@@ -1,0 +1,404 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from mrmae_ds.cli.main import main
+from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.writer import write_beton
+from mrmae_ds.errors import UserError
+from mrmae_ds.figures import plots as figures
+from mrmae_ds.figures.image_grid import GridRow
+from mrmae_ds.figures.visualize import show_run, show_runs
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.weights.load import MODEL_FILE, read_metadata, read_tensors, save_weights
+from tests.support.jpegs import stored_jpegs
+from tests.support.record_runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretraining
+from tests.support.sample_data import Photographs, photograph
+from tests.support.sample_teachers import normalize, timm_attention
+
+SIDE, GRID, COUNT = 16, 4, 16
+ATTENDED = "last block's attention, what each patch gets on average (there is no class token)"
+GUIDE = "Teacher guide\nmae/pretrain"
+FROM_CLASS = "last block's attention, class token to patches"
+
+
+@pytest.fixture(scope="module")
+def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """16 pictures of many sizes and shapes: 0 to 7 from the middle, 8 to 15 from the corner of a photograph."""
+    path = tmp_path_factory.mktemp("show") / "val.beton"
+    options = WriteOptions(quality=95, workers=1)
+    write_beton(Photographs(), path, options, class_names=["wide", "tall"], name="photographs", source="a test")
+    return path
+
+
+class Runs:
+    """A teacher (MAE, which is a run of its own), an MR-MAE that it guides, and that one's classifier."""
+
+    def __init__(self, folder: Path, val: Path) -> None:
+        self.mae, self.mrmae = folder / "mae" / "pretrain", folder / "mrmae" / "pretrain"
+        self.finetuned = folder / "mrmae" / "finetune"
+        self.teacher = save_pretraining(folder / "mae", make_recipe(val, "MAE", VIT, SIDE, None), seed=1)
+        recipe = make_recipe(val, "MR-MAE", CVIT, SIDE, self.mae)
+        self.student = save_pretraining(folder / "mrmae", recipe, seed=2)
+        self.classifier = save_finetuning(folder / "mrmae", recipe, seed=3)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, val: Path) -> Runs:
+    return Runs(tmp_path_factory.mktemp("runs"), val)
+
+
+class Page:
+    """What was drawn into one PNG."""
+
+    def __init__(self, rows: list[GridRow], texts: dict) -> None:
+        self.rows = {row.label: row for row in rows}
+        self.labels = [row.label for row in rows]
+        self.captions, self.title = list(texts["captions"]), texts["title"]
+        self.legend = list(texts["legend"])
+
+
+@pytest.fixture
+def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Page]]:
+    """The figures by file name, not drawn."""
+    drawn: dict[str, Page] = {}
+    monkeypatch.setattr(
+        figures, "draw_grid", lambda rows, path, **texts: drawn.__setitem__(path.name, Page(rows, texts))
+    )
+    yield drawn
+
+
+def evaluated(val: Path, row: int, side: int = SIDE) -> Tensor:
+    """torchvision's evaluation of a stored picture: [3, side, side] in 0 to 1."""
+    with Image.open(io.BytesIO(stored_jpegs(val)[row][0])) as picture:
+        return evaluated_picture(picture, side)
+
+
+def evaluated_picture(picture: Image.Image, side: int = SIDE) -> Tensor:
+    steps = [v2.Resize(int(side / 0.875), v2.InterpolationMode.BICUBIC), v2.CenterCrop(side), v2.PILToTensor()]
+    return v2.Compose(steps)(picture) / 255
+
+
+def scaled_attention(model: nn.Module, images: Tensor) -> np.ndarray:
+    """The last block's attention, from the class token or else the mean over patches, stretched to 0..1."""
+    encoder = model.encoder if isinstance(model, PretrainModel) else model
+    attention = timm_attention(encoder.transformer_blocks[-1], encoder.forward_features, images).mean(1)
+    maps = attention[:, 0, 1:] if encoder.num_prefix_tokens else attention.mean(1)
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    return ((maps - low) / (high - low)).unflatten(1, encoder.grid).numpy()
+
+
+def test_rows_of_a_pretraining(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
+    written = show_runs([runs.mrmae], ["3", "12"], out=tmp_path)
+    assert written == [tmp_path / "attention.png", tmp_path / "reconstructions.png"]
+    page, student = pages["attention.png"], "MR-MAE\nmrmae\n4 epochs, photographs"
+    assert page.labels == ["Picture", GUIDE, student, "Kept (25 %)", "Removed (75 %)"]
+    assert page.title == "Attention of mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
+    assert page.captions == ["3: wide", "12: tall"]
+    assert page.legend == [
+        f"Teacher guide: {FROM_CLASS}.",
+        f"MR-MAE mrmae: {ATTENDED}.",
+        "Patches are kept as those to which teacher guide gives most importance.",
+    ]
+    pictures = torch.stack([evaluated(val, 3), evaluated(val, 12)])
+    np.testing.assert_array_equal(page.rows["Picture"].pictures, pictures.numpy())
+    images = normalize(pictures, MEAN, STD)
+    for label, model in ((GUIDE, runs.teacher), (student, runs.student)):
+        heat = page.rows[label].heat
+        assert heat is not None
+        np.testing.assert_allclose(heat, scaled_attention(model, images), atol=1e-4, err_msg=label)
+    page = pages["reconstructions.png"]
+    assert page.labels == ["Original", "Visible (25 %)", "Reconstructed", "Output alone"]
+    assert page.title == "Reconstructions by mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
+    np.testing.assert_array_equal(page.rows["Original"].pictures, pictures.numpy())
+
+
+def test_kept_and_removed_patches_make_up_the_picture(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+    show_runs([runs.mrmae], ["0", "5", "9"], out=tmp_path)
+    rows = pages["attention.png"].rows
+    picture = rows["Picture"].pictures
+    kept, removed = ((rows[label].pictures == picture).all(1) for label in ("Kept (25 %)", "Removed (75 %)"))
+    assert (kept ^ removed).all()
+    cells = kept.reshape(3, GRID, 4, GRID, 4).transpose(0, 1, 3, 2, 4).reshape(3, GRID * GRID, 16)
+    assert (cells.all(-1) == cells.any(-1)).all() and (cells.all(-1).sum(1) == 4).all()
+    heat = rows[GUIDE].heat
+    assert heat is not None
+    most = np.sort(heat.reshape(3, -1), axis=1)[:, -4:]
+    np.testing.assert_array_equal(np.sort(heat.reshape(3, -1)[cells.all(-1)].reshape(3, 4), axis=1), most)
+    visible = pages["reconstructions.png"].rows["Visible (25 %)"].pictures
+    np.testing.assert_allclose(visible, rows["Kept (25 %)"].pictures, atol=1e-7)
+
+
+@pytest.mark.parametrize("how", ["standardize", "none"])
+def test_reconstructions_are_denormalised(how: str, val: Path, pages: dict[str, Page], tmp_path: Path) -> None:
+    """A head that says 0.5 everywhere: a known colour, or half a deviation above each patch's own mean."""
+    recipe = make_recipe(val, "MAE", VIT, SIDE, None)
+    assert recipe.stages.pretrain is not None
+    object.__setattr__(recipe.stages.pretrain.objectives["pixels"], "normalize", how)
+    save_pretraining(tmp_path / "flat", recipe)
+    path = tmp_path / "flat" / "pretrain" / MODEL_FILE
+    tensors = read_tensors(path)
+    tensors["heads.pixels.weight"].zero_()
+    tensors["heads.pixels.bias"].fill_(0.5)
+    save_weights(path, tensors, read_metadata(path))
+    show_runs([tmp_path / "flat" / "pretrain"], ["6"], out=tmp_path)
+    page = pages["reconstructions.png"]
+    assert any("true patch's" in line for line in page.legend) == (how == "standardize")
+    colours = evaluated(val, 6).double().numpy()
+    hidden = (page.rows["Visible (25 %)"].pictures[0] != colours.astype(np.float32)).any(0)
+    assert hidden.sum() == 12 * 16
+    expected = np.empty_like(colours)
+    mean, std = np.array(MEAN)[:, None, None], np.array(STD)[:, None, None]
+    for top in range(0, SIDE, 4):
+        for left in range(0, SIDE, 4):
+            patch = (colours[:, top : top + 4, left : left + 4] - mean) / std
+            value = patch.mean() + 0.5 * patch.std(ddof=1) if how == "standardize" else 0.5
+            expected[:, top : top + 4, left : left + 4] = np.clip(value * std + mean, 0, 1)
+    np.testing.assert_allclose(page.rows["Output alone"].pictures[0], expected, atol=1e-5)
+    pasted = np.where(hidden, expected, colours)
+    np.testing.assert_allclose(page.rows["Reconstructed"].pictures[0], pasted, atol=1e-5)
+
+
+def test_several_runs_see_the_same_pictures(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
+    larger = make_recipe(val, "MCMAE", CVIT, 2 * SIDE, None)
+    model = save_pretraining(tmp_path / "larger", larger)
+    # Of the three pre-trainings the last has a teacher, and so the mask.
+    sources = [runs.mae, tmp_path / "larger" / "pretrain", runs.mrmae, runs.finetuned]
+    show_runs(sources, ["2"], out=tmp_path / "out")
+    page = pages["attention.png"]
+    names = ["MAE\nmae\n4", "MCMAE\nlarger\n4", "MR-MAE\nmrmae\n4", "MR-MAE\nmrmae\nfine-tuned 2"]
+    labels = [f"{name} epochs, photographs" for name in names]
+    assert page.labels == ["Picture", GUIDE, *labels, "Kept (25 %)", "Removed (75 %)"]
+    assert page.title == "Attention of 4 runs on the same pictures"
+    assert page.legend == [
+        f"Teacher guide, MAE mae: {FROM_CLASS}.",
+        f"MCMAE larger, MR-MAE mrmae: {ATTENDED}.",
+        "Patches are kept as those to which teacher guide gives most importance.",
+    ]
+    pictures = evaluated(val, 2)[None]
+    np.testing.assert_array_equal(page.rows["Picture"].pictures, pictures.numpy())
+    for label, student in zip((labels[0], *labels[2:]), (runs.teacher, runs.student, runs.classifier), strict=True):
+        heat = page.rows[label].heat
+        assert heat is not None and heat.shape == (1, GRID, GRID)
+        np.testing.assert_allclose(heat, scaled_attention(student, normalize(pictures, MEAN, STD)), atol=1e-4)
+    with Image.open(io.BytesIO(stored_jpegs(val)[2][0])) as picture:
+        # 50 x 300, whose 16 pixels are of 18 x 108: from 1/18 to 17/18 of its width and 46/108 to 62/108 of its height.
+        box = (50 / 18, 300 * 46 / 108, 50 * 17 / 18, 300 * 62 / 108)
+        cut = picture.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC, box=box)
+    own = normalize(torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None] / 255, MEAN, STD)
+    heat = page.rows[labels[1]].heat
+    assert heat is not None and heat.shape == (1, 2 * GRID, 2 * GRID)
+    np.testing.assert_allclose(heat, scaled_attention(model, own), atol=1e-4)
+    page = pages["reconstructions.png"]
+    assert page.title == "Reconstructions by 2 runs on the same pictures"
+    assert page.labels == ["Original", "Visible (25 %)", f"Reconstructed\n{labels[0]}", f"Reconstructed\n{labels[2]}"]
+
+
+def test_a_run_of_another_grid_is_said_to_reconstruct_nothing(
+    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pretraining(tmp_path / "larger", make_recipe(val, "MCMAE", CVIT, 2 * SIDE, None))
+    show_runs([runs.mrmae, tmp_path / "larger" / "pretrain"], ["0"], out=tmp_path)
+    assert pages["reconstructions.png"].labels[2:] == ["Reconstructed", "Output alone"]
+    assert pages["reconstructions.png"].title == "Reconstructions by mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
+    told = capsys.readouterr().err
+    assert str(tmp_path / "larger") in told and "no reconstructions" in told and told.count("\n") == 1
+
+
+def test_the_same_part_of_a_picture_above_224_pixels(val: Path) -> None:
+    """Evaluation at 256 sees the whole short side, at 224 seven eighths of it: a run at 256 is given these too."""
+    from mrmae_ds.figures.select_images import Chosen
+
+    across, down = np.meshgrid(np.arange(400), np.arange(320))
+    ramp = np.stack([across * 255 / 399, down * 255 / 319, 0 * across], axis=-1)
+    chosen = Chosen((Image.fromarray(np.rint(ramp).astype(np.uint8)),), ("ramp",))
+    small, large = (chosen.cut(224, size)[0, :2] for size in (224, 256))
+    for pixels in (small, large):
+        left, right = pixels[0, 100, 0] * 400, pixels[0, 100, -1] * 400
+        top, bottom = pixels[1, 0, 100] * 320, pixels[1, -1, 100] * 320
+        # 280 of the 320 pixels of the short side are seen.
+        assert [left, right, top, bottom] == pytest.approx([60, 340, 20, 300], abs=2)
+    assert chosen.cut(256, 256)[0, 1, 0, 100] * 320 == pytest.approx(0, abs=2)
+
+
+def test_classifiers_alone_have_neither_teacher_nor_mask(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+    assert show_runs([runs.finetuned], ["1"], out=tmp_path) == [tmp_path / "attention.png"]
+    assert pages["attention.png"].labels == ["Picture", "MR-MAE\nmrmae\nfine-tuned 2 epochs, photographs"]
+    assert pages["attention.png"].legend == [f"MR-MAE mrmae: {ATTENDED}."]
+
+
+def test_runs_with_equal_labels_are_numbered(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+    show_runs([runs.mae, runs.mae], ["1"], out=tmp_path)
+    label = "MAE\nmae\n4 epochs, photographs"
+    assert pages["attention.png"].labels[1:3] == [label, f"{label} (2)"]
+    assert pages["attention.png"].legend[-1] == "Patches are kept at random."
+
+
+def test_the_seed_is_the_masks(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+    kept = []
+    for seed in (0, 0, 1):
+        show_runs([runs.mae], ["3"], seed=seed, out=tmp_path)
+        kept.append(pages["attention.png"].rows["Kept (25 %)"].pictures)
+    assert (kept[0] == kept[1]).all() and (kept[0] != kept[2]).any()
+
+
+def test_the_default_is_evenly_spaced_pictures(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
+    show_runs([runs.mae], out=tmp_path)
+    assert [caption.split(":")[0] for caption in pages["attention.png"].captions] == ["2", "8", "13"]
+    show_runs([runs.mae], count=COUNT, out=tmp_path)
+    assert [caption.split(":")[0] for caption in pages["attention.png"].captions] == [str(i) for i in range(COUNT)]
+    heat = pages["attention.png"].rows["MAE\nmae\n4 epochs, photographs"].heat
+    assert heat is not None
+    pictures = torch.stack([evaluated(val, row) for row in range(COUNT)])
+    np.testing.assert_allclose(heat, scaled_attention(runs.teacher, normalize(pictures, MEAN, STD)), atol=1e-4)
+
+
+def test_files_and_folders(
+    runs: Runs, pages: dict[str, Page], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    upright = photograph().crop((100, 100, 190, 160))
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by 90 degrees to the right
+    folder = tmp_path / "some"
+    for path in (*(folder / "class" / f"{letter}.png" for letter in "bcd"), folder / ".hidden.png"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        upright.save(path)
+    turned.save(folder / "a.png", exif=exif)
+    (folder / "notes.txt").write_text("no picture")
+    expected = evaluated_picture(upright)
+    show_runs([runs.mae], [str(folder), str(folder / "a.png")], out=tmp_path)
+    page = pages["attention.png"]
+    assert page.captions == ["a.png", "a.png", "c.png", "d.png"]  # the named one, and as many as are usual
+    assert f"3 of the 4 pictures of {folder}" in capsys.readouterr().err
+    for picture in page.rows["Picture"].pictures:
+        np.testing.assert_array_equal(picture, expected.numpy())
+    show_runs([runs.mae], [str(folder)], count=1, out=tmp_path)
+    assert pages["attention.png"].captions == ["c.png"]
+    show_runs([runs.mae], [str(folder / "a.png")] * 4, out=tmp_path)
+    assert pages["attention.png"].captions == ["a.png"] * 4
+    assert capsys.readouterr().err == ""
+
+
+def test_no_validation_set_is_needed_for_files(pages: dict[str, Page], tmp_path: Path) -> None:
+    save_pretraining(tmp_path / "moved", make_recipe(tmp_path / "gone.beton", "MAE", VIT, SIDE, None))
+    photograph().save(tmp_path / "x.jpg")
+    show_runs([tmp_path / "moved" / "pretrain"], [str(tmp_path / "x.jpg")])
+    assert pages["attention.png"].captions == ["x.jpg"]
+    with pytest.raises(UserError, match=r"gone.beton: no such file.*--pictures FILE_OR_FOLDER"):
+        show_runs([tmp_path / "moved" / "pretrain"])
+
+
+def test_a_teacher_that_is_gone_is_left_out_and_told(
+    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = make_recipe(val, "MR-MAE", CVIT, SIDE, tmp_path / "gone")
+    model = save_pretraining(tmp_path / "orphan", recipe)
+    written = show_runs([tmp_path / "orphan" / "pretrain"], ["4"])
+    assert [path.name for path in written] == ["attention.png", "reconstructions.png"]
+    label = "MR-MAE\norphan\n4 epochs, photographs"
+    assert pages["attention.png"].labels == ["Picture", label, "Kept (25 %)", "Removed (75 %)"]
+    heat = pages["attention.png"].rows[label].heat
+    assert heat is not None
+    np.testing.assert_allclose(heat, scaled_attention(model, normalize(evaluated_page(val), MEAN, STD)), atol=1e-4)
+    lines = capsys.readouterr().err.splitlines()
+    assert "drawn without teacher guide" in lines[0] and "gone" in lines[0]
+    assert "at random, not by teacher guide" in lines[1] and len(lines) == 2
+    assert pages["attention.png"].legend[-1] == "Patches are kept at random."
+
+
+def evaluated_page(val: Path) -> Tensor:
+    return evaluated(val, 4)[None]
+
+
+def test_the_command_writes_the_chosen_picture(
+    runs: Runs, val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["show", str(runs.mrmae), str(runs.mae), "--pictures", "10", "7", "--out", str(tmp_path)]) == 0
+    names = ["attention.png", "reconstructions.png"]
+    assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
+    for name in names:
+        with Image.open(tmp_path / name) as picture:
+            page = np.asarray(picture.convert("RGB"))
+        corners = []
+        for row in (10, 7):
+            pixels = (evaluated(val, row) * 255).round().byte().permute(1, 2, 0).numpy()
+            corners.append(_find(page, pixels.repeat(12, axis=0).repeat(12, axis=1)))
+        assert corners[0][0] == corners[1][0] and corners[1][1] - corners[0][1] == 200
+
+
+def _find(page: np.ndarray, block: np.ndarray) -> tuple[int, int]:
+    """Top and left of the first place where a block of pixels stands."""
+    height, width, _ = block.shape
+    for top, left in np.argwhere((page[:-height, :-width] == block[0, 0]).all(-1)).tolist():
+        if (page[top : top + height, left : left + width] == block).all():
+            return top, left
+    raise AssertionError("the picture is not on the page")
+
+
+def test_pictures_go_beside_the_first_run(runs: Runs, pages: dict[str, Page]) -> None:
+    assert show_run(runs.mrmae)[0] == runs.mrmae / "pictures" / "attention.png"
+    assert len(pages["attention.png"].captions) == 3
+    # A comparison must not overwrite the run's own pictures.
+    assert show_runs([runs.mrmae, runs.mae])[0] == runs.mrmae / "pictures" / "compared" / "attention.png"
+
+
+def test_training_draws_no_classifier_and_nothing_where_none_is_wanted(runs: Runs, val: Path, tmp_path: Path) -> None:
+    assert show_run(runs.finetuned) == []
+    recipe = make_recipe(val, "MAE", VIT, SIDE, None)
+    save_pretraining(tmp_path, recipe.model_copy(update={"record": recipe.record.model_copy(update={"pictures": 0})}))
+    assert show_run(tmp_path / "pretrain") == []
+    assert not (tmp_path / "pretrain" / "pictures").exists()
+
+
+MISTAKES = {
+    "number beyond the end": (["--pictures", "3", "16"], "has no picture 16; its 16 pictures are numbered 0 to 15"),
+    "negative number": (["--pictures", "-1"], "has no picture -1"),
+    "number and file": (["--pictures", "3", "{0}/x.jpg"], "x.jpg is no number"),
+    "no such file": (["--pictures", "{0}/none.jpg"], "none.jpg: no such file or folder"),
+    "not a picture": (["--pictures", "{0}/notes.txt"], "notes.txt: cannot be read (no picture"),
+    "torn picture": (["--pictures", "{0}/torn.jpg"], "torn.jpg: cannot be read"),
+    "empty folder": (["--pictures", "{0}/empty"], "empty holds no pictures"),
+    "no pictures": (["--count", "0"], "--count: at least 1"),
+    "more than there are": (["--count", "17"], "17 pictures wanted, but"),
+    "count of numbers": (["--pictures", "1", "--count", "1"], "--count: the numbers after --pictures say how many"),
+    "count of files": (["--pictures", "{0}/x.jpg", "--count", "1"], "--count: the files after --pictures say how many"),
+    "too many": (["--pictures", *["0"] * 65], "65 pictures are too many for one figure; choose 64 or fewer"),
+    "no folder": (["--out", "{0}/notes.txt"], "notes.txt cannot be made a folder"),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_one_clear_error(case: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photograph().save(tmp_path / "x.jpg")
+    (tmp_path / "torn.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:20_000])
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "empty").mkdir()
+    arguments, expected = MISTAKES[case]
+    assert main(["show", str(runs.mae), *(argument.format(tmp_path) for argument in arguments)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and expected in err
+
+
+def test_files_that_are_no_run(runs: Runs, val: Path, tmp_path: Path) -> None:
+    path = runs.mae / MODEL_FILE
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    save_weights(tmp_path / "bare", tensors, {name: metadata[name] for name in metadata if name != "recipe"})
+    with pytest.raises(UserError, match=r"bare: its metadata lacks 'recipe'"):
+        show_runs([tmp_path / "bare"])
+    save_weights(tmp_path / "newer", tensors, {**metadata, "recipe": {**metadata["recipe"], "novelty": 1}})
+    with pytest.raises(UserError, match=r"newer: novelty: unknown key"):
+        show_runs([tmp_path / "newer"])
+    less = {name: tensor for name, tensor in tensors.items() if name != "decoder.mask_token"}
+    save_weights(tmp_path / "less", less, metadata)
+    with pytest.raises(UserError, match=r"less: its tensors are not those of its recipe"):
+        show_runs([tmp_path / "less"], ["0"], out=tmp_path)

@@ -1,0 +1,201 @@
+"""A chain on this machine: the order, what fails, what is passed over; and once in earnest, with real training."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mrmae_ds.cli.main import main
+from mrmae_ds.pipeline import local
+from mrmae_ds.pipeline.graph import Link
+from mrmae_ds.records.record import RunRecord, find_records
+from tests.support.pipelines import KEYS, make_links, record, write_chain
+from tests.support.processes import REPOSITORY, environment, run
+from tests.support.sample_data import write_sample_beton
+
+# Stands for train.py: writes the record that was prepared for its stage, or fails, or waits to be told to stop.
+TRAIN = """
+import json, os, pathlib, shutil, signal, sys, time
+room = pathlib.Path({room!r})
+told = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+name = f"{{pathlib.Path(told['--run']).name}}-{{told['--stage']}}"
+folder = pathlib.Path(told["--run"]) / told["--stage"]
+with (room / "begun").open("a") as file:
+    file.write(name + "\\n")
+if (room / f"{{name}}.fails").exists():
+    sys.exit(int((room / f"{{name}}.fails").read_text()))
+if (room / f"{{name}}.waits").exists():
+    signal.signal(signal.SIGTERM, lambda *_: ((room / "stopped").write_text(name), os._exit(75)))
+    (room / "waiting").write_text(name)
+    time.sleep(60)
+print("trained", name, os.environ.get("OMP_NUM_THREADS"), os.environ.get("DS_ACCELERATOR"), os.environ.get("RANK"))
+folder.mkdir(parents=True, exist_ok=True)
+shutil.copy(room / f"{{name}}.json", folder / "record.json")
+(folder / "model.safetensors").write_bytes(b"")
+"""
+
+
+@pytest.fixture
+def room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the stand-in finds: the records that its stages will leave, and where it says what has begun."""
+    room = tmp_path / "room"
+    room.mkdir()
+    (room / "train.py").write_text(TRAIN.format(room=str(room)))
+    for key, link in make_links(tmp_path, tmp_path / "runs").items():
+        record(link)
+        (link.folder / "record.json").rename(room / f"{key.replace('/', '-')}.json")
+        shutil.rmtree(link.folder)
+    monkeypatch.setattr(local, "TRAIN", room / "train.py")
+    return room
+
+
+def _begun(room: Path) -> list[str]:
+    return (room / "begun").read_text().split() if (room / "begun").exists() else []
+
+
+def _run(tmp_path: Path, *more: str) -> int:
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        return main(["submit", str(write_chain(tmp_path)), "--runs", str(tmp_path / "runs"), "--local", *more])
+    except SystemExit as end:
+        return int(str(end.code))
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+def test_every_link_runs_after_its_needs_and_the_table_is_made(
+    room: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    assert _run(tmp_path) == 0
+    assert _begun(room) == [key.replace("/", "-") for key in KEYS]
+    out = capsys.readouterr().out
+    assert "[1/8] mae_tiny/pretrain begins" in out and "tiny/finetune finished in" in out and "top-1 80.00 %" in out
+    assert "**80.00**" in (tmp_path / "runs/table6.md").read_text()
+    cores = len(os.sched_getaffinity(0))
+    log = (tmp_path / "runs/logs/tiny-pretrain.log").read_text()
+    assert log == f"trained tiny-pretrain {os.environ.get('OMP_NUM_THREADS', cores)} cpu None\n"
+
+
+def test_a_second_call_runs_nothing(room: Path, tmp_path: Path) -> None:
+    assert _run(tmp_path) == 0
+    before = _begun(room)
+    assert _run(tmp_path) == 0
+    assert _begun(room) == before
+
+
+def test_a_failure_takes_what_needs_it_and_nothing_else(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (room / "tiny-pretrain.fails").write_text("3")
+    (room / "mae_tiny-finetune.fails").write_text("0")  # ends well and leaves no record
+    assert _run(tmp_path) == 1
+    lost = {"tiny-finetune", "mae_tiny-evaluate"}
+    assert set(_begun(room)) == {key.replace("/", "-") for key in KEYS} - lost
+    err = capsys.readouterr().err
+    assert "not finished: tiny/pretrain: exit status 3, see " in err
+    assert "not finished: tiny/finetune: needs tiny/pretrain" in err
+    assert "not finished: mae_tiny/evaluate: needs mae_tiny/finetune" in err
+    for file in room.glob("*.fails"):
+        file.unlink()
+    assert _run(tmp_path) == 0
+    again = ["tiny-pretrain", "tiny-finetune", "mae_tiny-finetune", "mae_tiny-evaluate"]
+    assert _begun(room)[-4:] == again
+
+
+def test_two_at_a_time_still_wait_for_their_needs(
+    room: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(tmp_path, "--jobs", "2") == 0
+    assert sorted(_begun(room)) == sorted(key.replace("/", "-") for key in KEYS)
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    begun = {words[1]: place for place, words in enumerate(told) if words[2:3] == ["begins;"]}
+    ended = {words[0]: place for place, words in enumerate(told) if words[1:2] == ["finished"]}
+    # The second to begin is not tiny's, which waits for its teacher.
+    assert list(begun)[:2] == ["mae_tiny/pretrain", "mcmae_tiny/pretrain"]
+    assert list(begun.values())[1] < min(ended.values())
+    for key, link in make_links(tmp_path, tmp_path / "runs").items():
+        assert all(ended[need] < begun[key] for need in link.needs)
+
+
+def test_a_signal_is_passed_on_and_waited_for(room: Path, tmp_path: Path) -> None:
+    (room / "mae_tiny-pretrain.waits").write_text("")
+    program = (
+        f"from pathlib import Path; from mrmae_ds.pipeline import local; "
+        f"local.TRAIN = Path({str(room / 'train.py')!r}); "
+        f"from mrmae_ds.cli.main import main; main(['submit', {str(write_chain(tmp_path))!r}, '--local', '--runs', "
+        f"{str(tmp_path / 'runs')!r}])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        cwd=REPOSITORY,
+        env=environment(),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (room / "waiting").exists():
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        process.terminate()
+        _, told = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130 and told == "interrupted; the same command goes on from there\n"
+    assert (room / "stopped").read_text() == "mae_tiny-pretrain"
+    assert _begun(room) == ["mae_tiny-pretrain"]
+
+
+def test_several_processes_are_started_by_deepspeed(tmp_path: Path) -> None:
+    links = make_links(tmp_path, tmp_path / "runs")
+    link: Link = links["tiny/finetune"]
+    several = local.LocalChain([], {}, processes=2, gpus=0)
+    command = several.command(link)
+    assert command[0].endswith("deepspeed") and command[1:4] == ["-q", "--num_gpus", "2"]
+    assert command[4:] == [str(local.TRAIN), "--ds_config", "ds_configs/tiny.json", *link.arguments]
+
+
+@pytest.mark.parametrize("option", [["--jobs", "0"], ["--processes", "0"], ["--tflops", "0"]])
+def test_wrong_numbers_are_told(option: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(tmp_path, *option) == 2
+    assert capsys.readouterr().err.startswith(f"error: {option[0]} must be ")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_chain_in_earnest(tmp_path: Path) -> None:
+    """Two recipes, two seeds, one step a stage: MAE, and MR-MAE that learns from it; then the table of what ran."""
+    write_sample_beton(tmp_path, train=32, val=20)
+    data = {"train": str(tmp_path / "train.beton"), "val": str(tmp_path / "val.beton"), "backend": "pillow"}
+    rates = {"warmup_epochs": 0}
+    stages = {name: {"epochs": 1, "optimizer": rates} for name in ("pretrain", "finetune")}
+    chain = write_chain(
+        tmp_path,
+        set={"data": data, "stages": stages, "record": {"pictures": 0}},
+        runs=[{"recipe": "ds_configs/baselines/mae_tiny.yaml"}, {}],
+    )
+    command = ["mrmae", "submit", chain, "--runs", tmp_path / "runs", "--seeds", "0,1", "--local", "--jobs", "2"]
+    done = run(command, 840)
+    assert done.status == 0, done.stdout + done.stderr
+    records = {f"{folder.parent.name}/{folder.name}": kept for folder, kept in find_records([tmp_path / "runs"])}
+    assert {kept.status for kept in records.values()} == {"finished"} and len(records) == 8
+    student = records["tiny-seed1/pretrain"]
+    assert student.seed == 1 and student.teachers["mae"].sha256 is not None
+    assert student.teachers["mae"].sha256 != records["tiny/pretrain"].teachers["mae"].sha256
+    both = [records[f"tiny{end}/finetune"].results.top1 for end in ("", "-seed1")]
+    mean = sum(value for value in both if value is not None) / 2
+    table = (tmp_path / "runs" / "table6.md").read_text()
+    assert f"**{mean:.2f} ± " in table and "(n=2)" in table
+    again = run(command, 120)
+    assert again.status == 0 and "8 links, 8 finished already" in again.stdout and "begins" not in again.stdout
+    assert RunRecord.load(tmp_path / "runs/tiny/finetune") == records["tiny/finetune"]

@@ -1,0 +1,194 @@
+"""States, gradients and buckets by hand: bytes of an element as the ZeRO paper counts them, on a model of 1,000."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from torch import nn
+
+from mrmae_ds.config.engine import load_engine_config
+from mrmae_ds.errors import UserError
+from mrmae_ds.planning.parameters import Census, take_census
+from mrmae_ds.planning.zero3_gathers import Module, Parameter
+from mrmae_ds.planning.zero_memory import Engine
+from mrmae_ds.planning.zero_settings import ZeroSettings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+# 1,000 trainable elements, 600 of which travel in bf16, and 24 frozen ones; two groups for the optimiser.
+CENSUS = Census(
+    modules=Module(
+        children=(
+            Module((Parameter(600, low=True), Parameter(24, trainable=False)), leaf=True),
+            Module((Parameter(400),), leaf=True),
+        )
+    ),
+    trainable=1000,
+    frozen=24,
+    low=600,
+    trainable_low=600,
+    encoder=1024,
+    largest=600,
+    groups=(700, 300),
+)
+KEEP = 10**9
+FLOAT32 = ZeroSettings(stage=3, autocast=False, bf16=False, reduce_bucket=100, max_live=KEEP, max_reuse=KEEP)
+
+
+def engine(world: int = 4, accumulation: int = 1, on_cpu: bool = False, **settings: Any) -> Engine:
+    return Engine(CENSUS, replace(FLOAT32, **settings), world, accumulation, on_cpu)
+
+
+def test_without_zero_every_process_has_everything() -> None:
+    assert engine(stage=0).standing() == {"parameters": 4 * 1024, "optimiser states": 8 * 1000}
+    # Gradients come as backward goes on.
+    held = engine(stage=0).in_backward(np.array([0, 400, 1000]))
+    assert held["gradients"].tolist() == [0, 4 * 400, 4 * 1000]
+    assert engine(stage=0).in_reduction() == {"gradients": 4000, "gradients being reduced": 4000}
+    assert engine(stage=0, world=1).in_reduction()["gradients being reduced"] == 0
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stages_1_and_2_divide_masters_and_states(stage: int) -> None:
+    quarter = {"float32 masters": 4 * 250, "optimiser states": 8 * 250}
+    assert engine(stage=stage).standing() == {"parameters": 4 * 1024, **quarter}
+
+
+def test_stage_1_holds_whole_gradients_and_stage_2_a_share() -> None:
+    finished = np.array([1000])
+    assert engine(stage=1).in_backward(finished)["gradients"].tolist() == [4 * 1000]
+    assert engine(stage=2).in_backward(finished)["gradients"].tolist() == [4 * 250]
+    assert engine(stage=1, accumulation=2).carried() == {"gradients": 4 * 1000}
+    assert engine(stage=2, accumulation=2).carried() == {"gradients": 4 * 250}
+    assert engine(stage=1).carried() == engine(stage=3, accumulation=2).carried() == {}
+    # Two buffers where communication overlaps.
+    assert engine(stage=2, overlap=True).in_backward(finished)["reduce buckets"].tolist() == [2 * 4 * 100]
+
+
+def test_stage_3_divides_everything() -> None:
+    assert engine().standing() == {
+        "parameters": 4 * 1024 / 4,
+        "reduce buckets": 4 * 100,
+        "gradients": 4 * 250,
+        "float32 masters": 4 * 250,
+        "optimiser states": 8 * 250,
+    }
+    assert engine().in_forward()["gathered parameters"] == 4 * 1024
+    there = engine().in_backward(np.array([0, 399, 400, 1000]))["gathered parameters"]
+    # The second module has been used when its 400 gradients are finished; it is the first that backward comes to.
+    assert there.tolist() == [4 * 1024, 4 * 1024, 4 * 624, 4 * 624]
+    assert engine(world=1).in_forward() == {}
+
+
+def test_a_full_bucket_is_copied_and_gloo_copies_it_again() -> None:
+    finished = np.array([0, 99, 100, 1000])
+    assert engine().in_backward(finished)["gradients being reduced"].tolist() == [0, 0, 400, 400]
+    assert engine(on_cpu=True).in_backward(finished)["gradients being reduced"].tolist() == [0, 0, 800, 800]
+
+
+def test_autocast_gathers_in_two_types_and_so_has_two_buckets() -> None:
+    both = engine(autocast=True)
+    assert both.standing()["reduce buckets"] == (2 + 4) * 100
+    # What has arrived in bf16 becomes float32 again, which autocast casts where it computes.
+    assert both.in_forward()["gathered parameters"] == 4 * 1024
+    assert both.in_forward()["parameters arriving"] == 2 * 600 + 4 * 424
+
+
+def test_bf16_has_half_the_parameters_and_float32_gradients() -> None:
+    states = engine(bf16=True).standing()
+    assert (states["parameters"], states["gradients"], states["reduce buckets"]) == (2 * 1024 / 4, 4 * 250, 2 * 100)
+    assert states["float32 masters"] + states["optimiser states"] == 12 * 250
+    # ZeRO-1 accumulates them whole.
+    one = engine(stage=1, bf16=True)
+    assert one.standing()["gradients"] == 4 * 1000
+    assert one.in_backward(np.array([1000]))["gradients"].tolist() == [2 * 1000]
+
+
+def test_the_update_copies_the_gradients_of_a_group() -> None:
+    assert engine().in_update() == {"copies for the update": 4 * 700 / 4}
+    assert engine(sub_group=50).in_update() == {"copies for the update": 4 * 50}
+    # On the CPU AdamW has two more of the size.
+    assert engine(on_cpu=True).in_update() == {"copies for the update": 3 * 4 * 700 / 4}
+
+
+def test_offloading_moves_states_to_the_host() -> None:
+    away = engine(offload_optimizer="cpu", offload_param="cpu")
+    assert away.standing() == {"parameters": 0, "reduce buckets": 400}
+    assert away.on_host() == {
+        "parameters": 4 * 1024 / 4,
+        "gradients": (4 + 4) * 250,
+        "float32 masters": 4 * 250,
+        "optimiser states": 8 * 250,
+    }
+    disk = engine(offload_optimizer="nvme", offload_param="nvme")
+    assert disk.on_host() == {"gradients": 8 * 250}
+    assert engine().on_host() == {}
+    # A process alone gathers what is on its host, too.
+    assert engine(world=1, offload_param="cpu").in_forward()["gathered parameters"] == 4 * 1024
+
+
+def test_hpz_keeps_a_second_copy_in_each_node() -> None:
+    assert engine(hpz=2).standing()["hpZ copy of the parameters"] == 4 * 1024 / 2
+
+
+def test_more_processes_never_need_more() -> None:
+    for stage in range(4):
+        totals = [sum(engine(world, stage=stage).standing().values()) for world in (2, 4, 8, 64, 1024)]
+        assert totals == sorted(totals, reverse=True)
+
+
+def test_defaults_are_deepspeeds() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs, ours = DeepSpeedZeroConfig(stage=3), ZeroSettings(3, False, False)
+    names = {
+        "reduce_bucket": "reduce_bucket_size",
+        "prefetch_bucket": "prefetch_bucket_size",
+        "max_live": "max_live_parameters",
+        "max_reuse": "max_reuse_distance",
+        "sub_group": "sub_group_size",
+        "allgather_bucket": "allgather_bucket_size",
+        "hpz": "zero_hpz_partition_size",
+    }
+    assert {name: getattr(ours, name) for name in names} == {n: getattr(theirs, key) for n, key in names.items()}
+
+
+def read(tmp_path: Path, **changes: Any) -> ZeroSettings:
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(json.loads((CONFIGS / "base.json").read_text()) | changes))
+    return ZeroSettings.of(load_engine_config(path))
+
+
+def test_settings_are_read_from_an_engine_config(tmp_path: Path) -> None:
+    base = read(tmp_path)
+    assert (base.stage, base.autocast, base.bf16, base.overlap) == (3, True, False, True)
+    assert (base.reduce_bucket, base.max_live) == (50_000_000, 3_000_000_000)
+    assert base.leaves == ("Block", "ConvBlock")
+    offloaded = ZeroSettings.of(load_engine_config(CONFIGS / "base-offload.json"))
+    assert (offloaded.offload_optimizer, offloaded.offload_param) == ("cpu", "cpu")
+    one = read(tmp_path, zero_optimization={"stage": 1})
+    assert (one.overlap, one.reduce_bucket) == (False, 500_000_000)
+    types = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "torch_autocast": {}}
+    half = read(tmp_path, **types)
+    assert (half.autocast, half.bf16, half.param_bytes, half.accumulation_bytes) == (False, True, 2, 4)
+
+
+class Derived(nn.Linear):
+    """DeepSpeed's rule is the class itself."""
+
+
+def test_which_modules_travel_in_bf16(tmp_path: Path) -> None:
+    base = read(tmp_path)
+    model = nn.Sequential(nn.Linear(2, 3), Derived(3, 5), nn.LayerNorm(5))
+    census = take_census(model, base, [1])
+    assert census.low == census.trainable_low == 2 * 3 + 3
+    assert census.total == 9 + 20 + 10
+    named = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": [f"{__name__}.Derived"]}
+    assert take_census(model, read(tmp_path, torch_autocast=named), [1]).low == 3 * 5 + 5
+    named["lower_precision_safe_modules"] = ["torch.nn.Lineal"]
+    with pytest.raises(UserError, match=r"lower_precision_safe_modules: there is no class torch\.nn\.Lineal"):
+        read(tmp_path, torch_autocast=named)

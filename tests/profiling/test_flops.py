@@ -1,0 +1,247 @@
+"""Operations counted, against formulas written by hand: two operations a multiply-add."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models.vision_transformer import Block
+from torch import nn
+
+from mrmae_ds.cli.main import main
+from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.models.layers import ConvBlock
+from mrmae_ds.profiling.flops import Flops, StageCost, count_trained, recipe_cost
+from mrmae_ds.profiling.flops_report import cost_line, gpu_hours
+
+CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
+NONE = CheckpointPlan()
+
+
+def linear(rows: int, into: int, out: int) -> int:
+    return 2 * rows * into * out
+
+
+def conv_block(cells: int, dim: int, ratio: int = 4, mixed_cells: int | None = None) -> int:
+    """Two 1x1 convolutions and the MLP on ``cells``, the depth-wise 5x5 on ``mixed_cells``."""
+    pointwise = 2 * linear(cells, dim, dim) + 2 * linear(cells, dim, ratio * dim)
+    return pointwise + 2 * (mixed_cells or cells) * 25 * dim
+
+
+def block(tokens: int, dim: int, ratio: int = 4) -> int:
+    """qkv, scores, weighted sum, projection, MLP."""
+    attention = linear(tokens, dim, 3 * dim) + 2 * 2 * tokens * tokens * dim + linear(tokens, dim, dim)
+    return attention + 2 * linear(tokens, dim, ratio * dim)
+
+
+def counted(module: nn.Module, *shape: int) -> Flops:
+    module = module.to("meta")
+    x = torch.empty(*shape, device="meta", requires_grad=True)
+    return count_trained(lambda: module(x), lambda plan: None, NONE)
+
+
+def test_a_convolution_block() -> None:
+    flops = counted(ConvBlock(8, 4), 1, 6, 6, 8)
+    assert flops.forward == conv_block(36, 8)
+    assert flops.backward == 2 * flops.forward
+    assert flops.recomputed == 0
+
+
+def test_an_attention_block() -> None:
+    flops = counted(Block(24, 3, qkv_bias=True), 1, 10, 24)
+    assert flops.forward == block(10, 24)
+    assert flops.backward == 2 * flops.forward
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_backward_of_a_convolution_with_groups(groups: int) -> None:
+    flops = counted(nn.Conv2d(4, 8, 3, padding=1, groups=groups), 1, 4, 5, 5)
+    assert flops.forward == 2 * 25 * 9 * 8 * 4 // groups
+    assert flops.backward == 2 * flops.forward
+
+
+def test_what_needs_no_gradient_has_no_backward() -> None:
+    images = torch.empty(1, 4, 5, 5, device="meta")
+    conv = nn.Conv2d(4, 8, 3, padding=1, device="meta")
+    flops = count_trained(lambda: conv(images), lambda plan: None, NONE)
+    assert flops.backward == flops.forward
+
+
+# CViT-Small with one convolution block a stage, so that counting takes a moment: cells of 56x56, 28x28 and 14x14;
+# widths 128, 256, 384.
+SHORT = ("model.overrides={depths: [1, 1, 2]}", "model.decoder={depth: 2}")
+SHORT_VIT = ("model.overrides={depth: 3}", "model.decoder={depth: 1}")
+PATCHES = [linear(3136, 48, 128), linear(784, 4 * 128, 256), linear(196, 4 * 256, 384) + linear(196, 384, 384)]
+
+
+def cost(name: str, *overrides: str, plan: CheckpointPlan = NONE) -> list[StageCost]:
+    return recipe_cost(load_recipe(CONFIGS / f"{name}.yaml", list(overrides)), plan)
+
+
+@pytest.fixture(scope="module")
+def short() -> list[StageCost]:
+    return cost("small", *SHORT)
+
+
+def test_fine_tuning(short: list[StageCost]) -> None:
+    (flops,) = short[1].parts.values()
+    blocks = conv_block(3136, 128) + conv_block(784, 256) + 2 * block(196, 384)
+    assert flops.forward == sum(PATCHES) + blocks + linear(1, 384, 1000)
+    # The pictures need no gradient.
+    assert flops.backward == 2 * flops.forward - PATCHES[0]
+    assert flops.recomputed == 0
+
+
+def test_pretraining_computes_visible_tokens_only(short: list[StageCost]) -> None:
+    parts = short[0].parts
+    assert list(parts) == ["encoder", "decoder, heads", "teacher clip"]
+    conv = conv_block(784, 128, mixed_cells=3136) + conv_block(196, 256, mixed_cells=784)
+    fusion = linear(49, 16 * 128, 384) + linear(49, 4 * 256, 384)
+    encoder = parts["encoder"]
+    assert encoder.forward == sum(PATCHES) // 4 + conv + 2 * block(49, 384) + fusion
+    assert encoder.backward == 2 * encoder.forward - PATCHES[0] // 4
+    decoder = linear(49, 384, 512) + 2 * block(196, 512) + linear(196, 512, 768) + linear(49, 384, 768)
+    assert parts["decoder, heads"] == Flops(decoder, 2 * decoder)
+
+
+def test_a_teacher_sees_the_whole_picture_and_has_no_backward(short: list[StageCost]) -> None:
+    # ViT-B/16: 197 tokens; beside its last block, one query of the class token and all keys once more.
+    importance = linear(1, 768, 768) + linear(197, 768, 768) + 2 * 197 * 768
+    expected = Flops(linear(196, 768, 768) + 12 * block(197, 768) + importance)
+    assert short[0].parts["teacher clip"] == expected
+    joint = cost("ablations/table4_joint", *SHORT, "stages.finetune=null")[0].parts
+    assert list(joint) == ["encoder", "decoder, heads", "teacher clip", "teacher dino"]
+    assert joint["teacher clip"] == joint["teacher dino"] == expected
+
+
+# What the convolution stages compute once more. Backward does not need a block's last product, unless drop path draws
+# its mask after it; in fine-tuning the first block has no drop path.
+CONV_AGAIN = (
+    conv_block(784, 128, mixed_cells=3136)
+    - linear(784, 4 * 128, 128)
+    + conv_block(196, 256, mixed_cells=784)
+    - linear(196, 4 * 256, 256)
+)
+DENSE_AGAIN = conv_block(3136, 128) - linear(3136, 4 * 128, 128) + conv_block(784, 256)
+
+
+def test_recomputation_is_a_blocks_forward_but_for_its_last_product(short: list[StageCost]) -> None:
+    checkpointed = cost("small", *SHORT, plan=CheckpointPlan(conv_stages=1, transformer=1, decoder=1))
+    encoder, decoder, _ = checkpointed[0].parts.values()
+    plain = short[0].parts["encoder"]
+    assert (encoder.forward, encoder.backward) == (plain.forward, plain.backward)
+    assert encoder.recomputed == CONV_AGAIN + 2 * (block(49, 384) - linear(49, 4 * 384, 384))
+    assert decoder.recomputed == 2 * (block(196, 512) - linear(196, 4 * 512, 512))
+    (classifier,) = checkpointed[1].parts.values()
+    assert classifier.recomputed == DENSE_AGAIN + 2 * block(196, 384)
+
+
+def test_only_what_the_plan_names_is_recomputed() -> None:
+    plan = CheckpointPlan(transformer=2)
+    encoder, decoder, _ = cost("small", *SHORT, "stages.finetune=null", plan=plan)[0].parts.values()
+    assert encoder.recomputed == block(49, 384) - linear(49, 4 * 384, 384)
+    assert decoder.recomputed == 0
+
+
+def test_without_pixels_there_is_no_decoder() -> None:
+    overrides = ("model.overrides={depth: 3}", "model.fusion.blocks=[1]", "stages.finetune=null")
+    parts = cost("ablations/table3_6_mimic_only", *overrides)[0].parts
+    assert list(parts) == ["encoder", "heads", "teacher clip"]
+    assert parts["heads"] == Flops(linear(49, 768, 768), 2 * linear(49, 768, 768))
+
+
+def test_a_plain_vit_embeds_every_patch_and_encodes_the_visible_ones() -> None:
+    parts = cost("baselines/mae_small", *SHORT_VIT, "stages.finetune=null")[0].parts
+    assert list(parts) == ["encoder", "decoder, heads"]
+    patches = linear(196, 768, 384)
+    assert parts["encoder"].forward == patches + 3 * block(50, 384)
+    assert parts["encoder"].backward == 2 * parts["encoder"].forward - patches
+
+
+def test_fine_tuning_at_its_own_size() -> None:
+    (large,) = cost("huge448", SHORT[0])
+    assert (large.stage, large.epochs) == ("finetune", 50)
+    (flops,) = large.parts.values()
+    patches = [linear(4096, 147, 768), linear(4096, 768, 1024), linear(1024, 4 * 1024, 1280), linear(1024, 1280, 1280)]
+    blocks = conv_block(4096, 768) + conv_block(4096, 1024) + 2 * block(1024, 1280)
+    assert flops.forward == sum(patches) + blocks + linear(1, 1280, 1000)
+
+
+def test_the_sums() -> None:
+    costs = [
+        StageCost("pretrain", 200, {"a": Flops(10**9, 2 * 10**9, 10**9), "b": Flops(10**9)}),
+        StageCost("finetune", 3, {"c": Flops(10**9, 2 * 10**9)}),
+    ]
+    assert [c.per_picture for c in costs] == [5 * 10**9, 3 * 10**9]
+    assert [c.total(1_000_000) for c in costs] == [10**18, 9 * 10**15]
+    # 1.009e18 operations at 100e12 a second are 10,090 s.
+    assert gpu_hours(costs, 1_000_000, 100) == pytest.approx(10_090 / 3600)
+    line = cost_line(costs, 1_000_000, 100)
+    assert line == "1.00 + 0.00900 exaFLOP (pretrain + finetune), 2.80 GPU-hours at an assumed 100 TFLOP/s"
+    assert "2,800 GPU-hours" in cost_line(costs, 1_000_000, 0.1)
+
+
+def test_a_recipe_without_training() -> None:
+    with pytest.raises(UserError, match="small has no stage that trains"):
+        cost("small", "stages.pretrain=null", "stages.finetune=null")
+
+
+def test_a_teacher_whose_tokens_do_not_lie_on_the_students() -> None:
+    with pytest.raises(UserError, match=r"teachers\.clip: its 14x14 tokens .* set teachers\.clip\.image_size to 256"):
+        cost("huge", "teachers.clip.source=ViT-B-16-quickgelu")
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("{source: ViT-B-61}", r"teachers\.clip\.source: open_clip has no model 'ViT-B-61'"),
+        ("{source: RN50}", r"teachers\.clip\.source: .* is no ViT"),
+        ("{kind: timm, source: vit_bas, weights: null}", r"teachers\.clip\.source: timm model 'vit_bas'"),
+        ("{kind: checkpoint, source: runs/none, weights: null}", r"teachers\.clip\.source: runs/none "),
+    ],
+)
+def test_a_teacher_that_is_not_there(teacher: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cost("small", f"teachers.clip={teacher}")
+
+
+def _command(*arguments: str) -> int:
+    return main(["cost", "--ds_config", str(CONFIGS / "small.json"), *arguments])
+
+
+def test_the_command(short: list[StageCost], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _command("--pictures", "1000", "--tflops", "100", "--gpus", "8", *SHORT) == 0
+    out = capsys.readouterr().out
+    # ds_configs/small.json checkpoints the convolution stages.
+    again = {"encoder": CONV_AGAIN, "classifier": DENSE_AGAIN}
+    costs = [
+        replace(stage, parts={n: replace(part, recomputed=again.get(n, 0)) for n, part in stage.parts.items()})
+        for stage in short
+    ]
+    for stage in costs:
+        for name, part in stage.parts.items():
+            numbers = (part.forward, part.backward, part.recomputed, part.total)
+            shown = r"\s+".join(re.escape(f"{number / 1e9:.2f}") for number in numbers)
+            assert re.search(rf"^{stage.stage}: {name}\s+{shown}$", out, re.MULTILINE)
+    assert cost_line(costs, 1000, 100) in out
+    assert f"{gpu_hours(costs, 1000, 100) / 8:.3g} hours on 8 GPUs" in out
+
+
+def test_the_command_takes_another_recipe_and_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(CONFIGS / "baselines/mae_small.yaml")
+    assert _command("--recipe", recipe, "stages.pretrain=null", SHORT_VIT[0]) == 0
+    out = capsys.readouterr().out
+    assert "classifier" in out and "encoder" not in out and "hours" not in out
+    assert "1,281,167 pictures" in out
+
+
+@pytest.mark.parametrize("arguments", [["--gpus", "8"], ["--tflops", "0"], ["--tflops", "-3"], ["--pictures", "0"]])
+def test_a_wrong_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert _command(*arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {arguments[0]}") and error.count("\n") == 1

@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+import io
+import re
+
+from mrmae_ds.records.progress import Progress
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_log_file_gets_a_plain_line_now_and_then() -> None:
+    stream, clock = io.StringIO(), _Clock()
+    progress = Progress("pretrain", 1000, 500, every_seconds=30, stream=stream, clock=clock)
+    for step in range(510, 1001, 10):
+        clock.now += 10  # one second a step
+        progress.update(step, 0.25, 1.5e-4, 1234.4)
+    progress.close()
+    lines = stream.getvalue().splitlines()
+    assert lines[0] == ("pretrain: step 510/1000 (51.0 %), loss 0.2500, lr 1.50e-04, 1,234 images/s, ETA 0:08:10")
+    assert lines[1].startswith("pretrain: step 540/1000")
+    assert lines[-1].startswith("pretrain: step 1000/1000 (100.0 %)")
+    assert lines[-1].endswith("ETA 0:00:00")
+    # 510, 540, ..., 990 and the last step.
+    assert len(lines) == 18
+    assert "\r" not in stream.getvalue()
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    stream = _Terminal()
+    progress = Progress("finetune", 10, 4, stream=stream)
+    progress.update(7, 1.5, 1e-3, 99.6)
+    progress.close()
+    last = stream.getvalue().split("\r")[-1]
+    assert re.search(r"finetune +70%\|.*7/10 steps.*loss 1\.5000, lr 1\.00e-03, 100 images/s", last)
+
+
+def test_other_ranks_print_nothing() -> None:
+    for stream in (io.StringIO(), _Terminal()):
+        progress = Progress("pretrain", 10, enabled=False, stream=stream)
+        progress.update(10, 1.0, 1.0, 1.0)
+        progress.close()
+        assert stream.getvalue() == ""
+
+
+def test_the_time_left_is_unknown_before_the_first_step() -> None:
+    stream = io.StringIO()
+    Progress("pretrain", 10, 3, stream=stream).update(3, 1.0, 1.0, 1.0)
+    assert stream.getvalue().endswith("ETA ?\n")

@@ -1,0 +1,69 @@
+"""A stand-in for DeepSpeed's engine where checkpoints are concerned, and checkpoints on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrmae_ds.training.checkpoint.folder import Retention
+from mrmae_ds.training.checkpoint.manifest import FileEntry, Identity, Layout, Manifest
+from mrmae_ds.training.checkpoint.save import save_checkpoint
+from mrmae_ds.training.checkpoint.train_state import TrainState
+
+IDENTITY = Identity(recipe_hash="abc", seed=3, train="7ra1n" * 8, val="va1" * 8, teachers={"clip": "c11p"})
+FILES = {"zero_pp_rank_0_mp_rank_00_optim_states.pt": b"optimizer", "mp_rank_00_model_states.pt": b"model"}
+
+
+class FakeEngine:
+    """Hands over the parts of a checkpoint as DeepSpeed does, and remembers what it was told to load."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, parts: dict[str, Any] | None = None, zero_stage: int = 3, loads: bool = True) -> None:
+        self.parts = {name: {"content": content} for name, content in FILES.items()} if parts is None else parts
+        self.zero_stage, self.loads = zero_stage, loads
+        self.asked: list[tuple[str, str]] = []
+        self.checkpoint_engine: Any = None
+        self.module = torch.nn.BatchNorm1d(2)
+        self.global_steps = 0
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        assert save_latest is False
+        for name, part in self.parts.items():
+            self.checkpoint_engine.save(part, f"{folder}/{tag}/{name}")
+
+    def zero_optimization_stage(self) -> int:
+        return self.zero_stage
+
+    def zero_sub_group_size(self) -> int:
+        return 1000
+
+    def bfloat16_enabled(self) -> bool:
+        return False
+
+    def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
+        self.asked.append((folder, tag))
+        self.global_steps = int(tag.split("_")[1])
+        return (f"{folder}/{tag}" if self.loads else None), {}
+
+
+def save(stage_dir: Path, step: int, keep: int = 2, engine: FakeEngine | None = None, **changes: Any) -> Path:
+    """A checkpoint of a fake engine, by the real protocol."""
+    settings = {"identity": IDENTITY, "results": {"top1": 1.5}, "retention": Retention(keep), "micro_batch": 4}
+    return save_checkpoint(engine or FakeEngine(), stage_dir, TrainState(step=step), **{**settings, **changes})
+
+
+def written(stage_dir: Path, step: int = 5, identity: Identity = IDENTITY, **changes: Any) -> Path:
+    """A committed checkpoint on the disk, without having been saved here."""
+    checkpoint = stage_dir / "checkpoints" / f"step_{step:09d}"
+    checkpoint.mkdir(parents=True)
+    files = {}
+    for name, content in FILES.items():
+        (checkpoint / name).write_bytes(content)
+        files[name] = FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    layout = Layout(world_size=1, zero_stage=3, dtype="float32", sub_group_size=1000)
+    Manifest(**{"step": step, "identity": identity, "layout": layout, "files": files, **changes}).write(checkpoint)
+    return checkpoint

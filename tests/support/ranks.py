@@ -1,0 +1,124 @@
+"""Processes of train.py that start at once: forked from a server that has imported everything.
+
+What they run is train.py's ``main``, with the environment and the working directory that a launcher would give them.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tests.support.processes import REPOSITORY, environment, free_port
+
+PRELOADED = [
+    "train",
+    "mrmae_ds.training.run",
+    "mrmae_ds.data.loaders.pillow",
+    "mrmae_ds.teachers.sources.checkpoint",
+    "tests.support.faults",
+]
+
+
+@dataclass
+class Ranks:
+    """The ranks of one run; ``logs`` are what they print, stdout and stderr together."""
+
+    processes: list[BaseProcess]
+    logs: list[Path]
+
+    def wait(self, limit_s: float = 120) -> list[int]:
+        """Their exit statuses, negative for a signal; all are killed if it takes longer than the limit."""
+        deadline = time.monotonic() + limit_s
+        for process in self.processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [process.pid for process in self.processes if process.is_alive()]
+        self.kill()
+        if late:
+            raise TimeoutError(f"still running after {limit_s} s: {late}\n{self.text()}")
+        return [process.exitcode if process.exitcode is not None else 0 for process in self.processes]
+
+    def kill(self) -> None:
+        """End them, and what they started, at once."""
+        for process in self.processes:
+            if process.is_alive() and process.pid is not None:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:  # it has no group of its own yet
+                    process.kill()
+        for process in self.processes:
+            process.join()
+
+    def alive(self) -> bool:
+        """Whether all of them run."""
+        return all(process.is_alive() for process in self.processes)
+
+    def text(self, rank: int | None = None) -> str:
+        """What was printed by a rank, or by all."""
+        logs = self.logs if rank is None else [self.logs[rank]]
+        return "\n".join(log.read_text(errors="replace") for log in logs if log.exists())
+
+
+def fork_server() -> ForkServerContext:
+    """Where processes come from that have everything imported; started when first asked for."""
+    context = multiprocessing.get_context("forkserver")
+    if forkserver._forkserver._forkserver_address is None:  # type: ignore[attr-defined]
+        before = dict(os.environ)
+        os.environ.update(environment())
+        context.set_forkserver_preload(PRELOADED)
+        forkserver.ensure_running()
+        os.environ.clear()
+        os.environ.update(before)
+    return context
+
+
+def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault: str = "") -> Ranks:
+    """Start train.py on ``world_size`` ranks.
+
+    Args:
+        arguments: of train.py.
+        folder: for what they print.
+        fault: see :mod:`tests.support.faults`.
+    """
+    server = fork_server()
+    folder.mkdir(parents=True, exist_ok=True)
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
+    processes, logs = [], []
+    for rank in range(world_size):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
+        log = folder / f"rank{rank}.log"
+        log.unlink(missing_ok=True)  # an earlier run's, if this one is killed before it has written a word
+        argv = [str(argument) for argument in arguments]
+        process = server.Process(target=_rank, args=(argv, address | ranks, log, fault))
+        process.start()
+        processes.append(process)
+        logs.append(log)
+    return Ranks(processes, logs)
+
+
+def _rank(argv: list[str], values: dict[str, str], log: Path, fault: str) -> None:
+    os.setsid()
+    os.chdir(REPOSITORY)
+    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # as a shell leaves them
+        signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
+    os.environ.update(values)
+    import train
+    from tests.support import faults
+
+    if fault:
+        faults.install(fault)
+    status = train.main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,94 @@
+"""Models that hold the authors' weights, and the authors' parameter names."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+
+from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.objectives import Objective
+from mrmae_ds.models.pretrain import Encoder, FusionSpec, PretrainModel
+from mrmae_ds.models.sizes import CViTSpec, ViTSpec
+from mrmae_ds.models.vit import MaskableViT
+from tests.fixtures import part
+
+MCMAE = CViTSpec((16, 24, 32), (1, 1, 2), 4)
+MAE = ViTSpec(32, 2, 4)
+FIXED_POSITIONS = ["encoder.pos_embed", "decoder.pos_embed"]
+
+
+def our_name(name: str) -> str:
+    """The authors' name of a pre-training parameter to ours."""
+    if name.startswith("decoder_pred."):
+        return name.replace("decoder_pred", "heads.pixels")
+    if found := re.fullmatch(r"stage(\d)_output_decode\.(\w+)", name):
+        return f"fusion.stage_convs.{found[1]}.{found[2]}"
+    if name.startswith("norm."):
+        return "fusion." + name
+    if name == "mask_token":
+        return "decoder.mask_token"
+    return "decoder." + name.removeprefix("decoder_") if name.startswith("decoder_") else "encoder." + name
+
+
+def authors_name(name: str) -> str:
+    """The inverse of :func:`our_name`."""
+    name = re.sub(r"^fusion\.stage_convs\.(\d)", r"stage\1_output_decode", name)
+    name = re.sub(r"^fusion\.norm", "norm", name)
+    name = re.sub(r"^heads\.pixels", "decoder_pred", name)
+    name = re.sub(r"^decoder\.mask_token", "mask_token", name)
+    name = re.sub(r"^decoder\.", "decoder_", name)
+    return name.removeprefix("encoder.")
+
+
+def pixel_objective(normalize: str = "standardize", weight: float = 1.0) -> Objective:
+    """MAE's objective, with or without norm_pix."""
+    return Objective(target="pixels", tap="decoder", tokens="masked", normalize=normalize, weight=weight)
+
+
+def pixel_model(encoder: Encoder, fusion: FusionSpec, decoder: DecoderSpec, normalize: str) -> PretrainModel:
+    """A model whose one objective is ``pixels``."""
+    return PretrainModel(encoder, fusion, decoder, {"pixels": pixel_objective(normalize)}, {})
+
+
+def reference_mcmae(reference: dict[str, Tensor], normalize: str = "standardize") -> PretrainModel:
+    """The pre-training model of mcmae.npz."""
+    decoder = DecoderSpec(dim=32, depth=1, num_heads=4)
+    model = pixel_model(CViT(MCMAE, 224, global_pool=""), FusionSpec(stages=(1, 2)), decoder, normalize)
+    return load_all_but_positions(model, part(reference, "state/"))
+
+
+def reference_mae(reference: dict[str, Tensor], normalize: str = "standardize") -> PretrainModel:
+    """The pre-training model of mae.npz."""
+    decoder = DecoderSpec(dim=16, depth=2, num_heads=4)
+    model = pixel_model(MaskableViT(MAE, 64), FusionSpec(), decoder, normalize)
+    return load_all_but_positions(model, part(reference, "state/"))
+
+
+def load_all_but_positions(model: PretrainModel, state: dict[str, Tensor]) -> PretrainModel:
+    """Load the authors' weights; every parameter but the fixed positions must be among them."""
+    result = model.load_state_dict({our_name(name): value for name, value in state.items()}, strict=False)
+    assert sorted(result.missing_keys) == sorted(FIXED_POSITIONS)
+    assert result.unexpected_keys == []
+    return model
+
+
+def perturb(model: nn.Module, seed: int, scale: float = 0.1) -> None:
+    """Add noise to every trainable parameter, so that biases, affine terms and tokens matter."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def random_images(batch: int, side: int, seed: int) -> Tensor:
+    """Normal noise, float32 [batch, 3, side, side]."""
+    return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def random_noise(batch: int, tokens: int, seed: int) -> Tensor:
+    """Uniform noise, float32 [batch, tokens]."""
+    return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed))

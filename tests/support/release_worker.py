@@ -1,0 +1,85 @@
+"""A pre-training that fails and one that ends, in one process: ``python -m tests.support.release_worker FOLDER KIND``
+prints, as JSON, what is left of the teacher after each."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.factory import build_pretraining
+from mrmae_ds.training import run as stage
+from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.loop import TrainingError, train
+from mrmae_ds.weights.load import encoder_metadata, save_weights
+from tests.support.jobs import ALONE
+from tests.support.sample_data import write_sample_beton
+
+ENGINE, RECIPE, TEACHER = (Path("ds_configs") / name for name in ("tiny.json", "tiny.yaml", "baselines/mae_tiny.yaml"))
+
+
+def save_teacher(folder: Path) -> Path:
+    """A run of the teacher's recipe with random weights; returns its stage folder."""
+    recipe = load_recipe(TEACHER)
+    assert recipe.stages.pretrain is not None
+    torch.manual_seed(1)
+    model, _ = build_pretraining(recipe, recipe.stages.pretrain)
+    metadata = {"kind": "pretrain", **encoder_metadata(model.encoder), "mean": recipe.data.mean, "std": recipe.data.std}
+    save_weights(folder / "model.safetensors", model.state_dict(), metadata)
+    return folder
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Run a job; whatever becomes of it, count the teacher's storages and masters that are still in memory."""
+    (teacher,) = job.task.teachers.values()
+    weights = [StorageWeakRef(t.untyped_storage()) for t in (*teacher.parameters(), *teacher.buffers())]
+    network = teacher.network
+    error = None
+    try:
+        stage.run_job(job)
+    except TrainingError as raised:
+        error = str(raised)
+    gc.collect()
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules())
+    return {"error": error, "left": sum(not storage.expired() for storage in weights), "hooks": hooks}
+
+
+def main(folder: Path, kind: str) -> None:
+    """First the one that fails in its second step, then the one that ends."""
+    pictures = write_sample_beton(folder, train=64, val=20)
+    overrides = [f"data.train={pictures[0]}", f"data.val={pictures[1]}", "stages.pretrain.epochs=2"]
+    overrides += [f"teachers.mae.source={save_teacher(folder / 'mae')}", f"stages.pretrain.placement={kind}"]
+
+    def prepare() -> Job:
+        return prepare_job(Options(ENGINE, "pretrain", RECIPE, folder / "run", "never", tuple(overrides)), ALONE)
+
+    def fail(engine: Any, task: Any, *rest: Any) -> None:
+        losses, calls = task.losses, []
+
+        def second(*arguments: Any) -> dict[str, torch.Tensor]:
+            result = losses(*arguments)
+            calls.append(result)
+            if len(calls) == 2:
+                raise TrainingError("no more")
+            return result
+
+        task.losses = second
+        train(engine, task, *rest)
+
+    leave, stage.end_process_group = stage.end_process_group, lambda: None  # DeepSpeed starts once a process
+    stage.train = fail
+    failed = run(prepare())
+    stage.train, stage.end_process_group = train, leave
+    ended = run(prepare())
+    record = json.loads((folder / "run/pretrain/record.json").read_text())
+    print(json.dumps({"failed": failed, "ended": ended, "status": record["status"], "teachers": record["teachers"]}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,71 @@
+"""Small sets of real pictures: Fashion-MNIST where Debian's package is installed, else matplotlib's."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+from PIL import Image
+
+from mrmae_ds.data.convert.fashion_mnist import CLASS_NAMES, FashionMNIST, debian_folder
+from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.writer import PictureDataset, write_beton
+
+SIDE = 32
+
+
+@cache
+def photograph() -> Image.Image:
+    """A photograph of a person, 512 wide and 600 high, RGB."""
+    path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
+class Cuttings:
+    """32x32 cuttings of the photograph, overlapping; the label is which tenth of its height they are from."""
+
+    def __init__(self, count: int, first: int = 0) -> None:
+        across, down = (512 - SIDE) // 8, (600 - SIDE) // 8
+        # A step that shares no factor with the number of cuttings visits all of them, scattered.
+        places = [(first + i) * 1009 % (across * down) for i in range(count)]
+        self.corners = [(place % across * 8, place // across * 8) for place in places]
+
+    def __len__(self) -> int:
+        return len(self.corners)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        left, top = self.corners[index]
+        return photograph().crop((left, top, left + SIDE, top + SIDE)), top * 10 // 600
+
+
+def sample_sets(train: int, val: int) -> tuple[PictureDataset, PictureDataset]:
+    """A training and a validation set of real 32x32 RGB pictures in ten classes, without overlap."""
+    folder = debian_folder()
+    if folder is None:
+        return Cuttings(train), Cuttings(val, first=train)
+    return FashionMNIST(folder, "train", train), FashionMNIST(folder, "val", val)
+
+
+def write_sample_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
+    """Write FOLDER/train.beton and FOLDER/val.beton with that many pictures. Returns both paths."""
+    paths = folder / "train.beton", folder / "val.beton"
+    for path, dataset in zip(paths, sample_sets(train, val), strict=True):
+        options = WriteOptions(max_side=SIDE, quality=95, workers=1)
+        write_beton(dataset, path, options, class_names=CLASS_NAMES, name="samples", source="test pictures")
+    return paths
+
+
+class Photographs:
+    """Cuttings of the photograph in many sizes and shapes, two classes: wide and tall."""
+
+    SIZES = ((200, 120), (64, 64), (50, 300), (301, 77), (33, 47), (256, 255), (512, 600), (90, 40))
+
+    def __len__(self) -> int:
+        return 2 * len(self.SIZES)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        width, height = self.SIZES[index % len(self.SIZES)]
+        left, top = ((512 - width) // 2, (600 - height) // 3) if index < len(self.SIZES) else (0, 0)
+        return photograph().crop((left, top, left + width, top + height)), int(height > width)

@@ -1,0 +1,137 @@
+"""What two processes under ZeRO-3 see: ``python -m tests.support.traps_worker FOLDER`` writes FOLDER/rankN.json."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import nn
+
+from mrmae_ds.config.engine import load_engine_config
+from mrmae_ds.distributed.launch import Launch, prepare_environment
+from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+from mrmae_ds.training.engine.build import build_engine
+from mrmae_ds.training.evaluation.accuracy import evaluate, validation_reader
+from tests.training.parity.cases import ZERO, Case
+from tests.training.parity.gathers import gathered
+from tests.training.parity.job import batches, prepare
+
+LINEAR = F.linear  # before any engine
+CPU = torch.device("cpu")
+RATE = 0.1
+GATHERS: dict[str, tuple[dict[str, Any], int]] = {
+    "huge": ({}, 1),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 1),
+    "accumulation": ({}, 2),
+    "released": ({"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0}}, 1),
+}
+
+
+class Branches(nn.Module):
+    """Two layers, of which one can be left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.sometimes = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x: torch.Tensor, both: bool) -> torch.Tensor:
+        return (self.always(x) + (self.sometimes(x) if both else 0)).square().sum()
+
+
+def stale_gradients(zero: int, watched: bool, folder: Path, rank: int) -> str | float:
+    """A step with both branches, then one with a single branch: how far the other weight moved, or what was raised.
+
+    Adam that forgets everything moves by the rate, or not at all, where the gradient is 0.
+    """
+    import deepspeed
+
+    path = folder / f"branches-{rank}.json"
+    content = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": ZERO[zero]}
+    path.write_text(json.dumps(content))
+    model = Branches()
+    for weight in model.parameters():
+        nn.init.constant_(weight, 0.5)
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": 0.0, "lr": RATE}]
+    engine = build_engine(model, groups, (0.0, 0.0), load_engine_config(path), 1, CPU)
+    backward = engine.backward if watched else deepspeed.DeepSpeedEngine.backward.__get__(engine)
+    seen = []
+    try:
+        for both in (True, False):
+            backward(engine(torch.ones(1, 4), both))
+            engine.step()
+            with deepspeed.zero.GatheredParameters([p for p in model.parameters() if hasattr(p, "ds_id")]):
+                seen.append(model.sometimes.weight[0, 0].item())
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return seen[0] - seen[1]
+
+
+def modules_in_order(folder: Path, launch: Launch) -> list[str]:
+    """The modules that three micro-batches of fine-tuning run, when nearly every path is dropped."""
+    job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
+    for module in job.task.model.modules():
+        if isinstance(module, DropPath):
+            module.drop_prob = 0.9
+    engine = _engine(job)
+    called: list[str] = []
+    for name, module in engine.module.named_modules():
+        module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    for step, batch in zip(range(3), batches(job), strict=False):
+        engine.backward(job.task.losses(engine, batch, job.plan.key(step, 0))["loss"])
+        engine.step()
+    engine.destroy()
+    return called
+
+
+def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
+    """Of nine pictures in batches of four on two ranks, as fine-tuning evaluates."""
+    job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
+    engine = _engine(job)
+    reader = validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, CPU)
+    results = evaluate(engine, lambda images: job.task.logits(engine, images), reader)
+    reader.close()
+    engine.destroy()
+    return results
+
+
+def _engine(job: Any) -> Any:
+    task = job.task
+    engine = build_engine(
+        task.model, task.groups(), job.stage.optimizer.betas, job.engine_config, job.plan.accumulation, CPU
+    )
+    task.to(CPU)
+    engine.train()
+    return engine
+
+
+def main(folder: Path) -> None:
+    """One rank."""
+    launch = prepare_environment()
+    torch.set_num_threads(1)
+    start_process_group(choose_device(launch))
+    rank = launch.rank
+    found = {
+        "unwatched": {zero: stale_gradients(zero, False, folder, rank) for zero in (1, 2, 3)},
+        "watched": {zero: stale_gradients(zero, True, folder, rank) for zero in (1, 3)},
+        "modules": modules_in_order(folder, launch),
+        "evaluation": evaluation(folder, launch),
+        "linear": F.linear is LINEAR,
+        "gathers": {
+            name: [asdict(step) for step in gathered(changes, accumulation, folder, rank)]
+            for name, (changes, accumulation) in GATHERS.items()
+        },
+    }
+    (folder / f"rank{rank}.json").write_text(json.dumps(found))
+    end_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

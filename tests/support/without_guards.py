@@ -1,0 +1,264 @@
+"""Take the guards out, one at a time, and see that the test of each fails without it.
+
+    python -m tests.support.without_guards [NAME ...] [--list]
+
+Works on a copy of the tracked files in a temporary folder: the text of a guard is replaced by what would stand there if
+nobody had thought of it, the tests named beside it are run, and at least one of them must fail. Before that they must
+pass with all guards in place. Fails (status 1) if a test passes without its guard. Takes minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.support.processes import REPOSITORY, environment, run
+
+LIMIT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What a guard is against, and how to take it out.
+
+    Attributes:
+        path: of the file below ``mrmae_ds``.
+        guard: text that stands there once.
+        without: what is put in its place.
+        tests: arguments of pytest.
+    """
+
+    path: str
+    guard: str
+    without: str
+    tests: tuple[str, ...]
+
+
+def _faults(words: str) -> tuple[str, ...]:
+    return ("tests/test_faults.py", "-k", words)
+
+
+TRAPS = "tests/training/engine/test_traps.py"
+RESUMING = "tests/training/checkpoint/test_resume.py"
+UNIVERSAL = ("tests/training/checkpoint/test_universal.py", "-k", "two_processes_to_one or any_stage")
+GUARDS = {
+    # what is not finite
+    "a loss that is not finite": Guard(
+        "training/step_sync.py",
+        "bad_loss = self.bad_loss()",
+        "bad_loss = torch.zeros_like(self.bad_loss())",
+        ("tests/training/engine/test_nonfinite.py", "-k", "trace"),
+    ),
+    "a gradient that is not finite": Guard(
+        "training/step_sync.py",
+        "any_nonfinite(local_gradients(engine), device)",
+        "torch.zeros((), device=device)",
+        ("tests/training/engine/test_nonfinite.py", "-k", "trace"),
+    ),
+    "all skip what one must": Guard(
+        "training/step_sync.py", "        dist.all_reduce(flags, dist.ReduceOp.MAX)\n", "", _faults("not_finite")
+    ),
+    "nothing but bad steps ends a run": Guard(
+        "training/loop.py", "if state.bad_in_row >= MAX_BAD_STEPS:", "if False:", _faults("bad_batches")
+    ),
+    # processes
+    "one that gets no further": Guard(
+        "distributed/watchdog.py", "if idle > self.limit_s:", "if False:", _faults("further")
+    ),
+    "an exception on one process": Guard(
+        "distributed/watchdog.py",
+        "if error is not None and not isinstance(error, TOGETHER):",
+        "if False:",
+        ("tests/distributed/test_watchdog.py", "-k", "first_to_fail"),
+    ),
+    "a process that is killed": Guard(
+        "distributed/watchdog.py",
+        "if dead := self._stacks.neighbours.dead():",
+        "if dead := None:",
+        ("tests/distributed/test_watchdog.py", "-k", "killed_process"),
+    ),
+    "a signal to one process": Guard(
+        "training/loop.py",
+        "if verdict.signal and state.step < plan.total_steps:",
+        "if False:",
+        _faults("signal_to_one"),
+    ),
+    # checkpoints
+    "checksums": Guard(
+        "training/checkpoint/resume.py",
+        "wrong = wrong or check_contents(checkpoint, manifest, own)",
+        "pass",
+        _faults("damaged_checkpoint"),
+    ),
+    "sizes": Guard(
+        "training/checkpoint/run_dir.py",
+        'wrong = "; ".join(check_sizes(checkpoint, manifest))',
+        'wrong = ""',
+        ("tests/training/checkpoint/test_run_dir.py", "-k", "cut_off"),
+    ),
+    "what one finds wrong is wrong for all": Guard(
+        "training/checkpoint/resume.py",
+        "reports = gather((identity, wrong))",
+        "reports = [(identity, wrong)]",
+        (RESUMING, "-k", "wrong_for_all"),
+    ),
+    "no start from zero: sizes": Guard(
+        "training/checkpoint/run_dir.py",
+        "if folders and not candidates:",
+        "if False:",
+        ("tests/training/checkpoint/test_run_dir.py", "-k", "none_is_whole"),
+    ),
+    "no start from zero: contents": Guard(
+        "training/checkpoint/resume.py",
+        "raise AgreedError(none_whole(stage_dir, damaged))",
+        'return Start("fresh", (), tuple(damaged))',
+        _faults("no_whole"),
+    ),
+    "newer ones are set aside": Guard(
+        "training/checkpoint/resume.py",
+        "            _leave_others(checkpoint, stage_dir)\n",
+        "",
+        (RESUMING, "-k", "passed_over or going_back"),
+    ),
+    "a failed write is told by all": Guard(
+        "training/checkpoint/save.py",
+        "first, error = dist.get_rank() == 0, written.error",
+        "first, error = dist.get_rank() == 0, None",
+        ("tests/training/checkpoint/test_save.py",),
+    ),
+    "half a save is removed": Guard(
+        "training/checkpoint/save.py",
+        "            shutil.rmtree(snapshot.staging.parent, ignore_errors=True)\n",
+        "            pass\n",
+        ("tests/training/checkpoint/test_save.py",),
+    ),
+    "other pictures, teachers, recipes": Guard(
+        "training/checkpoint/run_dir.py",
+        "if found := before.differences(now):",
+        "if found := []:",
+        _faults("other_pictures"),
+    ),
+    # going on
+    "random states": Guard(
+        "training/checkpoint/train_state.py",
+        '    restore_random_state(own["random"], device)\n',
+        "",
+        (RESUMING, "-k", "counters_open"),
+    ),
+    "the place in an epoch": Guard(
+        "training/loop.py",
+        "reader.epoch(epoch, within * plan.accumulation)",
+        "reader.epoch(epoch)",
+        _faults("mid_epoch"),
+    ),
+    "no line twice": Guard(
+        "training/run_logger.py",
+        "resume_step=start - 1 if start else None",
+        "resume_step=10**9 if start else None",
+        _faults("killed_again or mid_epoch"),
+    ),
+    "each group its own rate and decay": Guard(
+        "training/checkpoint/universal.py", "    _restore_groups(engine, groups)\n", "", UNIVERSAL
+    ),
+    "each parameter its own count of steps": Guard(
+        "training/checkpoint/universal.py", "    _separate_steps(engine)\n", "", UNIVERSAL
+    ),
+    "frozen parameters and buffers": Guard(
+        "training/checkpoint/universal.py",
+        '    _load_fixed(engine, torch.load(folder / FIXED, map_location="cpu", weights_only=True))\n',
+        "",
+        UNIVERSAL,
+    ),
+    # the engine
+    "clipping that is left out": Guard(
+        "config/engine.py",
+        'if "gradient_clipping" not in raw:',
+        "if False:",
+        ("tests/config/test_engine.py",),
+    ),
+    "gradients of parameters without one": Guard(
+        "training/engine/missing_gradients.py",
+        "        if missing:\n",
+        "        if False:\n",
+        (TRAPS, "-k", "without_gradient"),
+    ),
+    "decay by the shape of the whole parameter": Guard(
+        "training/param_groups.py",
+        'getattr(parameter, "ds_shape", parameter.shape)',
+        "parameter.shape",
+        ("tests/training/test_param_groups.py",),
+    ),
+    "torch's own linear": Guard(
+        "config/engine_rules.py",
+        'if stage == 3 and zero.get("memory_efficient_linear") is not False:',
+        "if False:",
+        ("tests/config/test_engine.py",),
+    ),
+}
+
+
+def copy_of_the_repository(folder: Path) -> Path:
+    """The tracked files, below ``folder``."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True, text=True)
+    for name in listed.stdout.split("\0"):
+        if name and (REPOSITORY / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(REPOSITORY / name, folder / name)
+    return folder
+
+
+def passes(copy: Path, tests: tuple[str, ...]) -> bool:
+    """Whether the tests pass in the copy.
+
+    Raises:
+        RuntimeError: if none of them could be run.
+    """
+    env = environment(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    try:
+        done = run(["env", "-C", str(copy), *command], LIMIT_S, env)
+    except TimeoutError:
+        return False
+    if done.status not in (0, 1):
+        raise RuntimeError(f"{' '.join(tests)}: pytest ended with {done.status}\n{done.stdout}{done.stderr}")
+    return done.status == 0
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of the guards; default: all")
+    parser.add_argument("--list", action="store_true", help="their names, and no more")
+    args = parser.parse_args()
+    if args.list:
+        print("\n".join(GUARDS))
+        return
+    missed = 0
+    print("| guard | its tests | with it | without it |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copy_of_the_repository(Path(folder).resolve())
+        sound: dict[tuple[str, ...], bool] = {}
+        for name in args.names or GUARDS:
+            guard = GUARDS[name]
+            path = copy / "mrmae_ds" / guard.path
+            text = path.read_text(encoding="utf-8")
+            if guard.tests not in sound:
+                sound[guard.tests] = passes(copy, guard.tests)
+            path.write_text(text.replace(guard.guard, guard.without), encoding="utf-8")
+            without = passes(copy, guard.tests)
+            path.write_text(text, encoding="utf-8")
+            missed += without or not sound[guard.tests]
+            words = ["pass" if ok else "fail" for ok in (sound[guard.tests], without)]
+            print(f"| {name} | {' '.join(guard.tests)} | {words[0]} | {words[1]} |", flush=True)
+    sys.exit(int(missed > 0))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()

@@ -1,0 +1,105 @@
+"""A run of this project as a teacher."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.sizes import EncoderSpec
+from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
+from mrmae_ds.weights.load import MODEL_FILE, build_encoder, load_encoder
+from tests.support.sample_teachers import CVIT, MEAN, STD, VIT, normalize, options, pixels_of, save_run, timm_attention
+
+BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
+
+
+def build(source: Path, features: str = "raw", image_size: int = 16, **changes: Any) -> CheckpointTeacher:
+    return CheckpointTeacher(options("t", str(source), features=features, image_size=image_size, **changes))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["pretrain", "classifier"])
+def test_tokens_and_importance(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
+    save_run(tmp_path, spec, kind)
+    teacher = build(tmp_path)
+    pixels = pixels_of(3, 16)
+    tokens, importance = teacher(pixels)
+    encoder = build_encoder(spec, 16).eval()
+    load_encoder(encoder, tmp_path / MODEL_FILE)
+    images = normalize(pixels, MEAN, STD)
+    prefix = 1 if spec is VIT else 0
+    with torch.no_grad():
+        torch.testing.assert_close(tokens, encoder.forward_features(images)[:, prefix:])
+    attention = timm_attention(encoder.transformer_blocks[-1], encoder.forward_features, images).mean(1)
+    expected = attention[:, 0, 1:] if prefix else attention.mean(1)
+    torch.testing.assert_close(importance, expected, atol=1e-6, rtol=1e-5)
+    assert importance.std() > 1e-4
+    assert (teacher.grid, teacher.width, teacher.image_size) == ((4, 4), 16, 16)
+
+
+@BOTH
+def test_features_after_the_norm_of_pretraining(spec: EncoderSpec, tmp_path: Path) -> None:
+    saved = save_run(tmp_path, spec)
+    raw, normed = build(tmp_path)(pixels_of(2, 16)), build(tmp_path, "ln_post")(pixels_of(2, 16))
+    weight, bias = saved["fusion.norm.weight"], saved["fusion.norm.bias"]
+    torch.testing.assert_close(normed.tokens, F.layer_norm(raw.tokens, (16,), weight, bias, eps=1e-6))
+    assert torch.equal(normed.importance, raw.importance)
+
+
+@pytest.mark.parametrize(("kind", "features"), [("pretrain", "proj"), ("classifier", "ln_post")])
+def test_features_it_does_not_have_are_refused(kind: str, features: str, tmp_path: Path) -> None:
+    save_run(tmp_path, CVIT, kind)
+    with pytest.raises(UserError, match=rf"teachers.t.features: .* has no {features} features; use raw"):
+        build(tmp_path, features)
+
+
+def test_statistics_are_those_it_was_trained_with_or_the_given(tmp_path: Path) -> None:
+    save_run(tmp_path, CVIT)
+    own, given = build(tmp_path), build(tmp_path, statistics=((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
+    assert own.mean.flatten().tolist() == pytest.approx(MEAN)
+    assert own.std.flatten().tolist() == pytest.approx(STD)
+    assert given.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert given.std.flatten().tolist() == pytest.approx([1.0, 2.0, 3.0])
+
+
+@BOTH
+@pytest.mark.parametrize("features", ["raw", "ln_post"])
+def test_bf16_is_near_fp32(spec: EncoderSpec, features: str, tmp_path: Path) -> None:
+    save_run(tmp_path, spec)
+    exact, rounded = (
+        build(tmp_path, features, dtype=dtype)(pixels_of(2, 16)) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded.tokens.dtype == torch.float32
+    assert F.cosine_similarity(exact.tokens, rounded.tokens, dim=-1).min() > 0.99
+    assert not torch.equal(exact.tokens, rounded.tokens)
+
+
+@BOTH
+def test_another_input_size_gives_another_grid(spec: EncoderSpec, tmp_path: Path) -> None:
+    save_run(tmp_path, spec)
+    teacher = build(tmp_path, image_size=24)
+    assert teacher.grid == (6, 6)
+    tokens, importance = teacher(pixels_of(2, 16))
+    assert tokens.shape == (2, 36, 16)
+    assert importance.shape == (2, 36)
+
+
+def test_sha256_is_of_the_file(tmp_path: Path) -> None:
+    save_run(tmp_path, CVIT)
+    assert build(tmp_path).sha256 == hashlib.sha256((tmp_path / MODEL_FILE).read_bytes()).hexdigest()
+
+
+def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"teachers.t.source: .*nowhere does not exist; run that stage first"):
+        build(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"teachers.t.source: .* has not finished"):
+        build(tmp_path)
+    torch.save({}, tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match=r"foreign.pt: not a readable safetensors file"):
+        build(tmp_path / "foreign.pt")

@@ -1,0 +1,477 @@
+"""CLIP's image tower as a teacher: against open_clip itself and the authors' CLIP."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from open_clip.transformer import QuickGELU
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.teachers.sources import clip_loading
+from mrmae_ds.teachers.sources.clip import ClipTeacher
+from tests.fixtures import load_reference, part
+from tests.support.reference import perturb
+from tests.support.sample_teachers import normalize, options, pixels_of, timm_attention
+
+# OpenAI's, from its repository.
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+TEXT = {"context_length": 8, "vocab_size": 32, "width": 16, "heads": 2, "layers": 1}
+VISION = {"image_size": 64, "layers": 3, "width": 64, "head_width": 16, "patch_size": 16}
+TIMM_TOWER = {"image_size": 64, "timm_model_name": "mrmae_test_clip_tower", "timm_pool": "map", "timm_proj": "none"}
+TOWERS: dict[str, dict[str, Any]] = {
+    "mrmae-test": VISION,
+    "mrmae-test-one-block": VISION | {"layers": 1},
+    "mrmae-test-qk-norm": VISION | {"qk_norm": True},
+    "mrmae-test-average": VISION | {"pool_type": "avg", "no_ln_pre": True},
+    "mrmae-test-coca": VISION | {"attentional_pool": True, "attn_pooler_heads": 4},
+    "mrmae-test-cosine": VISION | {"scaled_cosine_attn": True},
+    "mrmae-test-siglip": TIMM_TOWER,
+    "mrmae-test-resnet": VISION | {"layers": [1, 1, 1, 1], "width": 16},
+}
+
+
+def config_of(name: str, quick_gelu: bool = False) -> dict[str, Any]:
+    siglip = name.endswith("siglip")
+    # A timm tower without projection has the width of its trunk.
+    return {
+        "embed_dim": 48 if siglip else 24,
+        "quick_gelu": quick_gelu,
+        "custom_text": siglip,
+        "vision_cfg": TOWERS[name],
+        "text_cfg": TEXT,
+    }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def configs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tiny models under names that open_clip then knows, as if it had weights of two of them."""
+    from timm.models import register_model
+    from timm.models.vision_transformer import _create_vision_transformer
+
+    @register_model
+    def mrmae_test_clip_tower(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        size = {"patch_size": 16, "embed_dim": 48, "depth": 2, "num_heads": 4, "class_token": False, "img_size": 64}
+        return _create_vision_transformer("vit_base_patch16_siglip_224", pretrained, **size | kwargs)
+
+    folder = tmp_path_factory.mktemp("open_clip")
+    for name in TOWERS:
+        (folder / f"{name}.json").write_text(json.dumps(config_of(name)))
+    (folder / "mrmae-test-quickgelu.json").write_text(json.dumps(config_of("mrmae-test", quick_gelu=True)))
+    open_clip.add_model_config(folder)
+
+
+def build(weights: Path | str | None, source: str = "mrmae-test", **changes: Any) -> ClipTeacher:
+    return ClipTeacher(options("clip", source, weights=weights, **changes))
+
+
+def model_of(name: str = "mrmae-test", *, quick_gelu: bool) -> nn.Module:
+    """A whole model with random weights, the same whatever its GELU."""
+    torch.manual_seed(0)
+    config = config_of(name)
+    custom = config.pop("custom_text")
+    model = (open_clip.CustomTextCLIP if custom else open_clip.CLIP)(**config | {"quick_gelu": quick_gelu}).eval()
+    perturb(model, seed=3, scale=0.1)
+    return model
+
+
+def save_model(path: Path, name: str = "mrmae-test", *, quick_gelu: bool = True) -> nn.Module:
+    """Write random weights in OpenAI's naming, in the format that the file's name says; returns the tower."""
+    model = model_of(name, quick_gelu=quick_gelu)
+    if path.suffix == ".safetensors":
+        save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path)
+    return model.visual
+
+
+def gelus(teacher: ClipTeacher) -> set[type[nn.Module]]:
+    return {type(block.mlp.gelu) for block in teacher.network.transformer.resblocks}
+
+
+# ---- what it computes
+
+
+@pytest.mark.parametrize("features", ["raw", "ln_post", "proj"])
+def test_last_block_of_the_authors_clip(features: str, tmp_path: Path) -> None:
+    reference = load_reference("clip")
+    last = {f"visual.{name}": value for name, value in part(reference, "state/").items()}
+    torch.save(model_of("mrmae-test-one-block", quick_gelu=True).state_dict() | last, tmp_path / "clip.pt")
+    teacher = build(tmp_path / "clip.pt", "mrmae-test-one-block", features=features, quickgelu=True)
+    # What enters the last block is the authors' value, whatever the picture.
+    teacher.network.ln_pre.register_forward_hook(lambda *_: reference["last_block_input"])
+    tokens, importance = teacher(pixels_of(2, 64))
+    torch.testing.assert_close(tokens, reference[features], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(importance, reference["importance"], atol=1e-6, rtol=0)
+    assert teacher.width == reference[features].shape[-1]
+
+
+def tower_by_hand(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """What leaves the last block, [B, 1 + L, C], and the whole attention in it by torch, mean over heads."""
+    seen: list[Tensor] = []
+    block = visual.transformer.resblocks[-1]
+    handles = [
+        block.register_forward_pre_hook(lambda module, args: seen.append(args[0])),
+        block.register_forward_hook(lambda module, args, output: seen.append(output)),
+    ]
+    with torch.no_grad():
+        visual(normalize(pixels, CLIP_MEAN, CLIP_STD))
+        x = block.ln_1(seen[0])
+        plain = nn.MultiheadAttention(64, 4, batch_first=True)
+        plain.load_state_dict({n: t for n, t in block.attn.state_dict().items() if not n.startswith("ln_")})
+        attention = plain(x, x, x, need_weights=True)[1]
+    for handle in handles:
+        handle.remove()
+    return seen[1], attention
+
+
+@pytest.mark.parametrize("features", ["raw", "ln_post", "proj"])
+def test_whole_tower_is_open_clips(features: str, tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "clip.pt")
+    pixels = pixels_of(2, 64)
+    tokens, importance = build(tmp_path / "clip.pt", features=features, quickgelu=True)(pixels)
+    expected, attention = tower_by_hand(visual, pixels)
+    with torch.no_grad():
+        pooled = visual(normalize(pixels, CLIP_MEAN, CLIP_STD))
+        expected = expected if features == "raw" else visual.ln_post(expected)
+        if features == "proj":
+            expected = expected @ visual.proj
+            torch.testing.assert_close(expected[:, 0], pooled, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(importance, attention[:, 0, 1:], atol=1e-6, rtol=1e-5)
+
+
+def test_a_tower_pooled_by_averaging_has_no_trained_class_token(tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "clip.pt", "mrmae-test-average")
+    teacher = build(tmp_path / "clip.pt", "mrmae-test-average", quickgelu=True)
+    tokens, importance = teacher(pixels_of(2, 64))
+    expected, attention = tower_by_hand(visual, pixels_of(2, 64))
+    torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(importance, attention[:, 1:, 1:].mean(1), atol=1e-6, rtol=1e-5)
+    assert "on average" in teacher.facts["importance"]
+
+
+def test_normed_queries_and_keys(tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "clip.pt", "mrmae-test-qk-norm")
+    _, importance = build(tmp_path / "clip.pt", "mrmae-test-qk-norm", quickgelu=True)(pixels_of(2, 64))
+    seen: list[Tensor] = []
+    attn = visual.transformer.resblocks[-1].attn
+    attn.ln_q.register_forward_hook(lambda module, args, output: seen.append(output))
+    attn.ln_k.register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        visual(normalize(pixels_of(2, 64), CLIP_MEAN, CLIP_STD))
+    q, k = seen
+    # The library's own kernel gives its weights as the output for values that are the identity.
+    identity = torch.eye(17).expand(2, 4, 17, 17)
+    attention = nn.functional.scaled_dot_product_attention(q, k, identity).mean(1)
+    torch.testing.assert_close(importance, attention[:, 0, 1:], atol=1e-6, rtol=1e-5)
+
+
+def test_attention_pooling_leaves_raw_tokens_only(tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "clip.pt", "mrmae-test-coca")
+    tokens, _ = build(tmp_path / "clip.pt", "mrmae-test-coca", quickgelu=True)(pixels_of(2, 64))
+    torch.testing.assert_close(tokens, tower_by_hand(visual, pixels_of(2, 64))[0][:, 1:], atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match=r"features: mrmae-test-coca pools by attention .* no ln_post; use raw"):
+        build(tmp_path / "clip.pt", "mrmae-test-coca", quickgelu=True, features="ln_post")
+
+
+@pytest.mark.parametrize("side", [64, 96])
+def test_a_tower_of_timms_without_class_token(side: int, tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "siglip.safetensors", "mrmae-test-siglip")
+    teacher = build(tmp_path / "siglip.safetensors", "mrmae-test-siglip", image_size=side, features="ln_post")
+    tokens, importance = teacher(pixels_of(2, side))
+    if side != 64:
+        visual.set_input_size(side)
+    images = normalize(pixels_of(2, side), CLIP_MEAN, CLIP_STD)
+    attention = timm_attention(visual.trunk.blocks[-1], visual.trunk.forward_features, images).mean(1)
+    with torch.no_grad():
+        torch.testing.assert_close(tokens, visual.trunk.forward_features(images), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(importance, attention.mean(1), atol=1e-6, rtol=1e-4)
+    assert (teacher.grid, teacher.width) == ((side // 16, side // 16), 48)
+    assert teacher.facts["GELU"] == "as timm's mrmae_test_clip_tower has it"
+    with pytest.raises(UserError, match=r"clip.features: mrmae-test-siglip projects its pooled output only"):
+        build(tmp_path / "siglip.safetensors", "mrmae-test-siglip", features="proj")
+    with pytest.raises(UserError, match=r"clip.quickgelu: mrmae-test-siglip is a timm tower"):
+        build(tmp_path / "siglip.safetensors", "mrmae-test-siglip", quickgelu=False)
+
+
+def test_bf16_is_near_fp32(tmp_path: Path) -> None:
+    save_model(tmp_path / "clip.pt")
+    exact = build(tmp_path / "clip.pt", features="proj", quickgelu=True)(pixels_of(2, 64))
+    teacher = build(tmp_path / "clip.pt", features="proj", quickgelu=True, dtype=torch.bfloat16)
+    rounded = teacher(pixels_of(2, 64))
+    assert {p.dtype for p in teacher.network.parameters()} == {torch.bfloat16}
+    assert rounded.tokens.dtype == torch.float32
+    assert nn.functional.cosine_similarity(exact.tokens, rounded.tokens, dim=-1).min() > 0.99
+
+
+# ---- files of weights
+
+
+def save_openai_archive(path: Path, *, quick_gelu: bool = True) -> nn.Module:
+    """A traced module in half precision with OpenAI's scalars among its buffers; returns the tower it holds."""
+
+    class OpenAi(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            for name, child in model.named_children():
+                self.add_module(name, child)
+            for name, parameter in model.named_parameters(recurse=False):
+                self.register_parameter(name, parameter)
+            for name, value in (("input_resolution", 64), ("context_length", 8), ("vocab_size", 32)):
+                self.register_buffer(name, torch.tensor(value))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.visual(images)
+
+    model = OpenAi(model_of(quick_gelu=quick_gelu)).eval()
+    torch.jit.trace(model, torch.rand(1, 3, 64, 64), check_trace=False).half().save(str(path))
+    return model.visual.float()  # what the archive holds: its parameters were rounded in place
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_openais_archive_is_read_and_tells_its_gelu(tmp_path: Path) -> None:
+    visual = save_openai_archive(tmp_path / "ViT-B-16.pt")
+    for source in ("mrmae-test", "mrmae-test-quickgelu"):
+        teacher = build(tmp_path / "ViT-B-16.pt", source)
+        assert gelus(teacher) == {QuickGELU}
+        tokens, importance = teacher(pixels_of(2, 64))
+        expected, attention = tower_by_hand(visual, pixels_of(2, 64))
+        torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(importance, attention[:, 0, 1:], atol=1e-6, rtol=1e-5)
+        assert teacher.facts["GELU"] == "QuickGELU, by the archive's code"
+    with pytest.raises(UserError, match=r"clip.quickgelu: false in the recipe, but the weights are of QuickGELU"):
+        build(tmp_path / "ViT-B-16.pt", quickgelu=False)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
+def test_an_archive_whose_code_and_scalars_disagree_is_refused(tmp_path: Path) -> None:
+    save_openai_archive(tmp_path / "a.pt", quick_gelu=False)
+    with pytest.raises(UserError, match=r"a.pt: contradictory about its GELU"):
+        build(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("name", ["clip.pt", "clip.bin", "clip.safetensors"])
+@pytest.mark.parametrize("layout", ["whole", "wrapped", "tower alone"])
+def test_formats_and_layouts_of_files(name: str, layout: str, tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "whole.pt")
+    state = torch.load(tmp_path / "whole.pt", weights_only=True)
+    if layout == "wrapped":
+        state = {f"module.{key}": value for key, value in state.items()}
+    elif layout == "tower alone":
+        state = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")}
+    if name.endswith("safetensors"):
+        save_file(state, tmp_path / name)
+    else:
+        torch.save({"epoch": 3, "state_dict": state} if layout == "wrapped" else state, tmp_path / name)
+    tokens, _ = build(tmp_path / name, quickgelu=True)(pixels_of(1, 64))
+    torch.testing.assert_close(tokens, tower_by_hand(visual, pixels_of(1, 64))[0][:, 1:], atol=1e-5, rtol=1e-4)
+
+
+def test_half_precision_files_load(tmp_path: Path) -> None:
+    save_model(tmp_path / "clip.pt")
+    half = {name: tensor.half() for name, tensor in torch.load(tmp_path / "clip.pt", weights_only=True).items()}
+    torch.save(half, tmp_path / "half.pt")
+    torch.save({name: tensor.float() for name, tensor in half.items()}, tmp_path / "same.pt")
+    found, expected = (build(tmp_path / f"{n}.pt", quickgelu=True, image_size=96) for n in ("half", "same"))
+    assert torch.equal(found(pixels_of(1, 96)).tokens, expected(pixels_of(1, 96)).tokens)
+
+
+def test_positions_are_resized_as_open_clip_does(tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "clip.pt")
+    teacher = build(tmp_path / "clip.pt", quickgelu=True, image_size=96)
+    assert teacher.grid == (6, 6)
+    assert teacher(pixels_of(1, 64)).tokens.shape == (1, 36, 64)
+    positions = visual.positional_embedding[1:].detach().T.reshape(1, 64, 4, 4)
+    expected = nn.functional.interpolate(positions, (6, 6), mode="bicubic", antialias=True)
+    found = teacher.network.positional_embedding
+    torch.testing.assert_close(found[1:], expected[0].flatten(1).T, atol=1e-6, rtol=1e-5)
+    assert torch.equal(found[0], visual.positional_embedding[0])
+
+
+def test_sha256_is_of_the_file(tmp_path: Path) -> None:
+    save_model(tmp_path / "clip.pt")
+    expected = hashlib.sha256((tmp_path / "clip.pt").read_bytes()).hexdigest()
+    assert build(tmp_path / "clip.pt", quickgelu=True).sha256 == expected
+
+
+def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
+    """Of one with more blocks the first ones would fit."""
+    state = model_of(quick_gelu=True).state_dict()
+    torch.save({n: t for n, t in state.items() if n != "visual.ln_post.weight"}, tmp_path / "partial.pt")
+    with pytest.raises(UserError, match=r"partial.pt is not a file of mrmae-test: it lacks visual.ln_post.weight \(1 "):
+        build(tmp_path / "partial.pt", quickgelu=True)
+    torch.save(state, tmp_path / "deep.pt")
+    with pytest.raises(UserError, match=r"the model has no visual.transformer.resblocks.1.attn.in_proj_bias \(24 such"):
+        build(tmp_path / "deep.pt", "mrmae-test-one-block", quickgelu=True)
+    torch.save(state | {"visual.proj": torch.zeros(64, 5)}, tmp_path / "wide.pt")
+    with pytest.raises(UserError, match=r"of another shape is visual.proj"):
+        build(tmp_path / "wide.pt", quickgelu=True)
+
+
+# ---- which GELU
+
+
+def test_a_file_that_does_not_say_needs_the_recipes_word(tmp_path: Path) -> None:
+    save_model(tmp_path / "clip.pt")
+    for source in ("mrmae-test", "mrmae-test-quickgelu"):  # the name does not count
+        with pytest.raises(UserError, match=r"teachers.clip.quickgelu: .*clip.pt does not say which GELU"):
+            build(tmp_path / "clip.pt", source)
+        assert gelus(build(tmp_path / "clip.pt", source, quickgelu=True)) == {QuickGELU}
+        plain = build(tmp_path / "clip.pt", source, quickgelu=False)
+        assert gelus(plain) == {nn.GELU}
+        assert plain.facts["GELU"] == "GELU, by the recipe"
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_a_configuration_beside_the_file_says_it(quick: bool, tmp_path: Path) -> None:
+    save_model(tmp_path / "clip.safetensors")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config_of("mrmae-test", quick)}))
+    assert gelus(build(tmp_path / "clip.safetensors")) == {QuickGELU if quick else nn.GELU}
+    with pytest.raises(UserError, match=r"clip.quickgelu: .* in the recipe, but the weights .*config.json beside"):
+        build(tmp_path / "clip.safetensors", quickgelu=not quick)
+
+
+@pytest.fixture
+def tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tags of the tiny model as open_clip has them, one of each GELU, whose download is a local file."""
+    save_model(tmp_path / "tag.pt")
+    known: dict[str, dict[str, Any]] = {
+        "openai": {"quick_gelu": True, "mean": CLIP_MEAN, "std": CLIP_STD},
+        "laion": {"mean": (0.5,) * 3, "std": (0.25,) * 3},
+    }
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "mrmae-test", known)
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "mrmae-test-quickgelu", {"openai": known["openai"]})
+    monkeypatch.setattr(open_clip.factory, "download_pretrained", lambda *args, **kwargs: str(tmp_path / "tag.pt"))
+
+
+@pytest.mark.usefixtures("tags")
+@pytest.mark.filterwarnings("error:QuickGELU mismatch")
+@pytest.mark.parametrize("source", ["mrmae-test", "mrmae-test-quickgelu"])
+def test_a_tag_decides_whatever_the_name(source: str) -> None:
+    openai, laion = build("openai", source), build("laion", source)
+    assert gelus(openai) == {QuickGELU}
+    assert gelus(laion) == {nn.GELU}
+    assert openai.facts["GELU"] == "QuickGELU, by open_clip's entry for openai"
+    assert laion.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert laion.std.flatten().tolist() == [0.25, 0.25, 0.25]
+    assert openai.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
+    assert len(openai.sha256) == 64
+    with pytest.raises(UserError, match=r"clip.quickgelu: true in the recipe, but the weights are of GELU"):
+        build("laion", source, quickgelu=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "tag", "quick"),
+    [
+        ("ViT-B-16", "openai", True),
+        ("ViT-B-16-quickgelu", "openai", True),
+        ("ViT-B-16", "metaclip_400m", True),
+        ("ViT-B-16", "dfn2b", True),
+        ("ViT-B-16", "laion2b_s34b_b88k", False),
+        ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", False),
+    ],
+)
+def test_open_clips_own_tags(source: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def create(name: str, **kwargs: Any) -> None:
+        asked.append({"name": name, **kwargs})
+        raise RuntimeError("nothing is downloaded here")
+
+    monkeypatch.setattr(clip_loading.open_clip, "create_model", create)
+    with pytest.raises(UserError, match="nothing is downloaded here"):
+        build(tag, source)
+    gelu = {"force_quick_gelu": True} if quick else {"quick_gelu": False}
+    expected = {"name": "ViT-B-16", "pretrained": tag, "force_image_size": 64, "require_pretrained": True}
+    assert asked == [expected | gelu]
+
+
+# ---- sources that name their files, statistics, mistakes
+
+
+def test_a_local_folder_is_a_source(tmp_path: Path) -> None:
+    visual = save_model(tmp_path / "open_clip_model.safetensors")
+    config = {"model_cfg": config_of("mrmae-test", True), "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    teacher = build(None, f"local-dir:{tmp_path}")
+    assert gelus(teacher) == {QuickGELU}
+    assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    std, mean = torch.tensor(CLIP_STD).view(3, 1, 1), torch.tensor(CLIP_MEAN).view(3, 1, 1)
+    seen = (pixels_of(1, 64) - 0.5) / 0.25 * std + mean
+    tokens = teacher(pixels_of(1, 64)).tokens
+    torch.testing.assert_close(tokens, tower_by_hand(visual, seen)[0][:, 1:], atol=1e-4, rtol=1e-3)
+    with pytest.raises(UserError, match=r"clip.weights: local-dir:.* names its files itself; remove the key"):
+        build(tmp_path / "open_clip_model.safetensors", f"local-dir:{tmp_path}")
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"teachers.clip: open_clip model 'local-dir:.* could not be loaded"):
+        build(None, f"local-dir:{tmp_path}")
+    with pytest.raises(UserError, match=r"teachers.clip: open_clip model 'local-dir:.*nowhere' .*could not be loaded"):
+        build(None, f"local-dir:{tmp_path / 'nowhere'}")
+
+
+def test_a_hub_that_is_not_in_reach_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*args: Any, **kwargs: Any) -> None:
+        raise OSError("no route to the hub")
+
+    monkeypatch.setattr(open_clip.pretrained, "hf_hub_download", unreachable)
+    with pytest.raises(UserError, match=r"'hf-hub:someone/model' .*could not be loaded .*no route to the hub"):
+        build(None, "hf-hub:someone/model")
+
+
+def test_statistics_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file has none: the configuration beside it, what all weights of that name have, or OpenAI's, and it is said."""
+    save_model(tmp_path / "clip.pt")
+    teacher = build(tmp_path / "clip.pt", quickgelu=True)
+    assert teacher.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
+    assert teacher.std.flatten().tolist() == pytest.approx(CLIP_STD)
+    assert teacher.facts["statistics"] == "OpenAI's, assumed: the file does not say"
+    known = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "mrmae-test", {"a": known, "b": known})
+    teacher = build(tmp_path / "clip.pt", quickgelu=True)
+    assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    assert teacher.facts["statistics"] == "all of open_clip's weights of mrmae-test"
+    config = {"model_cfg": config_of("mrmae-test"), "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    teacher = build(tmp_path / "clip.pt")
+    assert teacher.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    given = build(tmp_path / "clip.pt", statistics=((0.1, 0.1, 0.1), (2.0, 2.0, 2.0)))
+    assert given.std.flatten().tolist() == [2.0, 2.0, 2.0]
+    assert "statistics" not in given.facts
+
+
+def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
+    save_model(tmp_path / "clip.pt")
+    (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
+    for match, weights, source in (
+        (r"clip.weights: a CLIP teacher needs a tag \(openai\) or a local file", None, "mrmae-test"),
+        (r"absent.pt is neither a file nor a tag of mrmae-test \(its tags: none\)", "absent.pt", "mrmae-test"),
+        (r"absent.pt is neither .* \(its tags: openai, laion400m_e31", "absent.pt", "ViT-B-16"),
+        (r"clip.source: open_clip has no model 'no-such-model'", "clip.pt", "no-such-model"),
+        (r"clip.weights: .*broken.pt: not a readable file", "broken.pt", "mrmae-test"),
+    ):
+        with pytest.raises(UserError, match=rf"teachers.*{match}"):
+            build(weights and tmp_path / weights, source, quickgelu=True)
+    with pytest.raises(UserError, match=r"clip.image_size: patches of 16 do not tile 70 pixels; 64 or 80"):
+        build(tmp_path / "clip.pt", quickgelu=True, image_size=70)
+    with pytest.raises(UserError, match=r"clip.stage: mrmae-test is a ViT"):
+        build(tmp_path / "clip.pt", quickgelu=True, stage=1)
+
+
+@pytest.mark.parametrize(
+    ("source", "match"),
+    [("mrmae-test-resnet", "is no ViT; choose a ViT-"), ("mrmae-test-cosine", "has cosine attention")],
+)
+def test_towers_that_cannot_be_read(source: str, match: str, tmp_path: Path) -> None:
+    save_model(tmp_path / "clip.pt", source)
+    with pytest.raises(UserError, match=rf"teachers.clip.source: .*{match}"):
+        build(tmp_path / "clip.pt", source, quickgelu=True)

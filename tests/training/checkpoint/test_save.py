@@ -1,0 +1,225 @@
+"""Saving: what is on the disk at every moment, and what becomes of a save that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae_ds.distributed.collectives import AgreedError
+from mrmae_ds.training.checkpoint import files as part_file
+from mrmae_ds.training.checkpoint import folder as store
+from mrmae_ds.training.checkpoint.folder import Retention, list_checkpoints
+from mrmae_ds.training.checkpoint.manifest import check_contents, check_sizes, read_manifest
+from mrmae_ds.training.checkpoint.train_state import TrainState
+from tests.support.engines import FILES, IDENTITY, FakeEngine, save
+
+pytestmark = pytest.mark.usefixtures("alone")
+STAGED = ".saving-step_000000010"
+
+
+def _names(stage_dir: Path) -> list[str]:
+    return [path.name for path in list_checkpoints(stage_dir)]
+
+
+def _everything(stage_dir: Path) -> list[str]:
+    return sorted(path.relative_to(stage_dir).as_posix() for path in stage_dir.rglob("*") if path.is_file())
+
+
+def test_a_saved_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+    path = save(tmp_path, 12)
+    assert list_checkpoints(tmp_path) == [path] == [tmp_path / "checkpoints" / "step_000000012"]
+    manifest = read_manifest(path)
+    assert (manifest.step, manifest.identity, manifest.results) == (12, IDENTITY, {"top1": 1.5})
+    assert manifest.layout.model_dump() == {
+        "world_size": 1, "zero_stage": 3, "dtype": "float32", "sub_group_size": 1000,
+    }  # fmt: skip
+    assert sorted(manifest.files) == sorted([*FILES, "rank_00000.pt"])
+    assert check_sizes(path, manifest) == check_contents(path, manifest, manifest.files) == []
+    for name, content in FILES.items():
+        assert torch.load(path / name, weights_only=True) == {"content": content}
+    assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step_000000012"]
+
+
+def test_the_pointer_is_deepspeeds(tmp_path: Path) -> None:
+    save(tmp_path, 12)
+    save(tmp_path, 20)
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000000020"
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 100, 1000):
+        save(tmp_path, step)
+    assert _names(tmp_path) == ["step_000000100", "step_000001000"]
+    save(tmp_path, 2000, retention=Retention(1, (100,)))
+    assert _names(tmp_path) == ["step_000000100", "step_000001000", "step_000002000"]
+
+
+def test_the_same_step_again_gets_a_name_of_its_own(tmp_path: Path) -> None:
+    first = save(tmp_path, 5)
+    before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
+    again = save(tmp_path, 5, engine=FakeEngine({"zero_pp_rank_0_mp_rank_00_optim_states.pt": "other"}))
+    assert again.name == "step_000000005_r1"
+    assert {path: path.stat().st_mtime_ns for path in first.iterdir()} == before
+    assert _names(tmp_path) == ["step_000000005", "step_000000005_r1"]
+
+
+def test_what_an_ended_save_left_is_cleared(tmp_path: Path) -> None:
+    left = tmp_path / "checkpoints" / STAGED / "step_000000010"
+    left.mkdir(parents=True)
+    (left / "half").write_bytes(b"x")
+    path = save(tmp_path, 10)
+    assert "half" not in read_manifest(path).files
+    assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step_000000010"]
+
+
+def test_deepspeeds_writer_is_back_in_its_place(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    own = engine.checkpoint_engine = object()
+    save(tmp_path, 5, engine=engine)
+    assert engine.checkpoint_engine is own
+
+
+def test_the_order_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files before the manifest, the manifest and the folder before the name, the name before the pointer."""
+    events: list[str] = []
+    plain_fsync, plain_rename, plain_replace = os.fsync, Path.rename, os.replace
+
+    def path_of(handle: int) -> str:
+        return Path(os.readlink(f"/proc/self/fd/{handle}")).name
+
+    monkeypatch.setattr(os, "fsync", lambda handle: (events.append(f"fsync {path_of(handle)}"), plain_fsync(handle)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (events.append(f"rename {b.name}"), plain_rename(a, b))[1])
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append(f"replace {Path(b).name}"), plain_replace(a, b))[1])
+    save(tmp_path, 5)
+    events = ["fsync TEMPORARY" if e.startswith(("fsync .manifest", "fsync .latest")) else e for e in events]
+    flushed = {f"fsync {name}" for name in [*FILES, "rank_00000.pt"]}
+    assert set(events[:3]) == flushed
+    assert events[3:] == [
+        "fsync TEMPORARY", "replace manifest.json", "fsync step_000000005", "rename step_000000005",
+        "fsync checkpoints", "fsync TEMPORARY", "replace latest",
+    ]  # fmt: skip
+
+
+# ---- saves that fail
+
+
+class Unwritable:
+    """A part that torch cannot write."""
+
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot be pickled")
+
+
+def _fails(tmp_path: Path, engine: FakeEngine, pattern: str) -> None:
+    """A save after 10 steps fails, and leaves everything as it was before it."""
+    save(tmp_path, 5)
+    before = _everything(tmp_path)
+    with pytest.raises(
+        AgreedError, match=f"after step 10 was not saved, the earlier ones are as they were: .*{pattern}"
+    ):
+        save(tmp_path, 10, engine=engine)
+    assert _everything(tmp_path) == before and _names(tmp_path) == ["step_000000005"]
+    assert not (tmp_path / "checkpoints" / STAGED).exists()
+
+
+def test_a_part_that_cannot_be_written(tmp_path: Path) -> None:
+    _fails(
+        tmp_path, FakeEngine({"a_optim_states.pt": 1, "model_states.pt": Unwritable()}), "model_states.pt: cannot be"
+    )
+
+
+def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+    _fails(tmp_path, FakeEngine({"model_states.pt": 1}), "0 optimiser shards of 1")
+
+
+def test_zero_0_has_no_shards(tmp_path: Path) -> None:
+    """DeepSpeed writes the optimiser into the model's file then."""
+    save(tmp_path, 5, engine=FakeEngine({"mp_rank_00_model_states.pt": 1}, zero_stage=0))
+    assert _names(tmp_path) == ["step_000000005"]
+
+
+@pytest.mark.parametrize(("number", "mend"), [(errno.ENOSPC, "free space"), (errno.EDQUOT, "quota"), (errno.EIO, "")])
+def test_a_disk_that_fails_in_the_middle_of_a_file(
+    number: int, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch hides what a write raises behind an error of its own; the message tells it all the same."""
+    plain = part_file._HashingFile.write
+    writes: list[int] = []
+
+    class FullFile:
+        def write(self, data: Any) -> None:
+            raise OSError(number, os.strerror(number))
+
+    def write(file: part_file._HashingFile, data: Any) -> int:
+        writes.append(len(data))
+        if len(writes) == 8 + 20:
+            file.file = FullFile()  # type: ignore[assignment]
+        return plain(file, data)
+
+    save(tmp_path, 5)
+    monkeypatch.setattr(part_file._HashingFile, "write", write)
+    with pytest.raises(AgreedError, match=rf"{os.strerror(number)}.*{mend}"):
+        save(tmp_path, 10)
+    assert len(writes) > 20 and _names(tmp_path) == ["step_000000005"]
+    assert not (tmp_path / "checkpoints" / STAGED).exists()
+
+
+@pytest.mark.parametrize("where", ["rename", "manifest"])
+def test_a_failure_while_it_is_put_in_place(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    save(tmp_path, 5)
+    before = _everything(tmp_path)
+    if where == "rename":
+        monkeypatch.setattr(Path, "rename", fail)
+    else:
+        monkeypatch.setattr("mrmae_ds.training.checkpoint.manifest.write_text", fail)
+    with pytest.raises(AgreedError, match="No space left"):
+        save(tmp_path, 10)
+    monkeypatch.undo()
+    assert _everything(tmp_path) == before
+
+
+def test_a_lost_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As root would not see it: the folder to write into cannot be made."""
+    save(tmp_path, 5)
+    plain: Callable[..., None] = Path.mkdir
+
+    def mkdir(path: Path, *args: Any, **kwargs: Any) -> None:
+        if STAGED in str(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        plain(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(
+        AgreedError, match=rf"after step 10 was not begun: .*{STAGED}.*Permission denied; make the folder writable"
+    ):
+        save(tmp_path, 10)
+    assert _names(tmp_path) == ["step_000000005"]
+
+
+def test_what_cannot_be_tidied_is_told_and_does_not_unsave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(store, "prune", fail)
+    path = save(tmp_path, 5)
+    assert _names(tmp_path) == ["step_000000005"]
+    assert f"warning: {path} is saved, but" in capsys.readouterr().err
+
+
+def test_the_counters_and_random_states_are_saved(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    expected = torch.get_rng_state()
+    path = save(tmp_path, 7)
+    part = torch.load(path / "rank_00000.pt", weights_only=True)
+    assert part["step"] == TrainState(step=7).step and torch.equal(part["random"]["torch"], expected)

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.objectives import Objective
+from mrmae_ds.models.pretrain import FusionSpec, PretrainModel, set_checkpointing
+from mrmae_ds.models.sizes import CViTSpec, ViTSpec
+from mrmae_ds.training.engine.build import (
+    build_engine,
+    check_leaf_modules,
+    compile_blocks,
+    set_learning_rate,
+)
+from mrmae_ds.training.param_groups import pretrain_groups
+from mrmae_ds.weights.load import build_encoder
+
+SPEC = ViTSpec(16, 2, 2, patch=8)
+PLAN = CheckpointPlan(conv_stages=3, transformer=2, decoder=1)
+CONFIG = EngineConfig(Path("engine.json"), {}, 4, None, 3, torch.float32, PLAN)
+
+
+def _model(tap: str) -> PretrainModel:
+    tokens = "masked" if tap == "decoder" else "visible"
+    objective = Objective(target="pixels", tap=tap, tokens=tokens, normalize="none", weight=1)
+    decoder = DecoderSpec(dim=8, depth=1, num_heads=2)
+    return PretrainModel(build_encoder(SPEC, 32), FusionSpec(), decoder, {"pixels": objective}, {})
+
+
+def test_the_groups_must_be_the_trainable_parameters() -> None:
+    model = nn.Linear(2, 2)
+    own = [model.weight, model.bias]
+    for params in ([model.weight], [*own, model.bias], [*own, nn.Parameter(torch.zeros(1))], []):
+        groups = [{"params": params, "lr_scale": 1.0}]
+        with pytest.raises(ValueError, match=rf"{len(params)} parameters in groups, 2 trainable"):
+            build_engine(model, groups, (0.9, 0.95), CONFIG, 1, torch.device("cpu"))
+
+
+def test_frozen_parameters_must_not_be_in_them() -> None:
+    model = _model("decoder")
+    groups = pretrain_groups(model, 0.05)
+    groups[0]["params"].append(model.encoder.pos_embed)
+    with pytest.raises(ValueError, match="trainable ones"):
+        build_engine(model, groups, (0.9, 0.95), CONFIG, 1, torch.device("cpu"))
+
+
+def test_the_checkpointing_plan_reaches_encoder_and_decoder() -> None:
+    model = _model("decoder")
+    set_checkpointing(model, CONFIG.checkpointing)
+    assert model.encoder.checkpointing == PLAN
+    assert model.decoder is not None and model.decoder.checkpoint_every == 1
+    without = _model("encoder")
+    set_checkpointing(without, CONFIG.checkpointing)
+    assert without.encoder.checkpointing == PLAN and without.decoder is None
+    classifier = build_encoder(SPEC, 32, num_classes=3)
+    set_checkpointing(classifier, CONFIG.checkpointing)
+    assert classifier.checkpointing == PLAN
+
+
+def _leaves(*classes: str) -> EngineConfig:
+    return replace(CONFIG, raw={"zero_optimization": {"leaf_module": {"classes": list(classes)}}})
+
+
+def test_leaf_modules_that_do_not_exist_are_named() -> None:
+    model = _model("decoder")
+    # A plain ViT has no ConvBlock, and the config of its size names it all the same.
+    for classes in ((), ("Block", "ConvBlock"), ("timm.models.vision_transformer.Block",), ("Decoder",)):
+        check_leaf_modules(model, _leaves(*classes))
+    with pytest.raises(UserError, match=r"engine\.json: .*classes: the model has no Blok; its blocks are Block, Conv"):
+        check_leaf_modules(model, _leaves("Blok", "ConvBlock"))
+    with pytest.raises(UserError, match="Blok"):
+        build_engine(model, pretrain_groups(model, 0.05), (0.9, 0.95), _leaves("Blok"), 1, torch.device("cpu"))
+
+
+def test_blocks_alone_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[nn.Module] = []
+
+    def compile(forward: Any, dynamic: bool, fullgraph: bool) -> Any:
+        assert dynamic is False and fullgraph is True
+        compiled.append(forward.__self__)
+        return forward
+
+    monkeypatch.setattr(torch, "compile", compile)
+    spec = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))
+    objective = Objective(target="pixels", tap="decoder", tokens="masked", normalize="none", weight=1)
+    decoder = DecoderSpec(dim=8, depth=1, num_heads=2)
+    model = PretrainModel(build_encoder(spec, 32), FusionSpec(), decoder, {"pixels": objective}, {})
+    compile_blocks(model)
+    encoder = model.encoder
+    assert model.decoder is not None
+    expected = [encoder.blocks1[0], encoder.blocks2[0], *encoder.blocks3, model.decoder.blocks[0]]
+    assert {id(block) for block in compiled} == {id(block) for block in expected} and len(compiled) == 5
+
+
+def test_the_rate_of_each_group_is_scaled() -> None:
+    class Engine:
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
+
+    Engine.optimizer.param_groups = [{"lr": 9.0, "lr_scale": 1.0}, {"lr": 9.0, "lr_scale": 0.25}]
+    set_learning_rate(Engine(), 0.8)
+    assert [group["lr"] for group in Engine.optimizer.param_groups] == [0.8, 0.2]

@@ -1,0 +1,175 @@
+"""What is not finite is seen and skipped under every ZeRO stage and precision that an engine config may name.
+
+Each case is a DeepSpeed engine of one process.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.training.engine.nonfinite import any_nonfinite, local_gradients, skip_step
+from mrmae_ds.training.step_sync import Boundary
+from tests.support.jobs import make_batch
+
+CPU = torch.device("cpu")
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+BF16_SUMS = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "bf16"}}
+UNCHECKED = {**BF16, "bf16": {"enabled": True, "check_grad_overflow": False}}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+CASES = {
+    "0": (0, {}, {}),
+    "0-autocast": (0, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, {}),
+    "1": (1, {}, {}),
+    "1-bf16": (1, BF16, {}),
+    "1-bf16-sums": (1, BF16_SUMS, {}),
+    "1-offload": (1, {}, OFFLOAD),
+    "2": (2, {}, {}),
+    "2-bf16": (2, BF16, {}),
+    "2-bf16-unchecked": (2, UNCHECKED, {}),
+    "2-offload": (2, {}, OFFLOAD),
+    "3": (3, {}, {}),
+    "3-bf16": (3, BF16, {}),
+    "3-offload": (3, {}, OFFLOAD),
+}
+BAD = ("loss", "gradient")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone_with_deepspeed() -> Any:
+    """A process group of one, known to DeepSpeed too."""
+    import torch.distributed as dist
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    environment = pytest.MonkeyPatch()
+    environment.setenv("LOCAL_RANK", "0")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(verbose=False)
+    yield
+    dist.destroy_process_group()
+    deepspeed.comm.comm.cdb = None
+    environment.undo()
+
+
+class Model(nn.Module):
+    """Two layers; the gradient is made NaN on demand, without the loss telling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        colours = nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1).to(self.first.weight.dtype)
+        return self.second(torch.tanh(self.first(colours))).float().square().mean()
+
+
+def _engine(stage: int, precision: dict[str, Any], zero: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    model = Model()
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_clipping": 0.0,
+        "steps_per_print": 2**31 - 1,
+        "zero_optimization": {"stage": stage, **zero},
+        **({"zero_force_ds_cpu_optimizer": False} if zero else {}),
+        **precision,
+    }
+    if stage == 3:
+        config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
+    groups = [{"params": [p], "weight_decay": 0.1} for p in model.parameters()]
+    optimizer = torch.optim.AdamW(groups, lr=0.05, fused=bool(zero))
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def _weights(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
+    parameters = list(engine.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=hasattr(parameters[0], "ds_id")):
+        return [p.detach().clone() for p in parameters]
+
+
+def _step(engine: deepspeed.DeepSpeedEngine, number: int, bad: str = "", guarded: bool = True) -> Any:
+    """One step of two micro-batches, bad in its first; what was agreed on."""
+    boundary = Boundary()
+    boundary.begin()
+    for micro in range(2):
+        batch: Batch = make_batch(4, seed=2 * number + micro)
+        loss = engine(batch.images)
+        if bad and micro == 0:
+            if bad == "loss":
+                loss = loss + math.nan
+            else:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+        engine.backward(loss)
+        boundary.add(batch, {"loss": loss})
+        if micro == 0:
+            engine.step()
+    verdict = boundary.agree(engine)
+    if verdict.finite or not guarded:
+        engine.step()
+    else:
+        skip_step(engine)
+    return verdict
+
+
+def _run(case: str, bad_at: dict[int, str], leave_out: bool = False) -> list[Tensor]:
+    """The weights after four steps, some of them bad, or left out as if they had never been."""
+    engine = _engine(*CASES[case])
+    for number in range(4):
+        bad = bad_at.get(number, "")
+        if bad and leave_out:
+            continue
+        before = _weights(engine)
+        verdict = _step(engine, number, bad)
+        assert (verdict.bad_loss, verdict.bad_gradient) == (bad == "loss", bad == "gradient")
+        after = _weights(engine)
+        assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == bool(bad), (number, bad)
+    if not leave_out:
+        assert (engine.global_steps, engine.micro_steps, engine.skipped_steps) == (4, 8, len(bad_at))
+    return _weights(engine)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_bad_step_leaves_no_trace(case: str) -> None:
+    """Weights, optimiser states and gradients after it are those of a run in which it never was."""
+    bad_at = {1: "loss", 2: "gradient"}
+    skipped, never = _run(case, bad_at), _run(case, bad_at, leave_out=True)
+    assert all(torch.equal(a, b) for a, b in zip(skipped, never, strict=True))
+
+
+@pytest.mark.parametrize(("case", "bad"), [("0", "gradient"), ("2-bf16-unchecked", "gradient"), ("3", "loss")])
+def test_without_the_guard_the_weights_move(case: str, bad: str) -> None:
+    """DeepSpeed alone takes these steps: the guard is needed."""
+    engine = _engine(*CASES[case])
+    _step(engine, 0)
+    before = _weights(engine)
+    _step(engine, 1, bad, guarded=False)
+    assert not all(torch.equal(a, b) for a, b in zip(before, _weights(engine), strict=True))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gradients_that_are_looked_at_are_all_of_them(case: str) -> None:
+    engine = _engine(*CASES[case])
+    engine.backward(engine(make_batch(4).images))
+    engine.step()
+    engine.backward(engine(make_batch(4).images))
+    total = sum(p.numel() if not hasattr(p, "ds_numel") else p.ds_numel for p in engine.module.parameters())
+    gradients = local_gradients(engine)
+    assert sum(g.numel() for g in gradients) >= total
+    assert sum(int(torch.count_nonzero(g)) for g in gradients) > 0.9 * total
+    engine.step()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_value_among_many_is_seen(value: float) -> None:
+    tensors = [torch.ones(3), torch.ones(5, 7, dtype=torch.bfloat16), torch.empty(0), torch.full((2,), -1e30)]
+    assert any_nonfinite(tensors, CPU) == 0
+    tensors[1][2, 3] = value
+    assert any_nonfinite(tensors, CPU) == 1
+    assert any_nonfinite([], CPU) == 0

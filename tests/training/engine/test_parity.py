@@ -1,0 +1,150 @@
+"""What the scaled engines compute is what one plain torch process computes.
+
+``python benchmarks/parity.py`` prints the whole matrix. Here are the engines that differ most, in one start of one
+process and one of two; the whole matrix is slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.training.parity.cases import (
+    CLIPPED,
+    TOLERANCE,
+    Case,
+    Difference,
+    Trace,
+    beside_the_matrix,
+    compiled_cases,
+    difference,
+    matrix,
+    nvme_cases,
+)
+from tests.training.parity.engine import run_cases
+from tests.training.parity.job import write_workspace
+from tests.training.parity.plain import run_plain
+
+LIMIT_S = 600
+pytestmark = pytest.mark.timeout(900)
+
+_CPU = {"device": "cpu"}
+_ALL = {"zero_optimization": {"offload_optimizer": _CPU, "offload_param": _CPU}}
+FEW = [
+    Case("pretrain", 0, True, 2),
+    Case("pretrain", 3, True, 1, placement="stream"),
+    Case("finetune", 2, False, 2),
+    Case("pretrain", 0, False, 2, 2),
+    Case("pretrain", 1, True, 2, 2, placement="step"),
+    Case("pretrain", 2, True, 1, 2, clipping=CLIPPED),
+    Case("pretrain", 3, True, 2, 2, placement="sharded"),
+    Case("pretrain", 3, False, 1, 2),
+    Case("finetune", 0, True, 1, 2, clipping=CLIPPED),
+    Case("finetune", 1, False, 2, 2),
+    Case("finetune", 2, True, 2, 2),
+    Case("finetune", 3, True, 2, 2),
+    Case("finetune", 3, True, 1, 2, clipping=CLIPPED),
+    Case("finetune", 3, True, 2, 2, "autocast"),
+    Case("finetune", 1, True, 2, 2, "bf16"),
+    Case("finetune", 3, True, 2, 2, "bf16"),
+    Case(
+        "finetune", 1, True, 2, 2, engine={"zero_optimization": {"offload_optimizer": _CPU}}, label="offload_optimizer"
+    ),
+    Case("finetune", 3, True, 2, 2, engine=_ALL, label="offload_all"),
+    Case("finetune", 3, True, 2, 1, "autocast", engine=_ALL, label="offload_all"),  # as NAME-offload.json
+    Case("finetune", 3, True, 2, 2, engine={"zero_optimization": {"zero_hpz_partition_size": 2}}, label="hpz"),
+]
+Compare = Callable[[Case], Difference]
+
+
+def _comparison(cases: list[Case], folder: Path, limit_s: float) -> Compare:
+    write_workspace(folder)
+    torch.set_num_threads(1)
+    traces = run_cases(cases, folder, limit_s)
+
+    @cache
+    def plain(reference: str) -> Trace:
+        return run_plain(next(case for case in cases if case.reference == reference), folder)
+
+    return lambda case: difference(traces[case.name], plain(case.reference))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Compare:
+    return _comparison(FEW, tmp_path_factory.mktemp("parity"), LIMIT_S)
+
+
+@pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
+def test_an_engine_trains_as_one_plain_process(case: Case, compared: Compare) -> None:
+    found = compared(case)
+    assert found.within(TOLERANCE[case.precision]), found
+
+
+def test_the_comparison_sees_what_goes_wrong() -> None:
+    """A loss, a norm or a weight that is off or no number is outside every tolerance; a key's bias is not."""
+
+    def trace(loss: float = 1.0, norm: float = 1.0, weight: float = 1.0, bias: int | None = None) -> Trace:
+        qkv = torch.ones(6)
+        if bias is not None:
+            qkv[bias] = 2.0
+        weights = {"attn.qkv.bias": qkv, "weight": torch.tensor([1.0, weight])}
+        return Trace([1.0, loss], [1.0, norm], weights, 0.0)
+
+    exact, nan = trace(), float("nan")
+    assert difference(exact, exact) == Difference(0.0, 0.0, 0.0)
+    assert difference(trace(bias=2), exact) == Difference(0.0, 0.0, 0.0)
+    assert difference(trace(loss=1.5, norm=0.5, weight=3.0), exact) == Difference(0.5, 0.5, 2.0)
+    loosest = TOLERANCE["bf16"]
+    for wrong in (1.01, 0.99, nan, float("inf")):
+        for values in ({"loss": wrong}, {"norm": wrong}, {"weight": wrong}):
+            assert not difference(trace(**values), exact).within(loosest)
+    for index in (0, 5):
+        assert not difference(trace(bias=index), exact).within(loosest)
+
+
+def test_the_whole_matrix_is_whole() -> None:
+    assert len(matrix()) == 4 * 2 * 2 * 2 * (4 + 1)
+    names = [case.name for case in [*matrix(), *beside_the_matrix()]]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_offloading_to_nvme(world_size: int, tmp_path: Path) -> None:
+    """Needs libaio; the first time DeepSpeed compiles its reads and writes, for minutes."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible():
+        pytest.skip("libaio is not installed")
+    cases = nvme_cases(tmp_path, world_size)
+    compare = _comparison(cases, tmp_path, limit_s=1500)
+    for case in cases:
+        found = compare(case)
+        assert found.within(TOLERANCE["fp32"]), (case.name, found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiled_blocks(world_size: int, tmp_path: Path) -> None:
+    """Inductor compiles C++ for minutes here."""
+    cases = compiled_cases(world_size)
+    compare = _comparison(cases, tmp_path, limit_s=1500)
+    for case in cases:
+        found = compare(case)
+        assert found.within(TOLERANCE["fp32"]), (case.name, found)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_the_whole_matrix(tmp_path: Path) -> None:
+    cases = [*matrix(), *beside_the_matrix()]
+    compare = _comparison(cases, tmp_path, limit_s=2500)
+    found = {case.name: (compare(case), TOLERANCE[case.precision]) for case in cases}
+    wrong = {name: value for name, (value, bound) in found.items() if not value.within(bound)}
+    assert not wrong

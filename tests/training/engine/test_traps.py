@@ -1,0 +1,91 @@
+"""Traps of ZeRO on two processes; each of these fails without the guard that it is about.
+
+Others are tested where their guard is: gradient clipping that is left out, unknown keys and parameter groups of a
+partitioned model in test_engine_config.py and test_optimizer.py, weight decay under every stage in test_parity.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.processes import finish, rank_processes
+from tests.support.traps_worker import RATE
+from tests.training.parity.cases import Case
+from tests.training.parity.job import prepare, write_workspace
+from tests.training.parity.plain import ALONE
+
+pytestmark = pytest.mark.timeout(600)
+BLOCKS = [f"blocks{name}" for name in ("1.0", "2.0", "3.0", "3.1", "3.2")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("traps")
+    write_workspace(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ranks(folder: Path) -> list[dict[str, Any]]:
+    """What each of two processes found."""
+    ended = finish(rank_processes(2, folder, program=("-m", "tests.support.traps_worker")), 400)
+    assert [process.status for process in ended] == [0, 0], ended[0].stderr[-4000:] + ended[1].stderr[-4000:]
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_a_parameter_without_gradient_is_not_moved_by_its_last_one(ranks: list[dict[str, Any]]) -> None:
+    """The first half is why there is a guard: should DeepSpeed mend it, both can go."""
+    for found in ranks:
+        assert found["unwatched"]["1"] == found["unwatched"]["2"] == 0
+        assert found["unwatched"]["3"] == pytest.approx(RATE, rel=1e-4)
+        for message in found["watched"].values():
+            assert "no gradient reached sometimes.weight: " in message
+
+
+def test_all_ranks_run_the_same_modules_whatever_paths_are_dropped(ranks: list[dict[str, Any]]) -> None:
+    first, second = (found["modules"] for found in ranks)
+    assert first == second
+    # Three steps; forward and recomputation, of which the transformer's second block has none.
+    expected = dict.fromkeys(BLOCKS, 6) | {"blocks3.1": 3}
+    assert {name: first.count(name) for name in BLOCKS} == expected
+
+
+def test_an_evaluation_of_unequal_shares_ends_and_counts_each_picture_once(
+    ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    job = prepare(Case("finetune", 0, False, 1, 1), folder, ALONE)
+    from mrmae_ds.training.run import open_reader
+
+    model, reader = job.task.model.eval(), open_reader(job, torch.device("cpu"), training=False)
+    logits, labels = [], []
+    with torch.no_grad():
+        for batch in reader.epoch(0):
+            for image, label, valid in zip(batch.images, batch.labels, batch.valid, strict=True):
+                if valid:
+                    logits.append(job.task.logits(model, image[None]))
+                    labels.append(label)
+    assert len(labels) == 9
+    outputs, targets = torch.cat(logits).double(), torch.stack(labels)
+    for found in ranks:
+        results = found["evaluation"]
+        assert results["eval_samples"] == 9
+        assert results["top1"] == pytest.approx(100 * (outputs.argmax(1) == targets).double().mean().item())
+        assert results["loss"] == pytest.approx(torch.nn.functional.cross_entropy(outputs, targets).item(), rel=1e-6)
+
+
+def test_torchs_linear_is_left_alone(ranks: list[dict[str, Any]]) -> None:
+    assert all(found["linear"] for found in ranks)
+
+
+def test_huge_gathers_its_model_once_a_micro_batch(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        steady = {name: {step["models"] for step in steps[2:]} for name, steps in found["gathers"].items()}
+        for name, expected in {"huge": 1, "autocast": 1, "accumulation": 2, "released": 2}.items():
+            for models in steady[name]:
+                # A parameter that the processes do not share evenly is padded.
+                assert expected <= models < 1.001 * expected, (name, steady[name])

@@ -1,0 +1,296 @@
+"""The stage ``evaluate``: one model or several, against a plain loop over single pictures in float64."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mrmae_ds.data.beton.sidecar import check_beton
+from mrmae_ds.data.loaders.build import build_reader
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
+from mrmae_ds.records.metrics import read_metrics
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.training.evaluation.evaluate import Evaluation, log_mean_softmax, prepare_evaluation, score
+from mrmae_ds.training.job import Options
+from mrmae_ds.weights.load import build_encoder, encoder_metadata, read_metadata, save_weights, spec_from_metadata
+from tests.support.jobs import ALONE
+from tests.support.processes import finish, rank_processes
+from tests.support.records import make_record
+from tests.support.sample_data import write_sample_beton
+
+TRAIN, VAL = 192, 90
+ENGINE, RECIPE = Path("ds_configs/tiny.json"), Path("ds_configs/tiny.yaml")
+CPU = torch.device("cpu")
+CVIT = CViTSpec((16, 24, 32), (1, 1, 2), 4, patches=(2, 2, 1))
+VIT = ViTSpec(48, 2, 4, patch=8)
+# Statistics and picture sizes of their own, neither those of the recipe.
+STATISTICS = {"cvit": ([0.4, 0.5, 0.6], [0.5, 0.4, 0.3]), "vit": ([0.2, 0.2, 0.3], [0.25, 0.5, 0.3])}
+SIZES = {"cvit": 32, "vit": 64}
+POOLS = {"cvit": "avg", "vit": "token"}
+pytestmark = pytest.mark.timeout(400)
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A folder with pictures and, in runs/NAME/finetune, two classifiers that know something."""
+
+    folder: Path
+
+    def member(self, name: str) -> Path:
+        return self.folder / "runs" / name / "finetune"
+
+    def overrides(self, *members: str | Path, **evaluate: object) -> tuple[str, ...]:
+        names = ", ".join(str(self.member(m) if isinstance(m, str) else m) for m in members)
+        extra = [f"stages.evaluate.{key}={value}" for key, value in evaluate.items()]
+        data = (f"data.train={self.folder / 'train.beton'}", f"data.val={self.folder / 'val.beton'}")
+        return (*data, f"stages.evaluate.members=[{names}]", *extra)
+
+    def prepare(self, *members: str | Path, run: str = "run", resume: str = "auto", **evaluate: object) -> Evaluation:
+        overrides = self.overrides(*members, **evaluate)
+        options = Options(ENGINE, "evaluate", RECIPE, self.folder / run, resume, overrides)
+        return prepare_evaluation(options, ALONE)
+
+    def pictures(self, part: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All pictures of a part as evaluation sees them, read singly: uint8 [N, 3, size, size] and labels [N]."""
+        settings = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 0, "crop": None, "num_workers": 1}
+        path = self.folder / f"{part}.beton"
+        reader = build_reader(path, train=False, image_size=size, micro_batch=1, **settings)
+        batches = list(reader.epoch(0))
+        return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+
+
+def _outputs(model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in STATISTICS[name])
+    with torch.no_grad():
+        return model.eval()((images.float() / 255 - mean) / std)
+
+
+def _write_member(workspace: Workspace, name: str, spec: EncoderSpec, seed: int) -> None:
+    """A classifier of random features under a head fitted to the training labels by least squares."""
+    torch.manual_seed(seed)
+    model = build_encoder(spec, SIZES[name], 10, pool=POOLS[name])
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    images, labels = workspace.pictures("train", SIZES[name])
+    head, model.head = model.head, nn.Identity()
+    features = _outputs(model, images, name).double()
+    wanted = 4 * torch.eye(10, dtype=torch.float64)[labels]
+    ridge = features.T @ features + 10 * torch.eye(features.shape[1], dtype=torch.float64)
+    with torch.no_grad():
+        head.weight.copy_(torch.linalg.solve(ridge, features.T @ wanted).T)
+        head.bias.zero_()
+    model.head = head
+    mean, std = STATISTICS[name]
+    classes = list(check_beton(workspace.folder / "val.beton").class_names)
+    metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": 10, "class_names": classes}
+    save_weights(
+        workspace.member(name) / "model.safetensors", model.state_dict(), metadata | {"mean": mean, "std": std}
+    )
+    make_record(method=name, seed=seed, top1=50.0, pretrain=7).write(workspace.member(name))
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    folder = tmp_path_factory.mktemp("evaluation")
+    write_sample_beton(folder, train=TRAIN, val=VAL)
+    workspace = Workspace(folder)
+    _write_member(workspace, "cvit", CVIT, seed=3)
+    _write_member(workspace, "vit", VIT, seed=4)
+    return workspace
+
+
+def _softmax(workspace: Workspace, name: str, size: int | None = None) -> np.ndarray:
+    """Each validation picture's class probabilities, float64 [N, 10], without the stage's code."""
+    path = workspace.member(name) / "model.safetensors"
+    model = build_encoder(spec_from_metadata(read_metadata(path)), size or SIZES[name], 10, pool=POOLS[name])
+    model.load_state_dict(load_file(path))
+    images, _ = workspace.pictures("val", size or SIZES[name])
+    logits = torch.cat([_outputs(model, image[None], name) for image in images]).numpy().astype(np.float64)
+    exponentials = np.exp(logits - logits.max(1, keepdims=True))
+    return exponentials / exponentials.sum(1, keepdims=True)
+
+
+def _accuracy(workspace: Workspace, probabilities: np.ndarray) -> dict[str, float]:
+    labels = workspace.pictures("val", 32)[1].numpy()
+    right = probabilities[np.arange(VAL), labels]
+    above = (probabilities > right[:, None]).sum(1)
+    top1, top5 = (100 * float((above < k).mean()) for k in (1, 5))
+    return {"top1": top1, "top5": top5, "loss": float(-np.log(right).mean()), "eval_samples": VAL}
+
+
+@pytest.fixture(scope="module")
+def expected(workspace: Workspace) -> dict[str, dict[str, float]]:
+    """By name, and of both together."""
+    both = {name: _softmax(workspace, name) for name in ("cvit", "vit")}
+    scores = {name: _accuracy(workspace, probabilities) for name, probabilities in both.items()}
+    scores["both"] = _accuracy(workspace, (both["cvit"] + both["vit"]) / 2)
+    # The three are told apart by their numbers, and are neither chance nor all right.
+    assert len({score["top1"] for score in scores.values()}) == 3
+    assert all(20 < score["top1"] < 95 for score in scores.values())
+    return scores
+
+
+def test_an_ensemble_equals_a_plain_loop(
+    workspace: Workspace, expected: dict[str, dict[str, float]], alone: None
+) -> None:
+    average, members = score(workspace.prepare("cvit", "vit"), CPU)
+    assert average == pytest.approx(expected["both"], rel=1e-5)
+    assert members == [pytest.approx(expected[name], rel=1e-5) for name in ("cvit", "vit")]
+
+
+def test_one_member_is_itself(workspace: Workspace, expected: dict[str, dict[str, float]], alone: None) -> None:
+    average, members = score(workspace.prepare("vit"), CPU)
+    assert [average] == members == [pytest.approx(expected["vit"], rel=1e-5)]
+
+
+def test_two_processes_count_what_one_counts(workspace: Workspace, expected: dict[str, dict[str, float]]) -> None:
+    overrides = workspace.overrides("cvit", "vit")
+    command = ("--ds_config", ENGINE, "--recipe", RECIPE, "--stage", "evaluate", "--run", workspace.folder / "two")
+    results = finish(rank_processes(2, *command, *overrides), 240)
+    assert [result.status for result in results] == [0, 0], results[0].stderr
+    both, folder = expected["both"], workspace.folder / "two" / "evaluate"
+    lines = results[0].stdout.splitlines()
+    assert f"  {workspace.member('cvit')}: top-1 {expected['cvit']['top1']:.2f} %" in lines[-3]
+    assert f"  average of 2: top-1 {both['top1']:.2f} %, top-5 {both['top5']:.2f} %" in lines[-1]
+    record = RunRecord.load(folder)
+    assert (record.status, record.stage, record.hardware.world_size) == ("finished", "evaluate", 2)
+    assert record.results.model_dump()["member2/top5"] == pytest.approx(expected["vit"]["top5"])
+    assert {name: getattr(record.results, name) for name in both} == pytest.approx(both, rel=1e-5)
+    assert [(member.finetune.method, member.finetune.seed) for member in record.members] == [("cvit", 3), ("vit", 4)]
+    assert (record.pretrain_epochs, record.data.samples, record.parameters.trainable) == (7, VAL, 0)
+    (line,) = read_metrics(folder)
+    logged = (line["step"], line["top1"], line["member1/top1"])
+    assert logged == pytest.approx((0, both["top1"], expected["cvit"]["top1"]))
+    assert "members:" in (folder / "recipe.yaml").read_text() and not (folder / "checkpoints").exists()
+
+    assert workspace.prepare("cvit", "vit", run="two").done
+    assert not workspace.prepare("cvit", "vit", run="two", resume="never").done
+    with pytest.raises(UserError, match=r"stages\.evaluate\.members: .*--resume never"):
+        workspace.prepare("cvit", run="two")
+
+
+def test_weights_that_changed_since_are_not_taken_for_the_evaluated_ones(workspace: Workspace, tmp_path: Path) -> None:
+    member = tmp_path / "model"
+    shutil.copytree(workspace.member("cvit"), member)
+    job = workspace.prepare(member, run="changed")
+    record = make_record(
+        stage="evaluate",
+        recipe_hash=job.recipe.hash("evaluate"),
+        members=[job.classifiers[0].member],
+        data={"dataset": "x", "file": "x", "sha256": job.val_data.sha256, "samples": VAL, "classes": 10},
+    )
+    record.write(job.stage_dir)
+    assert workspace.prepare(member, run="changed").done
+    shutil.copy(workspace.member("vit") / "model.safetensors", member)
+    with pytest.raises(UserError, match="other weights"):
+        workspace.prepare(member, run="changed")
+
+
+def test_another_picture_size_resizes_the_positions(workspace: Workspace) -> None:
+    (classifier,) = workspace.prepare("vit", image_size=96).classifiers
+    assert classifier.image_size == 96 and classifier.model.grid == (12, 12)
+
+
+def test_without_members_it_is_the_runs_own_fine_tuning(workspace: Workspace) -> None:
+    overrides = workspace.overrides("cvit")[:2]
+    for run, found in ((workspace.folder / "runs" / "vit", True), (workspace.folder / "nowhere", False)):
+        options = Options(ENGINE, "evaluate", RECIPE, run, "auto", overrides)
+        if found:
+            assert prepare_evaluation(options, ALONE).classifiers[0].source == str(workspace.member("vit"))
+            continue
+        with pytest.raises(UserError, match=r"stages\.evaluate\.members\[0\]: .*nowhere/finetune does not exist"):
+            prepare_evaluation(options, ALONE)
+
+
+def _altered(workspace: Workspace, folder: Path, drop: str = "", **metadata: object) -> Path:
+    """A member's file with other metadata, or without some of its tensors."""
+    path = workspace.member("cvit") / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not drop or not name.startswith(drop)}
+    save_weights(folder / "model.safetensors", tensors, read_metadata(path) | metadata)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "pretrain"}, r"members\[1\]: .*no classifier \(pretrain\)"),
+        ({"class_names": [str(i) for i in range(10)]}, r"members\[1\]: .*other classes"),
+        ({"class_names": ["a", "b"], "num_classes": 2}, r"members\[1\]: .*other classes apart \(2\).*\(10\)"),
+        ({"drop": "fc_norm"}, r"members\[1\]: .*not whole: .*fc_norm"),
+        ({"drop": "head"}, r"members\[1\]: .*not whole: .*head.weight"),
+    ],
+)
+def test_a_member_that_does_not_fit_is_refused(
+    changes: dict[str, object], message: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        workspace.prepare("cvit", _altered(workspace, tmp_path, **changes))
+
+
+def test_a_size_that_does_not_tile_names_the_model(workspace: Workspace) -> None:
+    with pytest.raises(UserError, match=r"stages\.evaluate\.image_size: 36 .*32 and 40, for .*vit/finetune"):
+        workspace.prepare("cvit", "vit", image_size=36)
+
+
+@pytest.mark.parametrize(("changes", "message"), [({"dry_run": True}, "--dry-run"), ({"resume": "x"}, "--resume x")])
+def test_what_an_evaluation_does_not_have(changes: dict[str, object], message: str, workspace: Workspace) -> None:
+    options = Options(
+        ENGINE, "evaluate", RECIPE, workspace.folder, **{"overrides": workspace.overrides("vit")} | changes
+    )
+    with pytest.raises(UserError, match=message):
+        prepare_evaluation(options, ALONE)
+
+
+def test_the_mean_is_of_probabilities() -> None:
+    sure, unsure = torch.tensor([[0.0, 20.0]]), torch.tensor([[0.5, 0.0]])
+    mean = log_mean_softmax([sure, unsure, unsure]).exp()
+    second = (1 / (1 + np.exp(-20.0)) + 2 / (1 + np.exp(0.5))) / 3
+    assert mean[0, 1].item() == pytest.approx(second, rel=1e-6)
+
+
+def test_evaluating_again_repeats_the_fine_tunings_last_number(workspace: Workspace, alone: None) -> None:
+    """Under autocast: the stage's plain module computes what DeepSpeed's engine computed."""
+    engine = json.loads(ENGINE.read_text()) | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
+    config, run = workspace.folder / "autocast.json", workspace.folder / "tuned"
+    config.write_text(json.dumps(engine))
+    recipe, data = Path("ds_configs/baselines/scratch_tiny.yaml"), workspace.folder / "val.beton"
+    overrides = (f"data.train={data}", f"data.val={data}")
+    settings = (
+        *overrides,
+        "stages.finetune.epochs=2",
+        "stages.finetune.batch_size=48",
+        "model.overrides.depths=[1,1,1]",
+    )
+    command = ("--ds_config", config, "--recipe", recipe, "--stage", "finetune", "--run", run, *settings)
+    (result,) = finish(rank_processes(1, *command), 240)
+    assert result.status == 0, result.stderr
+    tuned = RunRecord.load(run / "finetune").results
+    plain = Options(ENGINE, "evaluate", recipe, run, "auto", overrides)
+    again, _ = score(prepare_evaluation(replace(plain, ds_config=config), ALONE), CPU)
+    assert again == {name: getattr(tuned, name) for name in ("top1", "top5", "loss", "eval_samples")}
+    full, _ = score(prepare_evaluation(plain, ALONE), CPU)
+    assert full["loss"] != again["loss"]  # by however little: rounding may cancel in a mean
+
+
+def test_bf16_weights_are_evaluated_as_they_were_trained(
+    workspace: Workspace, expected: dict[str, dict[str, float]], alone: None
+) -> None:
+    config = workspace.folder / "bf16.json"
+    section = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    config.write_text(json.dumps(json.loads(ENGINE.read_text()) | section))
+    options = Options(config, "evaluate", RECIPE, workspace.folder / "bf16", "auto", workspace.overrides("cvit", "vit"))
+    job = prepare_evaluation(options, ALONE)
+    average, _ = score(job, CPU)
+    assert {p.dtype for classifier in job.classifiers for p in classifier.model.parameters()} == {torch.bfloat16}
+    assert average["loss"] == pytest.approx(expected["both"]["loss"], rel=0.02)
+    assert average["loss"] != pytest.approx(expected["both"]["loss"], rel=1e-6)

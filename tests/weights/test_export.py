@@ -1,0 +1,289 @@
+"""Exports: the printed line of Python is executed, and what it loads computes what the run's model does."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.objectives import Objective
+from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
+from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, ImageSize, ViTSpec
+from mrmae_ds.records.record import GitState, Schedule
+from mrmae_ds.weights.export import Exported, Layout, export_run, load_model, timm_call
+from mrmae_ds.weights.load import (
+    MODEL_FILE,
+    build_encoder,
+    encoder_metadata,
+    load_encoder,
+    read_metadata,
+    read_tensors,
+    save_weights,
+)
+from tests.support.records import make_record
+from tests.support.reference import perturb, random_images, random_noise
+
+CVIT = CViTSpec((8, 12, 16), (1, 1, 2), 4, (4, 4, 2), (2, 2, 1))
+VIT = ViTSpec(16, 2, 4, patch=4)
+BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def classifier_run(folder: Path, spec: EncoderSpec, image_size: ImageSize = 24, pool: str = "avg") -> nn.Module:
+    """A finished fine-tuning of 3 classes in ``folder``; returns its model in eval mode."""
+    model = build_encoder(spec, image_size, 3, pool=pool)
+    perturb(model, seed=1, scale=0.3)
+    metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": 3, "stage": "finetune"}
+    metadata |= {"recipe": {"name": "small"}, "mean": [0.5, 0.25, 0.125], "std": [0.1, 0.2, 0.3]}
+    save_weights(folder / MODEL_FILE, model.state_dict(), metadata)
+    make_record(name="small", git=GitState(commit=COMMIT, dirty=False)).write(folder)
+    return model.eval()
+
+
+def pretraining_run(folder: Path, spec: EncoderSpec, blocks: tuple[int, ...] = ()) -> PretrainModel:
+    """A finished pre-training with pixels and a teacher in ``folder``; returns its model in eval mode."""
+    mimic = {"target": "clip", "tap": "encoder", "tokens": "visible", "normalize": "layer_norm", "weight": 0.5}
+    pixels = {"target": "pixels", "tap": "decoder", "tokens": "masked", "normalize": "standardize", "weight": 0.5}
+    decoder = {"dim": 16, "depth": 1, "num_heads": 4}
+    fusion = {"stages": [1, 2] if isinstance(spec, CViTSpec) else [], "blocks": list(blocks)}
+    recipe = {
+        "name": "small",
+        "model": {"fusion": fusion, "decoder": decoder},
+        "stages": {"pretrain": {"objectives": {"rebuild": pixels, "mimic": mimic}}},
+    }
+    objectives = {"rebuild": Objective(**pixels), "mimic": Objective(**mimic)}
+    encoder = build_encoder(spec, 24)
+    model = PretrainModel(encoder, FusionSpec(**fusion), DecoderSpec(**decoder), objectives, {"clip": 6})
+    perturb(model, seed=2, scale=0.3)
+    metadata = {"kind": "pretrain", **encoder_metadata(encoder), "num_classes": 0, "stage": "pretrain"}
+    save_weights(folder / MODEL_FILE, model.state_dict(), metadata | {"recipe": recipe})
+    return model.eval()
+
+
+def load_by(exported: Exported) -> Any:
+    """What the printed line of Python makes ``model``."""
+    names: dict[str, Any] = {}
+    exec(exported.line, names)
+    return names["model"].eval()
+
+
+@BOTH
+@pytest.mark.parametrize("changes", [{}, {"odd ratios": True}], ids=["4", "2.7"])
+def test_a_classifier_for_timm(spec: EncoderSpec, changes: dict[str, bool], tmp_path: Path) -> None:
+    if changes:
+        ratio = {"mlp_ratios": (2.7, 2.7, 2.7)} if spec is CVIT else {"mlp_ratio": 2.7}
+        spec = replace(spec, **ratio)
+    model = classifier_run(tmp_path, spec)
+    exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors")
+    loaded = load_by(exported)
+    assert (type(loaded).__module__.split(".")[0] == "timm") == isinstance(spec, ViTSpec)
+    images = random_images(2, 24, seed=3)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+        assert torch.equal(loaded.forward_features(images), model.forward_features(images))
+    assert loaded.num_classes == 3
+    assert exported.notes == ("its input is RGB in 0 to 1, less the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3",)
+
+
+@pytest.mark.parametrize(("spec", "pool"), [(VIT, "token"), (VIT, "avg"), (CVIT, "max")])
+@pytest.mark.parametrize("layout", ["timm", "safetensors"])
+def test_other_poolings_and_rectangles(spec: EncoderSpec, pool: str, layout: Layout, tmp_path: Path) -> None:
+    model = classifier_run(tmp_path, spec, (24, 32), pool)
+    loaded = load_by(export_run(tmp_path, layout, tmp_path / "out.safetensors"))
+    images = torch.randn(2, 3, 24, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+    assert loaded.global_pool == pool
+
+
+def test_a_vits_encoder_for_timm_has_the_norm_of_pretraining(tmp_path: Path) -> None:
+    model = pretraining_run(tmp_path, VIT)
+    loaded = load_by(export_run(tmp_path, "timm", tmp_path / "out.safetensors"))
+    images = random_images(2, 24, seed=3)
+    with torch.no_grad():
+        expected = model.fusion.norm(model.encoder.forward_features(images))
+        assert expected.shape == (2, 1 + 36, 16)
+        assert torch.equal(loaded.forward_features(images), expected)
+        assert torch.equal(loaded(images), expected)
+
+
+def test_a_cvits_encoder_for_timm_gives_its_tokens(tmp_path: Path) -> None:
+    model = pretraining_run(tmp_path, CVIT)
+    exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors")
+    loaded = load_by(exported)
+    images = random_images(2, 24, seed=3)
+    with torch.no_grad():
+        expected = model.encoder.forward_features(images)
+        assert torch.equal(loaded.forward_features(images), expected)
+        assert torch.equal(loaded(images), expected)
+    assert "decoder, fusion and heads are left out" in exported.notes[0]
+    assert read_tensors(exported.path).keys() == model.encoder.state_dict().keys()
+
+
+def test_blocks_fused_before_the_norm_are_told(tmp_path: Path) -> None:
+    pretraining_run(tmp_path, VIT, blocks=(0,))
+    exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors")
+    assert "pre-training added blocks [0] before it" in exported.notes[0]
+
+
+@BOTH
+def test_a_whole_pretraining(spec: EncoderSpec, tmp_path: Path) -> None:
+    model = pretraining_run(tmp_path, spec)
+    exported = export_run(tmp_path, "safetensors", tmp_path / "out.safetensors")
+    loaded = load_by(exported)
+    images, visible = random_images(2, 24, seed=3), choose_visible(random_noise(2, 36, seed=4), (6, 6), 0.25)
+    with torch.no_grad():
+        expected, found = model.predict(images, visible), loaded.predict(images, visible)
+    assert found.keys() == expected.keys() == {"rebuild", "mimic"}
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert found["mimic"].shape == (2, 9, 6)
+    assert not load_model(exported.path).training
+
+
+@BOTH
+def test_a_whole_classifier(spec: EncoderSpec, tmp_path: Path) -> None:
+    model = classifier_run(tmp_path, spec)
+    loaded = load_by(export_run(tmp_path, "safetensors", tmp_path / "out.safetensors"))
+    images = random_images(2, 24, seed=3)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), model(images))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["classifier", "encoder"])
+def test_an_export_initialises_a_finetuning(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
+    source = classifier_run(tmp_path, spec) if kind == "classifier" else pretraining_run(tmp_path, spec).encoder
+    exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors")
+    model = build_encoder(spec, 24, 3)
+    report = load_encoder(model, exported.path)
+    assert len(report.missing) == (0 if kind == "classifier" else 4)
+    state = model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
+
+
+def test_metadata_tells_where_it_comes_from(tmp_path: Path) -> None:
+    classifier_run(tmp_path, CVIT)
+    path = export_run(tmp_path, "timm", tmp_path / "out.safetensors").path
+    metadata = read_metadata(path)
+    assert (metadata["commit"], metadata["results"]["top1"], metadata["run"]) == (COMMIT, 80.0, "small")
+    assert metadata["create_model"] == (
+        'timm.create_model("cvit_tiny", img_size=24, dims=(8, 12, 16), depths=(1, 1, 2), mlp_ratios=(4.0, 4.0, 2.0), '
+        "num_classes=3, global_pool='avg')"
+    )
+    assert (metadata["kind"], metadata["layout"], metadata["recipe"]["name"]) == ("classifier", "timm", "small")
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata()["format"] == "pt"  # what transformers and others look for
+
+
+def test_a_commit_with_changes_is_not_called_clean(tmp_path: Path) -> None:
+    classifier_run(tmp_path, CVIT)
+    make_record(git=GitState(commit=COMMIT, dirty=True)).write(tmp_path)
+    path = export_run(tmp_path, "timm", tmp_path / "out.safetensors").path
+    assert read_metadata(path)["commit"] == f"{COMMIT}+changes"
+
+
+def call_of(spec: EncoderSpec, **values: Any) -> str:
+    model = build_encoder(replace(spec, **{"depths": (0, 0, 0)} if isinstance(spec, CViTSpec) else {"depth": 0}), 224)
+    metadata = {"kind": "classifier", "num_classes": 5, **encoder_metadata(model), **values}
+    metadata["spec"] |= {"depths": spec.depths} if isinstance(spec, CViTSpec) else {"depth": spec.depth}
+    return timm_call(metadata)
+
+
+def test_standard_sizes_need_no_overrides() -> None:
+    rest = "img_size=224, num_classes=5, global_pool='avg'"
+    for arch in ("cvit_small", "cvit_base", "cvit_large", "cvit_huge"):
+        assert call_of(ARCHITECTURES[arch]) == f'"{arch}", {rest}'
+    assert call_of(ARCHITECTURES["vit_small"]) == f'"vit_small_patch16_224", {rest}'
+    assert call_of(ARCHITECTURES["vit_base"]) == f'"vit_base_patch16_224", {rest}'
+    assert call_of(ARCHITECTURES["vit_large"]) == f'"vit_large_patch16_224", {rest}'
+    assert call_of(ARCHITECTURES["vit_huge"]) == f'"vit_huge_patch14_224", {rest}'
+    assert call_of(ARCHITECTURES["vit_base"], image_size=384).startswith('"vit_base_patch16_224", img_size=384, ')
+
+
+def test_the_default_name_is_in_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "small_seed1"
+    classifier_run(run / "finetune", CVIT)
+    pretraining_run(run / "pretrain", CVIT)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for stage in ("finetune", "pretrain"):
+        export_run(run / stage)
+        export_run(run / stage / MODEL_FILE, "safetensors")
+    names = {f"small_seed1-{stage}{end}.safetensors" for stage in ("finetune", "pretrain") for end in ("", "-timm")}
+    assert set(os.listdir()) == names
+    (run / "finetune" / MODEL_FILE).rename(tmp_path / "elsewhere.safetensors")
+    export_run(tmp_path / "elsewhere.safetensors", out=tmp_path)
+    assert (tmp_path / "small-finetune-timm.safetensors").is_file()
+
+
+def test_what_is_overwritten(tmp_path: Path) -> None:
+    classifier_run(tmp_path, CVIT)
+    out = tmp_path / "out.safetensors"
+    out.write_text("someone's notes")
+    with pytest.raises(UserError, match=rf"--out: {out} exists and was not written by this project.*--force"):
+        export_run(tmp_path, out=out)
+    save_file({"weight": torch.zeros(2)}, out)
+    with pytest.raises(UserError, match=r"exists and was not written by this project"):
+        export_run(tmp_path, out=out)
+    export_run(tmp_path, out=out, force=True)
+    export_run(tmp_path, "safetensors", out=out)  # now one of ours
+    assert read_metadata(out)["layout"] == "safetensors"
+    before = (tmp_path / MODEL_FILE).read_bytes()
+    with pytest.raises(UserError, match=r"--out: .*model.safetensors is the run's own file; name another"):
+        export_run(tmp_path, out=tmp_path / MODEL_FILE, force=True)
+    assert (tmp_path / MODEL_FILE).read_bytes() == before
+    with pytest.raises(UserError, match=r"--out: .*x.pth must end in .safetensors"):
+        export_run(tmp_path, out=tmp_path / "x.pth")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [MODEL_FILE, "out.safetensors", "record.json"]
+
+
+def test_runs_that_cannot_be_exported(tmp_path: Path) -> None:
+    unfinished = tmp_path / "small" / "pretrain"
+    unfinished.mkdir(parents=True)
+    schedule = Schedule(epochs=10, global_batch=64, steps=100, steps_done=30)
+    make_record(status="failed", schedule=schedule, top1=None).write(unfinished)
+    with pytest.raises(UserError, match=r"not finished \(30 of 100 steps, status failed\).*training command again"):
+        export_run(unfinished)
+    with pytest.raises(UserError, match=r"export: .*small has not finished .*name a stage folder"):
+        export_run(tmp_path / "small")
+    classifier_run(tmp_path / "small" / "finetune", CVIT)
+    with pytest.raises(UserError, match=r"small: holds 1 finished stages; name one: .*small/finetune$"):
+        export_run(tmp_path / "small")
+    with pytest.raises(UserError, match=r"nowhere does not exist"):
+        export_run(tmp_path / "nowhere")
+    exported = export_run(tmp_path / "small" / "finetune", out=tmp_path / "out.safetensors").path
+    with pytest.raises(UserError, match=r"out.safetensors: is itself an export; name the run's folder"):
+        export_run(exported, out=tmp_path / "again.safetensors")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
+    with pytest.raises(UserError, match=r"foreign.safetensors: .*not one written by this project"):
+        export_run(tmp_path / "foreign.safetensors")
+
+
+def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key: value for key, value in tensors.items() if key != name}
+
+
+def test_files_that_are_no_whole_model(tmp_path: Path) -> None:
+    pretraining_run(tmp_path, CVIT)
+    encoder = export_run(tmp_path, out=tmp_path / "encoder.safetensors").path
+    with pytest.raises(UserError, match=r"encoder.safetensors: holds an encoder for timm: timm.create_model\("):
+        load_model(encoder)
+    tensors, metadata = read_tensors(tmp_path / MODEL_FILE), read_metadata(tmp_path / MODEL_FILE)
+    for lost in ("heads.mimic.bias", "decoder.norm.weight"):
+        save_weights(tmp_path / "torn.safetensors", without(tensors, lost), metadata)
+        with pytest.raises(UserError, match=r"torn.safetensors: its tensors are not those that its metadata tells of"):
+            load_model(tmp_path / "torn.safetensors")
+    del metadata["recipe"]
+    save_weights(tmp_path / "torn.safetensors", tensors, metadata)
+    with pytest.raises(UserError, match=r"torn.safetensors: .*\('recipe'\)"):
+        load_model(str(tmp_path / "torn.safetensors"))

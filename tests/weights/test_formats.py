@@ -1,0 +1,218 @@
+"""Files of weights as other programs write them: every kind is read, no code in them runs, damage is told."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.weights.formats import TensorFile, read_tensor_file, unwrap, verify_checksums
+
+STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
+
+
+class TouchesAFile:
+    """Unpickling it calls ``Path.touch``: a harmless stand-in for any code."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+class SetsItsState(nn.Module):
+    """A TorchScript module whose ``__setstate__`` runs on loading."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[Tensor, bool]:
+        return self.weight, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[Tensor, bool]) -> None:
+        self.weight = state[0]
+        self.training = state[1]
+
+
+def assert_holds_state(file: TensorFile) -> None:
+    assert file.tensors.keys() == STATE.keys()
+    assert all(torch.equal(file.tensors[name], value) for name, value in STATE.items())
+
+
+def scripted() -> Any:
+    return torch.jit.script(nn.Linear(3, 2))
+
+
+def traced() -> Any:
+    return torch.jit.trace(nn.Linear(3, 2), torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
+def test_safetensors_are_told_by_their_bytes(name: str, tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / name, metadata={"format": "pt", "note": "n"})
+    file = read_tensor_file(tmp_path / name)
+    assert_holds_state(file)
+    assert (file.format, file.metadata["note"], file.args, file.path) == ("safetensors", "n", {}, tmp_path / name)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "module"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_torch_files(zipped: bool, key: str | None, prefix: str, tmp_path: Path) -> None:
+    state = {prefix + name: value for name, value in STATE.items()}
+    content = {key: state, "epoch": 3, "optimizer": {"lr": 0.1}} if key else state
+    torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    file = read_tensor_file(tmp_path / "x.pth")
+    assert_holds_state(file)
+    assert (file.format, file.args) == ("pickle", {})
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_released_file_may_keep_its_command_line(zipped: bool, tmp_path: Path) -> None:
+    args = argparse.Namespace(model="convmae_convvit_base_patch16_dec512d8b", mask_ratio=0.75)
+    torch.save({"model": STATE, "args": args}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    file = read_tensor_file(tmp_path / "x.pth")
+    assert_holds_state(file)
+    assert file.args == vars(args)
+    with pytest.raises(pickle.UnpicklingError):  # the class is allowed while that one file is read, not for good
+        torch.load(tmp_path / "x.pth", weights_only=True)
+
+
+@pytest.mark.parametrize("make", [scripted, traced])
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchscript_archives(make: Callable[[], Any], tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    module = make()
+    module.save(str(tmp_path / "ViT.pt"))
+    recwarn.clear()
+    file = read_tensor_file(tmp_path / "ViT.pt")
+    assert file.format == "torchscript" and "Linear" in file.code
+    assert all(torch.equal(file.tensors[name], value) for name, value in module.state_dict().items())
+    assert sorted(file.tensors) == ["bias", "weight"]
+    assert len(recwarn) == 0
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchscript_that_would_run_on_loading_is_refused(tmp_path: Path) -> None:
+    torch.jit.script(SetsItsState()).save(str(tmp_path / "x.pt"))
+    with pytest.raises(UserError, match=r"x.pt: not a readable file.*__setstate__ would run"):
+        read_tensor_file(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "plain0", "plain2", "plain4", "plain5"])
+def test_code_is_named_and_never_runs(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    path, ran = tmp_path / "x.pt", tmp_path / "ran"
+    content = {"model": STATE if not kind.startswith("plain") else {}, "hook": TouchesAFile(ran)}
+    if kind.startswith("plain"):
+        path.write_bytes(pickle.dumps(content, protocol=int(kind[-1])))
+        pickle.loads(path.read_bytes())
+        assert ran.exists()  # it would run
+        ran.unlink()
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=kind == "zip")
+    called = r"((builtins\.|__builtin__\.)?getattr|pathlib\.Path\.touch)"
+    with pytest.raises(UserError, match=rf"x.pt: a pickle that calls {called}, and code in a file is never run here"):
+        read_tensor_file(path)
+    assert not ran.exists()
+    assert len(recwarn) == 0
+
+
+def test_a_whole_pickled_module_is_refused_by_its_class(tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x.pt: a pickle that calls torch.nn.modules.linear.Linear"):
+        read_tensor_file(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+@pytest.mark.parametrize("left", [0, 9, 100, -300])
+def test_truncated_torch_files(zipped: bool, left: int, tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(500)}, tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
+    (tmp_path / "x.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:left])
+    with pytest.raises(UserError, match=r"x.pt: not a readable file of weights, or cut short"):
+        read_tensor_file(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("left", [0, 7, 40, -100])
+def test_truncated_safetensors(left: int, tmp_path: Path) -> None:
+    save_file({"w": torch.ones(500)}, tmp_path / "whole.safetensors")
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:left])
+    with pytest.raises(UserError, match=r"x.safetensors: not a readable file of weights, or cut short \(.+\)"):
+        read_tensor_file(tmp_path / "x.safetensors")
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    contents = {
+        "noise": bytes(torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0)).tolist()),
+        "page": b"<html><title>404 Not Found</title></html>",
+        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1\n",
+        "pickle": pickle.dumps({"a": 1}, protocol=2),
+    }
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("a/b.jpg", "c")
+    with zipfile.ZipFile(tmp_path / "program.zip", "w") as archive:
+        archive.writestr("a/code/b.py", "pass")
+    with zipfile.ZipFile(tmp_path / "directory.zip", "w") as archive:
+        archive.writestr("a/code/b.py", "pass" * 9)
+    bad = (tmp_path / "directory.zip").read_bytes()
+    (tmp_path / "directory.zip").write_bytes(bad.replace(b"passpass", b"passport"))  # its checksum no longer holds
+    for path in tmp_path.iterdir():
+        with pytest.raises(UserError, match=rf"^{path}: not a readable file of weights, or cut short"):
+            read_tensor_file(path)
+
+
+def test_errors_name_the_recipes_key(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^teachers.t.weights: {tmp_path}/absent.pt: no such file"):
+        read_tensor_file(tmp_path / "absent.pt", "teachers.t.weights")
+    with pytest.raises(UserError, match=r"no such file"):
+        read_tensor_file(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds a list, not a dictionary of tensors"),
+        (torch.ones(2), "holds a Tensor, not a dictionary of tensors"),
+        ({}, r"no weights found, neither at the top nor under model, state_dict, module; it has \[\]"),
+        ({"model": {}, "epoch": 1}, r'no weights found, .* it has \["model", "epoch"\]'),
+        ({"student": STATE, "teacher": STATE, "epoch": 3}, r"holds 2 sets of weights .*\(student, teacher\)"),
+    ],
+    ids=["list", "tensor", "empty", "empty-model", "dino"],
+)
+def test_torch_files_without_a_state_dict(content: Any, message: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=rf"x.pt: {message}"):
+        read_tensor_file(tmp_path / "x.pt")
+
+
+def test_checksums_of_an_archive(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(500)}, tmp_path / "x.pt")
+    verify_checksums(tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    content[content.index(torch.ones(8).numpy().tobytes()) + 16] ^= 1  # one bit of one weight
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(UserError, match=r"x.pt: damaged: the checksum of x/data/0 in it does not hold"):
+        verify_checksums(tmp_path / "x.pt")
+    (tmp_path / "text").write_text("no archive")
+    verify_checksums(tmp_path / "text")
+
+
+def test_a_prefix_of_some_names_stays() -> None:
+    assert list(unwrap({"module.a": STATE["b"], "b": STATE["b"]})) == ["module.a", "b"]
+    assert unwrap({}) == {}
