@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, get_args
 from mrmae_ds.distributed.launch import Launch, prepare_environment
 
 if TYPE_CHECKING:
-    from mrmae_ds.training.job import Options
+    from mrmae_ds.training.job import TrainArgs
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -49,9 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         launch = prepare_environment()
         args = parse_arguments(argv)
         from mrmae_ds.config.engine import validate_sections
-        from mrmae_ds.training.job import Options, load_configs
+        from mrmae_ds.training.job import TrainArgs, load_configs
 
-        options = Options(
+        options = TrainArgs(
             ds_config=args.ds_config,
             stage=args.stage,
             recipe=args.recipe,
@@ -73,21 +73,21 @@ def main(argv: list[str] | None = None) -> int:
         work()
         return 0
     except Exception as error:
-        from mrmae_ds.distributed.exit_status import tell_end
+        from mrmae_ds.distributed.exit_status import report_exit
 
-        return tell_end(error, launch, started)
-
-
-def _prepared_training(options: Options, launch: Launch) -> Callable[[], None]:
-    from mrmae_ds.training.job import prepare_job
-
-    job = prepare_job(options, launch)
-    from mrmae_ds.training.run import dry_run, run_job
-
-    return partial(dry_run if options.dry_run else run_job, job)
+        return report_exit(error, launch, started)
 
 
-def _prepared_evaluation(options: Options, launch: Launch) -> Callable[[], None]:
+def _prepared_training(options: TrainArgs, launch: Launch) -> Callable[[], None]:
+    from mrmae_ds.training.job import prepare_stage
+
+    job = prepare_stage(options, launch)
+    from mrmae_ds.training.run import dry_run, run_stage
+
+    return partial(dry_run if options.dry_run else run_stage, job)
+
+
+def _prepared_evaluation(options: TrainArgs, launch: Launch) -> Callable[[], None]:
     from mrmae_ds.training.evaluation.evaluate import prepare_evaluation, run_evaluation
 
     return partial(run_evaluation, prepare_evaluation(options, launch))

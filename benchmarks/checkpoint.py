@@ -3,7 +3,7 @@
     python benchmarks/checkpoint.py --parameters 60 --processes 2 --out benchmarks/results/checkpoint_cpu.json
 
 A ZeRO-3 engine over so many million parameters (linear layers; only the number of bytes matters), float32, AdamW, with
-its optimiser states. In every repeat each way of saving and of resuming is timed once, in turn, by the slowest process:
+its optimizer states. In every repeat each way of saving and of resuming is timed once, in turn, by the slowest process:
 
     deepspeed save            engine.save_checkpoint: no flush to the disk, no checksum, in place
     deepspeed save, flushed   the same, and then each process flushes its files (fsync), as a save that is to outlive
@@ -14,7 +14,7 @@ its optimiser states. In every repeat each way of saving and of resuming is time
     deepspeed resume          engine.load_checkpoint
     resume                    ours: every file read and its checksum compared, then loaded
 
-and what is agreed on before every optimiser step (:mod:`mrmae_ds.training.step_sync`): its reduction, the look at the
+and what is agreed on before every optimizer step (:mod:`mrmae_ds.training.step_sync`): its reduction, the look at the
 gradients, and the note for the watchdog. Files are read from the page cache, where they have just been written.
 """
 
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(layers: int) -> Any:
-    """An engine whose optimiser has states."""
+    """An engine whose optimizer has states."""
     import deepspeed
     import torch
     from torch import nn
@@ -76,7 +76,7 @@ def build(layers: int) -> Any:
 
 
 def step(engine: Any, boundary: Any = None) -> float:
-    """An optimiser step; seconds that were spent on agreeing."""
+    """An optimizer step; seconds that were spent on agreeing."""
     import torch
     import torch.distributed as dist
 
@@ -151,16 +151,16 @@ def _save(folder: Path, engine: Any, note: Note) -> None:
     """Each way of saving, once."""
     import torch.distributed as dist
 
-    from mrmae_ds.training.checkpoint.async_saver import Saver
+    from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
     from mrmae_ds.training.checkpoint.folder import Retention
-    from mrmae_ds.training.checkpoint.manifest import Identity
+    from mrmae_ds.training.checkpoint.manifest import RunIdentity
     from mrmae_ds.training.checkpoint.train_state import TrainState
 
     step(engine)
     state, plain = TrainState(step=int(engine.global_steps)), folder / "deepspeed"
-    identity = Identity(recipe_hash="", seed=0, train="", val="")
+    identity = RunIdentity(recipe_hash="", seed=0, train="", val="")
     front, back = (
-        Saver(engine, folder / name, identity, Retention(1), 1, name == "background", lambda *_: None)
+        AsyncCheckpointer(engine, folder / name, identity, Retention(1), 1, name == "background", lambda *_: None)
         for name in ("foreground", "background")
     )
     for name in ("deepspeed save", "deepspeed save, flushed"):
@@ -187,12 +187,12 @@ def _load(folder: Path, engine: Any, launch: Any, note: Note) -> None:
 def _resume(folder: Path, engine: Any, launch: Any, note: Note) -> Any:
     from mrmae_ds.training.checkpoint.folder import list_checkpoints
     from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
-    from mrmae_ds.training.checkpoint.run_dir import Start
+    from mrmae_ds.training.checkpoint.run_dir import RunStart
 
     newest = list_checkpoints(folder / "foreground")[-1]
 
     def resume() -> None:
-        start = agree_on_start(Start("resume", (newest,)), folder / "foreground")
+        start = agree_on_start(RunStart("resume", (newest,)), folder / "foreground")
         assert start.checkpoint is not None
         load_checkpoint(engine, start.checkpoint, launch, 1)
 
@@ -202,11 +202,11 @@ def _resume(folder: Path, engine: Any, launch: Any, note: Note) -> Any:
 
 def _note_steps(engine: Any, launch: Any, note: Note) -> None:
     """What is done in every step, fifty times."""
-    from mrmae_ds.distributed.watchdog import Monitor
-    from mrmae_ds.training.step_sync import Boundary
+    from mrmae_ds.distributed.watchdog import Watchdog
+    from mrmae_ds.training.step_sync import StepSync
 
-    boundary = Boundary()
-    with Monitor(launch, 3600) as monitor:
+    boundary = StepSync()
+    with Watchdog(launch, 3600) as monitor:
         for _ in range(50):
             note("agreement before a step", step(engine, boundary))
             began = time.perf_counter()

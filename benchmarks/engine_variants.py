@@ -2,7 +2,7 @@
 
     python benchmarks/engine_variants.py small --stage finetune --micro-batch 2
 
-Real optimiser steps on made-up pictures (benchmarks/train_step.py). For time and gathered bytes the engines live in the
+Real optimizer steps on made-up images (benchmarks/train_step.py). For time and gathered bytes the engines live in the
 same processes and take turns, step by step, so that other work on the machine meets all alike; a time is the median, a
 ratio the median over rounds of the ratio to the size's own config. For memory each has processes of its own: the most
 that one had resident, less what it had before the model. On the CPU the device is the host: what -offload keeps off a
@@ -76,7 +76,7 @@ class _Run:
         from mrmae_ds.config.engine import default_recipe, load_engine_config
         from mrmae_ds.config.recipe import load_recipe
         from mrmae_ds.training.engine.build import build_engine
-        from mrmae_ds.training.loop import Plan
+        from mrmae_ds.training.loop import StageSchedule
 
         source = REPOSITORY / "ds_configs" / f"{name}.json"
         with tempfile.TemporaryDirectory() as folder:
@@ -92,10 +92,10 @@ class _Run:
         self.task.to(device)
         self.engine.train()
         self.batches = noise_batches(job["micro_batch"], size, device)
-        self.plan, self.taken = Plan(stage, 0, 1000, 1, job["micro_batch"], launch), 0
+        self.plan, self.taken = StageSchedule(stage, 0, 1000, 1, job["micro_batch"], launch), 0
 
     def step(self) -> None:
-        """One optimiser step, and its loss on the host."""
+        """One optimizer step, and its loss on the host."""
         from mrmae_ds.training.loop import Meter, run_step
 
         meter = Meter()
@@ -138,7 +138,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", help="ds_configs/NAME.json, and what there is of its variants")
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
-    parser.add_argument("--micro-batch", type=int, default=2, help="pictures a process takes at a time")
+    parser.add_argument("--micro-batch", type=int, default=2, help="images a process takes at a time")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=2, help="rounds before those that are timed")
     parser.add_argument("--steps", type=int, default=9, help="timed rounds")

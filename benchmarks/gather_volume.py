@@ -1,4 +1,4 @@
-"""How much does ZeRO-3 gather for an optimiser step of Huge, and which key of its engine config decides it?
+"""How much does ZeRO-3 gather for an optimizer step of Huge, and which key of its engine config decides it?
 
     python benchmarks/gather_volume.py
 

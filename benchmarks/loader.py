@@ -1,13 +1,13 @@
-"""How fast pictures arrive: this project's readers beside stock FFCV, torchvision and DALI, on the same pictures.
+"""How fast images arrive: this project's readers beside stock FFCV, torchvision and DALI, on the same images.
 
     python benchmarks/loader.py train.beton [--originals TRAIN_FOLDER] [--rounds 3] [--out loader.json]
 
 Every contender runs in a process of its own, in turn, ``rounds`` times; what is printed is the median over rounds. The
 first epoch (imports, compilation, a cold page cache) is not counted. torchvision and DALI read the very JPEGs of the
 .beton, unpacked into class folders, and torchvision also the files that it was made of, if they are named. All cut
-random boxes of 20 % to 100 % of a picture and flip half of them; this project's backends and torchvision cut the same
+random boxes of 20 % to 100 % of an image and flip half of them; this project's backends and torchvision cut the same
 boxes. CPU-seconds are those of the whole tree of processes; on a machine that does other work too, they and not the
-pictures a second are what can be compared. DALI is no dependency: pip install nvidia-dali-cuda120.
+images/s are what can be compared. DALI is no dependency: pip install nvidia-dali-cuda120.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 
-Batches = Callable[[int], Iterator[int]]  # an epoch's batches, as the number of pictures in each
+Batches = Callable[[int], Iterator[int]]  # an epoch's batches, as the number of images in each
 SCALE = (0.2, 1.0)
 
 
@@ -104,18 +104,18 @@ def torchvision_folder(settings: Settings, policy: str | None = None, folder: Pa
     bicubic = transform.InterpolationMode.BICUBIC
     augment = Augment(AugmentSettings(policy, (0.5, 0.5, 0.5)), settings.size) if policy else None
 
-    class Pictures(ImageFolder):
+    class Images(ImageFolder):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
             path, label = self.samples[index]
-            picture = self.loader(path)
-            sizes = np.array([picture.height]), np.array([picture.width]), np.array([index])
+            source_image = self.loader(path)
+            sizes = np.array([source_image.height]), np.array([source_image.width]), np.array([index])
             box = random_boxes(*sizes, seed=0, epoch=0, crop=CropSettings(scale=SCALE))[0].tolist()
-            image = transform.resized_crop(picture, *box[:4], [settings.size] * 2, interpolation=bicubic)
+            image = transform.resized_crop(source_image, *box[:4], [settings.size] * 2, interpolation=bicubic)
             image = transform.horizontal_flip(image) if box[4] else image
             return transform.pil_to_tensor(augment(image, index) if augment else image), label
 
     loader = DataLoader(
-        Pictures(folder or settings.folder),
+        Images(folder or settings.folder),
         batch_size=settings.batch,
         shuffle=True,
         num_workers=settings.workers,
@@ -148,7 +148,7 @@ def dali(settings: Settings) -> Batches:
 
 
 def torchvision_originals(settings: Settings) -> Batches:
-    """The same of the pictures as they were before they were written to the .beton."""
+    """The same of the images as they were before they were written to the .beton."""
     if settings.originals is None:
         raise ValueError("no --originals")
     return torchvision_folder(settings, folder=settings.originals)
@@ -168,7 +168,7 @@ CONTENDERS: dict[str, Callable[[Settings], Batches]] = {
 }
 
 
-def measure(name: str, settings: Settings, pictures: int) -> dict[str, float]:
+def measure(name: str, settings: Settings, images: int) -> dict[str, float]:
     """One contender in this process: see the keys of what is returned; load: the machine's average over a minute."""
     import psutil
 
@@ -184,7 +184,7 @@ def measure(name: str, settings: Settings, pictures: int) -> dict[str, float]:
         return sum(times.user + times.system for times in (process.cpu_times() for process in tree))
 
     seen, epoch, cpu, start = 0, 1, cpu_seconds(), time.perf_counter()
-    while seen < pictures:
+    while seen < images:
         seen += sum(batches(epoch))
         epoch += 1
     seconds = time.perf_counter() - start
@@ -213,7 +213,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
     """Every contender ``rounds`` times in turn; an error's last line instead of numbers where one does not run."""
     results: dict[str, list[dict[str, float]] | str] = {}
     command = [sys.executable, __file__, str(args.beton), "--folder", str(folder)]
-    command += [f"--{key}={getattr(args, key)}" for key in ("size", "batch", "workers", "pictures")]
+    command += [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("size", "batch", "workers", "num_images")]
     command += [f"--originals={args.originals}"] if args.originals else []
     names = [name for name in args.only or CONTENDERS if args.originals or "original" not in name]
     for turn in range(args.rounds):
@@ -247,12 +247,12 @@ def table(results: dict[str, list[dict[str, float]] | str]) -> str:
 
 
 def recorded(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for the JSON: of paths the names alone, and how many pictures there are."""
+    """The settings for the JSON: of paths the names alone, and how many images there are."""
     from mrmae_ds.data.beton.sidecar import check_beton
 
     info = check_beton(args.beton)
     kept = {key: value.name if isinstance(value, Path) else value for key, value in vars(args).items()}
-    kept |= {"num_samples": info.num_samples, "bytes_per_picture": round(info.size / info.num_samples)}
+    kept |= {"num_samples": info.num_samples, "bytes_per_image": round(info.size / info.num_samples)}
     return {key: value for key, value in kept.items() if value is not None and key not in ("out", "alone")}
 
 
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels, both sides")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes")
-    parser.add_argument("--pictures", type=int, default=4000, help="measured in each round, at least")
+    parser.add_argument("--num-images", type=int, default=4000, help="measured in each round, at least")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--originals", type=Path, help="class folders of the files that the .beton was made of")
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="these contenders; default: all")
@@ -273,7 +273,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.contender:
         settings = Settings(args.beton, args.folder, args.originals, args.size, args.batch, args.workers)
-        print(json.dumps(measure(args.contender, settings, args.pictures)), flush=True)
+        print(json.dumps(measure(args.contender, settings, args.num_images)), flush=True)
         os._exit(0)  # some contenders' threads outlive their loader
     from mrmae_ds.records.environment import collect_versions, cpu_name
 

@@ -1,9 +1,9 @@
-"""What decoding costs, part by part: CPU milliseconds a picture on one thread, this project's way and FFCV's.
+"""What decoding costs, part by part: CPU milliseconds an image on one thread, this project's way and FFCV's.
 
     python benchmarks/loader_limits.py train.beton [--size 224] [--rounds 7] [--out loader_limits.json]
 
 The parts are those of libturbojpeg and FFCV's library, called one by one on the same JPEGs, with the boxes of training
-(20 % to 100 % of a picture). The least of the rounds counts: other work on the machine can only add to it.
+(20 % to 100 % of an image). The least of the rounds counts: other work on the machine can only add to it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Transform(ctypes.Structure):
 
 
 class Parts:
-    """Each method does one thing to all N pictures."""
+    """Each method does one thing to all N images."""
 
     def __init__(self, beton: Path, size: int) -> None:
         self.file = BetonFile(check_beton(beton))
@@ -78,7 +78,7 @@ class Parts:
             lib.tjDecompressToYUVPlanes(self.decompressor, jpeg, length, planes, 0, None, 0, 0)
 
     def rgb(self) -> None:
-        """And chroma's interpolation and colours: what FFCV asks for, with the fast inverse DCT."""
+        """And chroma's interpolation and colors: what FFCV asks for, with the fast inverse DCT."""
         memory = ctypes.c_void_p(self.memory.ctypes.data)
         for jpeg in self.jpegs:
             length = ctypes.c_ulong(len(jpeg))
@@ -92,7 +92,7 @@ class Parts:
             lib.resize(0, source, height, width, top, top + tall, left, left + wide, image.ctypes.data, size, size)
 
     def kernel(self) -> None:
-        """All that this project does to a picture: checksum, planes, bicubic, colours, mirror."""
+        """All that this project does to an image: checksum, planes, bicubic, colors, mirror."""
         file, boxes = self.file, self.boxes.astype(np.float64)
         jpeg_kernel.decode(
             file.content, file.table, file.checksums, self.rows, boxes, False, self.images, self.scratch, self.status
@@ -111,7 +111,7 @@ def least(function: Callable[[], object], rounds: int) -> float:
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds a picture."""
+    """Milliseconds an image."""
     numba.set_num_threads(1)
     parts = Parts(args.beton, args.size)
     count = len(parts.rows)
@@ -129,8 +129,8 @@ def table(ms: dict[str, float]) -> str:
     for name, here, there in (
         ("Huffman decoding", ms["huffman"], ms["huffman"]),
         ("inverse DCT", ms["planes"] - ms["huffman"], None),
-        ("inverse DCT, chroma's interpolation, colours", None, ms["rgb"] - ms["huffman"]),
-        ("checksum, bicubic resizing, colours, mirror", ms["kernel"] - ms["planes"], None),
+        ("inverse DCT, chroma's interpolation, colors", None, ms["rgb"] - ms["huffman"]),
+        ("checksum, bicubic resizing, colors, mirror", ms["kernel"] - ms["planes"], None),
         ("area resizing", None, ms["area"]),
         ("order, threads, copy of the batch", ms["reader"] - ms["kernel"], None),
         ("in all", ms["reader"], ms["rgb"] + ms["area"]),
@@ -155,7 +155,7 @@ def main() -> None:
     if args.out:
         settings = recorded(args)
         machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "versions": collect_versions()}
-        content = {"settings": settings, "machine": machine, "ms_per_picture": ms}
+        content = {"settings": settings, "machine": machine, "ms_per_image": ms}
         args.out.write_text(json.dumps(content, indent=1, default=str) + "\n")
     os._exit(0)  # FFCV's threads may outlive their loader
 

@@ -3,7 +3,7 @@
     python benchmarks/parity.py                              # the matrix, and bfloat16, clipping, offloading, hpZ
     python benchmarks/parity.py --compiled --nvme /scratch   # torch.compile of every block; files on a disk
 
-Twenty steps of pre-training and ten of fine-tuning of CViT-Tiny on real pictures, on the CPU (tests/training/parity).
+Twenty steps of pre-training and ten of fine-tuning of CViT-Tiny on real images, on the CPU (tests/training/parity).
 A number is the largest relative difference of a step's loss; ! marks one outside the tolerance that it is tested to
 (1e-6 in float32). Where it is run beside other work it takes longer and gives the same numbers.
 """

@@ -1,11 +1,11 @@
-"""Whether the planner's memory is right: its prediction beside the measured peak of real optimiser steps.
+"""Whether the planner's memory is right: its prediction beside the measured peak of real optimizer steps.
 
     python benchmarks/plan_memory.py                                     # small to large, on the CPU
     python benchmarks/plan_memory.py huge-pretrain --out FILE.json       # 18 GiB of free memory
     python benchmarks/plan_memory.py --gpu small-pretrain base-pretrain  # on GPUs
 
-Each configuration runs in fresh processes: model, teachers (with random weights), objectives, optimiser and engine are
-the real ones at their real sizes, the pictures noise. On the CPU everything is float32, as the CPU's half precision
+Each configuration runs in fresh processes: model, teachers (with random weights), objectives, optimizer and engine are
+the real ones at their real sizes, the images noise. On the CPU everything is float32, as the CPU's half precision
 is another library's business.
 
 Measured on the CPU is what the kernel says was resident at most (VmHWM, which is reset before each part of a step), so
@@ -126,8 +126,8 @@ class Memory:
 
 def steps(task: Any, engine: Any, batches: Any, settings: Configuration, rank: int, memory: Memory) -> dict[str, int]:
     """Run steps; the most of each part of them, in bytes."""
-    from mrmae_ds.training.engine.build import set_learning_rate
-    from mrmae_ds.training.tasks.base import StepKey
+    from mrmae_ds.training.engine.build import set_lr
+    from mrmae_ds.training.tasks.base import MicroBatchKey
 
     most: dict[str, int] = {}
 
@@ -137,9 +137,9 @@ def steps(task: Any, engine: Any, batches: Any, settings: Configuration, rank: i
 
     memory.reset()
     for step in range(STEPS):
-        set_learning_rate(engine, 1e-4)
+        set_lr(engine, 1e-4)
         for micro in range(settings.accumulation):
-            key = StepKey(0, step, micro, rank, settings.ranks, settings.micro_batch)
+            key = MicroBatchKey(0, step, micro, rank, settings.ranks, settings.micro_batch)
             losses = task.losses(engine, next(batches), key)
             note("forward")
             engine.backward(losses["loss"])
@@ -218,7 +218,7 @@ def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[st
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.planning.estimate import count_stage
     from mrmae_ds.planning.peak_memory import moments
-    from mrmae_ds.planning.zero_memory import Engine
+    from mrmae_ds.planning.zero_memory import ZeroMemory
     from mrmae_ds.planning.zero_settings import ZeroSettings
     from mrmae_ds.profiling.flops import recipe_cost
     from mrmae_ds.tables.paper import IMAGENET_CLASSES
@@ -228,7 +228,7 @@ def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[st
     (cost,) = [cost for cost in recipe_cost(recipe, config.checkpointing) if cost.stage == settings.stage]
     stage = count_stage(recipe, config, cost, IMAGENET_CLASSES, on_cpu=on_cpu)
     zero = ZeroSettings.of(config)
-    engine = Engine(stage.census(zero), zero, settings.ranks, settings.accumulation, on_cpu)
+    engine = ZeroMemory(stage.census(zero), zero, settings.ranks, settings.accumulation, on_cpu)
     placed = {name: each.placed(stage.placements[name], settings.ranks) for name, each in stage.teachers.items()}
     parts: dict[str, float] = {}
     for moment in moments(engine, stage.simulation.timeline, placed, settings.micro_batch):

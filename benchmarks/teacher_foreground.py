@@ -1,12 +1,12 @@
-"""How well a teacher's importance finds the things in pictures: by COCO's instance masks, before anything is trained.
+"""How well a teacher's importance finds the things in images: by COCO's instance masks, before anything is trained.
 
     python benchmarks/teacher_foreground.py --coco FOLDER [--split val2017] [--annotations FILE.json] RECIPE.yaml ...
 
-FOLDER holds ``annotations/instances_SPLIT.json`` and the pictures in ``SPLIT/`` or ``images/SPLIT/``. For each picture,
-cut as the recipe's student sees it (short side to its input size, centre), the number is the area under the ROC curve
+FOLDER holds ``annotations/instances_SPLIT.json`` and the images in ``SPLIT/`` or ``images/SPLIT/``. For each image,
+cut as the recipe's student sees it (short side to its input size, center), the number is the area under the ROC curve
 of importance against "some annotated thing is here", over pixels: the probability that a foreground pixel lies in a
-patch of more importance than a background pixel, ties counting half. 0.5 is chance. ``centre`` is the AUC of closeness
-to the picture's centre, which photographers make a good guess. Pictures without foreground or background are left out.
+patch of more importance than a background pixel, ties counting half. 0.5 is chance. ``center`` is the AUC of closeness
+to the image's center, which photographers make a good guess. Images without foreground or background are left out.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Annotated:
-    """A picture file, its height and width, and the segmentations of the things in it, in COCO's formats."""
+    """An image file, its height and width, and the segmentations of the things in it, in COCO's formats."""
 
     path: Path
     size: tuple[int, int]
@@ -44,14 +44,14 @@ class Annotated:
 
 
 def read_coco(folder: Path, split: str, annotations: Path | None, count: int | None) -> list[Annotated]:
-    """The first ``count`` pictures of a split that have annotations, by file name.
+    """The first ``count`` images of a split that have annotations, by file name.
 
     Raises:
         UserError: for files that are not there or hold something else.
     """
     path = annotations or folder / "annotations" / f"instances_{split}.json"
-    pictures = next((place for place in (folder / split, folder / "images" / split) if place.is_dir()), None)
-    if pictures is None:
+    images = next((place for place in (folder / split, folder / "images" / split) if place.is_dir()), None)
+    if images is None:
         raise UserError(f"{folder}: neither {split}/ nor images/{split}/ is there; name another --split")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -59,7 +59,7 @@ def read_coco(folder: Path, split: str, annotations: Path | None, count: int | N
         for annotation in content["annotations"]:
             things.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
         found = [
-            Annotated(pictures / entry["file_name"], (entry["height"], entry["width"]), tuple(things[entry["id"]]))
+            Annotated(images / entry["file_name"], (entry["height"], entry["width"]), tuple(things[entry["id"]]))
             for entry in sorted(content["images"], key=lambda entry: entry["file_name"])
             if entry["id"] in things
         ]
@@ -68,12 +68,12 @@ def read_coco(folder: Path, split: str, annotations: Path | None, count: int | N
     return found[:count]
 
 
-def foreground(picture: Annotated) -> Mask:
+def foreground(image: Annotated) -> Mask:
     """Where any annotated thing is, [H, W]."""
-    height, width = picture.size
+    height, width = image.size
     canvas = Image.new("1", (width, height))
     mask = np.zeros((height, width), dtype=bool)
-    for segmentation in picture.segmentations:
+    for segmentation in image.segmentations:
         if isinstance(segmentation, dict):
             mask |= decode_runs(segmentation)
         else:
@@ -106,16 +106,16 @@ def decode_runs(segmentation: dict[str, Any]) -> Mask:
     return flat.reshape(width, height).T
 
 
-def cut(picture: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """Short side to ``size``, then the centre square."""
-    scale = size / min(picture.size)
-    width, height = (max(size, round(side * scale)) for side in picture.size)
+def cut(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
+    """Short side to ``size``, then the center square."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    return picture.resize((width, height), resample).crop((left, top, left + size, top + size))
+    return image.resize((width, height), resample).crop((left, top, left + size, top + size))
 
 
 def shares(mask: Mask, size: int, grid: tuple[int, int]) -> Floats:
-    """How much of each patch of the cut picture is foreground, [rows, columns] in 0 to 1."""
+    """How much of each patch of the cut image is foreground, [rows, columns] in 0 to 1."""
     small = np.asarray(cut(Image.fromarray(mask.astype(np.uint8) * 255), size, Image.Resampling.BOX)) / 255
     rows, columns = grid
     return small.reshape(rows, size // rows, columns, size // columns).mean(axis=(1, 3))
@@ -136,62 +136,62 @@ def area_under_curve(importance: Floats, positive: Floats) -> float | None:
     return float((positive * below[level]).sum() / (positive.sum() * negative.sum()))
 
 
-def closeness_to_centre(grid: tuple[int, int]) -> Floats:
-    """Minus the distance of each patch from the picture's centre, [rows, columns]."""
+def closeness_to_center(grid: tuple[int, int]) -> Floats:
+    """Minus the distance of each patch from the image's center, [rows, columns]."""
     rows, columns = (np.arange(side) - (side - 1) / 2 for side in grid)
     return -np.hypot(rows[:, None], columns[None])
 
 
-def measure(recipe: Recipe, teachers: dict[str, Teacher], pictures: list[Annotated]) -> dict[str, dict[str, float]]:
-    """AUC of each teacher of a recipe, and of the centre, on each picture, by the picture's name."""
+def measure(recipe: Recipe, teachers: dict[str, Teacher], images: list[Annotated]) -> dict[str, dict[str, float]]:
+    """AUC of each teacher of a recipe, and of the center, on each image, by the image's name."""
     size = recipe.model.image_size
-    found: dict[str, dict[str, float]] = {name: {} for name in [*teachers, "centre"]}
+    found: dict[str, dict[str, float]] = {name: {} for name in [*teachers, "center"]}
     grid = next(iter(teachers.values())).grid
-    for picture, pixels, mask in _opened(pictures, size):
+    for image, pixels, mask in _opened(images, size):
         for name, result in found.items():
             teacher = teachers.get(name)
-            importance = closeness_to_centre(grid)
+            importance = closeness_to_center(grid)
             if teacher is not None:
                 importance = teacher(pixels).importance[0].double().numpy().reshape(grid)
             auc = area_under_curve(importance.ravel(), shares(mask, size, grid).ravel())
             if auc is not None:
-                result[picture.path.name] = round(auc, 4)
+                result[image.path.name] = round(auc, 4)
     return found
 
 
-def _opened(pictures: list[Annotated], size: int) -> Iterator[tuple[Annotated, torch.Tensor, Mask]]:
-    for number, picture in enumerate(pictures, 1):
+def _opened(images: list[Annotated], size: int) -> Iterator[tuple[Annotated, torch.Tensor, Mask]]:
+    for number, image in enumerate(images, 1):
         try:
-            with Image.open(picture.path) as file:
+            with Image.open(image.path) as file:
                 small = cut(file.convert("RGB"), size, Image.Resampling.BICUBIC)
         except OSError as error:
-            raise UserError(f"{picture.path}: cannot be read as a picture ({error})") from None
-        yield picture, torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255, foreground(picture)
+            raise UserError(f"{image.path}: cannot be read as an image ({error})") from None
+        yield image, torch.from_numpy(np.array(small)).permute(2, 0, 1)[None] / 255, foreground(image)
         if number % 20 == 0:
-            print(f"{number} of {len(pictures)} pictures", file=sys.stderr)
+            print(f"{number} of {len(images)} images", file=sys.stderr)
 
 
 def summary(result: dict[str, float]) -> dict[str, Any]:
-    """Mean over pictures, its standard error, the median, and how many pictures counted."""
+    """Mean over images, its standard error, the median, and how many images counted."""
     values = np.array(list(result.values()))
     if not len(values):
-        raise UserError("no picture has both foreground and background; name another --split")
+        raise UserError("no image has both foreground and background; name another --split")
     error = float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
     return {
         "mean_auc": round(float(values.mean()), 4),
         "standard_error": None if error is None else round(error, 4),
         "median_auc": round(float(np.median(values)), 4),
-        "pictures": len(values),
+        "images": len(values),
     }
 
 
-def run(recipes: list[Path], pictures: list[Annotated]) -> list[dict[str, Any]]:
-    """A row for each teacher of each recipe, and one for the centre."""
+def run(recipes: list[Path], images: list[Annotated]) -> list[dict[str, Any]]:
+    """A row for each teacher of each recipe, and one for the center."""
     rows = []
     for path in recipes:
         recipe = load_recipe(path)
         teachers = build_teachers(recipe)
-        for name, result in measure(recipe, teachers, pictures).items():
+        for name, result in measure(recipe, teachers, images).items():
             row: dict[str, Any] = {"recipe": path.name, "teacher": name}
             if name in teachers:
                 teacher = teachers[name]
@@ -203,19 +203,19 @@ def run(recipes: list[Path], pictures: list[Annotated]) -> list[dict[str, Any]]:
                     **teacher.facts,
                 }
             else:
-                row |= {"source": "closeness to the centre", "pixels": recipe.model.image_size}
+                row |= {"source": "closeness to the center", "pixels": recipe.model.image_size}
             grid = next(iter(teachers.values())).grid
-            rows.append(row | {"grid": f"{grid[0]}x{grid[1]}", **summary(result), "per_picture": result})
+            rows.append(row | {"grid": f"{grid[0]}x{grid[1]}", **summary(result), "per_image": result})
     return rows
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
-    lines = ["| recipe | teacher | source | pixels | grid | AUC | pictures |", "|---|---|---|---|---|---|---|"]
+    lines = ["| recipe | teacher | source | pixels | grid | AUC | images |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         auc = f"{row['mean_auc']:.3f}" + (f" ± {row['standard_error']:.3f}" if row["standard_error"] else "")
         cells = (row[key] for key in ("recipe", "teacher", "source", "pixels", "grid"))
-        lines.append(f"| {' | '.join(map(str, cells))} | {auc} | {row['pictures']} |")
+        lines.append(f"| {' | '.join(map(str, cells))} | {auc} | {row['images']} |")
     return "\n".join(lines)
 
 
@@ -226,12 +226,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--coco", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--annotations", type=Path, help="default: FOLDER/annotations/instances_SPLIT.json")
-    parser.add_argument("--count", type=int, help="the first pictures only")
-    parser.add_argument("--out", type=Path, help="JSON of every picture's number")
+    parser.add_argument("--num-images", type=int, help="the first images only")
+    parser.add_argument("--out", type=Path, help="JSON of every image's number")
     args = parser.parse_args(argv)
     try:
-        pictures = read_coco(args.coco, args.split, args.annotations, args.count)
-        rows = run(args.recipes, pictures)
+        images = read_coco(args.coco, args.split, args.annotations, args.num_images)
+        rows = run(args.recipes, images)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> int:
         content = {
             "command": f"python benchmarks/teacher_foreground.py --coco FOLDER --split {args.split} {names}",
             "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "versions": collect_versions()},
-            "pictures": {"split": args.split, "annotated": len(pictures)},
+            "images": {"split": args.split, "annotated": len(images)},
             "teachers": rows,
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)

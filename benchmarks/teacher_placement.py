@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dino", type=Path, metavar="FILE", help="weights of timm's vit_small_patch14_dinov2")
     parser.add_argument("--clip", nargs="*", default=[], metavar="NAME", help="open_clip models, random weights")
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
-    parser.add_argument("--batch", type=int, default=8, help="pictures a call of each process")
+    parser.add_argument("--batch", type=int, default=8, help="images a call of each process")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--calls", type=int, default=3, help="timed calls of a round; their median counts")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")

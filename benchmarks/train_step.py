@@ -1,13 +1,13 @@
-"""Does a full-size model train here, how fast, and in how much memory: real optimiser steps on made-up pictures.
+"""Does a full-size model train here, how fast, and in how much memory: real optimizer steps on made-up images.
 
     python benchmarks/train_step.py huge448 --stage finetune --processes 2 --micro-batch 1 --lean     # on a CPU
     python benchmarks/train_step.py small base large huge --micro-batch 16 32 64 128 --out FILE.json  # on GPUs
 
 Names are those of ds_configs/NAME.json, variants (small-zero1) too, and its recipe: model, teachers, objectives,
-optimiser and engine are the real ones, built as training builds them. Teachers have random weights, which changes
-neither time nor memory, and the pictures are noise made once, so that neither a reader nor a data set is measured.
+optimizer and engine are the real ones, built as training builds them. Teachers have random weights, which changes
+neither time nor memory, and the images are noise made once, so that neither a reader nor a data set is measured.
 Every combination of name and micro-batch runs in fresh processes, one a device (--processes on the CPU). A step is one
-micro-batch; an odd one is fine-tuned on without mixup and cutmix, which pair pictures.
+micro-batch; an odd one is fine-tuned on without mixup and cutmix, which pair images.
 
 ``tflops`` counts what the model needs (forward, backward, teachers), not what checkpointing computes again; ``mfu`` is
 its share of the device's peak, left out for devices whose peak is not known. Memory on the CPU is what the process has
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="ds_configs/NAME.json and its recipe")
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1], help="pictures a process takes at a time")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1], help="images a process takes at a time")
     parser.add_argument("--processes", type=int, help="default: one a GPU, or 2 on the CPU")
     parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
     parser.add_argument("--steps", type=int, default=2, help="timed steps; the median is told")
@@ -76,7 +76,7 @@ def random_teacher(*arguments: Any) -> Any:
 
 
 def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, int]:
-    """The stage's task and the side of its pictures."""
+    """The stage's task and the side of its images."""
     from mrmae_ds.factory import build_pretraining
     from mrmae_ds.tables.paper import IMAGENET_CLASSES
     from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
@@ -92,7 +92,7 @@ def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, i
 
 
 def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
-    """The same made-up batch for ever: ``count`` pictures of ``size`` pixels."""
+    """The same made-up batch for ever: ``count`` images of ``size`` pixels."""
     import numpy as np
     import torch
 
@@ -122,8 +122,8 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
     from mrmae_ds.profiling.flops import recipe_cost
     from mrmae_ds.training.engine.build import build_engine
-    from mrmae_ds.training.loop import Meter, Plan, run_step
-    from mrmae_ds.training.perf_metrics import Accountant, device_peak, peak_memory, utilisation
+    from mrmae_ds.training.loop import Meter, StageSchedule, run_step
+    from mrmae_ds.training.perf_metrics import PerfMeter, device_peak, peak_memory, utilization
 
     config = load_engine_config(Path(settings["engine"]))
     unpaired = ["stages.finetune.mixup=0", "stages.finetune.cutmix=0"] if config.micro_batch % 2 else []
@@ -137,9 +137,9 @@ def run_rank(settings: dict[str, Any]) -> None:
     engine = build_engine(task.model, task.groups(), stage.optimizer.betas, config, 1, device)
     task.to(device)
     engine.train()
-    accountant = Accountant(engine, device)
+    accountant = PerfMeter(engine, device)
     batches = noise_batches(config.micro_batch, size, device)
-    plan = Plan(stage, 0, 1000, 1, config.micro_batch, launch)
+    plan = StageSchedule(stage, 0, 1000, 1, config.micro_batch, launch)
     times = []
     for step in range(settings["warmup"] + settings["steps"]):
         if step == settings["warmup"]:
@@ -162,7 +162,7 @@ def run_rank(settings: dict[str, Any]) -> None:
             "first_step_s": times[0],
             "step_s": seconds,
             "images_per_s": speed,
-            **utilisation(speed, model_operations, launch.world_size, device_peak(device)),
+            **utilization(speed, model_operations, launch.world_size, device_peak(device)),
             **noted,
             "before_gib": before / GIB if device.type == "cpu" else 0.0,
         }

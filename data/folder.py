@@ -1,4 +1,4 @@
-"""A tree of pictures, a folder a class, as train.beton and val.beton: python data/folder.py SRC --out DIR"""
+"""A tree of images, a folder a class, as train.beton and val.beton: python data/folder.py SRC --out DIR"""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ TeacherBuilder = Callable[[str, TeacherConfig, DataConfig, int, tuple[int, int]]
 def build_pretraining(
     recipe: Recipe, stage: PretrainConfig, teacher_builder: TeacherBuilder = build_teacher
 ) -> tuple[PretrainModel, dict[str, Teacher]]:
-    """The student, freshly initialised, and its teachers by the recipe's names.
+    """The student, freshly initialized, and its teachers by the recipe's names.
 
     Args:
         recipe: whose model, teachers and data statistics these are.
@@ -27,7 +27,7 @@ def build_pretraining(
             without their weights.
 
     Raises:
-        UserError: if the patches do not tile the picture, no token would be visible, a fused layer does not exist, or
+        UserError: if the patches do not tile the image, no token would be visible, a fused layer does not exist, or
             a teacher cannot be had or does not fit.
     """
     size = recipe.model.image_size

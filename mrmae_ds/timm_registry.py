@@ -76,7 +76,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
 def _build(
     spec: CViTSpec, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
 ) -> nn.Module:
-    """A model with fine-tuning's initialisation if it has a head; ``device`` and ``dtype`` as timm's models take."""
+    """A model with fine-tuning's initialization if it has a head; ``device`` and ``dtype`` as timm's models take."""
     from mrmae_ds.models.cvit import CViT
     from mrmae_ds.weights.load import init_classifier
 
@@ -101,7 +101,7 @@ def _create(arch: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
 
 @register_model
 def cvit_tiny(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """CViT-Tiny, stride 4, for pictures of 32 pixels; see :func:`cvit_base`."""
+    """CViT-Tiny, stride 4, for images of 32 pixels; see :func:`cvit_base`."""
     return _create("cvit_tiny", pretrained, settings)
 
 

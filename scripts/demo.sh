@@ -36,13 +36,13 @@ counts=(--train-count 3200 --val-count 2000)
 where=()
 if [ -n "$data" ]; then
     name=demo_$(basename "$data")
-    pictures=datasets/$name runs=runs/$name
-    show python data/folder.py "$data" --out "$pictures" --max-side 64 "${counts[@]}"
-    where=("data.train=$pictures/train.beton" "data.val=$pictures/val.beton" "teachers.mae.source=$runs/mae_tiny/pretrain")
+    images=datasets/$name runs=runs/$name
+    show python data/folder.py "$data" --out "$images" --max-side 64 "${counts[@]}"
+    where=("data.train=$images/train.beton" "data.val=$images/val.beton" "teachers.mae.source=$runs/mae_tiny/pretrain")
 else
-    pictures=datasets/demo runs=runs
+    images=datasets/demo runs=runs
     fetch_fashion_mnist
-    show python data/fashion_mnist.py --out "$pictures" "${counts[@]}"
+    show python data/fashion_mnist.py --out "$images" "${counts[@]}"
 fi
 
 # train NAME STAGE [RECIPE]: without one, the engine config's own recipe
@@ -72,7 +72,7 @@ cat <<END
 
 Done in $(((SECONDS - began) / 60)) min $(((SECONDS - began) % 60)) s. Look at:
   $runs/table.md, table.csv, table.png        the scaling table
-  $runs/tiny/pretrain/pictures/               reconstructions, and where student and teacher look
+  $runs/tiny/pretrain/images/               reconstructions, and where student and teacher look
   $runs/*/*/loss_curves.png, metrics.jsonl    each stage's losses (tensorboard --logdir $runs)
   $runs/*/*/record.json, recipe.yaml          what ran, on what, from what
 END

@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Tables 6 and 3 in miniature, from real pictures and a real teacher, on this machine.
-#   scripts/toy_tables.sh PICTURES TEACHER [NAME]
-# PICTURES  an ImageFolder tree of 64-pixel pictures, train/CLASS/* and val/CLASS/*; 60 classes of Tiny-ImageNet here
+# Tables 6 and 3 in miniature, from real images and a real teacher, on this machine.
+#   scripts/toy_tables.sh IMAGES TEACHER [NAME]
+# IMAGES  an ImageFolder tree of 64-pixel images, train/CLASS/* and val/CLASS/*; 60 classes of Tiny-ImageNet here
 # TEACHER   weights of timm's vit_small_patch14_dinov2, a safetensors file
 # NAME      of the data set, as the tables show it; default: the folder's
 # Given again, it goes on from where it was. SEEDS="0 1" and JOBS (default: the cores, or 1 with a GPU) can be set in the environment.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
-pictures=$(realpath "$1") teacher=$(realpath "$2") name=${3:-$(basename "$1")}
+images=$(realpath "$1") teacher=$(realpath "$2") name=${3:-$(basename "$1")}
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 data=datasets/toy seeds=${SEEDS:-0 1}
 jobs=${JOBS:-$(python -c 'import os, torch; print(1 if torch.cuda.device_count() else len(os.sched_getaffinity(0)))')}
 
 if [ ! -f $data/val.beton.json ]; then
-    mrmae data write "$pictures" --out $data --name "$name" --train-count 7680
+    mrmae data write "$images" --out $data --name "$name" --train-count 7680
 fi
 ln -sfn "$teacher" $data/teacher.safetensors
 
@@ -22,4 +22,4 @@ began=$SECONDS
 for chain in toy6 toy3; do
     mrmae submit slurm/$chain.yaml --runs runs/toy --local --processes 1 --jobs "$jobs" --seeds "${seeds// /,}"
 done
-echo "Done in $(((SECONDS - began) / 60)) minutes. Look at runs/toy/table6.md and table3.md, and the pictures beside them."
+echo "Done in $(((SECONDS - began) / 60)) minutes. Look at runs/toy/table6.md and table3.md, and the images beside them."

@@ -39,8 +39,8 @@ NETWORK_INTERFACE=                        # for NCCL_SOCKET_IFNAME and GLOO_SOCK
 
 # ---- data
 # A folder on each node's own disk or memory to which the .beton files are copied, once a node; it becomes the recipe's
-# loader.stage_to. One whose name holds $SLURM_JOB_ID is removed when the job ends; others stay for the next job.
-STAGE_TO=                                 # /dev/shm/$USER-${SLURM_JOB_ID:-}
+# loader.cache_dir. One whose name holds $SLURM_JOB_ID is removed when the job ends; others stay for the next job.
+CACHE_DIR=                                 # /dev/shm/$USER-${SLURM_JOB_ID:-}
 
 # ---- how often a job may be started again after it was saved near its limit, or lost a node
 MAX_RESTARTS=50

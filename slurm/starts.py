@@ -48,11 +48,11 @@ def main(argv: list[str]) -> int:
 def _begin(arguments: list[str], asked: argparse.Namespace) -> None:
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.pipeline.slurm_restarts import begin_start, notes_of, resume_option
-    from mrmae_ds.training.job import Options
+    from mrmae_ds.training.job import TrainArgs
     from train import parse_arguments
 
     args = parse_arguments(arguments)
-    options = Options(args.ds_config, args.stage, args.recipe, args.run)
+    options = TrainArgs(args.ds_config, args.stage, args.recipe, args.run)
     stage_dir = options.stage_dir(load_recipe(options.recipe_path, args.overrides))
     if not args.dry_run:
         _check_alone(stage_dir, asked.job)

@@ -17,7 +17,7 @@ from tests.support.sample_data import Photographs, write_sample_beton
 
 @pytest.fixture(scope="session")
 def betons(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """(train, val): 150 and 37 real 32x32 pictures in ten classes."""
+    """(train, val): 150 and 37 real 32x32 images in ten classes."""
     return write_sample_beton(tmp_path_factory.mktemp("betons"), train=150, val=37)
 
 

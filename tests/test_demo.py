@@ -1,4 +1,4 @@
-"""`make demo` on a folder of pictures: every command of the README, on a tree small enough for a test."""
+"""`make demo` on a folder of images: every command of the README, on a tree small enough for a test."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Path]:
-    """Ten classes of real pictures, SRC/CLASS/*.png; what the demo writes for it is removed afterwards."""
-    source = tmp_path / f"pictures_{tmp_path.name}"
-    for index, (picture, label) in enumerate(sample_sets(200, 10)[0]):  # type: ignore[arg-type]
+    """Ten classes of real images, SRC/CLASS/*.png; what the demo writes for it is removed afterwards."""
+    source = tmp_path / f"images_{tmp_path.name}"
+    for index, (image, label) in enumerate(sample_sets(200, 10)[0]):  # type: ignore[arg-type]
         folder = source / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"{index}.png")
+        image.save(folder / f"{index}.png")
     yield source
     for room in ("runs", "datasets"):
         shutil.rmtree(REPOSITORY / room / f"demo_{source.name}", ignore_errors=True)
@@ -36,4 +36,4 @@ def test_demo_on_a_folder(tree: Path) -> None:
     assert len(stages) == 7 and set(stages.values()) == {"finished"}
     rows = [line for line in (runs / "table.md").read_text().splitlines() if f", {tree.name})" in line]
     assert len(rows) == 4 and all("**" in row for row in rows)
-    assert f"{runs.relative_to(REPOSITORY)}/tiny/pretrain/pictures/" in done.stdout
+    assert f"{runs.relative_to(REPOSITORY)}/tiny/pretrain/images/" in done.stdout

@@ -1,4 +1,4 @@
-"""The main job on a few hundred real pictures: two processes, ZeRO-3, FFCV, a frozen teacher, the user's commands."""
+"""The main job on a few hundred real images: two processes, ZeRO-3, FFCV, a frozen teacher, the user's commands."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Workspace:
     def settings(self, *extra: str) -> tuple[str, ...]:
         """Recipe values that point at the small set and keep runs short."""
         data = (f"data.train={self.folder / 'train.beton'}", f"data.val={self.folder / 'val.beton'}")
-        return (*data, "record.log_every=2", *extra)
+        return (*data, "logging.every_steps=2", *extra)
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -111,9 +111,9 @@ def test_everything_is_written_down(mrmae: Path, mae: Path) -> None:
     assert [path.name for path in list_checkpoints(mrmae)] == ["step_000000020", "step_000000030"]
     events = EventAccumulator(str(mrmae / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss/mimic")] == [1, *range(2, 31, 2)]
-    for name in ("pictures/reconstructions.png", "pictures/attention.png", "loss_curves.png"):
-        with Image.open(mrmae / name) as picture:
-            assert len(np.unique(np.asarray(picture.convert("L")))) > 30, name
+    for name in ("images/reconstructions.png", "images/attention.png", "loss_curves.png"):
+        with Image.open(mrmae / name) as image:
+            assert len(np.unique(np.asarray(image.convert("L")))) > 30, name
 
 
 def test_the_teacher_is_not_in_the_students_file(mrmae: Path) -> None:
@@ -149,7 +149,7 @@ def test_finetuning_starts_from_the_encoder_and_beats_chance(finetuned: Path, mr
 
 
 def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspace) -> None:
-    """Top-1 again from the exported file, picture by picture, without DeepSpeed."""
+    """Top-1 again from the exported file, image by image, without DeepSpeed."""
     from mrmae_ds.data.loaders.build import build_reader
     from mrmae_ds.weights.load import build_encoder, read_metadata, read_tensors, spec_from_metadata
 
@@ -199,7 +199,7 @@ def test_a_stage_that_was_killed_while_it_was_drawn_is_drawn_again(mrmae: Path, 
 
 
 def test_one_process_computes_what_two_compute(mrmae: Path, workspace: Workspace) -> None:
-    """ZeRO-3 over two processes against one process without it: the same pictures, masks and losses."""
+    """ZeRO-3 over two processes against one process without it: the same images, masks and losses."""
     engine = json.loads(Path("ds_configs/tiny.json").read_text())
     engine["zero_optimization"] = {"stage": 0}
     del engine["activation_checkpointing"]
@@ -254,12 +254,12 @@ def test_a_killed_run_goes_on_where_it_was(mrmae: Path, workspace: Workspace) ->
 def test_bfloat16_by_engine_config(name: str, section: dict[str, object], workspace: Workspace, mrmae: Path) -> None:
     config = workspace.folder / f"{name}.json"
     config.write_text(json.dumps(json.loads(Path("ds_configs/tiny.json").read_text()) | section))
-    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2", "record.pictures=0")
+    settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2", "logging.num_images=0")
     arguments = ("--ds_config", config, "--recipe", "ds_configs/tiny.yaml", "--run", workspace.run(name))
     results = finish(rank_processes(2, *arguments, *settings), 240)
     assert [result.status for result in results] == [0, 0], results[0].stderr
     reduced, full = read_metrics(workspace.run(name) / "pretrain"), read_metrics(mrmae)
-    # The same pictures, masks and rates as the float32 run: close while the loss falls steeply, and not equal.
+    # The same images, masks and rates as the float32 run: close while the loss falls steeply, and not equal.
     assert [line["loss"] for line in reduced[:5]] == pytest.approx([line["loss"] for line in full[:5]], rel=0.06)
     assert reduced[0]["loss"] != full[0]["loss"]
     assert reduced[-1]["loss"] < 0.85 * reduced[0]["loss"]

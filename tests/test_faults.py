@@ -132,7 +132,7 @@ def test_the_other_signals_do_the_same(number: int, runs: SmallRuns, undisturbed
 def test_the_launcher_passes_the_status_on(runs: SmallRuns) -> None:
     """deepspeed's: one of its processes is told to stop, all do, and the launcher ends with the same status."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "train.py"]
-    arguments = runs.arguments("launched", "stages.pretrain.epochs=300", "record.save_every_steps=1000")
+    arguments = runs.arguments("launched", "stages.pretrain.epochs=300", "checkpoint.every_steps=1000")
     process = subprocess.Popen(
         [*command, *map(str, arguments)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
@@ -204,7 +204,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(copy: Path, runs: SmallRuns) -> N
     assert sorted(path for path in copy.rglob("*")) == before
 
 
-def test_other_pictures_are_refused_naming_both_sets(copy: Path, runs: SmallRuns, tmp_path: Path) -> None:
+def test_other_images_are_refused_naming_both_sets(copy: Path, runs: SmallRuns, tmp_path: Path) -> None:
     other = SmallRuns(tmp_path)
     other_data = [str(a) for a in other.arguments("x") if str(a).startswith("data.val")]
     swapped = f"data.train={tmp_path / 'val.beton'}"
@@ -232,7 +232,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(small_disk: Path, runs: Sma
     size = sum(file.stat().st_size for file in _newest(runs.folder / "undisturbed").iterdir())
     room = int(2.6 * size) // 1024
     subprocess.run(["mount", "-o", f"remount,size={room}k", small_disk], check=True)
-    keep = "record.keep_checkpoints=9"
+    keep = "checkpoint.keep_last=9"
     ranks = runs.launch(small_disk / "run", keep)
     assert ranks.wait(LIMIT_S) == [2, 2], ranks.text()
     assert "No space left on device; free space there" in ranks.text(0), ranks.text()
@@ -272,7 +272,7 @@ def test_an_exception_on_one_process_ends_all_and_is_told_last(rank: int, runs: 
 def test_a_process_that_gets_no_further_is_told_with_the_stacks_of_all(how: str, runs: SmallRuns) -> None:
     """``freeze`` holds the interpreter, so that none of the process's own threads could tell."""
     name = f"stuck {how}"
-    ranks = runs.launch(name, "record.hang_minutes=0.2", fault=f"{how}:rank=1,step=5")
+    ranks = runs.launch(name, "watchdog.timeout_minutes=0.2", fault=f"{how}:rank=1,step=5")
     statuses = ranks.wait(LIMIT_S) if how == "sleep" else _wait_for_rank_0(ranks)
     assert statuses[0] == 1 and (how == "freeze" or statuses == [1, 1]), ranks.text()
     text = ranks.text()
@@ -340,7 +340,7 @@ def test_nothing_but_bad_batches_ends_the_run(runs: SmallRuns, capsys: pytest.Ca
 def test_on_another_number_of_processes_the_curve_is_the_same(
     change: str, stopped: Path, copy: Path, runs: SmallRuns, undisturbed: Path
 ) -> None:
-    """Pictures, masks, rates and optimiser states are; sums over other numbers of processes round differently."""
+    """Images, masks, rates and optimizer states are; sums over other numbers of processes round differently."""
     if change == "1 to 2":
         shutil.rmtree(copy)
         ranks = runs.launch(copy.name, world_size=1, fault=STOP.replace("rank=1", "rank=0"))
@@ -362,7 +362,7 @@ def test_on_another_number_of_processes_the_curve_is_the_same(
 FINETUNE = (
     "--stage", "finetune", "stages.finetune.init=scratch", "stages.finetune.batch_size=8", "stages.finetune.epochs=2",
     "stages.finetune.optimizer.warmup_epochs=0.5", "stages.finetune.drop_path=0.2", "stages.finetune.mixup=0.8",
-    "stages.finetune.erasing=0.25",
+    "stages.finetune.random_erasing=0.25",
 )  # fmt: skip
 
 
@@ -390,7 +390,7 @@ PROBE = (
 
 @pytest.mark.slow
 def test_a_linear_probe_goes_on_too(runs: SmallRuns) -> None:
-    """Another optimiser, no ZeRO, and a BatchNorm's statistics."""
+    """Another optimizer, no ZeRO, and a BatchNorm's statistics."""
     ranks = runs.launch("probed", *PROBE)
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     ranks = runs.launch("half probed", *PROBE, fault="signal:rank=1,step=10,micro=0")
@@ -402,7 +402,7 @@ def test_a_linear_probe_goes_on_too(runs: SmallRuns) -> None:
 @pytest.mark.slow
 def test_checkpoints_written_in_the_background(tmp_path: Path) -> None:
     """And by the clock; killed three times, as above."""
-    by_the_clock = ("record.save_every_steps=null", "record.save_every_minutes=0.01")
-    chaos = Chaos(tmp_path, seed=5, more=("record.save_in_background=true", *by_the_clock))
+    by_the_clock = ("checkpoint.every_steps=null", "checkpoint.every_minutes=0.01")
+    chaos = Chaos(tmp_path, seed=5, more=("checkpoint.async_save=true", *by_the_clock))
     chaos.reference()
     chaos.rounds(3)

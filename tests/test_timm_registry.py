@@ -174,7 +174,7 @@ def test_a_file_of_another_input_size_and_more_channels(tmp_path: Path) -> None:
     save_file(saved.state_dict(), path)
     model = pretrained(path, **NARROW, img_size=(48, 96), num_classes=10, in_chans=6)
     assert torch.equal(model.pos_embed, resize_positions(saved.pos_embed, (4, 4), (3, 6)))
-    # timm repeats the colours' kernels and keeps their sum: a picture given twice gives what the picture gave.
+    # timm repeats the colors' kernels and keeps their sum: an image given twice gives what the image gave.
     model.set_input_size(64)
     with torch.no_grad():
         model.pos_embed.copy_(saved.pos_embed)

@@ -23,10 +23,10 @@ Subparsers = Any  # what add_subparsers returns; argparse has no public name for
 def add_data_commands(commands: Subparsers) -> None:
     """``write``, ``imagenet``, ``info`` and ``verify``; each parser's default ``run_command`` runs it."""
     for name, add, run, summary in (
-        ("write", add_folder_arguments, run_folder, "a tree of pictures, a folder a class, as .beton files"),
+        ("write", add_folder_arguments, run_folder, "a tree of images, a folder a class, as .beton files"),
         ("imagenet", add_imagenet_arguments, run_imagenet, "ImageNet-1K as it is handed out, as .beton files"),
         ("info", _add_info_arguments, _run_info, "what a .beton holds and how it was written"),
-        ("verify", _add_verify_arguments, _run_verify, "compare the checksum and decode every picture"),
+        ("verify", _add_verify_arguments, _run_verify, "compare the checksum and decode every image"),
     ):
         parser = commands.add_parser(name, help=summary, description=summary)
         add(parser)
@@ -44,7 +44,7 @@ def run_script(run: Command, args: argparse.Namespace) -> int:
 
 
 def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every source of pictures has; see ``options.WriteOptions``."""
+    """What every source of images has; see ``options.WriteOptions``."""
     default = WriteOptions()
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument("--train-count", type=int, metavar="N", help="at most N, class-balanced; default: all")
@@ -59,20 +59,20 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores, 8 at most")
     parser.add_argument(
         "--max-bad", type=parse_max_bad, default=default.max_bad, metavar="N|SHARE",
-        help="fail if more pictures than this cannot be read: a number, or a share like 0.01 or 1%% of each file, "
+        help="fail if more images than this cannot be read: a number, or a share like 0.01 or 1%% of each file, "
         "rounded up; those up to it are left out and listed; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--max-pixels", type=int, default=default.max_pixels, metavar="N",
-        help="larger pictures count as bad, and are not decoded; default: %(default)s",
+        help="larger images count as bad, and are not decoded; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--background", default=default.background, metavar="COLOUR",
+        "--background", default=default.background, metavar="COLOR",
         help="behind transparent pixels; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, default=default.timeout_s, metavar="S", dest="timeout_s",
-        help="fail if a picture takes longer, seconds; default: %(default)s",
+        help="fail if an image takes longer, seconds; default: %(default)s",
     )  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
     _add_writing_arguments(parser)
     parser.add_argument("--name", default="ImageNet-1K", help="of the data set, in tables; default: %(default)s")
     parser.add_argument(
-        "--val-labels", metavar="FILE", help="labels of the pictures in SRC/val; default: a file of a usual name in SRC"
+        "--val-labels", metavar="FILE", help="labels of the images in SRC/val; default: a file of a usual name in SRC"
     )
     parser.add_argument(
         "--synsets", metavar="FILE", help="map_clsloc.txt, needed where the labels are the devkit's numbers"
@@ -124,7 +124,7 @@ def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
         "--class-names", metavar="FILE", help="lines `n01440764 tench, ...`: readable names; default: WordNet ids"
     )
     parser.add_argument(
-        "--allow-partial", action="store_true", help="take a set of other than 1,281,167 and 50,000 pictures"
+        "--allow-partial", action="store_true", help="take a set of other than 1,281,167 and 50,000 images"
     )
 
 
@@ -155,7 +155,7 @@ def report(written: Sequence[BetonInfo]) -> None:
     for info in written:
         print(describe_beton(info.path))
         if report_path(info.path).exists():
-            print(f"warning: some pictures were left out, see {report_path(info.path)}", file=sys.stderr)
+            print(f"warning: some images were left out, see {report_path(info.path)}", file=sys.stderr)
 
 
 @contextmanager
@@ -187,21 +187,25 @@ def _run_info(args: argparse.Namespace) -> None:
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("beton", type=Path)
-    parser.add_argument("--source", metavar="SRC", help="also compare stored pictures with the files they were made of")
-    parser.add_argument("--count", type=int, default=1000, metavar="N", help="how many of them; default: %(default)s")
+    parser.add_argument("--source", metavar="SRC", help="also compare stored images with the files they were made of")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="how many of them; default: %(default)s"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the choice")
 
 
 def _run_verify(args: argparse.Namespace) -> None:
     from mrmae_ds.data.convert.verify import verify_beton
 
-    if args.count < 1 or args.seed < 0:
-        raise UserError(f"--count must be at least 1 and --seed not negative, not {args.count} and {args.seed}")
+    if args.num_images < 1 or args.seed < 0:
+        raise UserError(
+            f"--num-images must be at least 1 and --seed not negative, not {args.num_images} and {args.seed}"
+        )
     info = verify_beton(args.beton)
-    print(f"{info.path}: {info.num_samples:,} pictures decode, checksum as written")
+    print(f"{info.path}: {info.num_samples:,} images decode, checksum as written")
     if args.source:
         from mrmae_ds.data.convert.compare import compare_with_source
 
-        lowest = compare_with_source(args.beton, args.source, args.count, args.seed)
-        count = min(args.count, info.num_samples)
-        print(f"{info.path}: {count:,} pictures are those of {args.source}, at {lowest:.1f} dB or more")
+        lowest = compare_with_source(args.beton, args.source, args.num_images, args.seed)
+        count = min(args.num_images, info.num_samples)
+        print(f"{info.path}: {count:,} images are those of {args.source}, at {lowest:.1f} dB or more")

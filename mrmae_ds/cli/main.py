@@ -29,14 +29,14 @@ def _table(args: argparse.Namespace) -> None:
 def _show(args: argparse.Namespace) -> None:
     from mrmae_ds.figures.visualize import show_runs
 
-    for path in show_runs(args.runs, args.pictures, count=args.count, seed=args.seed, out=args.out):
+    for path in show_runs(args.runs, args.images, count=args.num_images, seed=args.seed, out=args.out):
         print(path)
 
 
 def _cost(args: argparse.Namespace) -> None:
     from mrmae_ds.profiling.flops_report import describe_cost
 
-    options = {"pictures": args.pictures, "tflops": args.tflops, "gpus": args.gpus}
+    options = {"num_images": args.num_images, "tflops": args.tflops, "gpus": args.gpus}
     given = {name: value for name, value in options.items() if value is not None}
     print(describe_cost(args.ds_config, args.recipe, args.overrides, **given))
 
@@ -45,15 +45,15 @@ def _teachers(args: argparse.Namespace) -> None:
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.figures.teachers import build_teachers, describe_teacher, draw_teachers
 
-    # Changes to the recipe may also follow the pictures.
-    late = [word for word in args.pictures if "=" in word and not Path(word).exists()]
-    pictures = [word for word in args.pictures if word not in late]
+    # Changes to the recipe may also follow the images.
+    late = [word for word in args.images if "=" in word and not Path(word).exists()]
+    images = [word for word in args.images if word not in late]
     recipe = load_recipe(args.recipe, args.overrides + late)
     teachers = build_teachers(recipe)
     print("\n\n".join(describe_teacher(name, recipe.teachers[name], teacher) for name, teacher in teachers.items()))
-    if pictures:
+    if images:
         out = args.out or Path(f"{args.recipe.stem}_teachers.png")
-        if told := draw_teachers(recipe, teachers, pictures, out, seed=args.seed):
+        if told := draw_teachers(recipe, teachers, images, out, seed=args.seed):
             print(told, file=sys.stderr)
         print(f"\n{out}")
 
@@ -92,24 +92,28 @@ def build_parser() -> argparse.ArgumentParser:
         help="where table[N].md, .csv, .tex, .png and table[N]_cost.png go; default: the first folder",
     )
 
-    show = _command(commands, "show", _show, "draw where runs look, and what they reconstruct, on the same pictures")
+    show = _command(commands, "show", _show, "draw where runs look, and what they reconstruct, on the same images")
     show.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a finished stage, runs/NAME/STAGE")
     show.add_argument(
-        "--pictures",
+        "--images",
         nargs="+",
         default=(),
-        metavar="PICTURE",
-        help="numbers in the first run's validation set, or picture files, or folders of them; default: some of the "
+        metavar="IMAGE",
+        help="numbers in the first run's validation set, or image files, or folders of them; default: some of the "
         "validation set, evenly spaced",
     )
-    show.add_argument("--count", type=int, help="how many of the set or the folders; default: recipe's record.pictures")
+    show.add_argument(
+        "--num-images",
+        type=int,
+        help="number of images; default: the recipe's logging.num_images",
+    )
     show.add_argument("--seed", type=int, default=0, help="of the mask")
-    show.add_argument("--out", type=Path, help="folder for the PNG files; default: pictures/ in the first RUN")
+    show.add_argument("--out", type=Path, help="folder for the PNG files; default: images/ in the first RUN")
 
     cost = _command(commands, "cost", _cost, "count a recipe's operations, from its modules alone, and its GPU-hours")
     cost.add_argument("--ds_config", type=Path, required=True, help="engine config; its recipe lies beside it")
     cost.add_argument("--recipe", type=Path, help="another recipe")
-    cost.add_argument("--pictures", type=int, help="of the training set; default: ImageNet-1K's 1,281,167")
+    cost.add_argument("--num-images", type=int, help="of the training set; default: ImageNet-1K's 1,281,167")
     cost.add_argument("--tflops", type=float, help="what one GPU sustains, in TFLOP/s; tells GPU-hours")
     cost.add_argument("--gpus", type=int, help="tells hours on so many")
     cost.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
@@ -146,11 +150,11 @@ def _add_teachers(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     teachers.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
     teachers.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
     teachers.add_argument(
-        "--pictures",
+        "--images",
         nargs="+",
         default=(),
-        metavar="PICTURE",
-        help="draw these: picture files, or folders of them, or numbers in the recipe's validation set",
+        metavar="IMAGE",
+        help="draw these: image files, or folders of them, or numbers in the recipe's validation set",
     )
     teachers.add_argument("--out", type=Path, help="the PNG file; default: RECIPE_teachers.png")
     teachers.add_argument("--seed", type=int, default=0, help="of the mask")

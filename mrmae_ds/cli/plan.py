@@ -8,7 +8,7 @@ from pathlib import Path
 
 def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``plan`` to ``mrmae``."""
-    summary = "what a recipe needs on a cluster: memory, network, hours, pictures/s; nothing is read or trained"
+    summary = "what a recipe needs on a cluster: memory, network, hours, images/s; nothing is read or trained"
     parser = commands.add_parser("plan", help=summary, description=summary)
     parser.set_defaults(run_command=_plan)
     add = parser.add_argument
@@ -18,7 +18,7 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     add("--gpus-per-node", type=int, help="default: 8")
     add("--stage", choices=("pretrain", "finetune"), help="default: every stage of the recipe that trains")
     add("--recipe", type=Path, help="another recipe")
-    add("--pictures", type=int, help="of the training set; default: ImageNet-1K's 1,281,167")
+    add("--num-images", type=int, help="of the training set; default: ImageNet-1K's 1,281,167")
     add("--classes", type=int, help="of the data set; default: ImageNet-1K's 1,000")
     add("--network", type=float, metavar="GB/S", help="of each GPU to other nodes, one way; default: 50 (400 Gb/s)")
     add("--mfu", type=float, metavar="SHARE", help="of the peak that the counted operations reach; default: 0.35")
@@ -26,7 +26,7 @@ def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParse
     add("--memory", type=float, metavar="GIB", help="of a GPU, as torch reports it, for a card not in the table")
     add("--peak", type=float, metavar="TFLOPS", help="its dense bf16 peak")
     add("--micro-batch", type=int, metavar="N", help="instead of the engine config's")
-    add("--loader", type=float, metavar="PICTURES/S", help="what the loader of a node delivers, if you know it")
+    add("--loader", type=float, metavar="IMAGES/S", help="what the loader of a node delivers, if you know it")
     add("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
 
 

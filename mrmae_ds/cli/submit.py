@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 from mrmae_ds.errors import UserError
 
 if TYPE_CHECKING:
-    from mrmae_ds.pipeline.graph import Link
-    from mrmae_ds.pipeline.status import Status
+    from mrmae_ds.pipeline.graph import PipelineJob
+    from mrmae_ds.pipeline.status import JobStatus
 
 SUMMARY = "run what is missing of a chain of trainings behind a table, on Slurm or on this machine"
 TFLOPS = 200.0
@@ -54,13 +54,13 @@ def run_submit(args: argparse.Namespace) -> None:
         UserError: for a chain or a recipe that cannot be, or a folder that holds another run.
         SystemExit: with status 1 if a training here did not finish.
     """
-    from mrmae_ds.pipeline.config import load_chain
+    from mrmae_ds.pipeline.config import load_pipeline
     from mrmae_ds.pipeline.costs import plan
-    from mrmae_ds.pipeline.graph import build_links
+    from mrmae_ds.pipeline.graph import build_jobs
     from mrmae_ds.pipeline.status import alone, read_jobs, statuses
 
-    chain = load_chain(args.chain)
-    links = build_links(chain, args.runs, args.seeds, args.set)
+    chain = load_pipeline(args.chain)
+    links = build_jobs(chain, args.runs, args.seeds, args.set)
     links = _chosen(links, args.only)
     _check(args)
     if args.dry_run:
@@ -91,11 +91,11 @@ def _queue(local: bool, dry_run: bool = False) -> dict[str, str]:
 
 
 def _run_here(
-    args: argparse.Namespace, links: Sequence[Link], known: Mapping[str, Status], tables: Sequence[int]
+    args: argparse.Namespace, links: Sequence[PipelineJob], known: Mapping[str, JobStatus], tables: Sequence[int]
 ) -> None:
     import torch
 
-    from mrmae_ds.pipeline.local import LocalChain
+    from mrmae_ds.pipeline.local import LocalPipeline
 
     gpus = torch.cuda.device_count()
     if args.jobs > 1 and gpus:
@@ -103,7 +103,7 @@ def _run_here(
     there = sum(status.state == "finished" for status in known.values())
     print(f"{len(links)} links, {there} finished already")
     signal.signal(signal.SIGTERM, _interrupt)
-    chain = LocalChain(links, known, processes=args.processes or gpus or 1, gpus=gpus, at_once=args.jobs, say=_say)
+    chain = LocalPipeline(links, known, processes=args.processes or gpus or 1, gpus=gpus, at_once=args.jobs, say=_say)
     try:
         failed = chain.run()
     except KeyboardInterrupt:
@@ -117,7 +117,11 @@ def _run_here(
 
 
 def _submit(
-    args: argparse.Namespace, name: str, links: Sequence[Link], known: Mapping[str, Status], tables: Sequence[int]
+    args: argparse.Namespace,
+    name: str,
+    links: Sequence[PipelineJob],
+    known: Mapping[str, JobStatus],
+    tables: Sequence[int],
 ) -> None:
     from mrmae_ds.pipeline.slurm import submit, submit_tables
 
@@ -147,7 +151,7 @@ def _numbers(tables: Sequence[int]) -> list[str]:
     return [text for number in tables for text in ("--paper", str(number))]
 
 
-def _chosen(links: Sequence[Link], only: Sequence[str] | None) -> list[Link]:
+def _chosen(links: Sequence[PipelineJob], only: Sequence[str] | None) -> list[PipelineJob]:
     """The links of the named runs, and those that they need."""
     if only is None:
         return list(links)

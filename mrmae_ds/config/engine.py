@@ -53,7 +53,7 @@ class EngineConfig:
     Attributes:
         path: where it was read.
         raw: the JSON as written.
-        micro_batch: pictures a process takes at a time.
+        micro_batch: images a process takes at a time.
         declared_accumulation: ``gradient_accumulation_steps`` if the file states it.
         zero_stage: 0 to 3.
         model_dtype: of the parameters that the modules see: bfloat16 with ``bf16``, else float32.
@@ -72,7 +72,7 @@ class EngineConfig:
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimiser's states and arithmetic are on the host."""
+        """Whether the optimizer's states and arithmetic are on the host."""
         return "offload_optimizer" in offload_devices(self.raw)
 
     def as_used(self, accumulation: int) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def load_engine_config(path: Path) -> EngineConfig:
     check_zero(path, raw)
     micro = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
     if micro is None:
-        raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: pictures a process takes at a time")
+        raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: images a process takes at a time")
     return EngineConfig(
         path=path,
         raw=raw,
@@ -179,16 +179,16 @@ def check_processes(config: EngineConfig, world_size: int, local_size: int) -> N
 
 
 def check_paired(config: EngineConfig, pairs: bool) -> None:
-    """Raises UserError if the micro-batch is odd and mixup or cutmix pairs its pictures (``FinetuneConfig.pairs``)."""
+    """Raises UserError if the micro-batch is odd and mixup or cutmix pairs its images (``FinetuneConfig.pairs``)."""
     if pairs and config.micro_batch % 2:
         raise UserError(
-            f"{config.path}: mixup pairs the pictures of a micro-batch, and so does cutmix, so "
+            f"{config.path}: mixup pairs the images of a micro-batch, and so does cutmix, so "
             f"train_micro_batch_size_per_gpu must be even, not {config.micro_batch}"
         )
 
 
 def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, recipe: str) -> int:
-    """Micro-batches a process runs for one optimiser step: batch_size / (micro-batch * processes).
+    """Micro-batches a process runs for one optimizer step: batch_size / (micro-batch * processes).
 
     Raises:
         UserError: if it does not divide (naming the nearest values that do), or if the engine config states an

@@ -14,7 +14,7 @@ from typing import Any
 from mrmae_ds.config.files import nearest_key
 from mrmae_ds.errors import UserError
 
-# What DeepSpeed 0.19.8 reads at the top level and has an effect here. The optimiser and the schedule are the recipe's,
+# What DeepSpeed 0.19.8 reads at the top level and has an effect here. The optimizer and the schedule are the recipe's,
 # the global batch too.
 KNOWN_KEYS = frozenset(
     {
@@ -44,7 +44,7 @@ REFUSED_KEYS = {
     "optimizer": "does not belong here; it is the recipe's stages.STAGE.optimizer",
     "scheduler": "does not belong here; it is the recipe's stages.STAGE.optimizer",
     "fp16": "does not belong here; it is torch_autocast with bfloat16 (fp16 is not supported)",
-    "zero_force_ds_cpu_optimizer": "leave it out; it is set where the optimiser is offloaded",
+    "zero_force_ds_cpu_optimizer": "leave it out; it is set where the optimizer is offloaded",
     "zero_allow_untested_optimizer": "leave it out; AdamW needs no permission",
     "prescale_gradients": "leave it out; bfloat16 has float32's range, so gradients need no scaling",
     "gradient_predivide_factor": "leave it out; bfloat16 has float32's range, so gradients need no scaling",

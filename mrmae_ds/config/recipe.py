@@ -1,7 +1,8 @@
 """The recipe: what is trained, as a strict, typed YAML file.
 
 Keys are grouped by what they affect: ``model``, ``data``, ``teachers`` and ``stages`` change results (but for
-``stages.pretrain.placement``), ``loader`` only speed, ``record`` only what is written down. A recipe may start from
+``stages.pretrain.placement``), ``loader`` only speed; ``logging``,
+``checkpoint`` and ``watchdog`` only what is written and when. A recipe may start from
 another one (``extends: tiny.yaml``) and state the difference: mappings are merged, everything else is replaced, null
 removes a key.
 """
@@ -18,7 +19,15 @@ from pydantic import Field, ValidationError, model_validator
 
 from mrmae_ds.config.files import apply_overrides, describe_errors, read_extended
 from mrmae_ds.config.run_names import shorten_sources
-from mrmae_ds.config.sections import DataConfig, LoaderConfig, ModelConfig, RecordConfig, TeacherConfig
+from mrmae_ds.config.sections import (
+    CheckpointConfig,
+    DataConfig,
+    LoaderConfig,
+    LoggingConfig,
+    ModelConfig,
+    TeacherConfig,
+    WatchdogConfig,
+)
 from mrmae_ds.config.stages import (
     EvaluateConfig,
     FinetuneConfig,
@@ -33,6 +42,9 @@ from mrmae_ds.models.objectives import PIXELS
 from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.schema import Section
 
+# Sections that change no result.
+NO_INFLUENCE = ("loader", "logging", "checkpoint", "watchdog")
+
 
 class Recipe(Section):
     """A whole recipe. ``method`` and ``size`` are its row and column in the scaling table."""
@@ -46,12 +58,14 @@ class Recipe(Section):
     teachers: dict[Name, TeacherConfig] = Field({})
     stages: StagesConfig
     loader: LoaderConfig = LoaderConfig()
-    record: RecordConfig = RecordConfig()
+    logging: LoggingConfig = LoggingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         if PIXELS in self.teachers:
-            raise ValueError(f"teachers.{PIXELS}: not a name for a teacher; objectives mean the picture by it")
+            raise ValueError(f"teachers.{PIXELS}: not a name for a teacher; objectives mean the image by it")
         stage = self.stages.pretrain
         if stage is None:
             return self
@@ -120,7 +134,7 @@ class Recipe(Section):
         Args:
             stage: count only this stage and the teachers that it names; None counts the whole recipe.
         """
-        ignored: dict[str, Any] = dict.fromkeys(("name", "seed", "loader", "record"), True)
+        ignored: dict[str, Any] = dict.fromkeys(("name", "seed", *NO_INFLUENCE), True)
         ignored |= {"data": {"train", "val"}, "stages": {"pretrain": {"placement", "knn"}}}
         kept = self.model_dump(mode="json", exclude=ignored)
         if stage is not None:

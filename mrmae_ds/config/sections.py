@@ -61,7 +61,7 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    """The pictures, and how they are cut out and normalised.
+    """The images, and how they are cut out and normalized.
 
     Attributes:
         train, val: .beton files (data/README.md).
@@ -98,7 +98,7 @@ class TeacherConfig(Section):
         position_resize: of a timm ViT's position embedding to another grid: ``library`` as timm does it, ``dino`` as
             DINO's and DINOv2's own code; null is ``dino`` for these two (without registers), else ``library``.
         quickgelu: whether CLIP weights were trained with QuickGELU; only for files that do not say.
-        statistics: whose mean and standard deviation normalise its input.
+        statistics: whose mean and standard deviation normalize its input.
         mean, std: its own statistics (of pixels in 0 to 1), where the library's are not those of the weights.
         precision: of its weights and arithmetic.
     """
@@ -130,38 +130,56 @@ class TeacherConfig(Section):
 
 
 class LoaderConfig(Section):
-    """How pictures are read; no influence on results.
-
-    ``workers``: threads per process, null decides by itself. ``stage_to``: a folder on each node (/dev/shm/NAME,
-    $TMPDIR) to which the .beton files are copied before training; null reads them where they are.
-    """
-
-    workers: int | None = Field(None, ge=1)
-    stage_to: Path | None = None
-
-
-class RecordConfig(Section):
-    """What is written down and when; no influence on results.
+    """Data loading on a node; no influence on results.
 
     Attributes:
-        log_every: optimiser steps from one metrics line to the next.
-        save_every_epochs, save_every_steps, save_every_minutes: from one checkpoint to the next; null is never by this
-            measure. A signal and the end of the stage save too.
-        keep_checkpoints: so many of the newest stay.
-        keep_every_epochs, keep_every_steps: those of such multiples are saved and stay for good; null keeps none.
-        save_in_background: write while training goes on, of a copy in memory; the run stands still only for the copy.
-        hang_minutes: without a step, an evaluated batch or a saved file; then every process tells where it is, and
-            the job fails.
-        pictures: drawn after pre-training.
+        num_workers: decoding threads per rank; null chooses from the available cores.
+        cache_dir: folder on each node (``/dev/shm/NAME``, ``$TMPDIR``) to which the .beton files are copied before
+            training; null reads them in place.
     """
 
-    log_every: int = Field(20, ge=1)
-    save_every_epochs: int | None = Field(1, ge=1)
-    save_every_steps: int | None = Field(None, ge=1)
-    save_every_minutes: float | None = Field(None, gt=0)
-    keep_checkpoints: int = Field(2, ge=1)
+    num_workers: int | None = Field(None, ge=1)
+    cache_dir: Path | None = None
+
+
+class LoggingConfig(Section):
+    """Metrics and figures; no influence on results.
+
+    Attributes:
+        every_steps: optimizer steps between two metrics lines.
+        num_images: validation images in the figures drawn after pre-training; 0 draws none.
+    """
+
+    every_steps: int = Field(20, ge=1)
+    num_images: int = Field(8, ge=0)
+
+
+class CheckpointConfig(Section):
+    """Saving and retention of checkpoints; no influence on results. A signal and the end of the stage save too.
+
+    Attributes:
+        every_epochs, every_steps, every_minutes: intervals between two checkpoints; null disables that interval.
+        keep_last: number of most recent checkpoints to keep.
+        keep_every_epochs, keep_every_steps: checkpoints at these multiples are saved and kept for good; null keeps
+            none.
+        async_save: write from a copy in memory while training continues; training waits only for the copy.
+    """
+
+    every_epochs: int | None = Field(1, ge=1)
+    every_steps: int | None = Field(None, ge=1)
+    every_minutes: float | None = Field(None, gt=0)
+    keep_last: int = Field(2, ge=1)
     keep_every_epochs: int | None = Field(None, ge=1)
     keep_every_steps: int | None = Field(None, ge=1)
-    save_in_background: bool = False
-    hang_minutes: float = Field(20.0, gt=0)
-    pictures: int = Field(8, ge=0)
+    async_save: bool = False
+
+
+class WatchdogConfig(Section):
+    """Detection of hung jobs; no influence on results.
+
+    Attributes:
+        timeout_minutes: time without an optimizer step, an evaluated batch or a saved file after which every rank
+            prints its stack and the job fails.
+    """
+
+    timeout_minutes: float = Field(20.0, gt=0)

@@ -70,7 +70,7 @@ class LarsConfig(RateConfig):
 
 
 class StageConfig(Section):
-    """What all stages have; ``batch_size`` is global, in pictures per optimiser step."""
+    """What all stages have; ``batch_size`` is global, in images per optimizer step."""
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -134,14 +134,14 @@ class PlacementConfig(Section):
 
 
 class KnnConfig(Section):
-    """A quick look at a pre-training: the accuracy of its features by their nearest neighbours (DINO's protocol).
+    """A quick look at a pre-training: the accuracy of its features by their nearest neighbors (DINO's protocol).
 
-    The features of a picture are the mean of the encoder's tokens, all of them visible; those of ``samples`` training
-    pictures, evenly spaced in the set (null: all), vote for each validation picture.
+    The features of an image are the mean of the encoder's tokens, all of them visible; those of ``samples`` training
+    images, evenly spaced in the set (null: all), vote for each validation image.
 
     Attributes:
         every_epochs: how often; the last epoch is always looked at.
-        k: neighbours that vote, each with weight exp(cosine / ``temperature``).
+        k: neighbors that vote, each with weight exp(cosine / ``temperature``).
     """
 
     every_epochs: int = Field(10, ge=1)
@@ -208,7 +208,7 @@ class FinetuneConfig(StageConfig):
         image_size: null is the model's; the position embedding is resized for another.
         pool: what the head sees: ``avg`` the mean of the patches, ``token`` the class token (a plain ViT's).
         rand_augment: timm's RandAugment policy (``rand-m9-mstd0.5-inc1``); null is none.
-        mixup, cutmix: alpha of each; 0 is off. smoothing: of labels. erasing: probability.
+        mixup, cutmix: alpha of each; 0 is off. label_smoothing: of labels. random_erasing: probability.
     """
 
     optimizer: OptimizerConfig
@@ -220,20 +220,20 @@ class FinetuneConfig(StageConfig):
     rand_augment: str | None = None
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
-    smoothing: Fraction = 0.0
-    erasing: Fraction = 0.0
+    label_smoothing: Fraction = 0.0
+    random_erasing: Fraction = 0.0
     eval_every_epochs: int = Field(1, ge=1)
 
     @property
     def pairs(self) -> bool:
-        """Whether mixup or cutmix pairs the pictures of a micro-batch, which must be even then."""
+        """Whether mixup or cutmix pairs the images of a micro-batch, which must be even then."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class ProbeConfig(StageConfig):
     """Linear probing: the encoder is frozen, a linear classifier learns from its features (MAE's recipe).
 
-    The features are the mean of the patches, normalised by a BatchNorm without parameters whose statistics are those
+    The features are the mean of the patches, normalized by a BatchNorm without parameters whose statistics are those
     of a micro-batch over all processes.
 
     Attributes:

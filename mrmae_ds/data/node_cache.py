@@ -128,7 +128,7 @@ def stage_beton(
     return place.target
 
 
-def stage_all(paths: Iterable[str | Path], folder: str | Path | None, *, is_leader: bool) -> None:
+def cache_all(paths: Iterable[str | Path], folder: str | Path | None, *, is_leader: bool) -> None:
     """``stage_beton`` of several files; nothing without a folder. Raises UserError."""
     if folder is not None:
         for path in paths:
@@ -143,7 +143,7 @@ def located(path: str | Path, folder: str | Path | None) -> Path:
 def _expanded(folder: str | Path) -> Path:
     expanded = Path(os.path.expandvars(folder)).expanduser()
     if "$" in str(expanded):
-        raise UserError(f"stage_to {folder}: a variable in it is not set here")
+        raise UserError(f"cache_dir {folder}: a variable in it is not set here")
     return expanded
 
 
@@ -155,7 +155,7 @@ def _made(folder: str | Path) -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         why = error.strerror
-        raise UserError(f"stage_to {made}: cannot be written to ({why}); name a folder of your own") from error
+        raise UserError(f"cache_dir {made}: cannot be written to ({why}); name a folder of your own") from error
     return made
 
 
@@ -243,7 +243,7 @@ def _check_space(place: _Place) -> None:
         return
     held = [f"{path} ({_size(path.stat().st_size)})" for path in sorted(place.folder.glob("*/*.beton"))]
     raise UserError(
-        f"stage_to {place.folder}: {place.info.path} needs {_size(place.info.size)}, {_size(free)} are free"
+        f"cache_dir {place.folder}: {place.info.path} needs {_size(place.info.size)}, {_size(free)} are free"
         + (f"; remove what no run needs of {', '.join(held)}" if held else "; name another folder")
     )
 
@@ -287,5 +287,5 @@ def _disk_errors(place: _Place) -> Iterator[None]:
 def _explained(place: _Place, error: BaseException) -> str:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         size = _size(place.info.size)
-        return f"stage_to {place.folder}: the disk is full ({error.strerror}); {place.info.path} needs {size}"
-    return f"stage_to {place.folder}: {place.info.path} cannot be copied there ({error or type(error).__name__})"
+        return f"cache_dir {place.folder}: the disk is full ({error.strerror}); {place.info.path} needs {size}"
+    return f"cache_dir {place.folder}: {place.info.path} cannot be copied there ({error or type(error).__name__})"

@@ -16,7 +16,7 @@ T = TypeVar("T")
 MAX_SHOWN = 4
 
 
-class AgreedError(UserError):
+class CollectiveError(UserError):
     """A mistake that every process raises at the same place; rank 0 tells it."""
 
 
@@ -31,14 +31,14 @@ def gather(value: T) -> list[T]:
     return values  # type: ignore[return-value]
 
 
-def from_first(value: T) -> T:
+def broadcast_object(value: T) -> T:
     """Rank 0's value, on every process."""
     values: list[T] = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def raise_together(error: str | None, what: str = "") -> None:
+def raise_on_all_ranks(error: str | None, what: str = "") -> None:
     """Raise on every process if any of them has an error. All must call it.
 
     Args:
@@ -46,7 +46,7 @@ def raise_together(error: str | None, what: str = "") -> None:
         what: said before the errors.
 
     Raises:
-        AgreedError: the same on every process, with each different error and the ranks that had it.
+        CollectiveError: the same on every process, with each different error and the ranks that had it.
     """
     ranks: dict[str, list[int]] = {}
     for rank, message in enumerate(gather(error)):
@@ -57,7 +57,7 @@ def raise_together(error: str | None, what: str = "") -> None:
     everywhere = len(next(iter(ranks.values()))) == dist.get_world_size()
     told = [message if everywhere else f"{_named(who)}: {message}" for message, who in ranks.items()]
     more = f" (and {len(told) - MAX_SHOWN} more)" if len(told) > MAX_SHOWN else ""
-    raise AgreedError(what + "; ".join(told[:MAX_SHOWN]) + more)
+    raise CollectiveError(what + "; ".join(told[:MAX_SHOWN]) + more)
 
 
 def _named(ranks: list[int]) -> str:

@@ -13,7 +13,7 @@ FAILED, BAD_INPUT = 1, 2
 WAIT_FOR_LEADER_S = 5
 
 
-def tell_end(error: Exception, launch: Launch | None, started: bool) -> int:
+def report_exit(error: Exception, launch: Launch | None, started: bool) -> int:
     """Print what ended the command; the exit status.
 
     What all ranks raise together is told by rank 0 alone: bad input by its message, a training that cannot go on too,
@@ -26,11 +26,11 @@ def tell_end(error: Exception, launch: Launch | None, started: bool) -> int:
     """
     # Imported here: where bad input ends a command, torch and DeepSpeed have often not been imported yet.
     if started:
-        from mrmae_ds.distributed.collectives import AgreedError, TrainingError
+        from mrmae_ds.distributed.collectives import CollectiveError, TrainingError
         from mrmae_ds.distributed.signals import STOPPED_STATUS, Stopped
 
         first = launch is None or launch.rank == 0
-        statuses = {Stopped: STOPPED_STATUS, AgreedError: BAD_INPUT, TrainingError: FAILED}
+        statuses = {Stopped: STOPPED_STATUS, CollectiveError: BAD_INPUT, TrainingError: FAILED}
         for kind, status in statuses.items():
             if isinstance(error, kind):
                 if first:

@@ -10,7 +10,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from mrmae_ds.distributed.collectives import from_first
+from mrmae_ds.distributed.collectives import broadcast_object
 from mrmae_ds.distributed.launch import Launch
 
 STORE_S = 60.0  # after which a store that does not answer counts as gone
@@ -27,7 +27,7 @@ class Failure:
     stuck: bool = False
 
 
-class FailureBoard:
+class FailureStore:
     """Holds the first failure of a job. All ranks make it together; each uses a connection of its own.
 
     Where the store is gone (its process has ended), a failure can be told to nobody, and nobody is waited for.
@@ -39,7 +39,7 @@ class FailureBoard:
     def __init__(self, launch: Launch) -> None:
         self.launch, self.lost = launch, False
         self._store: dist.TCPStore | None = None
-        key = from_first(f"mrmae/{os.getpid()}-{time.time_ns()}")
+        key = broadcast_object(f"mrmae/{os.getpid()}-{time.time_ns()}")
         self._failure, self._silent = f"{key}/failure", f"{key}/silent"
         if launch.world_size > 1:
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

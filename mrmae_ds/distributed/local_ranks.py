@@ -28,7 +28,7 @@ class Process:
     stacks: int
 
 
-class Neighbours:
+class LocalRanks:
     """The other ranks of this node. All ranks make it together.
 
     A process that cannot be seen from here (in a container of its own) is not watched.

@@ -1,4 +1,4 @@
-"""Being asked to stop: signals are noted, and acted upon between two optimiser steps, by all processes together."""
+"""Being asked to stop: signals are noted, and acted upon between two optimizer steps, by all processes together."""
 
 from __future__ import annotations
 

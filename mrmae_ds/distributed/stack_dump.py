@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.distributed.local_ranks import Neighbours, Process
+from mrmae_ds.distributed.local_ranks import LocalRanks, Process
 
 DUMP_SIGNAL = signal.SIGUSR2
 WRITE_S = 1.0  # for a process to write its stacks
@@ -25,7 +25,7 @@ LAST_RESORT_S = 60.0  # after the limit: a process alone, whose interpreter is h
 REARM_S = 5.0
 
 
-class Stacks:
+class StackDump:
     """This process's stacks, on demand by a signal; and the node's together. All ranks make it together.
 
     Args:
@@ -36,7 +36,7 @@ class Stacks:
     def __init__(self, launch: Launch, limit_s: float) -> None:
         self.limit_s, self._armed = limit_s, 0.0
         self._file = os.memfd_create("stacks")
-        self.neighbours = Neighbours(launch, self._file)
+        self.neighbors = LocalRanks(launch, self._file)
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
 
     def postpone(self, now: float) -> None:
@@ -47,7 +47,7 @@ class Stacks:
 
     def dump(self) -> None:
         """Let every process of the node write its stacks; one of them prints them all to stderr."""
-        processes = sorted([self.neighbours.own, *self.neighbours.others], key=lambda process: process.rank)
+        processes = sorted([self.neighbors.own, *self.neighbors.others], key=lambda process: process.rank)
         for process in processes:
             with contextlib.suppress(OSError):
                 if _stacks(process).stat().st_size == 0:

@@ -19,21 +19,21 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from mrmae_ds.distributed.collectives import AgreedError, TrainingError
-from mrmae_ds.distributed.failure_store import Failure, FailureBoard
+from mrmae_ds.distributed.collectives import CollectiveError, TrainingError
+from mrmae_ds.distributed.failure_store import Failure, FailureStore
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.signals import Stopped
-from mrmae_ds.distributed.stack_dump import Stacks
+from mrmae_ds.distributed.stack_dump import StackDump
 
 FAILED_STATUS = 1
 # What every process raises at the same place needs nobody to be told.
-TOGETHER = (AgreedError, TrainingError, Stopped)
+TOGETHER = (CollectiveError, TrainingError, Stopped)
 POLL_S = 0.5
 RECORD_S = 2.0  # for rank 0 to close its record
 NEWS_S = 2.0  # that an error which another process's end may have caused waits for news of that
 
 
-class Monitor:
+class Watchdog:
     """Watches this process and its fellows while it is entered, which all ranks must do together.
 
     Args:
@@ -51,9 +51,9 @@ class Monitor:
         self._closed = threading.Event()
         self._ending = threading.Lock()
 
-    def __enter__(self) -> Monitor:
-        self._stacks = Stacks(self.launch, self.limit_s)
-        self._board = FailureBoard(self.launch)
+    def __enter__(self) -> Watchdog:
+        self._stacks = StackDump(self.launch, self.limit_s)
+        self._board = FailureStore(self.launch)
         self.beat("starting")
         # Two threads: asking the store may take long where it has just gone.
         looks = (self._look_around, self._look_at_board)
@@ -101,7 +101,7 @@ class Monitor:
 
     def _look_around(self) -> Callable[[], None] | None:
         """At the processes of this node, and at how long ago this one got on."""
-        if dead := self._stacks.neighbours.dead():
+        if dead := self._stacks.neighbors.dead():
             rank, pid = dead
             self._board.note_end(rank)
             text = f"rank {rank} (process {pid}) ended without a word: killed, or out of memory"

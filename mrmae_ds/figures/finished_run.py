@@ -44,7 +44,7 @@ class ShownRun:
         recipe: as it was resolved.
         kind: ``pretrain`` or ``classifier``.
         image_size: side of its input in pixels.
-        mean, std: that its input is normalised with.
+        mean, std: that its input is normalized with.
     """
 
     path: Path

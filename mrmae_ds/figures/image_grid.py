@@ -1,6 +1,6 @@
-"""Rows of pictures with labels on one page, each picture's pixels drawn as whole, equal squares when it is small.
+"""Rows of images with labels on one page, each image's pixels drawn as whole, equal squares when it is small.
 
-Shapes: N pictures, 3 colours, H x W pixels, h x w grid of patches. Lengths on the page are in pixels of the PNG.
+Shapes: N images, 3 colors, H x W pixels, h x w grid of patches. Lengths on the page are in pixels of the PNG.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mrmae_ds.figures import style
 FloatArray = npt.NDArray[np.float32]
 
 HEAT_MAP = "inferno"
-HEAT_SHARE = 0.65  # of a map's colour in what is drawn; the rest is the picture
+HEAT_SHARE = 0.65  # of a map's color in what is drawn; the rest is the image
 # Grids from this side on are drawn smoothly; the cells of smaller ones are few enough to be seen one by one.
 SMOOTH_FROM = 12
-_CELL, _LARGEST = 200, 256  # about what a picture's side is to be; larger ones are reduced
+_CELL, _LARGEST = 200, 256  # about what an image's side is to be; larger ones are reduced
 _GAP, _EDGE, _NARROWEST = 8, 16, 900
 _TITLE, _LABEL, _SMALL = 12, 10, 8  # points
 _LEADING = 1.35
@@ -32,13 +32,13 @@ _SCALE_WIDTH, _SCALE_HEIGHT = 200, 14
 
 @dataclass(frozen=True)
 class GridRow:
-    """A row: pictures [N, 3, H, W] in [0, 1], and maps [N, h, w] in [0, 1] to lay over them, if any.
+    """A row: images [N, 3, H, W] in [0, 1], and maps [N, h, w] in [0, 1] to lay over them, if any.
 
     Lines of `label` after the first are written smaller.
     """
 
     label: str
-    pictures: FloatArray
+    images: FloatArray
     heat: FloatArray | None = None
 
 
@@ -50,12 +50,12 @@ def draw_grid(
     title: str | None = None,
     legend: Sequence[str] = (),
 ) -> None:
-    """Draw `rows` to a PNG, one column a picture.
+    """Draw `rows` to a PNG, one column an image.
 
-    Pictures below 200 pixels are enlarged by a whole factor, nearest pixel; those above 256 are reduced. `captions`
-    stand above the columns, `legend`'s paragraphs below, after the colour scale if a row has maps.
+    Images below 200 pixels are enlarged by a whole factor, nearest pixel; those above 256 are reduced. `captions`
+    stand above the columns, `legend`'s paragraphs below, after the color scale if a row has maps.
     """
-    count, _, height, width = rows[0].pictures.shape
+    count, _, height, width = rows[0].images.shape
     cell = _cell_size(height, width)
     left = 2 * _EDGE + max(_label_width(row.label) for row in rows)
     full_w = max(left + count * (cell[1] + _GAP) - _GAP + _EDGE, _NARROWEST)
@@ -81,7 +81,7 @@ def draw_grid(
     if scale:
         _draw_scale(page, text, _EDGE, below)
     for number, line in enumerate(legend_lines):
-        text.write(_EDGE, below + scale + number * _line(_SMALL), line, _SMALL, colour=style.MUTED)
+        text.write(_EDGE, below + scale + number * _line(_SMALL), line, _SMALL, color=style.MUTED)
     text.figure.figimage(page)
     style.save(text.figure, path)
 
@@ -104,7 +104,7 @@ class _Text:
         *,
         align: str = "left",
         weight: str = "normal",
-        colour: str = style.INK,
+        color: str = style.INK,
     ) -> None:
         """One line whose top is at `y`; dollar signs mean themselves."""
         self.figure.text(
@@ -115,32 +115,32 @@ class _Text:
             va="top",
             fontsize=size,
             fontweight=weight,
-            color=colour,
+            color=color,
             parse_math=False,
         )
 
     def label(self, right: float, middle: float, label: str) -> None:
-        """A row's label, centred on `middle`, the first line large."""
+        """A row's label, centerd on `middle`, the first line large."""
         lines = label.split("\n")
         y = middle - (_line(_LABEL) + (len(lines) - 1) * _line(_SMALL)) / 2
         self.write(right, y, lines[0], _LABEL, align="right")
         for number, line in enumerate(lines[1:]):
             y_line = y + _line(_LABEL) + number * _line(_SMALL)
-            self.write(right, y_line, line, _SMALL, align="right", colour=style.MUTED)
+            self.write(right, y_line, line, _SMALL, align="right", color=style.MUTED)
 
 
 def _draw_cell(row: GridRow, column: int, cell: tuple[int, int]) -> FloatArray:
-    """A picture with its map as it stands on the page, [cell height, cell width, 3]."""
-    picture = row.pictures[column].transpose(1, 2, 0)
-    if picture.shape[0] > cell[0]:
-        whole = Image.fromarray(np.rint(picture * 255).astype(np.uint8))
-        picture = np.asarray(whole.resize(cell[::-1], Image.Resampling.LANCZOS), np.float32) / 255
+    """An image with its map as it stands on the page, [cell height, cell width, 3]."""
+    image = row.images[column].transpose(1, 2, 0)
+    if image.shape[0] > cell[0]:
+        whole = Image.fromarray(np.rint(image * 255).astype(np.uint8))
+        image = np.asarray(whole.resize(cell[::-1], Image.Resampling.LANCZOS), np.float32) / 255
     else:
-        picture = _nearest(picture, cell)
+        image = _nearest(image, cell)
     if row.heat is None:
-        return picture
-    colours = matplotlib.colormaps[HEAT_MAP](_enlarged(row.heat[column], cell))[..., :3]
-    return HEAT_SHARE * colours.astype(np.float32) + (1 - HEAT_SHARE) * picture
+        return image
+    colors = matplotlib.colormaps[HEAT_MAP](_enlarged(row.heat[column], cell))[..., :3]
+    return HEAT_SHARE * colors.astype(np.float32) + (1 - HEAT_SHARE) * image
 
 
 def _enlarged(heat: FloatArray, cell: tuple[int, int]) -> FloatArray:
@@ -158,7 +158,7 @@ def _nearest(values: FloatArray, cell: tuple[int, int]) -> FloatArray:
 
 
 def _cell_size(height: int, width: int) -> tuple[int, int]:
-    """A picture's height and width on the page."""
+    """An image's height and width on the page."""
     longer = max(height, width)
     if longer > _LARGEST:
         return round(height * _LARGEST / longer), round(width * _LARGEST / longer)
@@ -167,10 +167,10 @@ def _cell_size(height: int, width: int) -> tuple[int, int]:
 
 
 def _draw_scale(page: FloatArray, text: _Text, left: int, y: int) -> None:
-    colours = matplotlib.colormaps[HEAT_MAP](np.linspace(0, 1, _SCALE_WIDTH))[:, :3]
+    colors = matplotlib.colormaps[HEAT_MAP](np.linspace(0, 1, _SCALE_WIDTH))[:, :3]
     least = round(style.text_width("least", _SMALL)) + _GAP
     x = left + least
-    page[y + 4 : y + 4 + _SCALE_HEIGHT, x : x + _SCALE_WIDTH] = colours
+    page[y + 4 : y + 4 + _SCALE_HEIGHT, x : x + _SCALE_WIDTH] = colors
     text.write(left, y, "least", _SMALL)
     text.write(x + _SCALE_WIDTH + _GAP, y, "most (each map has its own scale)", _SMALL)
 

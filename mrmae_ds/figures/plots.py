@@ -1,6 +1,6 @@
-"""Pictures of a run: loss curves, reconstructions, attention maps.
+"""Images of a run: loss curves, reconstructions, attention maps.
 
-Shapes: N images, 3 colours, H x W pixels, h x w grid of patches.
+Shapes: N images, 3 colors, H x W pixels, h x w grid of patches.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from mrmae_ds.records.metrics import METRICS_FILE, read_metrics
 if TYPE_CHECKING:
     import torch
 
-    Pictures: TypeAlias = np.ndarray | torch.Tensor
+    Images: TypeAlias = np.ndarray | torch.Tensor
 
 _SMOOTH_FROM = 200
-HIDDEN = 0.82  # the grey of a patch that the model does not see
+HIDDEN = 0.82  # the gray of a patch that the model does not see
 
 
-def denormalise(images: Pictures, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo `(x - mean) / std`: images [N, 3, H, W] as the model reads them to colours in [0, 1], clipped,
+def denormalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    """Undo `(x - mean) / std`: images [N, 3, H, W] as the model reads them to colors in [0, 1], clipped,
     float32."""
     shape = (1, 3, 1, 1)
-    colours = _array(images) * np.asarray(std, np.float32).reshape(shape) + np.asarray(mean, np.float32).reshape(shape)
-    return np.clip(colours, 0, 1)
+    colors = _array(images) * np.asarray(std, np.float32).reshape(shape) + np.asarray(mean, np.float32).reshape(shape)
+    return np.clip(colors, 0, 1)
 
 
 def reconstruction_rows(
-    original: Pictures,
-    masked: Pictures,
-    reconstructed: Pictures | Mapping[str, Pictures],
+    original: Images,
+    masked: Images,
+    reconstructed: Images | Mapping[str, Images],
     *,
     keep_ratio: float = 0.25,
 ) -> list[GridRow]:
@@ -46,8 +46,8 @@ def reconstruction_rows(
     count, _, height, width = _images(original, "original").shape
     results = reconstructed if isinstance(reconstructed, Mapping) else {"Reconstructed": reconstructed}
     grid = []
-    for label, pictures in {"Original": original, f"Visible ({100 * keep_ratio:.0f} %)": masked, **results}.items():
-        array = _images(pictures, label)
+    for label, images in {"Original": original, f"Visible ({100 * keep_ratio:.0f} %)": masked, **results}.items():
+        array = _images(images, label)
         if array.shape != (count, 3, height, width):
             raise ValueError(f"{label}: shape {array.shape} differs from the originals' {(count, 3, height, width)}")
         grid.append(GridRow(label, array))
@@ -55,9 +55,9 @@ def reconstruction_rows(
 
 
 def reconstruction_grid(
-    original: Pictures,
-    masked: Pictures,
-    reconstructed: Pictures | Mapping[str, Pictures],
+    original: Images,
+    masked: Images,
+    reconstructed: Images | Mapping[str, Images],
     out_png: str | Path,
     *,
     keep_ratio: float = 0.25,
@@ -65,9 +65,9 @@ def reconstruction_grid(
     title: str | None = None,
     legend: Sequence[str] = (),
 ) -> None:
-    """Draw rows of pictures: the original, its visible share, and each reconstruction.
+    """Draw rows of images: the original, its visible share, and each reconstruction.
 
-    All are [N, 3, H, W] of colours in [0, 1]; values outside are clipped. `reconstructed` is one of them, or several
+    All are [N, 3, H, W] of colors in [0, 1]; values outside are clipped. `reconstructed` is one of them, or several
     by their labels. `captions` names the N columns, `legend` is written below. Raises ValueError on shapes that
     differ.
     """
@@ -75,34 +75,34 @@ def reconstruction_grid(
     draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
 
 
-def attention_rows(images: Pictures, maps: Mapping[str, Pictures], visible: Pictures | None) -> list[GridRow]:
+def attention_rows(images: Images, maps: Mapping[str, Images], visible: Images | None) -> list[GridRow]:
     """The rows of :func:`attention_grid`, from the top."""
-    pictures = _images(images, "images")
-    grid = [GridRow("Picture", pictures)]
-    grey = np.repeat(pictures.mean(axis=1, keepdims=True), 3, axis=1)
+    array = _images(images, "images")
+    grid = [GridRow("Image", array)]
+    gray = np.repeat(array.mean(axis=1, keepdims=True), 3, axis=1)
     for label, heat in maps.items():
-        grid.append(GridRow(label, grey, heat=_scaled(_maps(heat, len(pictures), label))))
+        grid.append(GridRow(label, gray, heat=_scaled(_maps(heat, len(array), label))))
     if visible is not None:
-        kept = _maps(visible, len(pictures), "visible") > 0.5
+        kept = _maps(visible, len(array), "visible") > 0.5
         share = 100 * kept.mean()
-        grid.append(GridRow(f"Kept ({share:.0f} %)", _hide(pictures, kept)))
-        grid.append(GridRow(f"Removed ({100 - share:.0f} %)", _hide(pictures, ~kept)))
+        grid.append(GridRow(f"Kept ({share:.0f} %)", _hide(array, kept)))
+        grid.append(GridRow(f"Removed ({100 - share:.0f} %)", _hide(array, ~kept)))
     return grid
 
 
 def attention_grid(
-    images: Pictures,
-    maps: Mapping[str, Pictures],
-    visible: Pictures | None,
+    images: Images,
+    maps: Mapping[str, Images],
+    visible: Images | None,
     out_png: str | Path,
     *,
     captions: Sequence[str] | None = None,
     title: str | None = None,
     legend: Sequence[str] = (),
 ) -> None:
-    """Draw attention as in Fig. 3 of the paper: a row of pictures, a row a model, rows of kept and removed patches.
+    """Draw attention as in Fig. 3 of the paper: a row of images, a row a model, rows of kept and removed patches.
 
-    `images` [N, 3, H, W] in [0, 1]; each of `maps` [N, h, w], of any grid, drawn over the greyed picture and scaled
+    `images` [N, 3, H, W] in [0, 1]; each of `maps` [N, h, w], of any grid, drawn over the grayed image and scaled
     from its own least to its own greatest value; `visible` [N, h, w] is 1 (or True) for patches that are kept,
     None leaves both rows out. `captions` names the columns, `legend` is written below. Raises ValueError on shapes
     that do not fit.
@@ -112,7 +112,7 @@ def attention_grid(
 
 
 def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
-    """Draw a run's losses over optimiser steps, its learning rate below and, where measured, its top-1
+    """Draw a run's losses over optimizer steps, its learning rate below and, where measured, its top-1
     accuracy.
 
     Reads `metrics.jsonl`. Above 200 points a curve is drawn faint with its running mean on top; steps at
@@ -145,7 +145,7 @@ def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
         if series != ["lr"]:
             panel.legend(fontsize=8, frameon=False)
     figure.align_ylabels()
-    axes[-1].set_xlabel("Optimiser step", fontsize=10)
+    axes[-1].set_xlabel("Optimizer step", fontsize=10)
     style.save(figure, Path(out_png))
 
 
@@ -153,14 +153,14 @@ def _draw_series(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Sequence
     for index, name in enumerate(names):
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         steps, values = np.array([p[0] for p in points]), np.array([p[1] for p in points], np.float64)
-        colour = style.INK if name == "loss" else style.PALETTE[index % len(style.PALETTE)]
+        color = style.INK if name == "loss" else style.PALETTE[index % len(style.PALETTE)]
         # A few points (an accuracy an epoch) are marked one by one; many make a line.
         marker = "o" if len(points) <= 30 else ""
         smooth = len(points) > _SMOOTH_FROM and name != "lr"
         axes.plot(
             steps,
             values,
-            color=colour,
+            color=color,
             alpha=0.25 if smooth else 1,
             linewidth=1.3,
             marker=marker,
@@ -170,24 +170,24 @@ def _draw_series(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Sequence
         if smooth:
             width = math.ceil(len(points) / 50)
             mean = np.convolve(values, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], mean, color=colour, linewidth=1.6, label=name)
+            axes.plot(steps[width - 1 :], mean, color=color, linewidth=1.6, label=name)
 
 
-def _array(values: Pictures) -> np.ndarray:
+def _array(values: Images) -> np.ndarray:
     """Return a float32 array of a NumPy array, or of a tensor on any device, of any precision."""
     if not isinstance(values, np.ndarray):
         values = values.detach().float().cpu().numpy()
     return np.asarray(values, dtype=np.float32)
 
 
-def _images(values: Pictures, name: str) -> np.ndarray:
+def _images(values: Images, name: str) -> np.ndarray:
     array = _array(values)
     if array.ndim != 4 or array.shape[1] != 3 or array.shape[0] == 0:
         raise ValueError(f"{name}: expected [N, 3, H, W] with N > 0, got {array.shape}")
     return np.clip(np.nan_to_num(array), 0, 1)
 
 
-def _maps(values: Pictures, count: int, name: str) -> np.ndarray:
+def _maps(values: Images, count: int, name: str) -> np.ndarray:
     array = _array(values)
     if array.ndim != 3 or array.shape[0] != count:
         raise ValueError(f"{name}: expected [{count}, h, w], got {array.shape}")
@@ -200,8 +200,8 @@ def _scaled(maps: np.ndarray) -> np.ndarray:
     return (maps - low) / np.where(high > low, high - low, 1)
 
 
-def _hide(pictures: np.ndarray, kept: np.ndarray) -> np.ndarray:
-    height, width = pictures.shape[-2:]
+def _hide(images: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    height, width = images.shape[-2:]
     rows = np.arange(height) * kept.shape[1] // height
     columns = np.arange(width) * kept.shape[2] // width
-    return np.where(kept[:, None][:, :, rows][:, :, :, columns], pictures, np.float32(HIDDEN))
+    return np.where(kept[:, None][:, :, rows][:, :, :, columns], images, np.float32(HIDDEN))

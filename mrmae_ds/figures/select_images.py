@@ -1,6 +1,6 @@
-"""Which pictures a run is drawn on: samples of its validation set, or files of the user's, cut as evaluation cuts them.
+"""Which images a run is drawn on: samples of its validation set, or files of the user's, cut as evaluation cuts them.
 
-Shapes: N pictures, S x S pixels.
+Shapes: N images, S x S pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.convert.folder import EXTENSIONS
-from mrmae_ds.data.convert.images import open_picture, pixel_limit, reason, to_rgb
+from mrmae_ds.data.convert.images import open_image, pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.options import MAX_SIDE, WriteOptions
 from mrmae_ds.data.loaders.crop import resize_and_corner
 from mrmae_ds.data.loaders.pillow import BetonSource, center_cut
@@ -30,43 +30,43 @@ _NUMBER = re.compile(r"[+-]?\d+")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Whole RGB pictures of any sizes, and what is written above each: its class's name or its file's."""
+    """Whole RGB images of any sizes, and what is written above each: its class's name or its file's."""
 
-    pictures: tuple[Image.Image, ...]
+    images: tuple[Image.Image, ...]
     captions: tuple[str, ...]
 
     def cut(self, view: int, size: int) -> Tensor:
-        """What evaluation at ``view`` pixels sees of each picture, at ``size`` pixels: float32 [N, 3, S, S] in 0 to 1.
+        """What evaluation at ``view`` pixels sees of each image, at ``size`` pixels: float32 [N, 3, S, S] in 0 to 1.
 
         With ``size`` equal to ``view`` these are evaluation's very pixels. Another ``size`` shows the same part of the
-        picture (evaluation itself would cut less off above 224 pixels), so that attention can be compared.
+        image (evaluation itself would cut less off above 224 pixels), so that attention can be compared.
         """
-        cuts = [center_cut(p, size) if size == view else _resized_view(p, view, size) for p in self.pictures]
+        cuts = [center_cut(p, size) if size == view else _resized_view(p, view, size) for p in self.images]
         return torch.from_numpy(np.stack([np.asarray(cut) for cut in cuts])).permute(0, 3, 1, 2).float() / 255
 
 
-def choose_pictures(val: Path, wanted: Sequence[str], count: int | None, usual: int) -> tuple[Chosen, str | None]:
-    """The pictures that a command line asks for.
+def choose_images(val: Path, wanted: Sequence[str], count: int | None, usual: int) -> tuple[Chosen, str | None]:
+    """The images that a command line asks for.
 
     Args:
-        val: the .beton of the validation set; read only if pictures are taken from it.
-        wanted: numbers of samples of ``val``; or picture files and folders of them, at any depth; or nothing, which
+        val: the .beton of the validation set; read only if images are taken from it.
+        wanted: numbers of samples of ``val``; or image files and folders of them, at any depth; or nothing, which
             takes samples of ``val``, evenly spaced.
-        count: how many of ``val`` or of the folders; None where each picture is named.
+        count: how many of ``val`` or of the folders; None where each image is named.
         usual: how many where nothing is said; fewer if there are fewer, or if a figure has not so many columns.
 
     Returns:
-        The pictures, and what the user should be told about the choice, if anything.
+        The images, and what the user should be told about the choice, if anything.
 
     Raises:
-        UserError: for a number, path or count that cannot be, and for files that are no pictures.
+        UserError: for a number, path or count that cannot be, and for files that are no images.
     """
     if count is not None and count < 1:
-        raise UserError(f"--count: at least 1 picture is needed, not {count}")
+        raise UserError(f"--num-images: at least 1 image is needed, not {count}")
     numbers = [_NUMBER.fullmatch(word) is not None for word in wanted]
     if any(numbers) and not all(numbers):
         raise UserError(
-            f"--pictures: {wanted[numbers.index(False)]} is no number; give either numbers of the validation set or "
+            f"--images: {wanted[numbers.index(False)]} is no number; give either numbers of the validation set or "
             "files (./7 for a file named 7)"
         )
     if not wanted or all(numbers):
@@ -78,48 +78,48 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, usual: i
     try:
         info = check_beton(val)
     except UserError as error:
-        raise UserError(f"{error}; or show other pictures: --pictures FILE_OR_FOLDER") from None
+        raise UserError(f"{error}; or show other images: --images FILE_OR_FOLDER") from None
     source = BetonSource(BetonFile(info))
     if rows:
         if count is not None:
-            raise UserError("--count: the numbers after --pictures say how many; leave it out")
+            raise UserError("--num-images: the numbers after --images say how many; leave it out")
         wrong = [row for row in rows if not 0 <= row < info.num_samples]
         if wrong:
             raise UserError(
-                f"--pictures: {val} has no picture {wrong[0]}; its {info.num_samples:,} pictures are numbered 0 to "
+                f"--images: {val} has no image {wrong[0]}; its {info.num_samples:,} images are numbered 0 to "
                 f"{info.num_samples - 1}"
             )
     else:
         rows = _evenly_spaced(info.num_samples, _how_many(count, usual, info.num_samples, str(val)))
     _check_columns(len(rows))
-    pictures = []
+    images = []
     for row in rows:
         try:
-            pictures.append(source.picture(row))
+            images.append(source.image(row))
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
-            raise UserError(f"{val}: damaged picture in sample {row} ({error}); copy or write the file again") from None
+            raise UserError(f"{val}: damaged image in sample {row} ({error}); copy or write the file again") from None
     captions = [f"{row}: {info.class_names[source.labels[row]]}" for row in rows]
-    return Chosen(tuple(pictures), tuple(captions))
+    return Chosen(tuple(images), tuple(captions))
 
 
 def _from_files(paths: list[Path], count: int | None, usual: int) -> tuple[Chosen, str | None]:
     files, folders = ([path for path in paths if path.is_dir() is wanted] for wanted in (False, True))
     told = None
     if folders:
-        below = [file for folder in folders for file in _pictures_below(folder)]
+        below = [file for folder in folders for file in _images_below(folder)]
         where = " and ".join(str(folder) for folder in folders)
         take = _how_many(count, usual, len(below), where)
         if count is None and take < len(below):
-            told = f"{take} of the {len(below):,} pictures of {where}; --count takes more"
+            told = f"{take} of the {len(below):,} images of {where}; --num-images takes more"
         files += [below[row] for row in _evenly_spaced(len(below), take)]
     elif count is not None:
-        raise UserError("--count: the files after --pictures say how many; leave it out, or name a folder")
+        raise UserError("--num-images: the files after --images say how many; leave it out, or name a folder")
     _check_columns(len(files))
     return Chosen(tuple(_open(file) for file in files), tuple(file.name for file in files)), told
 
 
-def _pictures_below(folder: Path) -> list[Path]:
-    """All picture files at any depth, sorted; hidden ones do not count."""
+def _images_below(folder: Path) -> list[Path]:
+    """All image files at any depth, sorted; hidden ones do not count."""
     found = sorted(
         path
         for path in folder.rglob("*")
@@ -128,44 +128,44 @@ def _pictures_below(folder: Path) -> list[Path]:
         and path.is_file()
     )
     if not found:
-        raise UserError(f"--pictures: {folder} holds no pictures ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"--images: {folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
     return found
 
 
 def _open(path: Path) -> Image.Image:
-    """A file's picture, made RGB and upright as the scripts in data/ make it."""
+    """A file's image, made RGB and upright as the scripts in data/ make it."""
     if not path.exists():
-        raise UserError(f"--pictures: {path}: no such file or folder")
+        raise UserError(f"--images: {path}: no such file or folder")
     usual = WriteOptions()
     try:
-        with pixel_limit(usual.max_pixels), open_picture(path) as picture:
-            return to_rgb(picture, max_side=MAX_SIDE, max_pixels=usual.max_pixels, background=usual.background)[0]
+        with pixel_limit(usual.max_pixels), open_image(path) as image:
+            return to_rgb(image, max_side=MAX_SIDE, max_pixels=usual.max_pixels, background=usual.background)[0]
     except Exception as error:  # a damaged file can raise anything
         why = reason(error, usual.max_pixels)
-        raise UserError(f"--pictures: {path}: cannot be read ({why}); remove or replace it") from None
+        raise UserError(f"--images: {path}: cannot be read ({why}); remove or replace it") from None
 
 
 def _how_many(count: int | None, usual: int, there: int, where: str) -> int:
     if count is not None and count > there:
-        raise UserError(f"--count: {count} pictures wanted, but {where} has {there:,}")
+        raise UserError(f"--num-images: {count} images wanted, but {where} has {there:,}")
     return min(usual, there, MOST) if count is None else count
 
 
 def _evenly_spaced(there: int, count: int) -> list[int]:
-    """Sets and folders are mostly sorted by class, so these are pictures of many classes."""
+    """Sets and folders are mostly sorted by class, so these are images of many classes."""
     return [(2 * number + 1) * there // (2 * count) for number in range(count)]
 
 
 def _check_columns(count: int) -> None:
     if count > MOST:
-        raise UserError(f"--pictures: {count} pictures are too many for one figure; choose {MOST} or fewer")
+        raise UserError(f"--images: {count} images are too many for one figure; choose {MOST} or fewer")
 
 
-def _resized_view(picture: Image.Image, view: int, size: int) -> Image.Image:
-    short = np.array(min(picture.size))
+def _resized_view(image: Image.Image, view: int, size: int) -> Image.Image:
+    short = np.array(min(image.size))
     edges = []
-    for side in picture.size:
+    for side in image.size:
         resized, corner = (int(value) for value in resize_and_corner(np.array(side), short, view))
         edges.append((corner * side / resized, min((corner + view) * side / resized, side)))
     (left, right), (top, bottom) = edges
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(left, top, right, bottom))

@@ -1,4 +1,4 @@
-"""What all figures share: colours, sizes, and writing a PNG in one step. No pyplot, so no state between
+"""What all figures share: colors, sizes, and writing a PNG in one step. No pyplot, so no state between
 figures."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MUTED = "#6b6b6b"
 GRID = "#e3e3e3"
 BAND = "#f7f7f7"
 ALARM = "#c1121f"
-# Okabe and Ito's palette, which stays distinct for colour-blind readers.
+# Okabe and Ito's palette, which stays distinct for color-blind readers.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F", "#000000")
 
 

@@ -1,6 +1,6 @@
 """What a recipe's teachers are, and where they look, before anything is trained.
 
-Shapes: N pictures, S x S pixels, L tokens on the student's grid.
+Shapes: N images, S x S pixels, L tokens on the student's grid.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import TeacherConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import attention_grid
-from mrmae_ds.figures.select_images import choose_pictures
+from mrmae_ds.figures.select_images import choose_images
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.teachers import Teacher, build_teacher
 from mrmae_ds.weights.load import build_encoder
 
 _USUAL = 8
-_AT_ONCE = 8  # pictures through a teacher
+_AT_ONCE = 8  # images through a teacher
 
 
 def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
@@ -57,22 +57,22 @@ def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:
 def draw_teachers(
     recipe: Recipe, teachers: dict[str, Teacher], wanted: Sequence[str], out: Path, *, seed: int = 0
 ) -> str | None:
-    """Draw pictures, where each teacher looks, and the patches that the recipe's masking keeps.
+    """Draw images, where each teacher looks, and the patches that the recipe's masking keeps.
 
     Args:
         recipe: whose input size, grid and masking these are.
         teachers: of :func:`build_teachers`.
-        wanted: picture files or folders, or numbers of the recipe's validation set.
+        wanted: image files or folders, or numbers of the recipe's validation set.
         out: the PNG file.
         seed: of the mask.
 
     Returns:
-        What the user should be told of the choice of pictures, if anything.
+        What the user should be told of the choice of images, if anything.
 
     Raises:
-        UserError: for pictures that cannot be read.
+        UserError: for images that cannot be read.
     """
-    chosen, told = choose_pictures(recipe.data.val, wanted, None, _USUAL)
+    chosen, told = choose_images(recipe.data.val, wanted, None, _USUAL)
     size = recipe.model.image_size
     pixels = chosen.cut(size, size)
     importance = {name: _importance(teacher, pixels) for name, teacher in teachers.items()}

@@ -1,6 +1,6 @@
-"""Pictures of what runs learned: where students and teachers look (Fig. 3 of the paper), and reconstructions.
+"""Images of what runs learned: where students and teachers look (Fig. 3 of the paper), and reconstructions.
 
-Shapes: N pictures, S x S pixels, h x w grid of patches, L = h * w.
+Shapes: N images, S x S pixels, h x w grid of patches, L = h * w.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.finished_run import ShownRun
-from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalise, reconstruction_grid
-from mrmae_ds.figures.select_images import Chosen, choose_pictures
+from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalize, reconstruction_grid
+from mrmae_ds.figures.select_images import Chosen, choose_images
 from mrmae_ds.figures.teachers import short_source
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.objectives import PIXELS, patchify, unpatchify
@@ -26,11 +26,11 @@ from mrmae_ds.teachers import build_teacher
 from mrmae_ds.teachers.base import importance_words
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
 
-PICTURES = "pictures"
+IMAGES = "images"
 COMPARED = "compared"
 _TEACHER = "Teacher "
 _USUAL = 8
-_AT_ONCE = 8  # pictures whose attention is computed together: it takes memory
+_AT_ONCE = 8  # images whose attention is computed together: it takes memory
 _MODES = {
     "random": "at random",
     "sample": "in proportion to the importance that {} gives them",
@@ -39,49 +39,49 @@ _MODES = {
 
 
 def show_run(stage_dir: Path) -> list[Path]:
-    """Draw what a pre-training that has just ended learned, as its recipe's ``record.pictures`` says.
+    """Draw what a pre-training that has just ended learned, as its recipe's ``logging.num_images`` says.
 
     Returns:
-        The PNG files, in ``stage_dir/pictures``; none for other stages, or if no pictures are wanted.
+        The PNG files, in ``stage_dir/images``; none for other stages, or if no images are wanted.
 
     Raises:
         UserError: see :func:`show_runs`.
     """
     run = ShownRun.open(stage_dir)
-    return show_runs([stage_dir]) if run.kind == "pretrain" and run.recipe.record.pictures else []
+    return show_runs([stage_dir]) if run.kind == "pretrain" and run.recipe.logging.num_images else []
 
 
 def show_runs(
     sources: Sequence[Path],
-    pictures: Sequence[str] = (),
+    images: Sequence[str] = (),
     *,
     count: int | None = None,
     seed: int = 0,
     out: Path | None = None,
 ) -> list[Path]:
-    """Draw attention maps of one or several runs on the same pictures, and reconstructions of those that make any.
+    """Draw attention maps of one or several runs on the same images, and reconstructions of those that make any.
 
-    The first run says which part of a picture is seen and has the validation set. The first pre-training with teachers,
+    The first run says which part of an image is seen and has the validation set. The first pre-training with teachers,
     or else the first, has the teachers and the mask. A teacher that cannot be loaded is left out, which is told on
     stderr.
 
     Args:
         sources: stage folders (runs/NAME/STAGE) or model files, of pre-trainings and fine-tunings.
-        pictures, count: see :func:`~mrmae_ds.figures.select_images.choose_pictures`; without a count there are as many
-            as the first run's recipe says (``record.pictures``), or 8 if it says none.
+        images, count: see :func:`~mrmae_ds.figures.select_images.choose_images`; without a count there are as many
+            as the first run's recipe says (``logging.num_images``), or 8 if it says none.
         seed: of the mask.
-        out: folder for the files; None is ``pictures`` beside the first run's weights, for several runs
-            ``pictures/compared`` there.
+        out: folder for the files; None is ``images`` beside the first run's weights, for several runs
+            ``images/compared`` there.
 
     Returns:
         The PNG files: attention.png and, if a run predicts pixels, reconstructions.png.
 
     Raises:
-        UserError: for a run without weights, pictures that cannot be read, or a folder that cannot be written.
+        UserError: for a run without weights, images that cannot be read, or a folder that cannot be written.
     """
     runs = [ShownRun.open(source) for source in sources]
     first, labels = runs[0], _labels(runs)
-    chosen, told = choose_pictures(first.recipe.data.val, pictures, count, first.recipe.record.pictures or _USUAL)
+    chosen, told = choose_images(first.recipe.data.val, images, count, first.recipe.logging.num_images or _USUAL)
     if told:
         _tell(told)
     folder = _folder(runs, out)
@@ -140,7 +140,7 @@ class _Mask(NamedTuple):
 
 
 class Reconstruction(NamedTuple):
-    """Pictures [N, 3, S, S]: predictions in the places of removed patches, and in all places.
+    """Images [N, 3, S, S]: predictions in the places of removed patches, and in all places.
 
     ``standardized``: the model predicts patches without their mean and deviation, and got both from the true patch.
     """
@@ -200,17 +200,17 @@ def _study(run: ShownRun, label: str, pixels: Tensor, looks: _Looks, mask: _Mask
         return None
     if result is None:
         return None
-    pasted, alone = (torch.from_numpy(denormalise(part, run.mean, run.std)) for part in result[:2])
+    pasted, alone = (torch.from_numpy(denormalize(part, run.mean, run.std)) for part in result[:2])
     return Reconstruction(pasted, alone, result.standardized)
 
 
 def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet) -> Reconstruction | None:
-    """What a pre-trained model makes of normalised pictures [N, 3, S, S]; None without a pixel objective.
+    """What a pre-trained model makes of normalized images [N, 3, S, S]; None without a pixel objective.
 
-    Predictions of standardised pixels get back the mean and the deviation of the true patch.
+    Predictions of standardized pixels get back the mean and the deviation of the true patch.
 
     Raises:
-        UserError: if the pixel objective's normalisation cannot be undone.
+        UserError: if the pixel objective's normalization cannot be undone.
     """
     specs = {name: spec for name, spec in model.objectives.items() if (spec.target, spec.tap) == (PIXELS, "decoder")}
     if not specs:
@@ -274,11 +274,11 @@ def _labels(runs: Sequence[ShownRun]) -> list[str]:
 
 
 def _title(runs: Sequence[ShownRun]) -> str:
-    return runs[0].describe() if len(runs) == 1 else f"{len(runs)} runs on the same pictures"
+    return runs[0].describe() if len(runs) == 1 else f"{len(runs)} runs on the same images"
 
 
 def _folder(runs: Sequence[ShownRun], out: Path | None) -> Path:
-    beside = runs[0].path.parent / PICTURES
+    beside = runs[0].path.parent / IMAGES
     folder = out or (beside if len(runs) == 1 else beside / COMPARED)
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """CViT: two convolutional stages and a transformer stage; dense for fine-tuning, masked for pre-training.
 
-Shape legend: B pictures, H x W their pixels, L tokens of the final grid, K visible tokens, C3 the last stage's width.
+Shape legend: B images, H x W their pixels, L tokens of the final grid, K visible tokens, C3 the last stage's width.
 Source of the architecture: MCMAE's public code; parameter names are those of its released files. The interface is a
 timm model's, see timm_registry.py.
 """
@@ -115,13 +115,13 @@ class CViT(nn.Module):
         Both go through one ``forward`` because ZeRO-3 gathers a module's parameters when it is called.
 
         Args:
-            images: normalised pictures.
+            images: normalized images.
             visible: if given, only these tokens are computed and a dictionary is returned: ``tokens`` [B, K, C3]
                 before any norm, ``stages`` a list of [B, K, s, s, C], ``blocks`` the outputs of ``taps``.
             taps: 0-based numbers of transformer blocks whose output [B, K, C3] is wanted too.
 
         Raises:
-            UserError: for pictures of another size than the model's.
+            UserError: for images of another size than the model's.
         """
         if visible is None:
             return self.forward_head(self.forward_features(images))
@@ -151,7 +151,7 @@ class CViT(nn.Module):
         """The outputs of stages, timm's interface.
 
         Args:
-            x: normalised pictures [B, 3, H, W].
+            x: normalized images [B, 3, H, W].
             indices: stages, 0 to 2, negative from the end; an int is the last n, None all.
             norm: must be False: no norm follows a stage.
             stop_early: compute no stage after the last wanted one.
@@ -163,7 +163,7 @@ class CViT(nn.Module):
             wanted stages' maps [B, C, h, w] (or as ``output_fmt`` says) in ascending order.
 
         Raises:
-            UserError: for ``norm``, an unknown format, or pictures of another size than the model's.
+            UserError: for ``norm``, an unknown format, or images of another size than the model's.
         """
         if norm or output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise UserError(f"norm: {norm}, output_fmt: {output_fmt!r}; CViT has norm=False and NCHW, NHWC or NLC")

@@ -1,6 +1,6 @@
 """MAE's light decoder: visible tokens and mask tokens to one feature vector a token.
 
-Shape legend: B pictures, P prefix tokens (a class token or none), K visible tokens, L tokens of the grid.
+Shape legend: B images, P prefix tokens (a class token or none), K visible tokens, L tokens of the grid.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Which tokens the encoder sees, and how that set is laid over every stage's grid.
 
-Shape legend: B pictures, L tokens of the final grid (rows * columns, raster order), K visible tokens,
+Shape legend: B images, L tokens of the final grid (rows * columns, raster order), K visible tokens,
 s cells of a stage per token side, C channels.
 
 Convolutional stages compute visible cells only, as blocks [B, K, s, s, C]: a block is what one token of the final
 grid covers in that stage. This is MCMAE's block-wise multi-scale mask (the final mask repeated by nearest
-neighbour) without the arithmetic on cells that nothing reads.
+neighbor) without the arithmetic on cells that nothing reads.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def choose_visible(
     mode: MaskingMode = "random",
     importance: Tensor | None = None,
 ) -> VisibleSet:
-    """Draw the visible set of each picture.
+    """Draw the visible set of each image.
 
     Args:
         noise: uniform in [0, 1), [B, L]; all randomness comes from here.

@@ -2,7 +2,7 @@
 
 MAE, MCMAE, MR-MAE and the paper's ablations are mappings of these, not branches in the code.
 
-Shape legend: B pictures, L tokens of the grid, K visible tokens, D width of a target, p pixels of a token's side.
+Shape legend: B images, L tokens of the grid, K visible tokens, D width of a target, p pixels of a token's side.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Objective(Section):
     """One loss of pre-training.
 
     Attributes:
-        target: ``pixels`` (of the student's normalised input) or the name of one of the stage's teachers.
+        target: ``pixels`` (of the student's normalized input) or the name of one of the stage's teachers.
         tap: where the prediction is read: the fused ``encoder`` latent, or the ``decoder``'s output.
         tokens: over which tokens the loss is taken. The encoder only has visible ones.
         loss: per-token distance: ``l2`` mean squared error over channels, ``l2_sum`` its sum over channels
@@ -68,7 +68,7 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def normalize_target(target: Tensor, how: str) -> Tensor:
-    """Normalise each token's target [..., D] in float32 (float64 stays); see :class:`Objective`."""
+    """Normalize each token's target [..., D] in float32 (float64 stays); see :class:`Objective`."""
     target = at_least_float32(target)
     if how == "standardize":
         return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -96,7 +96,7 @@ def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible:
     Args:
         spec: the objective.
         prediction: [B, K, D] at the encoder, [B, L, D] at the decoder.
-        target: [B, L, D], not yet normalised.
+        target: [B, L, D], not yet normalized.
         visible: the batch's visible set.
 
     Raises:

@@ -1,6 +1,6 @@
 """The pre-training model: encoder, multi-layer fusion, decoder, one linear head an objective.
 
-Shape legend: B pictures, P prefix tokens, K visible tokens, L tokens of the grid, C encoder width, D target width.
+Shape legend: B images, P prefix tokens, K visible tokens, L tokens of the grid, C encoder width, D target width.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from mrmae_ds.models.decoder import Decoder, DecoderSpec
 from mrmae_ds.models.layers import PatchConv
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.objectives import PIXELS, Objective, objective_loss, patchify, total_loss
-from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.schema import Section
 
-Encoder = CViT | MaskableViT
+Encoder = CViT | MaskedViT
 
 
 class FusionSpec(Section):
@@ -143,7 +143,7 @@ class PretrainModel(nn.Module):
         return model
 
     def reset_parameters(self) -> None:
-        """MAE's initialisation: xavier for linear layers and patch projections, N(0, 0.02) for tokens.
+        """MAE's initialization: xavier for linear layers and patch projections, N(0, 0.02) for tokens.
 
         Other convolutions keep the framework's default (MCMAE's public code).
         """
@@ -164,7 +164,7 @@ class PretrainModel(nn.Module):
         """All losses of a batch.
 
         Args:
-            images: normalised pictures [B, 3, H, W], in full precision: pixel targets are made of them.
+            images: normalized images [B, 3, H, W], in full precision: pixel targets are made of them.
             visible: the visible set.
             targets: features of each teacher [B, L, D] by name.
 
@@ -192,7 +192,7 @@ class PretrainModel(nn.Module):
         return {name: self.heads[name](taps[spec.tap]) for name, spec in self.objectives.items()}
 
     def latent(self, images: Tensor, visible: VisibleSet) -> Tensor:
-        """The fused, normalised visible tokens, prefix tokens first: [B, P + K, C]."""
+        """The fused, normalized visible tokens, prefix tokens first: [B, P + K, C]."""
         images = images.to(self.fusion.norm.weight.dtype)
         return self.fusion(self.encoder(images, visible, self.fusion.spec.blocks))
 
@@ -206,7 +206,7 @@ def set_checkpointing(model: nn.Module, plan: CheckpointPlan) -> None:
 
 
 def masked_pixels(images: Tensor, visible: VisibleSet, stride: int, fill: float = 0.0) -> Tensor:
-    """Pictures [B, 3, H, W] with every removed token's pixels set to ``fill``."""
+    """Images [B, 3, H, W] with every removed token's pixels set to ``fill``."""
     rows, columns = visible.grid
     removed = visible.mask.reshape(-1, 1, rows, columns)
     removed = torch.nn.functional.interpolate(removed, scale_factor=stride, mode="nearest")

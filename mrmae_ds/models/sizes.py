@@ -1,7 +1,7 @@
 """The model sizes, as data. Nothing else in the project knows a model's width, depth or patch.
 
 CViT: Base from the authors' public code, Large and Huge from an author's statement, Small from the same family.
-Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. ``tiny`` is ours, for pictures of 32 or 64 pixels.
+Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. ``tiny`` is ours, for images of 32 or 64 pixels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CViTSpec:
     """Two convolutional stages and one transformer stage.
 
     ``patches`` is the stride of each stage's patch embedding in cells of the stage before it (pixels for the
-    first), so the transformer's grid is the picture divided by their product.
+    first), so the transformer's grid is the image divided by their product.
     """
 
     dims: tuple[Count, Count, Count]
@@ -133,7 +133,7 @@ def token_grid(spec: EncoderSpec, image_size: ImageSize) -> tuple[int, int]:
     """Rows and columns of the transformer's token grid.
 
     Raises:
-        UserError: if the patches do not tile the picture; it names the nearest sizes that fit.
+        UserError: if the patches do not tile the image; it names the nearest sizes that fit.
     """
     rows, columns = (_tokens_of_side(side, spec.stride) for side in height_width(image_size))
     return rows, columns

@@ -20,7 +20,7 @@ from mrmae_ds.models.sizes import ImageSize, ViTSpec, height_width, token_grid
 POOLS = ("avg", "token")
 
 
-class MaskableViT(VisionTransformer):
+class MaskedViT(VisionTransformer):
     """A ViT with a class token; the same interface as :class:`mrmae_ds.models.cvit.CViT`.
 
     Args:
@@ -118,5 +118,5 @@ class MaskableViT(VisionTransformer):
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def _class_token(self, patches: Tensor) -> Tensor:
-        """The class token at its position, once a picture of ``patches`` [B, ..., C]: [B, 1, C]."""
+        """The class token at its position, once an image of ``patches`` [B, ..., C]: [B, 1, C]."""
         return (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)

@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=1)]
 Stages = Annotated[tuple[StageName, ...], Field(min_length=1)]
 
 
-class ChainRun(Section):
+class PipelineRun(Section):
     """One recipe of a chain.
 
     Attributes:
@@ -38,7 +38,7 @@ class ChainRun(Section):
     nodes: Count | None = None
 
 
-class ChainConfig(Section):
+class PipelineConfig(Section):
     """A chain. Paths are relative to the folder in which the command is given, the repository's root.
 
     Attributes:
@@ -58,10 +58,10 @@ class ChainConfig(Section):
     nodes: Count | None = None
     set: dict[str, Any] = Field({})
     sets: dict[str, dict[str, Any]] = Field({})
-    runs: Annotated[tuple[ChainRun, ...], Field(min_length=1)]
+    runs: Annotated[tuple[PipelineRun, ...], Field(min_length=1)]
 
     @model_validator(mode="after")
-    def _names_exist(self) -> ChainConfig:
+    def _names_exist(self) -> PipelineConfig:
         for number, run in enumerate(self.runs):
             for name in run.use:
                 if name not in self.sets:
@@ -74,7 +74,7 @@ class ChainConfig(Section):
                 raise ValueError(f".tables: {number} is none of {', '.join(map(str, shown))}")
         return self
 
-    def own_changes(self, run: ChainRun) -> tuple[str, ...]:
+    def own_changes(self, run: PipelineRun) -> tuple[str, ...]:
         """A run's changes without the chain's, as ``key.path=value`` strings."""
         layers = [*(self.sets[name] for name in run.use), run.set]
         return tuple(text for layer in layers for text in assignments(layer))
@@ -90,13 +90,13 @@ def assignments(changes: dict[str, Any], above: str = "") -> Iterator[str]:
             yield f"{path}={json.dumps(value)}"
 
 
-def load_chain(path: Path) -> ChainConfig:
+def load_pipeline(path: Path) -> PipelineConfig:
     """Read and check a chain. It may say ``extends: other.yaml``, as a recipe may: its keys are laid on the other's.
 
     Raises:
         UserError: naming file, key and nearest known key.
     """
     try:
-        return ChainConfig.model_validate(read_extended(path))
+        return PipelineConfig.model_validate(read_extended(path))
     except ValidationError as error:
-        raise UserError(describe_errors(error, ChainConfig, path)) from None
+        raise UserError(describe_errors(error, PipelineConfig, path)) from None

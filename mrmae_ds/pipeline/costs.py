@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.errors import UserError
-from mrmae_ds.pipeline.graph import Link
-from mrmae_ds.pipeline.status import Status
+from mrmae_ds.pipeline.graph import PipelineJob
+from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.tables.costs import number
 from mrmae_ds.tables.paper import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
@@ -18,7 +18,7 @@ PETA, TERA, SECONDS_PER_HOUR = 1e15, 1e12, 3600
 _COLUMNS = ("link", "state", "waits for", "nodes", "PFLOP", "GPU-hours")
 
 
-def operations(link: Link) -> float | None:
+def operations(link: PipelineJob) -> float | None:
     """Operations of a link's whole stage, evaluation left out; None for stages that are not counted, and for those that
     learn from a run that is not there yet.
 
@@ -28,16 +28,16 @@ def operations(link: Link) -> float | None:
         return None
     stages = link.recipe.stages.model_copy(update={name: None for name in COUNTED if name != link.stage})
     recipe = link.recipe.model_copy(update={"stages": stages})
-    pictures, classes = data_set(link) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
+    images, classes = data_set(link) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
     try:
         (cost,) = recipe_cost(recipe, load_engine_config(link.config).checkpointing, classes)
     except UserError:
         return None
-    return float(cost.total(pictures))
+    return float(cost.total(images))
 
 
-def data_set(link: Link) -> tuple[int, int] | None:
-    """Pictures and classes of a link's training set; None if it is not there."""
+def data_set(link: PipelineJob) -> tuple[int, int] | None:
+    """Images and classes of a link's training set; None if it is not there."""
     try:
         data = check_beton(link.recipe.data.train)
     except UserError:
@@ -45,7 +45,7 @@ def data_set(link: Link) -> tuple[int, int] | None:
     return data.num_samples, data.num_classes
 
 
-def plan(links: Sequence[Link], known: Mapping[str, Status], tflops: float) -> str:
+def plan(links: Sequence[PipelineJob], known: Mapping[str, JobStatus], tflops: float) -> str:
     """The chain as text: a line a link, and what is still to be paid.
 
     Args:
@@ -89,7 +89,7 @@ def plan(links: Sequence[Link], known: Mapping[str, Status], tflops: float) -> s
         "evaluation is not counted, nor what an interrupted link has done already"
     )
     absent = dict.fromkeys(str(link.recipe.data.train) for link in links if data_set(link) is None)
-    text += [f"{path} is not there: ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} pictures are taken" for path in absent]
+    text += [f"{path} is not there: ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} images are taken" for path in absent]
     if uncounted:
         text.append(f"not counted either: {uncounted} links whose teacher is a run that is not there yet")
     return "\n".join(text)

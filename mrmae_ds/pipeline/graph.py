@@ -18,7 +18,7 @@ from mrmae_ds.config.files import apply_overrides
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import PretrainConfig, StageName, StagesConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.pipeline.config import ChainConfig, ChainRun, assignments
+from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, assignments
 from mrmae_ds.weights.load import MODEL_FILE
 
 RUNS = Path("runs")
@@ -26,7 +26,7 @@ STAGES_FROM_WEIGHTS = ("finetune", "probe")
 
 
 @dataclass(frozen=True)
-class Link:
+class PipelineJob:
     """One stage of one recipe with one seed.
 
     Attributes:
@@ -62,7 +62,7 @@ class Link:
 class _Draft:
     """A run of the chain with one seed, before paths to other runs are settled."""
 
-    run: ChainRun
+    run: PipelineRun
     name: str
     folder_name: str
     config: Path
@@ -72,9 +72,9 @@ class _Draft:
     stages: tuple[StageName, ...] = field(default=())
 
 
-def build_links(
-    chain: ChainConfig, root: Path = RUNS, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
-) -> list[Link]:
+def build_jobs(
+    chain: PipelineConfig, root: Path = RUNS, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
+) -> list[PipelineJob]:
     """All links in an order in which each comes after those that it needs.
 
     Args:
@@ -105,7 +105,7 @@ def build_links(
     return _sorted(links, chain.name)
 
 
-def _draft(chain: ChainConfig, run: ChainRun, seed: int | None, common: _Common) -> _Draft:
+def _draft(chain: PipelineConfig, run: PipelineRun, seed: int | None, common: _Common) -> _Draft:
     config = run.config or chain.config
     assert config is not None  # the chain's check
     path = run.recipe or default_recipe(config)
@@ -123,7 +123,7 @@ def _draft(chain: ChainConfig, run: ChainRun, seed: int | None, common: _Common)
 class _Common:
     """Changes to every recipe of a chain, each for those recipes that have what it changes."""
 
-    def __init__(self, chain: ChainConfig, given: Sequence[str]) -> None:
+    def __init__(self, chain: PipelineConfig, given: Sequence[str]) -> None:
         self.first, self.last = tuple(assignments(chain.set)), tuple(given)
         self.unused = {*self.first, *self.last}
 
@@ -145,7 +145,7 @@ def _concerns(change: str, recipe: dict[str, Any]) -> bool:
     return (recipe.get(section) or {}).get(names[0]) is not None
 
 
-def _link(draft: _Draft, stage: StageName, drafts: Sequence[_Draft], root: Path, chain: ChainConfig) -> Link:
+def _link(draft: _Draft, stage: StageName, drafts: Sequence[_Draft], root: Path, chain: PipelineConfig) -> PipelineJob:
     needs, changes = [], []
     for key, source in _sources(draft.recipe, stage):
         if source == "pretrain":
@@ -159,7 +159,7 @@ def _link(draft: _Draft, stage: StageName, drafts: Sequence[_Draft], root: Path,
         if (path := str(root / other)) != source:
             changes.append((key, path))
     overrides = (*draft.overrides, *_replacements(draft.recipe, changes))
-    return Link(
+    return PipelineJob(
         run=draft.folder_name,
         stage=stage,
         folder=root / draft.folder_name / stage,
@@ -229,11 +229,11 @@ def _replacements(recipe: Recipe, changes: list[tuple[str, str]]) -> Iterator[st
         yield f"stages.evaluate.members={json.dumps([members.get(n, member) for n, member in enumerate(named)])}"
 
 
-def _sorted(links: list[Link], chain: str) -> list[Link]:
+def _sorted(links: list[PipelineJob], chain: str) -> list[PipelineJob]:
     by_key = {link.key: link for link in links}
-    done: dict[str, Link] = {}
+    done: dict[str, PipelineJob] = {}
 
-    def visit(link: Link, waiting: tuple[str, ...]) -> None:
+    def visit(link: PipelineJob, waiting: tuple[str, ...]) -> None:
         if link.key in waiting:
             raise UserError(f"chain {chain}: {' waits for '.join((*waiting, link.key))}")
         for need in link.needs:

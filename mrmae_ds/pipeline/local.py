@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mrmae_ds.pipeline.graph import Link
-from mrmae_ds.pipeline.status import Status
+from mrmae_ds.pipeline.graph import PipelineJob
+from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
@@ -23,13 +23,13 @@ _GRACE_S = 300  # to save and leave after a signal
 
 @dataclass
 class _Job:
-    link: Link
+    link: PipelineJob
     process: subprocess.Popen[bytes]
     log: IO[bytes]
     began: float
 
 
-class LocalChain:
+class LocalPipeline:
     """Runs links whose needs are met until none is left. A link that fails takes those that need it with it.
 
     Args:
@@ -41,8 +41,8 @@ class LocalChain:
 
     def __init__(
         self,
-        links: Sequence[Link],
-        known: Mapping[str, Status],
+        links: Sequence[PipelineJob],
+        known: Mapping[str, JobStatus],
         *,
         processes: int,
         gpus: int,
@@ -76,7 +76,7 @@ class LocalChain:
                 self.waiting.remove(link)
                 self._running.append(self._begin(link))
 
-    def _begin(self, link: Link) -> _Job:
+    def _begin(self, link: PipelineJob) -> _Job:
         path = log_file(link)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("ab")
@@ -87,7 +87,7 @@ class LocalChain:
         )
         return _Job(link, process, log, time.monotonic())
 
-    def command(self, link: Link) -> list[str]:
+    def command(self, link: PipelineJob) -> list[str]:
         """The command of the README, for one process or several."""
         train = [str(TRAIN), "--ds_config", str(link.config), *link.arguments]
         if self.processes == 1:
@@ -136,6 +136,6 @@ class LocalChain:
         self._running = []
 
 
-def log_file(link: Link) -> Path:
+def log_file(link: PipelineJob) -> Path:
     """Where a link's output goes: beside the runs, because a stage's folder must not be there before it begins."""
     return link.folder.parents[1] / "logs" / f"{link.run}-{link.stage}.log"

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.pipeline.graph import Link
-from mrmae_ds.pipeline.status import Status, read_jobs, write_jobs
+from mrmae_ds.pipeline.graph import PipelineJob
+from mrmae_ds.pipeline.status import JobStatus, read_jobs, write_jobs
 
 SCRIPT = Path("slurm/train.sbatch")
 TABLE_KEY = "tables"
@@ -23,7 +23,11 @@ def queue() -> dict[str, str]:
 
 
 def submit(
-    links: Sequence[Link], known: Mapping[str, Status], root: Path, options: Sequence[str], script: Path = SCRIPT
+    links: Sequence[PipelineJob],
+    known: Mapping[str, JobStatus],
+    root: Path,
+    options: Sequence[str],
+    script: Path = SCRIPT,
 ) -> dict[str, str]:
     """Submit every link that is missing; the new jobs' ids by key. Each is on record before the next is submitted.
 

@@ -23,7 +23,7 @@ MAX_IDLE_STARTS = 2
 
 
 @dataclass(frozen=True)
-class Start:
+class JobStart:
     """One start of a job.
 
     Attributes:
@@ -59,22 +59,22 @@ def newest_step(stage_dir: Path) -> int:
     return step_of(found[-1]) if found else 0
 
 
-def read_starts(stage_dir: Path) -> list[Start]:
+def read_starts(stage_dir: Path) -> list[JobStart]:
     """The starts of a stage so far, oldest first. Raises UserError for a file that is not such notes."""
     path = _starts_file(stage_dir)
     if not path.exists():
         return []
     try:
-        return [Start(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        return [JobStart(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not readable as a job's starts ({error}); move it away") from None
 
 
-def _starts_of(stage_dir: Path, job: str) -> list[Start]:
+def _starts_of(stage_dir: Path, job: str) -> list[JobStart]:
     return [start for start in read_starts(stage_dir) if start.job == job]
 
 
-def begin_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root: Path) -> Start:
+def begin_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root: Path) -> JobStart:
     """Note that a job starts, if it may.
 
     Args:
@@ -94,7 +94,7 @@ def begin_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root
         )
     state = git_state(root)
     commit = state.commit[:12] + "+" * state.dirty if state else None
-    start = Start(job=job, restart=restart, step=step, time=utc_now().isoformat(), commit=commit)
+    start = JobStart(job=job, restart=restart, step=step, time=utc_now().isoformat(), commit=commit)
     path = _starts_file(stage_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
     earlier = path.read_text(encoding="utf-8") if path.exists() else ""

@@ -12,7 +12,7 @@ from typing import Literal
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
-from mrmae_ds.pipeline.graph import Link
+from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 
 State = Literal["finished", "submitted", "interrupted", "stopped", "failed", "not run"]
@@ -21,7 +21,7 @@ LOCK_FILE = ".chain.lock"
 
 
 @dataclass(frozen=True)
-class Status:
+class JobStatus:
     """What has become of a link. ``job`` is its Slurm job as long as that is in the queue; ``detail`` in words."""
 
     state: State
@@ -34,7 +34,7 @@ class Status:
         return self.state not in ("finished", "submitted")
 
 
-def statuses(links: Sequence[Link], jobs: Mapping[str, str], queue: Mapping[str, str]) -> dict[str, Status]:
+def statuses(links: Sequence[PipelineJob], jobs: Mapping[str, str], queue: Mapping[str, str]) -> dict[str, JobStatus]:
     """The status of each link by its key.
 
     Args:
@@ -49,25 +49,25 @@ def statuses(links: Sequence[Link], jobs: Mapping[str, str], queue: Mapping[str,
     return {link.key: _status(link, jobs.get(link.key), queue) for link in links}
 
 
-def _status(link: Link, job: str | None, queue: Mapping[str, str]) -> Status:
+def _status(link: PipelineJob, job: str | None, queue: Mapping[str, str]) -> JobStatus:
     record = RunRecord.load(link.folder) if (link.folder / RECORD_FILE).exists() else None
     if record is not None:
         _check_same(link, record)
         if record.status == "finished":
             top1 = record.results.top1
-            return Status("finished", detail="" if top1 is None else f"top-1 {top1:.2f} %")
+            return JobStatus("finished", detail="" if top1 is None else f"top-1 {top1:.2f} %")
     done = _progress(record) if record else ""
     # A requeued job keeps its id; one that was started by hand is on record.
     for known in (job, record.slurm_job if record else None):
         if known is not None and known in queue:
-            return Status("submitted", known, ", ".join(filter(None, [f"job {known} {queue[known].lower()}", done])))
+            return JobStatus("submitted", known, ", ".join(filter(None, [f"job {known} {queue[known].lower()}", done])))
     if record is None:
-        return Status("not run")
+        return JobStatus("not run")
     ended: dict[str, State] = {"running": "interrupted", "failed": "failed", "stopped": "stopped"}
-    return Status(ended[record.status], detail=done)
+    return JobStatus(ended[record.status], detail=done)
 
 
-def _check_same(link: Link, record: RunRecord) -> None:
+def _check_same(link: PipelineJob, record: RunRecord) -> None:
     wanted = (link.recipe.hash(link.stage), link.recipe.seed)
     if (record.recipe_hash, record.seed) != wanted:
         raise UserError(

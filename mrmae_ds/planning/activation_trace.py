@@ -5,7 +5,7 @@ Modules run, forward and backward, on tensors that have shapes, types and lives 
 saves, each storage once, in the types that autocast really makes, with what checkpointing drops and computes again.
 Not seen: memory that a kernel takes and gives back within itself.
 
-The same operations run whatever the number of pictures, and every size is linear in it; so two runs give each
+The same operations run whatever the number of images, and every size is linear in it; so two runs give each
 moment's bytes for any number.
 """
 
@@ -25,11 +25,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# What is traced: even, because mixup pairs pictures, and not 1, which broadcasts.
+# What is traced: even, because mixup pairs images, and not 1, which broadcasts.
 TRACED = (2, 4)
 
 
-class Recorder(TorchDispatchMode):
+class TensorRecorder(TorchDispatchMode):
     """Notes living bytes after every operation, while it is entered.
 
     Args:
@@ -93,41 +93,41 @@ class Timeline:
 
     Attributes:
         phases: of each operation.
-        fixed, per_picture: bytes alive after each operation are ``fixed + per_picture * pictures``.
+        fixed, per_image: bytes alive after each operation are ``fixed + per_image * images``.
         gradients: elements of parameter gradients that were finished before each operation ended.
     """
 
     phases: tuple[str, ...]
     fixed: npt.NDArray[np.float64]
-    per_picture: npt.NDArray[np.float64]
+    per_image: npt.NDArray[np.float64]
     gradients: npt.NDArray[np.int64]
 
-    def living(self, pictures: int) -> npt.NDArray[np.float64]:
+    def living(self, images: int) -> npt.NDArray[np.float64]:
         """Bytes alive after each operation."""
-        return self.fixed + self.per_picture * pictures
+        return self.fixed + self.per_image * images
 
-    def peak(self, pictures: int, *phases: str) -> float:
+    def peak(self, images: int, *phases: str) -> float:
         """The most bytes alive in any of the phases; 0 if there is none."""
-        return float(self.living(pictures)[self.where(*phases)].max(initial=0))
+        return float(self.living(images)[self.where(*phases)].max(initial=0))
 
     def where(self, *phases: str) -> npt.NDArray[np.bool_]:
         """Which operations are of one of the phases."""
         return np.isin(np.array(self.phases), phases)
 
-    def saved(self, pictures: int) -> float:
+    def saved(self, images: int) -> float:
         """Bytes alive when backward begins: what forward kept for it."""
         backward = np.flatnonzero(self.where("backward"))
-        return float(self.living(pictures)[backward[0]]) if len(backward) else 0.0
+        return float(self.living(images)[backward[0]]) if len(backward) else 0.0
 
 
-def trace(run: Callable[[int], Recorder]) -> Timeline:
-    """The timeline of what ``run`` does with a number of pictures.
+def trace(run: Callable[[int], TensorRecorder]) -> Timeline:
+    """The timeline of what ``run`` does with a number of images.
 
     Args:
         run: gives the recorder of one run. It is called at least twice.
 
     Raises:
-        RuntimeError: if it does not do the same operations for different numbers of pictures.
+        RuntimeError: if it does not do the same operations for different numbers of images.
     """
     low, high = TRACED
     # The first run of an operation may do more than later ones do.

@@ -15,7 +15,7 @@ def advise(stage: CountedStage, now: Estimate, zero: ZeroSettings, loader_rate: 
 
     Args:
         stage: the stage. now: as the engine config has it. zero: its settings.
-        loader_rate: pictures a second that the loader of a node delivers; None is unknown.
+        loader_rate: images/s that the loader of a node delivers; None is unknown.
     """
     sentences = _memory(stage, now, zero) + _stages(stage, now, zero) + _teachers(stage, now, zero)
     sentences += _time(now, loader_rate)
@@ -39,7 +39,7 @@ def _memory(stage: CountedStage, now: Estimate, zero: ZeroSettings) -> list[str]
     sentences = []
     if best.micro_batch > now.micro_batch:
         sentences.append(f"{words} fits too: larger matrices, fewer collectives; {then}")
-    again = sum(part.recomputed for part in stage.cost.parts.values()) / stage.cost.per_picture
+    again = sum(part.recomputed for part in stage.cost.parts.values()) / stage.cost.per_image
     free = now.cluster.usable - now.fullest.total
     if again > WORTH and free > now.cluster.usable / 2:
         sentences.append(
@@ -105,7 +105,7 @@ def _time(now: Estimate, loader_rate: float | None) -> list[str]:
         )
     if now.images_per_s is not None:
         needed = now.images_per_s / now.cluster.nodes
-        words = f"the loader must deliver {needed:,.0f} pictures/s a node"
+        words = f"the loader must deliver {needed:,.0f} images/s a node"
         if loader_rate is not None:
             words += f"; it delivers {loader_rate:,.0f}" + (", so it is the limit" if loader_rate < needed else "")
         sentences.append(words)

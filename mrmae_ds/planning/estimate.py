@@ -10,11 +10,11 @@ from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import FinetuneConfig, PlacementConfig, PretrainConfig
 from mrmae_ds.planning.cluster import Cluster
 from mrmae_ds.planning.fake_step import Simulation, simulate
-from mrmae_ds.planning.parameters import Census, take_census
+from mrmae_ds.planning.parameters import ParameterCounts, parameter_counts
 from mrmae_ds.planning.peak_memory import Moment, fullest
 from mrmae_ds.planning.teacher_memory import Placed, TeacherWeights
 from mrmae_ds.planning.traffic import Flow, offload_flows, student_flows, teacher_flow
-from mrmae_ds.planning.zero_memory import Engine
+from mrmae_ds.planning.zero_memory import ZeroMemory
 from mrmae_ds.planning.zero_settings import ZeroSettings
 from mrmae_ds.profiling.flops import StageCost
 from mrmae_ds.training.param_groups import finetune_groups, pretrain_groups
@@ -29,7 +29,7 @@ class CountedStage:
     Attributes:
         name: ``pretrain`` or ``finetune``. config: the recipe's section.
         simulation: of a micro-batch. cost: its operations.
-        groups: trainable elements of each of the optimiser's groups.
+        groups: trainable elements of each of the optimizer's groups.
         teachers: weights, by name.
     """
 
@@ -47,12 +47,12 @@ class CountedStage:
 
     @property
     def pairs(self) -> bool:
-        """Whether mixup pairs pictures, so that a micro-batch must be even."""
+        """Whether mixup pairs images, so that a micro-batch must be even."""
         return isinstance(self.config, FinetuneConfig) and self.config.pairs
 
-    def census(self, zero: ZeroSettings) -> Census:
+    def census(self, zero: ZeroSettings) -> ParameterCounts:
         """Its parameters under some settings."""
-        return take_census(self.simulation.model, zero, self.groups)
+        return parameter_counts(self.simulation.model, zero, self.groups)
 
 
 def count_stage(
@@ -94,14 +94,14 @@ class Estimate:
     Attributes:
         engine: the student in its engine.
         cluster: where.
-        micro_batch: pictures of a process at a time.
+        micro_batch: images of a process at a time.
         placed: the teachers' weights.
         fullest: the fullest moment of a GPU.
         flows: what travels in a step.
         computing_s: that the counted operations of a step take; None if no rate is known.
     """
 
-    engine: Engine
+    engine: ZeroMemory
     cluster: Cluster
     micro_batch: int
     placed: Mapping[str, Placed]
@@ -116,7 +116,7 @@ class Estimate:
 
     @property
     def batch(self) -> int:
-        """Pictures of an optimiser step, of all processes."""
+        """Images of an optimizer step, of all processes."""
         return self.micro_batch * self.engine.accumulation * self.engine.world
 
     @property
@@ -130,7 +130,7 @@ class Estimate:
 
     @property
     def step_s(self) -> float | None:
-        """Seconds of an optimiser step, pictures being there in time."""
+        """Seconds of an optimizer step, images being there in time."""
         waiting = self.waiting_s
         return None if waiting is None or self.computing_s is None else self.computing_s + waiting
 
@@ -140,10 +140,10 @@ class Estimate:
         step = self.step_s
         return None if step is None else self.batch / step
 
-    def hours(self, pictures: int, epochs: int) -> float | None:
+    def hours(self, images: int, epochs: int) -> float | None:
         """Of so many epochs, whole batches only, as training has them."""
         step = self.step_s
-        return None if step is None else pictures // self.batch * epochs * step / 3600
+        return None if step is None else images // self.batch * epochs * step / 3600
 
 
 def estimate(
@@ -165,14 +165,14 @@ def estimate(
         on_cpu: memory of a process of a CPU.
     """
     accumulation = stage.config.batch_size // (micro_batch * cluster.gpus)
-    engine = Engine(stage.census(zero), zero, cluster.gpus, accumulation, on_cpu)
+    engine = ZeroMemory(stage.census(zero), zero, cluster.gpus, accumulation, on_cpu)
     placements = stage.placements if placements is None else placements
     placed = {name: weights.placed(placements[name], cluster.gpus) for name, weights in stage.teachers.items()}
     flows = [*student_flows(engine, cluster), *offload_flows(engine, cluster)]
-    pictures = micro_batch * accumulation
+    images = micro_batch * accumulation
     rate = cluster.sustained
     for name, weights in placed.items():
-        computing = stage.cost.parts[f"teacher {name}"].total * pictures / rate if rate else 0.0
+        computing = stage.cost.parts[f"teacher {name}"].total * images / rate if rate else 0.0
         if flow := teacher_flow(name, weights, cluster, accumulation, computing):
             flows.append(flow)
     return Estimate(
@@ -182,12 +182,12 @@ def estimate(
         placed=placed,
         fullest=fullest(engine, stage.simulation.timeline, placed, micro_batch),
         flows=tuple(flows),
-        computing_s=stage.cost.per_picture * pictures / rate if rate else None,
+        computing_s=stage.cost.per_image * images / rate if rate else None,
     )
 
 
 def micro_batches(stage: CountedStage, gpus: int) -> list[int]:
-    """Those that the stage's batch can be made of on so many GPUs, ascending; even ones where pictures are paired."""
+    """Those that the stage's batch can be made of on so many GPUs, ascending; even ones where images are paired."""
     each, uneven = divmod(stage.config.batch_size, gpus)
     if uneven:
         return []

@@ -18,10 +18,10 @@ from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
 from mrmae_ds.data.loaders.build import Batch
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.pretrain import PretrainModel, set_checkpointing
-from mrmae_ds.planning.activation_trace import CudaPolicy, Recorder, Timeline, trace
+from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace
 from mrmae_ds.profiling.meta_teachers import outline_teacher
 from mrmae_ds.teachers import Teacher
-from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask, StepKey
+from mrmae_ds.training.tasks.base import FinetuneTask, MicroBatchKey, PretrainTask
 from mrmae_ds.weights.load import build_encoder
 
 
@@ -31,7 +31,7 @@ class Simulation:
 
     Attributes:
         model: the student. teachers: by name.
-        image_size: of the student's pictures.
+        image_size: of the student's images.
         timeline: its phases are ``teacher NAME``, ``targets``, ``forward`` and ``backward``.
     """
 
@@ -77,14 +77,14 @@ def simulate(
             assert isinstance(stage, FinetuneConfig)
             task = FinetuneTask(modules, stage, recipe.data, num_classes, config.model_dtype)
         set_checkpointing(modules, config.checkpointing)
-        timeline = trace(lambda pictures: _run(task, config, size, pictures, on_cpu))
+        timeline = trace(lambda num_images: _run(task, config, size, num_images, on_cpu))
     return Simulation(modules, teachers, size, timeline)
 
 
 def _outline(
     recipe: Recipe, stage: PretrainConfig | FinetuneConfig, num_classes: int, teacher_builder: TeacherBuilder
 ) -> tuple[nn.Module, dict[str, Teacher], int]:
-    """Student, teachers and picture size of a stage; on the meta device."""
+    """Student, teachers and image size of a stage; on the meta device."""
     size = recipe.model.image_size
     if isinstance(stage, FinetuneConfig):
         size = stage.image_size or size
@@ -116,7 +116,7 @@ def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
 class _Engine:
     """What a task calls in DeepSpeed's engine's place: the model, under the config's autocast."""
 
-    def __init__(self, model: nn.Module, autocast: bool, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, autocast: bool, recorder: TensorRecorder) -> None:
         self.model, self.autocast, self.recorder = model, autocast, recorder
 
     def __call__(self, *inputs: Any) -> Any:
@@ -129,14 +129,14 @@ def _run(
     task: PretrainTask | FinetuneTask,
     config: EngineConfig,
     size: int,
-    pictures: int,
+    num_images: int,
     on_cpu: bool,
-) -> Recorder:
+) -> TensorRecorder:
     """One micro-batch, forward and backward."""
-    recorder = Recorder([task.model, *task.teachers.values()])
+    recorder = TensorRecorder([task.model, *task.teachers.values()])
     autocast = bool(config.raw.get("torch_autocast", {}).get("enabled"))
     engine: Any = _Engine(task.model, autocast, recorder)
-    key = StepKey(seed=0, step=0, micro=0, rank=0, world_size=1, micro_batch=pictures)
+    key = MicroBatchKey(seed=0, step=0, micro=0, rank=0, world_size=1, micro_batch=num_images)
     with ExitStack() as stack:
         for name, teacher in task.teachers.items():
             stack.callback(teacher.register_forward_pre_hook(_enter(recorder, f"teacher {name}")).remove)
@@ -148,21 +148,21 @@ def _run(
             stack.enter_context(CudaPolicy())
         stack.enter_context(recorder)
         recorder.phase = "targets"
-        losses = task.losses(engine, _batch(size, pictures), key)
+        losses = task.losses(engine, _batch(size, num_images), key)
         recorder.phase = "backward"
         losses["loss"].backward()
     return recorder
 
 
-def _enter(recorder: Recorder, phase: str) -> Callable[..., None]:
+def _enter(recorder: TensorRecorder, phase: str) -> Callable[..., None]:
     def hook(*_: Any) -> None:
         recorder.phase = phase
 
     return hook
 
 
-def _batch(size: int, pictures: int) -> Batch:
-    images = torch.empty(pictures, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    numbers = torch.zeros(pictures, dtype=torch.int64)
-    valid = torch.ones(pictures, dtype=torch.bool)
-    return Batch(images, numbers, numbers, valid, np.zeros(pictures, dtype=np.uint64))
+def _batch(size: int, num_images: int) -> Batch:
+    images = torch.empty(num_images, size, size, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    numbers = torch.zeros(num_images, dtype=torch.int64)
+    valid = torch.ones(num_images, dtype=torch.bool)
+    return Batch(images, numbers, numbers, valid, np.zeros(num_images, dtype=np.uint64))

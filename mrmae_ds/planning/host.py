@@ -1,4 +1,4 @@
-"""What a node needs beside its GPUs: memory, pictures a second, processors."""
+"""What a node needs beside its GPUs: memory, images/s, processors."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ RING = 3 + 2
 # Batches of RandAugment in shared memory: those ahead and the one that is used (data/loaders/rand_augment.py).
 AUGMENT_SLOTS = 3
 # ImageNet-1K as data/README.md writes it: JPEGs of at most 512 pixels; docs.ffcv.io gives 65 GB for such a file.
-PICTURE_BYTES, PICTURE_SIDE = 65e9 / 1_281_167, 512
+IMAGE_BYTES, IMAGE_SIDE = 65e9 / 1_281_167, 512
 # A training process before its first tensor: Python, torch, DeepSpeed.
 PROCESS_GIB = 3.0
 
 
-def node_memory(recipe: Recipe, stage: CountedStage, estimate: Estimate, pictures: int) -> Items:
-    """Bytes of host memory of a node, by what they are for; the page cache of the pictures last."""
+def node_memory(recipe: Recipe, stage: CountedStage, estimate: Estimate, images: int) -> Items:
+    """Bytes of host memory of a node, by what they are for; the page cache of the images last."""
     ranks, size = estimate.cluster.in_node, stage.simulation.image_size
     batch = estimate.micro_batch * size * size * 3
     items: Items = {f"{ranks} processes": ranks * PROCESS_GIB * GIB}
@@ -36,17 +36,17 @@ def node_memory(recipe: Recipe, stage: CountedStage, estimate: Estimate, picture
         items["teachers' weights (pinned, each process its own)"] = ranks * waiting
     if recipe.data.backend == "ffcv":
         items[f"batches decoded by FFCV ({RING} a process, pinned)"] = ranks * RING * batch
-        threads = recipe.loader.workers or 1
-        items["scratch of the decoding threads"] = ranks * threads * 3 * PICTURE_SIDE**2
+        threads = recipe.loader.num_workers or 1
+        items["scratch of the decoding threads"] = ranks * threads * 3 * IMAGE_SIDE**2
     if isinstance(stage.config, FinetuneConfig) and stage.config.rand_augment:
         items["batches being augmented (shared)"] = ranks * AUGMENT_SLOTS * batch
-    items["page cache that holds the training pictures"] = pictures * PICTURE_BYTES
+    items["page cache that holds the training images"] = images * IMAGE_BYTES
     return items
 
 
 @dataclass(frozen=True)
 class LoaderCost:
-    """Processor seconds for 1,000 pictures, as benchmarks/loader.py measured them; on which processor."""
+    """Processor seconds for 1,000 images, as benchmarks/loader.py measured them; on which processor."""
 
     cpu_s_per_1000: float
     size: int

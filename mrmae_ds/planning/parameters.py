@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.planning.zero3_gathers import Module, Parameter
+from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
 from mrmae_ds.planning.zero_settings import ZeroSettings
 
 
 @dataclass(frozen=True)
-class Census:
+class ParameterCounts:
     """Elements of a model's parameters.
 
     Attributes:
@@ -23,10 +23,10 @@ class Census:
         trainable_low: of the trainable ones, those that travel in bf16.
         encoder: of the encoder, with its head in fine-tuning.
         largest: of the largest parameter.
-        groups: trainable elements of each of the optimiser's groups.
+        groups: trainable elements of each of the optimizer's groups.
     """
 
-    modules: Module
+    modules: GatherUnit
     trainable: int
     frozen: int
     low: int
@@ -41,19 +41,19 @@ class Census:
         return self.trainable + self.frozen
 
 
-def take_census(model: nn.Module, zero: ZeroSettings, groups: Iterable[int]) -> Census:
+def parameter_counts(model: nn.GatherUnit, zero: ZeroSettings, groups: Iterable[int]) -> ParameterCounts:
     """Count a model's parameters.
 
     Args:
         model: whose values do not matter.
         zero: says what a unit is, and which modules' parameters travel in bf16.
-        groups: elements of each of the optimiser's groups.
+        groups: elements of each of the optimizer's groups.
     """
     low = {id(p) for module in model.modules() if zero.travels_low(module) for p in module.parameters(recurse=False)}
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     encoder = model.encoder if isinstance(model, PretrainModel) else model
-    return Census(
+    return ParameterCounts(
         modules=_see(model, zero, low),
         low=sum(p.numel() for p in parameters if id(p) in low),
         trainable=sum(p.numel() for p in trainable),
@@ -65,14 +65,14 @@ def take_census(model: nn.Module, zero: ZeroSettings, groups: Iterable[int]) -> 
     )
 
 
-def _see(module: nn.Module, zero: ZeroSettings, low: set[int]) -> Module:
+def _see(module: nn.GatherUnit, zero: ZeroSettings, low: set[int]) -> GatherUnit:
     """A module and those that run inside it; the models here run them in the order in which they hold them."""
     leaf = zero.is_leaf(module)
-    own = tuple(Parameter(p.numel(), id(p) in low, p.requires_grad) for p in module.parameters(recurse=leaf))
-    return Module(own, leaf, () if leaf else tuple(_see(child, zero, low) for child in _called(module)))
+    own = tuple(GatheredParam(p.numel(), id(p) in low, p.requires_grad) for p in module.parameters(recurse=leaf))
+    return GatherUnit(own, leaf, () if leaf else tuple(_see(child, zero, low) for child in _called(module)))
 
 
-def _called(module: nn.Module) -> Iterator[nn.Module]:
+def _called(module: nn.GatherUnit) -> Iterator[nn.GatherUnit]:
     """The children with parameters; of those that only hold modules, which nobody calls, what they hold."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mrmae_ds.planning.activation_trace import Timeline
 from mrmae_ds.planning.teacher_memory import Placed
-from mrmae_ds.planning.zero_memory import Engine, Items
+from mrmae_ds.planning.zero_memory import Items, ZeroMemory
 
 SAVED, WORKING, TEACHERS = "activations kept for backward", "working memory", "teachers' weights"
 
@@ -25,33 +25,33 @@ class Moment:
         return sum(self.items.values())
 
 
-def fullest(engine: Engine, timeline: Timeline, teachers: Mapping[str, Placed], pictures: int) -> Moment:
+def fullest(engine: ZeroMemory, timeline: Timeline, teachers: Mapping[str, Placed], images: int) -> Moment:
     """The moment of a step at which the most is on the device.
 
     Args:
         engine: the student in its engine.
         timeline: of a micro-batch.
         teachers: by name; a call of one is the phase ``teacher NAME``.
-        pictures: of a micro-batch.
+        num_images: of a micro-batch.
     """
-    return max(moments(engine, timeline, teachers, pictures), key=lambda moment: moment.total)
+    return max(moments(engine, timeline, teachers, images), key=lambda moment: moment.total)
 
 
-def moments(engine: Engine, timeline: Timeline, teachers: Mapping[str, Placed], pictures: int) -> Iterator[Moment]:
+def moments(engine: ZeroMemory, timeline: Timeline, teachers: Mapping[str, Placed], images: int) -> Iterator[Moment]:
     """The fullest moment of each part of a step; arguments as for :func:`fullest`."""
     idle = {TEACHERS: sum(placed.idle for placed in teachers.values())}
     always = _sum(engine.standing(), idle)
     before = _sum(always, engine.carried())
     for name, placed in teachers.items():
         phase = f"teacher {name}"
-        called = _sum(before, {TEACHERS: placed.calling - placed.idle, WORKING: timeline.peak(pictures, phase)})
+        called = _sum(before, {TEACHERS: placed.calling - placed.idle, WORKING: timeline.peak(images, phase)})
         yield Moment(phase, called)
-    saved = timeline.saved(pictures)
-    most = timeline.peak(pictures, "targets", "forward")
+    saved = timeline.saved(images)
+    most = timeline.peak(images, "targets", "forward")
     kept = min(saved, most)
     yield Moment("forward", _sum(before, engine.in_forward(), {SAVED: kept, WORKING: most - kept}))
     where = timeline.where("backward")
-    living = timeline.living(pictures)[where]
+    living = timeline.living(images)[where]
     beside = engine.in_backward(timeline.gradients[where])
     peak = int((living + sum(beside.values())).argmax())
     kept = min(saved, living[peak])

@@ -30,7 +30,7 @@ from mrmae_ds.planning.cluster import (
     check_cluster,
 )
 from mrmae_ds.planning.estimate import count_stage, estimate
-from mrmae_ds.planning.host import PICTURE_BYTES, PROCESS_GIB
+from mrmae_ds.planning.host import IMAGE_BYTES, PROCESS_GIB
 from mrmae_ds.planning.render import stage_lines
 from mrmae_ds.planning.zero_settings import ZeroSettings
 from mrmae_ds.profiling.flops import recipe_cost
@@ -56,7 +56,7 @@ class Request:
     stage: str | None = None
     gpus_per_node: int = 8
     recipe: Path | None = None
-    pictures: int = IMAGENET_TRAIN_SAMPLES
+    num_images: int = IMAGENET_TRAIN_SAMPLES
     classes: int = IMAGENET_CLASSES
     network: float = DEFAULT_NETWORK_GBS
     mfu: float | None = None
@@ -90,7 +90,7 @@ def describe_plan(request: Request) -> str:
     for cost in recipe_cost(recipe, config.checkpointing, request.classes):
         counted = count_stage(recipe, config, cost, request.classes)
         now = estimate(counted, zero, cluster, config.micro_batch)
-        lines += ["", *stage_lines(recipe, config, zero, counted, now, request.pictures, request.loader)]
+        lines += ["", *stage_lines(recipe, config, zero, counted, now, request.num_images, request.loader)]
     lines += ["", "assumed", *(f"  {line}" for line in _assumptions(request, cluster, zero))]
     return "\n".join(lines)
 
@@ -141,7 +141,7 @@ def _check_batch(config: EngineConfig, stage: PretrainConfig | FinetuneConfig, g
 
 def _check_numbers(request: Request) -> None:
     numbers = {
-        "--pictures": request.pictures,
+        "--num-images": request.num_images,
         "--classes": request.classes,
         "--network": request.network,
         "--mfu": request.mfu,
@@ -190,11 +190,11 @@ def _assumptions(request: Request, cluster: Cluster, zero: ZeroSettings) -> list
         f"a collective takes {CALL_S * 1e6:.0f} us and {NODE_S * 1e6:.0f} us a node beside its bytes",
         f"a GPU has {gpu.memory_gib:g} GiB; {CONTEXT_GIB:g} GiB go to CUDA, NCCL and libraries, {FRAGMENTS:.0%} of the "
         "rest to the allocator's gaps and kernels' workspaces",
-        f"an epoch has {request.pictures:,} pictures (--pictures); evaluation, checkpoints, start and the GPU's update "
-        "take no time",
+        f"an epoch has {request.num_images:,} images (--num-images); evaluation, checkpoints, start and the "
+        "GPU's update take no time",
         *([offloaded] if zero.offload_optimizer else []),
-        f"a process takes {PROCESS_GIB:g} GiB of host memory before its first tensor; a picture of the .beton "
-        f"{PICTURE_BYTES / 1000:.0f} kB",
+        f"a process takes {PROCESS_GIB:g} GiB of host memory before its first tensor; an image of the .beton "
+        f"{IMAGE_BYTES / 1000:.0f} kB",
         "memory is of DeepSpeed 0.19.8 with AdamW: within 3 % of real steps on the CPU (benchmarks/plan_memory.py), "
         "compared on no GPU yet",
     ]

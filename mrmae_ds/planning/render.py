@@ -25,7 +25,7 @@ def stage_lines(
     zero: ZeroSettings,
     stage: CountedStage,
     now: Estimate,
-    pictures: int,
+    num_images: int,
     loader_rate: float | None,
 ) -> list[str]:
     """What ``mrmae plan`` prints of one stage.
@@ -33,8 +33,8 @@ def stage_lines(
     Args:
         recipe, config: as read. zero: the config's settings.
         stage: counted. now: its estimate as the config has it.
-        pictures: of an epoch.
-        loader_rate: pictures a second that the loader of a node delivers; None is unknown.
+        num_images: of an epoch.
+        loader_rate: images/s that the loader of a node delivers; None is unknown.
     """
     size = stage.simulation.image_size
     lines = [
@@ -44,11 +44,11 @@ def stage_lines(
         f"  {_settings(config, zero)}",
         *_memory_lines(stage, zero, now),
         *_flow_lines(now),
-        *_time_lines(recipe, stage, now, pictures),
-        *_node_lines(recipe, stage, now, pictures),
+        *_time_lines(recipe, stage, now, num_images),
+        *_node_lines(recipe, stage, now, num_images),
         *_zero_table(stage, zero, now),
         *_placement_table(stage, zero, now),
-        *_scale_table(stage, zero, now, pictures, loader_rate),
+        *_scale_table(stage, zero, now, num_images, loader_rate),
         "  advice",
     ]
     return lines + [f"    - {sentence}" for sentence in advise(stage, now, zero, loader_rate)]
@@ -66,7 +66,7 @@ def _settings(config: EngineConfig, zero: ZeroSettings) -> str:
     words = {0: "none", 1: "all"}
     parts = {"conv stages": plan.conv_stages, "transformer": plan.transformer, "decoder": plan.decoder}
     again = ", ".join(f"{name} {words.get(every, f'every {every}th')}" for name, every in parts.items())
-    offloaded = {"optimiser": zero.offload_optimizer, "parameters": zero.offload_param}
+    offloaded = {"optimizer": zero.offload_optimizer, "parameters": zero.offload_param}
     away = "".join(f", {name} offloaded to {where}" for name, where in offloaded.items() if where)
     return f"ZeRO-{zero.stage}{away}, {precision}; recomputed blocks: {again}"
 
@@ -107,17 +107,17 @@ def _flow_lines(now: Estimate) -> Iterator[str]:
     yield from _table("what travels in a step", ("GB", "calls", "ms", ""), rows)
 
 
-def _time_lines(recipe: Recipe, stage: CountedStage, now: Estimate, pictures: int) -> Iterator[str]:
+def _time_lines(recipe: Recipe, stage: CountedStage, now: Estimate, num_images: int) -> Iterator[str]:
     if now.step_s is None or now.computing_s is None or now.waiting_s is None or now.images_per_s is None:
         return
-    hours = now.hours(pictures, stage.config.epochs)
+    hours = now.hours(num_images, stage.config.epochs)
     yield (
         f"  time: a step {1000 * now.step_s:,.0f} ms ({1000 * now.computing_s:,.0f} computing, "
         f"{1000 * now.waiting_s:,.0f} waiting); {now.images_per_s:,.0f} images/s, "
         f"{now.images_per_s / now.cluster.gpus:,.1f} a GPU; {_hours(hours)} hours for the stage"
     )
     rate = now.images_per_s / now.cluster.nodes
-    yield f"  each node must be given {rate:,.0f} pictures/s" + _cores(recipe, stage, rate)
+    yield f"  each node must be given {rate:,.0f} images/s" + _cores(recipe, stage, rate)
 
 
 def _hours(hours: float | None) -> str:
@@ -134,8 +134,8 @@ def _cores(recipe: Recipe, stage: CountedStage, rate: float) -> str:
     return f": {cores:,.1f} cores at {cost.cpu_s_per_1000:.2f} CPU-s per 1,000 ({cost.size} pixels, {cost.cpu})"
 
 
-def _node_lines(recipe: Recipe, stage: CountedStage, now: Estimate, pictures: int) -> Iterator[str]:
-    items = node_memory(recipe, stage, now, pictures)
+def _node_lines(recipe: Recipe, stage: CountedStage, now: Estimate, num_images: int) -> Iterator[str]:
+    items = node_memory(recipe, stage, now, num_images)
     rows = [(name, f"{size / GIB:.2f}") for name, size in items.items()]
     rows.append(("together", f"{sum(items.values()) / GIB:.2f}"))
     yield from _table("host memory of a node", ("GiB",), rows)
@@ -176,7 +176,7 @@ def _placement_table(stage: CountedStage, zero: ZeroSettings, now: Estimate) -> 
 
 
 def _scale_table(
-    stage: CountedStage, zero: ZeroSettings, now: Estimate, pictures: int, loader_rate: float | None
+    stage: CountedStage, zero: ZeroSettings, now: Estimate, num_images: int, loader_rate: float | None
 ) -> Iterator[str]:
     rows = []
     for gpus in SCALE:
@@ -188,7 +188,7 @@ def _scale_table(
         if best is None:
             rows.append((f"{gpus} GPUs", "", "", "", "", _no_batch(stage, gpus, each, bool(uneven))))
             continue
-        rate, hours = best.images_per_s, best.hours(pictures, stage.config.epochs)
+        rate, hours = best.images_per_s, best.hours(num_images, stage.config.epochs)
         rows.append(
             (
                 f"{gpus} GPUs",
@@ -206,11 +206,11 @@ def _scale_table(
 def _no_batch(stage: CountedStage, gpus: int, each: int, uneven: bool) -> str:
     batch = stage.config.batch_size
     if each < 1:
-        return f"the batch of {batch:,}: less than a picture a GPU"
+        return f"the batch of {batch:,}: less than an image a GPU"
     if uneven:
         return f"the batch of {batch:,} does not divide; {batch // gpus * gpus:,} would"
     if stage.pairs and each % 2:
-        return f"the batch of {batch:,}: {each} a GPU, and mixup pairs pictures"
+        return f"the batch of {batch:,}: {each} a GPU, and mixup pairs images"
     return "memory"
 
 

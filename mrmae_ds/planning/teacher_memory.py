@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.teachers import Teacher
-from mrmae_ds.teachers.placement.units import Layout, count_bytes, lay_out, split, tensors_of
+from mrmae_ds.teachers.placement.units import OffloadLayout, count_bytes, lay_out, split, tensors_of
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class TeacherWeights:
     total: int
     largest: int
     rest: int
-    layout: Layout
+    layout: OffloadLayout
 
     @classmethod
     def of(cls, teacher: Teacher) -> TeacherWeights:

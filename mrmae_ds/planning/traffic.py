@@ -1,4 +1,4 @@
-"""What the processes send each other in an optimiser step, and what goes over the bus to the host."""
+"""What the processes send each other in an optimizer step, and what goes over the bus to the host."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from mrmae_ds.planning.cluster import NODE_MEMORY_GBS, UPDATE_BYTES, Cluster
 from mrmae_ds.planning.teacher_memory import Placed
-from mrmae_ds.planning.zero_memory import PLAIN_BUCKET, Engine
+from mrmae_ds.planning.zero_memory import PLAIN_BUCKET, ZeroMemory
 
 
 @dataclass(frozen=True)
 class Flow:
-    """Something that travels in an optimiser step.
+    """Something that travels in an optimizer step.
 
     Attributes:
         name: in words.
@@ -30,7 +30,7 @@ class Flow:
     local: bool = False
 
 
-def student_flows(engine: Engine, cluster: Cluster) -> list[Flow]:
+def student_flows(engine: ZeroMemory, cluster: Cluster) -> list[Flow]:
     """The student's, between processes; none for a process alone.
 
     Sources, of DeepSpeed 0.19.8: runtime/engine.py (stage 0), runtime/zero/stage_1_and_2.py, whose default reduces
@@ -62,7 +62,7 @@ def student_flows(engine: Engine, cluster: Cluster) -> list[Flow]:
     return [*_gathers(engine, cluster), scattered]
 
 
-def _gathers(engine: Engine, cluster: Cluster) -> list[Flow]:
+def _gathers(engine: ZeroMemory, cluster: Cluster) -> list[Flow]:
     """The parameters that ZeRO-3 gathers; with hpZ, after forward from the node's own copy."""
     zero, census, moving = engine.zero, engine.census, engine.gathering
     times = engine.accumulation
@@ -81,7 +81,7 @@ def _gathers(engine: Engine, cluster: Cluster) -> list[Flow]:
     ]
 
 
-def offload_flows(engine: Engine, cluster: Cluster) -> list[Flow]:
+def offload_flows(engine: ZeroMemory, cluster: Cluster) -> list[Flow]:
     """What offloading sends over the bus, and the update on the host's processors."""
     zero, times = engine.zero, engine.accumulation
     flows = []

@@ -10,7 +10,7 @@ from mrmae_ds.planning.zero_settings import ZeroSettings
 
 
 @dataclass(frozen=True)
-class Parameter:
+class GatheredParam:
     """Elements of a parameter, whether they travel in bf16, and whether they are trained."""
 
     elements: int
@@ -19,7 +19,7 @@ class Parameter:
 
 
 @dataclass(frozen=True)
-class Module:
+class GatherUnit:
     """A module as ZeRO-3 sees it.
 
     Attributes:
@@ -28,11 +28,11 @@ class Module:
         children: the modules that run inside it, in order; none of a leaf.
     """
 
-    own: tuple[Parameter, ...] = ()
+    own: tuple[GatheredParam, ...] = ()
     leaf: bool = False
-    children: tuple[Module, ...] = ()
+    children: tuple[GatherUnit, ...] = ()
 
-    def every(self) -> Iterator[Parameter]:
+    def every(self) -> Iterator[GatheredParam]:
         """Its parameters and those inside it."""
         yield from self.own
         for child in self.children:
@@ -58,7 +58,7 @@ class Gathering:
     backward: tuple[tuple[int, int], ...] = ()
 
 
-def follow(model: Module, zero: ZeroSettings) -> Gathering:
+def follow(model: GatherUnit, zero: ZeroSettings) -> Gathering:
     """Follow a micro-batch through DeepSpeed's ``PartitionedParameterCoordinator``, once it knows the order of modules.
 
     Before a module runs, what it needs is gathered if it is not there, and then what comes next, up to the prefetch
@@ -72,9 +72,9 @@ def follow(model: Module, zero: ZeroSettings) -> Gathering:
 class _Coordinator:
     """Parameters are told apart by their number; a use of a module is a step."""
 
-    def __init__(self, model: Module, zero: ZeroSettings) -> None:
+    def __init__(self, model: GatherUnit, zero: ZeroSettings) -> None:
         self.zero = zero
-        self.parameters: list[Parameter] = []
+        self.parameters: list[GatheredParam] = []
         self.own: list[list[int]] = []  # of each module, in the order in which forward enters them
         self.inside: list[list[int]] = []
         self.leaf: list[bool] = []
@@ -108,7 +108,7 @@ class _Coordinator:
             step += 1
         return Gathering(self.gathered, self.low, self.calls, forward, tuple(backward))
 
-    def _enter(self, module: Module) -> list[int]:
+    def _enter(self, module: GatherUnit) -> list[int]:
         number = len(self.own)
         first = len(self.parameters)
         self.parameters += module.own

@@ -1,4 +1,4 @@
-"""What DeepSpeed keeps of parameters, gradients and optimiser states, and the copies that it makes of them in a step.
+"""What DeepSpeed keeps of parameters, gradients and optimizer states, and the copies that it makes of them in a step.
 
 Everything is in bytes, of one process. The rules are those of DeepSpeed 0.19.8, read in its source and compared with
 the memory of real steps (benchmarks/plan_memory.py). A float32 master is a copy of its parameter even where that is
@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mrmae_ds.planning.parameters import Census
+from mrmae_ds.planning.parameters import ParameterCounts
 from mrmae_ds.planning.zero3_gathers import Gathering, follow
 from mrmae_ds.planning.zero_settings import BF16, FP32, ZeroSettings
 
@@ -24,23 +24,23 @@ ADAM = 2 * FP32
 PLAIN_BUCKET = 500_000_000
 
 PARAMETERS, GATHERED, ARRIVING = "parameters", "gathered parameters", "parameters arriving"
-MASTERS, STATES = "float32 masters", "optimiser states"
+MASTERS, STATES = "float32 masters", "optimizer states"
 GRADIENTS, BUCKETS, REDUCED = "gradients", "reduce buckets", "gradients being reduced"
 COPIES, SECOND = "copies for the update", "hpZ copy of the parameters"
 
 
 @dataclass(frozen=True)
-class Engine:
+class ZeroMemory:
     """A model in an engine.
 
     Attributes:
         census: of the model. zero: the settings.
         world: processes.
-        accumulation: micro-batches an optimiser step.
+        accumulation: micro-batches an optimizer step.
         on_cpu: AdamW is not fused, so it computes with copies, and a page that nobody has written does not exist.
     """
 
-    census: Census
+    census: ParameterCounts
     zero: ZeroSettings
     world: int
     accumulation: int = 1

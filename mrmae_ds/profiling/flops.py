@@ -1,4 +1,4 @@
-"""The arithmetic of a recipe, counted on what is really computed for one picture.
+"""The arithmetic of a recipe, counted on what is really computed for one image.
 
 The modules of a stage are built on the meta device (shapes without memory) and run, forward and backward, under
 torch's counter. It counts matrix products and convolutions, two operations a multiply-add, and nothing else; of
@@ -32,7 +32,7 @@ from mrmae_ds.weights.load import build_encoder
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations for one picture: forward, backward, and what activation checkpointing computes once more."""
+    """Operations for one image: forward, backward, and what activation checkpointing computes once more."""
 
     forward: int
     backward: int = 0
@@ -46,20 +46,20 @@ class Flops:
 
 @dataclass(frozen=True)
 class StageCost:
-    """Operations of a stage for one picture, by part, and how many epochs it has."""
+    """Operations of a stage for one image, by part, and how many epochs it has."""
 
     stage: str
     epochs: int
     parts: dict[str, Flops]
 
     @property
-    def per_picture(self) -> int:
-        """Operations of all parts for one picture of training."""
+    def per_image(self) -> int:
+        """Operations of all parts for one image of training."""
         return sum(part.total for part in self.parts.values())
 
-    def total(self, pictures: int) -> int:
-        """Operations of the whole stage on a training set of so many pictures, evaluation left out."""
-        return self.per_picture * pictures * self.epochs
+    def total(self, images: int) -> int:
+        """Operations of the whole stage on a training set of so many images, evaluation left out."""
+        return self.per_image * images * self.epochs
 
 
 def recipe_cost(
@@ -90,11 +90,11 @@ def recipe_cost(
 
 
 def count_forward(spec: EncoderSpec, image_size: int, num_classes: int) -> int:
-    """Operations of a classifier's forward pass on one picture."""
+    """Operations of a classifier's forward pass on one image."""
     with torch.device("meta"):
         model = build_encoder(spec, image_size, num_classes)
     with counter() as counted, torch.no_grad():
-        model(_picture(image_size))
+        model(_image(image_size))
     return counted.get_total_flops()
 
 
@@ -151,7 +151,7 @@ def _pretrain(
         # Which tokens are visible changes nothing, only how many.
         noise = torch.empty(1, math.prod(encoder.grid))
     visible = choose_visible(noise, encoder.grid, stage.masking.keep_ratio)
-    images = _picture(recipe.model.image_size)
+    images = _image(recipe.model.image_size)
 
     checkpoint = partial(set_checkpointing, model)
     parts = {"encoder": count_trained(lambda: model.latent(images, visible), checkpoint, plan)}
@@ -162,7 +162,7 @@ def _pretrain(
     parts[rest] = count_trained(lambda: _sum(model.predict_from(latent, visible).values()), checkpoint, plan)
     for name, teacher in teachers.items():
         with counter() as counted, torch.no_grad():
-            teacher.encode(_picture(teacher.image_size).to(teacher.dtype))
+            teacher.encode(_image(teacher.image_size).to(teacher.dtype))
         parts[f"teacher {name}"] = Flops(counted.get_total_flops())
     return parts
 
@@ -171,11 +171,11 @@ def _finetune(recipe: Recipe, stage: FinetuneConfig, plan: CheckpointPlan, num_c
     size = stage.image_size or recipe.model.image_size
     with torch.device("meta"):
         model = build_encoder(recipe.model.spec(), size, num_classes, stage.drop_path)
-    images = _picture(size)
+    images = _image(size)
     return {"classifier": count_trained(lambda: model(images), partial(set_checkpointing, model), plan)}
 
 
-def _picture(side: int) -> Tensor:
+def _image(side: int) -> Tensor:
     return torch.empty(1, 3, side, side, device="meta")
 
 

@@ -23,7 +23,7 @@ def describe_cost(
     recipe: Path | None = None,
     overrides: Sequence[str] = (),
     *,
-    pictures: int = IMAGENET_TRAIN_SAMPLES,
+    num_images: int = IMAGENET_TRAIN_SAMPLES,
     tflops: float | None = None,
     gpus: int | None = None,
 ) -> str:
@@ -33,51 +33,51 @@ def describe_cost(
         ds_config: engine config, whose activation checkpointing counts.
         recipe: default: the one of the same name beside ``ds_config``.
         overrides: ``key.path=value`` for the recipe.
-        pictures: of the training set.
+        num_images: of the training set.
         tflops: what a GPU sustains, in TFLOP/s; None tells no hours.
         gpus: how many share the work, taken to lose nothing by it.
 
     Raises:
         UserError: for a wrong number, or as :func:`~mrmae_ds.profiling.flops.recipe_cost`.
     """
-    _check_numbers(pictures, tflops, gpus)
+    _check_numbers(num_images, tflops, gpus)
     path = recipe or default_recipe(ds_config)
     checkpointing = load_engine_config(ds_config).checkpointing
     costs = recipe_cost(load_recipe(path, list(overrides)), checkpointing)
     lines = [
-        f"{path} with {ds_config}, {pictures:,} pictures an epoch; evaluation is not counted",
+        f"{path} with {ds_config}, {num_images:,} images an epoch; evaluation is not counted",
         cost_table(costs),
-        cost_line(costs, pictures, tflops),
+        cost_line(costs, num_images, tflops),
     ]
     if tflops and gpus:
-        lines.append(f"{_three_digits(gpu_hours(costs, pictures, tflops) / gpus)} hours on {gpus} GPUs")
+        lines.append(f"{_three_digits(gpu_hours(costs, num_images, tflops) / gpus)} hours on {gpus} GPUs")
     return "\n".join(lines)
 
 
 def cost_table(costs: list[StageCost]) -> str:
-    """A line a part, in GFLOP for one picture."""
-    lines = ["GFLOP a picture".ljust(_NAME_WIDTH) + "".join(f"{column:>{_NUMBER_WIDTH}}" for column in _COLUMNS)]
+    """A line a part, in GFLOP for one image."""
+    lines = ["GFLOP an image".ljust(_NAME_WIDTH) + "".join(f"{column:>{_NUMBER_WIDTH}}" for column in _COLUMNS)]
     for cost in costs:
         lines += [_line(f"{cost.stage}: {name}", part) for name, part in cost.parts.items()]
         if len(cost.parts) > 1:
             width = _NUMBER_WIDTH * len(_COLUMNS)
-            lines.append(f"{cost.stage}, together".ljust(_NAME_WIDTH) + f"{cost.per_picture / GIGA:>{width}.2f}")
+            lines.append(f"{cost.stage}, together".ljust(_NAME_WIDTH) + f"{cost.per_image / GIGA:>{width}.2f}")
     return "\n".join(lines)
 
 
-def cost_line(costs: list[StageCost], pictures: int, tflops: float | None) -> str:
+def cost_line(costs: list[StageCost], num_images: int, tflops: float | None) -> str:
     """The whole recipe in a line, as the recipes' headers give it; arguments as in :func:`describe_cost`."""
-    exa = " + ".join(_three_digits(cost.total(pictures) / EXA) for cost in costs)
+    exa = " + ".join(_three_digits(cost.total(num_images) / EXA) for cost in costs)
     stages = " + ".join(cost.stage for cost in costs)
     line = f"{exa} exaFLOP ({stages})"
     if tflops is None:
         return line
-    return f"{line}, {_three_digits(gpu_hours(costs, pictures, tflops))} GPU-hours at an assumed {tflops:g} TFLOP/s"
+    return f"{line}, {_three_digits(gpu_hours(costs, num_images, tflops))} GPU-hours at an assumed {tflops:g} TFLOP/s"
 
 
-def gpu_hours(costs: list[StageCost], pictures: int, tflops: float) -> float:
+def gpu_hours(costs: list[StageCost], num_images: int, tflops: float) -> float:
     """Hours of one GPU that sustains ``tflops`` TFLOP/s."""
-    return sum(cost.total(pictures) for cost in costs) / (tflops * TERA) / SECONDS_PER_HOUR
+    return sum(cost.total(num_images) for cost in costs) / (tflops * TERA) / SECONDS_PER_HOUR
 
 
 def _line(name: str, part: Flops) -> str:
@@ -91,8 +91,8 @@ def _three_digits(number: float) -> str:
     return f"{round(number, decimals):,.{max(decimals, 0)}f}"
 
 
-def _check_numbers(pictures: int, tflops: float | None, gpus: int | None) -> None:
-    for option, number in {"--pictures": pictures, "--tflops": tflops, "--gpus": gpus}.items():
+def _check_numbers(num_images: int, tflops: float | None, gpus: int | None) -> None:
+    for option, number in {"--num-images": num_images, "--tflops": tflops, "--gpus": gpus}.items():
         if number is not None and not (0 < number < math.inf):
             raise UserError(f"{option} must be above 0, got {number:g}")
     if gpus is not None and tflops is None:

@@ -24,7 +24,7 @@ from mrmae_ds.teachers.sources.timm import create_network
 from mrmae_ds.teachers.sources.timm_readers import timm_reader
 from mrmae_ds.weights.load import build_encoder, find_weights, read_metadata, spec_from_metadata
 
-# Pictures on the meta device have no values to normalise.
+# Images on the meta device have no values to normalize.
 NO_STATISTICS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 

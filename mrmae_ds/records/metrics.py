@@ -33,7 +33,7 @@ class MetricsWriter:
     def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
         """Open `run_dir/metrics.jsonl` and an event file in `run_dir/tensorboard/`.
 
-        `resume_step` is the last optimiser step of the checkpoint that training goes on from: what was logged
+        `resume_step` is the last optimizer step of the checkpoint that training goes on from: what was logged
         of later steps is dropped, since those steps run again. None starts anew and drops everything.
         """
         folder = Path(run_dir)
@@ -47,7 +47,7 @@ class MetricsWriter:
         self._events = _EventFile(folder / TENSORBOARD_FOLDER, resume_step)
 
     def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
-        """Log `scalars` of optimiser step `step`; the line is on its way to the disk when this returns.
+        """Log `scalars` of optimizer step `step`; the line is on its way to the disk when this returns.
 
         A value that is not finite becomes null, and the line's `nonfinite` says which it was: {"loss":
         "nan"}. Raises ValueError when a step is logged twice or out of order, or a name is one of `RESERVED`.

@@ -32,8 +32,8 @@ from mrmae_ds.records.sections import (
     ObjectiveInfo,
     Operations,
     Parameters,
-    Part,
     PretrainSummary,
+    RecordSection,
     Results,
     Schedule,
     Spent,
@@ -84,7 +84,7 @@ def _to_utc(value: datetime) -> datetime:
 UtcTime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
 
 
-class RunRecord(Part):
+class RunRecord(RecordSection):
     """One stage of one recipe, as it ran.
 
     `method` and `size` are the row and the column of the scaling table ("MR-MAE", "Huge-448"). `recipe_hash`

@@ -30,20 +30,20 @@ Count = Annotated[int, Field(ge=0)]
 Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
-class Part(BaseModel):
+class RecordSection(BaseModel):
     """A section of a record: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
-class GitState(Part):
+class GitState(RecordSection):
     """The code's commit, and whether the working tree differed from it (untracked files count)."""
 
     commit: str
     dirty: bool
 
 
-class Hardware(Part):
+class Hardware(RecordSection):
     """`count` is the node's accelerators, or its logical CPU cores; `world_size` the ranks of the job."""
 
     device: str
@@ -51,7 +51,7 @@ class Hardware(Part):
     world_size: Annotated[int, Field(ge=1)]
 
 
-class Parameters(Part):
+class Parameters(RecordSection):
     """Parameter counts: the whole model, its trainable part, and the encoder alone."""
 
     total: Count
@@ -59,7 +59,7 @@ class Parameters(Part):
     encoder: Count
 
 
-class DataInfo(Part):
+class DataInfo(RecordSection):
     """The data that a stage read: to train on, or to evaluate.
 
     `dataset` is the name a table shows; `file` a name without folders; `samples` one epoch's; `classes` is None
@@ -73,7 +73,7 @@ class DataInfo(Part):
     classes: Annotated[int, Field(ge=1)] | None = None
 
 
-class TeacherInfo(Part):
+class TeacherInfo(RecordSection):
     """A frozen teacher: its kind (`clip`, `timm`, ...), where its weights come from, and their SHA-256.
 
     `facts` is what was found out or decided when it was built, by topic: its GELU, its positions, its importance.
@@ -85,7 +85,7 @@ class TeacherInfo(Part):
     facts: dict[str, str] = {}
 
 
-class Schedule(Part):
+class Schedule(RecordSection):
     """This stage's schedule. `epochs` and `steps` are planned; `steps_done` counts what really ran."""
 
     epochs: Annotated[float, Field(ge=0)]
@@ -99,7 +99,7 @@ class Schedule(Part):
         return self.epochs * self.steps_done / self.steps if self.steps else 0.0
 
 
-class ModelInfo(Part):
+class ModelInfo(RecordSection):
     """The encoder: its name in ``models/sizes.py``, whether the recipe changed its sizes, and its input in pixels."""
 
     arch: str
@@ -112,7 +112,7 @@ class ModelInfo(Part):
         return self.arch.startswith("cvit")
 
 
-class ObjectiveInfo(Part):
+class ObjectiveInfo(RecordSection):
     """One loss of a pre-training; see ``objectives.Objective``."""
 
     target: str
@@ -121,7 +121,7 @@ class ObjectiveInfo(Part):
     weight: float
 
 
-class Design(Part):
+class Design(RecordSection):
     """What a pre-training learned from: the columns of the paper's Table 3.
 
     `masking` is how the visible share `keep_ratio` was chosen; `fusion` names the layers that were added to the last.
@@ -133,8 +133,8 @@ class Design(Part):
     objectives: dict[str, ObjectiveInfo]
 
 
-class Operations(Part):
-    """Operations for one picture: one step's share in training (teachers, backward and recomputation included), what
+class Operations(RecordSection):
+    """Operations for one image: one step's share in training (teachers, backward and recomputation included), what
     of it activation checkpointing computes once more, and of a classifier its forward pass alone."""
 
     training: Count
@@ -142,7 +142,7 @@ class Operations(Part):
     forward: Count | None = None
 
 
-class Spent(Part):
+class Spent(RecordSection):
     """What a stage cost as it ran.
 
     `device_hours` are processes times hours, restarts included; `images_per_s` the whole job's, the median of what it
@@ -176,7 +176,7 @@ class Spent(Part):
         )
 
 
-class PretrainSummary(Part):
+class PretrainSummary(RecordSection):
     """The pre-training that made a run's initial weights, copied from its record so that it outlives that
     folder."""
 
@@ -192,7 +192,7 @@ class PretrainSummary(Part):
 
     @classmethod
     def of(cls, record: RunRecord) -> PretrainSummary:
-        """Summarise a pre-training's record. Epochs are those that really ran, planned or not, and those of the
+        """Summarize a pre-training's record. Epochs are those that really ran, planned or not, and those of the
         pre-training that it continued, if any; None if that is unknown."""
         before = record.pretrain_epochs
         spent: Spent | None = Spent.of(record)
@@ -212,7 +212,7 @@ class PretrainSummary(Part):
         )
 
 
-class Init(Part):
+class Init(RecordSection):
     """The weights a run started from. `pretrain` is None when nothing is known of how they were made."""
 
     file: FileName
@@ -220,7 +220,7 @@ class Init(Part):
     pretrain: PretrainSummary | None = None
 
 
-class FinetuneSummary(Part):
+class FinetuneSummary(RecordSection):
     """The fine-tuning that made a model, copied from its record so that it outlives that folder."""
 
     name: str
@@ -236,7 +236,7 @@ class FinetuneSummary(Part):
 
     @classmethod
     def of(cls, record: RunRecord) -> FinetuneSummary:
-        """Summarise a fine-tuning's record; `forward` are the operations of the model on one picture."""
+        """Summarize a fine-tuning's record; `forward` are the operations of the model on one image."""
         return cls(
             name=record.name,
             method=record.method,
@@ -265,7 +265,7 @@ class FinetuneSummary(Part):
         return self.init.pretrain.method if self.init.pretrain else self.method
 
 
-class Member(Part):
+class Member(RecordSection):
     """A fine-tuned model of an evaluation. `finetune` is None when nothing is known of how it was made."""
 
     file: FileName
@@ -291,5 +291,5 @@ class Results(BaseModel):
     @model_validator(mode="after")
     def _accuracy_needs_its_samples(self) -> Results:
         if self.top1 is not None and not self.eval_samples:
-            raise ValueError("results.top1 needs results.eval_samples, the number of pictures it was measured on")
+            raise ValueError("results.top1 needs results.eval_samples, the number of images it was measured on")
         return self

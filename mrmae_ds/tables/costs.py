@@ -19,11 +19,11 @@ class Facts:
 
     Attributes:
         parameters: of the fine-tuned model with its head (of several averaged models, together), in millions.
-        forward: operations of the model on one picture, in GFLOP.
+        forward: operations of the model on one image, in GFLOP.
         pretrain_epochs, tuning_epochs: that really ran.
         pretrain_work: operations of the pre-training, in PFLOP.
         pretrain_hours, tuning_hours: processes times hours.
-        pretrain_speed, tuning_speed: pictures a second of the whole job.
+        pretrain_speed, tuning_speed: images/s of the whole job.
         device: of the fine-tuning.
     """
 

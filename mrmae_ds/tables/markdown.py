@@ -30,7 +30,7 @@ COST_COLUMNS = (
     "cell",
     "seed",
     "parameters (M)",
-    "GFLOP a picture",
+    "GFLOP an image",
     "pre-training PFLOP",
     "pre-training device-hours",
     "pre-training images/s",

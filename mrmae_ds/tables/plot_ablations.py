@@ -1,4 +1,4 @@
-"""The paper's Tables 1, 3, 4 and 5 as a picture: a line a row, accuracy to the right, one panel a data set."""
+"""The paper's Tables 1, 3, 4 and 5 as an image: a line a row, accuracy to the right, one panel a data set."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from mrmae_ds.figures import style
 from mrmae_ds.tables.ablations import ACCURACY
 from mrmae_ds.tables.plot_scaling import (
-    OUR_COLOURS,
-    PAPER_GREYS,
+    OUR_COLORS,
+    PAPER_GRAYS,
     Panel,
     annotate,
     datasets,
@@ -52,21 +52,21 @@ def _draw(axes: Axes, panel: Panel) -> None:
     numbers = [value(row, ACCURACY) for row in panel.rows]
     for place, (row, number) in enumerate(zip(panel.rows, numbers, strict=True)):
         ours = row.source == "ours"
-        colour = OUR_COLOURS[0] if ours else PAPER_GREYS[1]
+        color = OUR_COLORS[0] if ours else PAPER_GRAYS[1]
         spread = row.cells[ACCURACY].spread or 0.0
         axes.errorbar(
             [number],
             [place],
             xerr=[spread] if spread else None,
-            color=colour,
+            color=color,
             marker="o" if ours else "s",
             markersize=7,
             markeredgewidth=1.4,
-            markerfacecolor=colour if ours else "white",
+            markerfacecolor=color if ours else "white",
             linestyle="none",
             capsize=3,
         )
-        annotate(axes, f"{number:.2f}" if ours else f"{number:.1f}", (number + spread, place), colour, "right")
+        annotate(axes, f"{number:.2f}" if ours else f"{number:.1f}", (number + spread, place), color, "right")
     axes.set_yticks(range(len(panel.rows)), [_label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.5, -0.5)
     margin = max(0.15 * (max(numbers) - min(numbers)), 0.5)

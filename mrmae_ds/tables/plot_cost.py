@@ -22,7 +22,7 @@ from mrmae_ds.tables.costs import number as digits
 from mrmae_ds.tables.plot_scaling import (
     Panel,
     annotate,
-    colours_of,
+    colors_of,
     datasets,
     marker_of,
     panel_title,
@@ -60,16 +60,16 @@ def plot_costs(table: Table, path: Path) -> None:
     title = "Accuracy after fine-tuning, by parameters and by the cost of pre-training"
     figure.suptitle(title, fontsize=13, fontweight="bold", color=style.INK)
     all_axes = figure.subplots(len(names), 2, squeeze=False)
-    colours = colours_of(table)
+    colors = colors_of(table)
     for (left, right), name in zip(all_axes, names, strict=True):
         rows = tuple(row for row in _rows(table) if row.dataset == name)
         panel = Panel(table.number, name, rows, _accuracies(table), _WIDTH)
-        _draw(left, panel, _parameters, colours)
+        _draw(left, panel, _parameters, colors)
         left.set_xlabel("Parameters of the fine-tuned model (M)", fontsize=9)
         columns = 2 if len(rows) > 3 and max(len(short_label(row)) for row in rows) < _SHORT else 1
         left.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
         devices = dict.fromkeys(cell_facts(cell).device for row in panel.ours for cell in row.measured.values())
-        _draw(right, panel, _hours, colours)
+        _draw(right, panel, _hours, colors)
         where = f" ({', '.join(devices)})" if devices else ""
         right.set_xlabel(wrap(f"Device-hours of pre-training{where}", _WIDTH), fontsize=9)
         for axes, text in ((left, "\n".join(panel_title(panel))), (right, panel.dataset)):
@@ -90,31 +90,31 @@ def _accuracies(table: Table) -> tuple[str, ...]:
     return table.columns if table.number == paper.TABLE_6.number else (ACCURACY,)
 
 
-def _draw(axes: Axes, panel: Panel, place_of: _PlaceOf, colours: dict[tuple[str, str], str]) -> None:
+def _draw(axes: Axes, panel: Panel, place_of: _PlaceOf, colors: dict[tuple[str, str], str]) -> None:
     drawn = False
     for row in panel.rows:
         points = _points(panel, row, place_of)
         if not points:
             continue
-        drawn, ours, colour = True, row.source == "ours", colours[row.method, row.source]
+        drawn, ours, color = True, row.source == "ours", colors[row.method, row.source]
         spreads = [point.spread for point in points]
         axes.errorbar(
             [point.x for point in points],
             [point.y for point in points],
             yerr=spreads if any(spreads) else None,
             label=wrap(short_label(row), _WIDTH),
-            color=colour,
+            color=color,
             linestyle="-" if ours else "--",
             linewidth=1.3,
             marker=marker_of(row, panel.rows),
             markersize=6.5,
             markeredgewidth=1.4,
-            markerfacecolor=colour if ours else "white",
+            markerfacecolor=color if ours else "white",
             capsize=3,
         )
         for point in points:
             # Plain ViTs are the smallest of a size: to their left nothing of the others is in the way.
-            annotate(axes, point.name, (point.x, point.y), colour, "left" if row.method == "MAE" else "right")
+            annotate(axes, point.name, (point.x, point.y), color, "left" if row.method == "MAE" else "right")
     _set_scales(axes)
     if not drawn:
         text = "not recorded" if panel.ours else "no runs of ours, and the paper prints none"

@@ -1,6 +1,6 @@
-"""A table as a picture, one panel a data set: the scaling table over model size, the others a line a row.
+"""A table as an image, one panel a data set: the scaling table over model size, the others a line a row.
 
-The paper's numbers are hollow and grey, ours filled and coloured. Ours stand in the paper's panel only where they were
+The paper's numbers are hollow and gray, ours filled and colored. Ours stand in the paper's panel only where they were
 measured on the whole of its data set.
 """
 
@@ -22,9 +22,9 @@ from mrmae_ds.tables.select_runs import chance
 from mrmae_ds.tables.write import Row, Table
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-PAPER_GREYS = ("#9a9a9a", "#6b6b6b", "#3c3c3c")
-OUR_COLOURS = style.PALETTE[:6]  # those after them are grey and black
-_INCHES_PER_NUMBER = 0.46  # the room that a printed "88.35" needs beside its neighbours
+PAPER_GRAYS = ("#9a9a9a", "#6b6b6b", "#3c3c3c")
+OUR_COLORS = style.PALETTE[:6]  # those after them are gray and black
+_INCHES_PER_NUMBER = 0.46  # the room that a printed "88.35" needs beside its neighbors
 _CHARACTERS_PER_INCH = 12.5
 _WIDEST = 16.0  # inches; wider, a page would shrink the text too much, and panels stand below each other
 _NBSP = "\N{NO-BREAK SPACE}"
@@ -54,7 +54,7 @@ def plot(table: Table, path: Path) -> None:
         plot_rows(table, path)
         return
     panels = [_panel(table, dataset) for dataset in datasets(table)]
-    colours = colours_of(table)
+    colors = colors_of(table)
     widths = [panel.width for panel in panels]
     height = 4.4 + 0.17 * max(len(panel.rows) for panel in panels)
     stacked = len(panels) > 1 and sum(widths) > _WIDEST
@@ -66,7 +66,7 @@ def plot(table: Table, path: Path) -> None:
     else:
         all_axes = figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)
     for axes, panel in zip(all_axes.flat, panels, strict=True):
-        _draw_panel(axes, panel, colours)
+        _draw_panel(axes, panel, colors)
     style.save(figure, path)
 
 
@@ -76,12 +76,12 @@ def datasets(table: Table) -> list[str]:
     return sorted(names, key=lambda name: (name != paper.IMAGENET, name))
 
 
-def colours_of(table: Table) -> dict[tuple[str, str], str]:
-    """A colour for each method and source: greys for the paper, colours for ours."""
+def colors_of(table: Table) -> dict[tuple[str, str], str]:
+    """A color for each method and source: grays for the paper, colors for ours."""
     first = METHODS if table.number == paper.TABLE_6.number else ()
     methods = dict.fromkeys((*first, *(row.method for row in table.rows)))
-    ours = {(name, "ours"): OUR_COLOURS[index % len(OUR_COLOURS)] for index, name in enumerate(methods)}
-    printed = {(name, "paper"): PAPER_GREYS[index % len(PAPER_GREYS)] for index, name in enumerate(methods)}
+    ours = {(name, "ours"): OUR_COLORS[index % len(OUR_COLORS)] for index, name in enumerate(methods)}
+    printed = {(name, "paper"): PAPER_GRAYS[index % len(PAPER_GRAYS)] for index, name in enumerate(methods)}
     return ours | printed
 
 
@@ -132,12 +132,12 @@ def _panel(table: Table, dataset: str) -> Panel:
     return Panel(table.number, dataset, rows, sizes, max(4.0, width))
 
 
-def _draw_panel(axes: Axes, panel: Panel, colours: dict[tuple[str, str], str]) -> None:
+def _draw_panel(axes: Axes, panel: Panel, colors: dict[tuple[str, str], str]) -> None:
     # With ours in the panel the rows of a size stand side by side; the paper's alone share one vertical line.
     step = 0.8 / len(panel.rows) if panel.ours else 0.0
     for index, row in enumerate(panel.rows):
         shift = (index - (len(panel.rows) - 1) / 2) * step
-        _draw_row(axes, panel, row, shift, colours[row.method, row.source])
+        _draw_row(axes, panel, row, shift, colors[row.method, row.source])
     style.tidy(axes)
     axes.set_xticks(range(len(panel.columns)), list(panel.columns))
     axes.set_xlim(-0.5, len(panel.columns) - 0.5)
@@ -152,7 +152,7 @@ def _draw_panel(axes: Axes, panel: Panel, colours: dict[tuple[str, str], str]) -
     axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=columns)
 
 
-def _draw_row(axes: Axes, panel: Panel, row: Row, shift: float, colour: str) -> None:
+def _draw_row(axes: Axes, panel: Panel, row: Row, shift: float, color: str) -> None:
     ours = row.source == "ours"
     places = [index + shift for index in range(len(panel.columns))]
     values = [value(row, size) for size in panel.columns]
@@ -162,19 +162,19 @@ def _draw_row(axes: Axes, panel: Panel, row: Row, shift: float, colour: str) -> 
         values,
         yerr=spreads if any(spreads) else None,
         label=wrap(short_label(row), panel.width),
-        color=colour,
+        color=color,
         linestyle="-" if ours else "--",
         linewidth=1.4 if ours else 1.2,
         marker=marker_of(row, panel.rows),
         markersize=7,
         markeredgewidth=1.4,
-        markerfacecolor=colour if ours else "white",
+        markerfacecolor=color if ours else "white",
         capsize=3,
     )
     for size, x, number, spread in zip(panel.columns, places, values, spreads, strict=True):
         if not math.isnan(number):
             text = f"{number:.2f}" if ours else f"{number:.1f}"
-            annotate(axes, text, (x, number + spread), colour, _side(panel, number, size))
+            annotate(axes, text, (x, number + spread), color, _side(panel, number, size))
 
 
 def _side(panel: Panel, number: float, size: str) -> str:
@@ -187,7 +187,7 @@ def _side(panel: Panel, number: float, size: str) -> str:
     return "below" if number == min(others) else "right"
 
 
-def annotate(axes: Axes, text: str, place: tuple[float, float], colour: str, side: str) -> None:
+def annotate(axes: Axes, text: str, place: tuple[float, float], color: str, side: str) -> None:
     """Write a small number beside a marker: `above`, `below`, `right` or `left` of it."""
     offset, ha, va = {
         "above": ((0, 6), "center", "bottom"),
@@ -195,6 +195,6 @@ def annotate(axes: Axes, text: str, place: tuple[float, float], colour: str, sid
         "right": ((7, -1), "left", "center"),
         "left": ((-7, -1), "right", "center"),
     }[side]
-    label = axes.annotate(text, place, offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5, color=colour)
+    label = axes.annotate(text, place, offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5, color=color)
     # A rim of paper, so that a number stays readable where a line crosses it.
     label.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])

@@ -112,7 +112,7 @@ def write_table(
 
     Args:
         roots: folders that hold runs, at any depth.
-        out_dir: gets Markdown, CSV, LaTeX, a picture of the table, and one of accuracy over parameters and GPU-hours.
+        out_dir: gets Markdown, CSV, LaTeX, an image of the table, and one of accuracy over parameters and GPU-hours.
         number: the paper's table; None is the scaling table, Table 6, under a name without a number.
 
     Returns:
@@ -129,7 +129,7 @@ def write_table(
     written = [folder / f"{stem}.{kind}" for kind in texts]
     for path, text in zip(written, texts.values(), strict=True):
         write_text(path, text)
-    pictures = {folder / f"{stem}.png": plot, folder / f"{stem}_cost.png": plot_costs}
-    for path, draw in pictures.items():
+    images = {folder / f"{stem}.png": plot, folder / f"{stem}_cost.png": plot_costs}
+    for path, draw in images.items():
         draw(table, path)
-    return table, [*written, *pictures]
+    return table, [*written, *images]

@@ -1,6 +1,6 @@
 """What every teacher is: frozen, in eval mode, with its own input statistics and precision.
 
-Shape legend: B pictures, L patch tokens in raster order, C the teacher's width.
+Shape legend: B images, L patch tokens in raster order, C the teacher's width.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class TeacherOutput(NamedTuple):
 
 
 class Teacher(nn.Module, ABC):
-    """A frozen network that turns pictures into targets.
+    """A frozen network that turns images into targets.
 
-    Not part of the student, never in an optimiser or a checkpoint. ``train()`` has no effect.
+    Not part of the student, never in an optimizer or a checkpoint. ``train()`` has no effect.
 
     Attributes:
         grid: rows and columns of its patch tokens.
         width: C.
         sha256: of its weights file.
-        image_size: side of its input in pixels; other pictures are resized (bicubic) to it.
+        image_size: side of its input in pixels; other images are resized (bicubic) to it.
         facts: what was found out or decided while it was built, in words, by topic (``importance``, ``GELU``, ...).
     """
 
@@ -67,7 +67,7 @@ class Teacher(nn.Module, ABC):
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> TeacherOutput:
-        """Targets of pictures: float [B, 3, H, W] in 0 to 1, as they were decoded (no normalisation)."""
+        """Targets of images: float [B, 3, H, W] in 0 to 1, as they were decoded (no normalization)."""
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -79,7 +79,7 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
 
     def forget_weights(self) -> None:
         """Free the memory of all weights, whoever else holds the network. What is known of the teacher stays."""
@@ -100,7 +100,7 @@ class TokenReader(Protocol):
     importance: str
 
     def __call__(self, network: nn.Module, images: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         ...
 
 
@@ -178,7 +178,7 @@ def class_attention(
 
 
 def check_tiles(patch: int, image_size: int, key: str) -> None:
-    """Check that patches of a side cover a picture of a side; libraries leave the rest of it out without a word.
+    """Check that patches of a side cover an image of a side; libraries leave the rest of it out without a word.
 
     Raises:
         UserError: naming the recipe key and the sizes next to it that would do.

@@ -1,4 +1,4 @@
-"""What a finished stage is drawn as: its loss curves and, after pre-training, pictures."""
+"""What a finished stage is drawn as: its loss curves and, after pre-training, images."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import sys
 import traceback
 from pathlib import Path
 
-from mrmae_ds.distributed.watchdog import Monitor
+from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.checkpoint.folder import clear_leftovers, torn_files
 
-CURVES, PICTURES = "loss_curves.png", "pictures"
+CURVES, IMAGES = "loss_curves.png", "images"
 
 
 def draw(stage_dir: Path) -> None:
-    """Curves and pictures of a finished stage; it stays finished whatever becomes of them, so the reason is printed."""
-    for what, draw in {"loss curves": _draw_curves, "pictures": _draw_pictures}.items():
+    """Curves and images of a finished stage; it stays finished whatever becomes of them, so the reason is printed."""
+    for what, draw in {"loss curves": _draw_curves, "images": _draw_images}.items():
         try:
             draw(stage_dir)
         except Exception as error:
@@ -30,24 +30,24 @@ def _draw_curves(stage_dir: Path) -> None:
     loss_curves(stage_dir, stage_dir / CURVES)
 
 
-def _draw_pictures(stage_dir: Path) -> None:
+def _draw_images(stage_dir: Path) -> None:
     from mrmae_ds.figures.visualize import show_run
 
     show_run(stage_dir)
 
 
-def finish_drawing(stage_dir: Path, with_pictures: bool, monitor: Monitor) -> None:
+def finish_drawing(stage_dir: Path, with_images: bool, monitor: Watchdog) -> None:
     """Draw a finished stage again whose process was killed while it drew, and remove what that left.
 
     Args:
         stage_dir: of the stage.
-        with_pictures: whether it has pictures too.
+        with_images: whether it has images too.
         monitor: of this process, which may have to wait for the drawing.
     """
     torn = torn_files(stage_dir)
     with contextlib.suppress(OSError):  # a folder that has become read-only is left as it is
         clear_leftovers(stage_dir)
-    lacks_pictures = with_pictures and not any((stage_dir / PICTURES).glob("*.png"))
-    if torn or lacks_pictures or not (stage_dir / CURVES).is_file():
+    lacks_images = with_images and not any((stage_dir / IMAGES).glob("*.png"))
+    if torn or lacks_images or not (stage_dir / CURVES).is_file():
         monitor.beat("drawing")
         draw(stage_dir)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from mrmae_ds.config.stages import FinetuneConfig, ProbeConfig
 from mrmae_ds.data.loaders.build import Reader
-from mrmae_ds.distributed.watchdog import Monitor
-from mrmae_ds.training.checkpoint.async_saver import Saver
-from mrmae_ds.training.checkpoint.manifest import Results
-from mrmae_ds.training.checkpoint.policy import SavePlan
+from mrmae_ds.distributed.watchdog import Watchdog
+from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
+from mrmae_ds.training.checkpoint.manifest import ResultValues
+from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.evaluation.accuracy import evaluate
-from mrmae_ds.training.evaluation.knn import KnnCheck
-from mrmae_ds.training.job import Job
+from mrmae_ds.training.evaluation.knn import KnnEvaluator
+from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.nonfinite_capture import Division, write_capture
-from mrmae_ds.training.run_logger import Recorder
-from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
+from mrmae_ds.training.run_logger import RunLogger
+from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
 from mrmae_ds.training.tasks.base import PretrainTask
 
 
@@ -39,18 +39,18 @@ class StageHooks:
         knn: a look at the features of a pre-training, where the recipe wants one.
     """
 
-    job: Job
+    job: PreparedStage
     engine: deepspeed.DeepSpeedEngine
     val: Reader | None
-    recorder: Recorder | None
-    saver: Saver
-    saves: SavePlan
-    boundary: Boundary
-    monitor: Monitor
-    results: Results
-    knn: KnnCheck | None = None
+    recorder: RunLogger | None
+    saver: AsyncCheckpointer
+    saves: CheckpointPolicy
+    boundary: StepSync
+    monitor: Watchdog
+    results: ResultValues
+    knn: KnnEvaluator | None = None
 
-    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+    def skipped(self, state: TrainState, verdict: StepStatus, micros: list[MicroBatch]) -> None:
         """See :class:`mrmae_ds.training.loop.Hooks`."""
         job, plan = self.job, self.job.plan
         division = Division(
@@ -75,7 +75,7 @@ class StageHooks:
                 flush=True,
             )
 
-    def save(self, state: TrainState, verdict: Verdict) -> None:
+    def save(self, state: TrainState, verdict: StepStatus) -> None:
         """See :class:`mrmae_ds.training.loop.Hooks`."""
         self.monitor.beat(f"step {state.step + 1}")
         self.saver.poll(verdict.writing)
@@ -92,7 +92,7 @@ class StageHooks:
         """See :class:`mrmae_ds.training.loop.Hooks`."""
         task, stage = self.job.task, self.job.stage
         if self.knn is not None and self.knn.due(epochs):
-            self.monitor.beat(f"nearest neighbours after epoch {epochs}")
+            self.monitor.beat(f"nearest neighbors after epoch {epochs}")
             found = self.knn.run()
             self.results |= found
             return found

@@ -28,13 +28,13 @@ from mrmae_ds.config.stages import (
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
 from mrmae_ds.data.loaders.build import check_backend
 from mrmae_ds.data.loaders.sampler import steps_per_epoch
-from mrmae_ds.data.node_cache import stage_all
+from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
-from mrmae_ds.training.checkpoint.manifest import Identity
-from mrmae_ds.training.checkpoint.run_dir import Start, decide_start
-from mrmae_ds.training.loop import Plan
+from mrmae_ds.training.checkpoint.manifest import RunIdentity
+from mrmae_ds.training.checkpoint.run_dir import RunStart, decide_start
+from mrmae_ds.training.loop import StageSchedule
 from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
 from mrmae_ds.training.tasks.linear_probe import ProbeTask, probe_engine_config
 from mrmae_ds.weights.load import build_encoder, find_weights, init_classifier, load_encoder, load_pretrained
@@ -43,7 +43,7 @@ TrainedStage = PretrainConfig | FinetuneConfig | ProbeConfig
 
 
 @dataclass(frozen=True)
-class Options:
+class TrainArgs:
     """The command line of train.py.
 
     Attributes:
@@ -74,16 +74,16 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Everything a training stage needs, on the CPU of this process; see :func:`prepare_job`."""
+class PreparedStage:
+    """Everything a training stage needs, on the CPU of this process; see :func:`prepare_stage`."""
 
     recipe: Recipe
     stage_name: StageName
     engine_config: EngineConfig
-    plan: Plan
+    plan: StageSchedule
     stage_dir: Path
-    identity: Identity
-    start: Start
+    identity: RunIdentity
+    start: RunStart
     train_data: BetonInfo
     val_data: BetonInfo
     task: PretrainTask | FinetuneTask | ProbeTask
@@ -97,7 +97,7 @@ class Job:
         return self.plan.stage
 
 
-def load_configs(options: Options) -> tuple[Recipe, EngineConfig]:
+def load_configs(options: TrainArgs) -> tuple[Recipe, EngineConfig]:
     """Both configuration files, validated.
 
     Raises:
@@ -107,11 +107,11 @@ def load_configs(options: Options) -> tuple[Recipe, EngineConfig]:
     return load_recipe(options.recipe_path, list(options.overrides)), engine_config
 
 
-def prepare_job(options: Options, launch: Launch) -> Job:
+def prepare_stage(options: TrainArgs, launch: Launch) -> PreparedStage:
     """Resolve, check, build model and teachers on the CPU, for a stage that trains, and stage its data on this node.
 
     Raises:
-        UserError: for anything a user can mend: a missing data file, a batch that does not divide, a picture size that
+        UserError: for anything a user can mend: a missing data file, a batch that does not divide, an image size that
             the patches do not tile, a teacher that does not fit, weights that are not there, too small a node's disk.
     """
     recipe, engine_config = load_configs(options)
@@ -130,7 +130,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
             f"data.train and data.val: {train_data.path} and {val_data.path} name different classes "
             f"({train_data.num_classes} and {val_data.num_classes}); write both from the same tree"
         )
-    plan = Plan(
+    plan = StageSchedule(
         stage=stage,
         seed=recipe.seed,
         steps_per_epoch=steps_per_epoch(train_data.num_samples, stage.batch_size),
@@ -151,7 +151,7 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     else:
         image_size = stage.image_size or image_size
         task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
-    identity = Identity(
+    identity = RunIdentity(
         recipe_hash=recipe.hash(options.stage),
         seed=recipe.seed,
         train=train_data.sha256,
@@ -159,9 +159,9 @@ def prepare_job(options: Options, launch: Launch) -> Job:
         teachers={name: teacher.sha256 for name, teacher in task.teachers.items()},
         recipe=recipe.counted(options.stage),
     )
-    start = Start("fresh") if options.dry_run else decide_start(stage_dir, options.stage, identity, options.resume)
+    start = RunStart("fresh") if options.dry_run else decide_start(stage_dir, options.stage, identity, options.resume)
     _stage_data(recipe, stage, start, launch)
-    return Job(
+    return PreparedStage(
         recipe=recipe,
         stage_name=options.stage,
         engine_config=engine_config,
@@ -178,12 +178,12 @@ def prepare_job(options: Options, launch: Launch) -> Job:
     )
 
 
-def _stage_data(recipe: Recipe, stage: TrainedStage, start: Start, launch: Launch) -> None:
+def _stage_data(recipe: Recipe, stage: TrainedStage, start: RunStart, launch: Launch) -> None:
     """Copy what the stage reads to this node, where the recipe says so."""
     if start.action != "done":
         evaluates = not isinstance(stage, PretrainConfig) or stage.knn is not None
         read = [recipe.data.train, recipe.data.val] if evaluates else [recipe.data.train]
-        stage_all(read, recipe.loader.stage_to, is_leader=launch.local_rank == 0)
+        cache_all(read, recipe.loader.cache_dir, is_leader=launch.local_rank == 0)
 
 
 def _init_file(stage: TrainedStage, stage_dir: Path) -> Path | None:

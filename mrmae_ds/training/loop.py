@@ -15,26 +15,26 @@ from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.signals import Stopped
 from mrmae_ds.training.checkpoint.train_state import TrainState
-from mrmae_ds.training.engine.build import set_learning_rate
+from mrmae_ds.training.engine.build import set_lr
 from mrmae_ds.training.engine.nonfinite import skip_step
 from mrmae_ds.training.lr_schedule import learning_rate
 from mrmae_ds.training.meter import Meter
-from mrmae_ds.training.perf_metrics import Accountant
-from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
-from mrmae_ds.training.tasks.base import StepKey, Task
+from mrmae_ds.training.perf_metrics import PerfMeter
+from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
+from mrmae_ds.training.tasks.base import MicroBatchKey, Task
 
 # A few bad batches are skipped; when nothing else comes, going on is a waste.
 MAX_BAD_STEPS = 5
 
 
 @dataclass(frozen=True)
-class Plan:
+class StageSchedule:
     """The arithmetic of a stage: every count is fixed before the first step.
 
     Attributes:
         stage: the recipe's section. seed: the run's.
-        steps_per_epoch: optimiser steps.
-        accumulation: micro-batches a step. micro_batch: pictures of each.
+        steps_per_epoch: optimizer steps.
+        accumulation: micro-batches a step. micro_batch: images of each.
         launch: this process among the others.
     """
 
@@ -52,11 +52,11 @@ class Plan:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the stage."""
+        """Optimizer steps of the stage."""
         return self.steps_per_epoch * self.epochs
 
     def rate(self, step: int) -> float:
-        """The learning rate of an optimiser step, from the fractional epoch before it."""
+        """The learning rate of an optimizer step, from the fractional epoch before it."""
         optimizer = self.stage.optimizer
         return learning_rate(
             step / self.steps_per_epoch,
@@ -66,24 +66,24 @@ class Plan:
             epochs=self.epochs,
         )
 
-    def key(self, step: int, micro: int) -> StepKey:
+    def key(self, step: int, micro: int) -> MicroBatchKey:
         """The identity of a micro-batch on this rank."""
         launch = self.launch
-        return StepKey(self.seed, step, micro, launch.rank, launch.world_size, self.micro_batch)
+        return MicroBatchKey(self.seed, step, micro, launch.rank, launch.world_size, self.micro_batch)
 
 
 def run_step(
     engine: deepspeed.DeepSpeedEngine,
     task: Task,
     batches: Iterator[Batch],
-    plan: Plan,
+    plan: StageSchedule,
     step: int,
     meter: Meter,
-    boundary: Boundary | None = None,
-) -> Verdict:
-    """One optimiser step: all its micro-batches, forward, backward, and the update if all ranks find it finite."""
-    boundary = boundary or Boundary()
-    set_learning_rate(engine, plan.rate(step))
+    boundary: StepSync | None = None,
+) -> StepStatus:
+    """One optimizer step: all its micro-batches, forward, backward, and the update if all ranks find it finite."""
+    boundary = boundary or StepSync()
+    set_lr(engine, plan.rate(step))
     boundary.begin()
     for micro in range(plan.accumulation):
         asked = time.perf_counter()
@@ -107,11 +107,11 @@ def run_step(
 class Hooks(Protocol):
     """What happens around the steps. Every method is called on every rank, with the steps done."""
 
-    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+    def skipped(self, state: TrainState, verdict: StepStatus, micros: list[MicroBatch]) -> None:
         """A step was not taken, because of these micro-batches on some rank."""
         ...
 
-    def save(self, state: TrainState, verdict: Verdict) -> None:
+    def save(self, state: TrainState, verdict: StepStatus) -> None:
         """Write a checkpoint if it is time; called after every step, before what follows it."""
         ...
 
@@ -128,19 +128,19 @@ def train(
     engine: deepspeed.DeepSpeedEngine,
     task: Task,
     reader: Reader,
-    plan: Plan,
+    plan: StageSchedule,
     state: TrainState,
     log_every: int,
     hooks: Hooks,
-    boundary: Boundary,
-    accountant: Accountant | None = None,
+    boundary: StepSync,
+    accountant: PerfMeter | None = None,
 ) -> None:
     """Train from where ``state`` stands to the end of the stage.
 
     Args:
         engine: wraps the task's model.
         task: gives the losses.
-        reader: this rank's pictures.
+        reader: this rank's images.
         plan: the stage's arithmetic.
         state: counters, kept up to date; what follows its last step (a line, an evaluation) is done first.
         log_every: steps between logged lines; the first step and every epoch's last are logged too.
@@ -176,7 +176,7 @@ def train(
         follow_up.run()
 
 
-def _count(engine: deepspeed.DeepSpeedEngine, state: TrainState, verdict: Verdict) -> None:
+def _count(engine: deepspeed.DeepSpeedEngine, state: TrainState, verdict: StepStatus) -> None:
     state.step += 1
     state.grad_norm = engine.get_global_grad_norm()
     state.skipped += not verdict.finite
@@ -186,7 +186,7 @@ def _count(engine: deepspeed.DeepSpeedEngine, state: TrainState, verdict: Verdic
 def _gave_up(state: TrainState) -> str:
     return (
         f"loss or gradients were not finite in the last {state.bad_in_row} steps, up to step {state.step}; such steps "
-        "are skipped, so the weights are as they were before. Lower the learning rate, or look at the pictures: "
+        "are skipped, so the weights are as they were before. Lower the learning rate, or look at the images: "
         "mrmae replay runs the captured step again"
     )
 
@@ -199,11 +199,11 @@ class _FollowUp:
     """
 
     engine: deepspeed.DeepSpeedEngine
-    plan: Plan
+    plan: StageSchedule
     state: TrainState
     log_every: int
     hooks: Hooks
-    accountant: Accountant | None
+    accountant: PerfMeter | None
     steps: int = 0
 
     def run(self, at_any_rate: bool = False) -> None:

@@ -9,7 +9,7 @@ def learning_rate(epoch: float, *, peak: float, floor: float, warmup_epochs: flo
     """Linear warm-up from 0 to ``peak``, then half a cosine to ``floor``.
 
     Args:
-        epoch: fractional epoch, (step + 0) / steps_per_epoch before each optimiser step.
+        epoch: fractional epoch, (step + 0) / steps_per_epoch before each optimizer step.
         peak: the rate at the end of warm-up.
         floor: the rate at the end of training.
         warmup_epochs: length of the warm-up.

@@ -37,7 +37,7 @@ class Meter:
         """Means over the finite micro-batches of all ranks since the last read, speeds, and how many were not finite.
 
         All ranks must call it. The speeds are ``images_per_s`` of the whole job and ``data_wait``, the share of
-        this rank's time spent waiting for pictures.
+        this rank's time spent waiting for images.
         """
         assert self.nonfinite is not None
         packed = sum_over_ranks(torch.stack([*self.sums.values(), self.nonfinite])).tolist()

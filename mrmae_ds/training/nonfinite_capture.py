@@ -19,7 +19,7 @@ from mrmae_ds.distributed.collectives import gather
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.training.engine.build import gather_state
-from mrmae_ds.training.step_sync import Micro, Verdict
+from mrmae_ds.training.step_sync import MicroBatch, StepStatus
 from mrmae_ds.weights.load import MODEL_FILE, save_weights
 
 FOLDER = "captures"
@@ -27,7 +27,7 @@ FILE = "capture.json"
 KEPT = 5  # each holds the model's weights
 
 
-class MicroRecord(BaseModel):
+class CapturedMicroBatch(BaseModel):
     """A micro-batch: rows of its samples in the data set, and its losses as text, which holds nan and inf."""
 
     model_config = ConfigDict(extra="forbid")
@@ -39,7 +39,7 @@ class Capture(BaseModel):
     """A step that was skipped.
 
     Attributes:
-        stage: its name. step: optimiser steps done before. seed: of the run.
+        stage: its name. step: optimizer steps done before. seed: of the run.
         recipe_hash: of the stage's recipe.
         world_size, accumulation, micro_batch: how the global batch was divided.
         bad_loss, bad_gradient: which of them was not finite.
@@ -58,7 +58,7 @@ class Capture(BaseModel):
     bad_loss: bool
     bad_gradient: bool
     engine: dict[str, Any]
-    ranks: list[list[MicroRecord]]
+    ranks: list[list[CapturedMicroBatch]]
 
 
 class Division(NamedTuple):
@@ -78,8 +78,8 @@ def write_capture(
     stage_dir: Path,
     division: Division,
     step: int,
-    verdict: Verdict,
-    micros: list[Micro],
+    verdict: StepStatus,
+    micros: list[MicroBatch],
     same_weights: bool,
 ) -> Path | None:
     """Write down a step that was not taken. All ranks must call it, right after it was skipped.
@@ -87,7 +87,7 @@ def write_capture(
     Args:
         engine: whose weights are those of before the step.
         stage_dir: of the run. division: of the global batch.
-        step: optimiser steps done before it.
+        step: optimizer steps done before it.
         verdict: what was found. micros: this rank's micro-batches.
         same_weights: the step before was skipped too, so its capture holds the same weights.
 
@@ -141,9 +141,9 @@ def read_capture(path: Path) -> tuple[Path, Capture]:
         raise UserError(f"{folder / FILE}: not a capture of this version: {error.errors()[0]['msg']}") from None
 
 
-def _record(micro: Micro) -> MicroRecord:
+def _record(micro: MicroBatch) -> CapturedMicroBatch:
     losses: dict[str, Any] = {name: repr(value.item()) for name, value in micro.losses.items()}
-    return MicroRecord(indices=micro.indices.tolist(), losses=losses)
+    return CapturedMicroBatch(indices=micro.indices.tolist(), losses=losses)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -19,7 +19,7 @@ GIB = 2**30
 TERA = 1e12
 
 
-class Accountant:
+class PerfMeter:
     """Memory and traffic of a running stage. On every rank, because the memory logged is the fullest device's.
 
     Args:
@@ -69,19 +69,19 @@ def device_peak(device: torch.device) -> float | None:
     return gpu.peak_tflops if gpu else None
 
 
-def utilisation(
+def utilization(
     images_per_s: float, model_operations: int, world_size: int, peak_tflops: float | None
 ) -> dict[str, float]:
     """What the job's speed is in operations.
 
     Args:
         images_per_s: of the whole job.
-        model_operations: for one picture, without what checkpointing computes once more.
+        model_operations: for one image, without what checkpointing computes once more.
         world_size: devices.
         peak_tflops: of one device; None is unknown.
 
     Returns:
-        ``tflops``, of one device, and ``mfu``, the model FLOPs utilisation (Chowdhery et al. 2022, appendix B): their
+        ``tflops``, of one device, and ``mfu``, the model FLOPs utilization (Chowdhery et al. 2022, appendix B): their
         share of the peak. The second is left out where the peak is unknown: a share of a guess is worse than none.
     """
     tflops = images_per_s * model_operations / world_size / TERA

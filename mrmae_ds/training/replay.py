@@ -1,7 +1,7 @@
 """Running a skipped step again: ``mrmae replay CAPTURE``.
 
 One process takes the parts of all ranks in turn, as plain modules without DeepSpeed: the captured weights, the same
-pictures cut the same way, the same masks and random draws, forward and backward. What is not finite is traced to the
+images cut the same way, the same masks and random draws, forward and backward. What is not finite is traced to the
 first module that made it so of finite input.
 """
 
@@ -23,13 +23,13 @@ from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
 from mrmae_ds.training.evaluation.evaluate import autocast
-from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.nonfinite_capture import Capture, read_capture
 from mrmae_ds.weights.load import MODEL_FILE, read_tensors
 
 
 @dataclass(frozen=True)
-class Part:
+class ReplayResult:
     """One micro-batch of the step, run again.
 
     Attributes:
@@ -52,7 +52,7 @@ class Part:
         return math.isfinite(self.replayed["loss"]) and not self.gradients
 
 
-def replay(path: Path, device: torch.device) -> tuple[Capture, list[Part]]:
+def replay(path: Path, device: torch.device) -> tuple[Capture, list[ReplayResult]]:
     """Run a captured step again.
 
     Args:
@@ -60,7 +60,7 @@ def replay(path: Path, device: torch.device) -> tuple[Capture, list[Part]]:
         device: to compute on.
 
     Raises:
-        UserError: if it is no capture, or what it needs (recipe, pictures, teachers) is no longer what it was.
+        UserError: if it is no capture, or what it needs (recipe, images, teachers) is no longer what it was.
     """
     folder, capture = read_capture(path)
     with _job(folder, capture) as job:
@@ -79,7 +79,7 @@ def replay(path: Path, device: torch.device) -> tuple[Capture, list[Part]]:
 
 
 @contextmanager
-def _job(folder: Path, capture: Capture) -> Iterator[Job]:
+def _job(folder: Path, capture: Capture) -> Iterator[PreparedStage]:
     """The stage as the captured job prepared it, with its teachers on the device."""
     stage_dir = folder.parent.parent
     overrides = ("stages.pretrain.placement=device",) if capture.stage == "pretrain" else ()
@@ -87,7 +87,7 @@ def _job(folder: Path, capture: Capture) -> Iterator[Job]:
     with tempfile.TemporaryDirectory() as temporary:
         engine = Path(temporary) / "engine.json"
         engine.write_text(json.dumps(capture.engine))
-        options = Options(
+        options = TrainArgs(
             ds_config=engine,
             stage=capture.stage,
             recipe=stage_dir / RECIPE_FILE,
@@ -95,10 +95,10 @@ def _job(folder: Path, capture: Capture) -> Iterator[Job]:
             overrides=overrides,
             dry_run=True,
         )
-        yield prepare_job(options, launch)
+        yield prepare_stage(options, launch)
 
 
-def _rank(job: Job, capture: Capture, rank: int, device: torch.device) -> Iterator[Part]:
+def _rank(job: PreparedStage, capture: Capture, rank: int, device: torch.device) -> Iterator[ReplayResult]:
     from mrmae_ds.training.run import open_reader
 
     job = replace(job, plan=replace(job.plan, launch=Launch(rank, rank, capture.world_size, capture.world_size)))
@@ -116,7 +116,7 @@ def _rank(job: Job, capture: Capture, rank: int, device: torch.device) -> Iterat
             with origin:
                 losses = job.task.losses(engine, batch, job.plan.key(capture.step, micro))
                 losses["loss"].backward()
-            yield Part(
+            yield ReplayResult(
                 rank=rank,
                 micro=micro,
                 captured={name: float(text) for name, text in record.losses.items()},
@@ -135,7 +135,7 @@ def _rank(job: Job, capture: Capture, rank: int, device: torch.device) -> Iterat
 class _Autocast(nn.Module):
     """A model in the engine config's precision, as the engine runs it."""
 
-    def __init__(self, model: nn.Module, job: Job, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, job: PreparedStage, device: torch.device) -> None:
         super().__init__()
         self.model, self.config, self.device = model, job.engine_config, device
 
@@ -180,7 +180,7 @@ def _bad(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(map(_bad, value))
 
 
-def describe(capture: Capture, parts: list[Part]) -> str:
+def describe(capture: Capture, parts: list[ReplayResult]) -> str:
     """What came of it: a line a part, and whether it is what was captured."""
     what = "a loss" if capture.bad_loss else "a gradient"
     lines = [f"step {capture.step + 1} of {capture.stage}, skipped because {what} was not finite:"]
@@ -194,19 +194,19 @@ def describe(capture: Capture, parts: list[Part]) -> str:
     lines.append(
         "it is the same again"
         if again
-        else "it is not the same again: what went wrong is not in the weights, the pictures or the random draws. "
+        else "it is not the same again: what went wrong is not in the weights, the images or the random draws. "
         "Look at the device and at what runs on it"
     )
     return "\n".join(lines)
 
 
-def _told(part: Part, name: str) -> str:
+def _told(part: ReplayResult, name: str) -> str:
     then, now = part.captured[name], part.replayed[name]
     same = then == now or (math.isnan(then) and math.isnan(now)) or math.isclose(then, now, rel_tol=1e-5)
     return f"{now:.6g}" if same else f"{now:.6g} (captured: {then:.6g})"
 
 
-def _found(part: Part) -> str:
+def _found(part: ReplayResult) -> str:
     count = len(part.gradients)
     named = ", ".join(part.gradients[:3]) + (", ..." if count > 3 else "")
     gradients = f"; {count} gradients not finite: {named}" if count else ""

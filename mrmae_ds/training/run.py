@@ -18,38 +18,38 @@ from mrmae_ds.data.node_cache import located
 from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.distributed.signals import Stopped, StopSignals
-from mrmae_ds.distributed.watchdog import TOGETHER, Monitor
+from mrmae_ds.distributed.watchdog import TOGETHER, Watchdog
 from mrmae_ds.errors import UserError
-from mrmae_ds.training.checkpoint.async_saver import Saver
-from mrmae_ds.training.checkpoint.manifest import Results
-from mrmae_ds.training.checkpoint.policy import SavePlan
+from mrmae_ds.training.checkpoint.manifest import ResultValues
+from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
 from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
-from mrmae_ds.training.checkpoint.run_dir import Start, prepare_folder
+from mrmae_ds.training.checkpoint.run_dir import RunStart, prepare_folder
 from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.config.async_saver import AsyncCheckpointer
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.evaluation.accuracy import validation_reader
-from mrmae_ds.training.evaluation.knn import KnnCheck
+from mrmae_ds.training.evaluation.knn import KnnEvaluator
 from mrmae_ds.training.final_figures import draw, finish_drawing
 from mrmae_ds.training.hooks import StageHooks
-from mrmae_ds.training.job import Job
+from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.loop import run_step, train
 from mrmae_ds.training.meter import Meter
-from mrmae_ds.training.perf_metrics import GIB, Accountant, peak_memory
-from mrmae_ds.training.run_logger import Recorder, count_parameters, export_metadata
-from mrmae_ds.training.step_sync import Boundary
+from mrmae_ds.training.perf_metrics import GIB, PerfMeter, peak_memory
+from mrmae_ds.training.run_logger import RunLogger, count_parameters, export_metadata
+from mrmae_ds.training.step_sync import StepSync
 from mrmae_ds.training.tasks.base import FinetuneTask
 from mrmae_ds.training.tasks.linear_probe import ProbeTask
 from mrmae_ds.weights.load import MODEL_FILE, save_weights
 
 
-def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
+def open_reader(job: PreparedStage, device: torch.device, *, training: bool) -> Reader:
     """This rank's reader of the training or the validation set."""
     launch, data, stage = job.plan.launch, job.recipe.data, job.stage
     if not training:
         return validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, device)
     policy = stage.rand_augment if isinstance(stage, FinetuneConfig) else None
     return build_reader(
-        located(data.train, job.recipe.loader.stage_to),
+        located(data.train, job.recipe.loader.cache_dir),
         train=True,
         image_size=job.image_size,
         micro_batch=job.plan.micro_batch,
@@ -58,41 +58,41 @@ def open_reader(job: Job, device: torch.device, *, training: bool) -> Reader:
         rank=launch.rank,
         seed=job.recipe.seed,
         crop=CropSettings(scale=stage.crop_scale, flip=stage.flip),
-        num_workers=job.recipe.loader.workers,
+        num_workers=job.recipe.loader.num_workers,
         device=device,
         backend=data.backend,
         augment=AugmentSettings(policy, data.mean) if policy else None,
     )
 
 
-def run_job(job: Job) -> None:
+def run_stage(job: PreparedStage) -> None:
     """Train the stage to its end. Returns on every rank; leaves the process group.
 
     Writes into ``job.stage_dir``: recipe.yaml, engine.json, record.json, metrics.jsonl, tensorboard/, checkpoints/,
-    captures/ of skipped steps, model.safetensors, loss_curves.png and, after pre-training, pictures/.
+    captures/ of skipped steps, model.safetensors, loss_curves.png and, after pre-training, images/.
 
     Raises:
         Stopped: on every rank, after a signal and a checkpoint.
-        AgreedError, TrainingError: on every rank.
+        CollectiveError, TrainingError: on every rank.
     """
     launch = job.plan.launch
     device = choose_device(launch)
     start_process_group(device)
     try:
-        with Monitor(launch, 60 * job.recipe.record.hang_minutes) as monitor, StopSignals() as signals:
+        with Watchdog(launch, 60 * job.recipe.watchdog.timeout_minutes) as monitor, StopSignals() as signals:
             start = agree_on_start(job.start, job.stage_dir)
             if start.action != "done":
                 _train(job, start, device, monitor, signals)
             elif launch.rank == 0:
                 print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere", flush=True)
-                finish_drawing(job.stage_dir, _has_pictures(job), monitor)
+                finish_drawing(job.stage_dir, _has_images(job), monitor)
     except TOGETHER:
         end_process_group()
         raise
     end_process_group()
 
 
-def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signals: StopSignals) -> None:
+def _train(job: PreparedStage, start: RunStart, device: torch.device, monitor: Watchdog, signals: StopSignals) -> None:
     plan, launch, first = job.plan, job.plan.launch, job.plan.launch.rank == 0
     parameters = count_parameters(job)
     engine = _engine(job, device)
@@ -104,14 +104,14 @@ def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signa
     if first:
         config = json.dumps(job.engine_config.as_used(plan.accumulation), indent=2)
         prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=start.action == "fresh")
-        recorder = Recorder(job, parameters, device, state.step, results)
+        recorder = RunLogger(job, parameters, device, state.step, results)
         monitor.on_failure = lambda: recorder.fail(state.step)
         _announce(job, start, device, state.step, parameters.total)
     hooks = _hooks(job, engine, device, recorder, monitor, signals, results)
     try:
-        accountant = Accountant(engine, device)
+        accountant = PerfMeter(engine, device)
         reader = open_reader(job, device, training=True)
-        log_every = job.recipe.record.log_every
+        log_every = job.recipe.logging.every_steps
         train(engine, job.task, reader, plan, state, log_every, hooks, hooks.boundary, accountant)
         accountant.close()
         hooks.saver.finish()
@@ -132,28 +132,28 @@ def _train(job: Job, start: Start, device: torch.device, monitor: Monitor, signa
 
 
 def _hooks(
-    job: Job,
+    job: PreparedStage,
     engine: deepspeed.DeepSpeedEngine,
     device: torch.device,
-    recorder: Recorder | None,
-    monitor: Monitor,
+    recorder: RunLogger | None,
+    monitor: Watchdog,
     signals: StopSignals,
-    results: Results,
+    results: ResultValues,
 ) -> StageHooks:
-    plan, record = job.plan, job.recipe.record
-    saves = SavePlan(record, plan.steps_per_epoch, plan.total_steps)
+    plan, config = job.plan, job.recipe.checkpoint
+    saves = CheckpointPolicy(config, plan.steps_per_epoch, plan.total_steps)
 
-    def committed(folder: Path, step: int, saved: Results) -> None:
+    def committed(folder: Path, step: int, saved: ResultValues) -> None:
         if recorder:
             recorder.saved(step, saved)
 
-    saver = Saver(
+    saver = AsyncCheckpointer(
         engine,
         job.stage_dir,
         job.identity,
         saves.retention(),
         plan.micro_batch,
-        background=record.save_in_background,
+        background=config.async_save,
         committed=committed,
     )
     return StageHooks(
@@ -163,19 +163,21 @@ def _hooks(
         recorder=recorder,
         saver=saver,
         saves=saves,
-        boundary=Boundary(signals, record.save_every_minutes, saver.writing),
+        boundary=StepSync(signals, config.every_minutes, saver.writing),
         monitor=monitor,
         results=results,
         knn=_knn_check(job, engine, device, monitor),
     )
 
 
-def _knn_check(job: Job, engine: deepspeed.DeepSpeedEngine, device: torch.device, monitor: Monitor) -> KnnCheck | None:
+def _knn_check(
+    job: PreparedStage, engine: deepspeed.DeepSpeedEngine, device: torch.device, monitor: Watchdog
+) -> KnnEvaluator | None:
     wanted = isinstance(job.stage, PretrainConfig) and job.stage.knn is not None
-    return KnnCheck(job, engine, device, lambda: monitor.beat("nearest neighbours")) if wanted else None
+    return KnnEvaluator(job, engine, device, lambda: monitor.beat("nearest neighbors")) if wanted else None
 
 
-def _engine(job: Job, device: torch.device) -> deepspeed.DeepSpeedEngine:
+def _engine(job: PreparedStage, device: torch.device) -> deepspeed.DeepSpeedEngine:
     task, config, accumulation, rates = job.task, job.engine_config, job.plan.accumulation, job.stage.optimizer
     betas = rates.betas if isinstance(rates, OptimizerConfig) else (0.0, 0.0)
     make = task.optimizer if isinstance(task, ProbeTask) else None
@@ -184,7 +186,7 @@ def _engine(job: Job, device: torch.device) -> deepspeed.DeepSpeedEngine:
     return engine
 
 
-def _announce(job: Job, start: Start, device: torch.device, step: int, parameters: int) -> None:
+def _announce(job: PreparedStage, start: RunStart, device: torch.device, step: int, parameters: int) -> None:
     plan, launch = job.plan, job.plan.launch
     print(
         f"{job.recipe.name} {job.stage_name}: {parameters / 1e6:.2f} M parameters, ZeRO-{job.engine_config.zero_stage} "
@@ -199,7 +201,7 @@ def _announce(job: Job, start: Start, device: torch.device, step: int, parameter
         print(f"  started from {job.report}", flush=True)
 
 
-def _export(job: Job, engine: deepspeed.DeepSpeedEngine, results: dict[str, float | int]) -> None:
+def _export(job: PreparedStage, engine: deepspeed.DeepSpeedEngine, results: dict[str, float | int]) -> None:
     state = gather_state(engine)
     if job.plan.launch.rank == 0:
         if isinstance(job.task, ProbeTask):
@@ -207,24 +209,24 @@ def _export(job: Job, engine: deepspeed.DeepSpeedEngine, results: dict[str, floa
         save_weights(job.stage_dir / MODEL_FILE, state, export_metadata(job, results))
 
 
-def _has_pictures(job: Job) -> bool:
-    return job.stage_name == "pretrain" and job.recipe.record.pictures > 0
+def _has_images(job: PreparedStage) -> bool:
+    return job.stage_name == "pretrain" and job.recipe.logging.num_images > 0
 
 
-def dry_run(job: Job) -> None:
-    """Two real steps on real pictures, nothing written: prints each one's time and the peak memory of this node.
+def dry_run(job: PreparedStage) -> None:
+    """Two real steps on real images, nothing written: prints each one's time and the peak memory of this node.
 
     The shapes are the stage's largest: a whole micro-batch, every micro-batch of the step, and one evaluation batch
     where the stage evaluates.
     """
     device = choose_device(job.plan.launch)
     start_process_group(device)
-    with Monitor(job.plan.launch, 60 * job.recipe.record.hang_minutes):
+    with Watchdog(job.plan.launch, 60 * job.recipe.watchdog.timeout_minutes):
         _dry_run(job, device)
     end_process_group()
 
 
-def _dry_run(job: Job, device: torch.device) -> None:
+def _dry_run(job: PreparedStage, device: torch.device) -> None:
     launch, engine = job.plan.launch, _engine(job, device)
     reader = open_reader(job, device, training=True)
     if job.plan.total_steps < 2:

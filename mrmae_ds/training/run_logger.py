@@ -35,27 +35,27 @@ from mrmae_ds.records.record import (
     TeacherInfo,
     utc_now,
 )
-from mrmae_ds.training.job import Job
-from mrmae_ds.training.perf_metrics import device_peak, utilisation
+from mrmae_ds.training.job import PreparedStage
+from mrmae_ds.training.perf_metrics import device_peak, utilization
 from mrmae_ds.training.tasks.linear_probe import ProbeTask
 from mrmae_ds.weights.load import encoder_metadata
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class Recorder:
+class RunLogger:
     """Writes one stage's records.
 
     Args:
         job: what runs.
         parameters: counts of the model, taken before it was partitioned.
         device: as text, for the record.
-        start: optimiser steps already done; what was logged after the last but one of them is logged again.
+        start: optimizer steps already done; what was logged after the last but one of them is logged again.
         results: of the run so far.
     """
 
     def __init__(
-        self, job: Job, parameters: Parameters, device: Any, start: int, results: dict[str, float | int]
+        self, job: PreparedStage, parameters: Parameters, device: Any, start: int, results: dict[str, float | int]
     ) -> None:
         self.folder, self.plan = job.stage_dir, job.plan
         self.began, self.start = time.monotonic(), start
@@ -73,7 +73,7 @@ class Recorder:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """A logged interval that ended after ``step`` steps."""
-        self.metrics.write(step, values | self._utilisation(values["images_per_s"]))
+        self.metrics.write(step, values | self._utilization(values["images_per_s"]))
         self.progress.update(step, values["loss"], values["lr"], values["images_per_s"])
 
     def saved(self, step: int, results: dict[str, float | int]) -> None:
@@ -95,12 +95,12 @@ class Recorder:
         """The stage ended with an error after about ``step`` steps."""
         self._close("failed", step)
 
-    def _utilisation(self, images_per_s: float) -> dict[str, float]:
+    def _utilization(self, images_per_s: float) -> dict[str, float]:
         counted, hardware = self.record.operations, self.record.hardware
         if counted is None:
             return {}
         needed = counted.training - counted.recomputed
-        return utilisation(images_per_s, needed, hardware.world_size, self.peak_tflops)
+        return utilization(images_per_s, needed, hardware.world_size, self.peak_tflops)
 
     def _update(self, results: dict[str, float | int]) -> None:
         self.record.results = Results(**(self.record.results.model_dump() | results))
@@ -119,7 +119,7 @@ class Recorder:
         self.record.write(self.folder)
 
 
-def _encoder(job: Job) -> Encoder:
+def _encoder(job: PreparedStage) -> Encoder:
     """The encoder that a job's stage trains, or probes."""
     if isinstance(job.task, ProbeTask):
         return job.task.encoder
@@ -127,7 +127,7 @@ def _encoder(job: Job) -> Encoder:
     return model.encoder if isinstance(model, PretrainModel) else model
 
 
-def count_parameters(job: Job) -> Parameters:
+def count_parameters(job: PreparedStage) -> Parameters:
     """Parameter counts of a job's model, before it is partitioned; of a probe, those of encoder and head."""
     model, encoder = job.task.model, _encoder(job)
     whole = encoder if isinstance(job.task, ProbeTask) else model
@@ -138,7 +138,7 @@ def count_parameters(job: Job) -> Parameters:
     )
 
 
-def new_record(job: Job, parameters: Parameters, device: Any) -> RunRecord:
+def new_record(job: PreparedStage, parameters: Parameters, device: Any) -> RunRecord:
     """The record of a stage that is about to run."""
     recipe, data = job.recipe, job.train_data
     return RunRecord(
@@ -182,8 +182,8 @@ def describe_design(recipe: Recipe, stage: PretrainConfig) -> Design:
     )
 
 
-def count_operations(job: Job) -> Operations | None:
-    """The stage's operations for one picture; None, with the reason on stderr, where they cannot be counted.
+def count_operations(job: PreparedStage) -> Operations | None:
+    """The stage's operations for one image; None, with the reason on stderr, where they cannot be counted.
 
     They are for the tables alone, so a stage trains whatever becomes of its count.
     """
@@ -200,7 +200,7 @@ def count_operations(job: Job) -> Operations | None:
         return None
     forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
     again = sum(part.recomputed for part in cost.parts.values())
-    return Operations(training=cost.per_picture, recomputed=again, forward=forward)
+    return Operations(training=cost.per_image, recomputed=again, forward=forward)
 
 
 def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def _describe_init(path: Path) -> Init:
     return Init(file=path.name, sha256=file_sha256(path), pretrain=summary)
 
 
-def export_metadata(job: Job, results: dict[str, float | int]) -> dict[str, Any]:
+def export_metadata(job: PreparedStage, results: dict[str, float | int]) -> dict[str, Any]:
     """What the weights file of a finished stage says about itself."""
     pretrained = isinstance(job.task.model, PretrainModel)
     return {

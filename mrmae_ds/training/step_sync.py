@@ -1,4 +1,4 @@
-"""What all processes agree on before every optimiser step, in one reduction and one look at its result.
+"""What all processes agree on before every optimizer step, in one reduction and one look at its result.
 
 DeepSpeed waits for the device at this very place anyway, to look at the gradient norm.
 """
@@ -20,7 +20,7 @@ from mrmae_ds.training.engine.nonfinite import any_nonfinite, local_gradients
 
 
 @dataclass(frozen=True)
-class Verdict:
+class StepStatus:
     """What was agreed.
 
     Attributes:
@@ -43,7 +43,7 @@ class Verdict:
 
 
 @dataclass
-class Micro:
+class MicroBatch:
     """A micro-batch of the open step: rows of its samples, int64 [B], and its losses, all where they were made."""
 
     indices: Tensor
@@ -51,7 +51,7 @@ class Micro:
 
 
 @dataclass
-class Boundary:
+class StepSync:
     """Collects what happens in a step, and agrees on it.
 
     Args:
@@ -63,7 +63,7 @@ class Boundary:
     signals: StopSignals | None = None
     save_minutes: float | None = None
     writing: Callable[[], bool] = bool
-    micros: list[Micro] = field(default_factory=list)
+    micros: list[MicroBatch] = field(default_factory=list)
     last_save: float = field(default_factory=time.monotonic)
 
     def begin(self) -> None:
@@ -72,14 +72,14 @@ class Boundary:
 
     def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
         """A micro-batch is done; nothing is waited for."""
-        self.micros.append(Micro(batch.indices, {name: value.detach() for name, value in losses.items()}))
+        self.micros.append(MicroBatch(batch.indices, {name: value.detach() for name, value in losses.items()}))
 
     def bad_loss(self) -> Tensor:
         """1.0 if a loss of this rank's step is not finite, float32 scalar on the device."""
         total = torch.stack([micro.losses["loss"].float() for micro in self.micros])
         return (~torch.isfinite(total).all()).float()
 
-    def agree(self, engine: deepspeed.DeepSpeedEngine) -> Verdict:
+    def agree(self, engine: deepspeed.DeepSpeedEngine) -> StepStatus:
         """Between a step's last backward and its update. All ranks must call it."""
         bad_loss = self.bad_loss()
         device = bad_loss.device
@@ -88,7 +88,7 @@ class Boundary:
         flags = torch.cat([torch.stack([bad_loss, any_nonfinite(local_gradients(engine), device)]), host.to(device)])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         loss, gradient, signal, save, writing = flags.tolist()
-        return Verdict(bool(loss), bool(gradient), int(signal), bool(save), bool(writing))
+        return StepStatus(bool(loss), bool(gradient), int(signal), bool(save), bool(writing))
 
     def saved(self) -> None:
         """A checkpoint was written; the clock starts again."""

@@ -108,7 +108,7 @@ def timm_call(metadata: Mapping[str, Any]) -> str:
 
 
 def input_statistics(metadata: Mapping[str, Any]) -> str:
-    """How pictures are normalised for the model of a weights file, in words; "" where it does not say."""
+    """How images are normalized for the model of a weights file, in words; "" where it does not say."""
     if "mean" not in metadata or "std" not in metadata:
         return ""
     mean, std = (" ".join(f"{value:g}" for value in metadata[key]) for key in ("mean", "std"))

@@ -45,7 +45,7 @@ CLIP_PATCHES = (
 
 
 @dataclass(frozen=True)
-class Identity:
+class WeightIdentity:
     """What a file of weights is.
 
     Attributes:
@@ -78,7 +78,7 @@ class Identity:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def identify(file: TensorFile) -> Identity:
+def identify(file: TensorFile) -> WeightIdentity:
     """What ``file`` is.
 
     Raises:
@@ -96,15 +96,17 @@ def identify(file: TensorFile) -> Identity:
     if not family:
         patch = next((name for name in CLIP_PATCHES if name in shapes), "")
         if patch:
-            return Identity("clip", "", f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}")
-        return Identity("unknown", "", "no encoder that this project knows")
+            return WeightIdentity(
+                "clip", "", f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}"
+            )
+        return WeightIdentity("unknown", "", "no encoder that this project knows")
     has_decoder = "decoder.embed.weight" in names.values()  # DINOv2's encoders have a mask token too
     told: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in shapes else "encoder"
     kind = metadata.get("kind", told)
     positions = encoder.get("pos_embed", ())
     grid, prefix_rows = _grid(positions[1] if len(positions) == 3 else 0, _told_grid(metadata, sizes))
     pool = metadata.get("pool", _pool(family, shapes) if told == "classifier" else "")
-    return Identity(
+    return WeightIdentity(
         kind=kind,
         family=family,
         title=_title(kind, family, shapes, bool(metadata), pool),

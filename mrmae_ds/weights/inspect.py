@@ -17,13 +17,13 @@ from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.weights.export import input_statistics
 from mrmae_ds.weights.formats import read_tensor_file, verify_checksums
-from mrmae_ds.weights.identify import Identity, identify, nearest_architecture
+from mrmae_ds.weights.identify import WeightIdentity, identify, nearest_architecture
 from mrmae_ds.weights.load import MODEL_FILE
 
 FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle, no code in it", "torchscript": "TorchScript archive"}
 # Of a released file's command line, what says how it was trained.
 OPTIONS = ("model", "input_size", "mask_ratio", "norm_pix_loss", "nb_classes", "epochs", "batch_size", "blr")
-Row = tuple[str, str]
+InfoRow = tuple[str, str]
 
 
 def describe(path: Path) -> str:
@@ -59,7 +59,7 @@ def describe(path: Path) -> str:
     return "\n\n".join(blocks)
 
 
-def describe_file(path: Path) -> list[Row]:
+def describe_file(path: Path) -> list[InfoRow]:
     """What a file of weights is, as (label, text) rows.
 
     Raises:
@@ -80,7 +80,7 @@ def describe_file(path: Path) -> list[Row]:
     return rows
 
 
-def usage(found: Identity, path: Path) -> str:
+def usage(found: WeightIdentity, path: Path) -> str:
     """How a file of weights is used here."""
     if found.kind == "clip":
         return f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}, MODEL by open_clip's name"
@@ -99,7 +99,7 @@ def usage(found: Identity, path: Path) -> str:
     return f"stages.finetune.init={path} with {' '.join(settings)}{_heads(found, arch, changes)}"
 
 
-def _heads(found: Identity, arch: str, changes: Mapping[str, Any]) -> str:
+def _heads(found: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> str:
     """What a user has to know of the number of heads, which only our own files tell."""
     if "num_heads" in found.sizes:
         return ""
@@ -108,14 +108,14 @@ def _heads(found: Identity, arch: str, changes: Mapping[str, Any]) -> str:
     return f", if it has {ARCHITECTURES[arch].num_heads} heads (no shape tells them)"
 
 
-def _encoder_rows(found: Identity) -> list[Row]:
+def _encoder_rows(found: WeightIdentity) -> list[InfoRow]:
     sizes = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in found.sizes.items())
     rows = [("encoder", sizes)]
     stride = math.prod(found.sizes["patches"]) if found.family == "cvit" else found.sizes["patch"]
     if found.grid is not None:
         height, width = (side * stride for side in found.grid)
         pixels = f"{height}" if height == width else f"{height} x {width}"
-        rows.append(("picture", f"{pixels} pixels, grid {found.grid[0]} x {found.grid[1]}, patch {stride}"))
+        rows.append(("image", f"{pixels} pixels, grid {found.grid[0]} x {found.grid[1]}, patch {stride}"))
     if found.family == "cvit" and found.prefix_rows:
         rows.append(("class token", "one with a position of its own; a CViT has no use for it, and it is left out"))
     if statistics := input_statistics(found.metadata):
@@ -127,7 +127,7 @@ def _encoder_rows(found: Identity) -> list[Row]:
     return rows
 
 
-def _tensor_rows(tensors: Mapping[str, Tensor]) -> list[Row]:
+def _tensor_rows(tensors: Mapping[str, Tensor]) -> list[InfoRow]:
     total = sum(tensor.numel() for tensor in tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     rows = [
@@ -141,7 +141,7 @@ def _tensor_rows(tensors: Mapping[str, Tensor]) -> list[Row]:
     return rows
 
 
-def _our_rows(metadata: Mapping[str, Any]) -> list[Row]:
+def _our_rows(metadata: Mapping[str, Any]) -> list[InfoRow]:
     recipe = metadata.get("recipe") or {}
     told = metadata.get("recipe_hash")
     parts = [recipe.get("name"), metadata.get("stage"), f"hash {told}" if told else None]
@@ -153,7 +153,7 @@ def _our_rows(metadata: Mapping[str, Any]) -> list[Row]:
     return rows
 
 
-def _record_rows(stage: Path) -> list[Row]:
+def _record_rows(stage: Path) -> list[InfoRow]:
     record = RunRecord.load(stage)
     schedule = record.schedule
     return [
@@ -175,7 +175,7 @@ def _checkpoint_blocks(checkpoints: list[Path]) -> list[str]:
     return list(blocks.values())
 
 
-def _checkpoint_rows(checkpoint: Path) -> list[Row]:
+def _checkpoint_rows(checkpoint: Path) -> list[InfoRow]:
     """Raises UserError if a file of it is missing or cut off."""
     from mrmae_ds.training.checkpoint.manifest import check_contents, check_sizes, read_manifest
 
@@ -196,7 +196,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(tensor).all())
 
 
-def _block(title: str, rows: list[Row]) -> str:
+def _block(title: str, rows: list[InfoRow]) -> str:
     width = max(len(label) for label, _ in rows)
     return "\n".join([title, *(f"  {label:<{width}}  {text}" for label, text in rows)])
 

@@ -22,7 +22,7 @@ from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.objectives import PIXELS
 from mrmae_ds.models.pretrain import Encoder, PretrainModel
 from mrmae_ds.models.sizes import FAMILIES, CViTSpec, EncoderSpec, ImageSize, make_spec
-from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.weights.formats import read_tensor_file
 from mrmae_ds.weights.identify import METADATA_KEY, PIXEL_HEAD, decoder_sizes, identify, size_differences
 from mrmae_ds.weights.matching import LoadReport, check_encoder, match_tensors
@@ -45,14 +45,14 @@ def build_encoder(
         num_classes: of the classifier; 0 builds the bare encoder of pre-training.
         drop_path_rate: stochastic depth of the last block.
         pool: what a classifier's head sees: ``avg``, or what :class:`~mrmae_ds.models.cvit.CViT` and
-            :class:`~mrmae_ds.models.vit.MaskableViT` have besides.
+            :class:`~mrmae_ds.models.vit.MaskedViT` have besides.
 
     Raises:
         UserError: if the patches do not tile ``image_size``, or for a pooling that the encoder does not have.
     """
     if isinstance(spec, CViTSpec):
         return CViT(spec, image_size, num_classes, drop_path_rate, global_pool=pool if num_classes else "")
-    return MaskableViT(spec, image_size, num_classes, drop_path_rate, pool)
+    return MaskedViT(spec, image_size, num_classes, drop_path_rate, pool)
 
 
 def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None = None) -> Encoder:
@@ -206,7 +206,7 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
 
 
 def init_classifier(model: Encoder) -> None:
-    """Fine-tuning's initialisation (MAE, MCMAE): trunc_normal 0.02 for linear layers, positions and the class token,
+    """Fine-tuning's initialization (MAE, MCMAE): trunc_normal 0.02 for linear layers, positions and the class token,
     2e-5 for the head.
 
     Loading a pre-trained encoder replaces all of it but the head.

@@ -12,7 +12,7 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.pos_embed import resize_positions
 from mrmae_ds.models.sizes import FAMILIES, EncoderSpec
-from mrmae_ds.weights.identify import FAMILY_TITLES, Identity, size_differences, spec_sizes
+from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, size_differences, spec_sizes
 
 if TYPE_CHECKING:  # timm_registry.py uses this module before there are encoders
     from mrmae_ds.models.pretrain import Encoder
@@ -42,7 +42,7 @@ class LoadReport:
         )
 
 
-def check_encoder(found: Identity, wanted: EncoderSpec, where: str) -> None:
+def check_encoder(found: WeightIdentity, wanted: EncoderSpec, where: str) -> None:
     """Refuse a file whose encoder is not ``wanted``; ``where`` names the file, for errors.
 
     Raises:
@@ -65,7 +65,7 @@ def check_encoder(found: Identity, wanted: EncoderSpec, where: str) -> None:
 
 def match_tensors(
     tensors: Mapping[str, Tensor],
-    found: Identity,
+    found: WeightIdentity,
     own: Mapping[str, Tensor],
     encoder: Encoder,
     where: str,
@@ -107,7 +107,7 @@ def match_tensors(
     return incoming, report
 
 
-def fit_positions(positions: Tensor, found: Identity, encoder: Encoder, where: str) -> Tensor:
+def fit_positions(positions: Tensor, found: WeightIdentity, encoder: Encoder, where: str) -> Tensor:
     """A file's positions [1, rows, C] for the encoder's class token, or lack of one, and its grid.
 
     Raises:

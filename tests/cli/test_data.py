@@ -18,7 +18,7 @@ pytestmark = pytest.mark.timeout(120, method="thread")
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Two classes of six pictures; one that is not split off for validation is empty."""
+    """Two classes of six images; one that is not split off for validation is empty."""
     for place in range(12):
         path = tmp_path / "birds" / ("finch", "wren")[place % 2] / f"{place}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,23 +33,23 @@ def test_write_info_and_verify(tree: Path, tmp_path: Path, capsys: pytest.Captur
     assert main([*command, "--max-side", "64", "--quality", "85", "--name", "Birds", "--max-bad", "10%"]) == 0
     told = capsys.readouterr()
     train = out / "train.beton"
-    assert f"{train}: Birds, 7 pictures, 2 classes (finch, wren)" in told.out
-    assert "3 to 4 pictures a class" in told.out and "7 reduced" in told.out
-    assert f"warning: some pictures were left out, see {train}.skipped.csv" in told.err
+    assert f"{train}: Birds, 7 images, 2 classes (finch, wren)" in told.out
+    assert "3 to 4 images a class" in told.out and "7 reduced" in told.out
+    assert f"warning: some images were left out, see {train}.skipped.csv" in told.err
     assert (read_sidecar(train)["max_side"], read_sidecar(train)["quality"]) == (64, 85)
     assert main(["data", "info", str(train)]) == 0
     assert "left out  1 that cannot be read, listed in train.beton.skipped.csv" in capsys.readouterr().out
-    assert main(["data", "verify", str(train), "--source", str(tree), "--count", "5"]) == 0
+    assert main(["data", "verify", str(train), "--source", str(tree), "--num-images", "5"]) == 0
     told = capsys.readouterr()
-    assert f"{train}: 7 pictures decode, checksum as written" in told.out
-    assert f"{train}: 5 pictures are those of {tree}, at " in told.out and "dB or more" in told.out
+    assert f"{train}: 7 images decode, checksum as written" in told.out
+    assert f"{train}: 5 images are those of {tree}, at " in told.out and "dB or more" in told.out
 
 
 def test_a_strict_write_fails(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["data", "write", str(tree), "--out", str(tmp_path / "out"), "--val-fraction", "0.34", "--max-bad", "0"]
     assert main(command) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "1 of 8 pictures cannot be read, more than the 0 that --max-bad allows" in errors[0]
+    assert len(errors) == 1 and "1 of 8 images cannot be read, more than the 0 that --max-bad allows" in errors[0]
     assert not (tmp_path / "out" / "train.beton").exists()
 
 
@@ -57,9 +57,9 @@ def test_a_strict_write_fails(tree: Path, tmp_path: Path, capsys: pytest.Capture
     "arguments, message",
     [
         (["write", "{}/nowhere", "--out", "{}/out"], "nowhere: no such folder"),
-        (["write", "{}/birds", "--out", "{}/out", "--background", "whitish"], "background must be a colour"),
+        (["write", "{}/birds", "--out", "{}/out", "--background", "whitish"], "background must be a color"),
         (["imagenet", "{}/birds", "--out", "{}/out"], "has no train/"),
-        (["verify", "{}/x.beton", "--count", "0"], "--count must be at least 1"),
+        (["verify", "{}/x.beton", "--num-images", "0"], "--num-images must be at least 1"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(

@@ -20,7 +20,7 @@ from mrmae_ds.config.engine import (
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.profiling.flops_report import describe_cost
-from mrmae_ds.training.job import Options, load_configs
+from mrmae_ds.training.job import TrainArgs, load_configs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 SMALLEST = {"train_micro_batch_size_per_gpu": 4, "gradient_clipping": 0.0}
@@ -69,7 +69,7 @@ def test_every_size_has_its_variants() -> None:
 @pytest.mark.parametrize("variant", ["tiny", "tiny-zero1", "tiny-offload"])
 def test_a_variant_trains_and_costs_the_recipe_of_its_size(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, counted = CONFIGS / f"{variant}.json", []
-    recipe, config = load_configs(Options(path))
+    recipe, config = load_configs(TrainArgs(path))
     assert recipe.name == "tiny" and config.path == path
     monkeypatch.setattr("mrmae_ds.profiling.flops_report.recipe_cost", lambda recipe, _: counted.append(recipe.name))
     monkeypatch.setattr("mrmae_ds.profiling.flops_report.cost_table", lambda _: "")
@@ -132,7 +132,7 @@ def test_a_missing_or_broken_file(tmp_path: Path) -> None:
     ("key", "nearest"),
     [
         ("gradient_cliping", "gradient_clipping"),
-        ("zero_optimisation", "zero_optimization"),
+        ("zero_optimization", "zero_optimization"),
         ("train_micro_batch_size", "train_micro_batch_size_per_gpu"),
         ("bfloat16", "bf16"),
     ],

@@ -196,7 +196,7 @@ UNKNOWN_KEYS = {
     "stages.pretrain.optimizer.weight_decai=1": ("stages.pretrain.optimizer.weight_decai", "weight_decay"),
     "stages.finetune.layer_decai=0.5": ("stages.finetune.layer_decai", "layer_decay"),
     "loader.worker=1": ("loader.worker", "workers"),
-    "record.log_evry=1": ("record.log_evry", "log_every"),
+    "logging.every_step=1": ("logging.every_step", "every_steps"),
 }
 
 
@@ -292,12 +292,12 @@ IMPOSSIBLE = {
     "stages.finetune.pool=token": ["stages.finetune.pool", "no class token"],
     "stages.finetune.pool=max": ["stages.finetune.pool"],
     "stages.finetune.drop_path=1": ["stages.finetune.drop_path"],
-    "stages.finetune.smoothing=1.5": ["stages.finetune.smoothing"],
+    "stages.finetune.label_smoothing=1.5": ["stages.finetune.label_smoothing"],
     "stages.evaluate.members=[]": ["stages.evaluate.members"],
     "stages.evaluate.members=[a, b, a]": ["stages.evaluate.members", "twice"],
     "stages.evaluate.image_size=0": ["stages.evaluate.image_size"],
-    "record.keep_checkpoints=0": ["record.keep_checkpoints"],
-    "loader.workers=0": ["loader.workers"],
+    "checkpoint.keep_last=0": ["checkpoint.keep_last"],
+    "loader.num_workers=0": ["loader.num_workers"],
 }
 
 
@@ -362,9 +362,9 @@ IGNORED = [
     "seed=7",
     "data.train=elsewhere/train.beton",
     "data.val=elsewhere/val.beton",
-    "loader.workers=3",
-    "loader.stage_to=/dev/shm/pictures",
-    "record={log_every: 3, pictures: 0}",
+    "loader.num_workers=3",
+    "loader.cache_dir=/dev/shm/images",
+    "logging={every_steps: 3, num_images: 0}",
     "stages.pretrain.placement=stream",
     "stages.pretrain.placement.clip={kind: sharded, offload: cpu}",
 ]
@@ -397,7 +397,7 @@ COUNTED = [
     "stages.finetune.layer_decay=0.75",
     "stages.finetune.rand_augment=rand-m9-mstd0.5-inc1",
     "stages.finetune.mixup=0.8",
-    "stages.finetune.erasing=0.25",
+    "stages.finetune.random_erasing=0.25",
     "stages.finetune=null",
     "stages.evaluate.members=[runs/a/finetune, runs/b/finetune]",
     "stages.evaluate.members=[runs/b/finetune]",
@@ -430,7 +430,7 @@ def test_writing_a_default_out_does_not_change_the_hash(path: Path, recipe: Reci
 
 def test_the_resolved_recipe_states_every_default(path: Path, recipe: Recipe, tmp_path: Path) -> None:
     resolved = yaml.safe_load(recipe.to_yaml())
-    assert resolved["loader"] == {"workers": None, "stage_to": None}
+    assert resolved["loader"] == {"workers": None, "cache_dir": None}
     assert resolved["stages"]["pretrain"]["objectives"]["mimic"]["loss"] == "l2"
     assert resolved["data"]["train"] == "train.beton"
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())

@@ -198,7 +198,7 @@ def test_its_batches_divide_on_8_to_64_gpus(file: Path) -> None:
         for gpus in (8, 16, 32, 64) if stage else ():
             steps = accumulation_steps(config, stage.batch_size, gpus, file.name)
             assert steps * gpus * config.micro_batch == stage.batch_size
-    assert config.micro_batch % 2 == 0  # mixup pairs pictures
+    assert config.micro_batch % 2 == 0  # mixup pairs images
 
 
 @pytest.mark.parametrize("name", ["small", "base", "large", "huge", "huge392", "huge448"])
@@ -255,7 +255,7 @@ def test_fine_tuning_is_the_published_one(name: str) -> None:
     stage = loaded(CONFIGS / f"{name}.yaml").stages.finetune
     assert stage is not None
     assert (stage.optimizer.base_lr, stage.epochs, stage.layer_decay, stage.drop_path) == TUNING[name]
-    assert (stage.mixup, stage.cutmix, stage.smoothing, stage.erasing) == (0.8, 1.0, 0.1, 0.25)
+    assert (stage.mixup, stage.cutmix, stage.label_smoothing, stage.random_erasing) == (0.8, 1.0, 0.1, 0.25)
     assert (stage.batch_size, stage.optimizer.warmup_epochs, stage.optimizer.min_lr) == (1024, 5, 1e-6)
     assert stage.rand_augment == "rand-m9-mstd0.5-inc1"
     assert stage.crop_scale == (0.08, 1.0) and stage.optimizer.betas == (0.9, 0.999)

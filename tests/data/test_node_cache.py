@@ -56,7 +56,7 @@ print(path, flush=True)
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A .beton of 150 pictures."""
+    """A .beton of 150 images."""
     return write_sample_beton(tmp_path_factory.mktemp("original"), train=150, val=1)[0]
 
 
@@ -217,7 +217,7 @@ def test_a_file_that_is_not_what_its_sidecar_says_is_an_error_everywhere(
 def test_too_little_space_is_told_before_copying(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, beton.stat().st_size - 1))
-    with pytest.raises(UserError, match=r"stage_to .*disk: .* needs \d\.\d MB, \d\.\d MB are free; name"):
+    with pytest.raises(UserError, match=r"cache_dir .*disk: .* needs \d\.\d MB, \d\.\d MB are free; name"):
         _leader(beton, tmp_path / "disk")
     monkeypatch.undo()
     _leader(beton, tmp_path / "disk")
@@ -257,10 +257,10 @@ def test_waiting_ends(beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[
 
 def test_a_folder_that_cannot_be_used_is_an_error(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match=r"stage_to .*/file/disk: cannot be written to \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"cache_dir .*/file/disk: cannot be written to \(Not a directory\)"):
         _leader(beton, tmp_path / "file" / "disk")
     monkeypatch.delenv("NO_SUCH_DISK", raising=False)
-    with pytest.raises(UserError, match=r"stage_to \$NO_SUCH_DISK/x: a variable in it is not set here"):
+    with pytest.raises(UserError, match=r"cache_dir \$NO_SUCH_DISK/x: a variable in it is not set here"):
         _leader(beton, Path("$NO_SUCH_DISK/x"))
     monkeypatch.setattr(os, "access", lambda *_: False)
     with pytest.raises(UserError, match=r"disk: cannot be written to \(Permission denied\); name a folder of your own"):
@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_used_is_an_error(beton: Path, tmp_path: Path, m
 
 
 def test_training_reads_the_staged_copy(original: Path, tmp_path: Path) -> None:
-    """A copy that is there already, its pictures blanked without a trace: two processes must stumble over it."""
+    """A copy that is there already, its images blanked without a trace: two processes must stumble over it."""
     path, _ = _leader(original, tmp_path / "disk")
     made = path.stat()
     content = bytearray(path.read_bytes())
@@ -280,8 +280,8 @@ def test_training_reads_the_staged_copy(original: Path, tmp_path: Path) -> None:
     os.utime(path, ns=(made.st_atime_ns, made.st_mtime_ns))
     recipe = ("--ds_config", "ds_configs/tiny.json", "--recipe", "ds_configs/baselines/scratch_tiny.yaml")
     data = (f"data.train={original}", f"data.val={original.with_name('val.beton')}")
-    stage_to = f"loader.stage_to={tmp_path / 'disk'}"
-    command = (*recipe, "--stage", "finetune", "--run", tmp_path / "run", *data, stage_to)
+    cache_dir = f"loader.cache_dir={tmp_path / 'disk'}"
+    command = (*recipe, "--stage", "finetune", "--run", tmp_path / "run", *data, cache_dir)
     results = finish(rank_processes(2, *command, "stages.finetune.batch_size=32"), 100)
     statuses = [result.status for result in results]  # of who stumbles 2, of who ends because another one has 1
     assert 2 in statuses and set(statuses) <= {1, 2}, results[0].stderr

@@ -27,12 +27,12 @@ def _rank(rank: int, port: int, log: Path, act: Callable[[int], None], limit_s: 
     import torch.distributed as dist
 
     from mrmae_ds.distributed.launch import Launch
-    from mrmae_ds.distributed.watchdog import Monitor
+    from mrmae_ds.distributed.watchdog import Watchdog
 
     dist.init_process_group("gloo", rank=rank, world_size=2)
     status = 0
     try:
-        with Monitor(Launch(rank, rank, 2, 2), limit_s) as monitor:
+        with Watchdog(Launch(rank, rank, 2, 2), limit_s) as monitor:
             monitor.on_failure = lambda: print("the record is closed", flush=True)
             monitor.beat("acting")
             act(rank)
@@ -89,16 +89,16 @@ def _fail_because_the_other_died(rank: int) -> None:
 
 def _fail_on_1_while_the_disk_hangs(rank: int) -> None:
     """Closing the record never comes back: neither process waits for it."""
-    from mrmae_ds.distributed.watchdog import Monitor
+    from mrmae_ds.distributed.watchdog import Watchdog
 
-    Monitor._try_to_close = lambda self: time.sleep(100)  # type: ignore[method-assign]
+    Watchdog._try_to_close = lambda self: time.sleep(100)  # type: ignore[method-assign]
     _fail_on_1(rank)
 
 
 def _raise_together(rank: int) -> None:
-    from mrmae_ds.distributed.collectives import AgreedError
+    from mrmae_ds.distributed.collectives import CollectiveError
 
-    raise AgreedError("all of us")
+    raise CollectiveError("all of us")
 
 
 def _stuck_on_0(rank: int) -> None:
@@ -166,11 +166,11 @@ def test_a_process_is_known_by_its_birth() -> None:
 
 @pytest.mark.parametrize("torchrun", [False, True])
 def test_the_store_ends_with_rank_0_unless_a_launcher_has_it(torchrun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mrmae_ds.distributed.failure_store import FailureBoard
+    from mrmae_ds.distributed.failure_store import FailureStore
 
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    board = FailureBoard.__new__(FailureBoard)
+    board = FailureStore.__new__(FailureStore)
     board.lost = False
     board.note_end(1)
     assert not board.lost

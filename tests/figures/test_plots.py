@@ -18,42 +18,42 @@ RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
 
 
 def _pixels(path: Path) -> np.ndarray:
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB")).astype(int)
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(int)
 
 
-def _box(pixels: np.ndarray, colour: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Return top, left, bottom, right (exclusive) of the pixels of exactly this colour, all of which fill
+def _box(pixels: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """Return top, left, bottom, right (exclusive) of the pixels of exactly this color, all of which fill
     it."""
-    rows, columns = np.nonzero((pixels == colour).all(axis=-1))
+    rows, columns = np.nonzero((pixels == color).all(axis=-1))
     top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
     assert len(rows) == (bottom - top) * (right - left)
     return int(top), int(left), int(bottom), int(right)
 
 
-def _plain(colour: tuple[int, int, int], count: int = 1, side: int = 32) -> np.ndarray:
-    picture = np.asarray(colour, np.float32).reshape(1, 3, 1, 1) / 255
-    return np.broadcast_to(picture, (count, 3, side, side)).copy()
+def _plain(color: tuple[int, int, int], count: int = 1, side: int = 32) -> np.ndarray:
+    image = np.asarray(color, np.float32).reshape(1, 3, 1, 1) / 255
+    return np.broadcast_to(image, (count, 3, side, side)).copy()
 
 
 @pytest.mark.parametrize("side", [32, 224, 448])
 def test_reconstruction_rows_stand_in_order(tmp_path: Path, side: int) -> None:
-    path = tmp_path / "pictures" / "r.png"
+    path = tmp_path / "images" / "r.png"
     masked = torch.from_numpy(_plain(GREEN, side=side))
     figures.reconstruction_grid(
         _plain(RED, side=side), masked, _plain(BLUE, side=side), path, title="T", captions=["c"]
     )
-    boxes = [_box(_pixels(path), colour) for colour in (RED, GREEN, BLUE)]
+    boxes = [_box(_pixels(path), color) for color in (RED, GREEN, BLUE)]
     assert boxes[0][2] < boxes[1][0] and boxes[1][2] < boxes[2][0]
     assert len({(left, right) for _, left, _, right in boxes}) == 1
     top, left, bottom, right = boxes[0]
-    # Small pictures are enlarged by a whole factor, those of about 200 pixels stay, large ones are reduced.
+    # Small images are enlarged by a whole factor, those of about 200 pixels stay, large ones are reduced.
     assert (bottom - top, right - left) == {32: (192, 192), 224: (224, 224), 448: (256, 256)}[side]
 
 
 def test_small_pixels_stay_square_and_in_place(tmp_path: Path) -> None:
     originals = _plain((0, 0, 0), count=2)
-    originals[1, :, 3, 30] = (0, 1, 0)  # second picture, row 3, column 30
+    originals[1, :, 3, 30] = (0, 1, 0)  # second image, row 3, column 30
     figures.reconstruction_grid(originals, _plain(BLUE, 2), _plain(RED, 2), tmp_path / "r.png")
     pixels = _pixels(tmp_path / "r.png")
     top, left, bottom, right = _box(pixels, GREEN)
@@ -61,7 +61,7 @@ def test_small_pixels_stay_square_and_in_place(tmp_path: Path) -> None:
     black = (pixels == 0).all(axis=-1)
     cell_top = np.nonzero(black.sum(axis=1) > 200)[0].min()
     assert top - cell_top == 3 * 6
-    # The second picture's right edge is where the masked row's blue ends.
+    # The second image's right edge is where the masked row's blue ends.
     assert np.nonzero((pixels == BLUE).all(axis=-1))[1].max() + 1 - right == (32 - 31) * 6
 
 
@@ -85,9 +85,9 @@ def test_attention_shows_hot_patches_and_kept_patches(tmp_path: Path) -> None:
     assert red[top : top + 192, left : left + 192].all()
     kept = _box(pixels[top + 210 : top + 595], RED)
     assert (kept[2] - kept[0], kept[3] - kept[1]) == (48, 48)
-    assert kept[1] == left  # column 0 of the grid, in the third row of pictures, its row 3
+    assert kept[1] == left  # column 0 of the grid, in the third row of images, its row 3
     assert kept[0] + top + 210 == top + 2 * 200 + 3 * 48
-    # inferno's last colour (252, 255, 164) at 65 % over the grey of pure red, 85.
+    # inferno's last color (252, 255, 164) at 65 % over the gray of pure red, 85.
     expected = 0.65 * np.array([252, 255, 164]) + 0.35 * 85
     np.testing.assert_allclose(pixels[top + 200 + 72, left + 120], expected, atol=2)
     cell = pixels[top + 200 : top + 200 + 192, left : left + 192].sum(axis=-1)
@@ -112,15 +112,15 @@ def test_fine_grids_are_drawn_smoothly(tmp_path: Path) -> None:
     cell = pixels[bottom + 8 : bottom + 8 + 224, left:right]
     scaled = torch.from_numpy((heat - heat.min()) / (heat.max() - heat.min()))[:, None]
     smooth = torch.nn.functional.interpolate(scaled, size=(224, 224), mode="bicubic", antialias=True)
-    colours = matplotlib.colormaps["inferno"](smooth[0, 0].clamp(0, 1).numpy())[..., :3]
-    np.testing.assert_allclose(cell, 255 * 0.65 * colours + 0.35 * 85, atol=4)
+    colors = matplotlib.colormaps["inferno"](smooth[0, 0].clamp(0, 1).numpy())[..., :3]
+    np.testing.assert_allclose(cell, 255 * 0.65 * colors + 0.35 * 85, atol=4)
 
 
-def test_kept_and_removed_patches_make_up_the_picture_on_grids_that_do_not_divide() -> None:
+def test_kept_and_removed_patches_make_up_the_image_on_grids_that_do_not_divide() -> None:
     visible = np.array([[[1, 0, 0], [0, 0, 0], [0, 0, 1]]])
     _, kept, removed = figures.attention_rows(_plain(RED, side=8), {}, visible)
     assert (kept.label, removed.label) == ("Kept (22 %)", "Removed (78 %)")
-    is_red = [(row.pictures[0, 0] == 1) & (row.pictures[0, 1] == 0) for row in (kept, removed)]
+    is_red = [(row.images[0, 0] == 1) & (row.images[0, 1] == 0) for row in (kept, removed)]
     expected = np.zeros((8, 8), bool)
     for row in range(8):
         for column in range(8):
@@ -132,14 +132,14 @@ def test_several_reconstructions_stand_below_each_other(tmp_path: Path) -> None:
     several = {"MAE": _plain(BLUE), "MR-MAE\ntiny": _plain((255, 0, 255))}
     rows = figures.reconstruction_rows(_plain(RED), _plain(GREEN), several, keep_ratio=0.5)
     assert [row.label for row in rows] == ["Original", "Visible (50 %)", "MAE", "MR-MAE\ntiny"]
-    assert [tuple(row.pictures[0, :, 0, 0]) for row in rows] == [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]
+    assert [tuple(row.images[0, :, 0, 0]) for row in rows] == [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]
 
 
 def test_words_stay_on_the_page_and_mean_themselves(tmp_path: Path) -> None:
     """A mistake in TeX between dollar signs would raise; a margin that text ran into would not be white."""
     words = "a long sentence about $\\frac{ of " * 12
     path = tmp_path / "r.png"
-    texts = {"title": words, "captions": ["a caption far wider than its picture"], "legend": [words, words]}
+    texts = {"title": words, "captions": ["a caption far wider than its image"], "legend": [words, words]}
     label = "Model\nwith a second line that is longer than the first"
     figures.attention_grid(_plain(RED), {label: np.eye(4)[None]}, None, path, **texts)
     pixels = _pixels(path)
@@ -148,12 +148,12 @@ def test_words_stay_on_the_page_and_mean_themselves(tmp_path: Path) -> None:
         assert (margin == 255).all()
 
 
-def test_denormalise_undoes_the_models_input() -> None:
+def test_denormalize_undoes_the_models_input() -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-    colours = torch.rand(2, 3, 4, 4, dtype=torch.float64)
-    normalised = (colours - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    np.testing.assert_allclose(figures.denormalise(normalised, mean, std), colours.numpy(), atol=1e-6)
-    assert figures.denormalise(torch.full((1, 3, 1, 1), 99.0, dtype=torch.bfloat16), mean, std).max() == 1
+    colors = torch.rand(2, 3, 4, 4, dtype=torch.float64)
+    normalized = (colors - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    np.testing.assert_allclose(figures.denormalize(normalized, mean, std), colors.numpy(), atol=1e-6)
+    assert figures.denormalize(torch.full((1, 3, 1, 1), 99.0, dtype=torch.bfloat16), mean, std).max() == 1
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (0, 3, 32, 32)])
@@ -166,8 +166,8 @@ def test_wrong_shapes_are_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
         figures.reconstruction_grid(_plain(RED), _plain(RED), _plain(RED, side=16), tmp_path / "r.png")
 
 
-def _colours(path: Path) -> set[tuple[int, ...]]:
-    return {tuple(int(v) for v in colour) for colour in np.unique(_pixels(path).reshape(-1, 3), axis=0)}
+def _colors(path: Path) -> set[tuple[int, ...]]:
+    return {tuple(int(v) for v in color) for color in np.unique(_pixels(path).reshape(-1, 3), axis=0)}
 
 
 def _rgb(name: str) -> tuple[int, ...]:
@@ -181,11 +181,11 @@ def test_loss_curves_draw_every_series(tmp_path: Path, steps: int) -> None:
         for step in range(1, steps + 1):
             numbers = {"loss": 1 / step, "loss/mimic": 2 / step, "loss/pixels": 0.5 / step, "lr": 1e-3}
             writer.write(step, numbers | ({"val/top1": 50.0} if step == 2 else {}))
-    path = run / "pictures" / "loss.png"
+    path = run / "images" / "loss.png"
     figures.loss_curves(run, path)
-    assert {_rgb(style.INK), _rgb(style.PALETTE[1]), _rgb(style.PALETTE[2])} <= _colours(path)
-    with Image.open(path) as picture:
-        assert picture.size[0] == 8 * style.DPI
+    assert {_rgb(style.INK), _rgb(style.PALETTE[1]), _rgb(style.PALETTE[2])} <= _colors(path)
+    with Image.open(path) as image:
+        assert image.size[0] == 8 * style.DPI
 
 
 def test_loss_curves_survive_a_run_that_ends_in_nan(tmp_path: Path) -> None:

@@ -59,9 +59,9 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[Path]:
+def images(tmp_path: Path) -> list[Path]:
     rng = np.random.default_rng(3)
-    folder = tmp_path / "pictures"
+    folder = tmp_path / "images"
     folder.mkdir()
     paths = [folder / f"{name}.png" for name in ("first", "second", "third")]
     for path in paths:
@@ -83,9 +83,9 @@ def test_what_the_teachers_are_is_printed(recipe: Path, capsys: pytest.CaptureFi
     assert err == "" and ".png" not in out
 
 
-def _expected(recipe: Path, pictures: list[Path]) -> tuple[Tensor, dict[str, Tensor]]:
+def _expected(recipe: Path, images: list[Path]) -> tuple[Tensor, dict[str, Tensor]]:
     """Pixels and each teacher's importance on them, the teachers built by themselves."""
-    cuts = [np.asarray(center_cut(Image.open(path).convert("RGB"), SIDE)) for path in pictures]
+    cuts = [np.asarray(center_cut(Image.open(path).convert("RGB"), SIDE)) for path in images]
     pixels = torch.from_numpy(np.stack(cuts)).permute(0, 3, 1, 2) / 255
     content = yaml.safe_load(recipe.read_text())
     data = DataConfig(**content["data"])
@@ -96,37 +96,37 @@ def _expected(recipe: Path, pictures: list[Path]) -> tuple[Tensor, dict[str, Ten
     return pixels, {name: teacher(pixels).importance.reshape(-1, 8, 8) for name, teacher in teachers.items()}
 
 
-def test_pictures_maps_and_kept_patches_are_drawn(
-    recipe: Path, pictures: list[Path], monkeypatch: pytest.MonkeyPatch
+def test_images_maps_and_kept_patches_are_drawn(
+    recipe: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drawn: list[tuple[Any, ...]] = []
     monkeypatch.setattr(teacher_preview, "attention_grid", lambda *args, **kwargs: drawn.append((*args, kwargs)))
     out = recipe.parent / "out.png"
-    assert main(["teachers", str(recipe), "--pictures", *map(str, pictures), "--out", str(out)]) == 0
+    assert main(["teachers", str(recipe), "--images", *map(str, images), "--out", str(out)]) == 0
     (found, maps, visible, path, named) = drawn[0]
-    pixels, importance = _expected(recipe, pictures)
+    pixels, importance = _expected(recipe, images)
     assert path == out and named["captions"] == ("first.png", "second.png", "third.png")
     torch.testing.assert_close(found, pixels)
     assert list(maps) == [f"own\n{recipe.parent.name}/run", "net\ntest_resnet"]
     for drawn_map, name in zip(maps.values(), importance, strict=True):
         torch.testing.assert_close(drawn_map, importance[name])
-    for picture in range(3):
-        kept = {int(i) for i in visible[picture].flatten().nonzero()}
-        assert kept == set(np.argsort(importance["own"][picture].flatten().numpy())[-16:].tolist())
+    for image in range(3):
+        kept = {int(i) for i in visible[image].flatten().nonzero()}
+        assert kept == set(np.argsort(importance["own"][image].flatten().numpy())[-16:].tolist())
     assert "topk, by own" in named["legend"][-1]
 
 
-def test_the_figure_is_written_and_overrides_may_follow_the_pictures(
-    recipe: Path, pictures: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_the_figure_is_written_and_overrides_may_follow_the_images(
+    recipe: Path, images: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(recipe.parent)
     late = "stages.pretrain.masking.mode=random"
-    assert main(["teachers", str(recipe), "--pictures", str(pictures[0].parent), late]) == 0
+    assert main(["teachers", str(recipe), "--images", str(images[0].parent), late]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "two_teachers.png"
     with Image.open("two_teachers.png") as figure:
         assert figure.width > 500 and figure.height > 500
     # Without a pre-training there is no mask, and two rows fewer.
-    assert main(["teachers", str(recipe), "stages.pretrain=null", "--pictures", str(pictures[0].parent)]) == 0
+    assert main(["teachers", str(recipe), "stages.pretrain=null", "--images", str(images[0].parent)]) == 0
     with Image.open("two_teachers.png") as smaller:
         assert smaller.height < figure.height - 200
 
@@ -137,8 +137,8 @@ def test_the_figure_is_written_and_overrides_may_follow_the_pictures(
         (["teachers=null", "stages.pretrain=null"], "recipe two has no teachers"),
         (["teachers.net.stage=0"], "teachers.net: stage 0 does not have the student's 8x8 grid"),
         (["teachers.net.weights=absent.pt"], "teachers.net.weights: absent.pt: no such file"),
-        (["--pictures", "nowhere.jpg"], "nowhere.jpg"),
-        (["--pictures", "3"], "absent.beton"),
+        (["--images", "nowhere.jpg"], "nowhere.jpg"),
+        (["--images", "3"], "absent.beton"),
     ],
 )
 def test_mistakes_are_one_line_and_status_2(

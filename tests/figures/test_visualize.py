@@ -33,7 +33,7 @@ FROM_CLASS = "last block's attention, class token to patches"
 
 @pytest.fixture(scope="module")
 def val(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """16 pictures of many sizes and shapes: 0 to 7 from the middle, 8 to 15 from the corner of a photograph."""
+    """16 images of many sizes and shapes: 0 to 7 from the middle, 8 to 15 from the corner of a photograph."""
     path = tmp_path_factory.mktemp("show") / "val.beton"
     options = WriteOptions(quality=95, workers=1)
     write_beton(Photographs(), path, options, class_names=["wide", "tall"], name="photographs", source="a test")
@@ -78,14 +78,14 @@ def pages(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Page]]:
 
 
 def evaluated(val: Path, row: int, side: int = SIDE) -> Tensor:
-    """torchvision's evaluation of a stored picture: [3, side, side] in 0 to 1."""
-    with Image.open(io.BytesIO(stored_jpegs(val)[row][0])) as picture:
-        return evaluated_picture(picture, side)
+    """torchvision's evaluation of a stored image: [3, side, side] in 0 to 1."""
+    with Image.open(io.BytesIO(stored_jpegs(val)[row][0])) as image:
+        return evaluated_image(image, side)
 
 
-def evaluated_picture(picture: Image.Image, side: int = SIDE) -> Tensor:
+def evaluated_image(image: Image.Image, side: int = SIDE) -> Tensor:
     steps = [v2.Resize(int(side / 0.875), v2.InterpolationMode.BICUBIC), v2.CenterCrop(side), v2.PILToTensor()]
-    return v2.Compose(steps)(picture) / 255
+    return v2.Compose(steps)(image) / 255
 
 
 def scaled_attention(model: nn.Module, images: Tensor) -> np.ndarray:
@@ -101,7 +101,7 @@ def test_rows_of_a_pretraining(runs: Runs, pages: dict[str, Page], val: Path, tm
     written = show_runs([runs.mrmae], ["3", "12"], out=tmp_path)
     assert written == [tmp_path / "attention.png", tmp_path / "reconstructions.png"]
     page, student = pages["attention.png"], "MR-MAE\nmrmae\n4 epochs, photographs"
-    assert page.labels == ["Picture", GUIDE, student, "Kept (25 %)", "Removed (75 %)"]
+    assert page.labels == ["Image", GUIDE, student, "Kept (25 %)", "Removed (75 %)"]
     assert page.title == "Attention of mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
     assert page.captions == ["3: wide", "12: tall"]
     assert page.legend == [
@@ -109,9 +109,9 @@ def test_rows_of_a_pretraining(runs: Runs, pages: dict[str, Page], val: Path, tm
         f"MR-MAE mrmae: {ATTENDED}.",
         "Patches are kept as those to which teacher guide gives most importance.",
     ]
-    pictures = torch.stack([evaluated(val, 3), evaluated(val, 12)])
-    np.testing.assert_array_equal(page.rows["Picture"].pictures, pictures.numpy())
-    images = normalize(pictures, MEAN, STD)
+    sources = torch.stack([evaluated(val, 3), evaluated(val, 12)])
+    np.testing.assert_array_equal(page.rows["Image"].images, sources.numpy())
+    images = normalize(sources, MEAN, STD)
     for label, model in ((GUIDE, runs.teacher), (student, runs.student)):
         heat = page.rows[label].heat
         assert heat is not None
@@ -119,14 +119,14 @@ def test_rows_of_a_pretraining(runs: Runs, pages: dict[str, Page], val: Path, tm
     page = pages["reconstructions.png"]
     assert page.labels == ["Original", "Visible (25 %)", "Reconstructed", "Output alone"]
     assert page.title == "Reconstructions by mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
-    np.testing.assert_array_equal(page.rows["Original"].pictures, pictures.numpy())
+    np.testing.assert_array_equal(page.rows["Original"].images, sources.numpy())
 
 
-def test_kept_and_removed_patches_make_up_the_picture(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+def test_kept_and_removed_patches_make_up_the_image(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
     show_runs([runs.mrmae], ["0", "5", "9"], out=tmp_path)
     rows = pages["attention.png"].rows
-    picture = rows["Picture"].pictures
-    kept, removed = ((rows[label].pictures == picture).all(1) for label in ("Kept (25 %)", "Removed (75 %)"))
+    image = rows["Image"].images
+    kept, removed = ((rows[label].images == image).all(1) for label in ("Kept (25 %)", "Removed (75 %)"))
     assert (kept ^ removed).all()
     cells = kept.reshape(3, GRID, 4, GRID, 4).transpose(0, 1, 3, 2, 4).reshape(3, GRID * GRID, 16)
     assert (cells.all(-1) == cells.any(-1)).all() and (cells.all(-1).sum(1) == 4).all()
@@ -134,13 +134,13 @@ def test_kept_and_removed_patches_make_up_the_picture(runs: Runs, pages: dict[st
     assert heat is not None
     most = np.sort(heat.reshape(3, -1), axis=1)[:, -4:]
     np.testing.assert_array_equal(np.sort(heat.reshape(3, -1)[cells.all(-1)].reshape(3, 4), axis=1), most)
-    visible = pages["reconstructions.png"].rows["Visible (25 %)"].pictures
-    np.testing.assert_allclose(visible, rows["Kept (25 %)"].pictures, atol=1e-7)
+    visible = pages["reconstructions.png"].rows["Visible (25 %)"].images
+    np.testing.assert_allclose(visible, rows["Kept (25 %)"].images, atol=1e-7)
 
 
 @pytest.mark.parametrize("how", ["standardize", "none"])
-def test_reconstructions_are_denormalised(how: str, val: Path, pages: dict[str, Page], tmp_path: Path) -> None:
-    """A head that says 0.5 everywhere: a known colour, or half a deviation above each patch's own mean."""
+def test_reconstructions_are_denormalized(how: str, val: Path, pages: dict[str, Page], tmp_path: Path) -> None:
+    """A head that says 0.5 everywhere: a known color, or half a deviation above each patch's own mean."""
     recipe = make_recipe(val, "MAE", VIT, SIDE, None)
     assert recipe.stages.pretrain is not None
     object.__setattr__(recipe.stages.pretrain.objectives["pixels"], "normalize", how)
@@ -153,22 +153,22 @@ def test_reconstructions_are_denormalised(how: str, val: Path, pages: dict[str, 
     show_runs([tmp_path / "flat" / "pretrain"], ["6"], out=tmp_path)
     page = pages["reconstructions.png"]
     assert any("true patch's" in line for line in page.legend) == (how == "standardize")
-    colours = evaluated(val, 6).double().numpy()
-    hidden = (page.rows["Visible (25 %)"].pictures[0] != colours.astype(np.float32)).any(0)
+    colors = evaluated(val, 6).double().numpy()
+    hidden = (page.rows["Visible (25 %)"].images[0] != colors.astype(np.float32)).any(0)
     assert hidden.sum() == 12 * 16
-    expected = np.empty_like(colours)
+    expected = np.empty_like(colors)
     mean, std = np.array(MEAN)[:, None, None], np.array(STD)[:, None, None]
     for top in range(0, SIDE, 4):
         for left in range(0, SIDE, 4):
-            patch = (colours[:, top : top + 4, left : left + 4] - mean) / std
+            patch = (colors[:, top : top + 4, left : left + 4] - mean) / std
             value = patch.mean() + 0.5 * patch.std(ddof=1) if how == "standardize" else 0.5
             expected[:, top : top + 4, left : left + 4] = np.clip(value * std + mean, 0, 1)
-    np.testing.assert_allclose(page.rows["Output alone"].pictures[0], expected, atol=1e-5)
-    pasted = np.where(hidden, expected, colours)
-    np.testing.assert_allclose(page.rows["Reconstructed"].pictures[0], pasted, atol=1e-5)
+    np.testing.assert_allclose(page.rows["Output alone"].images[0], expected, atol=1e-5)
+    pasted = np.where(hidden, expected, colors)
+    np.testing.assert_allclose(page.rows["Reconstructed"].images[0], pasted, atol=1e-5)
 
 
-def test_several_runs_see_the_same_pictures(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
+def test_several_runs_see_the_same_images(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
     larger = make_recipe(val, "MCMAE", CVIT, 2 * SIDE, None)
     model = save_pretraining(tmp_path / "larger", larger)
     # Of the three pre-trainings the last has a teacher, and so the mask.
@@ -177,29 +177,29 @@ def test_several_runs_see_the_same_pictures(runs: Runs, pages: dict[str, Page], 
     page = pages["attention.png"]
     names = ["MAE\nmae\n4", "MCMAE\nlarger\n4", "MR-MAE\nmrmae\n4", "MR-MAE\nmrmae\nfine-tuned 2"]
     labels = [f"{name} epochs, photographs" for name in names]
-    assert page.labels == ["Picture", GUIDE, *labels, "Kept (25 %)", "Removed (75 %)"]
-    assert page.title == "Attention of 4 runs on the same pictures"
+    assert page.labels == ["Image", GUIDE, *labels, "Kept (25 %)", "Removed (75 %)"]
+    assert page.title == "Attention of 4 runs on the same images"
     assert page.legend == [
         f"Teacher guide, MAE mae: {FROM_CLASS}.",
         f"MCMAE larger, MR-MAE mrmae: {ATTENDED}.",
         "Patches are kept as those to which teacher guide gives most importance.",
     ]
-    pictures = evaluated(val, 2)[None]
-    np.testing.assert_array_equal(page.rows["Picture"].pictures, pictures.numpy())
+    images = evaluated(val, 2)[None]
+    np.testing.assert_array_equal(page.rows["Image"].images, images.numpy())
     for label, student in zip((labels[0], *labels[2:]), (runs.teacher, runs.student, runs.classifier), strict=True):
         heat = page.rows[label].heat
         assert heat is not None and heat.shape == (1, GRID, GRID)
-        np.testing.assert_allclose(heat, scaled_attention(student, normalize(pictures, MEAN, STD)), atol=1e-4)
-    with Image.open(io.BytesIO(stored_jpegs(val)[2][0])) as picture:
+        np.testing.assert_allclose(heat, scaled_attention(student, normalize(images, MEAN, STD)), atol=1e-4)
+    with Image.open(io.BytesIO(stored_jpegs(val)[2][0])) as image:
         # 50 x 300, whose 16 pixels are of 18 x 108: from 1/18 to 17/18 of its width and 46/108 to 62/108 of its height.
         box = (50 / 18, 300 * 46 / 108, 50 * 17 / 18, 300 * 62 / 108)
-        cut = picture.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC, box=box)
+        cut = image.resize((2 * SIDE, 2 * SIDE), Image.Resampling.BICUBIC, box=box)
     own = normalize(torch.from_numpy(np.array(cut)).permute(2, 0, 1)[None] / 255, MEAN, STD)
     heat = page.rows[labels[1]].heat
     assert heat is not None and heat.shape == (1, 2 * GRID, 2 * GRID)
     np.testing.assert_allclose(heat, scaled_attention(model, own), atol=1e-4)
     page = pages["reconstructions.png"]
-    assert page.title == "Reconstructions by 2 runs on the same pictures"
+    assert page.title == "Reconstructions by 2 runs on the same images"
     assert page.labels == ["Original", "Visible (25 %)", f"Reconstructed\n{labels[0]}", f"Reconstructed\n{labels[2]}"]
 
 
@@ -214,7 +214,7 @@ def test_a_run_of_another_grid_is_said_to_reconstruct_nothing(
     assert str(tmp_path / "larger") in told and "no reconstructions" in told and told.count("\n") == 1
 
 
-def test_the_same_part_of_a_picture_above_224_pixels(val: Path) -> None:
+def test_the_same_part_of_an_image_above_224_pixels(val: Path) -> None:
     """Evaluation at 256 sees the whole short side, at 224 seven eighths of it: a run at 256 is given these too."""
     from mrmae_ds.figures.select_images import Chosen
 
@@ -232,7 +232,7 @@ def test_the_same_part_of_a_picture_above_224_pixels(val: Path) -> None:
 
 def test_classifiers_alone_have_neither_teacher_nor_mask(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
     assert show_runs([runs.finetuned], ["1"], out=tmp_path) == [tmp_path / "attention.png"]
-    assert pages["attention.png"].labels == ["Picture", "MR-MAE\nmrmae\nfine-tuned 2 epochs, photographs"]
+    assert pages["attention.png"].labels == ["Image", "MR-MAE\nmrmae\nfine-tuned 2 epochs, photographs"]
     assert pages["attention.png"].legend == [f"MR-MAE mrmae: {ATTENDED}."]
 
 
@@ -247,19 +247,19 @@ def test_the_seed_is_the_masks(runs: Runs, pages: dict[str, Page], tmp_path: Pat
     kept = []
     for seed in (0, 0, 1):
         show_runs([runs.mae], ["3"], seed=seed, out=tmp_path)
-        kept.append(pages["attention.png"].rows["Kept (25 %)"].pictures)
+        kept.append(pages["attention.png"].rows["Kept (25 %)"].images)
     assert (kept[0] == kept[1]).all() and (kept[0] != kept[2]).any()
 
 
-def test_the_default_is_evenly_spaced_pictures(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
+def test_the_default_is_evenly_spaced_images(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
     show_runs([runs.mae], out=tmp_path)
     assert [caption.split(":")[0] for caption in pages["attention.png"].captions] == ["2", "8", "13"]
     show_runs([runs.mae], count=COUNT, out=tmp_path)
     assert [caption.split(":")[0] for caption in pages["attention.png"].captions] == [str(i) for i in range(COUNT)]
     heat = pages["attention.png"].rows["MAE\nmae\n4 epochs, photographs"].heat
     assert heat is not None
-    pictures = torch.stack([evaluated(val, row) for row in range(COUNT)])
-    np.testing.assert_allclose(heat, scaled_attention(runs.teacher, normalize(pictures, MEAN, STD)), atol=1e-4)
+    images = torch.stack([evaluated(val, row) for row in range(COUNT)])
+    np.testing.assert_allclose(heat, scaled_attention(runs.teacher, normalize(images, MEAN, STD)), atol=1e-4)
 
 
 def test_files_and_folders(
@@ -274,14 +274,14 @@ def test_files_and_folders(
         path.parent.mkdir(parents=True, exist_ok=True)
         upright.save(path)
     turned.save(folder / "a.png", exif=exif)
-    (folder / "notes.txt").write_text("no picture")
-    expected = evaluated_picture(upright)
+    (folder / "notes.txt").write_text("no image")
+    expected = evaluated_image(upright)
     show_runs([runs.mae], [str(folder), str(folder / "a.png")], out=tmp_path)
     page = pages["attention.png"]
     assert page.captions == ["a.png", "a.png", "c.png", "d.png"]  # the named one, and as many as are usual
-    assert f"3 of the 4 pictures of {folder}" in capsys.readouterr().err
-    for picture in page.rows["Picture"].pictures:
-        np.testing.assert_array_equal(picture, expected.numpy())
+    assert f"3 of the 4 images of {folder}" in capsys.readouterr().err
+    for image in page.rows["Image"].images:
+        np.testing.assert_array_equal(image, expected.numpy())
     show_runs([runs.mae], [str(folder)], count=1, out=tmp_path)
     assert pages["attention.png"].captions == ["c.png"]
     show_runs([runs.mae], [str(folder / "a.png")] * 4, out=tmp_path)
@@ -294,7 +294,7 @@ def test_no_validation_set_is_needed_for_files(pages: dict[str, Page], tmp_path:
     photograph().save(tmp_path / "x.jpg")
     show_runs([tmp_path / "moved" / "pretrain"], [str(tmp_path / "x.jpg")])
     assert pages["attention.png"].captions == ["x.jpg"]
-    with pytest.raises(UserError, match=r"gone.beton: no such file.*--pictures FILE_OR_FOLDER"):
+    with pytest.raises(UserError, match=r"gone.beton: no such file.*--images FILE_OR_FOLDER"):
         show_runs([tmp_path / "moved" / "pretrain"])
 
 
@@ -306,7 +306,7 @@ def test_a_teacher_that_is_gone_is_left_out_and_told(
     written = show_runs([tmp_path / "orphan" / "pretrain"], ["4"])
     assert [path.name for path in written] == ["attention.png", "reconstructions.png"]
     label = "MR-MAE\norphan\n4 epochs, photographs"
-    assert pages["attention.png"].labels == ["Picture", label, "Kept (25 %)", "Removed (75 %)"]
+    assert pages["attention.png"].labels == ["Image", label, "Kept (25 %)", "Removed (75 %)"]
     heat = pages["attention.png"].rows[label].heat
     assert heat is not None
     np.testing.assert_allclose(heat, scaled_attention(model, normalize(evaluated_page(val), MEAN, STD)), atol=1e-4)
@@ -320,15 +320,15 @@ def evaluated_page(val: Path) -> Tensor:
     return evaluated(val, 4)[None]
 
 
-def test_the_command_writes_the_chosen_picture(
+def test_the_command_writes_the_chosen_image(
     runs: Runs, val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["show", str(runs.mrmae), str(runs.mae), "--pictures", "10", "7", "--out", str(tmp_path)]) == 0
+    assert main(["show", str(runs.mrmae), str(runs.mae), "--images", "10", "7", "--out", str(tmp_path)]) == 0
     names = ["attention.png", "reconstructions.png"]
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / name) for name in names]
     for name in names:
-        with Image.open(tmp_path / name) as picture:
-            page = np.asarray(picture.convert("RGB"))
+        with Image.open(tmp_path / name) as image:
+            page = np.asarray(image.convert("RGB"))
         corners = []
         for row in (10, 7):
             pixels = (evaluated(val, row) * 255).round().byte().permute(1, 2, 0).numpy()
@@ -342,37 +342,45 @@ def _find(page: np.ndarray, block: np.ndarray) -> tuple[int, int]:
     for top, left in np.argwhere((page[:-height, :-width] == block[0, 0]).all(-1)).tolist():
         if (page[top : top + height, left : left + width] == block).all():
             return top, left
-    raise AssertionError("the picture is not on the page")
+    raise AssertionError("the image is not on the page")
 
 
-def test_pictures_go_beside_the_first_run(runs: Runs, pages: dict[str, Page]) -> None:
-    assert show_run(runs.mrmae)[0] == runs.mrmae / "pictures" / "attention.png"
+def test_images_go_beside_the_first_run(runs: Runs, pages: dict[str, Page]) -> None:
+    assert show_run(runs.mrmae)[0] == runs.mrmae / "images" / "attention.png"
     assert len(pages["attention.png"].captions) == 3
-    # A comparison must not overwrite the run's own pictures.
-    assert show_runs([runs.mrmae, runs.mae])[0] == runs.mrmae / "pictures" / "compared" / "attention.png"
+    # A comparison must not overwrite the run's own images.
+    assert show_runs([runs.mrmae, runs.mae])[0] == runs.mrmae / "images" / "compared" / "attention.png"
 
 
 def test_training_draws_no_classifier_and_nothing_where_none_is_wanted(runs: Runs, val: Path, tmp_path: Path) -> None:
     assert show_run(runs.finetuned) == []
     recipe = make_recipe(val, "MAE", VIT, SIDE, None)
-    save_pretraining(tmp_path, recipe.model_copy(update={"record": recipe.record.model_copy(update={"pictures": 0})}))
+    save_pretraining(
+        tmp_path, recipe.model_copy(update={"logging": recipe.logging.model_copy(update={"num_images": 0})})
+    )
     assert show_run(tmp_path / "pretrain") == []
-    assert not (tmp_path / "pretrain" / "pictures").exists()
+    assert not (tmp_path / "pretrain" / "images").exists()
 
 
 MISTAKES = {
-    "number beyond the end": (["--pictures", "3", "16"], "has no picture 16; its 16 pictures are numbered 0 to 15"),
-    "negative number": (["--pictures", "-1"], "has no picture -1"),
-    "number and file": (["--pictures", "3", "{0}/x.jpg"], "x.jpg is no number"),
-    "no such file": (["--pictures", "{0}/none.jpg"], "none.jpg: no such file or folder"),
-    "not a picture": (["--pictures", "{0}/notes.txt"], "notes.txt: cannot be read (no picture"),
-    "torn picture": (["--pictures", "{0}/torn.jpg"], "torn.jpg: cannot be read"),
-    "empty folder": (["--pictures", "{0}/empty"], "empty holds no pictures"),
-    "no pictures": (["--count", "0"], "--count: at least 1"),
-    "more than there are": (["--count", "17"], "17 pictures wanted, but"),
-    "count of numbers": (["--pictures", "1", "--count", "1"], "--count: the numbers after --pictures say how many"),
-    "count of files": (["--pictures", "{0}/x.jpg", "--count", "1"], "--count: the files after --pictures say how many"),
-    "too many": (["--pictures", *["0"] * 65], "65 pictures are too many for one figure; choose 64 or fewer"),
+    "number beyond the end": (["--images", "3", "16"], "has no image 16; its 16 images are numbered 0 to 15"),
+    "negative number": (["--images", "-1"], "has no image -1"),
+    "number and file": (["--images", "3", "{0}/x.jpg"], "x.jpg is no number"),
+    "no such file": (["--images", "{0}/none.jpg"], "none.jpg: no such file or folder"),
+    "not an image": (["--images", "{0}/notes.txt"], "notes.txt: cannot be read (no image"),
+    "torn image": (["--images", "{0}/torn.jpg"], "torn.jpg: cannot be read"),
+    "empty folder": (["--images", "{0}/empty"], "empty holds no images"),
+    "no images": (["--num-images", "0"], "--num-images: at least 1"),
+    "more than there are": (["--num-images", "17"], "17 images wanted, but"),
+    "count of numbers": (
+        ["--images", "1", "--num-images", "1"],
+        "--num-images: the numbers after --images say how many",
+    ),
+    "count of files": (
+        ["--images", "{0}/x.jpg", "--num-images", "1"],
+        "--num-images: the files after --images say how many",
+    ),
+    "too many": (["--images", *["0"] * 65], "65 images are too many for one figure; choose 64 or fewer"),
     "no folder": (["--out", "{0}/notes.txt"], "notes.txt cannot be made a folder"),
 }
 
@@ -381,7 +389,7 @@ MISTAKES = {
 def test_one_clear_error(case: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photograph().save(tmp_path / "x.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:20_000])
-    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / "empty").mkdir()
     arguments, expected = MISTAKES[case]
     assert main(["show", str(runs.mae), *(argument.format(tmp_path) for argument in arguments)]) == 2

@@ -197,7 +197,7 @@ def test_another_input_size() -> None:
     assert model.grid == (3, 6)
 
 
-def test_pictures_of_another_size_are_named() -> None:
+def test_images_of_another_size_are_named() -> None:
     model = classifier(64)
     visible = choose_visible(random_noise(1, 16, seed=3), (4, 4), 0.5)
     for arguments in ((), (visible,)):

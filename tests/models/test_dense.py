@@ -14,7 +14,7 @@ from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
-from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.models.vit import MaskedViT
 from tests.support import dense
 from tests.support.reference import authors_name, perturb, pixel_objective, random_noise
 
@@ -75,9 +75,7 @@ CASES = {
 def build(case: Case) -> PretrainModel:
     torch.manual_seed(0)
     bare = {"num_classes": 0, "global_pool": ""}
-    encoder = (
-        CViT(case.spec, case.size, **bare) if isinstance(case.spec, CViTSpec) else MaskableViT(case.spec, case.size)
-    )
+    encoder = CViT(case.spec, case.size, **bare) if isinstance(case.spec, CViTSpec) else MaskedViT(case.spec, case.size)
     pixels = pixel_objective("standardize" if case.norm_pix else "none", weight=0.7)
     objectives = {"pixels": pixels, "mimic": MIMIC}
     model = PretrainModel(encoder, case.fusion, case.decoder, objectives, {"clip": TEACHER_WIDTH})
@@ -145,7 +143,7 @@ def test_the_model_is_the_dense_formulas(case: Case) -> None:
 def test_the_classifier_is_the_dense_formulas(name: str) -> None:
     case = CASES[name]
     torch.manual_seed(0)
-    build = CViT if isinstance(case.spec, CViTSpec) else MaskableViT
+    build = CViT if isinstance(case.spec, CViTSpec) else MaskedViT
     model = build(case.spec, case.size, num_classes=5)
     perturb(model, seed=1)
     model.double()

@@ -37,10 +37,10 @@ def removed_pixels(visible: VisibleSet, stride: int) -> Tensor:
     """True on the pixels of removed tokens, [B, 1, H, W]."""
     rows, columns = visible.grid
     removed = torch.ones(len(visible.ids_keep), 1, rows * stride, columns * stride, dtype=torch.bool)
-    for picture, tokens in enumerate(visible.ids_keep.tolist()):
+    for image, tokens in enumerate(visible.ids_keep.tolist()):
         for token in tokens:
             top, left = token // columns * stride, token % columns * stride
-            removed[picture, :, top : top + stride, left : left + stride] = False
+            removed[image, :, top : top + stride, left : left + stride] = False
     return removed
 
 
@@ -70,11 +70,11 @@ def test_removed_pixels_have_no_influence(arch: str, size: int, keep_ratio: floa
 
 
 @pytest.mark.parametrize("arch", ["cvit_base", "cvit_huge", "cvit_tiny"])
-def test_visible_neighbours_do_mix(arch: str) -> None:
-    """The mask cuts removed cells only: in each convolutional stage a visible neighbour is seen."""
+def test_visible_neighbors_do_mix(arch: str) -> None:
+    """The mask cuts removed cells only: in each convolutional stage a visible neighbor is seen."""
     model = build(arch, 32 if arch == "cvit_tiny" else 224)
     encoder, (rows, columns) = model.encoder, model.encoder.grid
-    # Tokens 0 to K-1 are visible: whole rows from the top, so token 0 has a right and a lower neighbour.
+    # Tokens 0 to K-1 are visible: whole rows from the top, so token 0 has a right and a lower neighbor.
     visible = choose_visible(torch.arange(float(rows * columns))[None], encoder.grid, 0.5)
     for stage in (0, 1):
         images = random_images(1, rows * encoder.stride, seed=2).requires_grad_()

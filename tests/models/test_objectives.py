@@ -88,7 +88,7 @@ def test_objective_loss_is_the_formula(
 
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_a_constant_target_is_no_division_by_zero(normalize: str, visible: VisibleSet) -> None:
-    """A patch of one colour has no variance, a dead teacher token no length."""
+    """A patch of one color has no variance, a dead teacher token no length."""
     target = torch.zeros(B, L, D) if normalize == "l2" else torch.full((B, L, D), 2.5)
     expected = 2.5 if normalize == "none" else 0.0
     torch.testing.assert_close(normalize_target(target, normalize), torch.full((B, L, D), expected), atol=1e-3, rtol=0)

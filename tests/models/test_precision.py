@@ -20,7 +20,7 @@ CVIT = CViTSpec((16, 24, 32), (1, 1, 2), 4)
 VIT = ViTSpec(32, 3, 4)
 BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
 TAPS = [("encoder", "visible"), ("decoder", "visible"), ("decoder", "masked"), ("decoder", "all")]
-# Every loss and normalisation at every place: one model holds them all.
+# Every loss and normalization at every place: one model holds them all.
 OBJECTIVES = {
     f"{target}_{tap}_{tokens}_{loss}_{normalize}": Objective(
         target=target, tap=tap, tokens=tokens, loss=loss, normalize=normalize, weight=0.01
@@ -44,7 +44,7 @@ def build(spec: EncoderSpec) -> PretrainModel:
 
 
 def losses(model: PretrainModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Of one batch; ``dtype`` of pictures and teacher features."""
+    """Of one batch; ``dtype`` of images and teacher features."""
     images = random_images(4, 64, seed=2).bfloat16().to(dtype)
     target = torch.randn(4, 16, 24, generator=torch.Generator().manual_seed(3)).bfloat16().to(dtype)
     visible = choose_visible(random_noise(4, 16, seed=4), (4, 4), 0.25)
@@ -76,7 +76,7 @@ def test_autocast(spec: EncoderSpec) -> None:
 
 @BOTH
 def test_bfloat16_weights(spec: EncoderSpec) -> None:
-    """What DeepSpeed's bf16 makes of the model: weights and pictures in bfloat16, losses still in float32."""
+    """What DeepSpeed's bf16 makes of the model: weights and images in bfloat16, losses still in float32."""
     exact = losses(build(spec).bfloat16().float(), torch.float32)
     model = build(spec).bfloat16()
     found = losses(model, torch.bfloat16)
@@ -86,8 +86,8 @@ def test_bfloat16_weights(spec: EncoderSpec) -> None:
 
 
 def test_pixel_targets_are_made_in_full_precision() -> None:
-    """With heads of zeros a loss is its target alone: bf16 weights must not round the pictures that it is made of."""
-    # Not standardised: the mean square of such a target is the same whatever the picture.
+    """With heads of zeros a loss is its target alone: bf16 weights must not round the images that it is made of."""
+    # Not standardized: the mean square of such a target is the same whatever the image.
     objective = Objective(target="pixels", tap="decoder", tokens="masked", normalize="none", weight=1.0)
     objectives = {"pixels": objective}
     decoder = DecoderSpec(dim=32, depth=1, num_heads=4)

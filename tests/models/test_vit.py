@@ -14,7 +14,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pos_embed import resize_positions
 from mrmae_ds.models.sizes import ImageSize, ViTSpec
-from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.models.vit import MaskedViT
 from tests.support import dense
 from tests.support.reference import perturb, random_images, random_noise
 
@@ -23,8 +23,8 @@ SPEC = ViTSpec(16, 3, 4, patch=4)
 
 def build(
     num_classes: int = 0, drop_path: float = 0.0, size: ImageSize = 16, pool: Literal["avg", "token"] = "avg"
-) -> MaskableViT:
-    model = MaskableViT(SPEC, size, num_classes, drop_path, pool).eval()
+) -> MaskedViT:
+    model = MaskedViT(SPEC, size, num_classes, drop_path, pool).eval()
     perturb(model, seed=1)
     return model
 
@@ -120,8 +120,8 @@ def test_logits_are_of_the_mean_of_patch_tokens() -> None:
     model = build(num_classes=5)
     images = random_images(2, 16, seed=2)
     mean = model.forward_features(images)[:, 1:].double().mean(1)
-    centred = mean - mean.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    centerd = mean - mean.mean(-1, keepdim=True)
+    normed = centerd / (centerd.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     normed = normed * model.fc_norm.weight.double() + model.fc_norm.bias.double()
     expected = normed @ model.head.weight.double().T + model.head.bias.double()
     torch.testing.assert_close(model(images).double(), expected, atol=1e-5, rtol=1e-4)

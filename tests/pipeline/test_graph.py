@@ -9,9 +9,9 @@ import yaml
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.stages import FinetuneConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.pipeline.config import assignments, load_chain
-from mrmae_ds.pipeline.graph import build_links
-from tests.support.pipelines import KEYS, make_links, write_chain
+from mrmae_ds.pipeline.config import assignments, load_pipeline
+from mrmae_ds.pipeline.graph import build_jobs
+from tests.support.pipelines import KEYS, make_links, write_pipeline
 
 
 def test_a_link_comes_after_those_that_it_needs(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_each_seed_has_its_own_runs_and_starts_from_its_own(tmp_path: Path) -> N
 
 
 def test_the_papers_chain_has_every_cell_of_table_6(tmp_path: Path) -> None:
-    links = build_links(load_chain(Path("slurm/table6.yaml")), seeds=[0, 1])
+    links = build_jobs(load_pipeline(Path("slurm/table6.yaml")), seeds=[0, 1])
     tuned = [link for link in links if link.stage == "finetune"]
     cells = {(link.recipe.method, link.recipe.size, link.recipe.seed) for link in tuned}
     sizes = ("Small", "Base", "Large", "Huge", "Huge-392", "Huge-448")
@@ -64,7 +64,7 @@ def test_the_papers_chain_has_every_cell_of_table_6(tmp_path: Path) -> None:
 
 
 def test_the_chain_of_the_ablations_has_every_row_of_tables_3_to_5(tmp_path: Path) -> None:
-    links = {link.key: link for link in build_links(load_chain(Path("slurm/ablations.yaml")), seeds=[1])}
+    links = {link.key: link for link in build_jobs(load_pipeline(Path("slurm/ablations.yaml")), seeds=[1])}
     methods = {link.recipe.method for link in links.values()}
     assert {method[-5:] for method in methods if "Table 3" in method} == {f"row {n}" for n in range(1, 7)}
     separate = links["table4_separate-seed1/evaluate"]
@@ -74,7 +74,7 @@ def test_the_chain_of_the_ablations_has_every_row_of_tables_3_to_5(tmp_path: Pat
 
 @pytest.mark.parametrize("path", sorted(Path("slurm").glob("*.yaml")), ids=str)
 def test_every_chain_says_how_it_is_run(path: Path) -> None:
-    assert f"mrmae submit {path}" in path.read_text() and load_chain(path).name == path.stem
+    assert f"mrmae submit {path}" in path.read_text() and load_pipeline(path).name == path.stem
 
 
 @pytest.mark.parametrize(
@@ -143,29 +143,29 @@ def test_sets_are_applied_in_order_and_null_removes(tmp_path: Path) -> None:
 
 
 def test_a_chain_may_extend_another(tmp_path: Path) -> None:
-    write_chain(tmp_path, sets={"long": {"stages": {"finetune": {"epochs": 9}}}})
+    write_pipeline(tmp_path, sets={"long": {"stages": {"finetune": {"epochs": 9}}}})
     run = {"recipe": "ds_configs/baselines/mae_tiny.yaml", "use": ["long"]}
     (tmp_path / "more.yaml").write_text(yaml.safe_dump({"extends": "chain.yaml", "name": "more", "runs": [run]}))
-    chain = load_chain(tmp_path / "more.yaml")
+    chain = load_pipeline(tmp_path / "more.yaml")
     assert (chain.name, len(chain.runs), chain.config) == ("more", 1, Path("ds_configs/tiny.json"))
-    stages = [link.recipe.stages for link in build_links(chain, tmp_path)]
+    stages = [link.recipe.stages for link in build_jobs(chain, tmp_path)]
     assert [s.finetune.epochs for s in stages if s.finetune] == [9, 9]
     assert [s.pretrain.epochs for s in stages if s.pretrain] == [3, 3]
     (tmp_path / "chain.yaml").write_text("extends: more.yaml")
     with pytest.raises(UserError, match="extends itself through"):
-        load_chain(tmp_path / "more.yaml")
+        load_pipeline(tmp_path / "more.yaml")
 
 
 def test_common_changes_are_for_recipes_that_have_what_they_change(tmp_path: Path) -> None:
-    chain = load_chain(write_chain(tmp_path))
-    links = {link.key: link for link in build_links(chain, tmp_path, overrides=["teachers.mae.precision=bf16"])}
+    chain = load_pipeline(write_pipeline(tmp_path))
+    links = {link.key: link for link in build_jobs(chain, tmp_path, overrides=["teachers.mae.precision=bf16"])}
     assert links["tiny/pretrain"].recipe.teachers["mae"].precision == "bf16"
     assert links["mae_tiny/pretrain"].recipe.teachers == {}
     assert links["scratch_tiny/finetune"].recipe.stages.pretrain is None
     with pytest.raises(UserError, match=r"chain demo: no recipe has what teachers\.clip\.precision=bf16 changes"):
-        build_links(chain, tmp_path, overrides=["teachers.clip.precision=bf16"])
+        build_jobs(chain, tmp_path, overrides=["teachers.clip.precision=bf16"])
     with pytest.raises(UserError, match=r"stages\.pretran: unknown key; did you mean 'pretrain'"):
-        build_links(chain, tmp_path, overrides=["stages.pretran.epochs=2"])
+        build_jobs(chain, tmp_path, overrides=["stages.pretran.epochs=2"])
 
 
 def test_changes_are_written_as_train_py_reads_them() -> None:

@@ -14,9 +14,9 @@ import pytest
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.pipeline import local
-from mrmae_ds.pipeline.graph import Link
+from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.records.record import RunRecord, find_records
-from tests.support.pipelines import KEYS, make_links, record, write_chain
+from tests.support.pipelines import KEYS, make_links, record, write_pipeline
 from tests.support.processes import REPOSITORY, environment, run
 from tests.support.sample_data import write_sample_beton
 
@@ -63,7 +63,7 @@ def _begun(room: Path) -> list[str]:
 def _run(tmp_path: Path, *more: str) -> int:
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        return main(["submit", str(write_chain(tmp_path)), "--runs", str(tmp_path / "runs"), "--local", *more])
+        return main(["submit", str(write_pipeline(tmp_path)), "--runs", str(tmp_path / "runs"), "--local", *more])
     except SystemExit as end:
         return int(str(end.code))
     finally:
@@ -130,7 +130,7 @@ def test_a_signal_is_passed_on_and_waited_for(room: Path, tmp_path: Path) -> Non
     program = (
         f"from pathlib import Path; from mrmae_ds.pipeline import local; "
         f"local.TRAIN = Path({str(room / 'train.py')!r}); "
-        f"from mrmae_ds.cli.main import main; main(['submit', {str(write_chain(tmp_path))!r}, '--local', '--runs', "
+        f"from mrmae_ds.cli.main import main; main(['submit', {str(write_pipeline(tmp_path))!r}, '--local', '--runs', "
         f"{str(tmp_path / 'runs')!r}])"
     )
     process = subprocess.Popen(
@@ -158,8 +158,8 @@ def test_a_signal_is_passed_on_and_waited_for(room: Path, tmp_path: Path) -> Non
 
 def test_several_processes_are_started_by_deepspeed(tmp_path: Path) -> None:
     links = make_links(tmp_path, tmp_path / "runs")
-    link: Link = links["tiny/finetune"]
-    several = local.LocalChain([], {}, processes=2, gpus=0)
+    link: PipelineJob = links["tiny/finetune"]
+    several = local.LocalPipeline([], {}, processes=2, gpus=0)
     command = several.command(link)
     assert command[0].endswith("deepspeed") and command[1:4] == ["-q", "--num_gpus", "2"]
     assert command[4:] == [str(local.TRAIN), "--ds_config", "ds_configs/tiny.json", *link.arguments]
@@ -179,9 +179,9 @@ def test_a_chain_in_earnest(tmp_path: Path) -> None:
     data = {"train": str(tmp_path / "train.beton"), "val": str(tmp_path / "val.beton"), "backend": "pillow"}
     rates = {"warmup_epochs": 0}
     stages = {name: {"epochs": 1, "optimizer": rates} for name in ("pretrain", "finetune")}
-    chain = write_chain(
+    chain = write_pipeline(
         tmp_path,
-        set={"data": data, "stages": stages, "record": {"pictures": 0}},
+        set={"data": data, "stages": stages, "logging": {"num_images": 0}},
         runs=[{"recipe": "ds_configs/baselines/mae_tiny.yaml"}, {}],
     )
     command = ["mrmae", "submit", chain, "--runs", tmp_path / "runs", "--seeds", "0,1", "--local", "--jobs", "2"]

@@ -9,10 +9,10 @@ import pytest
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.engine import load_engine_config
-from mrmae_ds.pipeline.graph import Link
+from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import read_jobs
 from tests.support.fake_slurm import FakeSlurm
-from tests.support.pipelines import KEYS, make_links, record, write_chain
+from tests.support.pipelines import KEYS, make_links, record, write_pipeline
 
 
 @pytest.fixture
@@ -23,12 +23,12 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
 
 
 @pytest.fixture
-def links(tmp_path: Path) -> dict[str, Link]:
+def links(tmp_path: Path) -> dict[str, PipelineJob]:
     return make_links(tmp_path, tmp_path / "runs")
 
 
 def _submit(folder: Path, *more: str) -> int:
-    return main(["submit", str(write_chain(folder)), "--runs", str(folder / "runs"), *more])
+    return main(["submit", str(write_pipeline(folder)), "--runs", str(folder / "runs"), *more])
 
 
 def _by_name(slurm: FakeSlurm) -> dict[str, tuple[str, list[str]]]:
@@ -51,7 +51,7 @@ def _waits_for(slurm: FakeSlurm, name: str) -> list[str]:
 
 
 def test_every_link_is_a_job_that_waits_for_its_needs(
-    slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: FakeSlurm, links: dict[str, PipelineJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert _submit(tmp_path, "--sbatch=--time=24:00:00 --account=lab") == 0
     out = capsys.readouterr().out
@@ -95,7 +95,9 @@ def test_a_second_submission_finds_everything_in_the_queue(
     assert f"nothing to submit: {len(KEYS)} jobs are in the queue" in capsys.readouterr().out
 
 
-def test_only_what_is_missing_is_submitted_again(slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path) -> None:
+def test_only_what_is_missing_is_submitted_again(
+    slurm: FakeSlurm, links: dict[str, PipelineJob], tmp_path: Path
+) -> None:
     """The teacher has finished, one pre-training has failed and taken its fine-tuning with it, one still runs."""
     _submit(tmp_path)
     first = {key: _by_name(slurm)[key.replace("/", "-")][0] for key in KEYS}
@@ -115,7 +117,7 @@ def test_only_what_is_missing_is_submitted_again(slurm: FakeSlurm, links: dict[s
 
 
 def test_what_waits_for_a_queued_job_waits_for_that_one(
-    slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path
+    slurm: FakeSlurm, links: dict[str, PipelineJob], tmp_path: Path
 ) -> None:
     _submit(tmp_path)
     tuned = _by_name(slurm)["tiny-finetune"][0]
@@ -127,7 +129,7 @@ def test_what_waits_for_a_queued_job_waits_for_that_one(
 
 
 def test_a_job_that_was_started_by_hand_is_found_by_its_record(
-    slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: FakeSlurm, links: dict[str, PipelineJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(links["mae_tiny/pretrain"], "running", slurm_job="4711")
     (slurm.room / "4711.state").write_text("RUNNING")
@@ -151,7 +153,7 @@ def test_when_sbatch_refuses_what_was_submitted_is_on_record(
 
 
 def test_when_all_has_finished_the_tables_are_made_at_once(
-    slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: FakeSlurm, links: dict[str, PipelineJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for link in links.values():
         record(link)
@@ -163,7 +165,7 @@ def test_when_all_has_finished_the_tables_are_made_at_once(
 
 @pytest.mark.parametrize("change", [{"recipe_hash": "another"}, {"seed": 9}])
 def test_another_run_in_the_folder_is_told(
-    change: dict[str, object], slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path,
+    change: dict[str, object], slurm: FakeSlurm, links: dict[str, PipelineJob], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     record(links["tiny/pretrain"], **change)
@@ -173,14 +175,14 @@ def test_another_run_in_the_folder_is_told(
 
 
 def test_the_plan_is_printed_and_nothing_is_started(
-    slurm: FakeSlurm, links: dict[str, Link], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    slurm: FakeSlurm, links: dict[str, PipelineJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record(links["mae_tiny/pretrain"])
     absent_data = tmp_path / "train.beton"
     assert _submit(tmp_path, "--dry-run", "--tflops", "1", "--set", f"data.train={absent_data}") == 0
     out = capsys.readouterr().out
     *plan, summary, absent, uncounted = out.splitlines()
-    assert absent == f"{absent_data} is not there: ImageNet-1K's 1,281,167 pictures are taken"
+    assert absent == f"{absent_data} is not there: ImageNet-1K's 1,281,167 images are taken"
     lines = {line.split()[0]: line for line in plan[1:]}
     assert (
         list(lines) == KEYS and uncounted == "not counted either: 1 links whose teacher is a run that is not there yet"

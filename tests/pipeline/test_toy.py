@@ -12,8 +12,8 @@ import torch
 
 from mrmae_ds.config.engine import accumulation_steps, load_engine_config
 from mrmae_ds.factory import build_pretraining
-from mrmae_ds.pipeline.config import load_chain
-from mrmae_ds.pipeline.graph import Link, build_links
+from mrmae_ds.pipeline.config import load_pipeline
+from mrmae_ds.pipeline.graph import PipelineJob, build_jobs
 from mrmae_ds.profiling.meta_teachers import outline_teacher
 from mrmae_ds.tables.ablations import parts_of
 from mrmae_ds.tables.paper import TABLE_3, TABLE_6
@@ -25,8 +25,8 @@ ROOT = Path("runs/toy")
 SCRIPT = REPOSITORY / "scripts" / "toy_tables.sh"
 
 
-def _links(name: str, seeds: list[int]) -> dict[str, Link]:
-    return {link.key: link for link in build_links(load_chain(Path(f"slurm/{name}.yaml")), ROOT, seeds)}
+def _links(name: str, seeds: list[int]) -> dict[str, PipelineJob]:
+    return {link.key: link for link in build_jobs(load_pipeline(Path(f"slurm/{name}.yaml")), ROOT, seeds)}
 
 
 def test_every_cell_of_table_6_has_its_miniature() -> None:
@@ -60,7 +60,7 @@ def test_columns_grow_and_methods_are_told_apart_by_what_they_learn_alone(method
     counts = []
     for link in tuned:
         stage = link.recipe.stages.finetune
-        assert stage is not None and stage.mixup == stage.cutmix == stage.erasing == stage.drop_path == 0
+        assert stage is not None and stage.mixup == stage.cutmix == stage.random_erasing == stage.drop_path == 0
         with torch.device("meta"):
             model = build_encoder(link.recipe.model.spec(), stage.image_size or 48, 60)
         counts.append(sum(p.numel() for p in model.parameters()))
@@ -107,4 +107,4 @@ def test_rows_1_and_7_are_trained_once_for_both_tables() -> None:
 
 def test_the_script_says_how_it_is_used() -> None:
     done = subprocess.run([SCRIPT], capture_output=True, text=True, env=environment(), timeout=60, check=False)
-    assert done.returncode == 2 and "scripts/toy_tables.sh PICTURES TEACHER" in done.stderr
+    assert done.returncode == 2 and "scripts/toy_tables.sh IMAGES TEACHER" in done.stderr

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.sizes import CViTSpec
-from mrmae_ds.planning.activation_trace import CudaPolicy, Recorder, Timeline, trace
+from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace
 
 WIDTH, HIDDEN, DEPTH = 8, 32, 3
 
@@ -41,16 +41,16 @@ class Stack(nn.Module):
 
 
 def timeline(again: bool = False, autocast: bool = False) -> Timeline:
-    """Of ``Stack`` on pictures of WIDTH numbers."""
+    """Of ``Stack`` on images of WIDTH numbers."""
     with FakeTensorMode():
         model = Stack(again)
 
-        def run(pictures: int) -> Recorder:
-            recorder = Recorder([model])
+        def run(images: int) -> TensorRecorder:
+            recorder = TensorRecorder([model])
             handles = [p.register_post_accumulate_grad_hook(recorder.take_gradient) for p in model.parameters()]
             with recorder:
                 recorder.phase = "forward"
-                x = torch.empty(pictures, WIDTH)
+                x = torch.empty(images, WIDTH)
                 with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                     y = model(x)
                 recorder.phase = "backward"
@@ -62,11 +62,11 @@ def timeline(again: bool = False, autocast: bool = False) -> Timeline:
         return trace(run)
 
 
-ROW, INNER = WIDTH * 4, HIDDEN * 4  # bytes of a picture's activation in float32, outside and inside a block
+ROW, INNER = WIDTH * 4, HIDDEN * 4  # bytes of an image's activation in float32, outside and inside a block
 WEIGHTS = 2 * WIDTH * HIDDEN * 4  # of a block
 
 
-def test_what_is_saved_is_counted_once_and_is_linear_in_pictures() -> None:
+def test_what_is_saved_is_counted_once_and_is_linear_in_images() -> None:
     told = timeline()
     # The first input and each block's output, the next one's input; inside, the sigmoid's output, which the sigmoid
     # and the layer after it both save.
@@ -80,7 +80,7 @@ def test_parameters_and_their_gradients_are_not_among_it() -> None:
     told = timeline()
     assert told.gradients[-1] == DEPTH * 2 * WIDTH * HIDDEN
     assert told.gradients[told.where("forward")].max() == 0
-    # One picture is next to nothing beside the weights: a weight's gradient is there until it is handed over, no more.
+    # One image is next to nothing beside the weights: a weight's gradient is there until it is handed over, no more.
     assert WEIGHTS // 2 <= told.peak(1, "backward") < WEIGHTS
     assert told.living(1)[-1] < WEIGHTS // 2 + 4 * ROW
 
@@ -103,11 +103,11 @@ def test_autocast_halves_activations_and_keeps_casts_of_the_weights() -> None:
     assert told.peak(10, "forward") == activations + DEPTH * WEIGHTS // 2
 
 
-def test_a_run_that_depends_on_the_number_of_pictures_is_refused() -> None:
-    def run(pictures: int) -> Recorder:
-        recorder = Recorder([])
+def test_a_run_that_depends_on_the_number_of_images_is_refused() -> None:
+    def run(images: int) -> TensorRecorder:
+        recorder = TensorRecorder([])
         with recorder:
-            for _ in range(pictures):
+            for _ in range(images):
                 torch.empty(1)
         return recorder
 

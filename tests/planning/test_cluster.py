@@ -10,7 +10,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.planning.cluster import CALL_S, LINK_SHARE, NODE_S, Cluster, check_cluster
 from mrmae_ds.planning.teacher_memory import Placed
 from mrmae_ds.planning.traffic import offload_flows, student_flows, teacher_flow
-from mrmae_ds.planning.zero_memory import Engine
+from mrmae_ds.planning.zero_memory import ZeroMemory
 from mrmae_ds.profiling.gpus import Gpu
 from tests.planning.test_zero_memory import CENSUS, FLOAT32, KEEP
 
@@ -35,7 +35,7 @@ def test_between_nodes_their_links_are_used_together() -> None:
 
 def test_one_gpu_waits_for_nobody() -> None:
     assert ONE_NODE.of(1).collective_s(1e9, 100) == 0
-    assert student_flows(Engine(CENSUS, FLOAT32, 1), ONE_NODE.of(1)) == []
+    assert student_flows(ZeroMemory(CENSUS, FLOAT32, 1), ONE_NODE.of(1)) == []
 
 
 def test_what_fits_is_less_than_what_a_card_has() -> None:
@@ -53,7 +53,7 @@ def test_nodes_that_cannot_be(gpus: int, per_node: int, message: str) -> None:
 
 def flows(stage: int, accumulation: int = 1, autocast: bool = False) -> dict[str, float]:
     zero = replace(FLOAT32, stage=stage, autocast=autocast, overlap=stage == 3)
-    engine = Engine(CENSUS, zero, 4, accumulation)
+    engine = ZeroMemory(CENSUS, zero, 4, accumulation)
     return {flow.name: flow.size for flow in student_flows(engine, ONE_NODE)}
 
 
@@ -82,20 +82,20 @@ def test_autocast_sends_most_in_bf16() -> None:
 
 def test_stage_3_hides_what_it_sends_and_stage_1_does_not() -> None:
     for stage, hidden in {1: False, 3: True}.items():
-        engine = Engine(CENSUS, replace(FLOAT32, stage=stage, overlap=stage == 3), 4)
+        engine = ZeroMemory(CENSUS, replace(FLOAT32, stage=stage, overlap=stage == 3), 4)
         assert {flow.hidden for flow in student_flows(engine, ONE_NODE)} == {hidden}
 
 
 def test_hpz_gathers_once_between_nodes_and_then_in_each() -> None:
     zero = replace(FLOAT32, max_reuse=0, max_live=0, prefetch_bucket=0, hpz=4)
-    sent = student_flows(Engine(CENSUS, zero, 8), TWO_NODES)
+    sent = student_flows(ZeroMemory(CENSUS, zero, 8), TWO_NODES)
     assert [flow.size for flow in sent] == [4 * 1024, 4 * 1024, 4 * 1000]
     assert sent[1].seconds < sent[0].seconds
 
 
 def test_offloading_goes_over_the_bus_and_back() -> None:
     zero = replace(FLOAT32, offload_param="cpu", offload_optimizer="cpu", max_live=KEEP)
-    parameters, states, update = offload_flows(Engine(CENSUS, zero, 4), ONE_NODE)
+    parameters, states, update = offload_flows(ZeroMemory(CENSUS, zero, 4), ONE_NODE)
     assert parameters.size == 4 * 1024 / 4
     assert states.size == (4 + 4) * 250
     assert states.seconds == pytest.approx(2000 / 10e9 / LINK_SHARE) and not states.hidden

@@ -73,7 +73,7 @@ def test_memory_grows_with_the_micro_batch_and_shrinks_with_the_stage(stages: di
 def test_a_step_is_computing_and_waiting(stages: dict[str, CountedStage]) -> None:
     now = estimate(stages["pretrain"], ZERO, CLUSTER, 16)
     assert now.engine.accumulation == 4 and now.batch == 1024
-    computing = stages["pretrain"].cost.per_picture * 64 / 300e12
+    computing = stages["pretrain"].cost.per_image * 64 / 300e12
     assert now.computing_s == pytest.approx(computing)
     # ZeRO-3 hides what it sends behind computing; the rest of it shows.
     sent = sum(flow.seconds for flow in now.flows)
@@ -124,7 +124,7 @@ def test_advice(stages: dict[str, CountedStage]) -> None:
     assert "ZeRO-1 would fit" in said
     assert "recomputed" not in said
     assert now.images_per_s is not None
-    assert f"the loader must deliver {now.images_per_s / 2:,.0f} pictures/s a node" in said
+    assert f"the loader must deliver {now.images_per_s / 2:,.0f} images/s a node" in said
     assert waits_for(now, loader_rate=1.0).startswith("loader")
     assert waits_for(now, loader_rate=1e9) == waits_for(now, None)
     mean = replace(ZERO, max_live=0, max_reuse=0)
@@ -136,7 +136,7 @@ def test_advice_where_much_is_recomputed_though_memory_is_free(recipe: Recipe) -
     config = replace(load_engine_config(SMALL), checkpointing=CheckpointPlan(1, 1, 1))
     cost = recipe_cost(recipe, config.checkpointing, 1000)[1]
     stage = count_stage(recipe, config, cost, 1000)
-    again = sum(part.recomputed for part in cost.parts.values()) / cost.per_picture
+    again = sum(part.recomputed for part in cost.parts.values()) / cost.per_image
     said = " ".join(advise(stage, estimate(stage, ZERO, CLUSTER, 16), ZERO, None))
     assert f"{again:.0%} of the operations are recomputed" in said
 
@@ -156,9 +156,9 @@ def test_advice_where_memory_is_short(stages: dict[str, CountedStage]) -> None:
 def test_the_nodes_memory(recipe: Recipe, stages: dict[str, CountedStage]) -> None:
     now = estimate(stages["finetune"], ZERO, CLUSTER, 16)
     items = node_memory(recipe, stages["finetune"], now, 1000)
-    picture = 224 * 224 * 3
-    assert items["batches decoded by FFCV (5 a process, pinned)"] == 8 * 5 * 16 * picture
-    assert items["batches being augmented (shared)"] == 8 * 3 * 16 * picture
+    image = 224 * 224 * 3
+    assert items["batches decoded by FFCV (5 a process, pinned)"] == 8 * 5 * 16 * image
+    assert items["batches being augmented (shared)"] == 8 * 3 * 16 * image
     assert list(items.values())[-1] == pytest.approx(1000 * 65e9 / 1_281_167)
     kinds = with_placement(stages["pretrain"].placements, "step")
     placed = estimate(stages["pretrain"], ZERO, CLUSTER, 16, kinds)
@@ -197,7 +197,7 @@ def test_the_command(stages: dict[str, CountedStage], capsys: pytest.CaptureFixt
         assert (f"{hours:,.1f}" if hours >= 1 else f"{hours:.2f}") + " hours for the stage" in out
     assert re.search(r"^ +ZeRO-3 \(as configured\) ", out, re.MULTILINE)
     assert re.search(r"^ +stream +[\d.]+ +0\.00 ", out, re.MULTILINE)
-    assert re.search(r"^ +1024 GPUs +the batch of 1,024: 1 a GPU, and mixup pairs pictures$", out, re.MULTILINE)
+    assert re.search(r"^ +1024 GPUs +the batch of 1,024: 1 a GPU, and mixup pairs images$", out, re.MULTILINE)
     assert out.count("advice") == 2 and "sustains 300 TFLOP/s" in out
 
 
@@ -231,7 +231,7 @@ def test_what_a_gpu_sustains() -> None:
         (("--gpus", "8", "--gpu", "v100-32", "--mfu", "0.3"), r"--mfu is a share of a peak that v100-32 has not"),
         (("--gpus", "12", "--gpu", "h200"), r"--gpus 12 are no whole number of nodes of 8; take 8 or 16"),
         ((*H100, "--micro-batch", "3"), r"batch_size 1024 is not a multiple of 48 .*nearest.*1008 or 1056"),
-        ((*H100, "--micro-batch", "1"), r"mixup pairs the pictures of a micro-batch"),
+        ((*H100, "--micro-batch", "1"), r"mixup pairs the images of a micro-batch"),
         (("--gpus", "2048", "--gpu", "h200"), r"batch_size 1024 is not a multiple of 32768"),
         ((*H100, "--mfu", "1.2"), r"--mfu is a share of the peak"),
         ((*H100, "--mfu", "0.3", "--tflops", "200"), r"give one"),

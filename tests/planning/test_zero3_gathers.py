@@ -12,8 +12,8 @@ import pytest
 from torch import nn
 
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.planning.parameters import take_census
-from mrmae_ds.planning.zero3_gathers import Gathering, Module, Parameter, follow
+from mrmae_ds.planning.parameters import parameter_counts
+from mrmae_ds.planning.zero3_gathers import GatheredParam, Gathering, GatherUnit, follow
 from mrmae_ds.planning.zero_settings import ZeroSettings
 from tests.training.parity.gathers import elements, huge
 
@@ -21,12 +21,12 @@ MEASURED = Path(__file__).resolve().parents[2] / "benchmarks/results/gather_volu
 EVERYTHING = 10**12
 
 
-def chain(*sizes: int, leaf: bool = True) -> Module:
+def chain(*sizes: int, leaf: bool = True) -> GatherUnit:
     """A model of modules with one parameter each, that run one after another."""
-    return Module(children=tuple(Module((Parameter(size),), leaf) for size in sizes))
+    return GatherUnit(children=tuple(GatherUnit((GatheredParam(size),), leaf) for size in sizes))
 
 
-def gather(model: Module, **settings: Any) -> Gathering:
+def gather(model: GatherUnit, **settings: Any) -> Gathering:
     return follow(model, replace(ZeroSettings(3, autocast=False, bf16=False, prefetch_bucket=0), **settings))
 
 
@@ -77,7 +77,7 @@ def model() -> PretrainModel:
 
 
 @pytest.mark.parametrize(("name", "models"), measured())
-def test_as_much_as_deepspeed_was_measured_to_gather(name: str, models: float, model: nn.Module) -> None:
+def test_as_much_as_deepspeed_was_measured_to_gather(name: str, models: float, model: nn.GatherUnit) -> None:
     total, whole = elements(model), elements(huge(narrow=False))
     ratio = total / whole
     limits = {"reuse": 3 * 10**9, "live": 3 * 10**9}
@@ -96,7 +96,7 @@ def test_as_much_as_deepspeed_was_measured_to_gather(name: str, models: float, m
         max_live=round(limits["live"] * ratio),
         leaves=() if name == "no leaf modules" else ("Block", "ConvBlock"),
     )
-    census = take_census(model, zero, [total])
+    census = parameter_counts(model, zero, [total])
     told = follow(census.modules, zero)
     times = 2 if name == "accumulation 2" else 1
     assert times * told.gathered / total == pytest.approx(models, abs=0.06)

@@ -13,18 +13,18 @@ from torch import nn
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.errors import UserError
-from mrmae_ds.planning.parameters import Census, take_census
-from mrmae_ds.planning.zero3_gathers import Module, Parameter
-from mrmae_ds.planning.zero_memory import Engine
+from mrmae_ds.planning.parameters import ParameterCounts, parameter_counts
+from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
+from mrmae_ds.planning.zero_memory import ZeroMemory
 from mrmae_ds.planning.zero_settings import ZeroSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
-# 1,000 trainable elements, 600 of which travel in bf16, and 24 frozen ones; two groups for the optimiser.
-CENSUS = Census(
-    modules=Module(
+# 1,000 trainable elements, 600 of which travel in bf16, and 24 frozen ones; two groups for the optimizer.
+CENSUS = ParameterCounts(
+    modules=GatherUnit(
         children=(
-            Module((Parameter(600, low=True), Parameter(24, trainable=False)), leaf=True),
-            Module((Parameter(400),), leaf=True),
+            GatherUnit((GatheredParam(600, low=True), GatheredParam(24, trainable=False)), leaf=True),
+            GatherUnit((GatheredParam(400),), leaf=True),
         )
     ),
     trainable=1000,
@@ -39,12 +39,12 @@ KEEP = 10**9
 FLOAT32 = ZeroSettings(stage=3, autocast=False, bf16=False, reduce_bucket=100, max_live=KEEP, max_reuse=KEEP)
 
 
-def engine(world: int = 4, accumulation: int = 1, on_cpu: bool = False, **settings: Any) -> Engine:
-    return Engine(CENSUS, replace(FLOAT32, **settings), world, accumulation, on_cpu)
+def engine(world: int = 4, accumulation: int = 1, on_cpu: bool = False, **settings: Any) -> ZeroMemory:
+    return ZeroMemory(CENSUS, replace(FLOAT32, **settings), world, accumulation, on_cpu)
 
 
 def test_without_zero_every_process_has_everything() -> None:
-    assert engine(stage=0).standing() == {"parameters": 4 * 1024, "optimiser states": 8 * 1000}
+    assert engine(stage=0).standing() == {"parameters": 4 * 1024, "optimizer states": 8 * 1000}
     # Gradients come as backward goes on.
     held = engine(stage=0).in_backward(np.array([0, 400, 1000]))
     assert held["gradients"].tolist() == [0, 4 * 400, 4 * 1000]
@@ -54,7 +54,7 @@ def test_without_zero_every_process_has_everything() -> None:
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stages_1_and_2_divide_masters_and_states(stage: int) -> None:
-    quarter = {"float32 masters": 4 * 250, "optimiser states": 8 * 250}
+    quarter = {"float32 masters": 4 * 250, "optimizer states": 8 * 250}
     assert engine(stage=stage).standing() == {"parameters": 4 * 1024, **quarter}
 
 
@@ -75,7 +75,7 @@ def test_stage_3_divides_everything() -> None:
         "reduce buckets": 4 * 100,
         "gradients": 4 * 250,
         "float32 masters": 4 * 250,
-        "optimiser states": 8 * 250,
+        "optimizer states": 8 * 250,
     }
     assert engine().in_forward()["gathered parameters"] == 4 * 1024
     there = engine().in_backward(np.array([0, 399, 400, 1000]))["gathered parameters"]
@@ -101,7 +101,7 @@ def test_autocast_gathers_in_two_types_and_so_has_two_buckets() -> None:
 def test_bf16_has_half_the_parameters_and_float32_gradients() -> None:
     states = engine(bf16=True).standing()
     assert (states["parameters"], states["gradients"], states["reduce buckets"]) == (2 * 1024 / 4, 4 * 250, 2 * 100)
-    assert states["float32 masters"] + states["optimiser states"] == 12 * 250
+    assert states["float32 masters"] + states["optimizer states"] == 12 * 250
     # ZeRO-1 accumulates them whole.
     one = engine(stage=1, bf16=True)
     assert one.standing()["gradients"] == 4 * 1000
@@ -122,7 +122,7 @@ def test_offloading_moves_states_to_the_host() -> None:
         "parameters": 4 * 1024 / 4,
         "gradients": (4 + 4) * 250,
         "float32 masters": 4 * 250,
-        "optimiser states": 8 * 250,
+        "optimizer states": 8 * 250,
     }
     disk = engine(offload_optimizer="nvme", offload_param="nvme")
     assert disk.on_host() == {"gradients": 8 * 250}
@@ -184,11 +184,11 @@ class Derived(nn.Linear):
 def test_which_modules_travel_in_bf16(tmp_path: Path) -> None:
     base = read(tmp_path)
     model = nn.Sequential(nn.Linear(2, 3), Derived(3, 5), nn.LayerNorm(5))
-    census = take_census(model, base, [1])
+    census = parameter_counts(model, base, [1])
     assert census.low == census.trainable_low == 2 * 3 + 3
     assert census.total == 9 + 20 + 10
     named = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": [f"{__name__}.Derived"]}
-    assert take_census(model, read(tmp_path, torch_autocast=named), [1]).low == 3 * 5 + 5
+    assert parameter_counts(model, read(tmp_path, torch_autocast=named), [1]).low == 3 * 5 + 5
     named["lower_precision_safe_modules"] = ["torch.nn.Lineal"]
     with pytest.raises(UserError, match=r"lower_precision_safe_modules: there is no class torch\.nn\.Lineal"):
         read(tmp_path, torch_autocast=named)

@@ -92,7 +92,7 @@ def test_fine_tuning(short: list[StageCost]) -> None:
     (flops,) = short[1].parts.values()
     blocks = conv_block(3136, 128) + conv_block(784, 256) + 2 * block(196, 384)
     assert flops.forward == sum(PATCHES) + blocks + linear(1, 384, 1000)
-    # The pictures need no gradient.
+    # The images need no gradient.
     assert flops.backward == 2 * flops.forward - PATCHES[0]
     assert flops.recomputed == 0
 
@@ -109,7 +109,7 @@ def test_pretraining_computes_visible_tokens_only(short: list[StageCost]) -> Non
     assert parts["decoder, heads"] == Flops(decoder, 2 * decoder)
 
 
-def test_a_teacher_sees_the_whole_picture_and_has_no_backward(short: list[StageCost]) -> None:
+def test_a_teacher_sees_the_whole_image_and_has_no_backward(short: list[StageCost]) -> None:
     # ViT-B/16: 197 tokens; beside its last block, one query of the class token and all keys once more.
     importance = linear(1, 768, 768) + linear(197, 768, 768) + 2 * 197 * 768
     expected = Flops(linear(196, 768, 768) + 12 * block(197, 768) + importance)
@@ -177,7 +177,7 @@ def test_the_sums() -> None:
         StageCost("pretrain", 200, {"a": Flops(10**9, 2 * 10**9, 10**9), "b": Flops(10**9)}),
         StageCost("finetune", 3, {"c": Flops(10**9, 2 * 10**9)}),
     ]
-    assert [c.per_picture for c in costs] == [5 * 10**9, 3 * 10**9]
+    assert [c.per_image for c in costs] == [5 * 10**9, 3 * 10**9]
     assert [c.total(1_000_000) for c in costs] == [10**18, 9 * 10**15]
     # 1.009e18 operations at 100e12 a second are 10,090 s.
     assert gpu_hours(costs, 1_000_000, 100) == pytest.approx(10_090 / 3600)
@@ -215,7 +215,7 @@ def _command(*arguments: str) -> int:
 
 
 def test_the_command(short: list[StageCost], capsys: pytest.CaptureFixture[str]) -> None:
-    assert _command("--pictures", "1000", "--tflops", "100", "--gpus", "8", *SHORT) == 0
+    assert _command("--num-images", "1000", "--tflops", "100", "--gpus", "8", *SHORT) == 0
     out = capsys.readouterr().out
     # ds_configs/small.json checkpoints the convolution stages.
     again = {"encoder": CONV_AGAIN, "classifier": DENSE_AGAIN}
@@ -237,10 +237,10 @@ def test_the_command_takes_another_recipe_and_overrides(capsys: pytest.CaptureFi
     assert _command("--recipe", recipe, "stages.pretrain=null", SHORT_VIT[0]) == 0
     out = capsys.readouterr().out
     assert "classifier" in out and "encoder" not in out and "hours" not in out
-    assert "1,281,167 pictures" in out
+    assert "1,281,167 images" in out
 
 
-@pytest.mark.parametrize("arguments", [["--gpus", "8"], ["--tflops", "0"], ["--tflops", "-3"], ["--pictures", "0"]])
+@pytest.mark.parametrize("arguments", [["--gpus", "8"], ["--tflops", "0"], ["--tflops", "-3"], ["--num-images", "0"]])
 def test_a_wrong_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert _command(*arguments) == 2
     error = capsys.readouterr().err

@@ -40,7 +40,7 @@ def test_a_known_device(name: str, mib: int, key: str, peak: float) -> None:
         ("", 81089),
     ],
 )
-def test_an_unknown_device_is_none_and_not_its_neighbour(name: str, mib: int) -> None:
+def test_an_unknown_device_is_none_and_not_its_neighbor(name: str, mib: int) -> None:
     assert match_device(name, mib * MIB) is None
 
 

@@ -68,10 +68,10 @@ def test_a_record_that_contradicts_itself_is_not_written(tmp_path: Path) -> None
     endless.ended = None
     with pytest.raises(UserError, match="needs the time at which the run ended"):
         endless.write(tmp_path)
-    unlabelled = make_record()
-    unlabelled.data.classes = None
+    unlabeled = make_record()
+    unlabeled.data.classes = None
     with pytest.raises(UserError, match=r"data\.classes"):
-        unlabelled.write(tmp_path)
+        unlabeled.write(tmp_path)
     assert RunRecord.load(tmp_path).results.top1 == 70.0
 
 
@@ -197,7 +197,7 @@ def _pretraining(**fields: Any) -> RunRecord:
 
 def test_what_a_stage_cost_goes_with_its_weights() -> None:
     spent = PretrainSummary.of(_pretraining()).spent
-    # A quarter of an hour on 16 processes; 3e6 operations on each of 2000 pictures.
+    # A quarter of an hour on 16 processes; 3e6 operations on each of 2000 images.
     assert spent == Spent(device="H100", device_hours=4.0, images_per_s=12.5, operations=6e9)
     tuned = make_record(wall_seconds=360.0, operations=Operations(training=5, forward=2))
     summary = FinetuneSummary.of(tuned)

@@ -255,7 +255,7 @@ def test_the_node_with_the_script_is_lost(cluster: Cluster, submit: Submit) -> N
 
 def test_a_copy_made_for_one_job_is_removed_with_it(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     kept, own = tmp_path / "kept", tmp_path / "own-$SLURM_JOB_ID"
-    stub = 'for word in "$@"; do case $word in loader.stage_to=*) mkdir -p "${word#*=}/x"; echo "$word"; esac; done'
+    stub = 'for word in "$@"; do case $word in loader.cache_dir=*) mkdir -p "${word#*=}/x"; echo "$word"; esac; done'
     site = tmp_path / "site.sh"
     first = str(cluster.folder / "stub" / "site.sh")
     jobs = []
@@ -265,7 +265,7 @@ def test_a_copy_made_for_one_job_is_removed_with_it(cluster: Cluster, submit: Su
         jobs.append(submit(stub, "--nodes=2", MRMAE_SITE=str(copy)))
     for job, folder in zip(jobs, (kept, own), strict=True):
         cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
-        assert f"loader.stage_to={str(folder).replace('$SLURM_JOB_ID', job)}" in cluster.output(job)
+        assert f"loader.cache_dir={str(folder).replace('$SLURM_JOB_ID', job)}" in cluster.output(job)
     assert (kept / "x").exists() and not list(tmp_path.glob("own-*"))
 
 

@@ -33,7 +33,7 @@ class Data:
         return (
             *("--recipe", "ds_configs/baselines/mae_tiny.yaml", "--run", str(self.folder / run)),
             *(f"data.train={self.folder / 'train.beton'}", f"data.val={self.folder / 'val.beton'}"),
-            *("stages.pretrain.epochs=4", "record.log_every=1", "record.pictures=0"),
+            *("stages.pretrain.epochs=4", "logging.every_steps=1", "logging.num_images=0"),
         )
 
     def steps(self, run: str) -> int:
@@ -63,7 +63,7 @@ def _get_to(data: Data, run: str, step: int, cluster: Cluster, job: str) -> None
 
 
 def test_the_time_limit_and_a_lost_node_leave_no_trace(cluster: Cluster, training_site: Path, data: Data) -> None:
-    """ZeRO-3 on two nodes: signalled by Slurm near its limit, saved, queued again; a node lost, queued again; finished.
+    """ZeRO-3 on two nodes: signaled by Slurm near its limit, saved, queued again; a node lost, queued again; finished.
 
     Its losses and weights are those of a run that nothing disturbed, which Slurm had no part in.
     """
@@ -79,10 +79,10 @@ def test_the_time_limit_and_a_lost_node_leave_no_trace(cluster: Cluster, trainin
     try:
         cluster.wait_for_job(job, ["PENDING"], 120, restarts=1)
         cluster.ask("scontrol", "update", f"JobId={job}", "TimeLimit=30")
-        signalled = data.steps("disturbed")
+        signaled = data.steps("disturbed")
         assert "SIGUSR1" in cluster.output(job) and "stopped and saved; queued again" in cluster.output(job)
         pace.write_text("0.3")
-        _get_to(data, "disturbed", signalled + 4, cluster, job)
+        _get_to(data, "disturbed", signaled + 4, cluster, job)
         cluster.lose("n2")
         lost = data.steps("disturbed")
         assert [result.status for result in finish(plain, 240)] == [0, 0]
@@ -93,7 +93,7 @@ def test_the_time_limit_and_a_lost_node_leave_no_trace(cluster: Cluster, trainin
     cluster.give_back("n2")
     pace.write_text("0")
     cluster.wait_for_job(job, ["COMPLETED"], 240, restarts=2)
-    assert 2 <= signalled < lost < STEPS
+    assert 2 <= signaled < lost < STEPS
     assert data.curve("disturbed") == data.curve("plain")
     assert [line["step"] for line in data.curve("disturbed")] == list(range(1, STEPS + 1))
     ours, theirs = (load_file(data.folder / run / "pretrain/model.safetensors") for run in ("disturbed", "plain"))

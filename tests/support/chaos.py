@@ -2,7 +2,7 @@
 
     python -m tests.support.chaos --kills 100 --out /somewhere
 
-A run of two processes under ZeRO-3 (MAE on small pictures, float32, two micro-batches a step, a checkpoint every second
+A run of two processes under ZeRO-3 (MAE on small images, float32, two micro-batches a step, a checkpoint every second
 step) is killed by SIGKILL at random moments, most of them while a checkpoint is being written, and started again by the
 same command, until it finishes; then another one, until there were enough kills. After each kill the newest checkpoint
 must be whole and no older than before. At the end of each run the logged lines and the final weights must be those of
@@ -40,7 +40,7 @@ class Chaos:
     Args:
         folder: for all of it.
         seed: of the moments.
-        more: further recipe values (``record.save_in_background=true``).
+        more: further recipe values (``checkpoint.async_save=true``).
     """
 
     def __init__(self, folder: Path, seed: int = 0, more: tuple[str, ...] = ()) -> None:
@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--out", type=Path, required=True, help="a folder for data, runs and logs")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="record.save_in_background=true, ...")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="checkpoint.async_save=true, ...")
     args = parser.parse_args(argv)
     began = time.monotonic()
     chaos = Chaos(args.out, args.seed, tuple(args.overrides))

@@ -1,7 +1,7 @@
 """MCMAE and MAE written a second time: whole maps, the mask multiplied in, plain conv2d, any precision.
 
 Shares no code with mrmae_ds. Weights are a mapping by the authors' parameter names; ``kept`` lists the visible token
-numbers of each picture, in the encoder's order; ``grid`` is (rows, columns).
+numbers of each image, in the encoder's order; ``grid`` is (rows, columns).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def sincos(dim: int, grid: Grid, prefix: int) -> Tensor:
 
 def channel_norm(x: Tensor, state: State, name: str) -> Tensor:
     """LayerNorm over the channels of [B, C, H, W]."""
-    centred = x - x.mean(1, keepdim=True)
-    scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt()
+    centerd = x - x.mean(1, keepdim=True)
+    scaled = centerd / (centerd.square().mean(1, keepdim=True) + 1e-5).sqrt()
     return scaled * state[f"{name}.weight"][:, None, None] + state[f"{name}.bias"][:, None, None]
 
 
@@ -112,7 +112,7 @@ def cvit_encode(images: Tensor, kept: Kept, grid: Grid, state: State, heads: int
 def cvit_latent(
     images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
 ) -> Tensor:
-    """MCMAE's fused, normalised visible tokens [B, K, C]."""
+    """MCMAE's fused, normalized visible tokens [B, K, C]."""
     stages, outputs = cvit_encode(images, kept, grid, state, heads)
     extra = []
     for stage, x in enumerate(stages, 1):
@@ -135,7 +135,7 @@ def vit_encode(images: Tensor, kept: Kept, state: State, heads: int) -> list[Ten
 def vit_latent(
     images: Tensor, kept: Kept, grid: Grid, state: State, heads: int, blocks: tuple[int, ...] = ()
 ) -> Tensor:
-    """MAE's normalised class and visible tokens [B, 1 + K, C]."""
+    """MAE's normalized class and visible tokens [B, 1 + K, C]."""
     return fused_norm(vit_encode(images, kept, state, heads), blocks, [], state)
 
 
@@ -159,7 +159,7 @@ def visible_cells(kept: Kept, grid: Grid, x: Tensor) -> Tensor:
 
 
 def gather(tokens: Tensor, kept: Kept) -> Tensor:
-    """The tokens ``kept`` of each picture."""
+    """The tokens ``kept`` of each image."""
     return torch.stack([row[numbers] for row, numbers in zip(tokens, kept, strict=True)])
 
 
@@ -182,14 +182,14 @@ def pixel_loss(images: Tensor, decoded: Tensor, kept: Kept, grid: Grid, state: S
     prediction = linear(decoded, state, "decoder_pred")
     patch = images.shape[-1] // grid[1]
     losses = []
-    for picture, numbers in enumerate(kept):
+    for image, numbers in enumerate(kept):
         for t in sorted(set(range(grid[0] * grid[1])) - set(numbers)):
             top, left = t // grid[1] * patch, t % grid[1] * patch
-            pixels = images[picture, :, top : top + patch, left : left + patch].permute(1, 2, 0).flatten()
+            pixels = images[image, :, top : top + patch, left : left + patch].permute(1, 2, 0).flatten()
             if norm_pix:
                 variance = (pixels - pixels.mean()).square().sum() / (len(pixels) - 1)
                 pixels = (pixels - pixels.mean()) / (variance + 1e-6).sqrt()
-            losses.append((prediction[picture, t] - pixels).square().mean())
+            losses.append((prediction[image, t] - pixels).square().mean())
     return torch.stack(losses).mean()
 
 

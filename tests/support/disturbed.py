@@ -25,7 +25,7 @@ undisturbed = deepspeed.DeepSpeedEngine.step
 
 
 def step(engine: deepspeed.DeepSpeedEngine, *arguments: Any, **options: Any) -> Any:
-    """An optimiser step, and what disturbs it."""
+    """An optimizer step, and what disturbs it."""
     if pace := os.environ.get("PACE"):
         time.sleep(float(Path(pace).read_text()))
     if os.environ.get("RAISE") == f"{launch.rank} {engine.global_steps}":

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from mrmae_ds.training.checkpoint.folder import Retention
-from mrmae_ds.training.checkpoint.manifest import FileEntry, Identity, Layout, Manifest
+from mrmae_ds.training.checkpoint.manifest import EngineLayout, FileEntry, Manifest, RunIdentity
 from mrmae_ds.training.checkpoint.save import save_checkpoint
 from mrmae_ds.training.checkpoint.train_state import TrainState
 
-IDENTITY = Identity(recipe_hash="abc", seed=3, train="7ra1n" * 8, val="va1" * 8, teachers={"clip": "c11p"})
+IDENTITY = RunIdentity(recipe_hash="abc", seed=3, train="7ra1n" * 8, val="va1" * 8, teachers={"clip": "c11p"})
 FILES = {"zero_pp_rank_0_mp_rank_00_optim_states.pt": b"optimizer", "mp_rank_00_model_states.pt": b"model"}
 
 
@@ -56,7 +56,7 @@ def save(stage_dir: Path, step: int, keep: int = 2, engine: FakeEngine | None = 
     return save_checkpoint(engine or FakeEngine(), stage_dir, TrainState(step=step), **{**settings, **changes})
 
 
-def written(stage_dir: Path, step: int = 5, identity: Identity = IDENTITY, **changes: Any) -> Path:
+def written(stage_dir: Path, step: int = 5, identity: RunIdentity = IDENTITY, **changes: Any) -> Path:
     """A committed checkpoint on the disk, without having been saved here."""
     checkpoint = stage_dir / "checkpoints" / f"step_{step:09d}"
     checkpoint.mkdir(parents=True)
@@ -64,6 +64,6 @@ def written(stage_dir: Path, step: int = 5, identity: Identity = IDENTITY, **cha
     for name, content in FILES.items():
         (checkpoint / name).write_bytes(content)
         files[name] = FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    layout = Layout(world_size=1, zero_stage=3, dtype="float32", sub_group_size=1000)
+    layout = EngineLayout(world_size=1, zero_stage=3, dtype="float32", sub_group_size=1000)
     Manifest(**{"step": step, "identity": identity, "layout": layout, "files": files, **changes}).write(checkpoint)
     return checkpoint

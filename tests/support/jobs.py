@@ -1,4 +1,4 @@
-"""Small stand-ins: stages, plans, pictures, and an engine and a reader of plain torch."""
+"""Small stand-ins: stages, plans, images, and an engine and a reader of plain torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig, StageConfig
 from mrmae_ds.data.loaders.build import Batch
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.training.loop import Plan
+from mrmae_ds.training.loop import StageSchedule
 
 ALONE = Launch(0, 0, 1, 1)
 
@@ -32,10 +32,10 @@ def finetune_config(**changes: Any) -> FinetuneConfig:
     return FinetuneConfig(**{**values, "layer_decay": 0.65, **changes})
 
 
-def make_plan(stage: StageConfig | None = None, launch: Launch = ALONE, **changes: Any) -> Plan:
-    """Five steps an epoch of two micro-batches of four pictures, three epochs."""
+def make_plan(stage: StageConfig | None = None, launch: Launch = ALONE, **changes: Any) -> StageSchedule:
+    """Five steps an epoch of two micro-batches of four images, three epochs."""
     values = {"seed": 3, "steps_per_epoch": 5, "accumulation": 2, "micro_batch": 4, **changes}
-    return Plan(stage=stage or finetune_config(), launch=launch, **values)
+    return StageSchedule(stage=stage or finetune_config(), launch=launch, **values)
 
 
 def make_batch(size: int, side: int = 32, classes: int = 10, seed: int = 0, valid: list[bool] | None = None) -> Batch:

@@ -1,4 +1,4 @@
-"""A picture of every odd kind, and what is to become of it."""
+"""An image of every odd kind, and what is to become of it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from tests.support.sample_data import photograph
 
-SIZE = (96, 72)  # wider than high, so that a turned picture shows
+SIZE = (96, 72)  # wider than high, so that a turned image shows
 
 
 class Odd(NamedTuple):
-    """``make`` writes the file; ``expected`` is the picture, or a part of the reason why there is none."""
+    """``make`` writes the file; ``expected`` is the image, or a part of the reason why there is none."""
 
     make: Callable[[Path], object]
     expected: Image.Image | str
@@ -29,7 +29,7 @@ class Odd(NamedTuple):
 
 
 def plain() -> Image.Image:
-    """The picture of which most are made, RGB; smooth, so that libraries' ways of resizing agree on it."""
+    """The image of which most are made, RGB; smooth, so that libraries' ways of resizing agree on it."""
     small = photograph().crop((60, 40, 460, 340)).resize((24, 18), Image.Resampling.LANCZOS)
     return small.resize(SIZE, Image.Resampling.BICUBIC)
 
@@ -42,19 +42,19 @@ def _bytes(content: bytes) -> Callable[[Path], object]:
     return lambda path: path.write_bytes(content)
 
 
-def _encoded(picture: Image.Image, format: str, **options: object) -> bytes:
+def _encoded(image: Image.Image, format: str, **options: object) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, format, **options)
+    image.save(stream, format, **options)
     return stream.getvalue()
 
 
 def _cmyk() -> Image.Image:
-    """The plain picture's colours as ink: without black, complements."""
+    """The plain image's colors as ink: without black, complements."""
     return Image.merge("CMYK", [*ImageOps.invert(plain()).split(), Image.new("L", SIZE)])
 
 
 def _lab() -> Image.Image:
-    """The plain picture in CIE's L*a*b*."""
+    """The plain image in CIE's L*a*b*."""
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     converted = ImageCms.profileToProfile(plain(), *profiles, outputMode="LAB")
     assert converted is not None
@@ -86,16 +86,16 @@ def _alpha() -> Image.Image:
     return alpha
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image) -> Image.Image:
     half = Image.new("RGB", SIZE, "white")
-    half.paste(picture.convert("RGB").crop((0, 0, SIZE[0] // 2, SIZE[1])))
+    half.paste(image.convert("RGB").crop((0, 0, SIZE[0] // 2, SIZE[1])))
     return half
 
 
 def _with_alpha(mode: str) -> Image.Image:
-    picture = plain().convert("L") if mode == "LA" else plain()
-    picture.putalpha(_alpha())
-    return picture
+    image = plain().convert("L") if mode == "LA" else plain()
+    image.putalpha(_alpha())
+    return image
 
 
 def _palette() -> Image.Image:
@@ -103,16 +103,16 @@ def _palette() -> Image.Image:
 
 
 def _transparent_palette() -> tuple[bytes, Image.Image]:
-    """A palette picture in whose right half an entry that is transparent stands; the PNG, and it on white."""
-    picture = plain().quantize(200)
-    picture.putpalette((picture.getpalette() or []) + [90, 180, 0], "RGB")
-    last = len(picture.getpalette() or []) // 3 - 1
-    picture.paste(last, (SIZE[0] // 2, 0, *SIZE))
-    return _encoded(picture, "PNG", transparency=last), _on_white(picture)
+    """A palette image in whose right half an entry that is transparent stands; the PNG, and it on white."""
+    image = plain().quantize(200)
+    image.putpalette((image.getpalette() or []) + [90, 180, 0], "RGB")
+    last = len(image.getpalette() or []) // 3 - 1
+    image.paste(last, (SIZE[0] // 2, 0, *SIZE))
+    return _encoded(image, "PNG", transparency=last), _on_white(image)
 
 
 def _turned(orientation: int) -> bytes:
-    """A JPEG stored such that a viewer who obeys EXIF sees the plain picture."""
+    """A JPEG stored such that a viewer who obeys EXIF sees the plain image."""
     stored = {
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
         3: [Image.Transpose.ROTATE_180],
@@ -122,10 +122,10 @@ def _turned(orientation: int) -> bytes:
         7: [Image.Transpose.TRANSVERSE],
         8: [Image.Transpose.ROTATE_270],
     }[orientation]
-    picture = plain()
+    image = plain()
     for turn in stored:
-        picture = picture.transpose(turn)
-    return _encoded(picture, "JPEG", quality=95, exif=_exif(orientation))
+        image = image.transpose(turn)
+    return _encoded(image, "JPEG", quality=95, exif=_exif(orientation))
 
 
 def _exif(orientation: int) -> bytes:
@@ -147,13 +147,13 @@ _XMP = (
 
 
 def _animated(format: str, **options: object) -> bytes:
-    others = [Image.new("RGB", SIZE, colour) for colour in ("red", "blue")]
+    others = [Image.new("RGB", SIZE, color) for color in ("red", "blue")]
     return _encoded(plain(), format, save_all=True, append_images=others, **options)
 
 
-def _png(size: tuple[int, int], colour: int, pixels: bytes, text: bytes = b"") -> bytes:
+def _png(size: tuple[int, int], color: int, pixels: bytes, text: bytes = b"") -> bytes:
     """A PNG of 8 bits as it stands in the file, whatever it claims. text: of a compressed comment."""
-    header = struct.pack(">IIBBBBB", *size, 8, colour, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *size, 8, color, 0, 0, 0)
     parts = [(b"IHDR", header), (b"zTXt", b"comment\0\0" + zlib.compress(text))]
     chunks = b""
     for kind, content in (*parts, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
@@ -163,7 +163,7 @@ def _png(size: tuple[int, int], colour: int, pixels: bytes, text: bytes = b"") -
 
 
 def _tiff(pixels: bytes, **changes: int) -> bytes:
-    """A little-endian grey TIFF of 96 x 72 and 8 bits. changes: values of tags, by ``t`` and their number; ``next``:
+    """A little-endian gray TIFF of 96 x 72 and 8 bits. changes: values of tags, by ``t`` and their number; ``next``:
     where the next page is said to be."""
     tags = {256: SIZE[0], 257: SIZE[1], 258: 8, 259: 1, 262: 1, 273: 122, 277: 1, 278: SIZE[1], 279: len(pixels)}
     following = changes.pop("next", 0)
@@ -184,29 +184,29 @@ def _floats() -> np.ndarray:
 _PNG = _encoded(plain(), "PNG")
 _JPEG = _encoded(plain(), "JPEG", quality=95)
 _SEE_THROUGH = _transparent_palette()
-_GREY = plain().convert("L")
+_GRAY = plain().convert("L")
 _BITS = plain().convert("1")
 _MANY = ("several frames",)
 
-# MAX_SIDE is what the tests write with; the limit of pixels is below the size of the last pictures.
+# MAX_SIDE is what the tests write with; the limit of pixels is below the size of the last images.
 MAX_SIDE, MAX_PIXELS = 512, 2_000_000
 ODD: dict[str, Odd] = {
     "empty.jpg": Odd(_bytes(b""), "empty file"),
-    "text.jpg": Odd(_bytes(b"Not a picture, whatever its name says.\n" * 9), "no picture"),
+    "text.jpg": Odd(_bytes(b"Not an image, whatever its name says.\n" * 9), "no image"),
     "truncated.jpg": Odd(_bytes(_JPEG[:-400]), "truncated"),
     "truncated.png": Odd(_bytes(_PNG[: len(_PNG) // 2]), "OSError|SyntaxError|truncated"),
-    "headless.png": Odd(_bytes(_PNG[:6]), "no picture, of a kind .*, or damaged at its beginning"),
+    "headless.png": Odd(_bytes(_PNG[:6]), "no image, of a kind .*, or damaged at its beginning"),
     "phone.heic": Odd(_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(100)), "HEIC"),
-    "postscript.jpg": Odd(_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "no picture"),
+    "postscript.jpg": Odd(_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "no image"),
     "nan.tif": Odd(lambda path: Image.fromarray(_floats() * np.nan).save(path), "no numbers"),
     "bomb.png": Odd(_bytes(_png((60_000, 60_000), 2, bytes(1000))), "more than 2,000,000 pixels"),
     "bomb_in_a_comment.png": Odd(_bytes(_png((1, 1), 2, bytes(4), bytes(10**8))), "ValueError: Decompressed data"),
     "without_palette.png": Odd(_bytes(_png((8, 8), 3, bytes(72))), "AssertionError: cannot be decoded"),
-    "no_size.png": Odd(_bytes(_png((0, 8), 2, b"")), "no picture"),
+    "no_size.png": Odd(_bytes(_png((0, 8), 2, b"")), "no image"),
     "no_end.jpg": Odd(_bytes(_JPEG[:-2]), "truncated"),
     "twelve_bits.jpg": Odd(_bytes(_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c")), "of a kind"),
     "no_height.jpg": Odd(
-        _bytes(_JPEG.replace(b"\x08" + struct.pack(">HH", SIZE[1], SIZE[0]), b"\x08\0\0\0\x60")), "no picture"
+        _bytes(_JPEG.replace(b"\x08" + struct.pack(">HH", SIZE[1], SIZE[0]), b"\x08\0\0\0\x60")), "no image"
     ),
     "floats_of_three.tif": Odd(
         lambda path: cv2.imwrite(str(path), np.zeros((8, 8, 3), dtype=np.float32)), "of a kind Pillow cannot read"
@@ -214,8 +214,8 @@ ODD: dict[str, Odd] = {
     "short.tif": Odd(_bytes(_tiff(bytes(100))), "truncated"),
     "far.tif": Odd(_bytes(_tiff(b"", t273=10**9)), "truncated"),
     "billions.tif": Odd(_bytes(_tiff(b"", t256=2**31 - 1)), "more than 2,000,000 pixels"),
-    "page.jpg": Odd(_bytes(b"<!DOCTYPE html><html>404 not found</html>"), "no picture"),
-    "zeros.jpg": Odd(_bytes(bytes(10_000)), "no picture"),
+    "page.jpg": Odd(_bytes(b"<!DOCTYPE html><html>404 not found</html>"), "no image"),
+    "zeros.jpg": Odd(_bytes(bytes(10_000)), "no image"),
     "device.png": Odd(lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
     "itself.png": Odd(lambda path: path.symlink_to("itself.png"), "symbolic links"),
     "large.png": Odd(lambda path: _thin((1500, 1400)).save(path), "more than 2,000,000 pixels"),
@@ -225,10 +225,10 @@ ODD: dict[str, Odd] = {
     "cmyk_plain.jpg": Odd(_bytes(_plain_cmyk_jpeg()), plain(), ("CMYK",)),
     "cmyk.tif": Odd(lambda path: _cmyk().save(path), plain(), ("CMYK",)),
     "lab.tif": Odd(lambda path: _lab().save(path), plain(), ("LAB",)),
-    "grey16.png": Odd(lambda path: Image.fromarray(RAMP).save(path), RAMP_8, ("16-bit",), 1.5),
-    "grey16.tif": Odd(lambda path: Image.fromarray(RAMP).save(path), RAMP_8, ("16-bit",), 1.5),
-    "grey16.pgm": Odd(lambda path: Image.fromarray(RAMP.astype(np.int32)).save(path), RAMP_8, ("16-bit",), 1.5),
-    "grey16_big_endian.tif": Odd(lambda path: Image.fromarray(RAMP.astype(">u2")).save(path), RAMP_8, ("16-bit",), 1.5),
+    "gray16.png": Odd(lambda path: Image.fromarray(RAMP).save(path), RAMP_8, ("16-bit",), 1.5),
+    "gray16.tif": Odd(lambda path: Image.fromarray(RAMP).save(path), RAMP_8, ("16-bit",), 1.5),
+    "gray16.pgm": Odd(lambda path: Image.fromarray(RAMP.astype(np.int32)).save(path), RAMP_8, ("16-bit",), 1.5),
+    "gray16_big_endian.tif": Odd(lambda path: Image.fromarray(RAMP.astype(">u2")).save(path), RAMP_8, ("16-bit",), 1.5),
     "rgb16.png": Odd(_deep_rgb, plain()),
     "rgb16.tif": Odd(_deep_rgb, plain()),
     "floats.tif": Odd(lambda path: Image.fromarray(_floats()).save(path), RAMP_8, ("32-bit",), 1.5),
@@ -238,8 +238,8 @@ ODD: dict[str, Odd] = {
     "see_through.gif": Odd(lambda path: _with_alpha("RGBA").save(path), _on_white(plain()), ("transparent",), 10),
     "rgba.png": Odd(lambda path: _with_alpha("RGBA").save(path), _on_white(plain()), ("transparent",)),
     "rgba.webp": Odd(lambda path: _with_alpha("RGBA").save(path, quality=95), _on_white(plain()), ("transparent",)),
-    "la.png": Odd(lambda path: _with_alpha("LA").save(path), _on_white(_GREY), ("transparent",)),
-    "grey.jpg": Odd(lambda path: _GREY.save(path, quality=95), _GREY.convert("RGB"), ("grey",)),
+    "la.png": Odd(lambda path: _with_alpha("LA").save(path), _on_white(_GRAY), ("transparent",)),
+    "gray.jpg": Odd(lambda path: _GRAY.save(path, quality=95), _GRAY.convert("RGB"), ("gray",)),
     "bits.png": Odd(lambda path: _BITS.save(path), _BITS.convert("RGB"), ("1-bit",), 40),
     **{f"turned{way}.jpg": Odd(_bytes(_turned(way)), plain(), ("rotated",)) for way in range(2, 9)},
     "turned.png": Odd(
@@ -255,8 +255,8 @@ ODD: dict[str, Odd] = {
         plain(),
         ("rotated",),
     ),
-    "endless.tif": Odd(_bytes(_tiff(_GREY.tobytes(), next=8)), _GREY.convert("RGB"), ("grey",)),
-    "negative.tif": Odd(_bytes(_tiff(ImageOps.invert(_GREY).tobytes(), t262=0)), _GREY.convert("RGB"), ("grey",)),
+    "endless.tif": Odd(_bytes(_tiff(_GRAY.tobytes(), next=8)), _GRAY.convert("RGB"), ("gray",)),
+    "negative.tif": Odd(_bytes(_tiff(ImageOps.invert(_GRAY).tobytes(), t262=0)), _GRAY.convert("RGB"), ("gray",)),
     "ten_bits.ppm": Odd(
         _bytes(b"P6 96 72 1023\n" + (np.asarray(plain()).astype(np.uint16) * 4).astype(">u2").tobytes()), plain()
     ),
@@ -290,7 +290,7 @@ ODD: dict[str, Odd] = {
 }
 
 
-def make_odd_pictures(folder: Path) -> None:
+def make_odd_images(folder: Path) -> None:
     """Write them all into ``folder``."""
     folder.mkdir(parents=True)
     for name, odd in ODD.items():

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 
-from mrmae_ds.pipeline.config import load_chain
-from mrmae_ds.pipeline.graph import Link, build_links
+from mrmae_ds.pipeline.config import load_pipeline
+from mrmae_ds.pipeline.graph import PipelineJob, build_jobs
 from mrmae_ds.weights.load import MODEL_FILE
 from tests.support.records import make_record
 
@@ -30,17 +30,17 @@ KEYS = [
 ]
 
 
-def write_chain(folder: Path, **changes: Any) -> Path:
+def write_pipeline(folder: Path, **changes: Any) -> Path:
     path = folder / "chain.yaml"
     path.write_text(yaml.safe_dump({**CHAIN, **changes}))
     return path
 
 
-def make_links(folder: Path, root: Path, seeds: list[int] | None = None, **changes: Any) -> dict[str, Link]:
-    return {link.key: link for link in build_links(load_chain(write_chain(folder, **changes)), root, seeds)}
+def make_links(folder: Path, root: Path, seeds: list[int] | None = None, **changes: Any) -> dict[str, PipelineJob]:
+    return {link.key: link for link in build_jobs(load_pipeline(write_pipeline(folder, **changes)), root, seeds)}
 
 
-def record(link: Link, status: str = "finished", **fields: Any) -> None:
+def record(link: PipelineJob, status: str = "finished", **fields: Any) -> None:
     """Leave a link's record, and its weights once it has finished."""
     recipe = link.recipe
     values = {"name": recipe.name, "seed": recipe.seed, "recipe_hash": recipe.hash(link.stage), "status": status}

@@ -37,7 +37,7 @@ def make_recipe(val: Path, method: str, model: dict[str, Any], image_size: int, 
         "data": {"train": "train.beton", "val": str(val), "mean": MEAN, "std": STD},
         "teachers": {"guide": guide} if teacher else {},
         "stages": {"pretrain": pretrain, "finetune": {**STAGE, "epochs": 2, "layer_decay": 0.8}},
-        "record": {"pictures": 3},
+        "logging": {"num_images": 3},
     }
     return Recipe.model_validate(content)
 

@@ -12,7 +12,7 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import Encoder, FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
-from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.models.vit import MaskedViT
 from tests.fixtures import part
 
 MCMAE = CViTSpec((16, 24, 32), (1, 1, 2), 4)
@@ -63,7 +63,7 @@ def reference_mcmae(reference: dict[str, Tensor], normalize: str = "standardize"
 def reference_mae(reference: dict[str, Tensor], normalize: str = "standardize") -> PretrainModel:
     """The pre-training model of mae.npz."""
     decoder = DecoderSpec(dim=16, depth=2, num_heads=4)
-    model = pixel_model(MaskableViT(MAE, 64), FusionSpec(), decoder, normalize)
+    model = pixel_model(MaskedViT(MAE, 64), FusionSpec(), decoder, normalize)
     return load_all_but_positions(model, part(reference, "state/"))
 
 

@@ -15,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training import run as stage
-from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.loop import TrainingError, train
 from mrmae_ds.weights.load import encoder_metadata, save_weights
 from tests.support.jobs import ALONE
@@ -35,14 +35,14 @@ def save_teacher(folder: Path) -> Path:
     return folder
 
 
-def run(job: Job) -> dict[str, Any]:
+def run(job: PreparedStage) -> dict[str, Any]:
     """Run a job; whatever becomes of it, count the teacher's storages and masters that are still in memory."""
     (teacher,) = job.task.teachers.values()
     weights = [StorageWeakRef(t.untyped_storage()) for t in (*teacher.parameters(), *teacher.buffers())]
     network = teacher.network
     error = None
     try:
-        stage.run_job(job)
+        stage.run_stage(job)
     except TrainingError as raised:
         error = str(raised)
     gc.collect()
@@ -52,12 +52,12 @@ def run(job: Job) -> dict[str, Any]:
 
 def main(folder: Path, kind: str) -> None:
     """First the one that fails in its second step, then the one that ends."""
-    pictures = write_sample_beton(folder, train=64, val=20)
-    overrides = [f"data.train={pictures[0]}", f"data.val={pictures[1]}", "stages.pretrain.epochs=2"]
+    images = write_sample_beton(folder, train=64, val=20)
+    overrides = [f"data.train={images[0]}", f"data.val={images[1]}", "stages.pretrain.epochs=2"]
     overrides += [f"teachers.mae.source={save_teacher(folder / 'mae')}", f"stages.pretrain.placement={kind}"]
 
-    def prepare() -> Job:
-        return prepare_job(Options(ENGINE, "pretrain", RECIPE, folder / "run", "never", tuple(overrides)), ALONE)
+    def prepare() -> PreparedStage:
+        return prepare_stage(TrainArgs(ENGINE, "pretrain", RECIPE, folder / "run", "never", tuple(overrides)), ALONE)
 
     def fail(engine: Any, task: Any, *rest: Any) -> None:
         losses, calls = task.losses, []

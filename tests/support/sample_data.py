@@ -1,4 +1,4 @@
-"""Small sets of real pictures: Fashion-MNIST where Debian's package is installed, else matplotlib's."""
+"""Small sets of real images: Fashion-MNIST where Debian's package is installed, else matplotlib's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import Image
 
 from mrmae_ds.data.convert.fashion_mnist import CLASS_NAMES, FashionMNIST, debian_folder
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.convert.writer import PictureDataset, write_beton
+from mrmae_ds.data.convert.writer import ImageDataset, write_beton
 
 SIDE = 32
 
@@ -19,8 +19,8 @@ SIDE = 32
 def photograph() -> Image.Image:
     """A photograph of a person, 512 wide and 600 high, RGB."""
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 class Cuttings:
@@ -40,8 +40,8 @@ class Cuttings:
         return photograph().crop((left, top, left + SIDE, top + SIDE)), top * 10 // 600
 
 
-def sample_sets(train: int, val: int) -> tuple[PictureDataset, PictureDataset]:
-    """A training and a validation set of real 32x32 RGB pictures in ten classes, without overlap."""
+def sample_sets(train: int, val: int) -> tuple[ImageDataset, ImageDataset]:
+    """A training and a validation set of real 32x32 RGB images in ten classes, without overlap."""
     folder = debian_folder()
     if folder is None:
         return Cuttings(train), Cuttings(val, first=train)
@@ -49,11 +49,11 @@ def sample_sets(train: int, val: int) -> tuple[PictureDataset, PictureDataset]:
 
 
 def write_sample_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
-    """Write FOLDER/train.beton and FOLDER/val.beton with that many pictures. Returns both paths."""
+    """Write FOLDER/train.beton and FOLDER/val.beton with that many images. Returns both paths."""
     paths = folder / "train.beton", folder / "val.beton"
     for path, dataset in zip(paths, sample_sets(train, val), strict=True):
         options = WriteOptions(max_side=SIDE, quality=95, workers=1)
-        write_beton(dataset, path, options, class_names=CLASS_NAMES, name="samples", source="test pictures")
+        write_beton(dataset, path, options, class_names=CLASS_NAMES, name="samples", source="test images")
     return paths
 
 

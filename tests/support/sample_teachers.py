@@ -29,7 +29,7 @@ def options(name: str, source: str, **changes: Any) -> TeacherOptions:
 
 
 def pixels_of(batch: int, side: int, seed: int = 0) -> Tensor:
-    """Decoded pictures, float32 in 0 to 1."""
+    """Decoded images, float32 in 0 to 1."""
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 

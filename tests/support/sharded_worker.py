@@ -28,8 +28,8 @@ from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher, place_teacher
 from mrmae_ds.teachers.placement.units import split
-from mrmae_ds.training.engine.build import build_engine, gather_state, set_learning_rate
-from mrmae_ds.training.tasks.base import PretrainTask, StepKey
+from mrmae_ds.training.engine.build import build_engine, gather_state, set_lr
+from mrmae_ds.training.tasks.base import MicroBatchKey, PretrainTask
 from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import make_batch, pretrain_config
 from tests.support.placed import TEACHERS, bytes_present, timm_network, weights_of
@@ -52,7 +52,7 @@ ENGINE = {
 
 
 def targets(build: Callable[[Path], Teacher], placement: PlacementConfig, folder: Path) -> dict[str, Any]:
-    """Calls of a sharded teacher beside a plain one's, on pictures that differ between the ranks; then its end."""
+    """Calls of a sharded teacher beside a plain one's, on images that differ between the ranks; then its end."""
     plain, teacher = build(folder), build(folder)
     network, storages = weakref.ref(teacher.network), [StorageWeakRef(t.untyped_storage()) for t in weights_of(teacher)]
     stack = len(parameter_offload.FWD_MODULE_STACK)
@@ -108,8 +108,8 @@ def training(placement: Any, folder: Path) -> list[float]:
     engine.train()
     losses = []
     for step in range(3):
-        set_learning_rate(engine, 0.01)
-        key = StepKey(1, step, 0, dist.get_rank(), dist.get_world_size(), 2)
+        set_lr(engine, 0.01)
+        key = MicroBatchKey(1, step, 0, dist.get_rank(), dist.get_world_size(), 2)
         result = task.losses(engine, make_batch(2, side=16, seed=10 * step + dist.get_rank()), key)
         engine.backward(result["loss"])
         engine.step()

@@ -1,4 +1,4 @@
-"""Runs of a few seconds: MAE on small pictures, two processes, ZeRO-3, float32, two micro-batches a step.
+"""Runs of a few seconds: MAE on small images, two processes, ZeRO-3, float32, two micro-batches a step.
 
 Twenty-four steps in three epochs, a checkpoint every second step. What two of them computed is compared bit by bit.
 """
@@ -30,16 +30,16 @@ RECIPE = "ds_configs/baselines/mae_tiny.yaml"
 STEPS, STEPS_PER_EPOCH = 24, 8
 SETTINGS = (
     "data.backend=pillow",
-    "loader.workers=1",
+    "loader.num_workers=1",
     "model.overrides={depth: 2}",
     "model.decoder.depth=1",
     "stages.pretrain.batch_size=8",
     "stages.pretrain.epochs=3",
     "stages.pretrain.optimizer.warmup_epochs=0.5",
-    "record.log_every=3",
-    "record.save_every_epochs=null",
-    "record.save_every_steps=2",
-    "record.pictures=0",
+    "logging.every_steps=3",
+    "checkpoint.every_epochs=null",
+    "checkpoint.every_steps=2",
+    "logging.num_images=0",
 )
 
 

@@ -92,7 +92,7 @@ def modules_in_order(folder: Path, launch: Launch) -> list[str]:
 
 
 def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
-    """Of nine pictures in batches of four on two ranks, as fine-tuning evaluates."""
+    """Of nine images in batches of four on two ranks, as fine-tuning evaluates."""
     job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
     engine = _engine(job)
     reader = validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, CPU)

@@ -79,7 +79,7 @@ GUARDS = {
     ),
     "a process that is killed": Guard(
         "distributed/watchdog.py",
-        "if dead := self._stacks.neighbours.dead():",
+        "if dead := self._stacks.neighbors.dead():",
         "if dead := None:",
         ("tests/distributed/test_watchdog.py", "-k", "killed_process"),
     ),
@@ -116,7 +116,7 @@ GUARDS = {
     ),
     "no start from zero: contents": Guard(
         "training/checkpoint/resume.py",
-        "raise AgreedError(none_whole(stage_dir, damaged))",
+        "raise CollectiveError(none_whole(stage_dir, damaged))",
         'return Start("fresh", (), tuple(damaged))',
         _faults("no_whole"),
     ),
@@ -138,11 +138,11 @@ GUARDS = {
         "            pass\n",
         ("tests/training/checkpoint/test_save.py",),
     ),
-    "other pictures, teachers, recipes": Guard(
+    "other images, teachers, recipes": Guard(
         "training/checkpoint/run_dir.py",
         "if found := before.differences(now):",
         "if found := []:",
-        _faults("other_pictures"),
+        _faults("other_images"),
     ),
     # going on
     "random states": Guard(

@@ -51,7 +51,7 @@ def test_what_each_run_cost_stands_beside_it(table: int) -> None:
     assert line == ["[1]", "0", "12.3", "2.5", "2,000", "30", "1,000", "2", "321", "H100"]
     text = paper_table(table, [_known_run()]).to_csv()
     (row,) = [row for row in csv.DictReader(io.StringIO(text)) if row["runs"]]
-    assert row["parameters_m"] == "12.3" and row["gflop_a_picture"] == "2.5" and row["pretrain_pflop"] == "2000"
+    assert row["parameters_m"] == "12.3" and row["gflop_an_image"] == "2.5" and row["pretrain_pflop"] == "2000"
     assert row["pretrain_device_hours"] == "30" and row["finetune_device_hours"] == "2"
     assert (row["pretrain_images_per_s"], row["finetune_images_per_s"]) == ("1000", "321")
 
@@ -142,10 +142,10 @@ def test_the_cost_plot_sets_ours_at_their_cost_and_the_papers_at_none(monkeypatc
     run = _known_run(**WHOLE, results=Results(top1=80.0, eval_samples=50_000))
     left, right = _cost_panels(paper_table(6, [run]), monkeypatch)
     by_parameters = [box[0] for box in left.containers]
-    grey = [line for line in by_parameters if len(set(to_rgb(line.get_color()))) == 1]
-    (ours,) = [line for line in by_parameters if line not in grey]
-    assert len(grey) == 3 and {line.get_markerfacecolor() for line in grey} == {"white"}
-    assert list(grey[0].get_xdata()) == [22.05, 86.57, 304.33, 632.05, 633.03]  # MAE has no 392
+    gray = [line for line in by_parameters if len(set(to_rgb(line.get_color()))) == 1]
+    (ours,) = [line for line in by_parameters if line not in gray]
+    assert len(gray) == 3 and {line.get_markerfacecolor() for line in gray} == {"white"}
+    assert list(gray[0].get_xdata()) == [22.05, 86.57, 304.33, 632.05, 633.03]  # MAE has no 392
     assert (list(ours.get_xdata()), list(ours.get_ydata())) == ([12.3], [80.0])
     (hours,) = [box[0] for box in right.containers]
     assert list(hours.get_xdata()) == [30.0] and "H100" in right.get_xlabel()

@@ -289,7 +289,7 @@ def test_ours_and_the_papers_numbers_share_no_panel(tmp_path: Path, monkeypatch:
     paper_lines = [box[0] for box in panels[IMAGENET].containers]
     assert {line.get_markerfacecolor() for line in paper_lines} == {"white"}
     assert {line.get_linestyle() for line in paper_lines} == {"--"}
-    assert all(len(set(to_rgb(line.get_color()))) == 1 for line in paper_lines)  # grey
+    assert all(len(set(to_rgb(line.get_color()))) == 1 for line in paper_lines)  # gray
     (ours,) = [box[0] for box in panels["Fashion-MNIST"].containers]
     assert list(ours.get_ydata()) == [71.0, 72.0]
     assert ours.get_markerfacecolor() != "white"
@@ -299,8 +299,8 @@ def test_ours_and_the_papers_numbers_share_no_panel(tmp_path: Path, monkeypatch:
 def test_ours_on_imagenet_join_the_papers_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     panels = _panels(scaling_table([make_run("a", size="Base", **WHOLE)]), monkeypatch, tmp_path / "t.png")
     assert list(panels) == [IMAGENET]
-    colours = [to_rgb(box[0].get_color()) for box in panels[IMAGENET].containers]
-    assert [len(set(colour)) == 1 for colour in colours].count(False) == 1  # ours alone is no grey
+    colors = [to_rgb(box[0].get_color()) for box in panels[IMAGENET].containers]
+    assert [len(set(color)) == 1 for color in colors].count(False) == 1  # ours alone is no gray
     faces = [box[0].get_markerfacecolor() for box in panels[IMAGENET].containers]
     assert faces.count("white") == 3
     assert len(faces) == 4
@@ -316,9 +316,9 @@ def test_write_table_leaves_its_files(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "table.csv").read_text() == table.to_csv()
     assert "tiny/finetune" in table.to_markdown()
     assert str(tmp_path) not in table.to_markdown()
-    with Image.open(tmp_path / "out" / "table.png") as picture:
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24)}
-    assert tuple(bytes.fromhex(style.PALETTE[2][1:])) in colours  # MR-MAE's
+    with Image.open(tmp_path / "out" / "table.png") as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert tuple(bytes.fromhex(style.PALETTE[2][1:])) in colors  # MR-MAE's
     with pytest.raises(UserError, match="no such folder"):
         write_table([tmp_path / "missing"], tmp_path / "out")
 

@@ -16,7 +16,7 @@ from tests.support.sample_teachers import MEAN, STD, normalize, pixels_of
 
 
 class Mirror(Teacher):
-    """Tokens are the normalised pixels through one linear layer; remembers its input."""
+    """Tokens are the normalized pixels through one linear layer; remembers its input."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, mean: tuple[float, ...] = tuple(MEAN)) -> None:
         torch.manual_seed(0)
@@ -48,7 +48,7 @@ def test_targets_carry_no_gradient() -> None:
     assert not output.importance.requires_grad
 
 
-def test_pixels_are_normalised_with_its_statistics() -> None:
+def test_pixels_are_normalized_with_its_statistics() -> None:
     teacher = Mirror()
     teacher(pixels_of(2, 8))
     torch.testing.assert_close(teacher.seen, normalize(pixels_of(2, 8), MEAN, STD))
@@ -66,14 +66,14 @@ def test_precision_is_its_own(dtype: torch.dtype) -> None:
     assert torch.equal(inside.tokens, plain.tokens)
 
 
-def test_bf16_normalises_before_it_rounds() -> None:
+def test_bf16_normalizes_before_it_rounds() -> None:
     teacher = Mirror(torch.bfloat16)
     teacher(pixels_of(2, 8))
     assert torch.equal(teacher.seen, normalize(pixels_of(2, 8), MEAN, STD).bfloat16())
 
 
 @pytest.mark.parametrize("side", [5, 12])
-def test_pictures_of_another_size_are_resized(side: int) -> None:
+def test_images_of_another_size_are_resized(side: int) -> None:
     teacher = Mirror()
     teacher(pixels := (pixels_of(2, side) > 0.5).float())  # hard edges overshoot
     bicubic = tvf.resize(pixels, [8, 8], tvf.InterpolationMode.BICUBIC, antialias=True)

@@ -63,7 +63,7 @@ def test_the_area_is_the_share_of_pairs_in_order(script: ModuleType) -> None:
     assert script.area_under_curve(importance, foreground / 4) == pytest.approx(np.mean(pairs))
 
 
-def test_pictures_of_one_kind_have_no_area(script: ModuleType) -> None:
+def test_images_of_one_kind_have_no_area(script: ModuleType) -> None:
     for positive in (np.zeros(3), np.ones(3)):
         assert script.area_under_curve(np.arange(3.0), positive) is None
 
@@ -115,7 +115,7 @@ def test_foreground_is_the_union_of_polygons_and_runs(script: ModuleType) -> Non
     assert (found == expected).all()
 
 
-def test_shares_are_of_the_cut_picture(script: ModuleType) -> None:
+def test_shares_are_of_the_cut_image(script: ModuleType) -> None:
     mask = np.zeros((16, 24), bool)
     mask[:, 4:12] = True  # the cut is columns 4 to 19
     shares = script.shares(mask, 8, (2, 4))
@@ -124,10 +124,10 @@ def test_shares_are_of_the_cut_picture(script: ModuleType) -> None:
     np.testing.assert_allclose(script.shares(mask, 8, (2, 4))[0], 0, atol=0.01)
 
 
-def test_pictures_are_cut_like_their_masks(script: ModuleType) -> None:
-    picture = np.zeros((16, 24, 3), np.uint8)
-    picture[:, 4:12] = 255
-    found = np.asarray(script.cut(Image.fromarray(picture), 8, Image.Resampling.BOX))
+def test_images_are_cut_like_their_masks(script: ModuleType) -> None:
+    image = np.zeros((16, 24, 3), np.uint8)
+    image[:, 4:12] = 255
+    found = np.asarray(script.cut(Image.fromarray(image), 8, Image.Resampling.BOX))
     assert found.shape == (8, 8, 3)
     assert (found[:, :4] == 255).all() and (found[:, 4:] == 0).all()
 
@@ -137,7 +137,7 @@ def test_pictures_are_cut_like_their_masks(script: ModuleType) -> None:
 
 @pytest.fixture
 def coco(tmp_path: Path) -> Path:
-    """Three pictures of noise: a thing in the middle, everything a thing, and one without annotations."""
+    """Three images of noise: a thing in the middle, everything a thing, and one without annotations."""
     rng = np.random.default_rng(2)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "images" / "val").mkdir(parents=True)
@@ -171,15 +171,15 @@ def recipe(tmp_path: Path) -> Path:
 def test_the_command(script: ModuleType, coco: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = coco / "results" / "out.json"
     assert script.main(["--coco", str(coco), "--split", "val", str(recipe), "--out", str(out)]) == 0
-    own, centre = json.loads(out.read_text())["teachers"]
-    assert (own["teacher"], own["grid"], own["pictures"], len(own["sha256"])) == ("own", "8x8", 1, 64)
-    assert own["per_picture"].keys() == {"a.png"}  # b has no background, c no annotations
+    own, center = json.loads(out.read_text())["teachers"]
+    assert (own["teacher"], own["grid"], own["images"], len(own["sha256"])) == ("own", "8x8", 1, 64)
+    assert own["per_image"].keys() == {"a.png"}  # b has no background, c no annotations
     assert 0 < own["mean_auc"] < 1 and own["standard_error"] is None
     # The thing is the 17x17 pixels from 8 to 24: the inner 4x4 patches, whole, and a pixel's width of the next.
-    assert centre["mean_auc"] > 0.95
+    assert center["mean_auc"] > 0.95
     printed = capsys.readouterr().out.splitlines()
     assert printed[2].startswith("| one.yaml | own |") and f"{own['mean_auc']:.3f}" in printed[2]
-    assert printed[3].startswith("| one.yaml | centre |")
+    assert printed[3].startswith("| one.yaml | center |")
 
 
 def test_mistakes(script: ModuleType, coco: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,6 +190,6 @@ def test_mistakes(script: ModuleType, coco: Path, recipe: Path, capsys: pytest.C
     ):
         assert script.main(["--coco", str(coco), *arguments, str(recipe)]) == 2
         assert error in capsys.readouterr().err
-    (coco / "images" / "val" / "a.png").write_bytes(b"no picture")
+    (coco / "images" / "val" / "a.png").write_bytes(b"no image")
     assert script.main(["--coco", str(coco), "--split", "val", str(recipe)]) == 2
-    assert "a.png: cannot be read as a picture" in capsys.readouterr().err
+    assert "a.png: cannot be read as an image" in capsys.readouterr().err

@@ -9,7 +9,7 @@ from mrmae_ds.training.final_figures import draw
 
 
 @pytest.mark.parametrize("error", [UserError("the set is gone"), RuntimeError("a fault of ours")], ids=["user", "ours"])
-def test_a_finished_stage_stays_finished_when_a_picture_cannot_be_drawn(
+def test_a_finished_stage_stays_finished_when_an_image_cannot_be_drawn(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     drawn: list[Path] = []

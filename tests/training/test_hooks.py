@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from mrmae_ds.config.sections import RecordConfig
+from mrmae_ds.config.sections import CheckpointConfig
 from mrmae_ds.training import hooks
-from mrmae_ds.training.checkpoint.policy import SavePlan
+from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.hooks import StageHooks
-from mrmae_ds.training.step_sync import Boundary, Verdict
+from mrmae_ds.training.step_sync import StepStatus, StepSync
 from mrmae_ds.training.tasks.base import FinetuneTask
 from tests.support.jobs import finetune_config, make_plan
 
@@ -39,7 +39,7 @@ class FakeSaver:
 
 
 def _hooks(
-    monkeypatch: pytest.MonkeyPatch, epochs: int = 5, eval_every: int = 2, val: Any = "a reader", **record: Any
+    monkeypatch: pytest.MonkeyPatch, epochs: int = 5, eval_every: int = 2, val: Any = "a reader", **checkpoint: Any
 ) -> StageHooks:
     monkeypatch.setattr(hooks, "evaluate", lambda *_: {"top1": 50.0, "loss": 1.5, "eval_samples": 10})
     config = finetune_config(epochs=epochs, eval_every_epochs=eval_every)
@@ -52,11 +52,11 @@ def _hooks(
         engine_config=SimpleNamespace(raw={"a": 1}),
         stage_dir=Path("runs/x/finetune"),
     )
-    saves = SavePlan(RecordConfig(**record), STEPS, STEPS * epochs)
+    saves = CheckpointPolicy(CheckpointConfig(**checkpoint), STEPS, STEPS * epochs)
     monitor: Any = SimpleNamespace(beat=lambda doing: None)
     saver: Any = FakeSaver()
     engine: Any = SimpleNamespace(train=lambda: None)
-    return StageHooks(job, engine, val, None, saver, saves, Boundary(), monitor, {})
+    return StageHooks(job, engine, val, None, saver, saves, StepSync(), monitor, {})
 
 
 def test_it_evaluates_every_few_epochs_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,51 +76,51 @@ def test_results_hold_the_first_and_the_last_loss_and_the_newest_evaluation(monk
     assert stage.results == {"first_loss": 3.0, "last_loss": 1.0, "top1": 50.0, "loss": 1.5, "eval_samples": 10}
 
 
-def _saved(stage: StageHooks, steps: int = 50, verdicts: dict[int, Verdict] | None = None) -> list[int]:
+def _saved(stage: StageHooks, steps: int = 50, verdicts: dict[int, StepStatus] | None = None) -> list[int]:
     for step in range(1, steps + 1):
-        stage.save(TrainState(step=step), (verdicts or {}).get(step, Verdict()))
+        stage.save(TrainState(step=step), (verdicts or {}).get(step, StepStatus()))
     return stage.saver.steps  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
-    ("record", "expected"),
+    ("checkpoint", "expected"),
     [
         ({}, [10, 20, 30, 40, 50]),
-        ({"save_every_epochs": 3}, [30, 50]),
-        ({"save_every_epochs": None}, [50]),
-        ({"save_every_epochs": None, "save_every_steps": 15}, [15, 30, 45, 50]),
-        ({"save_every_epochs": 2, "save_every_steps": 15}, [15, 20, 30, 40, 45, 50]),
-        ({"save_every_epochs": None, "keep_every_epochs": 4}, [40, 50]),
-        ({"save_every_epochs": None, "keep_every_steps": 25}, [25, 50]),
+        ({"every_epochs": 3}, [30, 50]),
+        ({"every_epochs": None}, [50]),
+        ({"every_epochs": None, "every_steps": 15}, [15, 30, 45, 50]),
+        ({"every_epochs": 2, "every_steps": 15}, [15, 20, 30, 40, 45, 50]),
+        ({"every_epochs": None, "keep_every_epochs": 4}, [40, 50]),
+        ({"every_epochs": None, "keep_every_steps": 25}, [25, 50]),
     ],
 )
 def test_it_saves_by_epochs_by_steps_and_at_the_end(
-    record: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
+    checkpoint: dict[str, Any], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert _saved(_hooks(monkeypatch, **record)) == expected
+    assert _saved(_hooks(monkeypatch, **checkpoint)) == expected
 
 
 def test_it_saves_when_the_clock_says_so_and_starts_it_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = _hooks(monkeypatch, save_every_epochs=None, save_every_minutes=1)
+    stage = _hooks(monkeypatch, every_epochs=None, every_minutes=1)
     stage.boundary.last_save = 0.0
-    assert _saved(stage, verdicts={7: Verdict(save=True)}) == [7, 50]
+    assert _saved(stage, verdicts={7: StepStatus(save=True)}) == [7, 50]
     assert stage.boundary.last_save > 0
 
 
 def test_a_signal_saves_and_waits_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = _hooks(monkeypatch, save_every_epochs=None)
-    _saved(stage, steps=7, verdicts={7: Verdict(signal=15)})
+    stage = _hooks(monkeypatch, every_epochs=None)
+    _saved(stage, steps=7, verdicts={7: StepStatus(signal=15)})
     assert stage.saver.calls[-2:] == [("save", 7), ("finish", None)]  # type: ignore[attr-defined]
 
 
 def test_it_asks_after_what_is_written_in_the_background(monkeypatch: pytest.MonkeyPatch) -> None:
     stage = _hooks(monkeypatch)
-    _saved(stage, steps=2, verdicts={2: Verdict(writing=True)})
+    _saved(stage, steps=2, verdicts={2: StepStatus(writing=True)})
     assert stage.saver.calls == [("poll", False), ("poll", True)]  # type: ignore[attr-defined]
 
 
 def test_keeping_every_few_epochs_is_keeping_every_so_many_steps() -> None:
-    plan = SavePlan(RecordConfig(keep_checkpoints=3, keep_every_epochs=10, keep_every_steps=7), 100, 1000)
+    plan = CheckpointPolicy(CheckpointConfig(keep_last=3, keep_every_epochs=10, keep_every_steps=7), 100, 1000)
     retention = plan.retention()
     assert (retention.keep_last, retention.keep_every) == (3, (1000, 7))
 
@@ -132,7 +132,7 @@ def test_a_skipped_step_is_captured_and_told(
     monkeypatch.setattr(hooks, "write_capture", lambda *args, **kwargs: calls.append((args, kwargs)) or Path("c/3"))
     stage = _hooks(monkeypatch)
     state = TrainState(step=4, skipped=9, bad_in_row=2)
-    stage.skipped(state, Verdict(bad_gradient=True), [])
+    stage.skipped(state, StepStatus(bad_gradient=True), [])
     (_, folder, division, step, _, micros), kwargs = calls[0]
     assert (folder, step, micros, kwargs) == (Path("runs/x/finetune"), 3, [], {"same_weights": True})
     assert (division.stage, division.seed, division.world_size, division.accumulation) == ("finetune", 3, 1, 2)
@@ -142,7 +142,7 @@ def test_a_skipped_step_is_captured_and_told(
 
 def test_the_clock_is_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks do not look at theirs; the reduction tells them."""
-    boundary = Boundary(save_minutes=1 / 60)
+    boundary = StepSync(save_minutes=1 / 60)
     boundary.last_save -= 2
     ranks = {"rank": 0}
     monkeypatch.setattr("mrmae_ds.training.step_sync.dist.get_rank", lambda: ranks["rank"])
@@ -152,4 +152,4 @@ def test_the_clock_is_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
     ranks["rank"] = 0
     boundary.saved()
     assert not boundary._time_is_up()
-    assert not Boundary()._time_is_up()
+    assert not StepSync()._time_is_up()

@@ -11,7 +11,7 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.records.record import Parameters, Results
-from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.run_logger import new_record
 from mrmae_ds.weights.load import encoder_metadata, save_weights
 from tests.support.jobs import ALONE
@@ -43,11 +43,11 @@ def earlier(tmp_path: Path) -> Path:
     return folder
 
 
-def _prepare(data: tuple[str, str], folder: Path, stage: str, *overrides: str) -> Job:
-    return prepare_job(Options(ENGINE, stage, RECIPE, folder / "run", "auto", (*data, *overrides)), ALONE)
+def _prepare(data: tuple[str, str], folder: Path, stage: str, *overrides: str) -> PreparedStage:
+    return prepare_stage(TrainArgs(ENGINE, stage, RECIPE, folder / "run", "auto", (*data, *overrides)), ALONE)
 
 
-def _weights(job: Job) -> dict[str, torch.Tensor]:
+def _weights(job: PreparedStage) -> dict[str, torch.Tensor]:
     return job.task.model.state_dict()
 
 

@@ -12,10 +12,10 @@ from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.signals import Stopped, StopSignals
 from mrmae_ds.training.checkpoint.train_state import TrainState
-from mrmae_ds.training.loop import MAX_BAD_STEPS, Plan, train
+from mrmae_ds.training.loop import MAX_BAD_STEPS, StageSchedule, train
 from mrmae_ds.training.meter import Meter
-from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
-from mrmae_ds.training.tasks.base import StepKey
+from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
+from mrmae_ds.training.tasks.base import MicroBatchKey
 from tests.support.jobs import ALONE, FakeEngine, FakeReader, finetune_config, make_batch, make_plan, optimizer_config
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -29,7 +29,7 @@ class LinearTask:
         self.model = nn.Linear(3, 1)
         self.teachers: dict[str, Any] = {}
         self.bad = bad or set()
-        self.keys: list[StepKey] = []
+        self.keys: list[MicroBatchKey] = []
         self.seen: list[Batch] = []
 
     def groups(self) -> list[dict[str, Any]]:
@@ -38,11 +38,11 @@ class LinearTask:
     def to(self, device: torch.device) -> None:
         pass
 
-    def losses(self, engine: Any, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+    def losses(self, engine: Any, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         self.keys.append(key)
         self.seen.append(batch)
-        colours = batch.images.float().mean((2, 3)) / 255
-        loss = (engine(colours) - 1).square().mean()
+        colors = batch.images.float().mean((2, 3)) / 255
+        loss = (engine(colors) - 1).square().mean()
         if (key.step, key.micro) in self.bad:
             loss = loss * float("nan")
         return {"loss": loss, "half": loss.detach() / 2}
@@ -56,7 +56,7 @@ class Hooks:
         self.epochs: list[tuple[int, int]] = []
         self.logged: dict[int, dict[str, float]] = {}
         self.bad: list[tuple[int, int, int]] = []
-        self.verdicts: list[Verdict] = []
+        self.verdicts: list[StepStatus] = []
 
     def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
         self.events.append(("end_of_epoch", step))
@@ -68,23 +68,23 @@ class Hooks:
         self.events.append(("log", step))
         self.logged[step] = values
 
-    def save(self, state: TrainState, verdict: Verdict) -> None:
+    def save(self, state: TrainState, verdict: StepStatus) -> None:
         self.events.append(("save", state.step))
         self.verdicts.append(verdict)
 
-    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+    def skipped(self, state: TrainState, verdict: StepStatus, micros: list[MicroBatch]) -> None:
         assert not verdict.finite and len(micros) == 2
         self.bad.append((state.step, state.skipped, state.bad_in_row))
 
 
 def _run(
-    task: LinearTask, plan: Plan, state: TrainState | None = None, log_every: int = 4
+    task: LinearTask, plan: StageSchedule, state: TrainState | None = None, log_every: int = 4
 ) -> tuple[FakeEngine, FakeReader, Hooks]:
     engine = FakeEngine(task.model, plan.accumulation)
     batches = plan.steps_per_epoch * plan.accumulation
     reader = FakeReader([make_batch(plan.micro_batch, side=4, seed=i) for i in range(batches)])
     hooks = Hooks()
-    train(engine, task, reader, plan, state or TrainState(), log_every, hooks, Boundary())
+    train(engine, task, reader, plan, state or TrainState(), log_every, hooks, StepSync())
     return engine, reader, hooks
 
 
@@ -94,7 +94,7 @@ def _run(
 def test_steps_and_keys() -> None:
     plan = make_plan(finetune_config(epochs=3), Launch(2, 0, 4, 4))
     assert (plan.epochs, plan.total_steps) == (3, 15)
-    assert plan.key(7, 1) == StepKey(seed=3, step=7, micro=1, rank=2, world_size=4, micro_batch=4)
+    assert plan.key(7, 1) == MicroBatchKey(seed=3, step=7, micro=1, rank=2, world_size=4, micro_batch=4)
 
 
 def _formula(step: int, peak: float, floor: float, warmup: float, epochs: int, per_epoch: int) -> float:
@@ -186,14 +186,14 @@ def test_the_engine_trains_again_after_an_evaluation() -> None:
             return {}
 
     class Watches(LinearTask):
-        def losses(self, engine: Any, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+        def losses(self, engine: Any, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
             assert engine.training and engine.module.training
             return super().losses(engine, batch, key)
 
     task, plan, hooks = Watches(), make_plan(), Evaluates()
     engine = hooks.engine = FakeEngine(task.model, plan.accumulation)
     reader = FakeReader([make_batch(4, side=4)] * 10)
-    train(engine, task, reader, plan, TrainState(), 4, hooks, Boundary())
+    train(engine, task, reader, plan, TrainState(), 4, hooks, StepSync())
     assert False in engine.modes
 
 
@@ -202,7 +202,7 @@ def test_what_is_logged_is_the_mean_of_its_interval() -> None:
     values: dict[tuple[int, int], float] = {}
     plain = task.losses
 
-    def remembered(engine: Any, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+    def remembered(engine: Any, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         losses = plain(engine, batch, key)
         values[key.step, key.micro] = losses["loss"].item()
         return losses
@@ -234,7 +234,7 @@ class Ends(Hooks):
         super().__init__()
         self.at, self.counters = at, {}
 
-    def save(self, state: TrainState, verdict: Verdict) -> None:
+    def save(self, state: TrainState, verdict: StepStatus) -> None:
         super().save(state, verdict)
         if state.step == self.at:
             meter = Meter.restored([state.meter.state() | {"micro_batch": 4}], ALONE, 4, torch.device("cpu"))
@@ -250,7 +250,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
     task, ends = LinearTask(), Ends(start)
     batches = [make_batch(4, side=4, seed=i) for i in range(10)]
     with pytest.raises(Interrupted):
-        train(FakeEngine(task.model, 2), task, FakeReader(batches), plan, TrainState(), 4, ends, Boundary())
+        train(FakeEngine(task.model, 2), task, FakeReader(batches), plan, TrainState(), 4, ends, StepSync())
     task.keys.clear()
     _, reader, hooks = _run(task, plan, TrainState(**ends.counters))
     epoch, within = divmod(start, 5)
@@ -288,13 +288,13 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_told() -> None:
 
 def test_a_skipped_step_changes_no_weight() -> None:
     class Watches(Hooks):
-        def save(self, state: TrainState, verdict: Verdict) -> None:
+        def save(self, state: TrainState, verdict: StepStatus) -> None:
             weights[state.step] = task.model.weight.detach().clone()
 
     weights: dict[int, Tensor] = {}
     task, plan = LinearTask(bad={(4, 0)}), make_plan()
     engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4, seed=i) for i in range(10)])
-    train(engine, task, reader, plan, TrainState(), 4, Watches(), Boundary())
+    train(engine, task, reader, plan, TrainState(), 4, Watches(), StepSync())
     assert torch.equal(weights[5], weights[4])
     assert not torch.equal(weights[6], weights[5])
 
@@ -304,7 +304,7 @@ def test_a_step_that_the_engine_itself_does_not_take_is_a_skipped_one() -> None:
     task, plan, hooks = LinearTask(), make_plan(), Hooks()
     engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
     engine.was_step_applied = lambda: len(engine.rates) != 3
-    train(engine, task, reader, plan, TrainState(), 4, hooks, Boundary())
+    train(engine, task, reader, plan, TrainState(), 4, hooks, StepSync())
     assert hooks.bad == [(3, 1, 1)]
 
 
@@ -314,7 +314,7 @@ def test_five_bad_steps_in_a_row_end_the_training(first_bad: int) -> None:
     engine, reader, hooks = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10), Hooks()
     end = first_bad + MAX_BAD_STEPS
     with pytest.raises(TrainingError, match=rf"last {MAX_BAD_STEPS} steps, up to step {end};"):
-        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, Boundary())
+        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync())
     assert hooks.bad[-1] == (end, MAX_BAD_STEPS, MAX_BAD_STEPS)
     assert hooks.events[-1] == ("log", end) and hooks.logged[end]["skipped_steps"] == MAX_BAD_STEPS
     assert ("save", end) not in hooks.events
@@ -343,7 +343,7 @@ class Asks(Hooks):
         super().__init__()
         self.signals, self.at = signals, at
 
-    def save(self, state: TrainState, verdict: Verdict) -> None:
+    def save(self, state: TrainState, verdict: StepStatus) -> None:
         super().save(state, verdict)
         if state.step == self.at:
             self.signals.received = 15
@@ -355,7 +355,7 @@ def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
     hooks = Asks(signals, at)
     engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
     with pytest.raises(Stopped, match=rf"SIGTERM after step {at + 1};"):
-        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, Boundary(signals))
+        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync(signals))
     assert hooks.events[-1] == ("save", at + 1)
     assert hooks.verdicts[-1].signal == 15 and not hooks.verdicts[-2].signal
 
@@ -364,5 +364,5 @@ def test_a_signal_in_the_last_step_lets_the_stage_finish() -> None:
     task, signals = LinearTask(), StopSignals()
     engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
     hooks = Asks(signals, 14)
-    train(engine, task, reader, make_plan(), TrainState(), 4, hooks, Boundary(signals))
+    train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync(signals))
     assert hooks.events[-1] == ("log", 15)

@@ -93,7 +93,7 @@ def test_on_as_many_ranks_each_gets_its_own_back_bit_by_bit() -> None:
 def test_on_other_numbers_the_means_stay(
     world_size: int, micro_batch: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four micro-batches of four pictures on two ranks, read as another division of the same sixteen."""
+    """Four micro-batches of four images on two ranks, read as another division of the same sixteen."""
     states = _states(_meter((1.0, 10.0), (2.0, 20.0)), _meter((6.0, 0.0), (3.0, 2.0)))
     launches = [Launch(rank, rank, world_size, world_size) for rank in range(world_size)]
     restored = [Meter.restored(states, launch, micro_batch, CPU) for launch in launches]

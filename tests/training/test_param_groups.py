@@ -17,7 +17,7 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, ViTSpec
-from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.training.param_groups import finetune_groups, pretrain_groups
 from mrmae_ds.weights.load import build_encoder
 
@@ -108,7 +108,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
 
 @pytest.mark.parametrize(("pool", "norm"), [("avg", "fc_norm"), ("token", "norm")])
 def test_the_plain_vit(pool: Literal["avg", "token"], norm: str) -> None:
-    model = MaskableViT(ViTSpec(16, 3, 2, patch=8), 32, num_classes=5, pool=pool)
+    model = MaskedViT(ViTSpec(16, 3, 2, patch=8), 32, num_classes=5, pool=pool)
     settings = _settings(model, finetune_groups(model, 0.1, 0.5))
     layers = {name: {0.0625: 0, 0.125: 1, 0.25: 2, 0.5: 3, 1.0: 4}[scale] for name, (scale, _) in settings.items()}
     assert {name for name, layer in layers.items() if layer == 0} == {

@@ -1,4 +1,4 @@
-"""What is logged of memory, traffic and utilisation, and that counting it never waits for the device in a step."""
+"""What is logged of memory, traffic and utilization, and that counting it never waits for the device in a step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers.base import Teacher
 from mrmae_ds.training import perf_metrics as accounting
 from mrmae_ds.training.loop import Meter
-from mrmae_ds.training.perf_metrics import GIB, Accountant, device_peak, peak_memory, utilisation
-from mrmae_ds.training.tasks.base import PretrainTask, StepKey
+from mrmae_ds.training.perf_metrics import GIB, PerfMeter, device_peak, peak_memory, utilization
+from mrmae_ds.training.tasks.base import MicroBatchKey, PretrainTask
 from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import make_batch, pretrain_config
 
@@ -41,12 +41,12 @@ class Gathers:
 
 
 @pytest.fixture
-def accountant(alone: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Accountant]:
+def accountant(alone: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[PerfMeter]:
     monkeypatch.setattr(accounting, "GatherCounter", Gathers)
-    yield Accountant(None, CPU)
+    yield PerfMeter(None, CPU)
 
 
-def test_gathers_are_told_by_the_step_and_those_between_intervals_left_out(accountant: Accountant) -> None:
+def test_gathers_are_told_by_the_step_and_those_between_intervals_left_out(accountant: PerfMeter) -> None:
     gathers = accountant._gathers
     gathers.bytes += 12 * GIB
     assert accountant.interval(4)["gather_gib"] == pytest.approx(3.0)
@@ -58,7 +58,7 @@ def test_gathers_are_told_by_the_step_and_those_between_intervals_left_out(accou
     assert not gathers.counting
 
 
-def test_the_peak_counts_what_was_there_and_has_gone(accountant: Accountant) -> None:
+def test_the_peak_counts_what_was_there_and_has_gone(accountant: PerfMeter) -> None:
     before = peak_memory(CPU)
     held = torch.ones(before // 4 + 50 * 2**20 // 4)
     del held
@@ -67,13 +67,13 @@ def test_the_peak_counts_what_was_there_and_has_gone(accountant: Accountant) -> 
     assert accountant.interval(1)["peak_memory_gib"] == pytest.approx(peak_memory(CPU) / GIB, rel=0.01)
 
 
-def test_utilisation_by_hand() -> None:
-    """1,000 pictures a second at 64 GFLOP each on 8 devices are 8 TFLOP/s a device, a hundredth of 800."""
-    assert utilisation(1000, 64 * 10**9, 8, 800.0) == {"tflops": pytest.approx(8), "mfu": pytest.approx(0.01)}
+def test_utilization_by_hand() -> None:
+    """1,000 images/s at 64 GFLOP each on 8 devices are 8 TFLOP/s a device, a hundredth of 800."""
+    assert utilization(1000, 64 * 10**9, 8, 800.0) == {"tflops": pytest.approx(8), "mfu": pytest.approx(0.01)}
 
 
-def test_an_unknown_device_has_no_utilisation(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "mfu" not in utilisation(1000, 64 * 10**9, 8, device_peak(CPU))
+def test_an_unknown_device_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "mfu" not in utilization(1000, 64 * 10**9, 8, device_peak(CPU))
     for name, peak in (("NVIDIA H100 80GB HBM3", 989.5), ("NVIDIA H100 80GB HBM4", None)):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         monkeypatch.setattr(
@@ -97,8 +97,8 @@ class Syncs(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-class Colours(Teacher):
-    """A teacher of 8x8 tokens, the mean colours of 4x4 cells."""
+class Colors(Teacher):
+    """A teacher of 8x8 tokens, the mean colors of 4x4 cells."""
 
     def __init__(self) -> None:
         settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "dtype": torch.float32, "sha256": "0"}
@@ -122,8 +122,8 @@ def test_a_step_of_pretraining_and_its_metering_never_wait() -> None:
         config.objectives,
         {"own": 3},
     )
-    task = PretrainTask(model, {"own": Colours()}, config, DataConfig(train="train.beton", val="val.beton"))
-    key, meter = StepKey(seed=1, step=2, micro=0, rank=0, world_size=1, micro_batch=4), Meter()
+    task = PretrainTask(model, {"own": Colors()}, config, DataConfig(train="train.beton", val="val.beton"))
+    key, meter = MicroBatchKey(seed=1, step=2, micro=0, rank=0, world_size=1, micro_batch=4), Meter()
     with Syncs() as syncs:
         losses = task.losses(model, make_batch(4), key)
         losses["loss"].backward()

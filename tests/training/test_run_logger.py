@@ -33,7 +33,7 @@ def _job(recipe: Path, stage: str, config: str = "ds_configs/tiny.json", classes
 
 
 def test_a_fine_tunings_operations_are_the_matrix_products_of_its_model() -> None:
-    """A plain ViT of width C, L + 1 tokens: by hand, forward and (twice that, but for the pictures) backward."""
+    """A plain ViT of width C, L + 1 tokens: by hand, forward and (twice that, but for the images) backward."""
     job = _job(Path("ds_configs/baselines/mae_tiny.yaml"), "finetune", "ds_configs/tiny.json", classes=7)
     width, depth, tokens, patch = 96, 4, 64, 4
     block = 2 * (tokens + 1) * (12 * width**2) + 4 * (tokens + 1) ** 2 * width
@@ -41,7 +41,7 @@ def test_a_fine_tunings_operations_are_the_matrix_products_of_its_model() -> Non
     forward = depth * block + embed + 2 * width * 7
     counted = count_operations(job)
     assert counted is not None and counted.forward == forward
-    # No gradient of the pictures; every block is computed once more but for its last product.
+    # No gradient of the images; every block is computed once more but for its last product.
     backward = 2 * forward - embed
     assert counted.training - counted.recomputed == forward + backward
     assert 0 < counted.recomputed < forward

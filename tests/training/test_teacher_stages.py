@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mrmae_ds.config.recipe import load_recipe
-from mrmae_ds.training.job import Options, prepare_job
+from mrmae_ds.training.job import TrainArgs, prepare_stage
 from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
 from tests.support.jobs import ALONE, make_batch, make_plan
 from tests.support.processes import finish, rank_processes
@@ -21,23 +21,23 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    train, val = write_sample_beton(tmp_path_factory.mktemp("pictures"), train=64, val=20)
+def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    train, val = write_sample_beton(tmp_path_factory.mktemp("images"), train=64, val=20)
     return f"data.train={train}", f"data.val={val}"
 
 
 def _task(stage: str, recipe: Path, folder: Path, *overrides: str) -> PretrainTask | FinetuneTask:
-    return prepare_job(Options(ENGINE, stage, recipe, folder, "never", overrides), ALONE).task
+    return prepare_stage(TrainArgs(ENGINE, stage, recipe, folder, "never", overrides), ALONE).task
 
 
 def test_no_teacher_is_built_for_a_stage_that_asks_none(
-    pictures: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(kind: str, *_: object) -> None:
         raise AssertionError(f"a {kind} was built")
 
     monkeypatch.setattr("mrmae_ds.teachers._build", refuse)
-    defined = ("teachers.mae={kind: checkpoint, source: nowhere}", *pictures)
+    defined = ("teachers.mae={kind: checkpoint, source: nowhere}", *images)
     tasks = [
         _task("finetune", RECIPE, tmp_path, *defined, "stages.finetune.init=scratch"),
         _task("pretrain", TEACHER, tmp_path, *defined),
@@ -52,10 +52,10 @@ def test_no_teacher_is_built_for_a_stage_that_asks_none(
 
 @pytest.mark.parametrize("kind", ["device", "step", "stream"])
 def test_a_task_that_is_released_has_no_weights_and_gives_no_losses(
-    kind: str, pictures: tuple[str, str], tmp_path: Path
+    kind: str, images: tuple[str, str], tmp_path: Path
 ) -> None:
     source = f"teachers.mae.source={save_teacher(tmp_path / 'mae')}"
-    task = _task("pretrain", RECIPE, tmp_path, *pictures, source, f"stages.pretrain.placement={kind}")
+    task = _task("pretrain", RECIPE, tmp_path, *images, source, f"stages.pretrain.placement={kind}")
     weights = [StorageWeakRef(parameter.untyped_storage()) for parameter in task.teachers["mae"].parameters()]
     task.to(CPU)
     batch, key = make_batch(4), make_plan().key(0, 0)

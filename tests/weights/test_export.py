@@ -161,7 +161,7 @@ def test_a_whole_classifier(spec: EncoderSpec, tmp_path: Path) -> None:
 
 @BOTH
 @pytest.mark.parametrize("kind", ["classifier", "encoder"])
-def test_an_export_initialises_a_finetuning(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
+def test_an_export_initializes_a_finetuning(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
     source = classifier_run(tmp_path, spec) if kind == "classifier" else pretraining_run(tmp_path, spec).encoder
     exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors")
     model = build_encoder(spec, 24, 3)

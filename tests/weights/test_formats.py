@@ -164,7 +164,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
         archive.writestr("a/b.jpg", "c")
     with zipfile.ZipFile(tmp_path / "program.zip", "w") as archive:
         archive.writestr("a/code/b.py", "pass")

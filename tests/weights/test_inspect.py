@@ -15,7 +15,7 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import CViTSpec
 from mrmae_ds.records.record import Schedule
-from mrmae_ds.training.checkpoint.manifest import MANIFEST, FileEntry, Identity, Layout, Manifest
+from mrmae_ds.training.checkpoint.manifest import MANIFEST, EngineLayout, FileEntry, Manifest, RunIdentity
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.identify import identify
 from mrmae_ds.weights.inspect import describe, usage
@@ -44,8 +44,8 @@ def write_checkpoint(stage: Path, step: int) -> Path:
     for name, size in {"model_states.pt": 1000, "optim_states.pt": 3000}.items():
         (folder / name).write_bytes(b"x" * size)
         files[name] = FileEntry(size=size, sha256=hashlib.sha256(b"x" * size).hexdigest())
-    identity = Identity(recipe_hash="0123456789ab", seed=7, train="", val="")
-    layout = Layout(world_size=2, zero_stage=3, dtype="float32")
+    identity = RunIdentity(recipe_hash="0123456789ab", seed=7, train="", val="")
+    layout = EngineLayout(world_size=2, zero_stage=3, dtype="float32")
     Manifest(step=step, identity=identity, layout=layout, files=files).write(folder)
     return folder
 
@@ -58,7 +58,7 @@ def test_a_released_pretraining(tmp_path: Path) -> None:
     assert rows["kind"] == "CViT with its decoder, MCMAE pre-training as released"
     assert rows["format"] == "torch pickle, no code in it"
     assert rows["encoder"] == "dims 16/24/32, depths 1/1/2, mlp ratios 4/4/4, patches 4/2/2"
-    assert rows["picture"] == "224 pixels, grid 14 x 14, patch 16"
+    assert rows["image"] == "224 pixels, grid 14 x 14, patch 16"
     assert rows["values"] == "104,992 in 93 tensors"
     assert rows["dtype"] == "float32"
     assert rows["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
@@ -71,7 +71,7 @@ def test_a_released_cvit_with_a_class_token(tmp_path: Path) -> None:
     row = torch.zeros(1, 1, 32)
     state |= {"cls_token": row, "pos_embed": torch.cat([row, state["pos_embed"]], dim=1)}
     rows = rows_of(describe(write_released(tmp_path / "x.pth", state)))
-    assert rows["picture"] == "224 pixels, grid 14 x 14, patch 16"
+    assert rows["image"] == "224 pixels, grid 14 x 14, patch 16"
     assert "left out" in rows["class token"]
 
 
@@ -126,7 +126,7 @@ def test_a_classifier_on_the_class_token_and_a_rectangle(tmp_path: Path) -> None
     classifier_run(tmp_path, VIT, (24, 32), pool="token")
     rows = rows_of(describe(tmp_path / MODEL_FILE))
     assert rows["kind"] == "plain ViT classifier, on the class token"
-    assert rows["picture"] == "24 x 32 pixels, grid 6 x 8, patch 4"
+    assert rows["image"] == "24 x 32 pixels, grid 6 x 8, patch 4"
     settings = re.findall(r"(?:stages|model)\.[\w.]+=\S+", rows["use it"])
     recipe = load_recipe(REPOSITORY / "ds_configs/baselines/mae_tiny.yaml", settings)
     stage = recipe.stages.finetune

@@ -245,7 +245,7 @@ def test_report_counts_and_names() -> None:
 
 
 @BOTH
-def test_classifier_initialisation(spec: EncoderSpec) -> None:
+def test_classifier_initialization(spec: EncoderSpec) -> None:
     torch.manual_seed(0)
     model = build_encoder(spec, 16, 400)
     init_classifier(model)

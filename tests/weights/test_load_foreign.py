@@ -19,7 +19,7 @@ from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
-from mrmae_ds.models.vit import MaskableViT
+from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.weights.load import build_encoder, load_encoder, load_pretrained
 from tests.fixtures import part
 from tests.support import dense
@@ -129,7 +129,7 @@ def test_a_head_of_other_classes_stays(mcmae: dict[str, Tensor], tmp_path: Path)
 def test_a_mean_pooled_vit_of_timm_gives_its_logits(tmp_path: Path) -> None:
     source = tiny_vit(global_pool="avg")
     torch.save(source.state_dict(), tmp_path / "x.pth")
-    model = MaskableViT(TINY_VIT_SPEC, 32, 5).eval()
+    model = MaskedViT(TINY_VIT_SPEC, 32, 5).eval()
     report = load_encoder(model, tmp_path / "x.pth")
     assert (report.missing, report.unexpected) == ([], [])
     images = random_images(2, 32, seed=1)
@@ -140,12 +140,12 @@ def test_a_mean_pooled_vit_of_timm_gives_its_logits(tmp_path: Path) -> None:
 def test_a_vit_of_timm_with_its_head_on_the_class_token(tmp_path: Path) -> None:
     source, images = tiny_vit(), random_images(2, 32, seed=1)
     torch.save(source.state_dict(), tmp_path / "x.pth")
-    model = MaskableViT(TINY_VIT_SPEC, 32, 5, pool="token").eval()
+    model = MaskedViT(TINY_VIT_SPEC, 32, 5, pool="token").eval()
     report = load_encoder(model, tmp_path / "x.pth")
     assert (report.missing, report.unexpected) == ([], [])
     with torch.no_grad():
         torch.testing.assert_close(model(images), source(images))
-    mean_pooled = MaskableViT(TINY_VIT_SPEC, 32, 5).eval()
+    mean_pooled = MaskedViT(TINY_VIT_SPEC, 32, 5).eval()
     report = load_encoder(mean_pooled, tmp_path / "x.pth")
     assert sorted(report.missing) == HEAD
     assert sorted(report.unexpected) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
@@ -156,7 +156,7 @@ def test_a_vit_of_timm_with_its_head_on_the_class_token(tmp_path: Path) -> None:
 
 def test_a_mean_pooled_head_stays_out_of_one_on_the_class_token(tmp_path: Path) -> None:
     torch.save(tiny_vit(global_pool="avg").state_dict(), tmp_path / "x.pth")
-    model = MaskableViT(TINY_VIT_SPEC, 32, 5, pool="token")
+    model = MaskedViT(TINY_VIT_SPEC, 32, 5, pool="token")
     before = model.head.weight.clone()
     report = load_encoder(model, tmp_path / "x.pth")
     assert sorted(report.missing) == ["head.bias", "head.weight", "norm.bias", "norm.weight"]
@@ -181,7 +181,7 @@ def test_a_class_token_without_a_position(tmp_path: Path) -> None:
     source = tiny_vit(num_classes=0, no_embed_class=True)
     torch.save(source.state_dict(), tmp_path / "x.pth")
     assert source.pos_embed.shape == (1, 16, 24)
-    model = MaskableViT(TINY_VIT_SPEC, 32).eval()
+    model = MaskedViT(TINY_VIT_SPEC, 32).eval()
     load_encoder(model, tmp_path / "x.pth")
     assert (model.pos_embed[:, 0] == 0).all()
     images = random_images(2, 32, seed=1)

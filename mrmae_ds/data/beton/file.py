@@ -1,7 +1,7 @@
 """The layout of a .beton as this project writes it (FFCV's format 2), read with numpy alone: no ffcv needed.
 
 A file is a header, a descriptor for each field, a table of samples, pages of JPEGs, and a table of what lies where.
-The fields of a sample are its picture, label, row, and the Adler-32 of its JPEG. A file of FFCV's own writer with the
+The fields of a sample are its image, label, row, and the Adler-32 of its JPEG. A file of FFCV's own writer with the
 first three is read too, unchecked.
 """
 
@@ -60,10 +60,10 @@ class BetonFile:
             if info.tables_sha256 not in (None, tables_sha256(self.content)):
                 raise ValueError("its tables have changed since they were written")
             if (samples["image"]["mode"] != JPEG).any():
-                raise ValueError("pictures that are not JPEGs")
+                raise ValueError("images that are not JPEGs")
             self.table = _jpeg_table(samples["image"], allocations)
             if (self.table[:, 0] + self.table[:, 1] > len(self.content)).any():
-                raise ValueError("pictures beyond its end")
+                raise ValueError("images beyond its end")
         except (ValueError, IndexError) as error:  # numpy's, of a file too short or of another kind
             raise UserError(
                 f"{info.path}: does not hold what its sidecar describes ({error}); copy or write it again"
@@ -106,7 +106,7 @@ def _jpeg_table(images: npt.NDArray[np.void], allocations: npt.NDArray[np.void])
     order = np.argsort(allocations["place"])
     found = np.searchsorted(allocations["place"], images["place"], sorter=order)
     if (found == len(order)).any() or (allocations["place"][order[found]] != images["place"]).any():
-        raise ValueError("pictures that its table does not list")
+        raise ValueError("images that its table does not list")
     lengths = allocations["size"][order[found]]
     columns = [images["place"], lengths, images["height"], images["width"]]
     return np.stack([column.astype(np.int64) for column in columns], axis=1)

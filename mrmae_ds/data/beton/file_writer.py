@@ -1,7 +1,7 @@
 """Writing a .beton (FFCV's format 2; ``beton_file`` reads it) from JPEGs that are made already, one after another.
 
-FFCV's own ``DatasetWriter`` waits for ever when one of its processes dies or its disk is full, and lays the pictures
-out as its processes come; this one writes the same bytes for the same pictures.
+FFCV's own ``DatasetWriter`` waits for ever when one of its processes dies or its disk is full, and lays the images
+out as its processes come; this one writes the same bytes for the same images.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _IMAGE_FIELD, _INTEGER_FIELD = 2, 1  # FFCV's numbers for the kinds of field
 
 
 class BetonWriter:
-    """An open file; a picture never crosses the border of a page, as FFCV wants it."""
+    """An open file; an image never crosses the border of a page, as FFCV wants it."""
 
     def __init__(self, path: Path, capacity: int, max_side: int) -> None:
-        """Begin a file of at most ``capacity`` pictures whose sides are at most ``max_side`` pixels."""
+        """Begin a file of at most ``capacity`` images whose sides are at most ``max_side`` pixels."""
         # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
         self._page = max(_MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
         self._samples = np.zeros(capacity, dtype=SAMPLE)
@@ -44,7 +44,7 @@ class BetonWriter:
             self._discard()
 
     def append(self, jpeg: bytes, width: int, height: int, label: int) -> None:
-        """Store a picture. Raises OSError, of a full disk for one."""
+        """Store an image. Raises OSError, of a full disk for one."""
         if len(jpeg) > self._page:
             raise ValueError(f"a JPEG of {len(jpeg):,} bytes does not fit into a page of {self._page:,}")
         left = -self._end % self._page
@@ -58,7 +58,7 @@ class BetonWriter:
         self._count += 1
 
     def _finish(self) -> None:
-        """Write what is known at the end only. Where fewer pictures came than announced, a gap remains."""
+        """Write what is known at the end only. Where fewer images came than announced, a gap remains."""
         header = np.zeros(1, dtype=HEADER)
         header[0] = (VERSION, len(NAMES), self._page, self._count, self._end)
         fields = np.zeros(len(NAMES), dtype=FIELD)

@@ -29,9 +29,9 @@ class BetonInfo:
     """A data set on disk.
 
     Attributes:
-        path: the .beton. num_samples: how many pictures. num_classes: labels are 0..num_classes-1.
+        path: the .beton. num_samples: how many images. num_classes: labels are 0..num_classes-1.
         class_names: their names, in the order of the labels.
-        max_side: longer side of the largest picture it may hold, pixels. quality: of its JPEGs.
+        max_side: longer side of the largest image it may hold, pixels. quality: of its JPEGs.
         size: bytes. sha256: of the whole file. tables_sha256: of ``beton_file.tables_sha256``, if known.
         name: the data set's, as tables show it. source: what it was made from, in words.
     """

@@ -1,4 +1,4 @@
-"""Stored pictures against those that they were made from."""
+"""Stored images against those that they were made from."""
 
 from __future__ import annotations
 
@@ -16,65 +16,65 @@ from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.reopen import open_origin
 from mrmae_ds.data.convert.skipped import listed
-from mrmae_ds.data.convert.writer import PictureDataset
+from mrmae_ds.data.convert.writer import ImageDataset
 from mrmae_ds.errors import UserError
 
 _SLACK_DB = 1.0  # between the JPEG libraries of then and now
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size, dB; infinite for equal ones."""
+    """Peak signal-to-noise ratio of two RGB images of one size, dB; infinite for equal ones."""
     difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     error = np.square(difference).mean()
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def compare_with_source(path: str | Path, source: str | Path, count: int, seed: int = 0) -> float:
-    """Compare ``count`` stored pictures, drawn by ``seed``, with their files below ``source``; see ``compare``."""
+    """Compare ``count`` stored images, drawn by ``seed``, with their files below ``source``; see ``compare``."""
     return compare(path, open_origin(Path(source), read_sidecar(path)), count, seed)
 
 
-def compare(path: str | Path, dataset: PictureDataset, count: int, seed: int = 0) -> float:
-    """Compare ``count`` stored pictures, drawn by ``seed``, with the same rows of a data set.
+def compare(path: str | Path, dataset: ImageDataset, count: int, seed: int = 0) -> float:
+    """Compare ``count`` stored images, drawn by ``seed``, with the same rows of a data set.
 
-    The label and the size must be equal, and the stored picture as near to the source as a JPEG of the recorded
+    The label and the size must be equal, and the stored image as near to the source as a JPEG of the recorded
     quality is, made of it here and now.
 
     Returns the lowest PSNR found, dB.
 
     Raises:
-        UserError: that lists the differing pictures.
+        UserError: that lists the differing images.
     """
     info = check_beton(path)
     if len(dataset) != info.num_samples:
-        raise UserError(f"{path}: holds {info.num_samples:,} pictures, the source {len(dataset):,}")
+        raise UserError(f"{path}: holds {info.num_samples:,} images, the source {len(dataset):,}")
     rows = np.sort(np.random.default_rng(seed).permutation(info.num_samples)[:count])
     file, sidecar = BetonFile(info), read_sidecar(path)
     lowest, problems = float("inf"), []
-    for row in tqdm(rows.tolist(), desc=f"compare {info.path.name}", unit="picture"):
+    for row in tqdm(rows.tolist(), desc=f"compare {info.path.name}", unit="image"):
         found = _compare_one(file, info, sidecar, dataset, row)
         if isinstance(found, str):
             problems.append(f"sample {row}: {found}")
         else:
             lowest = min(lowest, found)
     if problems:
-        head = f"{path}: {len(problems)} of {len(rows)} pictures are not those of the source; write it again:"
+        head = f"{path}: {len(problems)} of {len(rows)} images are not those of the source; write it again:"
         raise UserError(listed(head, problems))
     return lowest
 
 
 def _compare_one(
-    file: BetonFile, info: BetonInfo, sidecar: dict[str, Any], dataset: PictureDataset, row: int
+    file: BetonFile, info: BetonInfo, sidecar: dict[str, Any], dataset: ImageDataset, row: int
 ) -> float | str:
-    """The PSNR of one picture, or what is wrong with it."""
+    """The PSNR of one image, or what is wrong with it."""
     limit = sidecar.get("max_pixels", WriteOptions.max_pixels)
     background = sidecar.get("background", WriteOptions.background)
     name = getattr(dataset, "name", lambda row: "its source")(row)
     try:
         with pixel_limit(limit):
-            picture, label = dataset[row]
-            with picture:
-                expected, _ = to_rgb(picture, max_side=info.max_side, max_pixels=limit, background=background)
+            image, label = dataset[row]
+            with image:
+                expected, _ = to_rgb(image, max_side=info.max_side, max_pixels=limit, background=background)
     except Exception as error:
         return f"{name} cannot be read: {reason(error, limit)}"
     stored = Image.open(io.BytesIO(file.jpeg(row))).convert("RGB")

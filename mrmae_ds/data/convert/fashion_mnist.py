@@ -1,4 +1,4 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 70,000 labelled 28x28 grey pictures of clothing, MIT."""
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 70,000 labeled 28x28 gray images of clothing, MIT."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _FILES = {
 
 
 class FashionMNIST:
-    """One part of the set as (RGB picture 32x32, label); see ``writer.PictureDataset``."""
+    """One part of the set as (RGB image 32x32, label); see ``writer.ImageDataset``."""
 
     def __init__(self, folder: Path, part: str, count: int | None = None) -> None:
         """Read ``part`` ("train" or "val", which is the published test part) of the four files in ``folder``.
@@ -43,7 +43,7 @@ class FashionMNIST:
         self.labels: IntArray = read_idx(labels).astype(np.int64)
         pixels = read_idx(images)
         if pixels.shape != (len(self.labels), 28, 28):
-            raise UserError(f"{images}: pictures {pixels.shape}, expected {(len(self.labels), 28, 28)}")
+            raise UserError(f"{images}: images {pixels.shape}, expected {(len(self.labels), 28, 28)}")
         pad = (SIDE - 28) // 2
         self.pixels = np.pad(pixels, ((0, 0), (pad, pad), (pad, pad)))
         self.rows = np.arange(len(self.labels))
@@ -142,7 +142,7 @@ def write_fashion_mnist(
             WriteOptions(max_side=SIDE, quality=95, max_bad=0),
             class_names=CLASS_NAMES,
             name="Fashion-MNIST",
-            source=f"Fashion-MNIST, {part}, {len(dataset)} pictures padded to {SIDE}x{SIDE}",
+            source=f"Fashion-MNIST, {part}, {len(dataset)} images padded to {SIDE}x{SIDE}",
         )
         for part, dataset in parts.items()
     ]

@@ -1,4 +1,4 @@
-"""Folders of pictures, one a class, as training and validation sets (like torchvision's ``ImageFolder``)."""
+"""Folders of images, one a class, as training and validation sets (like torchvision's ``ImageFolder``)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import numpy as np
 from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.convert.images import open_picture
+from mrmae_ds.data.convert.images import open_image
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.subset import IntArray, balanced_subset, split_off
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
 
-# HEIC is here to be named among the pictures that cannot be read, not passed over as no picture at all.
+# HEIC is here to be named among the images that cannot be read, not passed over as no image at all.
 _ENDINGS = "jpg jpeg jpe jfif mpo png apng gif webp avif bmp dib ppm pgm pbm pnm tif tiff jp2 j2k jpx heic heif"
 EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
 
 
-class PictureFolder:
-    """Picture files with labels; see ``writer.PictureDataset``.
+class ImageFolder:
+    """Image files with labels; see ``writer.ImageDataset``.
 
     Attributes:
         paths: N files. labels: int64 [N]. ignored: other files beside them, counted by extension.
@@ -39,8 +39,8 @@ class PictureFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """A picture that is not decoded yet, so that a large JPEG can be decoded at a fraction of its size."""
-        return open_picture(self.paths[index]), self.label(index)
+        """An image that is not decoded yet, so that a large JPEG can be decoded at a fraction of its size."""
+        return open_image(self.paths[index]), self.label(index)
 
     def name(self, index: int) -> str:
         """The file, for messages."""
@@ -50,11 +50,11 @@ class PictureFolder:
         """Without opening the file."""
         return int(self.labels[index])
 
-    def take(self, rows: IntArray) -> PictureFolder:
+    def take(self, rows: IntArray) -> ImageFolder:
         """Some of the samples, by row."""
-        return PictureFolder([self.paths[row] for row in rows], self.labels[rows], self.ignored)
+        return ImageFolder([self.paths[row] for row in rows], self.labels[rows], self.ignored)
 
-    def limited(self, count: int | None, part: str) -> PictureFolder:
+    def limited(self, count: int | None, part: str) -> ImageFolder:
         """A class-balanced subset of at most ``count``, or all for None. Raises UserError for less than 1."""
         if count is not None and count < 1:
             raise UserError(f"the {part} count must be at least 1, not {count}")
@@ -72,12 +72,12 @@ def find_classes(root: Path) -> list[str]:
         raise UserError(f"{root}: no such folder")
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not names:
-        raise UserError(f"{root}: holds no class folders; expected {root}/CLASS/PICTURE")
+        raise UserError(f"{root}: holds no class folders; expected {root}/CLASS/IMAGE")
     return names
 
 
-def scan(root: Path, class_names: Sequence[str]) -> PictureFolder:
-    """All pictures of ROOT/CLASS, sorted by name, at any depth. What is a picture, its extension says.
+def scan(root: Path, class_names: Sequence[str]) -> ImageFolder:
+    """All images of ROOT/CLASS, sorted by name, at any depth. What is an image, its extension says.
 
     Raises UserError if a class has none, or a folder cannot be read.
     """
@@ -94,11 +94,11 @@ def scan(root: Path, class_names: Sequence[str]) -> PictureFolder:
                 others[ending or "no extension"] += 1
         if not found:
             held = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items())) or "it is empty"
-            raise UserError(f"{root / name}: no pictures ({held}); add some or remove the folder")
+            raise UserError(f"{root / name}: no images ({held}); add some or remove the folder")
         ignored += others
         paths += sorted(found, key=lambda file: file.split(os.sep))
         labels += [label] * len(found)
-    return PictureFolder(paths, np.array(labels, dtype=np.int64), ignored)
+    return ImageFolder(paths, np.array(labels, dtype=np.int64), ignored)
 
 
 def _files(folder: Path) -> Iterator[str]:
@@ -116,11 +116,11 @@ def _files(folder: Path) -> Iterator[str]:
         yield from (os.path.join(where, file) for file in files)
 
 
-def open_folder(source: Path, val_fraction: float) -> tuple[PictureFolder, PictureFolder, list[str]]:
+def open_folder(source: Path, val_fraction: float) -> tuple[ImageFolder, ImageFolder, list[str]]:
     """The training set, the validation set and the class names of a tree.
 
     SRC/train/CLASS with SRC/val/CLASS is taken as it is. From SRC/train/CLASS alone, or SRC/CLASS,
-    ``val_fraction`` of every class is split off for validation, the same pictures each time.
+    ``val_fraction`` of every class is split off for validation, the same images each time.
 
     Raises UserError for a tree of another shape.
     """
@@ -141,7 +141,7 @@ def open_folder(source: Path, val_fraction: float) -> tuple[PictureFolder, Pictu
         raise UserError(f"the validation fraction must be between 0 and 1, not {val_fraction}")
     first, second = split_off(train.labels, val_fraction)
     if len(second) == 0:
-        raise UserError(f"{train_root}: every class has a single picture, none is left for validation")
+        raise UserError(f"{train_root}: every class has a single image, none is left for validation")
     return train.take(first), train.take(second), class_names
 
 
@@ -155,7 +155,7 @@ def write_folder(
     train_count: int | None = None,
     val_count: int | None = None,
 ) -> list[BetonInfo]:
-    """Write OUT/train.beton and OUT/val.beton from a tree of pictures.
+    """Write OUT/train.beton and OUT/val.beton from a tree of images.
 
     Args:
         source: see ``open_folder``. val_fraction: used where the tree has no val/.
@@ -184,7 +184,7 @@ def write_folder(
 
 
 def write_parts(
-    parts: Mapping[str, PictureFolder],
+    parts: Mapping[str, ImageFolder],
     out: str | Path,
     options: WriteOptions | None,
     *,
@@ -201,7 +201,7 @@ def write_parts(
             options,
             class_names=class_names,
             name=name,
-            source=f"{source.resolve()}, {part}, {len(dataset)} pictures",
+            source=f"{source.resolve()}, {part}, {len(dataset)} images",
             origin=origins[part],
             ignored=dataset.ignored,
         )

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.convert.folder import PictureFolder, find_classes, scan, write_parts
+from mrmae_ds.data.convert.folder import ImageFolder, find_classes, scan, write_parts
 from mrmae_ds.data.convert.imagenet_labels import CLASSES, VAL_FILE, WORDNET_ID, read_class_names, read_val_labels
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.errors import UserError
 
-TRAIN_PICTURES, VAL_PICTURES = 1_281_167, 50_000
+TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
 _ROOTS = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # the second is Kaggle's
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 _LABEL_FILES = (
@@ -34,10 +34,10 @@ def open_imagenet(
     val_labels: str | Path | None = None,
     synsets: str | Path | None = None,
     allow_partial: bool = False,
-) -> tuple[PictureFolder, PictureFolder, list[str]]:
+) -> tuple[ImageFolder, ImageFolder, list[str]]:
     """The training set, the validation set and the WordNet ids in the order of the labels.
 
-    The pictures lie in SRC (or SRC/ILSVRC/Data/CLS-LOC, as Kaggle has it): train/ID/*.JPEG, and val/ID/*.JPEG or
+    The images lie in SRC (or SRC/ILSVRC/Data/CLS-LOC, as Kaggle has it): train/ID/*.JPEG, and val/ID/*.JPEG or
     val/ILSVRC2012_val_*.JPEG with a file of labels.
 
     Args:
@@ -68,8 +68,8 @@ def _open_val(
     val_labels: str | Path | None,
     synsets: str | Path | None,
     allow_partial: bool,
-) -> PictureFolder:
-    """The validation pictures, from class folders or from a single one."""
+) -> ImageFolder:
+    """The validation images, from class folders or from a single one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; unpack ILSVRC2012_img_val.tar there")
     sorted_in = [entry.name for entry in folder.iterdir() if entry.is_dir() and WORDNET_ID.fullmatch(entry.name)]
@@ -91,8 +91,8 @@ def _open_val(
 
 def _flat(
     folder: Path, known: dict[int, str], wnids: Sequence[str], labels_file: Path, allow_partial: bool
-) -> PictureFolder:
-    """Join the pictures of one folder with their WordNet ids by the numbers in their names."""
+) -> ImageFolder:
+    """Join the images of one folder with their WordNet ids by the numbers in their names."""
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     paths, labels, ignored = [], [], Counter[str]()
     for path in sorted(folder.iterdir()):
@@ -111,18 +111,18 @@ def _flat(
         else:
             raise UserError(f"{labels_file}: {path.name} is of {wnid}, of which train/ has no folder")
     if not paths:
-        raise UserError(f"{folder}: no pictures ILSVRC2012_val_*.JPEG of the classes of train/")
-    return PictureFolder(paths, np.array(labels, dtype=np.int64), ignored)
+        raise UserError(f"{folder}: no images ILSVRC2012_val_*.JPEG of the classes of train/")
+    return ImageFolder(paths, np.array(labels, dtype=np.int64), ignored)
 
 
 def _check_counts(source: Path, classes: int, train: int, val: int, allow_partial: bool) -> None:
     """Compare with what is published."""
-    counts = {"classes": (classes, CLASSES), "training": (train, TRAIN_PICTURES), "validation": (val, VAL_PICTURES)}
+    counts = {"classes": (classes, CLASSES), "training": (train, TRAIN_IMAGES), "validation": (val, VAL_IMAGES)}
     wrong = [f"{found:,} of {whole:,} {what}" for what, (found, whole) in counts.items() if found != whole]
     if not wrong:
         return
-    message = f"{source}: not ImageNet-1K as published: {', '.join(wrong)} pictures"
-    message = message.replace(" classes pictures", " classes")
+    message = f"{source}: not ImageNet-1K as published: {', '.join(wrong)} images"
+    message = message.replace(" classes images", " classes")
     if not allow_partial:
         raise UserError(f"{message}; unpack it again, or pass --allow-partial")
     print(f"warning: {message}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The small text files that come with ImageNet-1K: labels of the validation pictures, numbers and names of classes."""
+"""The small text files that come with ImageNet-1K: labels of the validation images, numbers and names of classes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})(\.JPEG)?", re.IGNORECASE)
 
 
 def read_val_labels(path: Path, wnids: Sequence[str], synsets: Path | None) -> dict[int, str]:
-    """The WordNet id of each validation picture by its number, 1..50000.
+    """The WordNet id of each validation image by its number, 1..50000.
 
     What a line of the file may be:
         ``ILSVRC2012_val_00000001,n01751748 ...``: Kaggle's LOC_val_solution.csv, or the same with blanks
         ``ILSVRC2012_val_00000001.JPEG 65``: Caffe's val.txt, a place in the sorted ids of all 1000 classes
-        ``n01751748``: the pictures in order
-        ``490``: the pictures in order, by the devkit's own numbers 1..1000, which are not in the order of the ids;
+        ``n01751748``: the images in order
+        ``490``: the images in order, by the devkit's own numbers 1..1000, which are not in the order of the ids;
         ``synsets`` translates them
 
     Raises UserError for other files.
@@ -36,15 +36,15 @@ def read_val_labels(path: Path, wnids: Sequence[str], synsets: Path | None) -> d
         words = line.replace(",", " ").split()
         named = VAL_FILE.fullmatch(words[0])
         what = words[1] if named and len(words) > 1 else words[0]
-        picture = int(named[1]) if named else place
+        image = int(named[1]) if named else place
         if WORDNET_ID.fullmatch(what):
-            labels[picture] = what
+            labels[image] = what
         elif what.isdecimal():
             if numbers is None:
                 numbers = _all_classes(path, wnids, synsets) if named else _devkit_numbers(path, synsets)
             if int(what) not in numbers:
                 raise UserError(f"{path}: line {place}: there is no class {what}")
-            labels[picture] = numbers[int(what)]
+            labels[image] = numbers[int(what)]
         else:
             raise UserError(f"{path}: line {place} is neither a WordNet id, a number nor FILE LABEL: {line[:60]}")
     return labels

@@ -1,4 +1,4 @@
-"""Any picture to RGB: what is odd is converted and named, what cannot be read is refused with a reason."""
+"""Any image to RGB: what is odd is converted and named, what cannot be read is refused with a reason."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-class PictureError(ValueError):
-    """A picture that is not taken; the message alone is the reason."""
+class ImageError(ValueError):
+    """An image that is not taken; the message alone is the reason."""
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """Open a picture file by its content, whatever its name says. Nothing is decoded yet.
+def open_image(path: str | Path) -> Image.Image:
+    """Open an image file by its content, whatever its name says. Nothing is decoded yet.
 
     Raises:
-        PictureError: if it is no picture that can be read here. OSError: if there is no such file.
+        ImageError: if it is no image that can be read here. OSError: if there is no such file.
     """
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
-        raise PictureError("not a regular file")  # opening a pipe would wait for ever
+        raise ImageError("not a regular file")  # opening a pipe would wait for ever
     if status.st_size == 0:
-        raise PictureError("empty file")
+        raise ImageError("empty file")
     Image.init()
     try:
         return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
@@ -39,16 +39,16 @@ def open_picture(path: str | Path) -> Image.Image:
         with open(path, "rb") as file:
             head = file.read(12)
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
-            raise PictureError("HEIC, which Pillow cannot read: convert it to JPEG") from None
+            raise ImageError("HEIC, which Pillow cannot read: convert it to JPEG") from None
         kinds = ", ".join(FORMATS)
-        raise PictureError(
-            f"no picture, of a kind Pillow cannot read, or damaged at its beginning (read as {kinds})"
+        raise ImageError(
+            f"no image, of a kind Pillow cannot read, or damaged at its beginning (read as {kinds})"
         ) from None
 
 
 @contextmanager
 def pixel_limit(max_pixels: int) -> Iterator[None]:
-    """Within the block, Pillow refuses pictures of more pixels, and truncated ones, in this process."""
+    """Within the block, Pillow refuses images of more pixels, and truncated ones, in this process."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
     try:
@@ -61,73 +61,71 @@ def pixel_limit(max_pixels: int) -> Iterator[None]:
 
 
 def reason(error: Exception, max_pixels: int) -> str:
-    """Why a picture is not taken, on one line."""
+    """Why an image is not taken, on one line."""
     if isinstance(error, _BOMB):
         return f"more than {max_pixels:,} pixels (--max-pixels): {error}"
     text = (
-        str(error)
-        if isinstance(error, PictureError)
-        else f"{type(error).__name__}: {str(error) or 'cannot be decoded'}"
+        str(error) if isinstance(error, ImageError) else f"{type(error).__name__}: {str(error) or 'cannot be decoded'}"
     )
     return " ".join(text.split())[:500]
 
 
-def to_rgb(picture: Image.Image, *, max_side: int, max_pixels: int, background: str) -> tuple[Image.Image, list[str]]:
-    """Decode a picture and make it an upright RGB one of 8 bits.
+def to_rgb(image: Image.Image, *, max_side: int, max_pixels: int, background: str) -> tuple[Image.Image, list[str]]:
+    """Decode an image and make it an upright RGB one of 8 bits.
 
     Args:
-        picture: of any mode; a large JPEG that is not loaded yet is decoded at a fraction of its size.
+        image: of any mode; a large JPEG that is not loaded yet is decoded at a fraction of its size.
         max_side: a longer side is reduced to this many pixels (bicubic, antialiased), the other one in proportion,
             to 1 at least.
         max_pixels: more are refused before they are decoded.
-        background: colour shown through transparent pixels, as Pillow names colours.
+        background: color shown through transparent pixels, as Pillow names colors.
 
-    Returns the picture, and what was odd about it: "CMYK", "16-bit", ...
+    Returns the image, and what was odd about it: "CMYK", "16-bit", ...
 
     Raises:
-        PictureError, or whatever Pillow raises for a damaged file.
+        ImageError, or whatever Pillow raises for a damaged file.
     """
-    width, height = picture.size
+    width, height = image.size
     if width * height > max_pixels:
-        raise PictureError(f"{width} x {height}: more than {max_pixels:,} pixels (--max-pixels)")
+        raise ImageError(f"{width} x {height}: more than {max_pixels:,} pixels (--max-pixels)")
     kinds: list[str] = []
     ratio = max_side / max(width, height)
     if ratio < 1:
         kinds.append("reduced")
         width, height = (max(1, round(side * ratio)) for side in (width, height))
         # A JPEG decoder reduces by 2, 4 or 8 nearly for nothing; twice the size wanted leaves bicubic its part.
-        picture.draft(None, (2 * width, 2 * height))
-    picture.load()
-    rgb = _rgb(picture, background, kinds)
-    # A new picture in any case: looking for more frames may replace the pixels of the old one.
+        image.draft(None, (2 * width, 2 * height))
+    image.load()
+    rgb = _rgb(image, background, kinds)
+    # A new image in any case: looking for more frames may replace the pixels of the old one.
     rgb = rgb.resize((width, height), Image.Resampling.BICUBIC) if ratio < 1 else rgb.copy()
-    rgb = _upright(rgb, picture, kinds)
-    if _several_frames(picture):
+    rgb = _upright(rgb, image, kinds)
+    if _several_frames(image):
         kinds.append("several frames")
     return rgb, kinds
 
 
-def _rgb(picture: Image.Image, background: str, kinds: list[str]) -> Image.Image:
+def _rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     """All modes to RGB; see ``to_rgb``."""
-    mode = picture.mode
+    mode = image.mode
     if mode.startswith("I;16"):
         kinds.append("16-bit")
-        return _from_16_bits(np.asarray(picture))
+        return _from_16_bits(np.asarray(image))
     if mode in ("I", "F"):
-        return _from_32_bits(np.asarray(picture), mode, kinds)
-    if picture.has_transparency_data:
+        return _from_32_bits(np.asarray(image), mode, kinds)
+    if image.has_transparency_data:
         kinds.append("transparent")
-        above = picture if mode == "RGBA" else picture.convert("RGBA")
-        rgb = Image.new("RGB", picture.size, background)
+        above = image if mode == "RGBA" else image.convert("RGBA")
+        rgb = Image.new("RGB", image.size, background)
         rgb.paste(above, mask=above)
         return rgb
     if mode == "RGB":
-        return picture
-    kinds.append({"L": "grey", "1": "1-bit", "P": "palette"}.get(mode, mode))
-    if mode == "CMYK" and picture.format == "JPEG" and "adobe" not in picture.info:
+        return image
+    kinds.append({"L": "gray", "1": "1-bit", "P": "palette"}.get(mode, mode))
+    if mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
         # Pillow takes every CMYK JPEG for Adobe's inverted kind; without Adobe's marker it is a plain one.
-        picture = ImageChops.invert(picture)
-    return picture.convert("RGB")
+        image = ImageChops.invert(image)
+    return image.convert("RGB")
 
 
 def _from_16_bits(values: np.ndarray) -> Image.Image:
@@ -142,7 +140,7 @@ def _from_32_bits(values: np.ndarray, mode: str, kinds: list[str]) -> Image.Imag
     """Integers within 16 bits are taken for such; other values are stretched from the least to the greatest."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        raise PictureError("pixels that are no numbers")
+        raise ImageError("pixels that are no numbers")
     if mode == "I" and low >= 0 and high <= 0xFFFF:
         kinds.append("16-bit")
         return _from_16_bits(values)
@@ -153,10 +151,10 @@ def _from_32_bits(values: np.ndarray, mode: str, kinds: list[str]) -> Image.Imag
     return Image.fromarray(np.rint(stretched, out=stretched).astype(np.uint8)).convert("RGB")
 
 
-def _upright(rgb: Image.Image, picture: Image.Image, kinds: list[str]) -> Image.Image:
-    """Turned as the EXIF record of ``picture`` says. Pillow has turned TIFF and AVIF while loading."""
+def _upright(rgb: Image.Image, image: Image.Image, kinds: list[str]) -> Image.Image:
+    """Turned as the EXIF record of ``image`` says. Pillow has turned TIFF and AVIF while loading."""
     try:
-        exif = picture.getexif()
+        exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged record raises anything, and is no reason to lose the pixels
         kinds.append("unreadable EXIF")
@@ -170,9 +168,9 @@ def _upright(rgb: Image.Image, picture: Image.Image, kinds: list[str]) -> Image.
     return ImageOps.exif_transpose(rgb)
 
 
-def _several_frames(picture: Image.Image) -> bool:
+def _several_frames(image: Image.Image) -> bool:
     """Whether there is more than the first frame, which is the one taken. Moves on in the file."""
     try:
-        return getattr(picture, "n_frames", 1) > 1
+        return getattr(image, "n_frames", 1) > 1
     except Exception:  # a later frame is damaged; the first is not
         return True

@@ -1,4 +1,4 @@
-"""How pictures are written: one set of options for every kind of source."""
+"""How images are written: one set of options for every kind of source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from PIL import ImageColor
 
 from mrmae_ds.errors import UserError
 
-MAX_SIDE = 8192  # FFCV keeps sides in 16 bits, and a picture must fit into a page of the file
+MAX_SIDE = 8192  # FFCV keeps sides in 16 bits, and an image must fit into a page of the file
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class WriteOptions:
     """Checked when made; UserError names the option that is out of range.
 
     Attributes:
-        max_side: larger pictures are reduced to this many pixels on the longer side. quality: of the JPEGs, 1..100.
+        max_side: larger images are reduced to this many pixels on the longer side. quality: of the JPEGs, 1..100.
         workers: processes; None: the cores this process may use, 8 at most.
-        max_bad: how many pictures may be left out because they cannot be read: an int is a number, a float a share
+        max_bad: how many images may be left out because they cannot be read: an int is a number, a float a share
             of the set, rounded up; 0: none.
-        max_pixels: pictures of more pixels are not decoded, and count as bad. A worker needs up to 14 bytes
+        max_pixels: images of more pixels are not decoded, and count as bad. A worker needs up to 14 bytes
             for each, 22 where they are of 32 bits.
-        background: colour shown through transparent pixels, as Pillow names colours.
-        timeout_s: that a worker may spend on one picture, seconds.
+        background: color shown through transparent pixels, as Pillow names colors.
+        timeout_s: that a worker may spend on one image, seconds.
     """
 
     max_side: int = 512
@@ -50,7 +50,7 @@ class WriteOptions:
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
-            raise UserError(f"background must be a colour (white, #808080), not {self.background!r}") from None
+            raise UserError(f"background must be a color (white, #808080), not {self.background!r}") from None
 
     @property
     def processes(self) -> int:
@@ -58,7 +58,7 @@ class WriteOptions:
         return min(len(os.sched_getaffinity(0)), 8) if self.workers is None else self.workers
 
     def bad_limit(self, count: int) -> int:
-        """How many of ``count`` pictures may be left out."""
+        """How many of ``count`` images may be left out."""
         return math.ceil(self.max_bad * count) if isinstance(self.max_bad, float) else self.max_bad
 
 

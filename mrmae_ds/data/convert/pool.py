@@ -126,7 +126,7 @@ def _collect(pool: Sequence[_Worker[T]], done: dict[int, T], timeout_s: float, n
         if worker.items and time.monotonic() - worker.since > timeout_s:
             raise UserError(
                 f"{name(worker.items[0])}: not read within {timeout_s:g} s (--timeout): "
-                "see whether its disk answers, or remove the picture"
+                "see whether its disk answers, or remove the image"
             )
 
 

@@ -1,4 +1,4 @@
-"""Pictures that are left out: the list of them, for people and for the sidecar."""
+"""Images that are left out: the list of them, for people and for the sidecar."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LISTED = 20  # lines of a list in an error
 
 @dataclass(frozen=True)
 class Skipped:
-    """A picture that is left out: its row in the source, what it is called there, and why."""
+    """An image that is left out: its row in the source, what it is called there, and why."""
 
     row: int
     name: str
@@ -54,10 +54,10 @@ def write_report(beton: Path, skipped: Sequence[Skipped]) -> None:
 
 
 def too_many(beton: Path, skipped: Sequence[Skipped], seen: int, count: int, limit: int) -> UserError:
-    """The error for more bad pictures than ``limit``, after ``seen`` of ``count`` were looked at."""
+    """The error for more bad images than ``limit``, after ``seen`` of ``count`` were looked at."""
     looked = "" if seen == count else f" (stopped after {seen:,})"
     head = (
-        f"{beton}: {len(skipped):,} of {count:,} pictures cannot be read{looked}, more than the {limit:,} that "
+        f"{beton}: {len(skipped):,} of {count:,} images cannot be read{looked}, more than the {limit:,} that "
         f"--max-bad allows; mend or remove them ({report_path(beton).name} lists all), or raise --max-bad:"
     )
     return UserError(listed(head, [f"{entry.name}: {entry.reason}" for entry in skipped]))

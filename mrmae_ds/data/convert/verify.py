@@ -1,4 +1,4 @@
-"""Looking into a .beton: what it holds, and whether every picture in it can be decoded."""
+"""Looking into a .beton: what it holds, and whether every image in it can be decoded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _CHUNK = 256  # samples decoded at a time
 
 
 def verify_beton(path: str | Path) -> BetonInfo:
-    """Check a .beton thoroughly: size, checksum, labels, row numbers, pictures of each class, every picture decoded.
+    """Check a .beton thoroughly: size, checksum, labels, row numbers, images of each class, every image decoded.
 
     Raises UserError that lists what is wrong.
     """
@@ -46,8 +46,8 @@ def _problems(info: BetonInfo) -> Iterator[str]:
     described = read_sidecar(info.path).get("class_counts") or counts
     for name, count, expected in zip(info.class_names, counts, described, strict=True):
         if count != expected:
-            yield f"class {name}: {count:,} pictures, {expected:,} in the sidecar"
-    with tqdm(total=len(rows), desc=f"verify {info.path.name}", unit="picture") as progress:
+            yield f"class {name}: {count:,} images, {expected:,} in the sidecar"
+    with tqdm(total=len(rows), desc=f"verify {info.path.name}", unit="image") as progress:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             wrong = dict(_sizes(file, chunk))
@@ -62,9 +62,9 @@ def _sizes(file: BetonFile, rows: IntArray) -> Iterator[tuple[int, str]]:
     for row in rows.tolist():
         height, width = file.table[row, 2:].tolist()
         try:
-            with Image.open(io.BytesIO(file.jpeg(row)), formats=["JPEG"]) as picture:
-                if picture.size != (width, height):
-                    yield row, f"{picture.width} x {picture.height}, {width} x {height} in the table"
+            with Image.open(io.BytesIO(file.jpeg(row)), formats=["JPEG"]) as image:
+                if image.size != (width, height):
+                    yield row, f"{image.width} x {image.height}, {width} x {height} in the table"
         except (OSError, ValueError, SyntaxError):
             yield row, "damaged JPEG"
 
@@ -73,7 +73,7 @@ def _damaged(file: BetonFile, rows: IntArray) -> list[int]:
     """The samples that cannot be decoded to the last pixel.
 
     FFCV's decoder is asked where it is installed, since it takes the JPEG library's warnings for errors. Pillow finds
-    less, but a file that has its checksum has not changed since each picture was encoded.
+    less, but a file that has its checksum has not changed since each image was encoded.
     """
     if len(rows) == 0:
         return []
@@ -105,10 +105,10 @@ def describe_beton(path: str | Path) -> str:
     sidecar: dict[str, Any] = read_sidecar(path)
     names = ", ".join(info.class_names[:5]) + (", ..." if info.num_classes > 5 else "")
     lines = [
-        f"{info.path}: {info.name}, {info.num_samples:,} pictures, {info.num_classes} classes ({names}), "
+        f"{info.path}: {info.name}, {info.num_samples:,} images, {info.num_classes} classes ({names}), "
         f"{info.size / 1e6:.1f} MB",
         f"  source    {info.source}",
-        f"  pictures  JPEG quality {info.quality}, longer side at most {info.max_side} pixels"
+        f"  images  JPEG quality {info.quality}, longer side at most {info.max_side} pixels"
         + _listing(", ", sidecar.get("converted")),
         f"  written   {sidecar.get('written', 'unknown')} with "
         + ", ".join(f"{name} {number}" for name, number in sidecar["versions"].items()),
@@ -116,15 +116,15 @@ def describe_beton(path: str | Path) -> str:
     ]
     counts = sidecar.get("class_counts")
     if counts:
-        lines[0] += f", {min(counts):,} to {max(counts):,} pictures a class"
+        lines[0] += f", {min(counts):,} to {max(counts):,} images a class"
     if sidecar.get("cpu_seconds"):
         rates = [info.num_samples / sidecar[key] for key in ("seconds", "cpu_seconds")]
         lines.append(
-            f"  speed     {rates[0]:,.0f} pictures/s with {sidecar['workers']} workers, {rates[1]:,.0f} a second of "
-            f"one core's time, {info.size / info.num_samples:,.0f} bytes a picture"
+            f"  speed     {rates[0]:,.0f} images/s with {sidecar['workers']} workers, {rates[1]:,.0f} a second of "
+            f"one core's time, {info.size / info.num_samples:,.0f} bytes an image"
         )
     if sidecar.get("ignored"):
-        lines.append(f"  ignored   files that are no pictures: {_listing('', sidecar['ignored'])}")
+        lines.append(f"  ignored   files that are no images: {_listing('', sidecar['ignored'])}")
     if sidecar.get("skipped"):
         where = report_path(info.path).name
         lines.append(f"  left out  {len(sidecar['skipped']):,} that cannot be read, listed in {where}")

@@ -1,4 +1,4 @@
-"""Pictures to .beton: whole or not at all, nothing undecodable stored, and no hanging."""
+"""Images to .beton: whole or not at all, nothing undecodable stored, and no hanging."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_re
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, write_text
 
-_ENOUGH = 1000  # bad pictures beyond the limit, after which the rest is not looked at
+_ENOUGH = 1000  # bad images beyond the limit, after which the rest is not looked at
 _RECORDED = ("numpy", "pillow", "mrmae_ds")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-class PictureDataset(Protocol):
-    """What can be written: any indexed sequence of (picture, label), for example a torchvision data set.
+class ImageDataset(Protocol):
+    """What can be written: any indexed sequence of (image, label), for example a torchvision data set.
 
-    Two optional methods: ``name(index) -> str`` tells where a picture comes from, for messages;
-    ``label(index) -> int`` tells a label without reading the picture, so that a class whose pictures are all bad is
+    Two optional methods: ``name(index) -> str`` tells where an image comes from, for messages;
+    ``label(index) -> int`` tells a label without reading the image, so that a class whose images are all bad is
     told from one that was empty.
     """
 
@@ -49,12 +49,12 @@ class PictureDataset(Protocol):
         ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """A picture of any mode, and its label in 0..classes-1. May raise: the picture then counts as bad."""
+        """An image of any mode, and its label in 0..classes-1. May raise: the image then counts as bad."""
         ...
 
 
 class _Encoded(NamedTuple):
-    """What a worker makes of a picture. ``kinds``: what was odd about it."""
+    """What a worker makes of an image. ``kinds``: what was odd about it."""
 
     jpeg: bytes
     width: int
@@ -75,7 +75,7 @@ class _Tally:
 
 
 def write_beton(
-    dataset: PictureDataset,
+    dataset: ImageDataset,
     path: str | Path,
     options: WriteOptions | None = None,
     *,
@@ -85,23 +85,23 @@ def write_beton(
     origin: Mapping[str, Any] | None = None,
     ignored: Mapping[str, int] | None = None,
 ) -> BetonInfo:
-    """Write pictures as JPEGs into a .beton (``beton_file`` says what is in it), and a sidecar.
+    """Write images as JPEGs into a .beton (``beton_file`` says what is in it), and a sidecar.
 
-    Every picture is fully decoded and made RGB (``pictures.to_rgb``), once. Those that cannot be are left out and
+    Every image is fully decoded and made RGB (``images.to_rgb``), once. Those that cannot be are left out and
     listed in the sidecar and beside it, up to ``options.max_bad``. The file appears under its name when it is whole;
-    what was there before stays until then. The same pictures give the same bytes, whatever the number of workers.
+    what was there before stays until then. The same images give the same bytes, whatever the number of workers.
 
     Args:
         path: the .beton; its folder is made.
         options: see there.
         class_names: in the order of the labels.
-        name: of the data set, as tables show it. source: what the pictures are, in words.
+        name: of the data set, as tables show it. source: what the images are, in words.
         origin: how to open the source again, for ``verify --source``; see ``sources.open_origin``.
-        ignored: files of the source that are no pictures, by extension; for the record.
+        ignored: files of the source that are no images, by extension; for the record.
 
     Raises:
-        UserError: for an empty set, a label without a class, more bad pictures than allowed, a class that has lost
-            all of its pictures, a worker that died or is stuck (naming the picture), a full disk.
+        UserError: for an empty set, a label without a class, more bad images than allowed, a class that has lost
+            all of its images, a worker that died or is stuck (naming the image), a full disk.
     """
     path, options = Path(path), options or WriteOptions()
     if len(dataset) == 0:
@@ -109,7 +109,7 @@ def write_beton(
     with _disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial_file(path) as partial:
-            tally = _write_pictures(dataset, path, partial, options, class_names)
+            tally = _write_images(dataset, path, partial, options, class_names)
             _check_classes(dataset, path, tally, class_names)
             sidecar = {
                 **_described(partial, tally, options, class_names),
@@ -126,10 +126,10 @@ def write_beton(
     return check_beton(path)
 
 
-def _write_pictures(
-    dataset: PictureDataset, path: Path, partial: Path, options: WriteOptions, class_names: Sequence[str]
+def _write_images(
+    dataset: ImageDataset, path: Path, partial: Path, options: WriteOptions, class_names: Sequence[str]
 ) -> _Tally:
-    """Convert all pictures and write the good ones to ``partial``."""
+    """Convert all images and write the good ones to ``partial``."""
     count, limit = len(dataset), options.bad_limit(len(dataset))
     tally = _Tally([0] * len(class_names))
     began, cpu_began = time.monotonic(), _cpu_seconds()
@@ -141,7 +141,7 @@ def _write_pictures(
         name=lambda row: _name(dataset, row),
     )
     with closing(results), BetonWriter(partial, count, options.max_side) as file:
-        for row, result in enumerate(tqdm(results, total=count, desc=path.stem, unit="picture")):
+        for row, result in enumerate(tqdm(results, total=count, desc=path.stem, unit="image")):
             if isinstance(result, str):
                 tally.skipped.append(Skipped(row, _name(dataset, row), result))
                 if len(tally.skipped) > limit + _ENOUGH:
@@ -192,7 +192,7 @@ def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names:
 class _Converter:
     """What the workers run: a row of the data set to what is stored of it, or to the reason why it is not."""
 
-    def __init__(self, dataset: PictureDataset, options: WriteOptions) -> None:
+    def __init__(self, dataset: ImageDataset, options: WriteOptions) -> None:
         self.dataset, self.options = dataset, options
 
     def __call__(self, row: int) -> _Encoded | str:
@@ -200,10 +200,10 @@ class _Converter:
         options = self.options
         try:
             with pixel_limit(options.max_pixels):
-                picture, label = self.dataset[row]
-                with picture:
+                image, label = self.dataset[row]
+                with image:
                     rgb, kinds = to_rgb(
-                        picture,
+                        image,
                         max_side=options.max_side,
                         max_pixels=options.max_pixels,
                         background=options.background,
@@ -215,14 +215,14 @@ class _Converter:
             return reason(error, options.max_pixels)
 
 
-def _name(dataset: PictureDataset, row: int) -> str:
+def _name(dataset: ImageDataset, row: int) -> str:
     """Where a sample comes from, as far as the data set can tell."""
     name = getattr(dataset, "name", None)
     return printable(name(row)) if name is not None else f"sample {row}"
 
 
-def _check_classes(dataset: PictureDataset, path: Path, tally: _Tally, class_names: Sequence[str]) -> None:
-    """Raises UserError if a class has lost all of its pictures."""
+def _check_classes(dataset: ImageDataset, path: Path, tally: _Tally, class_names: Sequence[str]) -> None:
+    """Raises UserError if a class has lost all of its images."""
     if not tally.skipped:
         return
     label = getattr(dataset, "label", None)
@@ -235,7 +235,7 @@ def _check_classes(dataset: PictureDataset, path: Path, tally: _Tally, class_nam
         write_report(path, tally.skipped)
         first = tally.skipped[0]
         raise UserError(
-            f"{path}: no picture of the class {', '.join(names[:10])} can be read ({first.name}: {first.reason}); "
+            f"{path}: no image of the class {', '.join(names[:10])} can be read ({first.name}: {first.reason}); "
             "mend them or leave the class out"
         )
 

@@ -1,7 +1,7 @@
 """Fine-tuning's augmentation by timm's code, with all randomness from each sample's key.
 
-timm draws from Python's and numpy's global generators. Both are seeded from the sample's key before each picture, so
-what a picture becomes does not depend on threads, processes, ranks or restarts.
+timm draws from Python's and numpy's global generators. Both are seeded from the sample's key before each image, so
+what an image becomes does not depend on threads, processes, ranks or restarts.
 
 Shapes: B samples, S image size.
 """
@@ -33,7 +33,7 @@ class AugmentSettings:
     """RandAugment by timm's configuration string (``rand-m9-mstd0.5-inc1``).
 
     Attributes:
-        policy: timm's string. mean: the colour, 0 to 1, that fills what a shift or rotation uncovers.
+        policy: timm's string. mean: the color, 0 to 1, that fills what a shift or rotation uncovers.
     """
 
     policy: str
@@ -41,7 +41,7 @@ class AugmentSettings:
 
 
 class Augment:
-    """RandAugment of single pictures; cheap to build, to be built in the process that uses it."""
+    """RandAugment of single images; cheap to build, to be built in the process that uses it."""
 
     def __init__(self, settings: AugmentSettings, size: int) -> None:
         """size: S, pixels. Raises UserError if timm does not understand the policy."""
@@ -58,7 +58,7 @@ class Augment:
                 operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, key: int) -> Image.Image:
-        """One picture, RGB, to another of its size."""
+        """One image, RGB, to another of its size."""
         seed_generators(key, _POLICY)
         return self._transform(image)
 
@@ -71,7 +71,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class SampleErasing:
-    """timm's random erasing, filled with noise, of normalised images, a sample at a time.
+    """timm's random erasing, filled with noise, of normalized images, a sample at a time.
 
     Where and whether depends on the sample's key alone, the noise also on the kind of device.
     """

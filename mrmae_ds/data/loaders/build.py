@@ -30,7 +30,7 @@ class Batch:
     """One micro-batch of one rank, on the reader's device, the caller's to keep.
 
     Attributes:
-        images: uint8 [B, 3, H, W], a view of channels-last memory. Not normalised: student and teachers each
+        images: uint8 [B, 3, H, W], a view of channels-last memory. Not normalized: student and teachers each
             do that with their own mean and std.
         labels: int64 [B].
         indices: int64 [B], the samples' rows in the data set.
@@ -187,17 +187,17 @@ def build_reader(
 
     Args:
         path: the .beton, with its sidecar.
-        train: shuffled, randomly cut and mirrored, whole global batches only; else in order, centre cut,
+        train: shuffled, randomly cut and mirrored, whole global batches only; else in order, center cut,
             every sample once.
         image_size: pixels, both sides.
-        micro_batch: samples a batch on this rank. accumulation: micro-batches an optimiser step (training).
+        micro_batch: samples a batch on this rank. accumulation: micro-batches an optimizer step (training).
         world_size, rank: how the set is shared.
         seed: of order, crops and flips; not negative.
         crop: needed for training, not used for evaluation.
         num_workers: decoding threads (of "pillow", processes); None: ``default_num_workers()``.
         device: where the batches are delivered.
         backend: "ffcv", or "pillow": the same boxes and filter, slower; see ``pillow_reader``.
-        augment: RandAugment of the training pictures, after crop and flip. With "ffcv" half of the workers
+        augment: RandAugment of the training images, after crop and flip. With "ffcv" half of the workers
             decode and the rest are processes that augment.
         samples: evaluate so many, evenly spaced in the set; None: all.
 

@@ -2,7 +2,7 @@
 
 FFCV draws its crops from numba's per-thread generators, so the same seed gives other pixels with another
 number of threads or ranks and after a restart. Here every draw is a hash of what it is for, which makes the
-augmentation the same in any process that asks for it. Plain numpy, vectorised over the B samples of a batch.
+augmentation the same in any process that asks for it. Plain numpy, vectorized over the B samples of a batch.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _FLIP_DRAW = 4 * _TRIES
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How a training sample is cut out of its picture.
+    """How a training sample is cut out of its image.
 
     Attributes:
-        scale: bounds of the box's share of the picture's area. No default: pre-training and fine-tuning
+        scale: bounds of the box's share of the image's area. No default: pre-training and fine-tuning
             differ.
         ratio: bounds of the box's width over its height.
         flip: probability of mirroring left to right.
@@ -60,7 +60,7 @@ def _uniform(keys: UIntArray, draw: int) -> FloatArray:
 
 
 def _largest_centered(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
-    """The largest centred boxes with width over height within ``ratio``, [B, 4]: top, left, height, width."""
+    """The largest centerd boxes with width over height within ``ratio``, [B, 4]: top, left, height, width."""
     too_narrow = widths < ratio[0] * heights
     too_wide = widths > ratio[1] * heights
     box_heights = np.where(too_narrow, np.rint(widths / ratio[0]), heights).astype(np.int64).clip(1, heights)
@@ -73,15 +73,15 @@ def random_boxes(
 ) -> IntArray:
     """Random resized crops and flips, by torchvision's rule (``RandomResizedCrop.get_params``).
 
-    Ten tries of an area uniform in ``crop.scale`` times the picture's and an aspect ratio log-uniform in
-    ``crop.ratio``; where none fits, the largest centred box whose ratio is within the bounds.
+    Ten tries of an area uniform in ``crop.scale`` times the image's and an aspect ratio log-uniform in
+    ``crop.ratio``; where none fits, the largest centerd box whose ratio is within the bounds.
 
     Args:
-        heights, widths: sizes of the stored pictures in pixels, int64 [B].
+        heights, widths: sizes of the stored images in pixels, int64 [B].
         indices: rows of the samples in the data set, int64 [B].
         seed, epoch: not negative.
 
-    Returns int64 [B, 5]: top, left, box height, box width (pixels, inside the picture), 1 if mirrored.
+    Returns int64 [B, 5]: top, left, box height, box width (pixels, inside the image), 1 if mirrored.
     """
     keys = sample_keys(seed, epoch, indices)
     boxes = np.empty((len(indices), 5), dtype=np.int64)
@@ -107,15 +107,15 @@ def random_boxes(
 
 
 def resize_and_corner(sides: IntArray, short_sides: IntArray, image_size: int) -> tuple[IntArray, IntArray]:
-    """MAE's evaluation along one axis: resize the short side to ``image_size / 0.875``, cut the centre.
+    """MAE's evaluation along one axis: resize the short side to ``image_size / 0.875``, cut the center.
 
     Above 224 pixels the short side is resized to ``image_size`` itself. Rounding is torchvision's (``Resize``,
     ``CenterCrop``).
 
     Args:
-        sides: of the pictures along the axis, pixels, int64 [B]. short_sides: the smaller of both axes.
+        sides: of the images along the axis, pixels, int64 [B]. short_sides: the smaller of both axes.
 
-    Returns the sides after resizing, and where the cut begins in the resized picture, both int64 [B].
+    Returns the sides after resizing, and where the cut begins in the resized image, both int64 [B].
     """
     short = int(image_size / 0.875) if image_size <= 224 else image_size
     resized = short * sides // short_sides
@@ -123,10 +123,10 @@ def resize_and_corner(sides: IntArray, short_sides: IntArray, image_size: int) -
 
 
 def center_boxes(heights: IntArray, widths: IntArray, image_size: int) -> FloatArray:
-    """What evaluation looks at (``resize_and_corner``), in pixels of the stored pictures; never mirrored.
+    """What evaluation looks at (``resize_and_corner``), in pixels of the stored images; never mirrored.
 
     Args:
-        heights, widths: sizes of the stored pictures in pixels, int64 [B].
+        heights, widths: sizes of the stored images in pixels, int64 [B].
 
     Returns float64 [B, 5]: top, left, height, width (pixels, not whole ones), 0.
     """

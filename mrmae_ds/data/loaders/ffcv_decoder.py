@@ -1,6 +1,6 @@
 """FFCV image decoder that cuts, resizes and mirrors by given boxes: decoding holds no random state at all.
 
-What it does to a picture is compiled in ``jpeg_kernel``, and FFCV is told not to compile the rest (``build_loader``),
+What it does to an image is compiled in ``jpeg_kernel``, and FFCV is told not to compile the rest (``build_loader``),
 which then is a few lines of Python a batch.
 
 Shapes: B samples in a batch, S output size, N samples in the file, T threads.

@@ -41,24 +41,24 @@ _read_planes = types.ExternalFunction(
 )
 
 DAMAGED = 1  # see ``decode``
-_YCBCR = 1  # libturbojpeg's number of the colour space
+_YCBCR = 1  # libturbojpeg's number of the color space
 # How much wider and higher a chroma sample is than a luma one, by libturbojpeg's number of the subsampling:
-# 4:4:4, 4:2:2, 4:2:0, grey (which is not of three planes), 4:4:0, 4:1:1.
+# 4:4:4, 4:2:2, 4:2:0, gray (which is not of three planes), 4:4:0, 4:1:1.
 _WIDER, _HIGHER = (1, 2, 2, 0, 1, 4), (1, 1, 2, 0, 2, 1)
 _PADDING = 4  # planes are padded to whole chroma samples
 _ONE = 1 << 14  # a weight of 1
 _BETWEEN = 6  # fractional bits of a value between the passes
 _HALF = 1 << 13
-_MIDDLE = 128 << _BETWEEN  # chroma of grey
+_MIDDLE = 128 << _BETWEEN  # chroma of gray
 _PRIME, _BLOCK = 65521, 4096  # Adler-32's modulus; bytes whose sums fit into 32 bits
 
 
 class Scratch(NamedTuple):
-    """What T threads work in; nothing in it outlives a picture.
+    """What T threads work in; nothing in it outlives an image.
 
     Attributes:
         handles: uint64 [T], libturbojpeg's decoders. header: int32 [T, 4]. pointers: uint64 [T, 3].
-        planes: uint8 [T, bytes of the largest picture].
+        planes: uint8 [T, bytes of the largest image].
         rows: int32 [T, largest side or S]. columns: int32 [T, 3, S]. pixels: uint8 [T, 3, S].
         reduced: int16 [T, 3, largest side + K, S], planes after the first pass, transposed; what is beyond their end
             meets weights of 0.
@@ -80,12 +80,12 @@ class Scratch(NamedTuple):
 
 
 def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
-    """For pictures of a table (see ``decode``) and S = ``size``. ``free_scratch`` gives the decoders back."""
+    """For images of a table (see ``decode``) and S = ``size``. ``free_scratch`` gives the decoders back."""
     init = lib.tjInitDecompress
     init.restype = ctypes.c_void_p
     handles = [init() for _ in range(threads)]
     if None in handles:
-        raise MemoryError("libturbojpeg cannot be initialised")
+        raise MemoryError("libturbojpeg cannot be initialized")
     side = int(table[:, 2:4].max())
     taps = 2 * (2 * -(-side // size) + 2)
     area = int(((table[:, 2] + _PADDING) * (table[:, 3] + _PADDING)).max())
@@ -138,12 +138,12 @@ def _weigh(begin, length, low, high, mirrored, firsts, weights, kernel):  # type
     spread = max(scale, 1.0)
     most, used, unused = 1, high, low
     for place in range(size):
-        centre = begin + (place + 0.5) * scale
-        first = max(low, math.floor(centre - 2 * spread + 0.5))
-        count = min(high, math.floor(centre + 2 * spread + 0.5)) - first
+        center = begin + (place + 0.5) * scale
+        first = max(low, math.floor(center - 2 * spread + 0.5))
+        count = min(high, math.floor(center + 2 * spread + 0.5)) - first
         total = 0.0
         for tap in range(count):
-            kernel[tap] = _cubic((first + tap + 0.5 - centre) / spread)
+            kernel[tap] = _cubic((first + tap + 0.5 - center) / spread)
             total += kernel[tap]
         output = size - 1 - place if mirrored else place
         firsts[output] = first
@@ -204,11 +204,11 @@ def _to_rgb(columns, pixels):  # type: ignore[no-untyped-def]
     luma, blue, red = columns[0], columns[1], columns[2]
     r, g, b = pixels[0], pixels[1], pixels[2]
     for y in range(r.size):
-        grey = np.int32(luma[y] << 14)
+        gray = np.int32(luma[y] << 14)
         cb, cr = np.int32(blue[y] - _MIDDLE), np.int32(red[y] - _MIDDLE)
-        r[y] = _byte(np.int32(grey + np.int32(np.int32(22970) * cr)))
-        g[y] = _byte(np.int32(grey - np.int32(np.int32(5638) * cb) - np.int32(np.int32(11700) * cr)))
-        b[y] = _byte(np.int32(grey + np.int32(np.int32(29032) * cb)))
+        r[y] = _byte(np.int32(gray + np.int32(np.int32(22970) * cr)))
+        g[y] = _byte(np.int32(gray - np.int32(np.int32(5638) * cb) - np.int32(np.int32(11700) * cr)))
+        b[y] = _byte(np.int32(gray + np.int32(np.int32(29032) * cb)))
 
 
 @njit(nogil=True)
@@ -275,8 +275,8 @@ def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status)
         table: int64 [N, 4]: offset and length of each JPEG in ``file``, its height and width.
         checksums: int64 [N], Adler-32 of each JPEG; -1 where it is not known.
         rows: int64 [B], which samples.
-        boxes: float64 [B, 5]: top, left, height, width (pixels of the stored picture), 1 if mirrored.
-        beyond: whether pixels outside of a box count in the filter at its border, as they do when a picture is resized
+        boxes: float64 [B, 5]: top, left, height, width (pixels of the stored image), 1 if mirrored.
+        beyond: whether pixels outside of a box count in the filter at its border, as they do when an image is resized
             and then cut; otherwise it is as when the box is cut out and then resized.
         images: uint8 [B, S, S, 3], written.
         scratch: see :class:`Scratch`.

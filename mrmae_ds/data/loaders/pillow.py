@@ -1,7 +1,7 @@
 """The second backend: Pillow in worker processes, bicubic and antialiased like torchvision's transforms.
 
 It shares the order, the boxes and the flips with the FFCV backend, so that both show a model the same part of the same
-picture, and the filter too; they differ in that Pillow interpolates chroma before it resizes it, and in rounding.
+image, and the filter too; they differ in that Pillow interpolates chroma before it resizes it, and in rounding.
 Slower; used where FFCV cannot be installed, as the oracle of tests, and for evaluation by the very code that published
 accuracies were measured with.
 
@@ -32,12 +32,12 @@ Key = tuple[int, int]  # epoch and row
 
 
 class Source(Protocol):
-    """Where pictures come from: labels and rows known without decoding, int64 [N]."""
+    """Where images come from: labels and rows known without decoding, int64 [N]."""
 
     labels: IntArray
     indices: IntArray
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         """One sample, RGB."""
         ...
 
@@ -49,11 +49,11 @@ class BetonSource:
         self.file = file
         self.labels, self.indices = file.labels, file.indices
 
-    def picture(self, row: int) -> Image.Image:
+    def image(self, row: int) -> Image.Image:
         """See :class:`Source`."""
-        picture = Image.open(io.BytesIO(self.file.jpeg(row)))
-        picture.load()
-        return picture
+        image = Image.open(io.BytesIO(self.file.jpeg(row)))
+        image.load()
+        return image
 
 
 class _Samples:
@@ -67,36 +67,36 @@ class _Samples:
         epoch, row = key
         # An exception would lose its kind on the way out of a worker; a message is made one there (``_images``).
         try:
-            picture = self.source.picture(row)
+            source_image = self.source.image(row)
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
             path = self.settings.info.path
-            return f"{path}: damaged picture in sample {row} ({error}); copy or write the file again"
+            return f"{path}: damaged image in sample {row} ({error}); copy or write the file again"
         if not self.settings.train:
-            return np.asarray(center_cut(picture, self.settings.image_size))
-        image = self._cut(picture, epoch, row)
+            return np.asarray(center_cut(source_image, self.settings.image_size))
+        image = self._cut(source_image, epoch, row)
         if self.augment is not None:
             keys = sample_keys(self.settings.seed, epoch, np.array([row]))
             image = self.augment(image, int(keys[0]))
         return np.asarray(image)
 
-    def _cut(self, picture: Image.Image, epoch: int, row: int) -> Image.Image:
+    def _cut(self, source_image: Image.Image, epoch: int, row: int) -> Image.Image:
         crop, seed, size = self.settings.crop, self.settings.seed, self.settings.image_size
         assert crop is not None
-        heights, widths = np.array([picture.height]), np.array([picture.width])
+        heights, widths = np.array([source_image.height]), np.array([source_image.width])
         boxes = random_boxes(heights, widths, np.array([row]), seed=seed, epoch=epoch, crop=crop)
         top, left, height, width, mirrored = boxes[0].tolist()
-        image = picture.crop((left, top, left + width, top + height))
+        image = source_image.crop((left, top, left + width, top + height))
         image = image.resize((size, size), Image.Resampling.BICUBIC)
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def center_cut(picture: Image.Image, size: int) -> Image.Image:
-    """MAE's evaluation to the letter: resize the short side, cut the centre square of ``size`` pixels."""
-    short = np.array(min(picture.size))
-    axes = [resize_and_corner(np.array(side), short, size) for side in picture.size]
+def center_cut(image: Image.Image, size: int) -> Image.Image:
+    """MAE's evaluation to the letter: resize the short side, cut the center square of ``size`` pixels."""
+    short = np.array(min(image.size))
+    axes = [resize_and_corner(np.array(side), short, size) for side in image.size]
     (width, left), (height, top) = ((int(resized), int(corner)) for resized, corner in axes)
-    picture = picture.resize((width, height), Image.Resampling.BICUBIC)
-    return picture.crop((left, top, left + size, top + size))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + size, top + size))
 
 
 class _Batches:

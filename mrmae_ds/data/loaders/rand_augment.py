@@ -1,6 +1,6 @@
-"""RandAugment behind the FFCV backend: worker processes change the decoded pictures in shared memory.
+"""RandAugment behind the FFCV backend: worker processes change the decoded images in shared memory.
 
-timm's RandAugment works on Pillow pictures and with global generators, so it needs processes; decoding stays with
+timm's RandAugment works on Pillow images and with global generators, so it needs processes; decoding stays with
 FFCV's threads. While one batch is used, the next ones are being worked on.
 
 Shapes: B micro-batch, S image size.

@@ -1,7 +1,7 @@
 """Which samples are seen when, as pure functions: nothing to save, and nothing that depends on how a run is
 spread.
 
-Letters: N samples in the set, G global batch (samples an optimiser step), b micro-batch, A micro-steps a
+Letters: N samples in the set, G global batch (samples an optimizer step), b micro-batch, A micro-steps a
 step, W ranks; G = b * A * W.
 """
 
@@ -17,7 +17,7 @@ BoolArray = npt.NDArray[np.bool_]
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
-    """Whole optimiser steps in an epoch, N // G; what is left over sits out this epoch.
+    """Whole optimizer steps in an epoch, N // G; what is left over sits out this epoch.
 
     Raises UserError if the set is smaller than one global batch.
     """

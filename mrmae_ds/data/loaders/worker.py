@@ -1,7 +1,7 @@
-"""What a process is that only prepares pictures: one thread, and no will of its own.
+"""What a process is that only prepares images: one thread, and no will of its own.
 
 A signal to stop goes to all processes of a terminal or of a Slurm step. Training answers it by a checkpoint after the
-step, for which it still needs its pictures; so the processes that prepare them pay no heed. They end when told, or with
+step, for which it still needs its images; so the processes that prepare them pay no heed. They end when told, or with
 the process that began them, whatever ended it.
 """
 

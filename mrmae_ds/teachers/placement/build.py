@@ -85,6 +85,6 @@ def place_teacher(name: str, teacher: Teacher, placement: PlacementConfig, devic
         from mrmae_ds.teachers.placement.sharded import ShardedTeacher
 
         return ShardedTeacher(name, teacher, placement, device)
-    from mrmae_ds.teachers.placement.offloaded import MovingTeacher
+    from mrmae_ds.teachers.placement.offloaded import OffloadedTeacher
 
-    return MovingTeacher(name, teacher, device, ahead=1 if placement.kind == "stream" else None)
+    return OffloadedTeacher(name, teacher, device, ahead=1 if placement.kind == "stream" else None)

@@ -83,7 +83,7 @@ class Bundle:
         ]
 
 
-class MovingTeacher(PlacedTeacher):
+class OffloadedTeacher(PlacedTeacher):
     """Weights on the device only for a call, or only for as long as their unit runs.
 
     Args:

@@ -1,6 +1,6 @@
 """``sharded``: a teacher's weights divided among the processes, each module's gathered while it runs.
 
-By a DeepSpeed ZeRO-3 engine of its own, without an optimiser and with a configuration of its own: two engines in a
+By a DeepSpeed ZeRO-3 engine of its own, without an optimizer and with a configuration of its own: two engines in a
 process are independent as long as they share no dictionary. What DeepSpeed keeps for the whole process is left as the
 student's engine set it (``memory_efficient_linear``), or undone at the end.
 """

@@ -33,7 +33,7 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Layout:
+class OffloadLayout:
     """A teacher's tensors, each in one place, and the order of a call.
 
     Attributes:
@@ -59,8 +59,8 @@ def count_bytes(tensors: list[Tensor] | tuple[Tensor, ...]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def lay_out(teacher: Teacher) -> Layout:
-    """Find a teacher's units by trying it on one picture, on the CPU and with all its weights.
+def lay_out(teacher: Teacher) -> OffloadLayout:
+    """Find a teacher's units by trying it on one image, on the CPU and with all its weights.
 
     Trying shows what reading the network's code would: which modules run, in which order, and whose weights are used
     elsewhere too (the attention of the last block is read beside that block).
@@ -86,7 +86,7 @@ def lay_out(teacher: Teacher) -> Layout:
         else:
             rest.append(tensor)
     units = [Unit(modules[n], tuple(part), n in uses.after) for n, part in zip(worth, parts, strict=True)]
-    return Layout(tuple(units), tuple(place[n] for n in uses.order if n in place), tuple(rest), tuple(idle))
+    return OffloadLayout(tuple(units), tuple(place[n] for n in uses.order if n in place), tuple(rest), tuple(idle))
 
 
 def split(network: nn.Module) -> list[nn.Module]:

@@ -23,7 +23,7 @@ from mrmae_ds.weights.load import (
 
 
 def encoder_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Patch tokens after the last block [B, L, C], and its attention [B, L], of normalised pictures.
+    """Patch tokens after the last block [B, L, C], and its attention [B, L], of normalized images.
 
     The attention is the class token's where there is one, else what each patch receives on average.
     """

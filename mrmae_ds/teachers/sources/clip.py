@@ -69,7 +69,7 @@ class TowerReader:
         self.width: int = visual.output_dim if self.features == "proj" else visual.conv1.out_channels
 
     def __call__(self, visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         last = len(visual.transformer.resblocks) - 1
         block = visual.transformer.resblocks[last]
         with LastBlockInput(block) as seen:

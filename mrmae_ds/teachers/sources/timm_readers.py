@@ -1,6 +1,6 @@
 """How tokens and importance are read out of a timm network: from a ViT's last block, or from a stage's feature map.
 
-Shape legend: B pictures, L patch tokens in raster order, P prefix tokens (class, registers), N = P + L, C width.
+Shape legend: B images, L patch tokens in raster order, P prefix tokens (class, registers), N = P + L, C width.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class BlockReader:
         )[-1]
 
     def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         block = network.blocks[-1]
         attn = block.attn
         if not self.plain:
@@ -107,7 +107,7 @@ class MapReader:
 
     Raises:
         UserError: if no stage has the student's grid, or the named one does not exist, or a stride does not tile the
-            picture.
+            image.
     """
 
     def __init__(self, network: nn.Module, options: TeacherOptions) -> None:
@@ -126,7 +126,7 @@ class MapReader:
         network.prune_intermediate_layers([self.stage], prune_norm=True, prune_head=True)
 
     def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalised pictures [B, 3, H, W]."""
+        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         features = network.forward_intermediates(
             images, indices=[self.stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
         )[-1]
@@ -152,7 +152,7 @@ TimmReader = BlockReader | MapReader
 
 
 def timm_reader(network: nn.Module, options: TeacherOptions) -> TimmReader:
-    """The reader of a timm network, which is put in eval mode, tried on one picture, and pruned.
+    """The reader of a timm network, which is put in eval mode, tried on one image, and pruned.
 
     Raises:
         UserError: naming the recipe key: an input size or a grid that does not fit, or nothing to read.

@@ -21,20 +21,20 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.training.checkpoint.folder import Retention
-from mrmae_ds.training.checkpoint.manifest import Identity, Results
-from mrmae_ds.training.checkpoint.save import Snapshot, Written, commit, take_snapshot, write_parts
+from mrmae_ds.training.checkpoint.manifest import ResultValues, RunIdentity
+from mrmae_ds.training.checkpoint.save import Snapshot, Written, commit, take_snapshot, write_shards
 from mrmae_ds.training.checkpoint.train_state import TrainState
 
-Committed = Callable[[Path, int, Results], None]
+Committed = Callable[[Path, int, ResultValues], None]
 
 
-class Saver:
+class AsyncCheckpointer:
     """Writes the checkpoints of a running stage; see :func:`mrmae_ds.training.checkpoint.save.save_checkpoint`.
 
     Args:
         engine: what is saved.
         stage_dir: on a file system that all ranks share.
-        identity: of the run. micro_batch: pictures a process takes at a time.
+        identity: of the run. micro_batch: images a process takes at a time.
         retention: which older checkpoints stay.
         background: write in a thread.
         committed: is told folder, step and results of each checkpoint once it is whole.
@@ -44,7 +44,7 @@ class Saver:
         self,
         engine: deepspeed.DeepSpeedEngine,
         stage_dir: Path,
-        identity: Identity,
+        identity: RunIdentity,
         retention: Retention,
         micro_batch: int,
         background: bool,
@@ -55,11 +55,11 @@ class Saver:
         self.committed = committed
         self._open: _Writer | None = None
 
-    def save(self, state: TrainState, results: Results) -> None:
+    def save(self, state: TrainState, results: ResultValues) -> None:
         """Write a checkpoint, or begin to. All ranks must call it.
 
         Raises:
-            AgreedError: on every rank, if this one or the one before could not be written.
+            CollectiveError: on every rank, if this one or the one before could not be written.
         """
         self.finish()
         snapshot = take_snapshot(self.engine, self.stage_dir, state, self.identity, results, self.micro_batch)
@@ -67,7 +67,7 @@ class Saver:
             self._open = _Writer(replace(snapshot, parts=copied(snapshot.parts)))
             self._open.start()
         else:
-            self._commit(snapshot, write_parts(snapshot))
+            self._commit(snapshot, write_shards(snapshot))
 
     def writing(self) -> bool:
         """Whether this rank's thread is at work."""
@@ -86,7 +86,7 @@ class Saver:
         """Wait for the thread and commit. All ranks must call it; nothing to do if nothing is being written.
 
         Raises:
-            AgreedError: on every rank, if one of them could not write.
+            CollectiveError: on every rank, if one of them could not write.
         """
         writer, self._open = self._open, None
         if writer is not None:
@@ -107,8 +107,8 @@ class _Writer(threading.Thread):
         self.written = Written({}, "the thread that was to write ended early")
 
     def run(self) -> None:
-        """See :func:`write_parts`."""
-        self.written = write_parts(self.snapshot)
+        """See :func:`write_shards`."""
+        self.written = write_shards(self.snapshot)
 
 
 def copied(part: Any) -> Any:

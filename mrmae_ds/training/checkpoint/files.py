@@ -49,7 +49,7 @@ def _without_crc() -> Iterator[None]:
         torch.serialization.set_crc32_options(before)
 
 
-def write_part(path: Path, part: Any) -> FileEntry:
+def write_shard(path: Path, part: Any) -> FileEntry:
     """Write what ``torch.save`` gets, and see it on the disk.
 
     Args:
@@ -77,8 +77,8 @@ def told(error: Exception, path: Path) -> str:
     if not isinstance(error, OSError):
         return f"{path}: {error or type(error).__name__}"
     mends = {
-        errno.ENOSPC: "free space there, or keep fewer checkpoints (record.keep_checkpoints)",
-        errno.EDQUOT: "your quota is used up; keep fewer checkpoints (record.keep_checkpoints)",
+        errno.ENOSPC: "free space there, or keep fewer checkpoints (checkpoint.keep_last)",
+        errno.EDQUOT: "your quota is used up; keep fewer checkpoints (checkpoint.keep_last)",
         errno.EACCES: "make the folder writable",
         errno.EROFS: "make the file system writable",
     }

@@ -44,7 +44,7 @@ class Retention:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimiser steps done, by the folder's name."""
+    """Optimizer steps done, by the folder's name."""
     return _order(checkpoint.name)[0]
 
 
@@ -94,7 +94,7 @@ def clear_leftovers(stage_dir: Path) -> None:
 
 
 def torn_files(stage_dir: Path) -> list[Path]:
-    """Temporary files of a stage, of its checkpoints and of its pictures, whose writers were killed."""
+    """Temporary files of a stage, of its checkpoints and of its images, whose writers were killed."""
     return [*stage_dir.glob(".*.tmp"), *stage_dir.glob("*/.*.tmp")]
 
 

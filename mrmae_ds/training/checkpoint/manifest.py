@@ -20,7 +20,7 @@ from mrmae_ds.files import file_sha256, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 2
-Results = dict[str, float | int]
+ResultValues = dict[str, float | int]
 
 
 class _Part(BaseModel):
@@ -34,7 +34,7 @@ class FileEntry(_Part):
     sha256: str
 
 
-class Identity(_Part):
+class RunIdentity(_Part):
     """What must be the same for a run to go on from a checkpoint.
 
     Attributes:
@@ -50,7 +50,7 @@ class Identity(_Part):
     teachers: dict[str, str] = {}
     recipe: dict[str, Any] = {}
 
-    def differences(self, now: Identity) -> list[str]:
+    def differences(self, now: RunIdentity) -> list[str]:
         """``key: old -> new`` for everything that differs from ``now``."""
         found = []
         if self.recipe_hash != now.recipe_hash:
@@ -65,7 +65,7 @@ class Identity(_Part):
         return found
 
 
-class Layout(_Part):
+class EngineLayout(_Part):
     """How the state is spread over files; another one can be read only through a conversion, or not at all.
 
     Attributes:
@@ -85,7 +85,7 @@ class Manifest(_Part):
 
     Attributes:
         id: of this very save; no other checkpoint has it.
-        step: optimiser steps done.
+        step: optimizer steps done.
         identity, layout: see there.
         results: of the run so far.
         files: by name, relative to the checkpoint's folder.
@@ -93,9 +93,9 @@ class Manifest(_Part):
 
     id: str = Field(default_factory=lambda: uuid.uuid4().hex)
     step: int
-    identity: Identity
-    layout: Layout
-    results: Results = {}
+    identity: RunIdentity
+    layout: EngineLayout
+    results: ResultValues = {}
     files: dict[str, FileEntry]
 
     @property

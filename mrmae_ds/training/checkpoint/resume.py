@@ -12,24 +12,24 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from mrmae_ds.distributed.collectives import AgreedError, gather, raise_together
+from mrmae_ds.distributed.collectives import CollectiveError, gather, raise_on_all_ranks
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.checkpoint import folder as store
 from mrmae_ds.training.checkpoint.manifest import (
-    Layout,
+    EngineLayout,
     Manifest,
     check_contents,
     check_sizes,
     read_manifest,
     shares,
 )
-from mrmae_ds.training.checkpoint.run_dir import Start, none_whole
+from mrmae_ds.training.checkpoint.run_dir import RunStart, none_whole
 from mrmae_ds.training.checkpoint.save import layout_of
 from mrmae_ds.training.checkpoint.train_state import TrainState, load_state
 from mrmae_ds.training.checkpoint.universal import convert, load_universal
 
 
-def agree_on_start(start: Start, stage_dir: Path) -> Start:
+def agree_on_start(start: RunStart, stage_dir: Path) -> RunStart:
     """What all processes are to do: each one's own decision, which must be the same, its checkpoint read and verified.
 
     A checkpoint that is not whole is passed over for the one before, unless it was named. All ranks must call it.
@@ -39,12 +39,12 @@ def agree_on_start(start: Start, stage_dir: Path) -> Start:
         stage_dir: of the run.
 
     Raises:
-        AgreedError: on every process: if they see different things, or none of the checkpoints is whole.
+        CollectiveError: on every process: if they see different things, or none of the checkpoints is whole.
     """
     seen = gather((start.action, [path.name for path in start.candidates]))
     if any(one != seen[0] for one in seen):
         other = next(rank for rank, one in enumerate(seen) if one != seen[0])
-        raise AgreedError(
+        raise CollectiveError(
             f"{stage_dir}: rank 0 sees {_described(seen[0])}, rank {other} sees {_described(seen[other])}; the run's "
             "folder must be on a file system that all nodes share"
         )
@@ -55,11 +55,11 @@ def agree_on_start(start: Start, stage_dir: Path) -> Start:
         wrong = verify(checkpoint)
         if not wrong:
             _leave_others(checkpoint, stage_dir)
-            return Start("resume", (checkpoint,), tuple(damaged))
+            return RunStart("resume", (checkpoint,), tuple(damaged))
         damaged.append(wrong)
         if start.named:
-            raise AgreedError(f"{wrong}. Name another one, or leave --resume out: the newest whole one is taken")
-    raise AgreedError(none_whole(stage_dir, damaged))
+            raise CollectiveError(f"{wrong}. Name another one, or leave --resume out: the newest whole one is taken")
+    raise CollectiveError(none_whole(stage_dir, damaged))
 
 
 def _described(seen: tuple[str, list[str]]) -> str:
@@ -98,7 +98,7 @@ def _leave_others(checkpoint: Path, stage_dir: Path) -> None:
             store.set_aside(there[names.index(checkpoint.name) + 1 :])
         except OSError as raised:
             error = f"{raised.filename}: {raised.strerror}; what is newer than {checkpoint.name} cannot be set aside"
-    raise_together(error)
+    raise_on_all_ranks(error)
 
 
 def load_checkpoint(
@@ -114,11 +114,11 @@ def load_checkpoint(
         launch, micro_batch: of this job.
 
     Raises:
-        AgreedError: on every process, if the engine config has another layout, or the engine is not where the
+        CollectiveError: on every process, if the engine config has another layout, or the engine is not where the
             checkpoint says.
     """
     manifest, now = read_manifest(checkpoint), layout_of(engine)
-    raise_together(layout_conflict(manifest.layout, now, checkpoint))
+    raise_on_all_ranks(layout_conflict(manifest.layout, now, checkpoint))
     # Without ZeRO every rank has all of the state, so its file serves any number of them.
     if now == manifest.layout or now.zero_stage == 0:
         loaded, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
@@ -131,11 +131,11 @@ def load_checkpoint(
     steps = {"the manifest": manifest.step, "the state": state.step, "DeepSpeed": int(engine.global_steps)}
     if error is None and len(set(steps.values())) > 1:
         error = f"{checkpoint}: its parts disagree on the steps done: {steps}"
-    raise_together(error)
+    raise_on_all_ranks(error)
     return state, manifest
 
 
-def layout_conflict(saved: Layout, now: Layout, checkpoint: Path) -> str | None:
+def layout_conflict(saved: EngineLayout, now: EngineLayout, checkpoint: Path) -> str | None:
     """Why a checkpoint cannot be loaded into an engine of another layout; None if it can."""
     for name, key in {"zero_stage": "zero_optimization.stage", "dtype": "bf16.enabled"}.items():
         before, after = getattr(saved, name), getattr(now, name)

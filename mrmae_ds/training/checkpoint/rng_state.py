@@ -1,6 +1,7 @@
 """The states of all random generators of a process.
 
-Every step seeds what it draws from (:class:`mrmae_ds.training.tasks.base.StepKey`), so a resumed run does not depend on
+Every step seeds what it draws from (:class:`mrmae_ds.training.tasks.base.MicroBatchKey`), so a resumed run does not
+depend on
 them; they are kept for whatever else draws.
 """
 

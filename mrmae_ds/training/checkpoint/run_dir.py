@@ -15,7 +15,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.training.checkpoint.folder import FOLDER, checkpoint_folders, clear_leftovers
-from mrmae_ds.training.checkpoint.manifest import Identity, check_sizes, read_manifest
+from mrmae_ds.training.checkpoint.manifest import RunIdentity, check_sizes, read_manifest
 
 RECIPE_FILE = "recipe.yaml"
 ENGINE_FILE = "engine.json"
@@ -23,7 +23,7 @@ MEND = "Name another folder with --run, or start anew here with --resume never"
 
 
 @dataclass(frozen=True)
-class Start:
+class RunStart:
     """What a command is to do in a stage's folder: ``fresh``, ``resume``, or ``done``.
 
     Attributes:
@@ -44,7 +44,7 @@ class Start:
         return self.candidates[0] if self.candidates else None
 
 
-def decide_start(stage_dir: Path, stage: StageName, identity: Identity, resume: str) -> Start:
+def decide_start(stage_dir: Path, stage: StageName, identity: RunIdentity, resume: str) -> RunStart:
     """Look before anything is started; nothing is changed, and no checkpoint's content is read.
 
     Args:
@@ -62,23 +62,23 @@ def decide_start(stage_dir: Path, stage: StageName, identity: Identity, resume: 
         if any(letter in folder for letter in "*?["):
             raise UserError(f"{folder}: DeepSpeed takes * ? [ in a path for a pattern; name a folder without them")
     if resume == "never":
-        return Start("fresh")
+        return RunStart("fresh")
     if resume != "auto":
         checkpoint = Path(resume)
         manifest = read_manifest(checkpoint)
         if wrong := check_sizes(checkpoint, manifest):
             raise UserError(f"{'; '.join(wrong)}; use an older checkpoint: --resume DIR")
         _check_same(manifest.identity, identity, checkpoint)
-        return Start("resume", (checkpoint,), named=True)
+        return RunStart("resume", (checkpoint,), named=True)
     if (stage_dir / RECORD_FILE).exists():
         record = RunRecord.load(stage_dir)
         _check_same(_recorded(record, stage_dir, stage, identity), identity, stage_dir)
         if record.status == "finished":
-            return Start("done")
+            return RunStart("done")
     return _from_checkpoints(stage_dir, identity)
 
 
-def _from_checkpoints(stage_dir: Path, identity: Identity) -> Start:
+def _from_checkpoints(stage_dir: Path, identity: RunIdentity) -> RunStart:
     folders = checkpoint_folders(stage_dir)
     candidates: list[Path] = []
     damaged: list[str] = []
@@ -96,7 +96,7 @@ def _from_checkpoints(stage_dir: Path, identity: Identity) -> Start:
             damaged.append(wrong)
     if folders and not candidates:
         raise UserError(none_whole(stage_dir, damaged))
-    return Start("resume" if candidates else "fresh", tuple(candidates), tuple(damaged))
+    return RunStart("resume" if candidates else "fresh", tuple(candidates), tuple(damaged))
 
 
 def none_whole(stage_dir: Path, damaged: list[str]) -> str:
@@ -104,7 +104,7 @@ def none_whole(stage_dir: Path, damaged: list[str]) -> str:
     return f"{stage_dir / FOLDER}: no whole checkpoint in it; --resume never starts anew. {' '.join(damaged)}"
 
 
-def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, now: Identity) -> Identity:
+def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, now: RunIdentity) -> RunIdentity:
     """The identity of the run in a folder, by its record; what a record does not hold is taken to be as it is now."""
     path = stage_dir / RECIPE_FILE
     recipe = {}
@@ -114,7 +114,7 @@ def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, now: Identit
         except (ValueError, yaml.YAMLError):  # of an earlier version of this project
             recipe = {}
     trains = stage != "evaluate"
-    return Identity(
+    return RunIdentity(
         recipe_hash=record.recipe_hash,
         seed=record.seed,
         train=(record.data.sha256 or "") if trains else now.train,
@@ -124,7 +124,7 @@ def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, now: Identit
     )
 
 
-def _check_same(before: Identity, now: Identity, where: Path) -> None:
+def _check_same(before: RunIdentity, now: RunIdentity, where: Path) -> None:
     if found := before.differences(now):
         raise UserError(f"{where}: of another run; changed since: {'; '.join(found)}. {MEND}")
 

@@ -25,11 +25,11 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from mrmae_ds.distributed.collectives import AgreedError, from_first, gather, raise_together
+from mrmae_ds.distributed.collectives import CollectiveError, broadcast_object, gather, raise_on_all_ranks
 from mrmae_ds.files import file_sha256, flush_folder, write_text
 from mrmae_ds.training.checkpoint import folder as store
-from mrmae_ds.training.checkpoint.files import told, write_part
-from mrmae_ds.training.checkpoint.manifest import FileEntry, Identity, Layout, Manifest, Results
+from mrmae_ds.training.checkpoint.files import told, write_shard
+from mrmae_ds.training.checkpoint.manifest import EngineLayout, FileEntry, Manifest, ResultValues, RunIdentity
 from mrmae_ds.training.checkpoint.train_state import TrainState, state_file
 
 Parts = dict[str, Any]  # by file name, what torch.save gets
@@ -43,7 +43,7 @@ class Snapshot:
         stage_dir: of the run. tag: of the checkpoint.
         parts: this rank's files.
         manifest: without the files; rank 0's is the one that counts.
-        shards: files of optimiser state that all ranks together must have.
+        shards: files of optimizer state that all ranks together must have.
     """
 
     stage_dir: Path
@@ -68,46 +68,46 @@ def save_checkpoint(
     stage_dir: Path,
     state: TrainState,
     *,
-    identity: Identity,
-    results: Results,
+    identity: RunIdentity,
+    results: ResultValues,
     retention: store.Retention,
     micro_batch: int,
 ) -> Path:
     """Write a checkpoint of the present state and remove those that are not kept. All ranks must call it.
 
     Args:
-        engine: between two optimiser steps.
+        engine: between two optimizer steps.
         stage_dir: on a file system that all ranks share.
         state: this rank's counters.
         identity: of the run. results: so far.
         retention: which older checkpoints stay.
-        micro_batch: pictures a process takes at a time.
+        micro_batch: images a process takes at a time.
 
     Returns:
         The checkpoint's folder, on every rank.
 
     Raises:
-        AgreedError: on every rank, if it could not be written on one. The earlier checkpoints are as they were.
+        CollectiveError: on every rank, if it could not be written on one. The earlier checkpoints are as they were.
     """
     snapshot = take_snapshot(engine, stage_dir, state, identity, results, micro_batch)
-    return commit(snapshot, write_parts(snapshot), retention)
+    return commit(snapshot, write_shards(snapshot), retention)
 
 
 def take_snapshot(
     engine: deepspeed.DeepSpeedEngine,
     stage_dir: Path,
     state: TrainState,
-    identity: Identity,
-    results: Results,
+    identity: RunIdentity,
+    results: ResultValues,
     micro_batch: int,
 ) -> Snapshot:
     """Collect this rank's part and make the folder to write into; see :func:`save_checkpoint`. All ranks call it.
 
     The parts hold the engine's own tensors: they must be written, or copied, before the next step.
     """
-    tag, error = from_first(_made_folder(stage_dir, state.step) if dist.get_rank() == 0 else ("", None))
+    tag, error = broadcast_object(_made_folder(stage_dir, state.step) if dist.get_rank() == 0 else ("", None))
     if error is not None:
-        raise AgreedError(f"the checkpoint after step {state.step} was not begun: {error}")
+        raise CollectiveError(f"the checkpoint after step {state.step} was not begun: {error}")
     layout = layout_of(engine)
     snapshot = Snapshot(
         stage_dir=stage_dir,
@@ -117,7 +117,7 @@ def take_snapshot(
         shards=layout.world_size if layout.zero_stage > 0 else 0,
     )
     device = torch.device(engine.device)
-    snapshot.parts.update(engine_parts(engine, snapshot.staging))
+    snapshot.parts.update(engine_shards(engine, snapshot.staging))
     snapshot.parts[state_file(dist.get_rank())] = state.to_save(engine.module, micro_batch, device)
     return snapshot
 
@@ -134,10 +134,10 @@ def _made_folder(stage_dir: Path, step: int) -> tuple[str, str | None]:
     return tag, None
 
 
-def layout_of(engine: deepspeed.DeepSpeedEngine) -> Layout:
+def layout_of(engine: deepspeed.DeepSpeedEngine) -> EngineLayout:
     """How an engine's state is spread over the ranks' files."""
     zero = engine.zero_optimization_stage()
-    return Layout(
+    return EngineLayout(
         world_size=dist.get_world_size(),
         zero_stage=zero,
         dtype="bfloat16" if engine.bfloat16_enabled() else "float32",
@@ -171,7 +171,7 @@ class _Collector(CheckpointEngine):
         return True
 
 
-def engine_parts(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Parts:
+def engine_shards(engine: deepspeed.DeepSpeedEngine, folder: Path) -> Parts:
     """What DeepSpeed's ``save_checkpoint`` would write into ``folder`` on this rank. All ranks must call it."""
     collector, own = _Collector(), engine.checkpoint_engine
     engine.checkpoint_engine = collector
@@ -193,13 +193,13 @@ class Written:
     error: str | None = None
 
 
-def write_parts(snapshot: Snapshot) -> Written:
+def write_shards(snapshot: Snapshot) -> Written:
     """Write this rank's files and see them on the disk. Involves no other rank, and raises nothing."""
     files = {}
     for name, part in snapshot.parts.items():
         path = snapshot.staging / name
         try:
-            files[name] = write_part(path, part)
+            files[name] = write_shard(path, part)
         except Exception as error:
             return Written({}, told(error, path))
     return Written(files)
@@ -209,7 +209,7 @@ def commit(snapshot: Snapshot, written: Written, retention: store.Retention) -> 
     """Make a checkpoint of what all ranks have written; see :func:`save_checkpoint`. All ranks must call it.
 
     Raises:
-        AgreedError: on every rank, if one of them could not write.
+        CollectiveError: on every rank, if one of them could not write.
     """
     reports = gather(written)
     first, error = dist.get_rank() == 0, written.error
@@ -220,8 +220,10 @@ def commit(snapshot: Snapshot, written: Written, retention: store.Retention) -> 
             error = told(raised, snapshot.final)
     try:
         step = snapshot.manifest.step
-        raise_together(error, f"the checkpoint after step {step} was not saved, the earlier ones are as they were: ")
-    except AgreedError:
+        raise_on_all_ranks(
+            error, f"the checkpoint after step {step} was not saved, the earlier ones are as they were: "
+        )
+    except CollectiveError:
         if first:
             shutil.rmtree(snapshot.staging.parent, ignore_errors=True)
         raise
@@ -240,7 +242,7 @@ def _put_in_place(snapshot: Snapshot, files: dict[str, FileEntry]) -> None:
             files[name] = FileEntry(size=path.stat().st_size, sha256=file_sha256(path))
     shards = sum(name.endswith("optim_states.pt") for name in files)
     if shards != snapshot.shards or not files or not all(entry.size for entry in files.values()):
-        raise ValueError(f"{shards} optimiser shards of {snapshot.shards}, or an empty file: {sorted(files)}")
+        raise ValueError(f"{shards} optimizer shards of {snapshot.shards}, or an empty file: {sorted(files)}")
     snapshot.manifest.model_copy(update={"files": files}).write(staging)
     flush_folder(staging)
     staging.rename(snapshot.final)

@@ -1,6 +1,6 @@
-"""Where a stage stands between two optimiser steps: what a checkpoint holds beside the engine's own state.
+"""Where a stage stands between two optimizer steps: what a checkpoint holds beside the engine's own state.
 
-A checkpoint is taken right after an optimiser step, before what follows it (a logged line, an evaluation). What follows
+A checkpoint is taken right after an optimizer step, before what follows it (a logged line, an evaluation). What follows
 is done again after a resume, so it is neither lost nor done twice.
 """
 
@@ -25,7 +25,7 @@ class TrainState:
     """Counters of a running stage.
 
     Attributes:
-        step: optimiser steps done, skipped ones included.
+        step: optimizer steps done, skipped ones included.
         skipped: of these, the steps that changed no weights because a loss or gradient was not finite.
         bad_in_row: of these, how many were the last ones.
         grad_norm: of the last step, where DeepSpeed left it; None if it is not known.

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mrmae_ds.distributed.collectives import raise_together
+from mrmae_ds.distributed.collectives import raise_on_all_ranks
 from mrmae_ds.files import flush_folder, write_text
 from mrmae_ds.training.checkpoint import folder as store
 from mrmae_ds.training.checkpoint.manifest import Manifest
@@ -58,7 +58,7 @@ def convert(checkpoint: Path, manifest: Manifest) -> Path:
         The conversion's folder.
 
     Raises:
-        AgreedError: on every rank, if it fails (a full disk, a state without optimiser steps).
+        CollectiveError: on every rank, if it fails (a full disk, a state without optimizer steps).
     """
     error = None
     if dist.get_rank() == 0 and not is_converted(checkpoint, manifest):
@@ -67,7 +67,7 @@ def convert(checkpoint: Path, manifest: Manifest) -> Path:
             _convert(checkpoint, manifest)
         except Exception as raised:
             error = f"{checkpoint}: cannot be converted ({type(raised).__name__}: {raised})"
-    raise_together(error)
+    raise_on_all_ranks(error)
     return universal_folder(checkpoint)
 
 
@@ -103,7 +103,7 @@ def _convert(checkpoint: Path, manifest: Manifest) -> None:
 
 
 def _fixed_tensors(checkpoint: Path, zero_stage: int, made: Path) -> dict[str, Tensor]:
-    """Everything of the model that the optimiser does not own, whole, on the CPU."""
+    """Everything of the model that the optimizer does not own, whole, on the CPU."""
     if zero_stage == 3:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 

@@ -63,7 +63,7 @@ def build_engine(
     set_checkpointing(model, config.checkpointing)
     if config.compile_blocks:
         compile_blocks(model)
-    # The rate is written before every step (set_learning_rate). torch's AdamW needs no compiler, DeepSpeed's does; the
+    # The rate is written before every step (set_lr). torch's AdamW needs no compiler, DeepSpeed's does; the
     # fused one is also the one to have on the CPU, where the states may be offloaded to.
     fused = device.type == "cuda" or config.offloads_optimizer
     optimizer = make_optimizer(groups) if make_optimizer else AdamW(groups, lr=0.0, betas=betas, fused=fused)
@@ -73,7 +73,7 @@ def build_engine(
 
 
 def check_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
-    """``leaf_module.classes`` names classes of the model; DeepSpeed passes over a misspelt one.
+    """``leaf_module.classes`` names classes of the model; DeepSpeed passes over a misspelled one.
 
     ``Block`` and ``ConvBlock`` need not be there: the same engine config runs a plain ViT, which has no ``ConvBlock``.
 
@@ -105,7 +105,7 @@ def compile_blocks(model: nn.Module) -> None:
         block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
 
 
-def set_learning_rate(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
+def set_lr(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
     """Write ``rate`` times each group's ``lr_scale``."""
     for group in engine.optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

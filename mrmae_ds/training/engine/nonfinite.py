@@ -51,7 +51,7 @@ def _offloads(optimizer: Any) -> bool:
 
 
 def skip_step(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Pass the step's last micro-batch without an update: weights and optimiser states stay as they are.
+    """Pass the step's last micro-batch without an update: weights and optimizer states stay as they are.
 
     The engine's counters go on. All ranks must call it, in place of ``engine.step()``.
 

@@ -1,6 +1,6 @@
-"""How many pictures of the validation set a model gets right, each counted once at any number of processes.
+"""How many images of the validation set a model gets right, each counted once at any number of processes.
 
-Shape legend: B pictures of a batch.
+Shape legend: B images of a batch.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def evaluation_reader(
 ) -> Reader:
     """This rank's reader of any of the recipe's sets as the validation set is read; see :func:`build_reader`."""
     return build_reader(
-        located(path, recipe.loader.stage_to),
+        located(path, recipe.loader.cache_dir),
         train=False,
         image_size=image_size,
         micro_batch=micro_batch,
@@ -48,7 +48,7 @@ def evaluation_reader(
         rank=launch.rank,
         seed=recipe.seed,
         crop=None,
-        num_workers=recipe.loader.workers,
+        num_workers=recipe.loader.num_workers,
         device=device,
         backend=recipe.data.val_backend,
         samples=samples,
@@ -77,29 +77,29 @@ class Score:
         ``top5`` is left out where there are no more than five classes.
 
         Raises:
-            RuntimeError: if the pictures counted are not ``num_samples``.
+            RuntimeError: if the images counted are not ``num_samples``.
         """
         first, among, loss, count = sum_over_ranks(self.sums).tolist()
         if count != num_samples:
-            raise RuntimeError(f"evaluated {count:.0f} pictures of {num_samples}")
+            raise RuntimeError(f"evaluated {count:.0f} images of {num_samples}")
         top5 = {"top5": 100 * among / count} if self.classes > TOP else {}
         return {"top1": 100 * first / count, **top5, "loss": loss / count, "eval_samples": int(count)}
 
 
 @torch.no_grad()
 def evaluate(engine: nn.Module, logits: Callable[[Tensor], Tensor], reader: Reader) -> dict[str, float | int]:
-    """A model's accuracy over a data set, every picture once. All ranks must call it.
+    """A model's accuracy over a data set, every image once. All ranks must call it.
 
     Args:
         engine: put into eval mode; the caller puts it back.
-        logits: uint8 pictures [B, 3, H, W] to float32 [B, classes].
+        logits: uint8 images [B, 3, H, W] to float32 [B, classes].
         reader: an evaluation reader; repeats that fill up a batch are marked not valid and not counted.
 
     Returns:
         See :meth:`Score.read`.
 
     Raises:
-        RuntimeError: if the pictures counted are not the data set's number.
+        RuntimeError: if the images counted are not the data set's number.
     """
     engine.eval()
     score = Score()

@@ -1,9 +1,9 @@
 """The stage ``evaluate``: how good one fine-tuned model is, or several together, their softmax outputs averaged.
 
 Nothing is trained, so there is no DeepSpeed engine: each process holds every model whole, as a plain module in eval
-mode in the engine config's precision (``torch_autocast``, ``bf16``), and takes its share of the pictures.
+mode in the engine config's precision (``torch_autocast``, ``bf16``), and takes its share of the images.
 
-Shape legend: B pictures of a batch.
+Shape legend: B images of a batch.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import EvaluateConfig
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
 from mrmae_ds.data.loaders.build import check_backend
-from mrmae_ds.data.node_cache import stage_all
+from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
-from mrmae_ds.distributed.watchdog import Monitor
+from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.records.metrics import MetricsWriter
@@ -42,11 +42,11 @@ from mrmae_ds.records.record import (
     Status,
     utc_now,
 )
-from mrmae_ds.training.checkpoint.manifest import Identity
+from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
 from mrmae_ds.training.engine.autocast import autocast
 from mrmae_ds.training.evaluation.accuracy import Score, validation_reader
-from mrmae_ds.training.job import Options, load_configs
+from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run_logger import identity
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.weights.load import build_classifier, find_weights, load_encoder, read_metadata
@@ -75,7 +75,7 @@ class Classifier:
         self.normalize.to(device)
 
     def logits(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """float32 [B, classes] of decoded pictures, uint8 [B, 3, H, W]."""
+        """float32 [B, classes] of decoded images, uint8 [B, 3, H, W]."""
         return self.model(self.normalize.student(self.normalize.pixels(images), dtype)).float()
 
 
@@ -92,12 +92,12 @@ class Evaluation:
     done: bool
 
 
-def prepare_evaluation(options: Options, launch: Launch) -> Evaluation:
+def prepare_evaluation(options: TrainArgs, launch: Launch) -> Evaluation:
     """Resolve, check, and load the models on the CPU.
 
     Raises:
         UserError: for anything a user can mend: a member that has not finished, is no classifier, or has other
-            classes than the validation set; a picture size that the patches do not tile.
+            classes than the validation set; an image size that the patches do not tile.
     """
     recipe, engine_config = load_configs(options)
     stage = recipe.stages.evaluate
@@ -109,7 +109,7 @@ def prepare_evaluation(options: Options, launch: Launch) -> Evaluation:
     check_backend(recipe.data.val_backend)
     stage_dir = options.stage_dir(recipe)
     val_data = check_beton(recipe.data.val)
-    identity = Identity(
+    identity = RunIdentity(
         recipe_hash=recipe.hash("evaluate"),
         seed=recipe.seed,
         train="",
@@ -128,7 +128,7 @@ def prepare_evaluation(options: Options, launch: Launch) -> Evaluation:
             "--run, or start anew here with --resume never"
         )
     if not done:
-        stage_all([recipe.data.val], recipe.loader.stage_to, is_leader=launch.local_rank == 0)
+        cache_all([recipe.data.val], recipe.loader.cache_dir, is_leader=launch.local_rank == 0)
     return Evaluation(recipe, engine_config, launch, stage_dir, val_data, classifiers, done)
 
 
@@ -137,7 +137,7 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
 
     Args:
         source: a stage folder or model file. key: where the recipe names it.
-        stage: says the picture size.
+        stage: says the image size.
         val_data: whose classes must be the model's.
 
     Raises:
@@ -181,12 +181,12 @@ def run_evaluation(job: Evaluation) -> None:
         return
     device = choose_device(job.launch)
     start_process_group(device)
-    with Monitor(job.launch, 60 * job.recipe.record.hang_minutes) as monitor:
+    with Watchdog(job.launch, 60 * job.recipe.watchdog.timeout_minutes) as monitor:
         _run(job, device, monitor)
     end_process_group()
 
 
-def _run(job: Evaluation, device: torch.device, monitor: Monitor) -> None:
+def _run(job: Evaluation, device: torch.device, monitor: Watchdog) -> None:
     began, record = time.monotonic(), None
     if job.launch.rank == 0:
         prepare_folder(job.stage_dir, job.recipe, json.dumps(job.engine_config.raw, indent=2) + "\n", fresh=True)
@@ -216,7 +216,7 @@ def score(
 ) -> tuple[Scores, list[Scores]]:
     """The accuracy of the averaged softmax outputs, and each member's own; see :meth:`Score.read`. All ranks call it.
 
-    Members of different picture sizes see the same pictures, each read at its size. ``beat`` is called with each batch.
+    Members of different image sizes see the same images, each read at its size. ``beat`` is called with each batch.
     """
     config, dtype = job.engine_config, job.engine_config.model_dtype
     for classifier in job.classifiers:
@@ -273,7 +273,7 @@ def _announce(job: Evaluation, parameters: Parameters, device: torch.device) -> 
     models = "1 model" if count == 1 else f"{count} models averaged"
     print(
         f"{job.recipe.name} evaluate: {models}, {parameters.total / 1e6:.2f} M parameters, on {job.launch.world_size} "
-        f"x {device.type}, {job.val_data.num_samples:,} pictures of {job.val_data.name}, into {job.stage_dir}",
+        f"x {device.type}, {job.val_data.num_samples:,} images of {job.val_data.name}, into {job.stage_dir}",
         flush=True,
     )
 

@@ -1,9 +1,9 @@
-"""How good the features of a pre-training are so far, by their nearest neighbours: nothing is trained for it.
+"""How good the features of a pre-training are so far, by their nearest neighbors: nothing is trained for it.
 
-DINO's protocol: features of length 1; the k nearest training pictures vote for their class with weight
-exp(cosine / temperature). Each picture counts once, at any number of processes.
+DINO's protocol: features of length 1; the k nearest training images vote for their class with weight
+exp(cosine / temperature). Each image counts once, at any number of processes.
 
-Shape legend: B pictures of a batch, N of the training set (or of a part of it), C the encoder's width.
+Shape legend: B images of a batch, N of the training set (or of a part of it), C the encoder's width.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from mrmae_ds.data.loaders.build import Batch, Reader
 from mrmae_ds.distributed.process_group import sum_over_ranks
 from mrmae_ds.training.engine.autocast import autocast
 from mrmae_ds.training.evaluation.accuracy import evaluation_reader
-from mrmae_ds.training.job import Job
+from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.tasks.base import PretrainTask
 
 Features = Callable[[Tensor], Tensor]
 
 
 def dense_features(encoder: nn.Module, images: Tensor) -> Tensor:
-    """The mean of the patches' tokens, all of them visible, normalised as a new ``fc_norm`` would: float32 [B, C].
+    """The mean of the patches' tokens, all of them visible, normalized as a new ``fc_norm`` would: float32 [B, C].
 
     Args:
         encoder: the bare one of a pre-training. Called as a module, because that is when ZeRO-3 gathers its weights.
-        images: normalised pictures [B, 3, H, W].
+        images: normalized images [B, 3, H, W].
     """
     tokens = encoder(images)[:, encoder.num_prefix_tokens :].float()
     return F.layer_norm(tokens.mean(dim=1), tokens.shape[-1:], eps=1e-6)
@@ -41,7 +41,7 @@ def dense_features(encoder: nn.Module, images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Bank:
-    """Training pictures that vote: features [N, C] of length 1, and labels [N], the same on every rank."""
+    """Training images that vote: features [N, C] of length 1, and labels [N], the same on every rank."""
 
     features: Tensor
     labels: Tensor
@@ -49,10 +49,10 @@ class Bank:
 
 @torch.no_grad()
 def gather_bank(features: Features, reader: Reader) -> Bank:
-    """The features of a reader's pictures, each once, on every rank. All ranks must call it.
+    """The features of a reader's images, each once, on every rank. All ranks must call it.
 
     Args:
-        features: of decoded pictures, uint8 [B, 3, H, W] to [B, C].
+        features: of decoded images, uint8 [B, 3, H, W] to [B, C].
         reader: an evaluation reader; every rank has as many batches, and marks repeats as not valid.
     """
     parts = [(F.normalize(features(batch.images), dim=1), batch) for batch in reader.epoch(0)]
@@ -65,7 +65,7 @@ def gather_bank(features: Features, reader: Reader) -> Bank:
 
 
 def _marked(batch: Batch) -> Tensor:
-    """A batch's labels, -1 where a picture is a repeat."""
+    """A batch's labels, -1 where an image is a repeat."""
     return torch.where(batch.valid, batch.labels, -1)
 
 
@@ -80,7 +80,7 @@ def votes(queries: Tensor, bank: Bank, k: int, temperature: float, num_classes: 
 
     Args:
         queries: features [B, C], of any length.
-        bank: at least one picture; with fewer than ``k``, all of them vote.
+        bank: at least one image; with fewer than ``k``, all of them vote.
     """
     cosines = F.normalize(queries, dim=1) @ bank.features.T
     near = cosines.topk(min(k, len(bank.labels)), dim=1)
@@ -92,10 +92,10 @@ def votes(queries: Tensor, bank: Bank, k: int, temperature: float, num_classes: 
 def knn_accuracy(
     features: Features, train: Reader, val: Reader, config: KnnConfig, num_classes: int
 ) -> dict[str, float]:
-    """``knn/top1`` in percent over the validation set, each picture once. All ranks must call it.
+    """``knn/top1`` in percent over the validation set, each image once. All ranks must call it.
 
     Raises:
-        RuntimeError: if the pictures counted are not the validation set's number.
+        RuntimeError: if the images counted are not the validation set's number.
     """
     bank = gather_bank(features, train)
     sums = torch.zeros(2, dtype=torch.float64, device=bank.features.device)
@@ -104,11 +104,11 @@ def knn_accuracy(
         sums += torch.stack([((found == batch.labels) & batch.valid).sum(), batch.valid.sum()])
     right, count = sum_over_ranks(sums).tolist()
     if count != val.num_samples:
-        raise RuntimeError(f"looked at {count:.0f} pictures of {val.num_samples}")
+        raise RuntimeError(f"looked at {count:.0f} images of {val.num_samples}")
     return {"knn/top1": 100 * right / count}
 
 
-class KnnCheck:
+class KnnEvaluator:
     """The check of a running pre-training, with its readers, which are kept for the next time.
 
     Args:
@@ -118,7 +118,7 @@ class KnnCheck:
     """
 
     def __init__(
-        self, job: Job, engine: deepspeed.DeepSpeedEngine, device: torch.device, beat: Callable[[], None]
+        self, job: PreparedStage, engine: deepspeed.DeepSpeedEngine, device: torch.device, beat: Callable[[], None]
     ) -> None:
         stage = job.stage
         assert isinstance(stage, PretrainConfig) and stage.knn is not None and isinstance(job.task, PretrainTask)

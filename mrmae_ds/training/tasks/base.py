@@ -1,6 +1,6 @@
 """What a stage computes on a batch. The loop knows a task only by this; it knows nothing of CLIP or pixels.
 
-Shape legend: B pictures of a micro-batch, L tokens of the student's grid.
+Shape legend: B images of a micro-batch, L tokens of the student's grid.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from mrmae_ds.training.param_groups import finetune_groups, pretrain_groups
 
 
 @dataclass(frozen=True)
-class StepKey:
+class MicroBatchKey:
     """Which micro-batch this is. All randomness of a step is a function of it, so a resumed run repeats it.
 
     Attributes:
-        seed: the run's. step: optimiser steps done before. micro: micro-batch of the step.
+        seed: the run's. step: optimizer steps done before. micro: micro-batch of the step.
         rank, world_size, micro_batch: which part of the global batch this process holds.
     """
 
@@ -44,7 +44,7 @@ class StepKey:
 
     @property
     def part(self) -> int:
-        """Which part of the global batch this is: on another number of processes the same pictures have the same."""
+        """Which part of the global batch this is: on another number of processes the same images have the same."""
         return self.micro * self.world_size + self.rank
 
     def seed_for(self, purpose: str, per_part: bool = True) -> int:
@@ -56,7 +56,7 @@ class StepKey:
     def noise(self, num_tokens: int) -> Tensor:
         """Uniform noise of this part of the global batch, float32 [B, L] on the CPU.
 
-        Drawn for the whole global batch up to this part, so that a picture's noise depends on its place in the
+        Drawn for the whole global batch up to this part, so that an image's noise depends on its place in the
         batch and not on the number of processes.
         """
         first = self.part * self.micro_batch
@@ -72,7 +72,7 @@ class Task(Protocol):
     teachers: dict[str, Teacher]
 
     def groups(self) -> list[dict[str, Any]]:
-        """The optimiser's parameter groups; called before the model is wrapped."""
+        """The optimizer's parameter groups; called before the model is wrapped."""
         ...
 
     def to(self, device: torch.device) -> None:
@@ -83,13 +83,13 @@ class Task(Protocol):
         """Give back the memory of what the engine does not own. No losses after it; a second call does nothing."""
         ...
 
-    def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         """``loss`` and its parts by name, scalars."""
         ...
 
 
 class Normalize:
-    """Decoded pictures, uint8 [B, 3, H, W], to pixels in 0 to 1 and to a model's normalised input.
+    """Decoded images, uint8 [B, 3, H, W], to pixels in 0 to 1 and to a model's normalized input.
 
     Args:
         mean, std: a channel each, of pixels in 0 to 1.
@@ -100,7 +100,7 @@ class Normalize:
         self.std = torch.tensor(std).view(1, 3, 1, 1)
 
     def to(self, device: torch.device) -> None:
-        """Move the statistics to where the pictures are."""
+        """Move the statistics to where the images are."""
         self.mean, self.std = self.mean.to(device), self.std.to(device)
 
     def pixels(self, images: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ class PretrainTask:
         for placed in self.placed.values():
             placed.release()
 
-    def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         """See :class:`Task`."""
         pixels = self.normalize.pixels(batch.images)
         outputs = {name: ask(pixels) for name, ask in (self.placed or self.teachers).items()}
@@ -184,7 +184,7 @@ class FinetuneTask:
             Mixup(
                 mixup_alpha=config.mixup,
                 cutmix_alpha=config.cutmix,
-                label_smoothing=config.smoothing,
+                label_smoothing=config.label_smoothing,
                 num_classes=num_classes,
             )
             if config.pairs
@@ -201,13 +201,13 @@ class FinetuneTask:
     def to(self, device: torch.device) -> None:
         """See :class:`Task`."""
         self.normalize.to(device)
-        if self.config.erasing > 0:
-            self.erasing = SampleErasing(self.config.erasing, device)
+        if self.config.random_erasing > 0:
+            self.erasing = SampleErasing(self.config.random_erasing, device)
 
     def release(self) -> None:
         """See :class:`Task`; there is nothing to give back."""
 
-    def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         """See :class:`Task`."""
         images = self.normalize.student(self.normalize.pixels(batch.images), torch.float32)
         if self.erasing is not None:
@@ -218,14 +218,14 @@ class FinetuneTask:
             loss = self.soft_loss(engine(images.to(self.dtype)).float(), targets)
         else:
             logits = engine(images.to(self.dtype)).float()
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.smoothing)
+            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
         return {"loss": loss}
 
     def logits(self, engine: nn.Module, images: Tensor) -> Tensor:
-        """float32 [B, classes] of decoded pictures, uint8 [B, 3, H, W]."""
+        """float32 [B, classes] of decoded images, uint8 [B, 3, H, W]."""
         return engine(self.normalize.student(self.normalize.pixels(images), self.dtype)).float()
 
-    def _seed(self, key: StepKey) -> None:
+    def _seed(self, key: MicroBatchKey) -> None:
         seed = key.seed_for("model")
         torch.manual_seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)  # timm's Mixup draws from numpy's global state

@@ -5,7 +5,7 @@ parameters, one linear layer, LARS. The DeepSpeed engine holds the classifier al
 is a matrix of width times classes, and LARS takes the norms of whole parameters, which ZeRO cuts into pieces. The
 encoder stands beside the engine, whole on every device, as a teacher does.
 
-Shape legend: B pictures of a micro-batch, C the encoder's width.
+Shape legend: B images of a micro-batch, C the encoder's width.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.pretrain import Encoder
 from mrmae_ds.teachers import Teacher
 from mrmae_ds.training.engine.autocast import autocast
-from mrmae_ds.training.tasks.base import Normalize, StepKey
+from mrmae_ds.training.tasks.base import MicroBatchKey, Normalize
 
 _EPS = 1e-6  # of the BatchNorm, as in MAE's linear probing
 _STD = 0.01  # of the first weights
@@ -50,8 +50,8 @@ class LinearClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features [B, C], which need no gradient, to logits [B, classes].
 
-        In training the statistics are of all processes' features together, so that they depend on the pictures of a
-        micro-step and not on how many processes share them. All processes must call it, with as many pictures.
+        In training the statistics are of all processes' features together, so that they depend on the images of a
+        micro-step and not on how many processes share them. All processes must call it, with as many images.
         """
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return self.linear(self.norm(features))
@@ -106,18 +106,18 @@ class ProbeTask:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """float32 [B, C] of decoded pictures, uint8 [B, 3, H, W]."""
+        """float32 [B, C] of decoded images, uint8 [B, 3, H, W]."""
         inputs = self.normalize.student(self.normalize.pixels(images), self.engine_config.model_dtype)
         with autocast(self.engine_config, self.device):
             features = self.encoder.forward_head(self.encoder.forward_features(inputs), pre_logits=True)
         return features.float()
 
-    def losses(self, engine: nn.Module, batch: Batch, key: StepKey) -> dict[str, Tensor]:
+    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         """See :class:`Task`."""
         return {"loss": F.cross_entropy(engine(self.features(batch.images)).float(), batch.labels)}
 
     def logits(self, engine: nn.Module, images: Tensor) -> Tensor:
-        """float32 [B, classes] of decoded pictures, uint8 [B, 3, H, W]."""
+        """float32 [B, classes] of decoded images, uint8 [B, 3, H, W]."""
         return engine(self.features(images)).float()
 
     def classifier(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Trees of pictures, class-balanced subsets, and the scripts that write data sets."""
+"""Trees of images, class-balanced subsets, and the scripts that write data sets."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.timeout(120, method="thread")
 
 
 def _tree(root: Path, classes: dict[str, int]) -> Path:
-    """ROOT/CLASS/*.jpg, so many pictures each."""
+    """ROOT/CLASS/*.jpg, so many images each."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -102,11 +102,11 @@ def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder"):
         open_folder(tmp_path / "nowhere", 0.1)
     (tmp_path / ".hidden").mkdir()
-    with pytest.raises(UserError, match=r"no class folders; expected .*/CLASS/PICTURE"):
+    with pytest.raises(UserError, match=r"no class folders; expected .*/CLASS/IMAGE"):
         open_folder(tmp_path, 0.1)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "notes.txt").write_text("none")
-    with pytest.raises(UserError, match=r"a: no pictures \(1 \.txt\); add some or remove the folder"):
+    with pytest.raises(UserError, match=r"a: no images \(1 \.txt\); add some or remove the folder"):
         open_folder(tmp_path, 0.1)
     _tree(tmp_path / "half" / "val", {"a": 1})
     with pytest.raises(UserError, match="has val/ but no train/"):
@@ -116,7 +116,7 @@ def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
         open_folder(tmp_path / "half", 0.1)
     with pytest.raises(UserError, match="between 0 and 1"):
         open_folder(_tree(tmp_path / "flat", {"a": 2}), 1.0)
-    with pytest.raises(UserError, match="single picture"):
+    with pytest.raises(UserError, match="single image"):
         open_folder(_tree(tmp_path / "single", {"a": 1}), 0.5)
 
 
@@ -141,7 +141,7 @@ def test_a_class_folder_may_hold_anything(tmp_path: Path) -> None:
     for name in ("02.png", "03.png", "04.png"):
         photograph().resize((40, 50)).save(folder / name)
     info, _ = write_folder(tmp_path / "in", tmp_path / "out", WriteOptions(max_bad=1), val_fraction=0.5)
-    assert "ignored   files that are no pictures: 1 .jpg, 1 .txt, 1 no extension" in describe_beton(info.path)
+    assert "ignored   files that are no images: 1 .jpg, 1 .txt, 1 no extension" in describe_beton(info.path)
 
 
 def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,8 +159,8 @@ def test_the_folder_script_reports_what_it_wrote(tmp_path: Path) -> None:
     source, out = _tree(tmp_path / "in", {"a": 4, "b": 4}), tmp_path / "out"
     done = _script("folder.py", str(source), "--out", str(out), "--val-fraction", "0.25", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert f"{out}/train.beton: in, 6 pictures, 2 classes (a, b)" in done.stdout
-    assert f"{out}/val.beton: in, 2 pictures" in done.stdout
+    assert f"{out}/train.beton: in, 6 images, 2 classes (a, b)" in done.stdout
+    assert f"{out}/val.beton: in, 2 images" in done.stdout
     assert check_beton(out / "val.beton").num_samples == 2
     damaged = Path(open_folder(source, 0.25)[0].name(0))
     damaged.write_bytes(damaged.read_bytes()[:-200])
@@ -171,7 +171,7 @@ def test_the_folder_script_reports_what_it_wrote(tmp_path: Path) -> None:
     done = _script(*arguments)
     assert done.returncode == 0, done.stderr
     assert "left out  1 that cannot be read, listed in train.beton.skipped.csv" in done.stdout
-    assert f"warning: some pictures were left out, see {out}/train.beton.skipped.csv" in done.stderr
+    assert f"warning: some images were left out, see {out}/train.beton.skipped.csv" in done.stderr
 
 
 def _write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) -> None:
@@ -182,9 +182,9 @@ def _write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) 
 
 @pytest.fixture
 def idx_files(tmp_path: Path) -> Path:
-    """The four files of Fashion-MNIST, with 40 and 20 grey cuttings of a photograph in ten classes."""
-    grey = np.asarray(photograph().convert("L"))
-    cuttings = np.stack([grey[9 * i : 9 * i + 28, 100:128] for i in range(60)])
+    """The four files of Fashion-MNIST, with 40 and 20 gray cuttings of a photograph in ten classes."""
+    gray = np.asarray(photograph().convert("L"))
+    cuttings = np.stack([gray[9 * i : 9 * i + 28, 100:128] for i in range(60)])
     _write_idx(tmp_path, "train", cuttings[:40], np.arange(40, dtype=np.uint8) % 10)
     _write_idx(tmp_path, "t10k", cuttings[40:], np.arange(20, dtype=np.uint8) // 2)
     return tmp_path
@@ -193,12 +193,12 @@ def idx_files(tmp_path: Path) -> Path:
 def test_fashion_mnist_is_padded_rgb(idx_files: Path) -> None:
     dataset = FashionMNIST(idx_files, "val")
     assert len(dataset) == 20
-    picture, label = dataset[7]
-    pixels = np.asarray(picture)
-    assert (picture.mode, pixels.shape, label) == ("RGB", (32, 32, 3), 3)
-    grey = np.asarray(photograph().convert("L"))[9 * 47 : 9 * 47 + 28, 100:128]
-    assert (pixels[2:30, 2:30] == grey[:, :, None]).all()
-    assert pixels.sum() == 3 * grey.astype(int).sum()
+    image, label = dataset[7]
+    pixels = np.asarray(image)
+    assert (image.mode, pixels.shape, label) == ("RGB", (32, 32, 3), 3)
+    gray = np.asarray(photograph().convert("L"))[9 * 47 : 9 * 47 + 28, 100:128]
+    assert (pixels[2:30, 2:30] == gray[:, :, None]).all()
+    assert pixels.sum() == 3 * gray.astype(int).sum()
     assert sorted(label for _, label in (FashionMNIST(idx_files, "train", 10)[i] for i in range(10))) == list(range(10))
 
 
@@ -206,8 +206,8 @@ def test_the_fashion_mnist_script_takes_a_folder(idx_files: Path) -> None:
     out = idx_files / "out"
     done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--train-count", "20")
     assert done.returncode == 0, done.stderr
-    assert "train.beton: Fashion-MNIST, 20 pictures, 10 classes" in done.stdout
-    assert "val.beton: Fashion-MNIST, 20 pictures, 10 classes" in done.stdout
+    assert "train.beton: Fashion-MNIST, 20 images, 10 classes" in done.stdout
+    assert "val.beton: Fashion-MNIST, 20 images, 10 classes" in done.stdout
     done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--val-count", "21")
     assert (done.returncode, done.stderr.strip()) == (2, "error: the val count must be in 1..20, not 21")
 

@@ -11,7 +11,7 @@ import pytest
 
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.convert.compare import compare_with_source
-from mrmae_ds.data.convert.folder import PictureFolder
+from mrmae_ds.data.convert.folder import ImageFolder
 from mrmae_ds.data.convert.imagenet import open_imagenet, write_imagenet
 from mrmae_ds.data.convert.imagenet_labels import read_class_names, read_synsets
 from mrmae_ds.data.convert.options import WriteOptions
@@ -30,20 +30,20 @@ VAL = [FOX, TERRIER, TERRIER, SETTER, FOX]
 LABELS = [2, 0, 0, 1, 2]
 
 
-def _picture(path: Path, place: int) -> None:
+def _image(path: Path, place: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     photograph().crop((8 * place, 9 * place, 8 * place + 48, 9 * place + 36)).save(path, "JPEG", quality=95)
 
 
 def _train(root: Path) -> Path:
     for place, wnid in enumerate(wnid for wnid in WNIDS for _ in range(2)):
-        _picture(root / "train" / wnid / f"{wnid}_{place}.JPEG", place)
+        _image(root / "train" / wnid / f"{wnid}_{place}.JPEG", place)
     return root
 
 
 def _flat_val(root: Path) -> Path:
     for place in range(len(VAL)):
-        _picture(root / "val" / f"ILSVRC2012_val_{place + 1:08}.JPEG", 20 + place)
+        _image(root / "val" / f"ILSVRC2012_val_{place + 1:08}.JPEG", 20 + place)
     return root
 
 
@@ -53,7 +53,7 @@ def flat(tmp_path: Path) -> Path:
     return _flat_val(_train(tmp_path / "in"))
 
 
-def _opened(source: Path, **options: Path) -> PictureFolder:
+def _opened(source: Path, **options: Path) -> ImageFolder:
     """The validation set, checked against what is expected; see the rest for training."""
     train, val, wnids = open_imagenet(source, allow_partial=True, **options)
     assert wnids == SORTED
@@ -62,12 +62,12 @@ def _opened(source: Path, **options: Path) -> PictureFolder:
     return val
 
 
-def _numbers(val: PictureFolder) -> list[int]:
+def _numbers(val: ImageFolder) -> list[int]:
     return [int(Path(val.name(row)).stem[-8:]) for row in range(len(val))]
 
 
 def _kaggle(source: Path) -> None:
-    """In another order than the pictures', as the real one is."""
+    """In another order than the images', as the real one is."""
     boxes = [f"ILSVRC2012_val_{i + 1:08},{wnid} 85 1 499 272 {wnid} 1 2 3 4" for i, wnid in enumerate(VAL)]
     (source / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(boxes), ""]))
 
@@ -95,7 +95,7 @@ def _caffe(source: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [_kaggle, _devkit, _ids, _caffe])
-def test_flat_validation_pictures_get_their_labels(flat: Path, labels: object) -> None:
+def test_flat_validation_images_get_their_labels(flat: Path, labels: object) -> None:
     assert callable(labels)
     labels(flat)
     val = _opened(flat)
@@ -103,10 +103,10 @@ def test_flat_validation_pictures_get_their_labels(flat: Path, labels: object) -
     assert _numbers(val) == [1, 2, 3, 4, 5]
 
 
-def test_sorted_validation_pictures_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_sorted_validation_images_are_taken_as_they_are(tmp_path: Path) -> None:
     source = _train(tmp_path)
     for place, wnid in enumerate(VAL):
-        _picture(source / "val" / wnid / f"ILSVRC2012_val_{place + 1:08}.JPEG", place)
+        _image(source / "val" / wnid / f"ILSVRC2012_val_{place + 1:08}.JPEG", place)
     val = _opened(source)
     assert (val.labels.tolist(), _numbers(val)) == ([0, 0, 1, 2, 2], [2, 3, 4, 1, 5])
     (source / "val" / "n00000001").mkdir()
@@ -133,18 +133,18 @@ def test_the_published_counts_are_expected(
     flat: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _kaggle(flat)
-    found = "3 of 1,000 classes, 6 of 1,281,167 training, 5 of 50,000 validation pictures"
+    found = "3 of 1,000 classes, 6 of 1,281,167 training, 5 of 50,000 validation images"
     message = f"not ImageNet-1K as published: {found}"
     with pytest.raises(UserError, match=f"{message}; unpack it again, or pass --allow-partial"):
         open_imagenet(flat)
     open_imagenet(flat, allow_partial=True)
     assert f"warning: {flat}: {message}" in capsys.readouterr().err
-    for name, count in (("CLASSES", 3), ("TRAIN_PICTURES", 6), ("VAL_PICTURES", 5)):
+    for name, count in (("CLASSES", 3), ("TRAIN_IMAGES", 6), ("VAL_IMAGES", 5)):
         monkeypatch.setattr(f"mrmae_ds.data.convert.imagenet.{name}", count)
     open_imagenet(flat)
     assert capsys.readouterr().err == ""
     (flat / "train" / FOX / f"{FOX}_9.JPEG").write_bytes(b"one more")
-    with pytest.raises(UserError, match=r"not ImageNet-1K as published: 7 of 6 training pictures;"):
+    with pytest.raises(UserError, match=r"not ImageNet-1K as published: 7 of 6 training images;"):
         open_imagenet(flat)
 
 
@@ -181,14 +181,14 @@ def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
         open_imagenet(tmp_path)
     (tmp_path / "val").mkdir()
     _ids(tmp_path)
-    with pytest.raises(UserError, match=r"val: no pictures ILSVRC2012_val_\*\.JPEG"):
+    with pytest.raises(UserError, match=r"val: no images ILSVRC2012_val_\*\.JPEG"):
         open_imagenet(tmp_path)
-    _picture(tmp_path / "train" / "cats" / "1.JPEG", 1)
+    _image(tmp_path / "train" / "cats" / "1.JPEG", 1)
     with pytest.raises(UserError, match=r"train: cats is no WordNet id .* data/folder\.py"):
         open_imagenet(tmp_path)
 
 
-def test_pictures_of_other_classes_are_left_out_of_a_part(flat: Path) -> None:
+def test_images_of_other_classes_are_left_out_of_a_part(flat: Path) -> None:
     _kaggle(flat)
     for path in (flat / "train" / FOX).iterdir():
         path.unlink()
@@ -233,5 +233,5 @@ def test_the_script(flat: Path, tmp_path: Path) -> None:
     more = ["--allow-partial", "--class-names", flat / "names.txt", "--train-count", "3", "--workers", "1"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert "train.beton: ImageNet-1K, 3 pictures, 3 classes (terrier, setter, kit fox)" in done.stdout
+    assert "train.beton: ImageNet-1K, 3 images, 3 classes (terrier, setter, kit fox)" in done.stdout
     assert check_beton(tmp_path / "out" / "val.beton").num_samples == 5

@@ -1,4 +1,4 @@
-"""Odd and broken pictures, through the writer and back out of the reader."""
+"""Odd and broken images, through the writer and back out of the reader."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from torchvision.transforms import v2
 
 from mrmae_ds.data.beton.sidecar import read_sidecar
 from mrmae_ds.data.convert.folder import find_classes, scan
-from mrmae_ds.data.convert.images import PictureError, open_picture, pixel_limit, to_rgb
+from mrmae_ds.data.convert.images import ImageError, open_image, pixel_limit, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.verify import verify_beton
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.data.loaders.build import Backend, build_reader
 from mrmae_ds.data.loaders.crop import CropSettings
 from tests.support.jpegs import stored_jpegs
-from tests.support.odd_images import MAX_PIXELS, MAX_SIDE, ODD, RAMP_8, make_odd_pictures, plain
+from tests.support.odd_images import MAX_PIXELS, MAX_SIDE, ODD, RAMP_8, make_odd_images, plain
 
 pytestmark = pytest.mark.timeout(120, method="thread")
 SIZE = 32
@@ -37,9 +37,9 @@ def _ids(names: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All odd pictures as one .beton, in the order of their names."""
+    """All odd images as one .beton, in the order of their names."""
     root = tmp_path_factory.mktemp("odd")
-    make_odd_pictures(root / "in" / "class")
+    make_odd_images(root / "in" / "class")
     options = WriteOptions(quality=97, max_side=MAX_SIDE, max_pixels=MAX_PIXELS, max_bad=len(REFUSED), workers=2)
     classes = find_classes(root / "in")
     dataset = scan(root / "in", classes)
@@ -48,7 +48,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def pictures(written: Path) -> dict[str, Image.Image]:
+def images(written: Path) -> dict[str, Image.Image]:
     """What is stored, by the name of the file."""
     jpegs = [Image.open(io.BytesIO(content)) for content, _, _ in stored_jpegs(written)]
     return dict(zip(sorted(TAKEN), jpegs, strict=True))
@@ -65,21 +65,21 @@ def read_back(written: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TAKEN, ids=_ids(TAKEN))
-def test_odd_pictures_are_converted(
-    name: str, pictures: dict[str, Image.Image], read_back: dict[str, torch.Tensor]
+def test_odd_images_are_converted(
+    name: str, images: dict[str, Image.Image], read_back: dict[str, torch.Tensor]
 ) -> None:
     expected, tolerance = ODD[name].expected, ODD[name].tolerance
     assert isinstance(expected, Image.Image)
-    assert (pictures[name].mode, pictures[name].size) == ("RGB", expected.size)
-    difference = np.asarray(pictures[name], dtype=float) - np.asarray(expected, dtype=float)
+    assert (images[name].mode, images[name].size) == ("RGB", expected.size)
+    difference = np.asarray(images[name], dtype=float) - np.asarray(expected, dtype=float)
     assert np.abs(difference).mean() < tolerance
     if min(expected.size) > 1:
         cut = v2.Compose([v2.PILToTensor(), v2.Resize(int(SIZE / 0.875), antialias=True), v2.CenterCrop(SIZE)])
         difference = read_back[name].float() - cut(expected).float()
         assert difference.abs().mean() < tolerance + 3
-    else:  # the centre of a line is one pixel
-        centre = torch.tensor(expected.getpixel((expected.width // 2, expected.height // 2)))
-        assert (read_back[name].float().mean((1, 2)) - centre).abs().max() < 12
+    else:  # the center of a line is one pixel
+        center = torch.tensor(expected.getpixel((expected.width // 2, expected.height // 2)))
+        assert (read_back[name].float().mean((1, 2)) - center).abs().max() < 12
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
@@ -93,7 +93,7 @@ def test_all_can_be_trained_on(written: Path, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_broken_pictures_are_left_out_with_a_reason(name: str, written: Path) -> None:
+def test_broken_images_are_left_out_with_a_reason(name: str, written: Path) -> None:
     (entry,) = [entry for entry in read_sidecar(written)["skipped"] if Path(entry["name"]).name == name]
     assert isinstance(ODD[name].expected, str)
     assert re.search(ODD[name].expected, entry["reason"])
@@ -126,63 +126,63 @@ def test_the_rest_is_a_sound_file(written: Path) -> None:
     assert [index for _, _, index in stored_jpegs(written)] == list(range(len(TAKEN)))
 
 
-@pytest.mark.parametrize("name", ["grey16.png", "grey16.tif", "grey16.pgm", "grey16_big_endian.tif", "floats.tif"])
-def test_sixteen_bits_keep_their_range_and_order(name: str, pictures: dict[str, Image.Image]) -> None:
-    row = np.asarray(pictures[name], dtype=int)[:, :, 1].mean(axis=0)
+@pytest.mark.parametrize("name", ["gray16.png", "gray16.tif", "gray16.pgm", "gray16_big_endian.tif", "floats.tif"])
+def test_sixteen_bits_keep_their_range_and_order(name: str, images: dict[str, Image.Image]) -> None:
+    row = np.asarray(images[name], dtype=int)[:, :, 1].mean(axis=0)
     assert row[0] < 3 and row[-1] > 252
     assert (np.diff(row) > 0).all()
     assert np.abs(row - np.asarray(RAMP_8, dtype=int)[0, :, 1]).max() < 3
 
 
-def test_a_turned_picture_stands_upright(pictures: dict[str, Image.Image]) -> None:
-    """Against the one picture and none of its seven other positions."""
+def test_a_turned_image_stands_upright(images: dict[str, Image.Image]) -> None:
+    """Against the one image and none of its seven other positions."""
     for way in range(2, 9):
-        stored = np.asarray(pictures[f"turned{way}.jpg"], dtype=float)
+        stored = np.asarray(images[f"turned{way}.jpg"], dtype=float)
         here = np.abs(stored - np.asarray(plain(), dtype=float)).mean()
         for turn in (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM):
             assert here * 5 < np.abs(stored - np.asarray(plain().transpose(turn), dtype=float)).mean()
 
 
-def test_ink_has_the_colours_of_the_original(pictures: dict[str, Image.Image]) -> None:
+def test_ink_has_the_colors_of_the_original(images: dict[str, Image.Image]) -> None:
     means = np.asarray(plain(), dtype=float).mean((0, 1))
     for name in ("cmyk_adobe.jpg", "cmyk_plain.jpg", "cmyk.tif"):
-        assert np.abs(np.asarray(pictures[name], dtype=float).mean((0, 1)) - means).max() < 2
+        assert np.abs(np.asarray(images[name], dtype=float).mean((0, 1)) - means).max() < 2
 
 
 def test_the_background_can_be_chosen(tmp_path: Path) -> None:
     ODD["rgba.png"].make(tmp_path / "x.png")
-    picture, kinds = to_rgb(open_picture(tmp_path / "x.png"), max_side=512, max_pixels=10**6, background="#0000ff")
-    assert picture.getpixel((picture.width - 1, 5)) == (0, 0, 255)
+    image, kinds = to_rgb(open_image(tmp_path / "x.png"), max_side=512, max_pixels=10**6, background="#0000ff")
+    assert image.getpixel((image.width - 1, 5)) == (0, 0, 255)
     assert kinds == ["transparent"]
 
 
 def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path) -> None:
     large = plain().resize((2400, 1800), Image.Resampling.BICUBIC)
     large.save(tmp_path / "x.jpg", quality=95)
-    opened = open_picture(tmp_path / "x.jpg")
-    picture, _ = to_rgb(opened, max_side=300, max_pixels=10**7, background="white")
+    opened = open_image(tmp_path / "x.jpg")
+    image, _ = to_rgb(opened, max_side=300, max_pixels=10**7, background="white")
     assert opened.size == (600, 450)  # decoded at a quarter, twice what is wanted
-    difference = np.asarray(picture, dtype=float) - np.asarray(large.resize((300, 225), Image.Resampling.BICUBIC))
-    assert picture.size == (300, 225) and np.abs(difference).mean() < 2
+    difference = np.asarray(image, dtype=float) - np.asarray(large.resize((300, 225), Image.Resampling.BICUBIC))
+    assert image.size == (300, 225) and np.abs(difference).mean() < 2
 
 
 @pytest.mark.parametrize("name", ["turned6.jpg", "turned.png", "turned.tif"])
-def test_a_turned_picture_is_reduced_too(tmp_path: Path, name: str) -> None:
+def test_a_turned_image_is_reduced_too(tmp_path: Path, name: str) -> None:
     ODD[name].make(tmp_path / name)
-    picture, kinds = to_rgb(open_picture(tmp_path / name), max_side=48, max_pixels=10**6, background="white")
-    assert picture.size == (48, 36) and kinds == ["reduced", *ODD[name].kinds]
+    image, kinds = to_rgb(open_image(tmp_path / name), max_side=48, max_pixels=10**6, background="white")
+    assert image.size == (48, 36) and kinds == ["reduced", *ODD[name].kinds]
     expected = np.asarray(plain().resize((48, 36), Image.Resampling.BICUBIC), dtype=float)
-    assert np.abs(np.asarray(picture, dtype=float) - expected).mean() < 3
+    assert np.abs(np.asarray(image, dtype=float) - expected).mean() < 3
 
 
 def test_an_unreadable_file_is_refused_for_who_may_not_read_it(tmp_path: Path) -> None:
     plain().save(tmp_path / "x.png")
     (tmp_path / "x.png").chmod(0)
     if os.geteuid() == 0:  # root may read anything
-        assert open_picture(tmp_path / "x.png").size == plain().size
+        assert open_image(tmp_path / "x.png").size == plain().size
     else:
         with pytest.raises(PermissionError):
-            open_picture(tmp_path / "x.png")
+            open_image(tmp_path / "x.png")
 
 
 def test_the_limit_holds_within_the_block_only(tmp_path: Path) -> None:
@@ -193,10 +193,10 @@ def test_the_limit_holds_within_the_block_only(tmp_path: Path) -> None:
         with pixel_limit(100):
             assert not ImageFile.LOAD_TRUNCATED_IMAGES
             with pytest.raises((Image.DecompressionBombError, Image.DecompressionBombWarning)):
-                open_picture(tmp_path / "x.png")
+                open_image(tmp_path / "x.png")
         assert ImageFile.LOAD_TRUNCATED_IMAGES
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = False
     assert before == Image.MAX_IMAGE_PIXELS
-    with pytest.raises(PictureError, match=r"96 x 72: more than 100 pixels \(--max-pixels\)"):
-        to_rgb(open_picture(tmp_path / "x.png"), max_side=512, max_pixels=100, background="white")
+    with pytest.raises(ImageError, match=r"96 x 72: more than 100 pixels \(--max-pixels\)"):
+        to_rgb(open_image(tmp_path / "x.png"), max_side=512, max_pixels=100, background="white")

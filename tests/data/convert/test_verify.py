@@ -1,4 +1,4 @@
-"""What ``mrmae data verify`` finds, with and without the pictures that a .beton was made from."""
+"""What ``mrmae data verify`` finds, with and without the images that a .beton was made from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.convert.compare import compare, compare_with_source, psnr
-from mrmae_ds.data.convert.folder import PictureFolder, open_folder, write_folder
+from mrmae_ds.data.convert.folder import ImageFolder, open_folder, write_folder
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.verify import verify_beton
 from mrmae_ds.data.convert.writer import write_beton
@@ -94,11 +94,11 @@ def test_damage_is_found_without_ffcv(beton: Path) -> None:
 
 
 def test_a_size_that_is_not_the_jpegs_is_found(beton: Path) -> None:
-    """Samples 3 and 5 exchange their places in the file and their checksums, and with them their pictures."""
+    """Samples 3 and 5 exchange their places in the file and their checksums, and with them their images."""
     content = bytearray(beton.read_bytes())
-    with_picture = {row: bytes(content).index(stored_jpegs(beton)[row][0]).to_bytes(8, "little") for row in (3, 5)}
-    table = {row: bytes(content).index(place) for row, place in with_picture.items()}
-    content[table[3] : table[3] + 8], content[table[5] : table[5] + 8] = with_picture[5], with_picture[3]
+    with_image = {row: bytes(content).index(stored_jpegs(beton)[row][0]).to_bytes(8, "little") for row in (3, 5)}
+    table = {row: bytes(content).index(place) for row, place in with_image.items()}
+    content[table[3] : table[3] + 8], content[table[5] : table[5] + 8] = with_image[5], with_image[3]
     three, five = (slice(table[row] + 27, table[row] + 35) for row in (3, 5))
     content[three], content[five] = content[five], content[three]
     _rewrite(beton, bytes(content))
@@ -109,7 +109,7 @@ def test_a_size_that_is_not_the_jpegs_is_found(beton: Path) -> None:
 def test_counts_and_labels_are_compared_with_the_sidecar(beton: Path) -> None:
     counts = read_sidecar(beton)["class_counts"]
     _rewrite(beton, beton.read_bytes(), class_counts=[counts[0] + 1, counts[1] - 1])
-    with pytest.raises(UserError, match=rf"class wide: {counts[0]} pictures, {counts[0] + 1} in the sidecar"):
+    with pytest.raises(UserError, match=rf"class wide: {counts[0]} images, {counts[0] + 1} in the sidecar"):
         verify_beton(beton)
     _rewrite(beton, beton.read_bytes(), class_counts=counts[:1], class_names=["wide"])
     with pytest.raises(UserError, match=r"sample 2: index 2, label 1 of 1\n"):
@@ -124,13 +124,13 @@ def test_psnr_is_opencvs() -> None:
     assert psnr(one, one) == float("inf")
 
 
-def _training(tree: Path) -> PictureFolder:
+def _training(tree: Path) -> ImageFolder:
     return open_folder(tree, 0.25)[0].limited(10, "train")
 
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """SRC/CLASS/*.png, two classes of eight pictures of which one is damaged."""
+    """SRC/CLASS/*.png, two classes of eight images of which one is damaged."""
     for place in range(16):
         path = tmp_path / "in" / "ab"[place % 2] / f"{place:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,24 +146,24 @@ def written(tree: Path, tmp_path: Path) -> Path:
     return write_folder(tree, tmp_path / "out", options, val_fraction=0.25, train_count=10)[0].path
 
 
-def test_stored_pictures_are_those_of_the_source(written: Path, tree: Path) -> None:
+def test_stored_images_are_those_of_the_source(written: Path, tree: Path) -> None:
     assert len(read_sidecar(written)["skipped"]) == 1
     lowest = compare_with_source(written, tree, count=100)
     stored = [Image.open(io.BytesIO(jpeg)) for jpeg, _, _ in stored_jpegs(written)]
     sources = [path for path in _training(tree).paths if Path(path).stat().st_size]
     expected = []
-    for picture, path in zip(stored, sources, strict=True):
+    for image, path in zip(stored, sources, strict=True):
         reduced = np.asarray(Image.open(path).resize((48, 64), Image.Resampling.BICUBIC))
-        expected.append(cv2.PSNR(np.asarray(picture), reduced))
+        expected.append(cv2.PSNR(np.asarray(image), reduced))
     assert lowest == pytest.approx(min(expected), abs=1e-6)
     assert compare_with_source(written, tree, count=2) >= lowest
 
 
-def test_another_picture_is_found(written: Path, tree: Path) -> None:
+def test_another_image_is_found(written: Path, tree: Path) -> None:
     path = Path(_training(tree).name(2))
     original = path.read_bytes()
     Image.open(path).point(lambda value: value * 0.93).save(path)  # a little darker
-    with pytest.raises(UserError, match=rf"1 of 9 pictures .*\n  sample 1: \d+\.\d dB from {path}, a JPEG"):
+    with pytest.raises(UserError, match=rf"1 of 9 images .*\n  sample 1: \d+\.\d dB from {path}, a JPEG"):
         compare_with_source(written, tree, count=100)
     Image.open(io.BytesIO(original)).rotate(90, expand=True).save(path)
     with pytest.raises(UserError, match=rf"sample 1: 48 x 64, {path} gives 64 x 48"):
@@ -180,18 +180,18 @@ def test_another_picture_is_found(written: Path, tree: Path) -> None:
 def test_any_data_set_can_be_compared(beton: Path, tree: Path) -> None:
     assert compare(beton, Photographs(), count=16) > 25
 
-    class Relabelled(Photographs):
+    class Relabeled(Photographs):
         def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-            picture, label = super().__getitem__(index)
-            return picture, 1 - label if index == 7 else label
+            image, label = super().__getitem__(index)
+            return image, 1 - label if index == 7 else label
 
     with pytest.raises(UserError, match=r"1 of 16 .*\n  sample 7: has the label 0, its source 1"):
-        compare(beton, Relabelled(), count=16)
+        compare(beton, Relabeled(), count=16)
 
     class Fewer(Photographs):
         SIZES = Photographs.SIZES[:3]
 
-    with pytest.raises(UserError, match="holds 16 pictures, the source 6"):
+    with pytest.raises(UserError, match="holds 16 images, the source 6"):
         compare(beton, Fewer(), count=16)
-    with pytest.raises(UserError, match=r"names no folder of pictures.*mrmae_ds\.data\.compare\.compare"):
+    with pytest.raises(UserError, match=r"names no folder of images.*mrmae_ds\.data\.compare\.compare"):
         compare_with_source(beton, tree, count=1)

@@ -1,4 +1,4 @@
-"""What is written: the pictures that were given, whole or not at all, and never a process that hangs."""
+"""What is written: the images that were given, whole or not at all, and never a process that hangs."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ ABOUT = {"class_names": ["a", "b"], "name": "t", "source": "tests"}
 
 
 class Opened:
-    """A data set of functions that return a picture, or do something else; labels alternate."""
+    """A data set of functions that return an image, or do something else; labels alternate."""
 
-    def __init__(self, pictures: Sequence[Callable[[], Image.Image]]) -> None:
-        self.pictures = pictures
+    def __init__(self, images: Sequence[Callable[[], Image.Image]]) -> None:
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.pictures[index](), index % 2
+        return self.images[index](), index % 2
 
     def name(self, index: int) -> str:
-        return f"picture-{index}"
+        return f"image-{index}"
 
 
 def _small() -> Image.Image:
@@ -61,19 +61,19 @@ def _truncated() -> Image.Image:
     return Image.open(io.BytesIO(stream.getvalue()[:-400]))
 
 
-def test_the_pictures_come_back(photographs: Path) -> None:
+def test_the_images_come_back(photographs: Path) -> None:
     jpegs = stored_jpegs(photographs)
     assert len(jpegs) == len(Photographs()) == check_beton(photographs).num_samples
     for row, (content, label, index) in enumerate(jpegs):
-        picture, expected_label = Photographs()[row]
+        image, expected_label = Photographs()[row]
         assert (label, index) == (expected_label, row)
         stored = Image.open(io.BytesIO(content))
-        if max(picture.size) > 256:
-            ratio = 256 / max(picture.size)
-            size = round(picture.width * ratio), round(picture.height * ratio)
-            picture = picture.resize(size, Image.Resampling.BICUBIC)
-        assert stored.size == picture.size
-        difference = np.abs(np.asarray(stored, dtype=float) - np.asarray(picture, dtype=float))
+        if max(image.size) > 256:
+            ratio = 256 / max(image.size)
+            size = round(image.width * ratio), round(image.height * ratio)
+            image = image.resize(size, Image.Resampling.BICUBIC)
+        assert stored.size == image.size
+        difference = np.abs(np.asarray(stored, dtype=float) - np.asarray(image, dtype=float))
         assert difference.mean() < 4  # JPEG at quality 95, of 255 levels
 
 
@@ -87,17 +87,17 @@ def test_the_sidecar_describes_the_file(tmp_path: Path) -> None:
     assert {"numpy", "pillow", "libjpeg-turbo"} <= set(read_sidecar(path)["versions"])
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["train.beton", "train.beton.json"]
     assert verify_beton(path) == info
-    assert "5 pictures, 2 classes (a, b)" in describe_beton(path)
+    assert "5 images, 2 classes (a, b)" in describe_beton(path)
 
 
-def test_the_same_pictures_give_the_same_bytes(tmp_path: Path) -> None:
+def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
     for workers in (1, 3):
         write_beton(Photographs(), tmp_path / f"{workers}.beton", replace(OPTIONS, workers=workers), **ABOUT)
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
 
 
-def test_no_picture_crosses_the_border_of_a_page(tmp_path: Path) -> None:
-    """FFCV reads whole pages, and finds a page by the place of a picture's beginning."""
+def test_no_image_crosses_the_border_of_a_page(tmp_path: Path) -> None:
+    """FFCV reads whole pages, and finds a page by the place of an image's beginning."""
     path = tmp_path / "x.beton"
     write_beton(Opened([photograph] * 30), path, WriteOptions(quality=100, workers=1), **ABOUT)
     content = path.read_bytes()
@@ -114,18 +114,18 @@ def _missing() -> Image.Image:
     return Image.open("/nowhere.jpg")
 
 
-def test_too_many_bad_pictures_end_in_one_error_and_leave_the_old_file(tmp_path: Path) -> None:
+def test_too_many_bad_images_end_in_one_error_and_leave_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "train.beton"
     before = write_beton(Opened([_small] * 2), path, OPTIONS, **ABOUT)
-    pictures = [_small] * 80
-    pictures[3], pictures[70] = _truncated, _missing
+    images = [_small] * 80
+    images[3], images[70] = _truncated, _missing
     for max_bad in (0, 1, 0.0125):
         with pytest.raises(UserError) as caught:
-            write_beton(Opened(pictures), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
+            write_beton(Opened(images), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
         message = str(caught.value)
-        assert f"2 of 80 pictures cannot be read, more than the {max_bad and 1} that --max-bad allows" in message
-        assert "picture-3: OSError: " in message and "truncated" in message
-        assert "picture-70: FileNotFoundError" in message and "nowhere.jpg" in message
+        assert f"2 of 80 images cannot be read, more than the {max_bad and 1} that --max-bad allows" in message
+        assert "image-3: OSError: " in message and "truncated" in message
+        assert "image-70: FileNotFoundError" in message and "nowhere.jpg" in message
         assert verify_beton(path) == before
         assert sorted(entry.name for entry in tmp_path.iterdir()) == [
             "train.beton", "train.beton.json", "train.beton.skipped.csv"
@@ -133,16 +133,16 @@ def test_too_many_bad_pictures_end_in_one_error_and_leave_the_old_file(tmp_path:
 
 
 @pytest.mark.parametrize("max_bad", [2, 0.0126])
-def test_a_few_bad_pictures_are_left_out(tmp_path: Path, max_bad: int | float) -> None:
+def test_a_few_bad_images_are_left_out(tmp_path: Path, max_bad: int | float) -> None:
     path = tmp_path / "x.beton"
-    pictures = [_small] * 80
-    pictures[3], pictures[70] = _truncated, _missing
-    info = write_beton(Opened(pictures), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
+    images = [_small] * 80
+    images[3], images[70] = _truncated, _missing
+    info = write_beton(Opened(images), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
     assert info.num_samples == 78
     expected = [row % 2 for row in range(80) if row not in (3, 70)]
     assert [(label, index) for _, label, index in stored_jpegs(path)] == list(zip(expected, range(78), strict=True))
     skipped = read_sidecar(path)["skipped"]
-    assert [(entry["row"], entry["name"]) for entry in skipped] == [(3, "picture-3"), (70, "picture-70")]
+    assert [(entry["row"], entry["name"]) for entry in skipped] == [(3, "image-3"), (70, "image-70")]
     assert read_sidecar(path)["class_counts"] == [39, 39]
     assert "left out  2 that cannot be read, listed in x.beton.skipped.csv" in describe_beton(path)
     verify_beton(path)
@@ -152,54 +152,54 @@ def test_a_few_bad_pictures_are_left_out(tmp_path: Path, max_bad: int | float) -
 
 def test_a_hopeless_set_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mrmae_ds.data.convert.writer._ENOUGH", 50)
-    with pytest.raises(UserError, match=r"51 of 4,000 pictures cannot be read \(stopped after 51\)") as caught:
+    with pytest.raises(UserError, match=r"51 of 4,000 images cannot be read \(stopped after 51\)") as caught:
         write_beton(Opened([_truncated] * 4000), tmp_path / "x.beton", OPTIONS, **ABOUT)
     assert str(caught.value).endswith("and 31 more")
     assert len((tmp_path / "x.beton.skipped.csv").read_text().splitlines()) == 52
 
 
-def test_a_class_that_loses_all_its_pictures_is_an_error(tmp_path: Path) -> None:
-    pictures = [_small, _truncated] * 3 + [_small]
-    with pytest.raises(UserError, match=r"no picture of the class b can be read \(picture-1: OSError"):
-        write_beton(Opened(pictures), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **ABOUT)
+def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path) -> None:
+    images = [_small, _truncated] * 3 + [_small]
+    with pytest.raises(UserError, match=r"no image of the class b can be read \(image-1: OSError"):
+        write_beton(Opened(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **ABOUT)
 
-    class Labelled(Opened):
+    class Labeled(Opened):
         """The third class is empty from the beginning, and the set can tell."""
 
         def label(self, index: int) -> int:
             return index % 2
 
-    pictures[3] = _small
+    images[3] = _small
     about = ABOUT | {"class_names": ["a", "b", "c"]}
-    write_beton(Labelled(pictures), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **about)
-    with pytest.raises(UserError, match="no picture of the class c"):
-        write_beton(Opened(pictures), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **about)
+    write_beton(Labeled(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **about)
+    with pytest.raises(UserError, match="no image of the class c"):
+        write_beton(Opened(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **about)
 
 
 def test_a_label_without_a_class_is_an_error_however_many_may_be_bad(tmp_path: Path) -> None:
     options = replace(OPTIONS, max_bad=1.0)
-    with pytest.raises(UserError, match=r"picture-1: has the label 1, but there are 1 classes, labels from 0"):
+    with pytest.raises(UserError, match=r"image-1: has the label 1, but there are 1 classes, labels from 0"):
         write_beton(Opened([_small] * 2), tmp_path / "x.beton", options, **ABOUT | {"class_names": ["a"]})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_worker_is_an_error_that_names_the_picture(tmp_path: Path) -> None:
+def test_a_killed_worker_is_an_error_that_names_the_image(tmp_path: Path) -> None:
     def killed() -> Image.Image:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
-    with pytest.raises(UserError, match=r"picture-50: the process that read it ended with exit status -9.*--workers"):
+    with pytest.raises(UserError, match=r"image-50: the process that read it ended with exit status -9.*--workers"):
         write_beton(Opened([_small] * 50 + [killed] + [_small] * 50), tmp_path / "x.beton", OPTIONS, **ABOUT)
     assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
 
 
-def test_a_stuck_worker_is_an_error_that_names_the_picture(tmp_path: Path) -> None:
+def test_a_stuck_worker_is_an_error_that_names_the_image(tmp_path: Path) -> None:
     def stuck() -> Image.Image:
         time.sleep(100)
         raise AssertionError
 
     options = replace(OPTIONS, timeout_s=0.5)
-    with pytest.raises(UserError, match=r"picture-20: not read within 0.5 s \(--timeout\)"):
+    with pytest.raises(UserError, match=r"image-20: not read within 0.5 s \(--timeout\)"):
         write_beton(Opened([_small] * 20 + [stuck] + [_small] * 5), tmp_path / "x.beton", options, **ABOUT)
     assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
 
@@ -300,7 +300,7 @@ def _alive(pid: int) -> bool:
         ({"max_bad": 1.5}, "max_bad must be a number"),
         ({"max_pixels": 0}, "max_pixels and timeout must be positive"),
         ({"timeout_s": 0}, "max_pixels and timeout must be positive"),
-        ({"background": "whitish"}, "background must be a colour"),
+        ({"background": "whitish"}, "background must be a color"),
     ],
 )
 def test_options_out_of_range_are_errors(change: dict[str, Any], message: str) -> None:

@@ -42,20 +42,20 @@ def _samples(reader: Reader, epoch: int = 1, start: int = 0) -> list[tuple[int, 
     return found
 
 
-def test_a_picture_becomes_what_timm_makes_of_it() -> None:
+def test_an_image_becomes_what_timm_makes_of_it() -> None:
     size, keys = 96, range(40)
-    picture = photograph().crop((100, 100, 100 + size, 100 + size))
+    image = photograph().crop((100, 100, 100 + size, 100 + size))
     mean = tuple(round(255 * value) for value in SETTINGS.mean)
     options = {"translate_const": 43, "img_mean": mean, "interpolation": Image.Resampling.BICUBIC}
     theirs, ours = rand_augment_transform(POLICY, options), Augment(SETTINGS, size)
     changed = 0
     for key in keys:
-        ours(picture, key + 1)  # whatever was drawn before
-        result = np.asarray(ours(picture, key))
+        ours(image, key + 1)  # whatever was drawn before
+        result = np.asarray(ours(image, key))
         seed_generators(key, 0x706F6C69)
-        assert np.array_equal(result, np.asarray(theirs(picture))), key
-        changed += not np.array_equal(result, np.asarray(picture))
-    # Two operations, each applied with probability a half: a quarter of the pictures stays as it is.
+        assert np.array_equal(result, np.asarray(theirs(image))), key
+        changed += not np.array_equal(result, np.asarray(image))
+    # Two operations, each applied with probability a half: a quarter of the images stays as it is.
     assert 20 <= changed <= 38
 
 
@@ -90,7 +90,7 @@ def test_pixels_do_not_depend_on_how_the_work_is_spread(betons: tuple[Path, Path
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 def test_both_backends_draw_by_the_sample(betons: tuple[Path, Path], backend: str) -> None:
-    """What becomes of a picture is what its key alone makes of it here; the backends differ in their pixels only."""
+    """What becomes of an image is what its key alone makes of it here; the backends differ in their pixels only."""
     plain, augmented = (dict(_samples(_reader(betons[0], backend, augment=policy))) for policy in (None, SETTINGS))
     assert len(plain) == 144 and plain.keys() == augmented.keys()
     augment = Augment(SETTINGS, 32)
@@ -156,7 +156,7 @@ def test_erasing_depends_on_the_sample_alone() -> None:
     assert torch.equal(shuffled, whole[order])
     erased = (whole != 0).flatten(1).any(1)
     assert 20 <= erased.sum() <= 44
-    # A share between 2 % and a third of an erased picture is normal noise, the rest untouched.
+    # A share between 2 % and a third of an erased image is normal noise, the rest untouched.
     shares = (whole != 0).any(1).flatten(1).float().mean(1)[erased]
     assert shares.min() > 0.005 and shares.max() < 0.4
     assert abs(whole[whole != 0].std() - 1) < 0.05

@@ -63,7 +63,7 @@ def _by_sample(batches: Iterable[Batch]) -> dict[int, bytes]:
 
 
 def _distance(image: torch.Tensor, expected: Image.Image) -> float:
-    """Mean difference of an image [3, S, S] from a picture, of 255 levels."""
+    """Mean difference of an image [3, S, S] from an image, of 255 levels."""
     return float(np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).mean())
 
 
@@ -101,15 +101,15 @@ def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> N
     turned = 0
     for batch in reader.epoch(3):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
-            picture = Image.open(io.BytesIO(jpegs[index][0]))
-            box = expected_box(picture.height, picture.width, index, seed=5, epoch=3, crop=crop)
+            source_image = Image.open(io.BytesIO(jpegs[index][0]))
+            box = expected_box(source_image.height, source_image.width, index, seed=5, epoch=3, crop=crop)
 
             def cut(
                 top: int = 0, left: int = 0, bottom: int = 0, right: int = 0, mirrored: bool = False,
-                picture: Image.Image = picture, box: tuple[int, ...] = box,
+                source_image: Image.Image = source_image, box: tuple[int, ...] = box,
             ) -> Image.Image:  # fmt: skip
                 y, x, height, width, flip = box
-                part = picture.crop((x + left, y + top, x + width + right, y + height + bottom))
+                part = source_image.crop((x + left, y + top, x + width + right, y + height + bottom))
                 part = part.resize((size, size), Image.Resampling.BICUBIC)
                 return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip != mirrored else part
 
@@ -119,13 +119,13 @@ def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> N
 
 
 @pytest.mark.parametrize("size, short", [(96, 109), (256, 256)])
-def test_evaluation_pixels_are_the_centre(photographs: Path, size: int, short: int) -> None:
+def test_evaluation_pixels_are_the_center(photographs: Path, size: int, short: int) -> None:
     jpegs = stored_jpegs(photographs)
     for batch in _reader(photographs, train=False, image_size=size).epoch(0):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
-            picture = Image.open(io.BytesIO(jpegs[index][0]))
-            sides = [int(short * side / min(picture.size)) for side in picture.size]
-            resized = picture.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
+            source_image = Image.open(io.BytesIO(jpegs[index][0]))
+            sides = [int(short * side / min(source_image.size)) for side in source_image.size]
+            resized = source_image.resize((sides[0], sides[1]), Image.Resampling.BICUBIC)
             x, y = (round((side - size) / 2) for side in sides)
 
             def cut(
@@ -271,13 +271,13 @@ def _altered(beton: Path, folder: Path, place: int) -> Path:
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 @pytest.mark.parametrize("where", [0.01, 0.5, 0.97])
-def test_a_bit_that_has_changed_in_a_picture_is_an_error(
+def test_a_bit_that_has_changed_in_an_image_is_an_error(
     photographs: Path, tmp_path: Path, where: float, backend: str
 ) -> None:
     content, jpeg = photographs.read_bytes(), stored_jpegs(photographs)[6][0]
     path = _altered(photographs, tmp_path, content.index(jpeg) + int(where * len(jpeg)))
     reader = _reader(path, train=False, backend=backend)
-    with pytest.raises(UserError, match=r"damaged (JPEG|picture) in sample 6"):
+    with pytest.raises(UserError, match=r"damaged (JPEG|image) in sample 6"):
         list(reader.epoch(0))
     reader.close()
 
@@ -287,7 +287,7 @@ def test_a_bit_that_has_changed_in_a_picture_is_an_error(
 def test_a_bit_that_has_changed_in_the_tables_is_an_error(
     photographs: Path, tmp_path: Path, what: str, backend: str
 ) -> None:
-    """The label, row and checksum of a sample lie behind its picture's entry; places and lengths at the file's end."""
+    """The label, row and checksum of a sample lie behind its image's entry; places and lengths at the file's end."""
     content, (jpeg, label, _) = photographs.read_bytes(), stored_jpegs(photographs)[6]
     place = content.index(jpeg).to_bytes(8, "little")
     entry = content.index(place + b"\0" * 3 + label.to_bytes(8, "little"))
@@ -308,25 +308,25 @@ def test_a_file_cut_off_or_of_another_set_is_an_error(
             _reader(path, train=False)
     # A file of the same size that another run of the writer has made, and a sidecar that is not its own.
     options = WriteOptions(max_side=256, quality=95, workers=1)
-    write_beton(Relabelled(), path, options, class_names=["wide", "tall"], name="other", source="a photograph")
+    write_beton(Relabeled(), path, options, class_names=["wide", "tall"], name="other", source="a photograph")
     assert path.stat().st_size == photographs.stat().st_size
     shutil.copy(sidecar_path(photographs), sidecar_path(path))
     with pytest.raises(UserError, match="its tables have changed since they were written"):
         _reader(path, train=False)
 
 
-class Relabelled(Photographs):
-    """The same pictures, other labels."""
+class Relabeled(Photographs):
+    """The same images, other labels."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        picture, label = super().__getitem__(index)
-        return picture, 1 - label
+        image, label = super().__getitem__(index)
+        return image, 1 - label
 
 
 def test_a_file_of_ffcvs_own_writer_is_read(photographs: Path, tmp_path: Path) -> None:
-    path, pictures = tmp_path / "train.beton", Photographs()
+    path, images = tmp_path / "train.beton", Photographs()
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField(), "index": IntField()}
-    samples = [(np.asarray(pictures[row][0].resize((60, 44))), pictures[row][1], row) for row in range(len(pictures))]
+    samples = [(np.asarray(images[row][0].resize((60, 44))), images[row][1], row) for row in range(len(images))]
     DatasetWriter(str(path), fields, num_workers=1).from_indexed_dataset(samples)
     sidecar = json.loads(sidecar_path(photographs).read_text())
     del sidecar["tables_sha256"]
@@ -344,7 +344,7 @@ def test_a_file_of_ffcvs_own_writer_is_read(photographs: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 def test_what_was_damaged_before_it_was_written_is_an_error(photographs: Path, tmp_path: Path, backend: str) -> None:
-    """Checksums and all fit, the picture does not."""
+    """Checksums and all fit, the image does not."""
     path = tmp_path / "train.beton"
     with BetonWriter(path, 2, 256) as file:
         for jpeg in (stored_jpegs(photographs)[0][0], stored_jpegs(photographs)[6][0][:-300]):
@@ -353,7 +353,7 @@ def test_what_was_damaged_before_it_was_written_is_an_error(photographs: Path, t
     del sidecar["tables_sha256"]
     sidecar_path(path).write_text(json.dumps(sidecar | {"size": path.stat().st_size, "num_samples": 2}))
     reader = _reader(path, train=False, backend=backend)
-    with pytest.raises(UserError, match=r"damaged (JPEG|picture) in sample 1"):
+    with pytest.raises(UserError, match=r"damaged (JPEG|image) in sample 1"):
         list(reader.epoch(0))
     reader.close()
 

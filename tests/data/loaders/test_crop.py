@@ -88,7 +88,7 @@ def test_a_box_depends_on_nothing_but_its_sample() -> None:
 
 @pytest.mark.parametrize("height, width", [(20, 400), (400, 20), (100, 100)])
 def test_where_no_try_fits_the_box_is_torchvisions(height: int, width: int) -> None:
-    # With an area of nearly all and ratios far from the picture's, no try can fit.
+    # With an area of nearly all and ratios far from the image's, no try can fit.
     crop = (
         CropSettings(scale=(0.99, 1.0), ratio=(0.75, 4 / 3))
         if height != width
@@ -104,8 +104,8 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
     sizes = np.full(count, 180, dtype=np.int64), np.full(count, 240, dtype=np.int64)
     ours = random_boxes(*sizes, np.arange(count), seed=0, epoch=0, crop=crop)
     torch.manual_seed(0)
-    picture = torch.empty(3, 180, 240)
-    theirs = np.array([RandomResizedCrop.get_params(picture, list(crop.scale), list(crop.ratio)) for _ in range(count)])
+    image = torch.empty(3, 180, 240)
+    theirs = np.array([RandomResizedCrop.get_params(image, list(crop.scale), list(crop.ratio)) for _ in range(count)])
     # Quantiles of 4000 draws have a standard error below 1 % of the side.
     for column in range(4):
         quantiles = [np.quantile(boxes[:, column], [0.1, 0.5, 0.9]) for boxes in (ours, theirs)]
@@ -125,7 +125,7 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
         (1, 9, 32, [2 / 36, 146 / 36, 32 / 36, 32 / 36, 0]),
     ],
 )
-def test_evaluation_looks_at_the_centre(height: int, width: int, size: int, box: list[float]) -> None:
+def test_evaluation_looks_at_the_center(height: int, width: int, size: int, box: list[float]) -> None:
     found = center_boxes(np.array([height]), np.array([width]), size)
     assert found.dtype == np.float64 and found.tolist() == [pytest.approx(box)]
 
@@ -138,6 +138,6 @@ def test_evaluation_rounds_like_torchvision(height: int, width: int, size: int) 
     transform = v2.Compose([v2.Resize(short, antialias=False), v2.CenterCrop(size)])
     seen = transform(coordinates)
     top, left, tall, wide, _ = center_boxes(np.array([height]), np.array([width]), size)[0]
-    # The middle of what is seen, in stored pixels; bilinear interpolation of coordinates is exact inside the picture.
+    # The middle of what is seen, in stored pixels; bilinear interpolation of coordinates is exact inside the image.
     middle = seen[0].mean().item() + 0.5, seen[1].mean().item() + 0.5
     assert (top + tall / 2, left + wide / 2) == pytest.approx(middle, abs=1e-6)

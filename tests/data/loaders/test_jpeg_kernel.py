@@ -31,19 +31,19 @@ BOXES: list[tuple[Box, int]] = [
 ]
 
 
-def _jpeg(picture: Image.Image, **options: object) -> bytes:
+def _jpeg(image: Image.Image, **options: object) -> bytes:
     stream = io.BytesIO()
-    picture.save(stream, "JPEG", **options)
+    image.save(stream, "JPEG", **options)
     return stream.getvalue()
 
 
-def _picture() -> Image.Image:
+def _image() -> Image.Image:
     return photograph().crop((100, 50, 100 + 203, 50 + 301))
 
 
-def _grey() -> Image.Image:
+def _gray() -> Image.Image:
     """Far enough from black and white that the filter's overshoot is not clipped, which Pillow does twice."""
-    return ImageOps.grayscale(_picture()).point(lambda value: 50 + 0.6 * value).convert("RGB")
+    return ImageOps.grayscale(_image()).point(lambda value: 50 + 0.6 * value).convert("RGB")
 
 
 def _decode(
@@ -75,17 +75,17 @@ def _decode_table(
     return images, status.tolist()
 
 
-def _pillow(picture: Image.Image, box: Box, size: int) -> np.ndarray:
+def _pillow(image: Image.Image, box: Box, size: int) -> np.ndarray:
     """Cut out, then resized; [S, S, 3]."""
     top, left, height, width, mirrored = (int(side) for side in box)
-    part = picture.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    part = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part).astype(int)
 
 
 @pytest.mark.parametrize("box, size", BOXES)
 def test_full_chroma_is_resized_as_in_float64(box: Box, size: int) -> None:
     """Against torch's antialiased bicubic of the decoded YCbCr, and JFIF's formulas."""
-    jpeg = _jpeg(_picture(), quality=90, subsampling="4:4:4")
+    jpeg = _jpeg(_image(), quality=90, subsampling="4:4:4")
     (image,), status = _decode([jpeg], [box], size)
     assert status == [0]
     opened = Image.open(io.BytesIO(jpeg))
@@ -105,8 +105,8 @@ def test_full_chroma_is_resized_as_in_float64(box: Box, size: int) -> None:
 @pytest.mark.parametrize("box, size", BOXES)
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
 def test_luma_is_pillows(box: Box, size: int, subsampling: str) -> None:
-    """A picture without colour shows luma alone. Pillow rounds twice, and the filter enlarges the first rounding."""
-    jpeg = _jpeg(_grey(), quality=90, subsampling=subsampling)
+    """An image without color shows luma alone. Pillow rounds twice, and the filter enlarges the first rounding."""
+    jpeg = _jpeg(_gray(), quality=90, subsampling=subsampling)
     (image,), status = _decode([jpeg], [box], size)
     assert status == [0]
     assert np.abs(image - _pillow(Image.open(io.BytesIO(jpeg)).convert("RGB"), box, size)).max() <= 2
@@ -114,13 +114,13 @@ def test_luma_is_pillows(box: Box, size: int, subsampling: str) -> None:
 
 @pytest.mark.parametrize("box, size", BOXES)
 @pytest.mark.parametrize("subsampling", ["4:2:2", "4:2:0"])
-def test_colours_differ_by_the_interpolation_of_chroma_alone(box: Box, size: int, subsampling: str) -> None:
-    jpeg = _jpeg(_picture(), quality=90, subsampling=subsampling)
+def test_colors_differ_by_the_interpolation_of_chroma_alone(box: Box, size: int, subsampling: str) -> None:
+    jpeg = _jpeg(_image(), quality=90, subsampling=subsampling)
     (image,), _ = _decode([jpeg], [box], size)
     expected = _pillow(Image.open(io.BytesIO(jpeg)).convert("RGB"), box, size)
     assert np.abs(image - expected).mean() < 1
     luma = np.abs((image - expected) @ np.array([0.299, 0.587, 0.114]))
-    # Where Pillow clips a colour before it resizes, luma is another.
+    # Where Pillow clips a color before it resizes, luma is another.
     assert np.quantile(luma, 0.99) < 1.5
     other = (box[0], box[1], box[2], box[3], 1 - box[4])
     if box[3] > 1:
@@ -129,8 +129,8 @@ def test_colours_differ_by_the_interpolation_of_chroma_alone(box: Box, size: int
 
 @pytest.mark.parametrize("size", [32, 96, 256])
 def test_beyond_the_box_is_what_resizing_before_cutting_sees(size: int) -> None:
-    """The boxes are of pictures that are resized to 2 * size high, and cut in the middle."""
-    jpeg = _jpeg(_grey(), quality=90)
+    """The boxes are of images that are resized to 2 * size high, and cut in the middle."""
+    jpeg = _jpeg(_gray(), quality=90)
     width = 2 * size * 203 // 301
     left = (width - size) // 2
     box = (0.25 * 301, left * 203 / width, 0.5 * 301, size * 203 / width, 0)
@@ -142,10 +142,10 @@ def test_beyond_the_box_is_what_resizing_before_cutting_sees(size: int) -> None:
     assert np.abs(cut_before - expected).max() > 2
 
 
-def test_flat_pictures_stay_flat() -> None:
+def test_flat_images_stay_flat() -> None:
     """The weights of each output sum to exactly 1, however many they are."""
-    for colour in ((255, 255, 255), (0, 0, 0), (200, 30, 90)):
-        jpeg = _jpeg(Image.new("RGB", (3000, 17), colour), quality=100, subsampling="4:4:4")
+    for color in ((255, 255, 255), (0, 0, 0), (200, 30, 90)):
+        jpeg = _jpeg(Image.new("RGB", (3000, 17), color), quality=100, subsampling="4:4:4")
         decoded = np.asarray(Image.open(io.BytesIO(jpeg)))[0, 0].astype(int)
         for size in (1, 3, 31):
             images, _ = _decode([jpeg], [(0, 0, 17, 3000, 0)], size)
@@ -154,15 +154,15 @@ def test_flat_pictures_stay_flat() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 3), (3, 2), (15, 17), (16, 16)])
-def test_small_pictures(size: tuple[int, int]) -> None:
-    jpeg = _jpeg(_grey().resize(size), quality=95)
+def test_small_images(size: tuple[int, int]) -> None:
+    jpeg = _jpeg(_gray().resize(size), quality=95)
     box = (0, 0, size[1], size[0], 0)
     (image,), status = _decode([jpeg], [box], 24)
     assert status == [0]
     assert np.abs(image - _pillow(Image.open(io.BytesIO(jpeg)), box, 24)).max() <= 2
 
 
-def test_threads_and_neighbours_change_nothing() -> None:
+def test_threads_and_neighbors_change_nothing() -> None:
     sizes = [(203, 301), (20, 31), (400, 90), (64, 64), (301, 203)]
     jpegs = [_jpeg(photograph().resize(size), quality=90) for size in sizes]
     boxes = [(0.0, 0.0, float(height), float(width), place % 2) for place, (width, height) in enumerate(sizes)]
@@ -174,13 +174,13 @@ def test_threads_and_neighbours_change_nothing() -> None:
 
 def test_what_is_no_sound_ycbcr_jpeg_is_damaged() -> None:
     """And the others of the batch are not."""
-    sound = _jpeg(_picture(), quality=90)
+    sound = _jpeg(_image(), quality=90)
     half = len(sound) // 2
     cases = {
         "sound": sound,
-        "grey": _jpeg(ImageOps.grayscale(_picture()), quality=90),
-        "cmyk": _jpeg(_picture().convert("CMYK"), quality=90),
-        "rgb": _jpeg(_picture(), quality=90, keep_rgb=True),
+        "gray": _jpeg(ImageOps.grayscale(_image()), quality=90),
+        "cmyk": _jpeg(_image().convert("CMYK"), quality=90),
+        "rgb": _jpeg(_image(), quality=90, keep_rgb=True),
         "truncated": sound[:half],
         "blank": sound[:half] + bytes(len(sound) - half),
         "no jpeg": b"\0" * 300,
@@ -197,13 +197,13 @@ def test_what_is_no_sound_ycbcr_jpeg_is_damaged() -> None:
 
 def _png() -> bytes:
     stream = io.BytesIO()
-    _picture().save(stream, "PNG")
+    _image().save(stream, "PNG")
     return stream.getvalue()
 
 
 @pytest.mark.parametrize("side", [(300, 203), (302, 203), (301, 202), (301, 204), (20, 20), (203, 301)])
 def test_a_jpeg_of_another_size_is_damaged(side: tuple[int, int]) -> None:
-    jpeg = _jpeg(_picture(), quality=90)
+    jpeg = _jpeg(_image(), quality=90)
     _, status = _decode_table(jpeg, np.array([[0, len(jpeg), *side]]), [(0, 0, 10, 10, 0)], 16)
     assert status == [jpeg_kernel.DAMAGED]
 
@@ -211,7 +211,7 @@ def test_a_jpeg_of_another_size_is_damaged(side: tuple[int, int]) -> None:
 @pytest.mark.parametrize("more", [0, 1, 4095, 4096, 60_000])
 def test_the_checksum_is_zlibs(more: int) -> None:
     """Of JPEGs of several lengths, by bytes behind their end, which the decoder does not look at."""
-    jpeg = _jpeg(_picture().resize((20, 30)), quality=90) + b"\xff" * more
+    jpeg = _jpeg(_image().resize((20, 30)), quality=90) + b"\xff" * more
     table, box = np.array([[0, len(jpeg), 30, 20]]), [(0, 0, 30, 20, 0)]
     right = zlib.adler32(jpeg)
     for checksum, status in ((right, 0), (-1, 0), (right ^ 1, jpeg_kernel.DAMAGED), (0, jpeg_kernel.DAMAGED)):

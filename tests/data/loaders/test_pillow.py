@@ -41,7 +41,7 @@ def _samples(reader: Reader, epoch: int = 0, start: int = 0) -> list[tuple[int, 
     return batches
 
 
-def _picture(jpeg: bytes) -> Image.Image:
+def _image(jpeg: bytes) -> Image.Image:
     return Image.open(io.BytesIO(jpeg)).convert("RGB")
 
 
@@ -51,11 +51,11 @@ def test_training_pixels_are_torchvisions(photographs: Path, size: int) -> None:
     reader = _reader(photographs, train=True, image_size=size)
     for batch in reader.epoch(3):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
-            picture = _picture(jpegs[index][0])
-            box = expected_box(picture.height, picture.width, index, seed=5, epoch=3, crop=CROP)
+            source_image = _image(jpegs[index][0])
+            box = expected_box(source_image.height, source_image.width, index, seed=5, epoch=3, crop=CROP)
             top, left, height, width, flip = box
             bicubic = TF.InterpolationMode.BICUBIC
-            expected = TF.resized_crop(picture, top, left, height, width, [size, size], interpolation=bicubic)
+            expected = TF.resized_crop(source_image, top, left, height, width, [size, size], interpolation=bicubic)
             expected = TF.horizontal_flip(expected) if flip else expected
             assert torch.equal(image, TF.pil_to_tensor(expected))
             mirrored += flip
@@ -72,14 +72,14 @@ def test_evaluation_pixels_are_torchvisions(photographs: Path, size: int) -> Non
     count = 0
     for batch in reader.epoch(0):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
-            assert torch.equal(image, TF.pil_to_tensor(transform(_picture(jpegs[index][0])))), index
+            assert torch.equal(image, TF.pil_to_tensor(transform(_image(jpegs[index][0])))), index
             count += 1
     reader.close()
     assert count == 16
 
 
 def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
-    """How far the backends are apart in each picture: mean difference, of 255 levels."""
+    """How far the backends are apart in each image: mean difference, of 255 levels."""
     first = _reader(path, train, "ffcv", image_size=64)
     second = _reader(path, train, "pillow", image_size=64, seed=other_seed)
     others = {int(i): image for batch in second.epoch(2) for i, image in zip(batch.indices, batch.images, strict=True)}
@@ -92,7 +92,7 @@ def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_both_backends_show_the_same_part_of_the_same_picture(photographs: Path, train: bool) -> None:
+def test_both_backends_show_the_same_part_of_the_same_image(photographs: Path, train: bool) -> None:
     # What remains is how chroma is interpolated: see test_jpeg_kernel.py.
     assert max(_distances(photographs, train)) < 1.5
 
@@ -124,14 +124,14 @@ def test_an_epoch_can_be_left_and_another_begun(betons: tuple[Path, Path]) -> No
     assert _samples(reader, 1) == whole
 
 
-def test_a_damaged_picture_is_named(betons: tuple[Path, Path], tmp_path: Path) -> None:
+def test_a_damaged_image_is_named(betons: tuple[Path, Path], tmp_path: Path) -> None:
     copy = tmp_path / "train.beton"
     content = bytearray(betons[0].read_bytes())
     place = content.index(stored_jpegs(betons[0])[7][0])
     content[place : place + 400] = bytes(400)
     copy.write_bytes(content)
     sidecar_path(copy).write_text(sidecar_path(betons[0]).read_text())
-    with pytest.raises(UserError, match=r"train\.beton: damaged picture in sample 7 "):
+    with pytest.raises(UserError, match=r"train\.beton: damaged image in sample 7 "):
         _samples(_reader(copy, True))
 
 

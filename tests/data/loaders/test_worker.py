@@ -1,4 +1,4 @@
-"""Processes that prepare pictures: they outlive a signal to stop, and not the process that began them."""
+"""Processes that prepare images: they outlive a signal to stop, and not the process that began them."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher
-from mrmae_ds.teachers.placement.offloaded import ALIGNMENT, MovingTeacher
+from mrmae_ds.teachers.placement.offloaded import ALIGNMENT, OffloadedTeacher
 from mrmae_ds.teachers.placement.units import lay_out, split
 from tests.support.placed import RGB, TEACHERS, bytes_present, timm_network, watched, weights_of
 from tests.support.sample_teachers import pixels_of
@@ -117,7 +117,7 @@ def test_the_host_keeps_the_weights_apart_from_those_that_work() -> None:
     teacher = TEACHERS["clip"](Path())
     values = [tensor.clone() for tensor in weights_of(teacher)]
     placed = _placed(teacher, "step")
-    assert isinstance(placed, MovingTeacher)
+    assert isinstance(placed, OffloadedTeacher)
     masters = {bundle.master.data_ptr() for bundle in (placed.rest, *placed.units)}
     working = []
 
@@ -179,7 +179,7 @@ def test_all_memory_is_back_after_the_last_use(kind: str) -> None:
     storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in weights_of(teacher)]
     placed = _placed(teacher, kind)
     placed(pixels_of(1, 64))
-    if isinstance(placed, MovingTeacher):
+    if isinstance(placed, OffloadedTeacher):
         storages += [StorageWeakRef(bundle.master.untyped_storage()) for bundle in (placed.rest, *placed.units)]
     placed.release()
     assert all(storage.expired() for storage in storages)
@@ -243,7 +243,7 @@ class Shared(nn.Module):
 
 
 class OddTeacher(Teacher):
-    """Colours through :class:`Shared`."""
+    """Colors through :class:`Shared`."""
 
     def __init__(self) -> None:
         torch.manual_seed(0)

@@ -107,7 +107,7 @@ def test_last_block_of_the_authors_clip(features: str, tmp_path: Path) -> None:
     last = {f"visual.{name}": value for name, value in part(reference, "state/").items()}
     torch.save(model_of("mrmae-test-one-block", quick_gelu=True).state_dict() | last, tmp_path / "clip.pt")
     teacher = build(tmp_path / "clip.pt", "mrmae-test-one-block", features=features, quickgelu=True)
-    # What enters the last block is the authors' value, whatever the picture.
+    # What enters the last block is the authors' value, whatever the image.
     teacher.network.ln_pre.register_forward_hook(lambda *_: reference["last_block_input"])
     tokens, importance = teacher(pixels_of(2, 64))
     torch.testing.assert_close(tokens, reference[features], atol=1e-5, rtol=1e-4)

@@ -87,7 +87,7 @@ def test_last_block_of_the_authors_dino(tmp_path: Path) -> None:
     model = timm.create_model("mrmae_test_vit_one_block", num_classes=0)
     torch.save(model.state_dict() | part(reference, "state/"), tmp_path / "dino.pt")
     teacher = build(tmp_path / "dino.pt", "mrmae_test_vit_one_block", features="ln_post")
-    # What enters the last block is the authors' value, whatever the picture.
+    # What enters the last block is the authors' value, whatever the image.
     teacher.network.norm_pre.register_forward_hook(lambda *_: reference["last_block_input"])
     tokens, importance = teacher(pixels_of(2, 64))
     torch.testing.assert_close(tokens, reference["normed"], atol=1e-5, rtol=1e-4)

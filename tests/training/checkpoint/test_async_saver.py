@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae_ds.distributed.collectives import AgreedError
+from mrmae_ds.distributed.collectives import CollectiveError
 from mrmae_ds.training.checkpoint import async_saver as module
-from mrmae_ds.training.checkpoint.async_saver import Saver, copied
+from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer, copied
 from mrmae_ds.training.checkpoint.folder import Retention, list_checkpoints
 from mrmae_ds.training.checkpoint.save import Snapshot, Written
 from mrmae_ds.training.checkpoint.train_state import TrainState
@@ -42,9 +42,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return Gate(monkeypatch)
 
 
-def _saver(stage_dir: Path, engine: FakeEngine, background: bool = True) -> tuple[Saver, list[Any]]:
+def _saver(stage_dir: Path, engine: FakeEngine, background: bool = True) -> tuple[AsyncCheckpointer, list[Any]]:
     told: list[Any] = []
-    saver = Saver(
+    saver = AsyncCheckpointer(
         engine, stage_dir, IDENTITY, Retention(2), 4, background,
         lambda folder, step, results: told.append((folder.name, step, results)),
     )  # fmt: skip
@@ -123,7 +123,7 @@ def test_a_failure_in_the_background_is_raised_in_the_foreground(tmp_path: Path)
     saver.finish()
     engine.parts = {OPTIM: 1, MODEL: Unwritable()}
     saver.save(TrainState(step=10), {})
-    with pytest.raises(AgreedError, match=r"after step 10 was not saved.*cannot be pickled"):
+    with pytest.raises(CollectiveError, match=r"after step 10 was not saved.*cannot be pickled"):
         saver.finish()
     assert _names(tmp_path) == ["step_000000005"] and len(told) == 1
     saver.finish()

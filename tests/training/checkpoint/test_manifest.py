@@ -10,10 +10,10 @@ import pytest
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.checkpoint.manifest import (
+    EngineLayout,
     FileEntry,
-    Identity,
-    Layout,
     Manifest,
+    RunIdentity,
     check_contents,
     check_sizes,
     leaf_differences,
@@ -102,7 +102,7 @@ def test_a_flipped_byte_is_seen_by_the_contents_alone(tmp_path: Path) -> None:
 def test_the_files_are_shared_out_once_each_and_evenly(parts: int) -> None:
     sizes = [900, 40, 800, 70, 700, 10, 600, 500, 3]
     files = {f"file{i}": FileEntry(size=size, sha256="") for i, size in enumerate(sizes)}
-    layout = Layout(world_size=1, zero_stage=3, dtype="float32")
+    layout = EngineLayout(world_size=1, zero_stage=3, dtype="float32")
     lists = shares(Manifest(step=1, identity=IDENTITY, layout=layout, files=files), parts)
     assert len(lists) == parts
     assert sorted(name for names in lists for name in names) == sorted(files)
@@ -111,11 +111,11 @@ def test_the_files_are_shared_out_once_each_and_evenly(parts: int) -> None:
 
 
 def test_every_difference_between_two_runs_is_named() -> None:
-    old = Identity(
+    old = RunIdentity(
         recipe_hash="a", seed=0, train="1" * 64, val="2" * 64, teachers={"clip": "3" * 64, "dino": "4" * 64},
         recipe={"stages": {"pretrain": {"epochs": 4, "batch_size": 32}}},
     )  # fmt: skip
-    new = Identity(
+    new = RunIdentity(
         recipe_hash="b", seed=5, train="6" * 64, val="7" * 64, teachers={"clip": "8" * 64, "mae": "9" * 64},
         recipe={"stages": {"pretrain": {"epochs": 9, "batch_size": 32}}},
     )  # fmt: skip

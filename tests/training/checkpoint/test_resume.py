@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from mrmae_ds.distributed.collectives import AgreedError
+from mrmae_ds.distributed.collectives import CollectiveError
 from mrmae_ds.training.checkpoint import resume as resuming
-from mrmae_ds.training.checkpoint.manifest import Layout
+from mrmae_ds.training.checkpoint.manifest import EngineLayout
 from mrmae_ds.training.checkpoint.resume import agree_on_start, layout_conflict, load_checkpoint, verify
-from mrmae_ds.training.checkpoint.run_dir import Start
+from mrmae_ds.training.checkpoint.run_dir import RunStart
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.meter import Meter
 from tests.support.engines import FakeEngine, save, written
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.usefixtures("alone")
 MODEL = "mp_rank_00_model_states.pt"
 
 
-def _start(*checkpoints: Path, **changes: Any) -> Start:
-    return Start("resume", checkpoints, **changes)
+def _start(*checkpoints: Path, **changes: Any) -> RunStart:
+    return RunStart("resume", checkpoints, **changes)
 
 
 def _names(stage_dir: Path) -> list[str]:
@@ -37,7 +37,7 @@ def _names(stage_dir: Path) -> list[str]:
 
 @pytest.mark.parametrize("action", ["fresh", "done"])
 def test_without_a_checkpoint_there_is_nothing_to_agree_on(action: Any, tmp_path: Path) -> None:
-    assert agree_on_start(Start(action), tmp_path) == Start(action)
+    assert agree_on_start(RunStart(action), tmp_path) == RunStart(action)
 
 
 def test_the_newest_whole_one_is_taken(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_none_whole_is_no_fresh_start(tmp_path: Path) -> None:
     checkpoints = written(tmp_path, 40), written(tmp_path, 20)
     for checkpoint in checkpoints:
         (checkpoint / MODEL).write_bytes(b"modem")
-    with pytest.raises(AgreedError, match=r"no whole checkpoint.*--resume never.*SHA-256"):
+    with pytest.raises(CollectiveError, match=r"no whole checkpoint.*--resume never.*SHA-256"):
         agree_on_start(_start(*checkpoints), tmp_path)
     assert _names(tmp_path) == ["step_000000020", "step_000000040"]
 
@@ -76,7 +76,7 @@ def test_none_whole_is_no_fresh_start(tmp_path: Path) -> None:
 def test_a_named_one_that_is_damaged_is_not_replaced_by_another(tmp_path: Path) -> None:
     old, new = written(tmp_path, 20), written(tmp_path, 40)
     (new / MODEL).write_bytes(b"modem")
-    with pytest.raises(AgreedError, match=rf"{new}.*SHA-256"):
+    with pytest.raises(CollectiveError, match=rf"{new}.*SHA-256"):
         agree_on_start(_start(new, named=True), tmp_path)
     assert _names(tmp_path) == [old.name, new.name]
 
@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_run_leaves_that_run_alone(tmp_path: Path) -> No
 def test_ranks_that_see_different_folders_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = written(tmp_path, 20)
     monkeypatch.setattr(resuming, "gather", lambda value: [value, ("fresh", [])])
-    with pytest.raises(AgreedError, match=r"rank 0 sees step_000000020 .*, rank 1 sees no checkpoint;.*share"):
+    with pytest.raises(CollectiveError, match=r"rank 0 sees step_000000020 .*, rank 1 sees no checkpoint;.*share"):
         agree_on_start(_start(checkpoint), tmp_path)
 
 
@@ -148,22 +148,22 @@ def test_a_gradient_norm_that_is_not_known_stays_so(tmp_path: Path) -> None:
 
 
 def test_an_engine_that_loads_nothing(tmp_path: Path) -> None:
-    with pytest.raises(AgreedError, match="loaded nothing"):
+    with pytest.raises(CollectiveError, match="loaded nothing"):
         load_checkpoint(FakeEngine(loads=False), save(tmp_path, 5), ALONE, 4)
 
 
 def test_parts_that_disagree_on_the_steps_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 5)
     path = path.rename(path.with_name("step_000000006"))  # the fake engine believes the name
-    with pytest.raises(AgreedError, match=r"disagree on the steps done.*'the manifest': 5.*'DeepSpeed': 6"):
+    with pytest.raises(CollectiveError, match=r"disagree on the steps done.*'the manifest': 5.*'DeepSpeed': 6"):
         load_checkpoint(FakeEngine(), path, ALONE, 4)
 
 
 # ---- another engine config
 
 
-def _layout(**changes: Any) -> Layout:
-    return Layout(**{"world_size": 2, "zero_stage": 3, "dtype": "float32", "sub_group_size": 1000, **changes})
+def _layout(**changes: Any) -> EngineLayout:
+    return EngineLayout(**{"world_size": 2, "zero_stage": 3, "dtype": "float32", "sub_group_size": 1000, **changes})
 
 
 @pytest.mark.parametrize(

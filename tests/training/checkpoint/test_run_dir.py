@@ -9,11 +9,11 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import DataInfo, Results, RunRecord, TeacherInfo
 from mrmae_ds.training.checkpoint.folder import LEFT
-from mrmae_ds.training.checkpoint.manifest import Identity
+from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import (
     ENGINE_FILE,
     RECIPE_FILE,
-    Start,
+    RunStart,
     decide_start,
     prepare_folder,
 )
@@ -30,11 +30,11 @@ def recipe() -> Recipe:
     return load_recipe(TINY)
 
 
-def _identity(recipe: Recipe, **changes: Any) -> Identity:
+def _identity(recipe: Recipe, **changes: Any) -> RunIdentity:
     """Of a pre-training by this recipe."""
     values = {"train": SHA, "val": VAL, "teachers": {"mae": TEACHER}, "seed": recipe.seed}
     counted = {"recipe_hash": recipe.hash("pretrain"), "recipe": recipe.counted("pretrain")}
-    return Identity(**{**values, **counted, **changes})
+    return RunIdentity(**{**values, **counted, **changes})
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def _record(stage_dir: Path, recipe: Recipe, status: str = "running") -> RunReco
     return record
 
 
-def _decide(folder: Path, recipe: Recipe, resume: str = "auto", **changes: Any) -> Start:
+def _decide(folder: Path, recipe: Recipe, resume: str = "auto", **changes: Any) -> RunStart:
     """What is decided; nothing in the folder may change by it."""
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.parent.rglob("*"))
     try:
@@ -82,15 +82,15 @@ def _at(folder: Path, *steps: int) -> tuple[Path, ...]:
 
 
 def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path: Path, recipe: Recipe) -> None:
-    assert _decide(tmp_path / "pretrain", recipe) == Start("fresh")
+    assert _decide(tmp_path / "pretrain", recipe) == RunStart("fresh")
     (tmp_path / "pretrain").mkdir()
-    assert _decide(tmp_path / "pretrain", recipe) == Start("fresh")
+    assert _decide(tmp_path / "pretrain", recipe) == RunStart("fresh")
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "stopped"])
 def test_a_run_that_was_ended_goes_on_from_its_newest_checkpoint(folder: Path, recipe: Recipe, status: str) -> None:
     _record(folder, recipe, status)
-    assert _decide(folder, recipe) == Start("resume", _at(folder, 40, 20))
+    assert _decide(folder, recipe) == RunStart("resume", _at(folder, 40, 20))
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run*", "what?"])
@@ -101,24 +101,24 @@ def test_a_folder_that_deepspeed_would_take_for_a_pattern(name: str, tmp_path: P
 
 def test_a_run_whose_record_is_lost_goes_on_too(folder: Path, recipe: Recipe) -> None:
     (folder / "record.json").unlink()
-    assert _decide(folder, recipe) == Start("resume", _at(folder, 40, 20))
+    assert _decide(folder, recipe) == RunStart("resume", _at(folder, 40, 20))
     assert "seed: 0 -> 5" in _refused(folder, recipe, seed=5)
 
 
 def test_a_finished_run_is_done(folder: Path, recipe: Recipe) -> None:
     _record(folder, recipe, "finished")
-    assert _decide(folder, recipe) == Start("done")
+    assert _decide(folder, recipe) == RunStart("done")
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path: Path, recipe: Recipe) -> None:
     prepare_folder(tmp_path / "pretrain", recipe, "{}\n", fresh=True)
     _record(tmp_path / "pretrain", recipe)
     (tmp_path / "pretrain" / "checkpoints" / ".saving-step_000000020").mkdir(parents=True)
-    assert _decide(tmp_path / "pretrain", recipe) == Start("fresh")
+    assert _decide(tmp_path / "pretrain", recipe) == RunStart("fresh")
 
 
 def test_what_changes_no_result_does_not_hinder(folder: Path) -> None:
-    overrides = ["name=other", "record.log_every=1", "loader.workers=1", "data.train=elsewhere/train.beton"]
+    overrides = ["name=other", "logging.every_steps=1", "loader.num_workers=1", "data.train=elsewhere/train.beton"]
     assert _decide(folder, load_recipe(TINY, overrides)).action == "resume"
 
 
@@ -173,13 +173,13 @@ def test_checkpoints_of_which_none_is_whole(folder: Path, recipe: Recipe) -> Non
     assert "no whole checkpoint" in message and "--resume never" in message
     (folder / "record.json").unlink()
     assert "no whole checkpoint" in _refused(folder, recipe)
-    assert _decide(folder, recipe, "never") == Start("fresh")
+    assert _decide(folder, recipe, "never") == RunStart("fresh")
 
 
 def test_what_was_set_aside_is_no_checkpoint(folder: Path, recipe: Recipe) -> None:
     for checkpoint in _at(folder, 20, 40):
         checkpoint.rename(checkpoint.with_name(LEFT + checkpoint.name))
-    assert _decide(folder, recipe) == Start("fresh")
+    assert _decide(folder, recipe) == RunStart("fresh")
 
 
 def test_a_checkpoint_without_a_manifest_is_passed_over(folder: Path, recipe: Recipe) -> None:
@@ -197,14 +197,14 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(folder: Path, recipe: Recip
 
 
 def test_never_starts_anew_whatever_is_there(folder: Path) -> None:
-    assert _decide(folder, load_recipe(TINY, ["seed=5", "size=S"]), "never", train="other") == Start("fresh")
+    assert _decide(folder, load_recipe(TINY, ["seed=5", "size=S"]), "never", train="other") == RunStart("fresh")
 
 
 def test_a_checkpoint_that_is_named(folder: Path, recipe: Recipe) -> None:
     chosen = folder / "checkpoints" / "step_000000020"
-    assert _decide(folder, recipe, str(chosen)) == Start("resume", (chosen,), named=True)
+    assert _decide(folder, recipe, str(chosen)) == RunStart("resume", (chosen,), named=True)
     _record(folder, recipe, "finished")
-    assert _decide(folder, recipe, str(chosen)) == Start("resume", (chosen,), named=True)
+    assert _decide(folder, recipe, str(chosen)) == RunStart("resume", (chosen,), named=True)
 
 
 def test_a_named_checkpoint_that_is_cut_off_is_refused(folder: Path, recipe: Recipe) -> None:

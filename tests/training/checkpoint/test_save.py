@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae_ds.distributed.collectives import AgreedError
+from mrmae_ds.distributed.collectives import CollectiveError
 from mrmae_ds.training.checkpoint import files as part_file
 from mrmae_ds.training.checkpoint import folder as store
 from mrmae_ds.training.checkpoint.folder import Retention, list_checkpoints
@@ -121,7 +121,7 @@ def _fails(tmp_path: Path, engine: FakeEngine, pattern: str) -> None:
     save(tmp_path, 5)
     before = _everything(tmp_path)
     with pytest.raises(
-        AgreedError, match=f"after step 10 was not saved, the earlier ones are as they were: .*{pattern}"
+        CollectiveError, match=f"after step 10 was not saved, the earlier ones are as they were: .*{pattern}"
     ):
         save(tmp_path, 10, engine=engine)
     assert _everything(tmp_path) == before and _names(tmp_path) == ["step_000000005"]
@@ -135,11 +135,11 @@ def test_a_part_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_is_missing(tmp_path: Path) -> None:
-    _fails(tmp_path, FakeEngine({"model_states.pt": 1}), "0 optimiser shards of 1")
+    _fails(tmp_path, FakeEngine({"model_states.pt": 1}), "0 optimizer shards of 1")
 
 
 def test_zero_0_has_no_shards(tmp_path: Path) -> None:
-    """DeepSpeed writes the optimiser into the model's file then."""
+    """DeepSpeed writes the optimizer into the model's file then."""
     save(tmp_path, 5, engine=FakeEngine({"mp_rank_00_model_states.pt": 1}, zero_stage=0))
     assert _names(tmp_path) == ["step_000000005"]
 
@@ -164,7 +164,7 @@ def test_a_disk_that_fails_in_the_middle_of_a_file(
 
     save(tmp_path, 5)
     monkeypatch.setattr(part_file._HashingFile, "write", write)
-    with pytest.raises(AgreedError, match=rf"{os.strerror(number)}.*{mend}"):
+    with pytest.raises(CollectiveError, match=rf"{os.strerror(number)}.*{mend}"):
         save(tmp_path, 10)
     assert len(writes) > 20 and _names(tmp_path) == ["step_000000005"]
     assert not (tmp_path / "checkpoints" / STAGED).exists()
@@ -181,7 +181,7 @@ def test_a_failure_while_it_is_put_in_place(where: str, tmp_path: Path, monkeypa
         monkeypatch.setattr(Path, "rename", fail)
     else:
         monkeypatch.setattr("mrmae_ds.training.checkpoint.manifest.write_text", fail)
-    with pytest.raises(AgreedError, match="No space left"):
+    with pytest.raises(CollectiveError, match="No space left"):
         save(tmp_path, 10)
     monkeypatch.undo()
     assert _everything(tmp_path) == before
@@ -199,7 +199,7 @@ def test_a_lost_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
     with pytest.raises(
-        AgreedError, match=rf"after step 10 was not begun: .*{STAGED}.*Permission denied; make the folder writable"
+        CollectiveError, match=rf"after step 10 was not begun: .*{STAGED}.*Permission denied; make the folder writable"
     ):
         save(tmp_path, 10)
     assert _names(tmp_path) == ["step_000000005"]

@@ -19,7 +19,7 @@ from mrmae_ds.training.engine.build import (
     build_engine,
     check_leaf_modules,
     compile_blocks,
-    set_learning_rate,
+    set_lr,
 )
 from mrmae_ds.training.param_groups import pretrain_groups
 from mrmae_ds.weights.load import build_encoder
@@ -106,5 +106,5 @@ def test_the_rate_of_each_group_is_scaled() -> None:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
 
     Engine.optimizer.param_groups = [{"lr": 9.0, "lr_scale": 1.0}, {"lr": 9.0, "lr_scale": 0.25}]
-    set_learning_rate(Engine(), 0.8)
+    set_lr(Engine(), 0.8)
     assert [group["lr"] for group in Engine.optimizer.param_groups] == [0.8, 0.2]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mrmae_ds.data.loaders.build import Batch
 from mrmae_ds.training.engine.nonfinite import any_nonfinite, local_gradients, skip_step
-from mrmae_ds.training.step_sync import Boundary
+from mrmae_ds.training.step_sync import StepSync
 from tests.support.jobs import make_batch
 
 CPU = torch.device("cpu")
@@ -66,8 +66,8 @@ class Model(nn.Module):
         self.first, self.second = nn.Linear(12, 8), nn.Linear(8, 3)
 
     def forward(self, images: Tensor) -> Tensor:
-        colours = nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1).to(self.first.weight.dtype)
-        return self.second(torch.tanh(self.first(colours))).float().square().mean()
+        colors = nn.functional.adaptive_avg_pool2d(images.float() / 255, 2).flatten(1).to(self.first.weight.dtype)
+        return self.second(torch.tanh(self.first(colors))).float().square().mean()
 
 
 def _engine(stage: int, precision: dict[str, Any], zero: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
@@ -96,7 +96,7 @@ def _weights(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
 
 def _step(engine: deepspeed.DeepSpeedEngine, number: int, bad: str = "", guarded: bool = True) -> Any:
     """One step of two micro-batches, bad in its first; what was agreed on."""
-    boundary = Boundary()
+    boundary = StepSync()
     boundary.begin()
     for micro in range(2):
         batch: Batch = make_batch(4, seed=2 * number + micro)
@@ -137,7 +137,7 @@ def _run(case: str, bad_at: dict[int, str], leave_out: bool = False) -> list[Ten
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_bad_step_leaves_no_trace(case: str) -> None:
-    """Weights, optimiser states and gradients after it are those of a run in which it never was."""
+    """Weights, optimizer states and gradients after it are those of a run in which it never was."""
     bad_at = {1: "loss", 2: "gradient"}
     skipped, never = _run(case, bad_at), _run(case, bad_at, leave_out=True)
     assert all(torch.equal(a, b) for a, b in zip(skipped, never, strict=True))

@@ -55,7 +55,7 @@ def test_all_ranks_run_the_same_modules_whatever_paths_are_dropped(ranks: list[d
     assert {name: first.count(name) for name in BLOCKS} == expected
 
 
-def test_an_evaluation_of_unequal_shares_ends_and_counts_each_picture_once(
+def test_an_evaluation_of_unequal_shares_ends_and_counts_each_image_once(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:
     job = prepare(Case("finetune", 0, False, 1, 1), folder, ALONE)

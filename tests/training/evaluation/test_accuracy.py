@@ -20,7 +20,7 @@ def _expected(logits: list[np.ndarray], labels: list[np.ndarray], valid: list[np
     return {"top1": 100 * float((above < 1).mean()), "top5": 100 * float((above < 5).mean()), "loss": losses.mean()}
 
 
-def test_evaluation_counts_each_picture_once() -> None:
+def test_evaluation_counts_each_image_once() -> None:
     valid = [[True] * 4, [True] * 4, [True, True, False, False]]
     batches = [make_batch(4, side=4, seed=i, valid=marks) for i, marks in enumerate(valid)]
     outputs = [torch.randn(4, 10, generator=torch.Generator().manual_seed(i)) for i in range(3)]
@@ -28,13 +28,13 @@ def test_evaluation_counts_each_picture_once() -> None:
     # The two repeats are certain, one right and one wrong: they would be seen in both numbers.
     right, wrong = int(batches[2].labels[2]), (int(batches[2].labels[3]) + 1) % 10
     outputs[2][2, right] = outputs[2][3, wrong] = 50.0
-    by_picture = {batch.images.data_ptr(): output for batch, output in zip(batches, outputs, strict=True)}
+    by_image = {batch.images.data_ptr(): output for batch, output in zip(batches, outputs, strict=True)}
     engine = FakeEngine(nn.Linear(3, 1), 1)
     engine.train()
 
     def logits(images: Tensor) -> Tensor:
         assert not engine.training and not torch.is_grad_enabled()
-        return by_picture[images.data_ptr()]
+        return by_image[images.data_ptr()]
 
     result = evaluate(engine, logits, FakeReader(batches, num_samples=10))
     expected = _expected(
@@ -51,7 +51,7 @@ def test_evaluation_counts_each_picture_once() -> None:
 def test_a_count_that_is_not_the_data_sets_is_an_error(claimed: int) -> None:
     batches = [make_batch(4, side=4), make_batch(4, side=4), make_batch(4, side=4, valid=[True, True, False, False])]
     engine = FakeEngine(nn.Linear(3, 1), 1)
-    with pytest.raises(RuntimeError, match=rf"evaluated 10 pictures of {claimed}"):
+    with pytest.raises(RuntimeError, match=rf"evaluated 10 images of {claimed}"):
         evaluate(engine, lambda images: torch.zeros(4, 10), FakeReader(batches, claimed))
 
 

@@ -1,4 +1,4 @@
-"""The stage ``evaluate``: one model or several, against a plain loop over single pictures in float64."""
+"""The stage ``evaluate``: one model or several, against a plain loop over single images in float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.evaluation.evaluate import Evaluation, log_mean_softmax, prepare_evaluation, score
-from mrmae_ds.training.job import Options
+from mrmae_ds.training.job import TrainArgs
 from mrmae_ds.weights.load import build_encoder, encoder_metadata, read_metadata, save_weights, spec_from_metadata
 from tests.support.jobs import ALONE
 from tests.support.processes import finish, rank_processes
@@ -32,7 +32,7 @@ ENGINE, RECIPE = Path("ds_configs/tiny.json"), Path("ds_configs/tiny.yaml")
 CPU = torch.device("cpu")
 CVIT = CViTSpec((16, 24, 32), (1, 1, 2), 4, patches=(2, 2, 1))
 VIT = ViTSpec(48, 2, 4, patch=8)
-# Statistics and picture sizes of their own, neither those of the recipe.
+# Statistics and image sizes of their own, neither those of the recipe.
 STATISTICS = {"cvit": ([0.4, 0.5, 0.6], [0.5, 0.4, 0.3]), "vit": ([0.2, 0.2, 0.3], [0.25, 0.5, 0.3])}
 SIZES = {"cvit": 32, "vit": 64}
 POOLS = {"cvit": "avg", "vit": "token"}
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.timeout(400)
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with pictures and, in runs/NAME/finetune, two classifiers that know something."""
+    """A folder with images and, in runs/NAME/finetune, two classifiers that know something."""
 
     folder: Path
 
@@ -56,11 +56,11 @@ class Workspace:
 
     def prepare(self, *members: str | Path, run: str = "run", resume: str = "auto", **evaluate: object) -> Evaluation:
         overrides = self.overrides(*members, **evaluate)
-        options = Options(ENGINE, "evaluate", RECIPE, self.folder / run, resume, overrides)
+        options = TrainArgs(ENGINE, "evaluate", RECIPE, self.folder / run, resume, overrides)
         return prepare_evaluation(options, ALONE)
 
-    def pictures(self, part: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """All pictures of a part as evaluation sees them, read singly: uint8 [N, 3, size, size] and labels [N]."""
+    def images(self, part: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """All images of a part as evaluation sees them, read singly: uint8 [N, 3, size, size] and labels [N]."""
         settings = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 0, "crop": None, "num_workers": 1}
         path = self.folder / f"{part}.beton"
         reader = build_reader(path, train=False, image_size=size, micro_batch=1, **settings)
@@ -81,7 +81,7 @@ def _write_member(workspace: Workspace, name: str, spec: EncoderSpec, seed: int)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.2)
-    images, labels = workspace.pictures("train", SIZES[name])
+    images, labels = workspace.images("train", SIZES[name])
     head, model.head = model.head, nn.Identity()
     features = _outputs(model, images, name).double()
     wanted = 4 * torch.eye(10, dtype=torch.float64)[labels]
@@ -110,18 +110,18 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 
 
 def _softmax(workspace: Workspace, name: str, size: int | None = None) -> np.ndarray:
-    """Each validation picture's class probabilities, float64 [N, 10], without the stage's code."""
+    """Each validation image's class probabilities, float64 [N, 10], without the stage's code."""
     path = workspace.member(name) / "model.safetensors"
     model = build_encoder(spec_from_metadata(read_metadata(path)), size or SIZES[name], 10, pool=POOLS[name])
     model.load_state_dict(load_file(path))
-    images, _ = workspace.pictures("val", size or SIZES[name])
+    images, _ = workspace.images("val", size or SIZES[name])
     logits = torch.cat([_outputs(model, image[None], name) for image in images]).numpy().astype(np.float64)
     exponentials = np.exp(logits - logits.max(1, keepdims=True))
     return exponentials / exponentials.sum(1, keepdims=True)
 
 
 def _accuracy(workspace: Workspace, probabilities: np.ndarray) -> dict[str, float]:
-    labels = workspace.pictures("val", 32)[1].numpy()
+    labels = workspace.images("val", 32)[1].numpy()
     right = probabilities[np.arange(VAL), labels]
     above = (probabilities > right[:, None]).sum(1)
     top1, top5 = (100 * float((above < k).mean()) for k in (1, 5))
@@ -196,7 +196,7 @@ def test_weights_that_changed_since_are_not_taken_for_the_evaluated_ones(workspa
         workspace.prepare(member, run="changed")
 
 
-def test_another_picture_size_resizes_the_positions(workspace: Workspace) -> None:
+def test_another_image_size_resizes_the_positions(workspace: Workspace) -> None:
     (classifier,) = workspace.prepare("vit", image_size=96).classifiers
     assert classifier.image_size == 96 and classifier.model.grid == (12, 12)
 
@@ -204,7 +204,7 @@ def test_another_picture_size_resizes_the_positions(workspace: Workspace) -> Non
 def test_without_members_it_is_the_runs_own_fine_tuning(workspace: Workspace) -> None:
     overrides = workspace.overrides("cvit")[:2]
     for run, found in ((workspace.folder / "runs" / "vit", True), (workspace.folder / "nowhere", False)):
-        options = Options(ENGINE, "evaluate", RECIPE, run, "auto", overrides)
+        options = TrainArgs(ENGINE, "evaluate", RECIPE, run, "auto", overrides)
         if found:
             assert prepare_evaluation(options, ALONE).classifiers[0].source == str(workspace.member("vit"))
             continue
@@ -244,7 +244,7 @@ def test_a_size_that_does_not_tile_names_the_model(workspace: Workspace) -> None
 
 @pytest.mark.parametrize(("changes", "message"), [({"dry_run": True}, "--dry-run"), ({"resume": "x"}, "--resume x")])
 def test_what_an_evaluation_does_not_have(changes: dict[str, object], message: str, workspace: Workspace) -> None:
-    options = Options(
+    options = TrainArgs(
         ENGINE, "evaluate", RECIPE, workspace.folder, **{"overrides": workspace.overrides("vit")} | changes
     )
     with pytest.raises(UserError, match=message):
@@ -275,7 +275,7 @@ def test_evaluating_again_repeats_the_fine_tunings_last_number(workspace: Worksp
     (result,) = finish(rank_processes(1, *command), 240)
     assert result.status == 0, result.stderr
     tuned = RunRecord.load(run / "finetune").results
-    plain = Options(ENGINE, "evaluate", recipe, run, "auto", overrides)
+    plain = TrainArgs(ENGINE, "evaluate", recipe, run, "auto", overrides)
     again, _ = score(prepare_evaluation(replace(plain, ds_config=config), ALONE), CPU)
     assert again == {name: getattr(tuned, name) for name in ("top1", "top5", "loss", "eval_samples")}
     full, _ = score(prepare_evaluation(plain, ALONE), CPU)
@@ -288,7 +288,9 @@ def test_bf16_weights_are_evaluated_as_they_were_trained(
     config = workspace.folder / "bf16.json"
     section = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
     config.write_text(json.dumps(json.loads(ENGINE.read_text()) | section))
-    options = Options(config, "evaluate", RECIPE, workspace.folder / "bf16", "auto", workspace.overrides("cvit", "vit"))
+    options = TrainArgs(
+        config, "evaluate", RECIPE, workspace.folder / "bf16", "auto", workspace.overrides("cvit", "vit")
+    )
     job = prepare_evaluation(options, ALONE)
     average, _ = score(job, CPU)
     assert {p.dtype for classifier in job.classifiers for p in classifier.model.parameters()} == {torch.bfloat16}

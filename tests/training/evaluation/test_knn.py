@@ -1,4 +1,4 @@
-"""Nearest neighbours' votes, by plain loops in float64, and each picture once however many processes look."""
+"""Nearest neighbors' votes, by plain loops in float64, and each image once however many processes look."""
 
 from __future__ import annotations
 
@@ -56,33 +56,33 @@ def test_features_are_the_mean_of_all_patches(arch: str) -> None:
     torch.testing.assert_close(ours, wanted)
 
 
-def _colours(images: Tensor) -> Tensor:
+def _colors(images: Tensor) -> Tensor:
     return images.float().mean(dim=(2, 3)) - 127
 
 
-def test_every_picture_counts_once(alone: None) -> None:
+def test_every_image_counts_once(alone: None) -> None:
     """Repeats that fill up a batch neither vote nor are counted."""
     train = FakeReader([make_batch(4, seed=1), make_batch(4, seed=2, valid=[True, True, False, False])], 6)
-    bank = gather_bank(_colours, train)
+    bank = gather_bank(_colors, train)
     assert bank.features.shape == (6, 3)
     torch.testing.assert_close(bank.features.norm(dim=1), torch.ones(6))
     val = FakeReader([make_batch(4, seed=3), make_batch(4, seed=4, valid=[True, False, False, False])], 5)
     config = KnnConfig(k=3, temperature=0.1)
-    found = knn_accuracy(_colours, train, val, config, 10)
+    found = knn_accuracy(_colors, train, val, config, 10)
     right = 0
     for batch in val.batches:
-        for image, label, counts in zip(_colours(batch.images), batch.labels, batch.valid, strict=True):
+        for image, label, counts in zip(_colors(batch.images), batch.labels, batch.valid, strict=True):
             rows, labels = bank.features.tolist(), bank.labels.tolist()
             vote = plain_votes(image.tolist(), rows, labels, 3, 0.1)
             right += bool(counts) and max(vote, key=lambda label: vote[label]) == int(label)
     assert found == {"knn/top1": pytest.approx(100 * right / 5)}
     val.num_samples = 6
-    with pytest.raises(RuntimeError, match="looked at 5 pictures of 6"):
-        knn_accuracy(_colours, train, val, config, 10)
+    with pytest.raises(RuntimeError, match="looked at 5 images of 6"):
+        knn_accuracy(_colors, train, val, config, 10)
 
 
 def test_nothing_is_trained(alone: None) -> None:
     layer = nn.Linear(3, 3)
     reader = FakeReader([make_batch(4)])
-    knn_accuracy(lambda images: layer(_colours(images)), reader, reader, KnnConfig(), 10)
+    knn_accuracy(lambda images: layer(_colors(images)), reader, reader, KnnConfig(), 10)
     assert layer.weight.grad is None

@@ -1,9 +1,9 @@
 """The same training by many engines and by one plain torch process, to be compared.
 
 The engine's side (engine.py) is the project's own: the engine config is read from a file, the recipe is
-ds_configs/tiny.yaml, and ``prepare_job``, ``build_engine``, the reader and the loop are those of train.py. The plain
-side (plain.py) shares with it the model, the task and the pictures, and nothing else: a loop without DeepSpeed in a
+ds_configs/tiny.yaml, and ``prepare_stage``, ``build_engine``, the reader and the loop are those of train.py. The plain
+side (plain.py) shares with it the model, the task and the images, and nothing else: a loop without DeepSpeed in a
 single process, whose groups and learning rates are written out there.
 
-Letters: W processes, A accumulation, G pictures a step; a part is one process's micro-batch, and a step has W * A.
+Letters: W processes, A accumulation, G images a step; a part is one process's micro-batch, and a step has W * A.
 """

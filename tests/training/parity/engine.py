@@ -17,7 +17,7 @@ from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.loop import train
 from mrmae_ds.training.run import open_reader
-from mrmae_ds.training.step_sync import Boundary, Micro, Verdict
+from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
 from tests.support.processes import finish, rank_processes
 from tests.training.parity.cases import Case, Trace
 from tests.training.parity.job import prepare
@@ -30,10 +30,10 @@ class _Recorder:
         self.losses: list[float] = []
         self.norms: list[float] = []
 
-    def skipped(self, state: TrainState, verdict: Verdict, micros: list[Micro]) -> None:
+    def skipped(self, state: TrainState, verdict: StepStatus, micros: list[MicroBatch]) -> None:
         raise AssertionError(f"step {state.step} was not taken: {verdict}")
 
-    def save(self, state: TrainState, verdict: Verdict) -> None:
+    def save(self, state: TrainState, verdict: StepStatus) -> None:
         pass
 
     def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
@@ -54,7 +54,7 @@ def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
     )
     task.to(device)
     reader, recorder, began = open_reader(job, device, training=True), _Recorder(), time.perf_counter()
-    train(engine, task, reader, plan, TrainState(), 1, recorder, Boundary())
+    train(engine, task, reader, plan, TrainState(), 1, recorder, StepSync())
     reader.close()
     seconds = time.perf_counter() - began
     weights = gather_state(engine)

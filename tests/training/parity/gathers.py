@@ -32,7 +32,7 @@ ELEMENTS = (
 
 @dataclass(frozen=True)
 class Gathered:
-    """What one optimiser step gathered.
+    """What one optimizer step gathered.
 
     Attributes:
         models: bytes over those of every parameter once, in the type that it travels in. calls: all-gathers.
@@ -81,7 +81,7 @@ def narrow_config(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def gathered(changes: dict[str, Any], accumulation: int, folder: Path, rank: int, steps: int = 4) -> list[Gathered]:
-    """What each optimiser step gathered; the first two are DeepSpeed's, to learn the order of the modules."""
+    """What each optimizer step gathered; the first two are DeepSpeed's, to learn the order of the modules."""
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.engine.comm_volume import GatherCounter

@@ -1,4 +1,4 @@
-"""The job that both sides train: real pictures, a teacher, the tiny recipe with everything that draws at random."""
+"""The job that both sides train: real images, a teacher, the tiny recipe with everything that draws at random."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.data.loaders.build import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.factory import build_pretraining
-from mrmae_ds.training.job import Job, Options, prepare_job
+from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.weights.load import encoder_metadata, save_weights
 from tests.support.sample_data import write_sample_beton
 from tests.training.parity.cases import (
@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def write_workspace(folder: Path) -> None:
-    """Pictures, and a teacher that this project could have trained: a plain ViT with a class token."""
+    """Images, and a teacher that this project could have trained: a plain ViT with a class token."""
     write_sample_beton(folder, train=GLOBAL_BATCH * STEPS_PER_EPOCH, val=9)
     recipe = load_recipe(REPOSITORY / "ds_configs/baselines/mae_tiny.yaml")
     assert recipe.stages.pretrain is not None
@@ -53,7 +53,7 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
         "data.train": folder / "train.beton",
         "data.val": folder / "val.beton",
         "data.backend": "pillow",
-        "loader.workers": 1,
+        "loader.num_workers": 1,
         "teachers.mae.source": folder / "teacher",
         f"stages.{stage}.batch_size": GLOBAL_BATCH,
         f"stages.{stage}.epochs": EPOCHS[stage],
@@ -68,16 +68,16 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
     return (*(f"{key}={value}" for key, value in keys.items()), *rest)
 
 
-def prepare(case: Case, folder: Path, launch: Launch) -> Job:
+def prepare(case: Case, folder: Path, launch: Launch) -> PreparedStage:
     """What train.py does before it starts a process group."""
     path = folder / f"{case.name}-{launch.rank}.json"
     path.write_text(json.dumps(case.engine_config()))
     settings = overrides(case, folder)
-    options = Options(path, case.stage, REPOSITORY / "ds_configs/tiny.yaml", folder / "runs", overrides=settings)
-    return prepare_job(replace(options, dry_run=True), launch)
+    options = TrainArgs(path, case.stage, REPOSITORY / "ds_configs/tiny.yaml", folder / "runs", overrides=settings)
+    return prepare_stage(replace(options, dry_run=True), launch)
 
 
-def batches(job: Job) -> Iterator[Batch]:
+def batches(job: PreparedStage) -> Iterator[Batch]:
     """The job's micro-batches of this rank, all epochs."""
     from mrmae_ds.training.run import open_reader
 

@@ -16,14 +16,14 @@ from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher
-from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask, StepKey
+from mrmae_ds.training.tasks.base import FinetuneTask, MicroBatchKey, PretrainTask
 from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import finetune_config, make_batch, pretrain_config
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.4)
 TEACHER_MEAN, TEACHER_STD = (0.6, 0.5, 0.4), (0.2, 0.3, 0.7)
 DATA = DataConfig(train="train.beton", val="val.beton", mean=MEAN, std=STD)
-KEY = StepKey(seed=1, step=2, micro=0, rank=0, world_size=1, micro_batch=4)
+KEY = MicroBatchKey(seed=1, step=2, micro=0, rank=0, world_size=1, micro_batch=4)
 SPEC = encoder_spec("cvit_tiny", {"dims": [8, 12, 16], "depths": [1, 1, 1], "num_heads": 2})
 CPU = torch.device("cpu")
 
@@ -38,7 +38,7 @@ def _random_states_are_put_back() -> Iterator[None]:
 
 
 class OwnTeacher(Teacher):
-    """Tokens are the mean colours of 4x4 cells; the importance is given, one row for all pictures."""
+    """Tokens are the mean colors of 4x4 cells; the importance is given, one row for all images."""
 
     def __init__(self, importance: Tensor) -> None:
         settings = {"mean": TEACHER_MEAN, "std": TEACHER_STD, "dtype": torch.float32, "sha256": "0"}
@@ -103,43 +103,47 @@ def _values(losses: dict[str, Tensor]) -> dict[str, float]:
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 196])
 def test_noise_depends_on_the_place_in_the_global_batch_alone(num_tokens: int) -> None:
     total = 24
-    whole = StepKey(5, 9, 0, 0, 1, total).noise(num_tokens)
+    whole = MicroBatchKey(5, 9, 0, 0, 1, total).noise(num_tokens)
     assert whole.shape == (total, num_tokens) and whole.dtype == torch.float32
     assert whole.min() >= 0 and whole.max() < 1
     for world, micro_batch in [(1, 1), (1, 6), (2, 12), (2, 3), (3, 4), (4, 6), (8, 1), (24, 1)]:
         accumulation = total // (world * micro_batch)
         places = itertools.product(range(accumulation), range(world))
-        parts = [StepKey(5, 9, micro, rank, world, micro_batch).noise(num_tokens) for micro, rank in places]
+        parts = [MicroBatchKey(5, 9, micro, rank, world, micro_batch).noise(num_tokens) for micro, rank in places]
         assert torch.equal(torch.cat(parts), whole), (world, micro_batch)
 
 
-def test_noise_differs_with_step_seed_and_picture_only() -> None:
+def test_noise_differs_with_step_seed_and_image_only() -> None:
     noise = KEY.noise(64)
     torch.manual_seed(99)
     assert torch.equal(KEY.noise(64), noise)
-    others = [StepKey(1, 3, 0, 0, 1, 4).noise(64), StepKey(2, 2, 0, 0, 1, 4).noise(64), noise]
+    others = [MicroBatchKey(1, 3, 0, 0, 1, 4).noise(64), MicroBatchKey(2, 2, 0, 0, 1, 4).noise(64), noise]
     rows = torch.cat(others)
     assert len(torch.unique(rows, dim=0)) == len(rows)
 
 
 def test_seeds_are_one_for_each_micro_batch_of_each_rank() -> None:
     places = itertools.product((0, 1), (0, 1, 2), (0, 1), (0, 1, 2), ("model", "other"))
-    seeds = [StepKey(seed, step, micro, rank, 3, 4).seed_for(purpose) for seed, step, micro, rank, purpose in places]
+    seeds = [
+        MicroBatchKey(seed, step, micro, rank, 3, 4).seed_for(purpose) for seed, step, micro, rank, purpose in places
+    ]
     assert len(set(seeds)) == len(seeds) == 2 * 3 * 2 * 3 * 2
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert StepKey(1, 2, 0, 0, 1, 4).seed_for("model") == KEY.seed_for("model")
+    assert MicroBatchKey(1, 2, 0, 0, 1, 4).seed_for("model") == KEY.seed_for("model")
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 6])
 def test_the_same_part_of_the_batch_has_the_same_seed_on_any_number_of_processes(world_size: int) -> None:
-    keys = [StepKey(1, 2, m, rank, world_size, 4) for m in range(6 // world_size) for rank in range(world_size)]
-    assert [key.seed_for("model") for key in keys] == [StepKey(1, 2, m, 0, 1, 4).seed_for("model") for m in range(6)]
+    keys = [MicroBatchKey(1, 2, m, rank, world_size, 4) for m in range(6 // world_size) for rank in range(world_size)]
+    assert [key.seed_for("model") for key in keys] == [
+        MicroBatchKey(1, 2, m, 0, 1, 4).seed_for("model") for m in range(6)
+    ]
 
 
 def test_a_shared_seed_is_that_of_the_step() -> None:
-    keys = [StepKey(1, 2, micro, rank, 3, 4) for micro in range(2) for rank in range(3)]
+    keys = [MicroBatchKey(1, 2, micro, rank, 3, 4) for micro in range(2) for rank in range(3)]
     assert len({key.seed_for("mask", per_part=False) for key in keys}) == 1
-    assert StepKey(1, 3, 0, 0, 3, 4).seed_for("mask", per_part=False) != keys[0].seed_for("mask", per_part=False)
+    assert MicroBatchKey(1, 3, 0, 0, 3, 4).seed_for("mask", per_part=False) != keys[0].seed_for("mask", per_part=False)
     assert keys[0].seed_for("mask", per_part=False) != keys[0].seed_for("mask")
 
 
@@ -155,17 +159,17 @@ def test_pretraining_losses_are_a_function_of_the_key() -> None:
     assert first["loss"] == pytest.approx(0.5 * first["pixels"] + 0.5 * first["mimic"], rel=1e-5)
     _stir()
     assert _values(task.losses(task.model, batch, KEY)) == first
-    for other in (StepKey(1, 3, 0, 0, 1, 4), StepKey(7, 2, 0, 0, 1, 4)):
+    for other in (MicroBatchKey(1, 3, 0, 0, 1, 4), MicroBatchKey(7, 2, 0, 0, 1, 4)):
         assert _values(task.losses(task.model, batch, other)) != first
 
 
 def test_drop_path_differs_between_ranks() -> None:
-    """The same pictures with the same masks on two ranks: what is left is the model's own randomness."""
+    """The same images with the same masks on two ranks: what is left is the model's own randomness."""
     task = _pretrain_task(pretrain_config(), None, drop_path=0.9)
     task.model.train()
     batch, losses = make_batch(4), []
     for rank in range(2):
-        key = StepKey(1, 2, 0, rank, 2, 4)
+        key = MicroBatchKey(1, 2, 0, rank, 2, 4)
         noise = KEY.noise(64)
         object.__setattr__(key, "noise", lambda num_tokens, noise=noise: noise)
         losses.append(task.losses(task.model, batch, key)["loss"].item())
@@ -182,7 +186,7 @@ def test_the_loss_does_not_depend_on_how_the_batch_is_spread() -> None:
         part = type(whole)(
             whole.images[half], whole.labels[half], whole.indices[half], whole.valid[half], whole.keys[half]
         )
-        parts.append(_values(task.losses(task.model, part, StepKey(1, 2, 0, rank, 2, 2))))
+        parts.append(_values(task.losses(task.model, part, MicroBatchKey(1, 2, 0, rank, 2, 2))))
     for name, value in expected.items():
         assert (parts[0][name] + parts[1][name]) / 2 == pytest.approx(value, rel=1e-4)
 
@@ -192,7 +196,7 @@ def test_topk_masking_keeps_what_the_teacher_finds_important() -> None:
     task, spy = _pretrain_task(_mimic("topk"), OwnTeacher(importance)), Spy()
     expected = set(np.argsort(importance.numpy())[-16:].tolist())
     for step in range(3):
-        task.losses(spy, make_batch(4), StepKey(1, step, 0, 0, 1, 4))
+        task.losses(spy, make_batch(4), MicroBatchKey(1, step, 0, 0, 1, 4))
         assert spy.visible.grid == (8, 8)
         assert all(set(row) == expected for row in spy.visible.ids_keep.tolist())
 
@@ -241,17 +245,23 @@ def _finetune_task(drop_path: float = 0.0, **changes: object) -> FinetuneTask:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"mixup": 0.8}, {"cutmix": 1.0}, {"erasing": 0.9}, {"mixup": 0.8, "cutmix": 1.0, "erasing": 0.5}],
+    [
+        {},
+        {"mixup": 0.8},
+        {"cutmix": 1.0},
+        {"random_erasing": 0.9},
+        {"mixup": 0.8, "cutmix": 1.0, "random_erasing": 0.5},
+    ],
     ids=str,
 )
 def test_fine_tuning_losses_are_a_function_of_the_key(changes: dict[str, float]) -> None:
-    task = _finetune_task(drop_path=0.5, smoothing=0.1, **changes)
+    task = _finetune_task(drop_path=0.5, label_smoothing=0.1, **changes)
     task.model.train()
     batch = make_batch(4)
     first = task.losses(task.model, batch, KEY)["loss"].item()
     _stir()
     assert task.losses(task.model, batch, KEY)["loss"].item() == first
-    keys = [StepKey(1, step, micro, rank, 2, 4) for step in (2, 3) for micro in (0, 1) for rank in (0, 1)]
+    keys = [MicroBatchKey(1, step, micro, rank, 2, 4) for step in (2, 3) for micro in (0, 1) for rank in (0, 1)]
     values = [task.losses(task.model, batch, key)["loss"].item() for key in keys]
     assert len(set(values)) > 4
 
@@ -269,16 +279,16 @@ def _smoothed(labels: Tensor, smoothing: float) -> np.ndarray:
 def test_plain_fine_tuning_is_cross_entropy_with_smoothed_labels() -> None:
     logits, batch = torch.randn(4, 10), make_batch(4)
     spy = Spy(logits)
-    loss = _finetune_task(smoothing=0.2).losses(spy, batch, KEY)["loss"].item()
+    loss = _finetune_task(label_smoothing=0.2).losses(spy, batch, KEY)["loss"].item()
     assert loss == pytest.approx(_soft_cross_entropy(logits.numpy(), _smoothed(batch.labels, 0.2)), rel=1e-5)
     expected = (batch.images.double() / 255 - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     torch.testing.assert_close(spy.images.double(), expected, atol=1e-5, rtol=0)
 
 
-def test_mixup_mixes_each_picture_with_its_partner_and_their_labels_alike() -> None:
+def test_mixup_mixes_each_image_with_its_partner_and_their_labels_alike() -> None:
     logits, batch = torch.randn(4, 10), make_batch(4)
     spy, plain = Spy(logits), Spy(logits)
-    loss = _finetune_task(mixup=0.8, smoothing=0.1).losses(spy, batch, KEY)["loss"].item()
+    loss = _finetune_task(mixup=0.8, label_smoothing=0.1).losses(spy, batch, KEY)["loss"].item()
     _finetune_task().losses(plain, batch, KEY)
     own, partner = plain.images.double(), plain.images.double().flip(0)
     share = (((spy.images - partner) * (own - partner)).sum() / (own - partner).square().sum()).item()
@@ -288,17 +298,17 @@ def test_mixup_mixes_each_picture_with_its_partner_and_their_labels_alike() -> N
     assert loss == pytest.approx(_soft_cross_entropy(logits.numpy(), targets), rel=1e-4)
 
 
-def test_erasing_replaces_a_part_of_each_picture() -> None:
+def test_erasing_replaces_a_part_of_each_image() -> None:
     logits, batch = torch.randn(4, 10), make_batch(4)
     spy, plain = Spy(logits), Spy(logits)
-    _finetune_task(erasing=1.0).losses(spy, batch, KEY)
+    _finetune_task(random_erasing=1.0).losses(spy, batch, KEY)
     _finetune_task().losses(plain, batch, KEY)
     changed = (spy.images != plain.images).any(1).flatten(1).float().mean(1)
     assert ((changed > 0.01) & (changed < 0.6)).all()
 
 
-def test_evaluation_sees_the_pictures_as_they_are() -> None:
-    task, batch = _finetune_task(mixup=0.8, cutmix=1.0, erasing=1.0), make_batch(4)
+def test_evaluation_sees_the_images_as_they_are() -> None:
+    task, batch = _finetune_task(mixup=0.8, cutmix=1.0, random_erasing=1.0), make_batch(4)
     spy = Spy(torch.randn(4, 10).bfloat16())
     state = torch.get_rng_state()
     logits = task.logits(spy, batch.images)

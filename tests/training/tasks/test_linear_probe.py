@@ -36,7 +36,7 @@ from tests.support.sample_data import write_sample_beton
 
 ENGINE = Path("ds_configs/tiny.json")
 TRAIN, VAL, EPOCHS, BATCH, RATE, DECAY = 96, 90, 4, 32, 3.0, 1e-3
-VOTERS = 37  # of the training pictures, for the look at the features
+VOTERS = 37  # of the training images, for the look at the features
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 DATA = DataConfig(train=Path("t"), val=Path("v"), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -94,7 +94,7 @@ def test_the_defaults_are_the_published_ones() -> None:
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_the_optimiser_is_lars_by_its_formula(decay: float) -> None:
+def test_the_optimizer_is_lars_by_its_formula(decay: float) -> None:
     task = _task(optimizer={"lr": RATE, "weight_decay": decay})
     optimizer = task.optimizer(task.groups())
     plain = PlainProbe(task.model.linear.weight.detach(), task.model.linear.bias.detach(), decay)
@@ -165,7 +165,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     common = ("--ds_config", ENGINE, "--recipe", "ds_configs/baselines/mcmae_tiny.yaml", "--run", folder / "run")
     data = (f"data.train={folder / 'train.beton'}", f"data.val={folder / 'val.beton'}", "data.backend=pillow")
     short = ("stages.pretrain.epochs=2", "stages.pretrain.batch_size=96", "stages.pretrain.optimizer.warmup_epochs=0")
-    short = (*short, "record.pictures=0", "record.log_every=1")
+    short = (*short, "logging.num_images=0", "logging.every_steps=1")
     knn = f"stages.pretrain.knn={{every_epochs: 1, k: 5, samples: {VOTERS}}}"
     results = finish(rank_processes(2, *common, *data, *short, knn), 300)
     assert [result.status for result in results] == [0, 0], results[0].stderr
@@ -176,7 +176,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert done.status == 0, done.stderr
     probe = (f"stages.probe.epochs={EPOCHS}", f"stages.probe.batch_size={BATCH}")
     rates = f"stages.probe.optimizer={{lr: {RATE}, warmup_epochs: 1, weight_decay: {DECAY}}}"
-    settings = (*common, *data, "record.log_every=1", "--stage", "probe", *probe, rates)
+    settings = (*common, *data, "logging.every_steps=1", "--stage", "probe", *probe, rates)
     results = finish(rank_processes(2, *settings), 300)
     assert [result.status for result in results] == [0, 0], results[0].stderr
     return folder
@@ -184,7 +184,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.timeout(900)
 def test_two_processes_train_what_one_plain_loop_trains(probed: Path) -> None:
-    """The same pictures in one process, features from the pre-trained file, the formulas above."""
+    """The same images in one process, features from the pre-trained file, the formulas above."""
     torch.manual_seed(0)  # as the stage: encoder, its head, then the probe's weights
     recipe = load_recipe(Path("ds_configs/baselines/mcmae_tiny.yaml"))
     encoder = build_encoder(recipe.model.spec(), 32, 10)
@@ -221,8 +221,8 @@ def test_two_processes_train_what_one_plain_loop_trains(probed: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_look_at_the_features_counts_every_picture_once(probed: Path) -> None:
-    """After the last step: one process, picture by picture, from the weights that were written."""
+def test_the_look_at_the_features_counts_every_image_once(probed: Path) -> None:
+    """After the last step: one process, image by image, from the weights that were written."""
     metadata = read_metadata(probed / "run/pretrain/model.safetensors")
     encoder = build_encoder(spec_from_metadata(metadata), 32)
     load_encoder(encoder, probed / "run/pretrain/model.safetensors", "test")
