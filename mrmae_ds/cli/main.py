@@ -66,7 +66,7 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    from mrmae_ds.weights.inspect import describe
+    from mrmae_ds.cli.inspect import describe
 
     print(describe(args.path))
 

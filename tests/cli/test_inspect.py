@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from mrmae_ds.cli.inspect import describe, usage
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import CViTSpec
@@ -18,7 +19,6 @@ from mrmae_ds.records.record import Schedule
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, EngineLayout, FileEntry, Manifest, RunIdentity
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.identify import identify
-from mrmae_ds.weights.inspect import describe, usage
 from mrmae_ds.weights.load import MODEL_FILE, build_encoder, load_encoder
 from tests.fixtures import load_reference, part
 from tests.support.processes import REPOSITORY
