@@ -20,12 +20,12 @@ from mrmae_ds.distributed.process_group import choose_device, end_process_group,
 from mrmae_ds.distributed.signals import Stopped, StopSignals
 from mrmae_ds.distributed.watchdog import TOGETHER, Watchdog
 from mrmae_ds.errors import UserError
+from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
 from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
 from mrmae_ds.training.checkpoint.run_dir import RunStart, prepare_folder
 from mrmae_ds.training.checkpoint.train_state import TrainState
-from mrmae_ds.training.config.async_saver import AsyncCheckpointer
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.evaluation.accuracy import validation_reader
 from mrmae_ds.training.evaluation.knn import KnnEvaluator
