@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-stamp=.venv/.setup-$(cat setup.py constraints.txt scripts/setup.sh | sha256sum | cut -c1-16)
+stamp=.venv/.setup-$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -c1-16)
 [ -f "$stamp" ] && exit 0
 
 fail() { printf '\nsetup: %s\n' "$*" >&2; exit 1; }
@@ -65,7 +65,7 @@ fi
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 python=.venv/bin/python
 echo "setup: installing the pinned Python packages into .venv (several GB the first time)"
-"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ffcv,detection,dev]'
+"$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ffcv,docs,dev]'
 
 echo "setup: building DeepSpeed's shared-memory op for the CPU (about a minute the first time)"
 # One process builds it here, because a half-built op with a stale lock file makes later jobs wait for ever.

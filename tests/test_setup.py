@@ -27,7 +27,7 @@ def bare_machine(tmp_path: Path) -> Path:
     clone, tools = tmp_path / "clone", tmp_path / "bin"
     (clone / "scripts").mkdir(parents=True)
     tools.mkdir()
-    for name in ("setup.py", "constraints.txt", "scripts/setup.sh"):
+    for name in ("pyproject.toml", "constraints.txt", "scripts/setup.sh"):
         shutil.copy(REPOSITORY / name, clone / name)
     for name in ("bash", "cat", "cut", "dirname", "sha256sum"):
         (tools / name).symlink_to(shutil.which(name) or name)
