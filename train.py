@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from mrmae_ds.distributed.launch import Launch, prepare_environment
+from mrmae_ds.distributed.logs import configure_logging
 
 if TYPE_CHECKING:
     from mrmae_ds.training.job import TrainArgs
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         # Before the command line is read: the names of the stages come with torch, which reads the environment.
         launch = prepare_environment()
+        configure_logging(launch)
         args = parse_arguments(argv)
         from mrmae_ds.config.engine import validate_sections
         from mrmae_ds.training.job import TrainArgs, load_configs

@@ -14,6 +14,7 @@ from typing import Any
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.options import WriteOptions, parse_max_bad
 from mrmae_ds.data.convert.skipped import report_path
+from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
@@ -35,6 +36,7 @@ def add_data_commands(commands: Subparsers) -> None:
 
 def run_script(run: Command, args: argparse.Namespace) -> int:
     """Run a command; the exit status: 0, or 2 after printing the message of a UserError."""
+    configure_logging()
     try:
         run(args)
     except UserError as error:

@@ -12,6 +12,7 @@ from mrmae_ds.cli import replay as replay_console
 from mrmae_ds.cli import submit as chain
 from mrmae_ds.cli.data import add_data_commands
 from mrmae_ds.cli.plan import add_plan_command
+from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.errors import UserError
 
 TABLE_NUMBERS = (1, 3, 4, 5, 6)
@@ -174,6 +175,7 @@ def _command(
 def main(argv: list[str] | None = None) -> int:
     """Run a command; the exit status: 0, or 2 for bad input."""
     args = build_parser().parse_args(argv)
+    configure_logging()
     try:
         args.run_command(args)
     except UserError as error:

@@ -13,9 +13,9 @@ here it only hands over what is to be written.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from mrmae_ds.training.checkpoint.files import told, write_shard
 from mrmae_ds.training.checkpoint.manifest import EngineLayout, FileEntry, Manifest, ResultValues, RunIdentity
 from mrmae_ds.training.checkpoint.train_state import TrainState, state_file
 
+logger = logging.getLogger(__name__)
 Parts = dict[str, Any]  # by file name, what torch.save gets
 
 
@@ -256,4 +257,4 @@ def _tidy(snapshot: Snapshot, retention: store.Retention) -> None:
         write_text(snapshot.final.with_name(store.POINTER), snapshot.tag)
         store.prune(snapshot.stage_dir, snapshot.final, retention)
     except OSError as error:
-        print(f"warning: {snapshot.final} is saved, but {told(error, snapshot.final.parent)}", file=sys.stderr)
+        logger.warning("%s is saved, but %s", snapshot.final, told(error, snapshot.final.parent))

@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import io
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from mrmae_ds.files import flush_folder, write_text
 from mrmae_ds.training.checkpoint import folder as store
 from mrmae_ds.training.checkpoint.manifest import Manifest
 
+logger = logging.getLogger(__name__)
 FIXED = "fixed.pt"  # frozen parameters and buffers
 SOURCE = "source.json"  # which checkpoint was converted, and the sizes of what came of it
 
@@ -63,7 +65,7 @@ def convert(checkpoint: Path, manifest: Manifest) -> Path:
     error = None
     if dist.get_rank() == 0 and not is_converted(checkpoint, manifest):
         try:
-            print(f"{checkpoint}: converting for {dist.get_world_size()} processes, once", flush=True)
+            logger.info("%s: converting for %d ranks, once", checkpoint, dist.get_world_size())
             _convert(checkpoint, manifest)
         except Exception as raised:
             error = f"{checkpoint}: cannot be converted ({type(raised).__name__}: {raised})"
