@@ -48,26 +48,20 @@ class Settings:
 
 
 def ours(settings: Settings, backend: str, policy: str | None = None) -> Batches:
-    """This project's reader."""
+    """This project's loader."""
+    from mrmae_ds.config.sections import DataConfig, LoaderConfig
     from mrmae_ds.data.loaders.augment import AugmentSettings
-    from mrmae_ds.data.loaders.build import build_reader
+    from mrmae_ds.data.loaders.base import LoaderRequest, TrainTransform
+    from mrmae_ds.data.loaders.build import build_loader
     from mrmae_ds.data.loaders.crop import CropSettings
 
-    reader = build_reader(
-        settings.beton,
-        train=True,
-        image_size=settings.size,
-        micro_batch=settings.batch,
-        accumulation=1,
-        world_size=1,
-        rank=0,
-        seed=0,
-        crop=CropSettings(scale=SCALE),
-        num_workers=settings.workers,
-        backend=backend,  # type: ignore[arg-type]
-        augment=AugmentSettings(policy, (0.5, 0.5, 0.5)) if policy else None,
+    augment = AugmentSettings(policy, (0.5, 0.5, 0.5)) if policy else None
+    request = LoaderRequest(
+        "train", settings.size, settings.batch, transform=TrainTransform(CropSettings(scale=SCALE), augment)
     )
-    return lambda epoch: (len(batch.labels) for batch in reader.epoch(epoch))
+    data = DataConfig(train=settings.beton, val=settings.beton, backend=backend)
+    loader = build_loader(data, LoaderConfig(num_workers=settings.workers), request)
+    return lambda epoch: (len(batch.labels) for batch in loader.epoch(epoch))
 
 
 def stock_ffcv(settings: Settings) -> Batches:

@@ -96,7 +96,7 @@ def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
     import numpy as np
     import torch
 
-    from mrmae_ds.data.loaders.build import Batch
+    from mrmae_ds.data.loaders.base import Batch
 
     images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
     batch = Batch(

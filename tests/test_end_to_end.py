@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.checkpoint.folder import list_checkpoints
+from tests.support.loaders import open_loader
 from tests.support.processes import SRUN, deepspeed_train, finish, kill, rank_processes, run
 from tests.support.sample_data import write_sample_beton
 
@@ -150,7 +151,6 @@ def test_finetuning_starts_from_the_encoder_and_beats_chance(finetuned: Path, mr
 
 def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspace) -> None:
     """Top-1 again from the exported file, image by image, without DeepSpeed."""
-    from mrmae_ds.data.loaders.build import build_reader
     from mrmae_ds.weights.load import build_encoder, read_metadata, read_tensors, spec_from_metadata
 
     path = finetuned / "model.safetensors"
@@ -158,11 +158,10 @@ def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspa
     model = build_encoder(spec_from_metadata(metadata), metadata["image_size"], metadata["num_classes"])
     model.load_state_dict(read_tensors(path))
     model.eval()
-    settings = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 0, "crop": None, "num_workers": 1}
-    reader = build_reader(workspace.folder / "val.beton", train=False, image_size=32, micro_batch=1, **settings)
+    loader = open_loader(workspace.folder / "val.beton", micro_batch=1)
     correct = 0
     with torch.no_grad():
-        for batch in reader.epoch(0):
+        for batch in loader.epoch(0):
             correct += int(model((batch.images.float() / 255 - 0.5) / 0.5).argmax() == batch.labels[0])
     assert RunRecord.load(finetuned).results.top1 == pytest.approx(100 * correct / VAL, abs=1e-9)
 

@@ -21,7 +21,7 @@ from mrmae_ds.data.convert.folder import EXTENSIONS
 from mrmae_ds.data.convert.images import open_image, pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.options import MAX_SIDE, WriteOptions
 from mrmae_ds.data.loaders.crop import resize_and_corner
-from mrmae_ds.data.loaders.pillow import BetonSource, center_cut
+from mrmae_ds.data.loaders.pillow import BetonSource, center_crop
 from mrmae_ds.errors import UserError
 
 MOST = 64  # columns of a figure
@@ -41,7 +41,7 @@ class Chosen:
         With ``size`` equal to ``view`` these are evaluation's very pixels. Another ``size`` shows the same part of the
         image (evaluation itself would cut less off above 224 pixels), so that attention can be compared.
         """
-        cuts = [center_cut(p, size) if size == view else _resized_view(p, view, size) for p in self.images]
+        cuts = [center_crop(p, size) if size == view else _resized_view(p, view, size) for p in self.images]
         return torch.from_numpy(np.stack([np.asarray(cut) for cut in cuts])).permute(0, 3, 1, 2).float() / 255
 
 

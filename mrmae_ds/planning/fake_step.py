@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.pretrain import PretrainModel, set_checkpointing
 from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace

@@ -9,7 +9,7 @@ import deepspeed
 from torch import Tensor
 
 from mrmae_ds.config.stages import FinetuneConfig, ProbeConfig
-from mrmae_ds.data.loaders.build import Reader
+from mrmae_ds.data.loaders.base import Loader
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
 from mrmae_ds.training.checkpoint.manifest import ResultValues
@@ -30,7 +30,7 @@ class StageHooks:
 
     Attributes:
         job, engine: what runs.
-        val: this rank's reader of the validation set, where the stage evaluates.
+        val: this rank's loader of the validation set, where the stage evaluates.
         recorder: on rank 0.
         saver, saves: write checkpoints, say when.
         boundary: whose clock a save starts again.
@@ -41,7 +41,7 @@ class StageHooks:
 
     job: PreparedStage
     engine: deepspeed.DeepSpeedEngine
-    val: Reader | None
+    val: Loader | None
     recorder: RunLogger | None
     saver: AsyncCheckpointer
     saves: CheckpointPolicy

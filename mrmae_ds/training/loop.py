@@ -10,7 +10,7 @@ from typing import Protocol
 import deepspeed
 
 from mrmae_ds.config.stages import StageConfig
-from mrmae_ds.data.loaders.build import Batch, Reader
+from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.signals import Stopped
@@ -127,7 +127,7 @@ class Hooks(Protocol):
 def train(
     engine: deepspeed.DeepSpeedEngine,
     task: Task,
-    reader: Reader,
+    reader: Loader,
     plan: StageSchedule,
     state: TrainState,
     log_every: int,

@@ -99,10 +99,10 @@ def _job(folder: Path, capture: Capture) -> Iterator[PreparedStage]:
 
 
 def _rank(job: PreparedStage, capture: Capture, rank: int, device: torch.device) -> Iterator[ReplayResult]:
-    from mrmae_ds.training.run import open_reader
+    from mrmae_ds.training.run import open_loader
 
     job = replace(job, plan=replace(job.plan, launch=Launch(rank, rank, capture.world_size, capture.world_size)))
-    reader = open_reader(job, device, training=True)
+    reader = open_loader(job, device, training=True)
     epoch, within = divmod(capture.step, job.plan.steps_per_epoch)
     batches = reader.epoch(epoch, within * capture.accumulation)
     model = job.task.model

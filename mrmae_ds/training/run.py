@@ -12,9 +12,9 @@ import torch.distributed as dist
 
 from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig
 from mrmae_ds.data.loaders.augment import AugmentSettings
-from mrmae_ds.data.loaders.build import Reader, build_reader
+from mrmae_ds.data.loaders.base import Loader, LoaderRequest, TrainTransform
+from mrmae_ds.data.loaders.build import build_loader
 from mrmae_ds.data.loaders.crop import CropSettings
-from mrmae_ds.data.node_cache import located
 from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.distributed.signals import Stopped, StopSignals
@@ -27,7 +27,7 @@ from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
 from mrmae_ds.training.checkpoint.run_dir import RunStart, prepare_folder
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
-from mrmae_ds.training.evaluation.accuracy import validation_reader
+from mrmae_ds.training.evaluation.accuracy import evaluation_loader
 from mrmae_ds.training.evaluation.knn import KnnEvaluator
 from mrmae_ds.training.final_figures import draw, finish_drawing
 from mrmae_ds.training.hooks import StageHooks
@@ -42,27 +42,26 @@ from mrmae_ds.training.tasks.linear_probe import ProbeTask
 from mrmae_ds.weights.load import MODEL_FILE, save_weights
 
 
-def open_reader(job: PreparedStage, device: torch.device, *, training: bool) -> Reader:
-    """This rank's reader of the training or the validation set."""
-    launch, data, stage = job.plan.launch, job.recipe.data, job.stage
+def open_loader(job: PreparedStage, device: torch.device, *, training: bool) -> Loader:
+    """Return this rank's loader of the training or the validation set."""
+    launch, stage, recipe = job.plan.launch, job.stage, job.recipe
     if not training:
-        return validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, device)
+        return evaluation_loader(recipe, job.image_size, job.plan.micro_batch, launch, device)
     policy = stage.rand_augment if isinstance(stage, FinetuneConfig) else None
-    return build_reader(
-        located(data.train, job.recipe.loader.cache_dir),
-        train=True,
+    request = LoaderRequest(
+        split="train",
         image_size=job.image_size,
         micro_batch=job.plan.micro_batch,
+        seed=recipe.seed,
+        transform=TrainTransform(
+            CropSettings(scale=stage.crop_scale, flip=stage.flip),
+            AugmentSettings(policy, recipe.data.mean) if policy else None,
+        ),
         accumulation=job.plan.accumulation,
         world_size=launch.world_size,
         rank=launch.rank,
-        seed=job.recipe.seed,
-        crop=CropSettings(scale=stage.crop_scale, flip=stage.flip),
-        num_workers=job.recipe.loader.num_workers,
-        device=device,
-        backend=data.backend,
-        augment=AugmentSettings(policy, data.mean) if policy else None,
     )
+    return build_loader(recipe.data, recipe.loader, request, device)
 
 
 def run_stage(job: PreparedStage) -> None:
@@ -110,7 +109,7 @@ def _train(job: PreparedStage, start: RunStart, device: torch.device, monitor: W
     hooks = _hooks(job, engine, device, recorder, monitor, signals, results)
     try:
         accountant = PerfMeter(engine, device)
-        reader = open_reader(job, device, training=True)
+        reader = open_loader(job, device, training=True)
         log_every = job.recipe.logging.every_steps
         train(engine, job.task, reader, plan, state, log_every, hooks, hooks.boundary, accountant)
         accountant.close()
@@ -159,7 +158,7 @@ def _hooks(
     return StageHooks(
         job=job,
         engine=engine,
-        val=open_reader(job, device, training=False) if isinstance(job.task, FinetuneTask | ProbeTask) else None,
+        val=open_loader(job, device, training=False) if isinstance(job.task, FinetuneTask | ProbeTask) else None,
         recorder=recorder,
         saver=saver,
         saves=saves,
@@ -228,7 +227,7 @@ def dry_run(job: PreparedStage) -> None:
 
 def _dry_run(job: PreparedStage, device: torch.device) -> None:
     launch, engine = job.plan.launch, _engine(job, device)
-    reader = open_reader(job, device, training=True)
+    reader = open_loader(job, device, training=True)
     if job.plan.total_steps < 2:
         raise UserError("the stage has a single step; a dry run needs two")
     engine.train()

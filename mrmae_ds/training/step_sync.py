@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.signals import StopSignals
 from mrmae_ds.training.engine.nonfinite import any_nonfinite, local_gradients
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
-from mrmae_ds.data.loaders.pillow import center_cut
+from mrmae_ds.data.loaders.pillow import center_crop
 from mrmae_ds.figures import teachers as teacher_preview
 from mrmae_ds.teachers import build_teacher
 from mrmae_ds.weights.load import MODEL_FILE
@@ -85,7 +85,7 @@ def test_what_the_teachers_are_is_printed(recipe: Path, capsys: pytest.CaptureFi
 
 def _expected(recipe: Path, images: list[Path]) -> tuple[Tensor, dict[str, Tensor]]:
     """Pixels and each teacher's importance on them, the teachers built by themselves."""
-    cuts = [np.asarray(center_cut(Image.open(path).convert("RGB"), SIDE)) for path in images]
+    cuts = [np.asarray(center_crop(Image.open(path).convert("RGB"), SIDE)) for path in images]
     pixels = torch.from_numpy(np.stack(cuts)).permute(0, 3, 1, 2) / 255
     content = yaml.safe_load(recipe.read_text())
     data = DataConfig(**content["data"])

@@ -1,4 +1,4 @@
-"""Small stand-ins: stages, plans, images, and an engine and a reader of plain torch."""
+"""Small stand-ins: stages, plans, images, and an engine and a loader of plain torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig, StageConfig
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.loop import StageSchedule
 
@@ -49,7 +49,7 @@ def make_batch(size: int, side: int = 32, classes: int = 10, seed: int = 0, vali
     )
 
 
-class FakeReader:
+class FakeLoader:
     """Gives the same number of batches every epoch; remembers where it was asked to begin."""
 
     def __init__(self, batches: list[Batch], num_samples: int | None = None) -> None:

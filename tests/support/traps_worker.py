@@ -17,7 +17,7 @@ from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.distributed.launch import Launch, prepare_environment
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.engine.build import build_engine
-from mrmae_ds.training.evaluation.accuracy import evaluate, validation_reader
+from mrmae_ds.training.evaluation.accuracy import evaluate, evaluation_loader
 from tests.training.parity.cases import ZERO, Case
 from tests.training.parity.gathers import gathered
 from tests.training.parity.job import batches, prepare
@@ -95,7 +95,7 @@ def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
     """Of nine images in batches of four on two ranks, as fine-tuning evaluates."""
     job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
     engine = _engine(job)
-    reader = validation_reader(job.recipe, job.image_size, job.plan.micro_batch, launch, CPU)
+    reader = evaluation_loader(job.recipe, job.image_size, job.plan.micro_batch, launch, CPU)
     results = evaluate(engine, lambda images: job.task.logits(engine, images), reader)
     reader.close()
     engine.destroy()

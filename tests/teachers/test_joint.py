@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.config.stages import MaskingConfig
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.signals import Stopped, StopSignals
@@ -16,7 +16,7 @@ from mrmae_ds.training.loop import MAX_BAD_STEPS, StageSchedule, train
 from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
 from mrmae_ds.training.tasks.base import MicroBatchKey
-from tests.support.jobs import ALONE, FakeEngine, FakeReader, finetune_config, make_batch, make_plan, optimizer_config
+from tests.support.jobs import ALONE, FakeEngine, FakeLoader, finetune_config, make_batch, make_plan, optimizer_config
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -79,10 +79,10 @@ class Hooks:
 
 def _run(
     task: LinearTask, plan: StageSchedule, state: TrainState | None = None, log_every: int = 4
-) -> tuple[FakeEngine, FakeReader, Hooks]:
+) -> tuple[FakeEngine, FakeLoader, Hooks]:
     engine = FakeEngine(task.model, plan.accumulation)
     batches = plan.steps_per_epoch * plan.accumulation
-    reader = FakeReader([make_batch(plan.micro_batch, side=4, seed=i) for i in range(batches)])
+    reader = FakeLoader([make_batch(plan.micro_batch, side=4, seed=i) for i in range(batches)])
     hooks = Hooks()
     train(engine, task, reader, plan, state or TrainState(), log_every, hooks, StepSync())
     return engine, reader, hooks
@@ -192,7 +192,7 @@ def test_the_engine_trains_again_after_an_evaluation() -> None:
 
     task, plan, hooks = Watches(), make_plan(), Evaluates()
     engine = hooks.engine = FakeEngine(task.model, plan.accumulation)
-    reader = FakeReader([make_batch(4, side=4)] * 10)
+    reader = FakeLoader([make_batch(4, side=4)] * 10)
     train(engine, task, reader, plan, TrainState(), 4, hooks, StepSync())
     assert False in engine.modes
 
@@ -250,7 +250,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
     task, ends = LinearTask(), Ends(start)
     batches = [make_batch(4, side=4, seed=i) for i in range(10)]
     with pytest.raises(Interrupted):
-        train(FakeEngine(task.model, 2), task, FakeReader(batches), plan, TrainState(), 4, ends, StepSync())
+        train(FakeEngine(task.model, 2), task, FakeLoader(batches), plan, TrainState(), 4, ends, StepSync())
     task.keys.clear()
     _, reader, hooks = _run(task, plan, TrainState(**ends.counters))
     epoch, within = divmod(start, 5)
@@ -293,7 +293,7 @@ def test_a_skipped_step_changes_no_weight() -> None:
 
     weights: dict[int, Tensor] = {}
     task, plan = LinearTask(bad={(4, 0)}), make_plan()
-    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4, seed=i) for i in range(10)])
+    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4, seed=i) for i in range(10)])
     train(engine, task, reader, plan, TrainState(), 4, Watches(), StepSync())
     assert torch.equal(weights[5], weights[4])
     assert not torch.equal(weights[6], weights[5])
@@ -302,7 +302,7 @@ def test_a_skipped_step_changes_no_weight() -> None:
 def test_a_step_that_the_engine_itself_does_not_take_is_a_skipped_one() -> None:
     """A gradient whose square overflows is finite for us and not for DeepSpeed, which says nothing."""
     task, plan, hooks = LinearTask(), make_plan(), Hooks()
-    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
+    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10)
     engine.was_step_applied = lambda: len(engine.rates) != 3
     train(engine, task, reader, plan, TrainState(), 4, hooks, StepSync())
     assert hooks.bad == [(3, 1, 1)]
@@ -311,7 +311,7 @@ def test_a_step_that_the_engine_itself_does_not_take_is_a_skipped_one() -> None:
 @pytest.mark.parametrize("first_bad", [0, 1, 4, 7])
 def test_five_bad_steps_in_a_row_end_the_training(first_bad: int) -> None:
     task = LinearTask(bad={(step, step % 2) for step in range(first_bad, 15)})
-    engine, reader, hooks = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10), Hooks()
+    engine, reader, hooks = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10), Hooks()
     end = first_bad + MAX_BAD_STEPS
     with pytest.raises(TrainingError, match=rf"last {MAX_BAD_STEPS} steps, up to step {end};"):
         train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync())
@@ -353,7 +353,7 @@ class Asks(Hooks):
 def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
     task, signals = LinearTask(), StopSignals()
     hooks = Asks(signals, at)
-    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
+    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10)
     with pytest.raises(Stopped, match=rf"SIGTERM after step {at + 1};"):
         train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync(signals))
     assert hooks.events[-1] == ("save", at + 1)
@@ -362,7 +362,7 @@ def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
 
 def test_a_signal_in_the_last_step_lets_the_stage_finish() -> None:
     task, signals = LinearTask(), StopSignals()
-    engine, reader = FakeEngine(task.model, 2), FakeReader([make_batch(4, side=4)] * 10)
+    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10)
     hooks = Asks(signals, 14)
     train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync(signals))
     assert hooks.events[-1] == ("log", 15)

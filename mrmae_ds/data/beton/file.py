@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.loaders.sampler import IntArray
+from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 
 VERSION = 2

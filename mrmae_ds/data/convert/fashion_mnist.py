@@ -14,8 +14,9 @@ from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.convert.subset import IntArray, balanced_subset
+from mrmae_ds.data.convert.subset import balanced_subset
 from mrmae_ds.data.convert.writer import write_beton
+from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"

@@ -14,8 +14,9 @@ from PIL import Image
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.images import open_image
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.convert.subset import IntArray, balanced_subset, split_off
+from mrmae_ds.data.convert.subset import balanced_subset, split_off
 from mrmae_ds.data.convert.writer import write_beton
+from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 
 # HEIC is here to be named among the images that cannot be read, not passed over as no image at all.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
 from mrmae_ds.data.convert.skipped import listed, report_path
-from mrmae_ds.data.loaders.sampler import IntArray
+from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 

@@ -20,7 +20,8 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from mrmae_ds.data.loaders.crop import UIntArray, splitmix64
+from mrmae_ds.data.loaders.crop import splitmix64
+from mrmae_ds.data.types import UIntArray
 from mrmae_ds.errors import UserError
 
 _POLICY_FORM = re.compile(r"rand(-((m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3aw?)))*")

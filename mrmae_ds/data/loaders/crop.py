@@ -10,11 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-IntArray = npt.NDArray[np.int64]
-UIntArray = npt.NDArray[np.uint64]
-FloatArray = npt.NDArray[np.float64]
+from mrmae_ds.data.types import FloatArray, IntArray, UIntArray
+from mrmae_ds.errors import UserError
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _TRIES = 10
@@ -36,6 +34,19 @@ class CropSettings:
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            UserError: if one is out of range.
+        """
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise UserError(f"crop scale must be 0 < low <= high <= 1, not {self.scale}")
+        if not 0 < self.ratio[0] <= self.ratio[1]:
+            raise UserError(f"crop ratio must be 0 < low <= high, not {self.ratio}")
+        if not 0 <= self.flip <= 1:
+            raise UserError(f"flip must be a probability, not {self.flip}")
 
 
 def splitmix64(state: UIntArray) -> UIntArray:
@@ -60,7 +71,7 @@ def _uniform(keys: UIntArray, draw: int) -> FloatArray:
 
 
 def _largest_centered(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
-    """The largest centerd boxes with width over height within ``ratio``, [B, 4]: top, left, height, width."""
+    """The largest centered boxes with width over height within ``ratio``, [B, 4]: top, left, height, width."""
     too_narrow = widths < ratio[0] * heights
     too_wide = widths > ratio[1] * heights
     box_heights = np.where(too_narrow, np.rint(widths / ratio[0]), heights).astype(np.int64).clip(1, heights)
@@ -74,7 +85,7 @@ def random_boxes(
     """Random resized crops and flips, by torchvision's rule (``RandomResizedCrop.get_params``).
 
     Ten tries of an area uniform in ``crop.scale`` times the image's and an aspect ratio log-uniform in
-    ``crop.ratio``; where none fits, the largest centerd box whose ratio is within the bounds.
+    ``crop.ratio``; where none fits, the largest centered box whose ratio is within the bounds.
 
     Args:
         heights, widths: sizes of the stored images in pixels, int64 [B].

@@ -1,4 +1,4 @@
-"""The FFCV backend: batches of a .beton, decoded by threads of this process. See ``reader.Reader``."""
+"""FFCV backend: batches of a .beton file, decoded by threads of this process."""
 
 from __future__ import annotations
 
@@ -6,17 +6,15 @@ from collections.abc import Iterator
 from functools import partial
 from queue import Empty
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.loaders._ffcv import import_ffcv, keep_torch_threads
-from mrmae_ds.data.loaders.build import Batch, ReaderSettings, to_device
+from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, LoaderSettings, to_device
 from mrmae_ds.data.loaders.crop import center_boxes, random_boxes, sample_keys
-from mrmae_ds.data.loaders.ffcv_decoder import BoxDecoder, Decoded, build_loader
-from mrmae_ds.data.loaders.sampler import BoolArray, IntArray
+from mrmae_ds.data.loaders.ffcv_decoder import BoxDecoder, Decoded, build_stock_loader
+from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
 import_ffcv()
@@ -25,22 +23,29 @@ from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
 from numba import config as numba_config  # noqa: E402
 
 
-class _GivenOrder:
-    """A traversal order for FFCV's loader, which asks for it at each epoch."""
+class _FixedOrder:
+    """Traversal order for FFCV's own loader, which queries it at each epoch."""
 
     def __init__(self, rows: IntArray) -> None:
         self.rows = rows
 
     def sample_order(self, epoch: int) -> IntArray:
-        """The rows, whatever epoch FFCV believes it is in."""
+        """Return the rows, whatever epoch FFCV counts."""
         return self.rows
 
 
-class FFCVReader:
-    """A .beton through FFCV's ``Loader``: its format, threads and ring of buffers; our order and decoder."""
+class FFCVLoader:
+    """Loader on top of FFCV's own ``Loader``: its format, threads and ring of buffers; our order and decoder."""
 
-    def __init__(self, settings: ReaderSettings) -> None:
-        """Raises UserError if the file is not what its sidecar says, or for more threads than there are."""
+    def __init__(self, settings: LoaderSettings) -> None:
+        """Open the file.
+
+        Args:
+            settings: data set, batches, threads and device.
+
+        Raises:
+            UserError: if the file does not match its sidecar, or there are more threads than cores.
+        """
         self.settings = settings
         self.num_samples = settings.num_samples
         path, threads = settings.info.path, settings.num_workers
@@ -51,19 +56,20 @@ class FFCVReader:
             )
         file = BetonFile(settings.info)
         self._labels, self._indices = file.labels, file.indices
-        self._decoder = BoxDecoder(settings.image_size, file, threads)
+        request = settings.request
+        self._decoder = BoxDecoder(request.image_size, file, threads)
         with keep_torch_threads():
-            self._loader = build_loader(path, self._decoder, batch_size=settings.micro_batch, threads=threads)
+            self._loader = build_stock_loader(path, self._decoder, batch_size=request.micro_batch, threads=threads)
         self.batches_per_epoch = settings.batches_per_epoch
         self._open: EpochIterator | None = None
         self._copies = torch.cuda.Stream(settings.device) if settings.device.type == "cuda" else None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """See ``reader.Reader``. Raises UserError for an epoch or a batch that does not exist."""
+        """Iterate over the batches of an epoch; see ``Loader.epoch``."""
         return self._deliver(epoch, *self.settings.rows(epoch, start_batch))
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
-        """Start FFCV on ``rows`` [batches, B] and hand over its batches."""
+        """Start FFCV on ``rows`` [batches, B] and yield its batches."""
         if len(rows) == 0:
             return
         self.close()
@@ -71,18 +77,18 @@ class FFCVReader:
         try:
             for batch_rows, batch_valid in zip(rows, valid, strict=True):
                 if self._open is not iterator:
-                    raise RuntimeError("this epoch has ended: the reader was closed or began another one")
+                    raise RuntimeError(EPOCH_ENDED)
                 (decoded,) = next(iterator)
                 images = self._checked(decoded)
                 moved, finished = self._copy(images)
                 others = (self._labels[batch_rows], self._indices[batch_rows], batch_valid.copy())
                 try:
-                    keys = sample_keys(self.settings.seed, epoch, batch_rows)
+                    keys = sample_keys(self.settings.request.seed, epoch, batch_rows)
                     device = self.settings.device
                     labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
                     yield Batch(moved, labels, indices, counted, keys)
                 finally:
-                    # The copy reads FFCV's buffer, which is overwritten once we ask for the next batch.
+                    # The copy reads FFCV's buffer, which is overwritten when the next batch is requested.
                     if finished is not None:
                         finished.synchronize()
         finally:
@@ -90,23 +96,27 @@ class FFCVReader:
                 self.close()
 
     def _start(self, epoch: int, rows: IntArray) -> EpochIterator:
-        """Point the loader at ``rows`` and the decoder at ``epoch``, and start FFCV's thread."""
-        settings = self.settings
-        if settings.train:
-            assert settings.crop is not None
-            self._decoder.boxes = partial(random_boxes, seed=settings.seed, epoch=epoch, crop=settings.crop)
+        """Pass ``rows`` to FFCV's loader and ``epoch`` to the decoder, and start FFCV's thread."""
+        request = self.settings.request
+        if request.transform is not None:
+            crop = request.transform.crop
+            self._decoder.boxes = partial(random_boxes, seed=request.seed, epoch=epoch, crop=crop)
         else:
-            self._decoder.boxes = lambda heights, widths, _: center_boxes(heights, widths, settings.image_size)
-        self._decoder.beyond = not settings.train
+            self._decoder.boxes = lambda heights, widths, _: center_boxes(heights, widths, request.image_size)
+        self._decoder.beyond = request.transform is None
         self._decoder.torch_threads = torch.get_num_threads()
         # FFCV refuses a custom order in its constructor, and takes every epoch's length from its first order.
-        self._loader.traversal_order = _GivenOrder(rows.reshape(-1))
+        self._loader.traversal_order = _FixedOrder(rows.reshape(-1))
         self._loader.first_traversal_order = rows.reshape(-1)
         with keep_torch_threads():
             return iter(self._loader)
 
-    def _checked(self, decoded: Decoded) -> npt.NDArray[np.uint8]:
-        """The images of a batch. Raises UserError if one is damaged."""
+    def _checked(self, decoded: Decoded) -> ImageArray:
+        """Return the images of a batch.
+
+        Raises:
+            UserError: if one is damaged.
+        """
         if decoded.error is not None:
             raise decoded.error
         assert decoded.images is not None and decoded.failed is not None
@@ -118,10 +128,11 @@ class FFCVReader:
             )
         return decoded.images
 
-    def _copy(self, images: npt.NDArray[np.uint8]) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Copy a batch [B, H, W, 3] out of FFCV's ring of (pinned, if there is CUDA) buffers to the device.
+    def _copy(self, images: ImageArray) -> tuple[Tensor, torch.cuda.Event | None]:
+        """Copy a batch [B, H, W, 3] from FFCV's ring of buffers, pinned if CUDA is available, to the device.
 
-        Returns the copy as [B, 3, H, W] and, if the copy may still be under way, the event that ends it.
+        Returns:
+            The copy as [B, 3, H, W] and, if it may still be in progress, the event that marks its end.
         """
         if self._copies is None:
             # numpy's copy: torch's would wake OpenMP's threads, which then spin for longer than it takes.
@@ -136,7 +147,7 @@ class FFCVReader:
         return moved.permute(0, 3, 1, 2), finished
 
     def close(self) -> None:
-        """See ``reader.Reader``. Left alone, FFCV's thread would wait for its consumer for ever."""
+        """End the open epoch. Otherwise FFCV's thread would wait for its consumer forever."""
         iterator, self._open = self._open, None
         if iterator is None:
             return

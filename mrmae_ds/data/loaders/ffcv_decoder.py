@@ -1,7 +1,7 @@
-"""FFCV image decoder that cuts, resizes and mirrors by given boxes: decoding holds no random state at all.
+"""FFCV image decoder that crops, resizes and mirrors by given boxes, without random state.
 
-What it does to an image is compiled in ``jpeg_kernel``, and FFCV is told not to compile the rest (``build_loader``),
-which then is a few lines of Python a batch.
+The work on an image is compiled in ``jpeg_kernel``. FFCV does not compile the rest (``build_stock_loader``), a few
+lines of Python per batch.
 
 Shapes: B samples in a batch, S output size, N samples in the file, T threads.
 """
@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.loaders._ffcv import import_ffcv
-from mrmae_ds.data.loaders.crop import FloatArray, IntArray
+from mrmae_ds.data.types import FloatArray, ImageArray, IntArray
 
 import_ffcv()
 
@@ -44,7 +43,7 @@ class Decoded:
         error: what else went wrong. An exception in FFCV's thread would leave its consumer waiting for ever.
     """
 
-    images: npt.NDArray[np.uint8] | None
+    images: ImageArray | None
     failed: IntArray | None
     error: Exception | None = None
 
@@ -78,7 +77,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
     def generate_code(self) -> Callable[..., Decoded]:
         """FFCV asks for the function to call on each batch."""
 
-        def decode(rows: IntArray, images: npt.NDArray[np.uint8], _metadata: Any, storage: tuple[Any, ...]) -> Decoded:
+        def decode(rows: IntArray, images: ImageArray, _metadata: Any, storage: tuple[Any, ...]) -> Decoded:
             try:
                 return self._decode_batch(rows, images, storage[0])
             except Exception as error:
@@ -86,7 +85,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
 
         return decode
 
-    def _decode_batch(self, rows: IntArray, images: npt.NDArray[np.uint8], file: npt.NDArray[np.uint8]) -> Decoded:
+    def _decode_batch(self, rows: IntArray, images: ImageArray, file: ImageArray) -> Decoded:
         assert self.boxes is not None
         if torch.get_num_threads() != self.torch_threads:
             torch.set_num_threads(self.torch_threads)
@@ -117,7 +116,7 @@ def damaged_rows(file: BetonFile, rows: IntArray) -> IntArray:
     return rows[status != 0]
 
 
-def build_loader(path: Path, decoder: BoxDecoder, *, batch_size: int, threads: int) -> Loader:
+def build_stock_loader(path: Path, decoder: BoxDecoder, *, batch_size: int, threads: int) -> Loader:
     """An FFCV ``Loader`` of the images alone. It compiles nothing: ``decoder`` brings a compiled function."""
     enabled = Compiler.is_enabled
     Compiler.set_enabled(False)

@@ -22,10 +22,10 @@ from torch.utils.data import DataLoader
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.loaders.augment import Augment
-from mrmae_ds.data.loaders.build import Batch, ReaderSettings, to_device
-from mrmae_ds.data.loaders.crop import random_boxes, resize_and_corner, sample_keys
-from mrmae_ds.data.loaders.sampler import BoolArray, IntArray
+from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, LoaderSettings, to_device
+from mrmae_ds.data.loaders.crop import CropSettings, random_boxes, resize_and_corner, sample_keys
 from mrmae_ds.data.loaders.worker import become_worker
+from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
 Key = tuple[int, int]  # epoch and row
@@ -57,31 +57,30 @@ class BetonSource:
 
 
 class _Samples:
-    """What a worker process runs: (epoch, row) to an image, uint8 [S, S, 3]."""
+    """Data set of the worker processes: (epoch, row) to an image, uint8 [S, S, 3], or an error message."""
 
-    def __init__(self, source: Source, settings: ReaderSettings) -> None:
-        self.source, self.settings = source, settings
-        self.augment = Augment(settings.augment, settings.image_size) if settings.augment else None
+    def __init__(self, source: Source, settings: LoaderSettings) -> None:
+        self.source, self.path, self.request = source, settings.info.path, settings.request
+        augment = self.request.transform.augment if self.request.transform is not None else None
+        self.augment = Augment(augment, self.request.image_size) if augment is not None else None
 
-    def __getitem__(self, key: Key) -> np.ndarray | str:
+    def __getitem__(self, key: Key) -> ImageArray | str:
         epoch, row = key
-        # An exception would lose its kind on the way out of a worker; a message is made one there (``_images``).
+        # An exception loses its type on the way out of a worker, so PillowLoader raises the UserError.
         try:
             source_image = self.source.image(row)
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
-            path = self.settings.info.path
-            return f"{path}: damaged image in sample {row} ({error}); copy or write the file again"
-        if not self.settings.train:
-            return np.asarray(center_cut(source_image, self.settings.image_size))
-        image = self._cut(source_image, epoch, row)
+            return f"{self.path}: damaged image in sample {row} ({error}); copy or write the file again"
+        if self.request.transform is None:
+            return np.asarray(center_crop(source_image, self.request.image_size))
+        image = self._random_crop(source_image, epoch, row, self.request.transform.crop)
         if self.augment is not None:
-            keys = sample_keys(self.settings.seed, epoch, np.array([row]))
+            keys = sample_keys(self.request.seed, epoch, np.array([row]))
             image = self.augment(image, int(keys[0]))
         return np.asarray(image)
 
-    def _cut(self, source_image: Image.Image, epoch: int, row: int) -> Image.Image:
-        crop, seed, size = self.settings.crop, self.settings.seed, self.settings.image_size
-        assert crop is not None
+    def _random_crop(self, source_image: Image.Image, epoch: int, row: int, crop: CropSettings) -> Image.Image:
+        seed, size = self.request.seed, self.request.image_size
         heights, widths = np.array([source_image.height]), np.array([source_image.width])
         boxes = random_boxes(heights, widths, np.array([row]), seed=seed, epoch=epoch, crop=crop)
         top, left, height, width, mirrored = boxes[0].tolist()
@@ -90,8 +89,8 @@ class _Samples:
         return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def center_cut(image: Image.Image, size: int) -> Image.Image:
-    """MAE's evaluation to the letter: resize the short side, cut the center square of ``size`` pixels."""
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Apply MAE's evaluation transform: resize the short side, crop the center square of ``size`` pixels."""
     short = np.array(min(image.size))
     axes = [resize_and_corner(np.array(side), short, size) for side in image.size]
     (width, left), (height, top) = ((int(resized), int(corner)) for resized, corner in axes)
@@ -113,18 +112,25 @@ class _Batches:
         return len(self.rows)
 
 
-def _stack(images: list[np.ndarray | str]) -> Tensor | str:
+def _stack(images: list[ImageArray | str]) -> Tensor | str:
     for image in images:
         if isinstance(image, str):
             return image
     return torch.from_numpy(np.stack(images))
 
 
-class PillowReader:
-    """See ``reader.Reader``. ``num_workers`` are processes; they live until ``close``."""
+class PillowLoader:
+    """Loader whose ``num_workers`` are processes, which live until ``close``."""
 
-    def __init__(self, settings: ReaderSettings) -> None:
-        """Raises UserError if the file is not what its sidecar says."""
+    def __init__(self, settings: LoaderSettings) -> None:
+        """Open the file.
+
+        Args:
+            settings: data set, batches, processes and device.
+
+        Raises:
+            UserError: if the file does not match its sidecar.
+        """
         self.settings = settings
         self.num_samples = settings.num_samples
         self.batches_per_epoch = settings.batches_per_epoch
@@ -134,7 +140,7 @@ class PillowReader:
         self._current: object = None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """See ``reader.Reader``. Raises UserError for an epoch or a batch that does not exist."""
+        """Iterate over the batches of an epoch; see ``Loader.epoch``."""
         return self._deliver(epoch, *self.settings.rows(epoch, start_batch))
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
@@ -147,13 +153,13 @@ class PillowReader:
         device = self.settings.device
         for images, batch_rows, batch_valid in zip(self._loader, rows, valid, strict=True):
             if self._current is not current:
-                raise RuntimeError("this epoch has ended: the reader was closed or began another one")
+                raise RuntimeError(EPOCH_ENDED)
             if isinstance(images, str):
                 raise UserError(images)
             others = (self._source.labels[batch_rows], self._source.indices[batch_rows], batch_valid.copy())
             labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
             moved = to_device(images, device)
-            keys = sample_keys(self.settings.seed, epoch, batch_rows)
+            keys = sample_keys(self.settings.request.seed, epoch, batch_rows)
             yield Batch(moved.permute(0, 3, 1, 2), labels, indices, counted, keys)
 
     def _open(self) -> DataLoader:
@@ -171,7 +177,7 @@ class PillowReader:
         )
 
     def close(self) -> None:
-        """See ``reader.Reader``."""
+        """End the open epoch and the worker processes."""
         self._current = self._loader = None
 
 

@@ -22,8 +22,9 @@ from PIL import Image
 from torch import Tensor
 
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings
-from mrmae_ds.data.loaders.build import Batch, Reader, ReaderSettings, to_device
+from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, Loader, LoaderSettings, to_device
 from mrmae_ds.data.loaders.worker import become_worker
+from mrmae_ds.data.types import ImageArray, UIntArray
 
 _AHEAD = 2  # batches worked on while one is used
 _CHUNKS = 2  # pieces of a batch for each process: the last one to finish has little left to do
@@ -35,22 +36,32 @@ class _Pending(NamedTuple):
     work: list[Future[None]]
 
 
-class AugmentReader:
-    """See ``reader.Reader``; ``inner`` delivers on the CPU what this one changes and moves to the device."""
+class RandAugmentLoader:
+    """Loader that augments another loader's batches and moves them to the device.
 
-    def __init__(self, inner: Reader, settings: ReaderSettings, processes: int) -> None:
-        """processes: workers; they live until ``close``."""
-        assert settings.augment is not None
-        self.inner, self.settings, self.processes = inner, settings, processes
+    Args:
+        inner: yields batches on the CPU.
+        settings: data set, batches and device.
+        augment: the policy.
+        processes: number of worker processes; they live until ``close``.
+    """
+
+    def __init__(self, inner: Loader, settings: LoaderSettings, augment: AugmentSettings, processes: int) -> None:
+        self.inner, self.augment, self.processes = inner, augment, processes
+        self.device, self.image_size = settings.device, settings.request.image_size
         self.num_samples, self.batches_per_epoch = inner.num_samples, inner.batches_per_epoch
-        shape = (_AHEAD + 1, settings.micro_batch, settings.image_size, settings.image_size, 3)
+        shape = (_AHEAD + 1, settings.request.micro_batch, self.image_size, self.image_size, 3)
         self._slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
         self._pool: ProcessPoolExecutor | None = None
         self._pending: deque[_Pending] = deque()
         self._current: object = None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """See ``reader.Reader``. Raises RuntimeError if a worker process dies."""
+        """Iterate over the batches of an epoch; see ``Loader.epoch``.
+
+        Raises:
+            RuntimeError: if a worker process dies.
+        """
         return self._deliver(self.inner.epoch(epoch, start_batch))
 
     def _deliver(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -77,37 +88,35 @@ class AugmentReader:
         return _Pending(batch, slot, work)
 
     def _drain(self) -> None:
-        """End what another epoch has begun: the slots are about to be written again."""
+        """Finish the work of an earlier epoch before its slots are overwritten."""
         self._current = None
         wait([future for pending in self._pending for future in pending.work if not future.cancel()])
         self._pending.clear()
 
     def _finish(self, free: deque[int], current: object) -> Batch:
         if self._current is not current:
-            raise RuntimeError("this epoch has ended: the reader was closed or began another one")
+            raise RuntimeError(EPOCH_ENDED)
         batch, slot, work = self._pending.popleft()
         try:
             for future in work:
                 future.result()
         except BrokenProcessPool:
-            raise RuntimeError("a process of the augmentation died (out of memory?)") from None
+            raise RuntimeError("an augmentation process died (out of memory?)") from None
         images = torch.from_numpy(self._slots.numpy()[slot, : len(batch.keys)].copy())
         free.append(slot)
         tensors = (images, batch.labels, batch.indices, batch.valid)
-        images, labels, indices, valid = (to_device(tensor, self.settings.device) for tensor in tensors)
+        images, labels, indices, valid = (to_device(tensor, self.device) for tensor in tensors)
         return Batch(images.permute(0, 3, 1, 2), labels, indices, valid, batch.keys)
 
     def _start(self) -> ProcessPoolExecutor:
         # Not forked from here: FFCV's threads run in this process. The server imports once for all workers.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-        settings = self.settings
-        assert settings.augment is not None
-        prepare = partial(_prepare, self._slots, settings.augment, settings.image_size)
+        prepare = partial(_prepare, self._slots, self.augment, self.image_size)
         return ProcessPoolExecutor(self.processes, mp_context=context, initializer=prepare)
 
     def close(self) -> None:
-        """See ``reader.Reader``."""
+        """End the open epoch, its threads and the worker processes."""
         self._drain()
         self.inner.close()
         pool, self._pool = self._pool, None
@@ -116,7 +125,7 @@ class AugmentReader:
 
 
 class _Worker(NamedTuple):
-    slots: np.ndarray
+    slots: ImageArray
     augment: Augment
 
 
@@ -129,7 +138,7 @@ def _prepare(slots: Tensor, settings: AugmentSettings, size: int) -> None:
     _worker = _Worker(slots.numpy(), Augment(settings, size))
 
 
-def _augment(slot: int, samples: range, keys: np.ndarray) -> None:
+def _augment(slot: int, samples: range, keys: UIntArray) -> None:
     for sample, key in zip(samples, keys.tolist(), strict=True):
         image = _worker.slots[slot, sample]
         image[:] = np.asarray(_worker.augment(Image.fromarray(image), key))

@@ -8,12 +8,9 @@ step, W ranks; G = b * A * W.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from mrmae_ds.data.types import BoolArray, IntArray
 from mrmae_ds.errors import UserError
-
-IntArray = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:

@@ -6,53 +6,44 @@ Shape legend: B images of a batch.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.data.loaders.build import Batch, Reader, build_reader
-from mrmae_ds.data.node_cache import located
+from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, Split
+from mrmae_ds.data.loaders.build import build_loader
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.process_group import sum_over_ranks
 
 TOP = 5
 
 
-def validation_reader(
-    recipe: Recipe, image_size: int, micro_batch: int, launch: Launch, device: torch.device
-) -> Reader:
-    """This rank's reader of the recipe's validation set; see :func:`build_reader`."""
-    return evaluation_reader(recipe, recipe.data.val, image_size, micro_batch, launch, device)
-
-
-def evaluation_reader(
+def evaluation_loader(
     recipe: Recipe,
-    path: Path,
     image_size: int,
     micro_batch: int,
     launch: Launch,
     device: torch.device,
+    split: Split = "val",
     samples: int | None = None,
-) -> Reader:
-    """This rank's reader of any of the recipe's sets as the validation set is read; see :func:`build_reader`."""
-    return build_reader(
-        located(path, recipe.loader.cache_dir),
-        train=False,
-        image_size=image_size,
-        micro_batch=micro_batch,
-        accumulation=1,
-        world_size=launch.world_size,
-        rank=launch.rank,
-        seed=recipe.seed,
-        crop=None,
-        num_workers=recipe.loader.num_workers,
-        device=device,
-        backend=recipe.data.val_backend,
-        samples=samples,
+) -> Loader:
+    """Return this rank's loader of one of the recipe's data sets, with the evaluation transform.
+
+    Args:
+        recipe: its data, loader and seed are used.
+        image_size: pixels, both sides.
+        micro_batch: samples per batch on this rank.
+        launch: ranks that share the data set.
+        device: device of the batches.
+        split: the data set.
+        samples: number of samples, evenly spaced in the data set; None is all.
+    """
+    request = LoaderRequest(
+        split, image_size, micro_batch, recipe.seed, world_size=launch.world_size, rank=launch.rank, samples=samples
     )
+    return build_loader(recipe.data, recipe.loader, request, device)
 
 
 class Score:
@@ -87,7 +78,7 @@ class Score:
 
 
 @torch.no_grad()
-def evaluate(engine: nn.Module, logits: Callable[[Tensor], Tensor], reader: Reader) -> dict[str, float | int]:
+def evaluate(engine: nn.Module, logits: Callable[[Tensor], Tensor], reader: Loader) -> dict[str, float | int]:
     """A model's accuracy over a data set, every image once. All ranks must call it.
 
     Args:

@@ -45,7 +45,7 @@ from mrmae_ds.records.record import (
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
 from mrmae_ds.training.engine.autocast import autocast
-from mrmae_ds.training.evaluation.accuracy import Score, validation_reader
+from mrmae_ds.training.evaluation.accuracy import Score, evaluation_loader
 from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run_logger import identity
 from mrmae_ds.training.tasks.base import Normalize
@@ -222,7 +222,7 @@ def score(
     for classifier in job.classifiers:
         classifier.to(device, dtype)
     sizes = sorted({classifier.image_size for classifier in job.classifiers})
-    readers = [validation_reader(job.recipe, size, config.micro_batch, job.launch, device) for size in sizes]
+    readers = [evaluation_loader(job.recipe, size, config.micro_batch, job.launch, device) for size in sizes]
     average, scores = Score(), [Score() for _ in job.classifiers]
     for batches in zip(*(reader.epoch(0) for reader in readers), strict=True):
         beat()

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.config.stages import KnnConfig, PretrainConfig
-from mrmae_ds.data.loaders.build import Batch, Reader
+from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.distributed.process_group import sum_over_ranks
 from mrmae_ds.training.engine.autocast import autocast
-from mrmae_ds.training.evaluation.accuracy import evaluation_reader
+from mrmae_ds.training.evaluation.accuracy import evaluation_loader
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.tasks.base import PretrainTask
 
@@ -48,7 +48,7 @@ class Bank:
 
 
 @torch.no_grad()
-def gather_bank(features: Features, reader: Reader) -> Bank:
+def gather_bank(features: Features, reader: Loader) -> Bank:
     """The features of a reader's images, each once, on every rank. All ranks must call it.
 
     Args:
@@ -90,7 +90,7 @@ def votes(queries: Tensor, bank: Bank, k: int, temperature: float, num_classes: 
 
 @torch.no_grad()
 def knn_accuracy(
-    features: Features, train: Reader, val: Reader, config: KnnConfig, num_classes: int
+    features: Features, train: Loader, val: Loader, config: KnnConfig, num_classes: int
 ) -> dict[str, float]:
     """``knn/top1`` in percent over the validation set, each image once. All ranks must call it.
 
@@ -126,9 +126,9 @@ class KnnEvaluator:
         self.engine, self.normalize, self.beat = engine, job.task.normalize, beat
         self.engine_config, self.device = job.engine_config, device
         recipe, micro_batch, launch = job.recipe, job.plan.micro_batch, job.plan.launch
-        size, data = recipe.model.image_size, recipe.data
-        self.train = evaluation_reader(recipe, data.train, size, micro_batch, launch, device, self.config.samples)
-        self.val = evaluation_reader(recipe, data.val, size, micro_batch, launch, device)
+        size = recipe.model.image_size
+        self.train = evaluation_loader(recipe, size, micro_batch, launch, device, "train", self.config.samples)
+        self.val = evaluation_loader(recipe, size, micro_batch, launch, device)
 
     def due(self, epochs: int) -> bool:
         """Whether it is time for it after so many epochs."""

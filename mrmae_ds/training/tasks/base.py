@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mrmae_ds.config.sections import DataConfig, Rgb
 from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
 from mrmae_ds.data.loaders.augment import SampleErasing
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher

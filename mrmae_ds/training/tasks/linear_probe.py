@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import ProbeConfig
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.pretrain import Encoder
 from mrmae_ds.teachers import Teacher

@@ -14,15 +14,16 @@ import torch
 from PIL import Image, ImageFile
 from torchvision.transforms import v2
 
+from mrmae_ds.config.sections import Backend
 from mrmae_ds.data.beton.sidecar import read_sidecar
 from mrmae_ds.data.convert.folder import find_classes, scan
 from mrmae_ds.data.convert.images import ImageError, open_image, pixel_limit, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.verify import verify_beton
 from mrmae_ds.data.convert.writer import write_beton
-from mrmae_ds.data.loaders.build import Backend, build_reader
 from mrmae_ds.data.loaders.crop import CropSettings
 from tests.support.jpegs import stored_jpegs
+from tests.support.loaders import open_loader
 from tests.support.odd_images import MAX_PIXELS, MAX_SIDE, ODD, RAMP_8, make_odd_images, plain
 
 pytestmark = pytest.mark.timeout(120, method="thread")
@@ -56,11 +57,10 @@ def images(written: Path) -> dict[str, Image.Image]:
 
 @pytest.fixture(scope="module")
 def read_back(written: Path) -> dict[str, torch.Tensor]:
-    """What the reader delivers, uint8 [3, 32, 32], by the name of the file."""
-    sizes = {"image_size": SIZE, "micro_batch": 8, "accumulation": 1, "world_size": 1, "rank": 0}
-    reader = build_reader(written, train=False, seed=0, crop=None, num_workers=1, **sizes)
-    images = [image for batch in reader.epoch(0) for image in batch.images[batch.valid]]
-    reader.close()
+    """Return what the loader delivers, uint8 [3, 32, 32], by the name of the file."""
+    loader = open_loader(written, image_size=SIZE, micro_batch=8)
+    images = [image for batch in loader.epoch(0) for image in batch.images[batch.valid]]
+    loader.close()
     return dict(zip(sorted(TAKEN), images, strict=True))
 
 
@@ -84,11 +84,9 @@ def test_odd_images_are_converted(
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 def test_all_can_be_trained_on(written: Path, backend: Backend) -> None:
-    sizes = {"image_size": SIZE, "micro_batch": 4, "accumulation": 1, "world_size": 1, "rank": 0, "num_workers": 1}
-    crop = CropSettings(scale=(0.2, 1.0))
-    reader = build_reader(written, train=True, seed=0, crop=crop, backend=backend, **sizes)
-    indices = torch.cat([batch.indices for batch in reader.epoch(0)])
-    reader.close()
+    loader = open_loader(written, backend, crop=CropSettings(scale=(0.2, 1.0)), image_size=SIZE)
+    indices = torch.cat([batch.indices for batch in loader.epoch(0)])
+    loader.close()
     assert len(set(indices.tolist())) == len(TAKEN) // 4 * 4
 
 

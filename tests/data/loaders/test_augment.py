@@ -15,10 +15,11 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, SampleErasing, seed_generators
-from mrmae_ds.data.loaders.build import Reader, build_reader
+from mrmae_ds.data.loaders.base import Loader
 from mrmae_ds.data.loaders.crop import CropSettings, sample_keys
-from mrmae_ds.data.loaders.rand_augment import AugmentReader
+from mrmae_ds.data.loaders.rand_augment import RandAugmentLoader
 from mrmae_ds.errors import UserError
+from tests.support.loaders import open_loader
 from tests.support.sample_data import photograph
 
 pytestmark = pytest.mark.timeout(180, method="thread")
@@ -26,19 +27,18 @@ POLICY = "rand-m9-mstd0.5-inc1"
 SETTINGS = AugmentSettings(POLICY, (0.485, 0.456, 0.406))
 
 
-def _reader(path: Path, backend: str = "ffcv", augment: AugmentSettings | None = SETTINGS, **changes: Any) -> Reader:
-    settings: dict[str, Any] = {"image_size": 32, "micro_batch": 8, "accumulation": 1, "num_workers": 2}
-    settings |= {"world_size": 1, "rank": 0, "seed": 5, "crop": CropSettings(scale=(0.2, 1.0))}
-    return build_reader(path, train=True, backend=backend, augment=augment, **settings | changes)
+def _loader(path: Path, backend: str = "ffcv", augment: AugmentSettings | None = SETTINGS, **changes: Any) -> Loader:
+    settings = {"micro_batch": 8, "num_workers": 2, "seed": 5, "crop": CropSettings(scale=(0.2, 1.0))}
+    return open_loader(path, backend, augment=augment, **settings | changes)
 
 
-def _samples(reader: Reader, epoch: int = 1, start: int = 0) -> list[tuple[int, bytes]]:
+def _samples(loader: Loader, epoch: int = 1, start: int = 0) -> list[tuple[int, bytes]]:
     found = [
         (index, image.contiguous().numpy().tobytes())
-        for batch in reader.epoch(epoch, start)
+        for batch in loader.epoch(epoch, start)
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
     ]
-    reader.close()
+    loader.close()
     return found
 
 
@@ -71,27 +71,27 @@ def test_the_highest_magnitude_of_posterize_gives_black() -> None:
 
 
 def test_each_sample_has_its_own_draw(betons: tuple[Path, Path]) -> None:
-    plain, augmented = dict(_samples(_reader(betons[0], augment=None))), dict(_samples(_reader(betons[0])))
+    plain, augmented = dict(_samples(_loader(betons[0], augment=None))), dict(_samples(_loader(betons[0])))
     assert plain.keys() == augmented.keys()
     changed = sum(plain[index] != augmented[index] for index in plain)
     assert 0.6 * len(plain) < changed < 0.95 * len(plain)
-    assert sum(dict(_samples(_reader(betons[0]), epoch=2)).get(index) != augmented[index] for index in augmented) > 100
+    assert sum(dict(_samples(_loader(betons[0]), epoch=2)).get(index) != augmented[index] for index in augmented) > 100
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 def test_pixels_do_not_depend_on_how_the_work_is_spread(betons: tuple[Path, Path], backend: str) -> None:
-    whole = _samples(_reader(betons[0], backend))
+    whole = _samples(_loader(betons[0], backend))
     assert len(whole) == 144
-    assert _samples(_reader(betons[0], backend, num_workers=1)) == whole
-    assert _samples(_reader(betons[0], backend), start=9) == whole[72:]
-    ranks = [_samples(_reader(betons[0], backend, micro_batch=4, world_size=2, rank=rank)) for rank in (0, 1)]
+    assert _samples(_loader(betons[0], backend, num_workers=1)) == whole
+    assert _samples(_loader(betons[0], backend), start=9) == whole[72:]
+    ranks = [_samples(_loader(betons[0], backend, micro_batch=4, world_size=2, rank=rank)) for rank in (0, 1)]
     assert dict(ranks[0] + ranks[1]) == dict(whole)
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 def test_both_backends_draw_by_the_sample(betons: tuple[Path, Path], backend: str) -> None:
     """What becomes of an image is what its key alone makes of it here; the backends differ in their pixels only."""
-    plain, augmented = (dict(_samples(_reader(betons[0], backend, augment=policy))) for policy in (None, SETTINGS))
+    plain, augmented = (dict(_samples(_loader(betons[0], backend, augment=policy))) for policy in (None, SETTINGS))
     assert len(plain) == 144 and plain.keys() == augmented.keys()
     augment = Augment(SETTINGS, 32)
     for index, pixels in plain.items():
@@ -100,50 +100,41 @@ def test_both_backends_draw_by_the_sample(betons: tuple[Path, Path], backend: st
         assert np.asarray(augment(image, key)).transpose(2, 0, 1).tobytes() == augmented[index], index
 
 
-def test_evaluation_is_not_augmented(betons: tuple[Path, Path]) -> None:
-    settings: dict[str, Any] = {"image_size": 32, "micro_batch": 8, "accumulation": 1, "world_size": 1, "rank": 0}
-    first, second = (
-        build_reader(betons[1], train=False, seed=0, crop=None, num_workers=1, augment=augment, **settings)
-        for augment in (None, SETTINGS)
-    )
-    assert _samples(first) == _samples(second)
-
-
-def test_an_epoch_can_be_left_and_the_reader_used_again(betons: tuple[Path, Path]) -> None:
-    whole = _samples(_reader(betons[0]))
-    reader = _reader(betons[0])
-    left = reader.epoch(0)
+def test_an_epoch_can_be_left_and_the_loader_used_again(betons: tuple[Path, Path]) -> None:
+    whole = _samples(_loader(betons[0]))
+    loader = _loader(betons[0])
+    left = loader.epoch(0)
     next(left)
-    assert _samples(reader) == whole
+    assert _samples(loader) == whole
     with pytest.raises(RuntimeError, match="this epoch has ended"):
         next(left)
-    assert _samples(reader) == whole
+    assert _samples(loader) == whole
 
 
 def test_a_batch_is_the_callers_to_keep(betons: tuple[Path, Path]) -> None:
-    reader = _reader(betons[0])
-    kept = [(batch, batch.images.clone()) for batch in reader.epoch(0)]
-    reader.close()
+    loader = _loader(betons[0])
+    kept = [(batch, batch.images.clone()) for batch in loader.epoch(0)]
+    loader.close()
     assert all(torch.equal(batch.images, copy) for batch, copy in kept)
 
 
 def test_a_dead_worker_is_an_error_and_not_a_wait(betons: tuple[Path, Path]) -> None:
-    reader = _reader(betons[0])
-    assert isinstance(reader, AugmentReader)
-    batches = reader.epoch(0)
+    loader = _loader(betons[0])
+    assert isinstance(loader, RandAugmentLoader)
+    batches = loader.epoch(0)
     next(batches)
-    assert reader._pool is not None
-    for process in list(reader._pool._processes.values()):
+    assert loader._pool is not None
+    for process in list(loader._pool._processes.values()):
         os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="a process of the augmentation died"):
+    with pytest.raises(RuntimeError, match="an augmentation process died"):
         list(batches)
-    reader.close()
+    loader.close()
 
 
 @pytest.mark.parametrize("policy", ["auto", "rand-m9-tnonsense", "rand-mx"])
 def test_a_wrong_policy_is_an_error(betons: tuple[Path, Path], policy: str) -> None:
     with pytest.raises(UserError, match=f"rand_augment: '{policy}' is no RandAugment policy"):
-        _reader(betons[0], augment=AugmentSettings(policy, (0.5, 0.5, 0.5)))
+        _loader(betons[0], augment=AugmentSettings(policy, (0.5, 0.5, 0.5)))
 
 
 def test_erasing_depends_on_the_sample_alone() -> None:

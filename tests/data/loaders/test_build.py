@@ -1,4 +1,4 @@
-"""The reader: the right pixels, the same ones however the work is spread, and nothing left behind."""
+"""The loader: the right pixels, the same ones however the work is spread, and nothing left behind."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from mrmae_ds.data.beton.file_writer import BetonWriter
 from mrmae_ds.data.beton.sidecar import sidecar_path
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import write_beton
-from mrmae_ds.data.loaders.build import Batch, Reader, build_reader, default_num_workers
+from mrmae_ds.data.loaders.base import Batch, Loader
+from mrmae_ds.data.loaders.build import default_num_workers
 from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.errors import UserError
 from tests.data.loaders.test_crop import expected_box
 from tests.support.jpegs import stored_jpegs
+from tests.support.loaders import open_loader
 from tests.support.processes import REPOSITORY
 from tests.support.sample_data import Photographs
 
@@ -37,11 +39,10 @@ pytestmark = pytest.mark.timeout(120, method="thread")
 CROP = CropSettings(scale=(0.2, 1.0))
 
 
-def _reader(path: Path, train: bool, **changes: Any) -> Reader:
-    """A reader of 32-pixel micro-batches of 4, two to a step, on one rank."""
-    settings: dict[str, Any] = {"image_size": 32, "micro_batch": 4, "accumulation": 2 if train else 1}
-    settings |= {"world_size": 1, "rank": 0, "seed": 5, "crop": CROP if train else None, "num_workers": 1}
-    return build_reader(path, train=train, **settings | changes)
+def _loader(path: Path, train: bool, **changes: Any) -> Loader:
+    """Return a loader of 32-pixel micro-batches of 4, two per training step, on one rank."""
+    settings = {"accumulation": 2 if train else 1, "seed": 5, "crop": CROP if train else None}
+    return open_loader(path, **settings | changes)
 
 
 def _digest(batches: Iterable[Batch]) -> str:
@@ -71,7 +72,7 @@ def _assert_cut_by(make: Callable[..., Image.Image], image: torch.Tensor) -> Non
     """The image is what ``make(top, left, bottom, right, mirrored)`` cuts out, and not what is off by a pixel.
 
     The arguments are what to add to the sides of the right box. Pillow interpolates chroma before it resizes it, the
-    reader does not: hence not nothing.
+    loader does not: hence not nothing.
     """
     distance = _distance(image, make())
     assert distance < 1.5
@@ -81,9 +82,9 @@ def _assert_cut_by(make: Callable[..., Image.Image], image: torch.Tensor) -> Non
 
 
 def test_batches_are_what_they_promise(betons: tuple[Path, Path]) -> None:
-    reader = _reader(betons[0], train=True)
-    assert (reader.num_samples, reader.batches_per_epoch) == (150, 36)
-    batches = list(reader.epoch(0))
+    loader = _loader(betons[0], train=True)
+    assert (loader.num_samples, loader.batches_per_epoch) == (150, 36)
+    batches = list(loader.epoch(0))
     assert len(batches) == 36
     labels = [label for _, label, _ in stored_jpegs(betons[0])]
     for batch in batches:
@@ -97,9 +98,9 @@ def test_batches_are_what_they_promise(betons: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("size", [32, 96])
 def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> None:
     crop, jpegs = CropSettings(scale=(0.1, 0.8)), stored_jpegs(photographs)
-    reader = _reader(photographs, train=True, image_size=size, crop=crop)
+    loader = _loader(photographs, train=True, image_size=size, crop=crop)
     turned = 0
-    for batch in reader.epoch(3):
+    for batch in loader.epoch(3):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             source_image = Image.open(io.BytesIO(jpegs[index][0]))
             box = expected_box(source_image.height, source_image.width, index, seed=5, epoch=3, crop=crop)
@@ -121,7 +122,7 @@ def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> N
 @pytest.mark.parametrize("size, short", [(96, 109), (256, 256)])
 def test_evaluation_pixels_are_the_center(photographs: Path, size: int, short: int) -> None:
     jpegs = stored_jpegs(photographs)
-    for batch in _reader(photographs, train=False, image_size=size).epoch(0):
+    for batch in _loader(photographs, train=False, image_size=size).epoch(0):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             source_image = Image.open(io.BytesIO(jpegs[index][0]))
             sides = [int(short * side / min(source_image.size)) for side in source_image.size]
@@ -140,13 +141,13 @@ def test_evaluation_pixels_are_the_center(photographs: Path, size: int, short: i
 
 def test_threads_do_not_change_pixels(betons: tuple[Path, Path], photographs: Path) -> None:
     for path in (betons[0], photographs):
-        one, two = (_reader(path, train=True, num_workers=threads).epoch(1) for threads in (1, 2))
+        one, two = (_loader(path, train=True, num_workers=threads).epoch(1) for threads in (1, 2))
         assert _digest(one) == _digest(two)
 
 
 def test_ranks_share_the_same_steps_and_pixels(betons: tuple[Path, Path]) -> None:
     def steps(**split: int) -> list[dict[int, bytes]]:
-        shares = [list(_reader(betons[0], True, rank=rank, **split).epoch(2)) for rank in range(split["world_size"])]
+        shares = [list(_loader(betons[0], True, rank=rank, **split).epoch(2)) for rank in range(split["world_size"])]
         micro_steps = split["accumulation"]
         return [
             _by_sample(batch for share in shares for batch in share[start : start + micro_steps])
@@ -162,9 +163,9 @@ def test_ranks_share_the_same_steps_and_pixels(betons: tuple[Path, Path]) -> Non
 _IN_A_PROCESS = """
 import sys
 from pathlib import Path
-from tests.data.loaders.test_build import _digest, _reader
+from tests.data.loaders.test_build import _digest, _loader
 for path in sys.argv[1:]:
-    print(_digest(_reader(Path(path), train=True, num_workers=4).epoch(1)))
+    print(_digest(_loader(Path(path), train=True, num_workers=4).epoch(1)))
 """
 
 
@@ -176,25 +177,25 @@ def test_a_fresh_process_of_four_threads_sees_the_same(betons: tuple[Path, Path]
         env={**os.environ, "NUMBA_NUM_THREADS": "4"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [_digest(_reader(path, train=True).epoch(1)) for path in paths]
+    assert done.stdout.split() == [_digest(_loader(path, train=True).epoch(1)) for path in paths]
 
 
 @pytest.mark.parametrize("train", [True, False])
 def test_an_epoch_is_resumed_at_any_batch(betons: tuple[Path, Path], train: bool) -> None:
-    reader = _reader(betons[not train], train=train)
-    batches = list(reader.epoch(1))
-    assert len(batches) == reader.batches_per_epoch
+    loader = _loader(betons[not train], train=train)
+    batches = list(loader.epoch(1))
+    assert len(batches) == loader.batches_per_epoch
     for start in range(len(batches) + 1):
-        assert _digest(reader.epoch(1, start)) == _digest(batches[start:])
+        assert _digest(loader.epoch(1, start)) == _digest(batches[start:])
 
 
 def test_another_epoch_or_seed_differs(betons: tuple[Path, Path]) -> None:
-    reader = _reader(betons[0], train=True)
-    first = _by_sample(reader.epoch(0))
-    for other in (_by_sample(reader.epoch(1)), _by_sample(_reader(betons[0], True, seed=6).epoch(0))):
+    loader = _loader(betons[0], train=True)
+    first = _by_sample(loader.epoch(0))
+    for other in (_by_sample(loader.epoch(1)), _by_sample(_loader(betons[0], True, seed=6).epoch(0))):
         same = [first[index] == other[index] for index in first.keys() & other.keys()]
         assert len(same) > 100 and np.mean(same) < 0.1
-    assert _by_sample(reader.epoch(0)) == first
+    assert _by_sample(loader.epoch(0)) == first
 
 
 @pytest.mark.parametrize("ranks, batch", [(1, 4), (2, 4), (3, 16), (2, 30)])
@@ -202,10 +203,10 @@ def test_evaluation_counts_each_sample_once(betons: tuple[Path, Path], ranks: in
     counted: list[int] = []
     lengths = set()
     for rank in range(ranks):
-        reader = _reader(betons[1], train=False, world_size=ranks, rank=rank, micro_batch=batch)
-        batches = list(reader.epoch(0))
+        loader = _loader(betons[1], train=False, world_size=ranks, rank=rank, micro_batch=batch)
+        batches = list(loader.epoch(0))
         lengths.add(len(batches))
-        assert len(batches) == reader.batches_per_epoch
+        assert len(batches) == loader.batches_per_epoch
         assert all(len(one.images) == batch for one in batches)
         counted += [int(index) for one in batches for index in one.indices[one.valid]]
     assert sorted(counted) == list(range(37))
@@ -213,36 +214,36 @@ def test_evaluation_counts_each_sample_once(betons: tuple[Path, Path], ranks: in
 
 
 def test_kept_batches_are_not_overwritten(betons: tuple[Path, Path]) -> None:
-    reader, kept, seen = _reader(betons[0], train=True), [], []
-    for batch in reader.epoch(0):
+    loader, kept, seen = _loader(betons[0], train=True), [], []
+    for batch in loader.epoch(0):
         kept.append(batch)
         seen.append(_digest([batch]))
     assert [_digest([batch]) for batch in kept] == seen
     assert len(set(seen)) == len(seen)
 
 
-def test_two_readers_live_side_by_side(betons: tuple[Path, Path]) -> None:
-    train, val = _reader(betons[0], True, num_workers=2), _reader(betons[1], False, num_workers=2)
+def test_two_loaders_live_side_by_side(betons: tuple[Path, Path]) -> None:
+    train, val = _loader(betons[0], True, num_workers=2), _loader(betons[1], False, num_workers=2)
     expected = _digest(list(train.epoch(4))[:9]), _digest(list(val.epoch(0))[:9])
     together = [(a, b) for _, a, b in zip(range(9), train.epoch(4), val.epoch(0), strict=False)]
     assert (_digest(a for a, _ in together), _digest(b for _, b in together)) == expected
 
 
 def test_abandoned_epochs_leave_no_threads(betons: tuple[Path, Path]) -> None:
-    reader = _reader(betons[0], train=True)
+    loader = _loader(betons[0], train=True)
     before = threading.active_count()
-    for _ in reader.epoch(0):
+    for _ in loader.epoch(0):
         break
     assert threading.active_count() == before
-    left = reader.epoch(1)
+    left = loader.epoch(1)
     next(left)
-    reader.close()
+    loader.close()
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="has ended"):
         next(left)
-    first, second = reader.epoch(2), reader.epoch(3)
+    first, second = loader.epoch(2), loader.epoch(3)
     next(first)
-    assert next(second).indices.tolist() != next(_reader(betons[0], True).epoch(2)).indices.tolist()
+    assert next(second).indices.tolist() != next(_loader(betons[0], True).epoch(2)).indices.tolist()
     with pytest.raises(RuntimeError, match="has ended"):
         next(first)
     assert len(list(second)) == 35
@@ -253,7 +254,7 @@ def test_torchs_threads_are_left_alone(betons: tuple[Path, Path]) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        list(_reader(betons[0], train=True, num_workers=2).epoch(0))
+        list(_loader(betons[0], train=True, num_workers=2).epoch(0))
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -276,10 +277,10 @@ def test_a_bit_that_has_changed_in_an_image_is_an_error(
 ) -> None:
     content, jpeg = photographs.read_bytes(), stored_jpegs(photographs)[6][0]
     path = _altered(photographs, tmp_path, content.index(jpeg) + int(where * len(jpeg)))
-    reader = _reader(path, train=False, backend=backend)
+    loader = _loader(path, train=False, backend=backend)
     with pytest.raises(UserError, match=r"damaged (JPEG|image) in sample 6"):
-        list(reader.epoch(0))
-    reader.close()
+        list(loader.epoch(0))
+    loader.close()
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
@@ -294,7 +295,7 @@ def test_a_bit_that_has_changed_in_the_tables_is_an_error(
     where = {"version": 0, "label": entry + 11, "checksum": entry + 27, "length": content.rindex(place) + 8}[what]
     path = _altered(photographs, tmp_path, where)
     with pytest.raises(UserError, match=r"does not hold what its sidecar describes.*copy or write it again"):
-        _reader(path, train=False, backend=backend)
+        _loader(path, train=False, backend=backend)
 
 
 def test_a_file_cut_off_or_of_another_set_is_an_error(
@@ -305,14 +306,14 @@ def test_a_file_cut_off_or_of_another_set_is_an_error(
         path.write_bytes(content)
         shutil.copy(sidecar_path(photographs), sidecar_path(path))
         with pytest.raises(UserError, match=r"has [\d,]+ bytes, its sidecar says|no such file"):
-            _reader(path, train=False)
+            _loader(path, train=False)
     # A file of the same size that another run of the writer has made, and a sidecar that is not its own.
     options = WriteOptions(max_side=256, quality=95, workers=1)
     write_beton(Relabeled(), path, options, class_names=["wide", "tall"], name="other", source="a photograph")
     assert path.stat().st_size == photographs.stat().st_size
     shutil.copy(sidecar_path(photographs), sidecar_path(path))
     with pytest.raises(UserError, match="its tables have changed since they were written"):
-        _reader(path, train=False)
+        _loader(path, train=False)
 
 
 class Relabeled(Photographs):
@@ -332,9 +333,9 @@ def test_a_file_of_ffcvs_own_writer_is_read(photographs: Path, tmp_path: Path) -
     del sidecar["tables_sha256"]
     sidecar_path(path).write_text(json.dumps(sidecar | {"size": path.stat().st_size}))
     for backend in ("ffcv", "pillow"):
-        reader = _reader(path, train=False, image_size=44, backend=backend)
-        batches = list(reader.epoch(0))
-        reader.close()
+        loader = _loader(path, train=False, image_size=44, backend=backend)
+        batches = list(loader.epoch(0))
+        loader.close()
         assert [label for batch in batches for label in batch.labels.tolist()] == [label for _, label, _ in samples]
         for batch in batches:
             for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
@@ -352,17 +353,17 @@ def test_what_was_damaged_before_it_was_written_is_an_error(photographs: Path, t
     sidecar = json.loads(sidecar_path(photographs).read_text())
     del sidecar["tables_sha256"]
     sidecar_path(path).write_text(json.dumps(sidecar | {"size": path.stat().st_size, "num_samples": 2}))
-    reader = _reader(path, train=False, backend=backend)
+    loader = _loader(path, train=False, backend=backend)
     with pytest.raises(UserError, match=r"damaged (JPEG|image) in sample 1"):
-        list(reader.epoch(0))
-    reader.close()
+        list(loader.epoch(0))
+    loader.close()
 
 
 def test_what_goes_wrong_in_ffcvs_thread_is_raised(betons: tuple[Path, Path]) -> None:
-    reader = _reader(betons[0], train=True)
-    reader._decoder.table = reader._decoder.table[:10]  # type: ignore[attr-defined]
+    loader = _loader(betons[0], train=True)
+    loader._decoder.table = loader._decoder.table[:10]  # type: ignore[attr-defined]
     with pytest.raises(IndexError):
-        list(reader.epoch(0))
+        list(loader.epoch(0))
 
 
 @pytest.mark.parametrize(
@@ -372,11 +373,7 @@ def test_what_goes_wrong_in_ffcvs_thread_is_raised(betons: tuple[Path, Path]) ->
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"rank": 1}, r"rank must be in 0\.\.0"),
         ({"seed": -1}, "seed"),
-        ({"crop": None}, "needs crop settings"),
-        ({"crop": CropSettings(scale=(0.0, 1.0))}, "crop scale"),
-        ({"crop": CropSettings(scale=(0.2, 1.0), ratio=(2.0, 1.0))}, "crop ratio"),
-        ({"crop": CropSettings(scale=(0.2, 1.0), flip=2.0)}, "flip"),
-        ({"backend": "dali"}, "unknown data backend 'dali'; there are: ffcv, pillow"),
+        ({"backend": "dali"}, "unknown data backend 'dali'; choose from: ffcv, pillow"),
         ({"num_workers": 5000}, "num_workers is 5000, but"),
     ],
 )
@@ -384,12 +381,25 @@ def test_settings_that_make_no_sense_are_errors(
     betons: tuple[Path, Path], changes: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        _reader(betons[0], True, **changes)
+        _loader(betons[0], True, **changes)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"scale": (0.0, 1.0)}, "crop scale"),
+        ({"scale": (0.2, 1.0), "ratio": (2.0, 1.0)}, "crop ratio"),
+        ({"scale": (0.2, 1.0), "flip": 2.0}, "flip"),
+    ],
+)
+def test_invalid_crop_is_an_error(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CropSettings(**values)
 
 
 def test_a_batch_that_does_not_exist_is_an_error(betons: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="no batch 37 in epoch 0"):
-        _reader(betons[0], train=True).epoch(0, 37)
+        _loader(betons[0], train=True).epoch(0, 37)
 
 
 @pytest.mark.parametrize(
@@ -427,11 +437,11 @@ def test_checking_needs_no_ffcv(betons: tuple[Path, Path]) -> None:
 def test_the_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
     device = torch.device("cuda", 0)
     batches = []
-    for batch in _reader(betons[0], train=True, device=device).epoch(0):
+    for batch in _loader(betons[0], train=True, device=device).epoch(0):
         assert batch.images.device == batch.labels.device == batch.valid.device == device
         images, labels, indices, valid = (x.cpu() for x in (batch.images, batch.labels, batch.indices, batch.valid))
         batches.append(Batch(images, labels, indices, valid, batch.keys))
-    assert _digest(batches) == _digest(_reader(betons[0], train=True).epoch(0))
+    assert _digest(batches) == _digest(_loader(betons[0], train=True).epoch(0))
 
 
 def test_a_missing_ffcv_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,29 +15,28 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from mrmae_ds.data.beton.sidecar import sidecar_path
-from mrmae_ds.data.loaders.build import Batch, Reader, build_reader
+from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.errors import UserError
 from tests.data.loaders.test_crop import expected_box
 from tests.support.jpegs import stored_jpegs
+from tests.support.loaders import open_loader
 
 pytestmark = pytest.mark.timeout(120, method="thread")
 CROP = CropSettings(scale=(0.2, 1.0))
 
 
-def _reader(path: Path, train: bool, backend: str = "pillow", **changes: Any) -> Reader:
-    settings: dict[str, Any] = {"image_size": 32, "micro_batch": 4, "accumulation": 1, "num_workers": 1}
-    settings |= {"world_size": 1, "rank": 0, "seed": 5, "crop": CROP if train else None}
-    return build_reader(path, train=train, backend=backend, **settings | changes)
+def _loader(path: Path, train: bool, backend: str = "pillow", **changes: Any) -> Loader:
+    return open_loader(path, backend, **{"seed": 5, "crop": CROP if train else None, **changes})
 
 
-def _samples(reader: Reader, epoch: int = 0, start: int = 0) -> list[tuple[int, bytes]]:
+def _samples(loader: Loader, epoch: int = 0, start: int = 0) -> list[tuple[int, bytes]]:
     batches = [
         (index, image.contiguous().numpy().tobytes())
-        for batch in reader.epoch(epoch, start)
+        for batch in loader.epoch(epoch, start)
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True)
     ]
-    reader.close()
+    loader.close()
     return batches
 
 
@@ -48,8 +47,8 @@ def _image(jpeg: bytes) -> Image.Image:
 @pytest.mark.parametrize("size", [32, 224])
 def test_training_pixels_are_torchvisions(photographs: Path, size: int) -> None:
     jpegs, mirrored = stored_jpegs(photographs), 0
-    reader = _reader(photographs, train=True, image_size=size)
-    for batch in reader.epoch(3):
+    loader = _loader(photographs, train=True, image_size=size)
+    for batch in loader.epoch(3):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             source_image = _image(jpegs[index][0])
             box = expected_box(source_image.height, source_image.width, index, seed=5, epoch=3, crop=CROP)
@@ -59,7 +58,7 @@ def test_training_pixels_are_torchvisions(photographs: Path, size: int) -> None:
             expected = TF.horizontal_flip(expected) if flip else expected
             assert torch.equal(image, TF.pil_to_tensor(expected))
             mirrored += flip
-    reader.close()
+    loader.close()
     assert 0 < mirrored < 16
 
 
@@ -68,20 +67,20 @@ def test_evaluation_pixels_are_torchvisions(photographs: Path, size: int) -> Non
     short = size if size > 224 else math.floor(size / 0.875)
     transform = v2.Compose([v2.Resize(short, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
     jpegs = stored_jpegs(photographs)
-    reader = _reader(photographs, train=False, image_size=size)
+    loader = _loader(photographs, train=False, image_size=size)
     count = 0
-    for batch in reader.epoch(0):
+    for batch in loader.epoch(0):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             assert torch.equal(image, TF.pil_to_tensor(transform(_image(jpegs[index][0])))), index
             count += 1
-    reader.close()
+    loader.close()
     assert count == 16
 
 
 def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
     """How far the backends are apart in each image: mean difference, of 255 levels."""
-    first = _reader(path, train, "ffcv", image_size=64)
-    second = _reader(path, train, "pillow", image_size=64, seed=other_seed)
+    first = _loader(path, train, "ffcv", image_size=64)
+    second = _loader(path, train, "pillow", image_size=64, seed=other_seed)
     others = {int(i): image for batch in second.epoch(2) for i, image in zip(batch.indices, batch.images, strict=True)}
     second.close()
     return [
@@ -102,26 +101,26 @@ def test_another_part_would_be_seen(photographs: Path) -> None:
 
 
 def test_pixels_do_not_depend_on_processes_ranks_or_where_an_epoch_starts(betons: tuple[Path, Path]) -> None:
-    whole = _samples(_reader(betons[0], True), 1)
-    assert _samples(_reader(betons[0], True, num_workers=2), 1) == whole
-    assert _samples(_reader(betons[0], True), 1, start=20) == whole[80:]
-    assert _samples(_reader(betons[0], True), 2) != whole
-    ranks = [_samples(_reader(betons[0], True, micro_batch=2, world_size=2, rank=rank), 1) for rank in (0, 1)]
+    whole = _samples(_loader(betons[0], True), 1)
+    assert _samples(_loader(betons[0], True, num_workers=2), 1) == whole
+    assert _samples(_loader(betons[0], True), 1, start=20) == whole[80:]
+    assert _samples(_loader(betons[0], True), 2) != whole
+    ranks = [_samples(_loader(betons[0], True, micro_batch=2, world_size=2, rank=rank), 1) for rank in (0, 1)]
     assert dict(ranks[0] + ranks[1]) == dict(whole)
 
 
 def test_an_epoch_can_be_left_and_another_begun(betons: tuple[Path, Path]) -> None:
-    whole = _samples(_reader(betons[0], True), 1)
-    reader = _reader(betons[0], True)
-    left = reader.epoch(0)
+    whole = _samples(_loader(betons[0], True), 1)
+    loader = _loader(betons[0], True)
+    left = loader.epoch(0)
     next(left)
-    batch: Batch = next(reader.epoch(1))
+    batch: Batch = next(loader.epoch(1))
     pixels = [image.contiguous().numpy().tobytes() for image in batch.images]
     assert list(zip(batch.indices.tolist(), pixels, strict=True)) == whole[:4]
     with pytest.raises(RuntimeError, match="this epoch has ended"):
         next(left)
-    reader.close()
-    assert _samples(reader, 1) == whole
+    loader.close()
+    assert _samples(loader, 1) == whole
 
 
 def test_a_damaged_image_is_named(betons: tuple[Path, Path], tmp_path: Path) -> None:
@@ -132,7 +131,7 @@ def test_a_damaged_image_is_named(betons: tuple[Path, Path], tmp_path: Path) -> 
     copy.write_bytes(content)
     sidecar_path(copy).write_text(sidecar_path(betons[0]).read_text())
     with pytest.raises(UserError, match=r"train\.beton: damaged image in sample 7 "):
-        _samples(_reader(copy, True))
+        _samples(_loader(copy, True))
 
 
 def test_needs_no_ffcv(betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,5 +142,5 @@ def test_needs_no_ffcv(betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(module, "import_ffcv", missing)
     with pytest.raises(UserError, match="no ffcv here"):
-        _reader(betons[1], False, "ffcv")
-    assert len(_samples(_reader(betons[1], False))) == 40
+        _loader(betons[1], False, "ffcv")
+    assert len(_samples(_loader(betons[1], False))) == 40

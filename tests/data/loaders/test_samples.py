@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.data.loaders.build import Backend, build_reader
+from mrmae_ds.config.sections import Backend
 from mrmae_ds.errors import UserError
+from tests.support.loaders import open_loader
 from tests.support.sample_data import write_sample_beton
 
 
@@ -20,15 +21,12 @@ def _read(beton: Path, samples: int | None, world_size: int = 1, backend: Backen
     """The rows that count, by rank."""
     ranks = []
     for rank in range(world_size):
-        reader = build_reader(
-            beton, train=False, image_size=16, micro_batch=4, accumulation=1, world_size=world_size, rank=rank, seed=0,
-            crop=None, num_workers=1, backend=backend, samples=samples,
-        )  # fmt: skip
-        assert reader.num_samples == min(samples or 50, 50)
-        batches = list(reader.epoch(0))
-        assert len(batches) == reader.batches_per_epoch
+        loader = open_loader(beton, backend, image_size=16, world_size=world_size, rank=rank, samples=samples)
+        assert loader.num_samples == min(samples or 50, 50)
+        batches = list(loader.epoch(0))
+        assert len(batches) == loader.batches_per_epoch
         ranks.append([int(i) for batch in batches for i in batch.indices[batch.valid]])
-        reader.close()
+        loader.close()
     return ranks
 
 

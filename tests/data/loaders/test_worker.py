@@ -79,12 +79,12 @@ def test_it_ends_with_the_process_that_began_it() -> None:
 _TRAINING = """
 import os, sys, time
 from pathlib import Path
-from tests.data.loaders.test_augment import _reader
+from tests.data.loaders.test_augment import _loader
 
 if __name__ == "__main__":
-    reader = _reader(Path(sys.argv[1]), num_workers=4)
-    next(reader.epoch(0))
-    print(*reader._pool._processes, flush=True)
+    loader = _loader(Path(sys.argv[1]), num_workers=4)
+    next(loader.epoch(0))
+    print(*loader._pool._processes, flush=True)
     time.sleep(60)
 """
 

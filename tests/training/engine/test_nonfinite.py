@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.training.engine.nonfinite import any_nonfinite, local_gradients, skip_step
 from mrmae_ds.training.step_sync import StepSync
 from tests.support.jobs import make_batch

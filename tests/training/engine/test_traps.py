@@ -59,9 +59,9 @@ def test_an_evaluation_of_unequal_shares_ends_and_counts_each_image_once(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:
     job = prepare(Case("finetune", 0, False, 1, 1), folder, ALONE)
-    from mrmae_ds.training.run import open_reader
+    from mrmae_ds.training.run import open_loader
 
-    model, reader = job.task.model.eval(), open_reader(job, torch.device("cpu"), training=False)
+    model, reader = job.task.model.eval(), open_loader(job, torch.device("cpu"), training=False)
     logits, labels = [], []
     with torch.no_grad():
         for batch in reader.epoch(0):

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mrmae_ds.data.beton.sidecar import check_beton
-from mrmae_ds.data.loaders.build import build_reader
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.records.metrics import read_metrics
@@ -23,6 +22,7 @@ from mrmae_ds.training.evaluation.evaluate import Evaluation, log_mean_softmax, 
 from mrmae_ds.training.job import TrainArgs
 from mrmae_ds.weights.load import build_encoder, encoder_metadata, read_metadata, save_weights, spec_from_metadata
 from tests.support.jobs import ALONE
+from tests.support.loaders import open_loader
 from tests.support.processes import finish, rank_processes
 from tests.support.records import make_record
 from tests.support.sample_data import write_sample_beton
@@ -61,10 +61,7 @@ class Workspace:
 
     def images(self, part: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All images of a part as evaluation sees them, read singly: uint8 [N, 3, size, size] and labels [N]."""
-        settings = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 0, "crop": None, "num_workers": 1}
-        path = self.folder / f"{part}.beton"
-        reader = build_reader(path, train=False, image_size=size, micro_batch=1, **settings)
-        batches = list(reader.epoch(0))
+        batches = list(open_loader(self.folder / f"{part}.beton", image_size=size, micro_batch=1).epoch(0))
         return torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
 
 

@@ -13,7 +13,7 @@ from mrmae_ds.config.stages import KnnConfig
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.training.evaluation.knn import Bank, dense_features, gather_bank, knn_accuracy, votes
 from mrmae_ds.weights.load import build_encoder
-from tests.support.jobs import FakeReader, make_batch
+from tests.support.jobs import FakeLoader, make_batch
 
 
 def plain_votes(query: list[float], bank: list[list[float]], labels: list[int], k: int, t: float) -> dict[int, float]:
@@ -62,11 +62,11 @@ def _colors(images: Tensor) -> Tensor:
 
 def test_every_image_counts_once(alone: None) -> None:
     """Repeats that fill up a batch neither vote nor are counted."""
-    train = FakeReader([make_batch(4, seed=1), make_batch(4, seed=2, valid=[True, True, False, False])], 6)
+    train = FakeLoader([make_batch(4, seed=1), make_batch(4, seed=2, valid=[True, True, False, False])], 6)
     bank = gather_bank(_colors, train)
     assert bank.features.shape == (6, 3)
     torch.testing.assert_close(bank.features.norm(dim=1), torch.ones(6))
-    val = FakeReader([make_batch(4, seed=3), make_batch(4, seed=4, valid=[True, False, False, False])], 5)
+    val = FakeLoader([make_batch(4, seed=3), make_batch(4, seed=4, valid=[True, False, False, False])], 5)
     config = KnnConfig(k=3, temperature=0.1)
     found = knn_accuracy(_colors, train, val, config, 10)
     right = 0
@@ -83,6 +83,6 @@ def test_every_image_counts_once(alone: None) -> None:
 
 def test_nothing_is_trained(alone: None) -> None:
     layer = nn.Linear(3, 3)
-    reader = FakeReader([make_batch(4)])
+    reader = FakeLoader([make_batch(4)])
     knn_accuracy(lambda images: layer(_colors(images)), reader, reader, KnnConfig(), 10)
     assert layer.weight.grad is None

@@ -16,7 +16,7 @@ from mrmae_ds.distributed.process_group import choose_device, end_process_group,
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.loop import train
-from mrmae_ds.training.run import open_reader
+from mrmae_ds.training.run import open_loader
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
 from tests.support.processes import finish, rank_processes
 from tests.training.parity.cases import Case, Trace
@@ -53,7 +53,7 @@ def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
         task.model, task.groups(), job.stage.optimizer.betas, job.engine_config, plan.accumulation, device
     )
     task.to(device)
-    reader, recorder, began = open_reader(job, device, training=True), _Recorder(), time.perf_counter()
+    reader, recorder, began = open_loader(job, device, training=True), _Recorder(), time.perf_counter()
     train(engine, task, reader, plan, TrainState(), 1, recorder, StepSync())
     reader.close()
     seconds = time.perf_counter() - began

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mrmae_ds.config.recipe import load_recipe
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
@@ -79,9 +79,9 @@ def prepare(case: Case, folder: Path, launch: Launch) -> PreparedStage:
 
 def batches(job: PreparedStage) -> Iterator[Batch]:
     """The job's micro-batches of this rank, all epochs."""
-    from mrmae_ds.training.run import open_reader
+    from mrmae_ds.training.run import open_loader
 
-    reader = open_reader(job, torch.device("cpu"), training=True)
+    reader = open_loader(job, torch.device("cpu"), training=True)
     for epoch in range(job.plan.epochs):
         yield from reader.epoch(epoch)
     reader.close()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mrmae_ds.data.loaders.build import Batch
+from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from tests.training.parity.cases import (

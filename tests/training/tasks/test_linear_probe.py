@@ -16,7 +16,6 @@ from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import LarsConfig, ProbeConfig
-from mrmae_ds.data.loaders.build import build_reader
 from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.records.metrics import read_metrics
@@ -31,6 +30,7 @@ from mrmae_ds.weights.load import (
     read_tensors,
     spec_from_metadata,
 )
+from tests.support.loaders import open_loader
 from tests.support.processes import finish, rank_processes, run
 from tests.support.sample_data import write_sample_beton
 
@@ -198,13 +198,11 @@ def test_two_processes_train_what_one_plain_loop_trains(probed: Path) -> None:
             tokens = encoder.eval().forward_features((images.float() / 255 - 0.5) / 0.5)
             return F.layer_norm(tokens.mean(dim=1), (96,), eps=1e-6)
 
-    settings: dict[str, Any] = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 0, "image_size": 32}
-    settings |= {"num_workers": 1, "backend": "pillow"}
     crop = CropSettings(scale=(0.08, 1.0), flip=0.5)
-    reader = build_reader(probed / "train.beton", train=True, micro_batch=BATCH, crop=crop, **settings)
+    loader = open_loader(probed / "train.beton", "pillow", crop=crop, micro_batch=BATCH)
     steps, losses = TRAIN // BATCH, []
     for epoch in range(EPOCHS):
-        for number, batch in enumerate(reader.epoch(epoch)):
+        for number, batch in enumerate(loader.epoch(epoch)):
             at = epoch + number / steps
             rate = learning_rate(at, peak=RATE, floor=0.0, warmup_epochs=1, epochs=EPOCHS)
             losses.append(plain.step(features(batch.images), batch.labels, rate))
@@ -214,7 +212,7 @@ def test_two_processes_train_what_one_plain_loop_trains(probed: Path) -> None:
     written = read_tensors(probed / "run/probe/model.safetensors")
     scale = (plain.var + 1e-6).rsqrt()
     torch.testing.assert_close(written["head.weight"].double(), plain.weight * scale, rtol=1e-3, atol=1e-4)
-    val = build_reader(probed / "val.beton", train=False, micro_batch=1, crop=None, **settings)
+    val = open_loader(probed / "val.beton", "pillow", micro_batch=1)
     right = sum(int(plain.logits(features(batch.images)).argmax() == batch.labels[0]) for batch in val.epoch(0))
     record = RunRecord.load(probed / "run/probe")
     assert record.results.top1 == pytest.approx(100 * right / VAL, abs=1e-9) and record.results.eval_samples == VAL
@@ -226,11 +224,9 @@ def test_the_look_at_the_features_counts_every_image_once(probed: Path) -> None:
     metadata = read_metadata(probed / "run/pretrain/model.safetensors")
     encoder = build_encoder(spec_from_metadata(metadata), 32)
     load_encoder(encoder, probed / "run/pretrain/model.safetensors", "test")
-    settings: dict[str, Any] = {"accumulation": 1, "world_size": 1, "rank": 0, "seed": 0, "image_size": 32}
-    settings |= {"num_workers": 1, "backend": "pillow", "train": False, "micro_batch": 1, "crop": None}
 
     def features(part: str) -> tuple[Tensor, Tensor]:
-        batches = list(build_reader(probed / f"{part}.beton", **settings).epoch(0))
+        batches = list(open_loader(probed / f"{part}.beton", "pillow", micro_batch=1).epoch(0))
         with torch.no_grad():
             tokens = [encoder.eval()((batch.images.float() / 255 - 0.5) / 0.5) for batch in batches]
         means = torch.cat([F.layer_norm(t.mean(dim=1), (96,), eps=1e-6) for t in tokens]).double()
