@@ -1,5 +1,4 @@
-"""What a record says of the place a run ran in: versions, hardware, the code's commit. No host or user
-names."""
+"""Software versions, hardware and git state of a run, without host or user names."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrmae_ds.records.record import GitState, Hardware
+from mrmae_ds.records.sections import GitState, Hardware
 
 if TYPE_CHECKING:
     import torch
@@ -19,9 +18,8 @@ PACKAGES = ("mrmae_ds", "torch", "torchvision", "deepspeed", "timm", "open_clip_
 
 
 def collect_versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide a run's numbers; missing ones are left
-    out."""
-    import torch  # Here and not above: reading records and making tables must not wait for it.
+    """Return the versions of Python and of those packages in `PACKAGES` that are installed."""
+    import torch  # Late: reading records and making tables must not wait for it.
 
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -29,7 +27,7 @@ def collect_versions() -> dict[str, str]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    # Only torch itself tells which build it is ("2.10.0+cpu").
+    # The package metadata lacks the build ("2.10.0+cpu").
     versions["torch"] = str(torch.__version__)
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
@@ -38,7 +36,7 @@ def collect_versions() -> dict[str, str]:
 
 def collect_hardware(world_size: int, device: str | torch.device) -> Hardware:
     """Return the name and count of this node's devices of `device`'s type, and the job's `world_size`."""
-    import torch
+    import torch  # Late, as above.
 
     kind = torch.device(device).type
     if kind == "cpu":
@@ -48,7 +46,7 @@ def collect_hardware(world_size: int, device: str | torch.device) -> Hardware:
 
 
 def cpu_name() -> str:
-    """Return the processor's model name as Linux tells it, or the architecture where it does not."""
+    """Return the CPU's model name on Linux, otherwise its architecture."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, _, value = line.partition(":")
@@ -60,8 +58,11 @@ def cpu_name() -> str:
 
 
 def git_state(root: str | Path) -> GitState | None:
-    """Return commit and dirtiness of the repository around `root`; None outside one, before its first commit,
-    or without git."""
+    """Return commit and dirtiness of the repository around `root`.
+
+    Returns:
+        None without git, outside a repository, or before its first commit.
+    """
     commit = _git(root, "rev-parse", "HEAD")
     changes = _git(root, "status", "--porcelain")
     if not commit or changes is None:
@@ -72,7 +73,7 @@ def git_state(root: str | Path) -> GitState | None:
 def _git(root: str | Path, *arguments: str) -> str | None:
     command = ["git", "-C", str(root), *arguments]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        finished = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return finished.stdout.strip() if finished.returncode == 0 else None

@@ -1,8 +1,7 @@
-"""The record of a run: what ran, on what, from what, and what came of it. One `record.json` in each run
-folder.
+"""The record of a run: `record.json` in each run folder, with configuration, environment, inputs and results.
 
-A record names files by their last path component only and never holds a host's or a user's name, so that a
-run folder can be published as it is.
+A record names files by their last path component only and never holds a host's or a user's name, so that a run folder
+can be published as it is.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from pydantic import AfterValidator, AwareDatetime, Field, ValidationError, mode
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.records.sections import (
-    FROM_SCRATCH,
     Count,
     DataInfo,
     Design,
@@ -29,41 +27,15 @@ from mrmae_ds.records.sections import (
     Init,
     Member,
     ModelInfo,
-    ObjectiveInfo,
     Operations,
     Parameters,
     PretrainSummary,
     RecordSection,
     Results,
     Schedule,
-    Spent,
+    StageCost,
     TeacherInfo,
 )
-
-__all__ = [
-    "FROM_SCRATCH",
-    "RECORD_FILE",
-    "DataInfo",
-    "Design",
-    "FinetuneSummary",
-    "GitState",
-    "Hardware",
-    "Init",
-    "Member",
-    "ModelInfo",
-    "ObjectiveInfo",
-    "Operations",
-    "Parameters",
-    "PretrainSummary",
-    "Results",
-    "RunRecord",
-    "Schedule",
-    "Spent",
-    "Status",
-    "TeacherInfo",
-    "find_records",
-    "utc_now",
-]
 
 RECORD_FILE = "record.json"
 SCHEMA_VERSION = 1
@@ -73,7 +45,7 @@ Status = Literal["running", "finished", "failed", "stopped"]
 
 
 def utc_now() -> datetime:
-    """Return the present time in UTC, to the second."""
+    """Return the current time in UTC, to the second."""
     return datetime.now(timezone.utc).replace(microsecond=0)
 
 
@@ -87,10 +59,17 @@ UtcTime = Annotated[AwareDatetime, AfterValidator(_to_utc)]
 class RunRecord(RecordSection):
     """One stage of one recipe, as it ran.
 
-    `method` and `size` are the row and the column of the scaling table ("MR-MAE", "Huge-448"). `recipe_hash`
-    is that of the resolved recipe without its seed, so that runs which differ in nothing else share it.
-    `members` are the models that an evaluation averaged; a training has none. `design` is a pre-training's;
-    `operations` and `model` are None in the records of an evaluation, and `slurm_job` outside Slurm.
+    Attributes:
+        method: row of the scaling table ("MR-MAE").
+        size: column of the scaling table ("Huge-448").
+        recipe_hash: hash of the resolved recipe without its seed, shared by runs that differ in nothing else.
+        slurm_job: None outside Slurm.
+        model: None for an evaluation.
+        design: of a pre-training.
+        operations: None for an evaluation.
+        members: models that an evaluation averaged; empty for a training.
+        wall_seconds: duration, restarts included.
+        images_seen: images trained on.
     """
 
     schema_version: Literal[1] = 1
@@ -121,7 +100,7 @@ class RunRecord(RecordSection):
     images_seen: Count = 0
 
     @model_validator(mode="after")
-    def _end_is_told(self) -> RunRecord:
+    def _end_is_consistent(self) -> RunRecord:
         if self.status != "running" and self.ended is None:
             raise ValueError(f"status {self.status!r} needs the time at which the run ended")
         if self.status == "finished" and self.schedule.steps_done < self.schedule.steps:
@@ -129,40 +108,42 @@ class RunRecord(RecordSection):
                 f"status 'finished' after {self.schedule.steps_done} of {self.schedule.steps} steps; call it 'stopped'"
             )
         if self.results.top1 is not None and self.data.classes is None:
-            raise ValueError("results.top1 needs data.classes, from which the level of chance follows")
+            raise ValueError("results.top1 needs data.classes, from which the chance accuracy follows")
         return self
 
     @property
-    def tunings(self) -> tuple[FinetuneSummary | None, ...]:
-        """The fine-tunings behind the accuracy: each member's (None where unknown), else this run itself."""
-        return tuple(member.finetune for member in self.members) or (FinetuneSummary.of(self),)
+    def finetunings(self) -> tuple[FinetuneSummary | None, ...]:
+        """Fine-tunings behind the accuracy: each member's (None if unknown), otherwise this run itself."""
+        return tuple(member.finetune for member in self.members) or (summarize_finetuning(self),)
 
     @property
     def pretrain_epochs(self) -> float | None:
-        """Epochs of pre-training behind the initial weights: 0 from scratch, None when unknown or when members
-        differ."""
-        return _shared([tuning.pretrain_epochs if tuning else None for tuning in self.tunings])
+        """Epochs of pre-training behind the initial weights: 0 from scratch, None if unknown or members differ."""
+        return _shared([tuning.pretrain_epochs if tuning else None for tuning in self.finetunings])
 
     @property
     def pretrain_method(self) -> str:
-        """How the initial weights were really made; `FROM_SCRATCH` if there were none, whatever `method`
-        says. `method` where members differ or one is unknown."""
-        return _shared([tuning.pretrain_method if tuning else None for tuning in self.tunings]) or self.method
+        """Method that made the initial weights (`FROM_SCRATCH` if none); `method` if unknown or members differ."""
+        return _shared([tuning.pretrain_method if tuning else None for tuning in self.finetunings]) or self.method
 
     @property
-    def tuning_epochs(self) -> float | None:
-        """Epochs of fine-tuning behind the accuracy; None when unknown or when members differ."""
-        return _shared([tuning.epochs if tuning else None for tuning in self.tunings])
+    def finetune_epochs(self) -> float | None:
+        """Epochs of fine-tuning behind the accuracy; None if unknown or members differ."""
+        return _shared([tuning.epochs if tuning else None for tuning in self.finetunings])
 
     @property
-    def tuning_data(self) -> DataInfo | None:
-        """The data of the fine-tuning behind the accuracy; None when unknown or when members differ."""
-        return _shared([tuning.data if tuning else None for tuning in self.tunings])
+    def finetune_data(self) -> DataInfo | None:
+        """Fine-tuning data behind the accuracy; None if unknown or members differ."""
+        return _shared([tuning.data if tuning else None for tuning in self.finetunings])
 
     def write(self, folder: str | Path) -> Path:
-        """Check the record again and write `folder/record.json` in one step; return its path.
+        """Validate the record again and write `folder/record.json` atomically.
 
-        Raises UserError when the record contradicts itself; an earlier record then stays as it is.
+        Returns:
+            The path of the file.
+
+        Raises:
+            UserError: if the record contradicts itself; an earlier record is then kept.
         """
         path = Path(folder) / RECORD_FILE
         try:
@@ -174,8 +155,11 @@ class RunRecord(RecordSection):
 
     @classmethod
     def load(cls, folder: str | Path) -> RunRecord:
-        """Read `folder/record.json`. Raises UserError naming the file if it is missing, torn or of another
-        make."""
+        """Read `folder/record.json`.
+
+        Raises:
+            UserError: if the file is missing, truncated or not a run record of this schema version.
+        """
         path = Path(folder) / RECORD_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -195,13 +179,60 @@ class RunRecord(RecordSection):
             raise UserError(f"{path}: not a valid run record: {_reasons(error)}") from None
 
 
+def stage_cost(record: RunRecord) -> StageCost:
+    """Return the cost of a run."""
+    counted = record.operations
+    return StageCost(
+        device=record.hardware.device,
+        device_hours=record.wall_seconds * record.hardware.world_size / 3600,
+        images_per_s=record.results.images_per_s,
+        operations=None if counted is None else float(counted.training * record.images_seen),
+    )
+
+
+def summarize_pretraining(record: RunRecord) -> PretrainSummary:
+    """Summarize a pre-training's record, with epochs and cost of the pre-training that it continued, if any."""
+    before = record.pretrain_epochs
+    spent: StageCost | None = stage_cost(record)
+    if record.init is not None:
+        earlier = record.init.pretrain.spent if record.init.pretrain else None
+        spent = earlier + stage_cost(record) if earlier else None
+    return PretrainSummary(
+        method=record.method,
+        epochs=None if before is None else before + record.schedule.epochs_done,
+        dataset=record.data.dataset,
+        seed=record.seed,
+        recipe_hash=record.recipe_hash,
+        teachers=record.teachers,
+        model=record.model,
+        design=record.design,
+        spent=spent,
+    )
+
+
+def summarize_finetuning(record: RunRecord) -> FinetuneSummary:
+    """Summarize a fine-tuning's record."""
+    return FinetuneSummary(
+        name=record.name,
+        method=record.method,
+        epochs=record.schedule.epochs,
+        seed=record.seed,
+        recipe_hash=record.recipe_hash,
+        data=record.data,
+        init=record.init,
+        model=record.model,
+        forward=record.operations.forward if record.operations else None,
+        spent=stage_cost(record),
+    )
+
+
 def _shared(values: Sequence[T]) -> T | None:
-    """The value that all are equal to, None if there is none."""
+    """Return the value that all are equal to, None if there is none."""
     return values[0] if all(value == values[0] for value in values) else None
 
 
 def _reasons(error: ValidationError) -> str:
-    """Return pydantic's complaints on one line, each with its key, without the values."""
+    """Return pydantic's errors on one line, each with its key, without the values."""
     return "; ".join(
         f"{'.'.join(str(part) for part in item['loc']) or 'record'}: {item['msg']}" for item in error.errors()
     )
@@ -210,7 +241,8 @@ def _reasons(error: ValidationError) -> str:
 def find_records(roots: Sequence[str | Path]) -> list[tuple[Path, RunRecord]]:
     """Return every run folder at or below `roots` with its record, sorted by folder, each folder once.
 
-    Raises UserError for a root that is not a folder and for a record.json that cannot be read.
+    Raises:
+        UserError: for a root that is not a folder and for a record.json that cannot be read.
     """
     folders: dict[Path, Path] = {}
     for root in roots:

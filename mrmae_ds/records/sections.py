@@ -1,14 +1,11 @@
-"""The parts of a run's record (see `records`): code, hardware, data, teachers, where weights came from, results."""
+"""Sections of a run record: strict data classes for code, hardware, data, teachers, weights, cost and results."""
 
 from __future__ import annotations
 
 from pathlib import PurePath
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
-
-if TYPE_CHECKING:
-    from mrmae_ds.records.record import RunRecord
 
 FROM_SCRATCH = "From scratch"
 
@@ -31,20 +28,26 @@ Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
 
 
 class RecordSection(BaseModel):
-    """A section of a record: unknown keys are errors."""
+    """Base class of all sections: unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
 
 class GitState(RecordSection):
-    """The code's commit, and whether the working tree differed from it (untracked files count)."""
+    """Commit of the code, and whether the working tree differed from it (untracked files count)."""
 
     commit: str
     dirty: bool
 
 
 class Hardware(RecordSection):
-    """`count` is the node's accelerators, or its logical CPU cores; `world_size` the ranks of the job."""
+    """Devices of a run.
+
+    Attributes:
+        device: name of the accelerator or the CPU.
+        count: accelerators of the node, or its logical CPU cores.
+        world_size: number of ranks.
+    """
 
     device: str
     count: Count
@@ -60,10 +63,14 @@ class Parameters(RecordSection):
 
 
 class DataInfo(RecordSection):
-    """The data that a stage read: to train on, or to evaluate.
+    """Training data of a stage, or the data that it evaluated on.
 
-    `dataset` is the name a table shows; `file` a name without folders; `samples` one epoch's; `classes` is None
-    where the stage reads no labels.
+    Attributes:
+        dataset: name shown in tables.
+        file: file name without folders.
+        sha256: of the file.
+        samples: images in one epoch.
+        classes: number of classes; None if the stage reads no labels.
     """
 
     dataset: str
@@ -74,9 +81,13 @@ class DataInfo(RecordSection):
 
 
 class TeacherInfo(RecordSection):
-    """A frozen teacher: its kind (`clip`, `timm`, ...), where its weights come from, and their SHA-256.
+    """A frozen teacher.
 
-    `facts` is what was found out or decided when it was built, by topic: its GELU, its positions, its importance.
+    Attributes:
+        kind: `clip`, `timm` or `checkpoint`.
+        source: name or file of the weights.
+        sha256: of the weights.
+        facts: decisions made when it was built, by topic: its GELU, position embedding, importance.
     """
 
     kind: str
@@ -86,7 +97,14 @@ class TeacherInfo(RecordSection):
 
 
 class Schedule(RecordSection):
-    """This stage's schedule. `epochs` and `steps` are planned; `steps_done` counts what really ran."""
+    """Schedule of a stage.
+
+    Attributes:
+        epochs: planned epochs.
+        global_batch: images per optimizer step, over all ranks.
+        steps: planned optimizer steps.
+        steps_done: completed optimizer steps.
+    """
 
     epochs: Annotated[float, Field(ge=0)]
     global_batch: Annotated[int, Field(ge=1)]
@@ -95,12 +113,18 @@ class Schedule(RecordSection):
 
     @property
     def epochs_done(self) -> float:
-        """Epochs that really ran; all of them once every step was taken."""
+        """Completed epochs."""
         return self.epochs * self.steps_done / self.steps if self.steps else 0.0
 
 
 class ModelInfo(RecordSection):
-    """The encoder: its name in ``models/sizes.py``, whether the recipe changed its sizes, and its input in pixels."""
+    """The encoder.
+
+    Attributes:
+        arch: name in `models/sizes.py`.
+        overridden: True if the recipe changed its sizes.
+        image_size: side of its input in pixels.
+    """
 
     arch: str
     overridden: bool = False
@@ -108,12 +132,12 @@ class ModelInfo(RecordSection):
 
     @property
     def convolutional(self) -> bool:
-        """Whether it has masked convolution stages (CViT), or is a plain ViT."""
+        """True for a CViT (masked convolution stages), False for a plain ViT."""
         return self.arch.startswith("cvit")
 
 
 class ObjectiveInfo(RecordSection):
-    """One loss of a pre-training; see ``objectives.Objective``."""
+    """A pre-training loss, with the fields of `models.objectives.Objective`."""
 
     target: str
     tap: Literal["encoder", "decoder"]
@@ -122,9 +146,13 @@ class ObjectiveInfo(RecordSection):
 
 
 class Design(RecordSection):
-    """What a pre-training learned from: the columns of the paper's Table 3.
+    """Configuration of a pre-training, as in the columns of the paper's Table 3.
 
-    `masking` is how the visible share `keep_ratio` was chosen; `fusion` names the layers that were added to the last.
+    Attributes:
+        keep_ratio: visible share of the patches.
+        masking: mode by which visible patches are chosen.
+        fusion: layers that are fused with the last one.
+        objectives: losses by name.
     """
 
     keep_ratio: float
@@ -134,19 +162,27 @@ class Design(RecordSection):
 
 
 class Operations(RecordSection):
-    """Operations for one image: one step's share in training (teachers, backward and recomputation included), what
-    of it activation checkpointing computes once more, and of a classifier its forward pass alone."""
+    """Floating-point operations for one image.
+
+    Attributes:
+        training: its share of a training step, with teachers, backward pass and recomputation.
+        recomputed: the part of `training` that activation checkpointing computes a second time.
+        forward: forward pass of a classifier.
+    """
 
     training: Count
     recomputed: Count = 0
     forward: Count | None = None
 
 
-class Spent(RecordSection):
-    """What a stage cost as it ran.
+class StageCost(RecordSection):
+    """Measured cost of a stage; None is unknown.
 
-    `device_hours` are processes times hours, restarts included; `images_per_s` the whole job's, the median of what it
-    logged; `operations` those of all its steps, without evaluation. None is unknown.
+    Attributes:
+        device: name of the accelerator or the CPU.
+        device_hours: ranks times hours, restarts included; GPU-hours on a GPU.
+        images_per_s: median throughput of the whole job.
+        operations: floating-point operations of all its steps, without evaluation.
     """
 
     device: str
@@ -154,21 +190,10 @@ class Spent(RecordSection):
     images_per_s: float | None = None
     operations: float | None = None
 
-    @classmethod
-    def of(cls, record: RunRecord) -> Spent:
-        """What the run of a record cost."""
-        counted = record.operations
-        return cls(
-            device=record.hardware.device,
-            device_hours=record.wall_seconds * record.hardware.world_size / 3600,
-            images_per_s=record.results.images_per_s,
-            operations=None if counted is None else float(counted.training * record.images_seen),
-        )
-
-    def __add__(self, other: Spent) -> Spent:
-        """Both together; a speed and a device that differ are not known of the sum."""
+    def __add__(self, other: StageCost) -> StageCost:
+        """Add two costs; a throughput that differs is unknown for the sum."""
         known = self.operations is not None and other.operations is not None
-        return Spent(
+        return StageCost(
             device=" and ".join(dict.fromkeys((self.device, other.device))),
             device_hours=self.device_hours + other.device_hours,
             images_per_s=self.images_per_s if self.images_per_s == other.images_per_s else None,
@@ -177,8 +202,10 @@ class Spent(RecordSection):
 
 
 class PretrainSummary(RecordSection):
-    """The pre-training that made a run's initial weights, copied from its record so that it outlives that
-    folder."""
+    """Pre-training behind a run's initial weights, copied from its record so that it outlives that folder.
+
+    `epochs` are completed ones, those of an earlier pre-training that it continued included; None is unknown.
+    """
 
     method: str
     epochs: Annotated[float, Field(ge=0)] | None = None
@@ -188,32 +215,11 @@ class PretrainSummary(RecordSection):
     teachers: dict[str, TeacherInfo] = {}
     model: ModelInfo | None = None
     design: Design | None = None
-    spent: Spent | None = None
-
-    @classmethod
-    def of(cls, record: RunRecord) -> PretrainSummary:
-        """Summarize a pre-training's record. Epochs are those that really ran, planned or not, and those of the
-        pre-training that it continued, if any; None if that is unknown."""
-        before = record.pretrain_epochs
-        spent: Spent | None = Spent.of(record)
-        if record.init is not None:
-            earlier = record.init.pretrain.spent if record.init.pretrain else None
-            spent = earlier + Spent.of(record) if earlier else None
-        return cls(
-            method=record.method,
-            epochs=None if before is None else before + record.schedule.epochs_done,
-            dataset=record.data.dataset,
-            seed=record.seed,
-            recipe_hash=record.recipe_hash,
-            teachers=record.teachers,
-            model=record.model,
-            design=record.design,
-            spent=spent,
-        )
+    spent: StageCost | None = None
 
 
 class Init(RecordSection):
-    """The weights a run started from. `pretrain` is None when nothing is known of how they were made."""
+    """Initial weights of a run. `pretrain` is None if their origin is unknown."""
 
     file: FileName
     sha256: str | None = None
@@ -221,7 +227,10 @@ class Init(RecordSection):
 
 
 class FinetuneSummary(RecordSection):
-    """The fine-tuning that made a model, copied from its record so that it outlives that folder."""
+    """Fine-tuning that made a model, copied from its record so that it outlives that folder.
+
+    `forward` is the number of operations of the model on one image.
+    """
 
     name: str
     method: str
@@ -232,41 +241,25 @@ class FinetuneSummary(RecordSection):
     init: Init | None = None
     model: ModelInfo | None = None
     forward: Count | None = None
-    spent: Spent | None = None
-
-    @classmethod
-    def of(cls, record: RunRecord) -> FinetuneSummary:
-        """Summarize a fine-tuning's record; `forward` are the operations of the model on one image."""
-        return cls(
-            name=record.name,
-            method=record.method,
-            epochs=record.schedule.epochs,
-            seed=record.seed,
-            recipe_hash=record.recipe_hash,
-            data=record.data,
-            init=record.init,
-            model=record.model,
-            forward=record.operations.forward if record.operations else None,
-            spent=Spent.of(record),
-        )
+    spent: StageCost | None = None
 
     @property
     def pretrain_epochs(self) -> float | None:
-        """Epochs of pre-training behind the initial weights: 0 from scratch, None when unknown."""
+        """Epochs of pre-training behind the initial weights: 0 from scratch, None if unknown."""
         if self.init is None:
             return 0.0
         return self.init.pretrain.epochs if self.init.pretrain else None
 
     @property
     def pretrain_method(self) -> str:
-        """How the initial weights were really made; `FROM_SCRATCH` if there were none, whatever `method` says."""
+        """Method that made the initial weights, whatever `method` is; `FROM_SCRATCH` if there were none."""
         if self.init is None:
             return FROM_SCRATCH
         return self.init.pretrain.method if self.init.pretrain else self.method
 
 
 class Member(RecordSection):
-    """A fine-tuned model of an evaluation. `finetune` is None when nothing is known of how it was made."""
+    """A fine-tuned model of an evaluation. `finetune` is None if its origin is unknown."""
 
     file: FileName
     sha256: str
@@ -274,9 +267,14 @@ class Member(RecordSection):
 
 
 class Results(BaseModel):
-    """What a run measured. `top1` and `top5` in percent, 0 to 100. Other numbers may be added under any name.
+    """Measured results. Other numbers may be added under any name; non-finite ones are stored as null.
 
-    A number that is not finite is stored as null.
+    Attributes:
+        top1: accuracy in percent, 0 to 100.
+        top5: in percent.
+        loss: mean over the evaluation samples.
+        eval_samples: number of evaluated images.
+        images_per_s: median training throughput of the whole job.
     """
 
     model_config = ConfigDict(extra="allow")

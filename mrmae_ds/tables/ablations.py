@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Literal
 
-from mrmae_ds.records.record import PretrainSummary, RunRecord, TeacherInfo
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.records.sections import PretrainSummary, TeacherInfo
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
@@ -33,7 +34,7 @@ def rows_table(number: int, records: Iterable[Run]) -> Table:
     """
     printed = paper.TABLES[number]
     usable, left_out = tuned_runs([run for run in records if _is_base(run[1].size)])
-    usable = [run for run in usable if any(tuning and tuning.init for tuning in run[1].tunings)]
+    usable = [run for run in usable if any(tuning and tuning.init for tuning in run[1].finetunings)]
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
     for run, dataset in zip(usable, dataset_labels(usable), strict=True):
         place = _PLACES[number](run[1])
@@ -80,7 +81,7 @@ def _our_row(number: int, key: tuple[str, str, str, str], runs: list[Run]) -> tu
         cells[VISIBLE] = Cell(100 * known.design.keep_ratio)
     labels = {}
     if number == 1:
-        archs = dict.fromkeys(tuning.model.arch for tuning in first.tunings if tuning and tuning.model)
+        archs = dict.fromkeys(tuning.model.arch for tuning in first.finetunings if tuning and tuning.model)
         labels = {"Backbone": ", ".join(archs), "Supervision": ", ".join(teachers(first).values()) or "RGB"}
     if number == 3:
         labels = parts_of(known) or {}
@@ -107,7 +108,7 @@ def _epochs(runs: list[Run]) -> float:
 
 def _pretraining(record: RunRecord) -> PretrainSummary | None:
     """That of a single model."""
-    (tuning, *others) = record.tunings
+    (tuning, *others) = record.finetunings
     return tuning.init.pretrain if tuning and tuning.init and not others else None
 
 
@@ -153,7 +154,7 @@ def _place_of_method(record: RunRecord) -> str | None:
 
 def _place_of_teachers(record: RunRecord) -> str | None:
     """Of Table 4: one teacher, both at once, or two models with one each."""
-    known = [tuning.init.pretrain for tuning in record.tunings if tuning and tuning.init and tuning.init.pretrain]
+    known = [tuning.init.pretrain for tuning in record.finetunings if tuning and tuning.init and tuning.init.pretrain]
     sets = sorted(sorted(str(_kind(teacher)) for teacher in summary.teachers.values()) for summary in known)
     if not record.members:
         joint = {("DINO",): "DINO", ("CLIP",): "CLIP", ("CLIP", "DINO"): "CLIP/DINO (Joint)"}

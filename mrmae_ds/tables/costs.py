@@ -6,10 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from mrmae_ds.records.record import RunRecord, Spent
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.records.sections import StageCost
 from mrmae_ds.tables.write import Cell
 
-NO_PRETRAINING = Spent(device="", device_hours=0.0, operations=0.0)
+NO_PRETRAINING = StageCost(device="", device_hours=0.0, operations=0.0)
 T = TypeVar("T")
 
 
@@ -41,7 +42,7 @@ class Facts:
     @classmethod
     def of(cls, record: RunRecord) -> Facts:
         """Those of one run; of several averaged models the sum of what each cost."""
-        tunings = record.tunings
+        tunings = record.finetunings
         before = _together(_pretraining(record, number) for number in range(len(tunings)))
         tuned = _together(tuning.spent if tuning else None for tuning in tunings)
         forwards = [tuning.forward if tuning else None for tuning in tunings]
@@ -49,7 +50,7 @@ class Facts:
             parameters=record.parameters.total / 1e6,
             forward=None if None in forwards else sum(f for f in forwards if f is not None) / 1e9,
             pretrain_epochs=record.pretrain_epochs,
-            tuning_epochs=record.tuning_epochs,
+            tuning_epochs=record.finetune_epochs,
             pretrain_work=None if before is None or before.operations is None else before.operations / 1e15,
             pretrain_hours=before.device_hours if before else None,
             pretrain_speed=before.images_per_s if before else None,
@@ -68,8 +69,8 @@ def cell_facts(cell: Cell) -> Facts:
     return Facts(**means, device=" and ".join(dict.fromkeys(one.device for one in facts)))  # type: ignore[arg-type]
 
 
-def _pretraining(record: RunRecord, number: int) -> Spent | None:
-    tuning = record.tunings[number]
+def _pretraining(record: RunRecord, number: int) -> StageCost | None:
+    tuning = record.finetunings[number]
     if tuning is None:
         return None
     if tuning.init is None:
@@ -77,9 +78,9 @@ def _pretraining(record: RunRecord, number: int) -> Spent | None:
     return tuning.init.pretrain.spent if tuning.init.pretrain else None
 
 
-def _together(parts: Iterable[Spent | None]) -> Spent | None:
+def _together(parts: Iterable[StageCost | None]) -> StageCost | None:
     """The sum, None if a part is unknown."""
-    total: Spent | None = None
+    total: StageCost | None = None
     for number, part in enumerate(parts):
         if part is None:
             return None

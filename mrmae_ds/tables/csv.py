@@ -68,7 +68,7 @@ def _cell(cell: Cell) -> dict[str, object]:
         fields |= {
             "std_over_seeds": _digits(cell.spread),
             "n_seeds": len(cell.runs),
-            "finetune_epochs": _digits(record.tuning_epochs),
+            "finetune_epochs": _digits(record.finetune_epochs),
             "eval_samples": record.results.eval_samples,
             "chance_percent": f"{chance(record):g}",
             "parameters_m": _digits(facts.parameters),

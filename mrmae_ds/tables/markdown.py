@@ -162,9 +162,9 @@ def run_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list[
                 f"± {sampling_error(record):.2f}",
                 f"{chance(record):.4g}",
                 f"{record.results.eval_samples:,}",
-                f"{(record.tuning_data or record.data).samples:,}",
+                f"{(record.finetune_data or record.data).samples:,}",
                 _epochs(record.pretrain_epochs),
-                _epochs(record.tuning_epochs),
+                _epochs(record.finetune_epochs),
                 seeds(record),
                 record.recipe_hash[:12],
                 "; ".join(f"{name}: {source}" for name, source in teachers(record).items()) or "none",
@@ -204,7 +204,7 @@ def _probe_line(run: Run) -> list[str]:
 
 def seeds(record: RunRecord) -> str:
     """The run's seed; of an ensemble those of its members, "0+1"."""
-    return "+".join(str(tuning.seed) for tuning in record.tunings if tuning)
+    return "+".join(str(tuning.seed) for tuning in record.finetunings if tuning)
 
 
 def _epochs(value: float | None) -> str:

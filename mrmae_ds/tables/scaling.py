@@ -9,7 +9,8 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from mrmae_ds.records.record import FROM_SCRATCH, RunRecord
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.records.sections import FROM_SCRATCH
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.select_runs import dataset_labels, fill_cell, how_trained, probed_runs, run_name, tuned_runs
 from mrmae_ds.tables.write import Cell, Row, Run, Table

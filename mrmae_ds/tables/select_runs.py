@@ -8,7 +8,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrmae_ds.records.record import FROM_SCRATCH, RunRecord
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.records.sections import FROM_SCRATCH
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.write import Cell, Run
 
@@ -37,7 +38,7 @@ def _unusable(record: RunRecord) -> str | None:
         return f"not finished (status: {record.status})"
     if record.results.top1 is None:
         return "finished without a top-1 accuracy"
-    if record.tuning_data is None:
+    if record.finetune_data is None:
         return "its members were fine-tuned on different data, or on data that is not known"
     return None
 
@@ -83,7 +84,7 @@ def dataset_labels(runs: Sequence[Run]) -> list[str]:
 
 
 def _identity(record: RunRecord) -> tuple[str, int | None, int, int | None]:
-    data = record.tuning_data or record.data
+    data = record.finetune_data or record.data
     name = data.dataset
     if "".join(filter(str.isalnum, name)).lower() in {"imagenet1k", "imagenet", "ilsvrc2012", "in1k"}:
         name = paper.IMAGENET
@@ -100,7 +101,7 @@ def how_trained(record: RunRecord, dataset: str) -> str:
 
 def _how_pretrained(record: RunRecord, dataset: str) -> str:
     epochs = record.pretrain_epochs
-    inits = [tuning.init if tuning else None for tuning in record.tunings]
+    inits = [tuning.init if tuning else None for tuning in record.finetunings]
     if not any(inits):
         # The recipes of different methods can train different models; their runs from scratch stay apart.
         model = "" if record.method == FROM_SCRATCH else f", model of {record.method}"
@@ -108,14 +109,14 @@ def _how_pretrained(record: RunRecord, dataset: str) -> str:
     known = {init.pretrain.dataset if init and init.pretrain else None for init in inits}
     if epochs is None:
         return f"{'different or ' if record.members else ''}unknown pre-training, {dataset}"
-    data = record.tuning_data or record.data
+    data = record.finetune_data or record.data
     elsewhere = " and ".join(sorted(name for name in known if name is not None and name != data.dataset))
     return f"{epochs:.4g} ep on {elsewhere}, then {dataset}" if elsewhere else f"{epochs:.4g} ep, {dataset}"
 
 
 def teachers(record: RunRecord) -> dict[str, str]:
     """The sources of the teachers behind a record's weights, by their names in the recipes."""
-    pretrainings = [t.init.pretrain for t in record.tunings if t and t.init and t.init.pretrain]
+    pretrainings = [t.init.pretrain for t in record.finetunings if t and t.init and t.init.pretrain]
     return {name: teacher.source for known in pretrainings for name, teacher in known.teachers.items()}
 
 
@@ -139,7 +140,7 @@ def fill_cell(runs: Sequence[Run]) -> tuple[Cell, list[str]]:
 def _setting(record: RunRecord) -> tuple[object, ...]:
     behind = [
         (tuning.recipe_hash, tuning.init.pretrain.recipe_hash if tuning.init and tuning.init.pretrain else None)
-        for tuning in record.tunings
+        for tuning in record.finetunings
         if tuning
     ]
     return record.recipe_hash, record.data.sha256, record.schedule, tuple(behind)

@@ -18,8 +18,8 @@ from mrmae_ds.profiling.flops import count_forward, recipe_cost
 from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
 from mrmae_ds.records.metrics import MetricsWriter, read_metrics
 from mrmae_ds.records.progress import Progress
-from mrmae_ds.records.record import (
-    RECORD_FILE,
+from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_pretraining, utc_now
+from mrmae_ds.records.sections import (
     DataInfo,
     Design,
     Init,
@@ -27,13 +27,9 @@ from mrmae_ds.records.record import (
     ObjectiveInfo,
     Operations,
     Parameters,
-    PretrainSummary,
     Results,
-    RunRecord,
     Schedule,
-    Status,
     TeacherInfo,
-    utc_now,
 )
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
@@ -223,7 +219,7 @@ def _describe_init(path: Path) -> Init:
     beside = RunRecord.load(path.parent) if (path.parent / RECORD_FILE).exists() else None
     summary = None
     if beside is not None:  # fine-tuned weights: what counts is how they were pre-trained
-        summary = PretrainSummary.of(beside) if beside.stage == "pretrain" else beside.init and beside.init.pretrain
+        summary = summarize_pretraining(beside) if beside.stage == "pretrain" else beside.init and beside.init.pretrain
     return Init(file=path.name, sha256=file_sha256(path), pretrain=summary)
 
 

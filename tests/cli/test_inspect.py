@@ -15,7 +15,7 @@ from mrmae_ds.cli.inspect import describe, usage
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import CViTSpec
-from mrmae_ds.records.record import Schedule
+from mrmae_ds.records.sections import Schedule
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, EngineLayout, FileEntry, Manifest, RunIdentity
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.identify import identify

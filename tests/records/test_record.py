@@ -9,21 +9,18 @@ from typing import Any
 import pytest
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.records import record as records
-from mrmae_ds.records.record import (
+from mrmae_ds.records.record import RunRecord, find_records, summarize_finetuning, summarize_pretraining
+from mrmae_ds.records.sections import (
+    FROM_SCRATCH,
     DataInfo,
-    FinetuneSummary,
     Hardware,
     Init,
     Member,
     Operations,
-    PretrainSummary,
     Results,
-    RunRecord,
     Schedule,
-    Spent,
+    StageCost,
     TeacherInfo,
-    find_records,
 )
 from tests.support.records import make_record
 
@@ -134,7 +131,7 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
 
 
 def test_a_pretraining_summary_tells_what_really_ran() -> None:
-    summary = PretrainSummary.of(_stopped(pretrain=None))
+    summary = summarize_pretraining(_stopped(pretrain=None))
     assert (summary.method, summary.epochs, summary.dataset) == ("MR-MAE", 100.0, "Fashion-MNIST")
 
 
@@ -144,8 +141,8 @@ def _stopped(**fields: Any) -> RunRecord:
 
 
 def test_a_continued_pretraining_counts_the_epochs_before_it() -> None:
-    assert PretrainSummary.of(_stopped(pretrain=20)).epochs == 120.0
-    assert PretrainSummary.of(_stopped(init=Init(file="released.pth"))).epochs is None
+    assert summarize_pretraining(_stopped(pretrain=20)).epochs == 120.0
+    assert summarize_pretraining(_stopped(init=Init(file="released.pth"))).epochs is None
 
 
 def test_pretrain_epochs_and_method_follow_the_initial_weights() -> None:
@@ -154,31 +151,31 @@ def test_pretrain_epochs_and_method_follow_the_initial_weights() -> None:
         "MR-MAE",
     )
     scratch = make_record(pretrain=None)
-    assert (scratch.pretrain_epochs, scratch.pretrain_method) == (0, records.FROM_SCRATCH)
+    assert (scratch.pretrain_epochs, scratch.pretrain_method) == (0, FROM_SCRATCH)
     foreign = make_record(init=Init(file="released.pth"))
     assert (foreign.pretrain_epochs, foreign.pretrain_method) == (None, "MR-MAE")
 
 
 def _ensemble(*tuned: RunRecord | None) -> RunRecord:
-    members = [Member(file="model.safetensors", sha256="ab", finetune=t and FinetuneSummary.of(t)) for t in tuned]
+    members = [Member(file="model.safetensors", sha256="ab", finetune=t and summarize_finetuning(t)) for t in tuned]
     return make_record(method="Two", stage="evaluate", init=None, members=members)
 
 
 def test_what_is_behind_an_ensemble_is_what_its_members_share() -> None:
     alike = _ensemble(make_record(seed=0), make_record(seed=1))
-    assert (alike.pretrain_method, alike.pretrain_epochs, alike.tuning_epochs) == ("MR-MAE", 20, 10)
-    assert alike.tuning_data == make_record().data
+    assert (alike.pretrain_method, alike.pretrain_epochs, alike.finetune_epochs) == ("MR-MAE", 20, 10)
+    assert alike.finetune_data == make_record().data
     other = _ensemble(make_record(), make_record(method="MAE", pretrain=40, samples=99))
-    assert (other.pretrain_method, other.pretrain_epochs, other.tuning_data) == ("Two", None, None)
+    assert (other.pretrain_method, other.pretrain_epochs, other.finetune_data) == ("Two", None, None)
     unknown = _ensemble(make_record(), None)
-    assert (unknown.pretrain_method, unknown.pretrain_epochs, unknown.tuning_epochs) == ("Two", None, None)
+    assert (unknown.pretrain_method, unknown.pretrain_epochs, unknown.finetune_epochs) == ("Two", None, None)
 
 
 def test_an_ensemble_comes_back_as_it_was_written(tmp_path: Path) -> None:
     record = _ensemble(make_record(seed=3), None)
     record.write(tmp_path)
     assert RunRecord.load(tmp_path) == record
-    assert [t and t.seed for t in record.tunings] == [3, None]
+    assert [t and t.seed for t in record.finetunings] == [3, None]
 
 
 def _pretraining(**fields: Any) -> RunRecord:
@@ -196,22 +193,22 @@ def _pretraining(**fields: Any) -> RunRecord:
 
 
 def test_what_a_stage_cost_goes_with_its_weights() -> None:
-    spent = PretrainSummary.of(_pretraining()).spent
+    spent = summarize_pretraining(_pretraining()).spent
     # A quarter of an hour on 16 processes; 3e6 operations on each of 2000 images.
-    assert spent == Spent(device="H100", device_hours=4.0, images_per_s=12.5, operations=6e9)
+    assert spent == StageCost(device="H100", device_hours=4.0, images_per_s=12.5, operations=6e9)
     tuned = make_record(wall_seconds=360.0, operations=Operations(training=5, forward=2))
-    summary = FinetuneSummary.of(tuned)
+    summary = summarize_finetuning(tuned)
     assert summary.forward == 2 and summary.spent is not None and summary.spent.device_hours == 0.1
 
 
 def test_a_pretraining_that_went_on_from_another_cost_both() -> None:
-    first = PretrainSummary.of(_pretraining())
-    second = PretrainSummary.of(_pretraining(init=Init(file="m", pretrain=first), results=Results(images_per_s=9.0)))
-    assert second.spent == Spent(device="H100", device_hours=8.0, images_per_s=None, operations=1.2e10)
+    first = summarize_pretraining(_pretraining())
+    second = summarize_pretraining(_pretraining(init=Init(file="m", pretrain=first), results=Results(images_per_s=9.0)))
+    assert second.spent == StageCost(device="H100", device_hours=8.0, images_per_s=None, operations=1.2e10)
     uncounted = _pretraining(init=Init(file="m", pretrain=first), operations=None)
-    assert PretrainSummary.of(uncounted).spent == Spent(device="H100", device_hours=8.0, images_per_s=12.5)
+    assert summarize_pretraining(uncounted).spent == StageCost(device="H100", device_hours=8.0, images_per_s=12.5)
     foreign = _pretraining(init=Init(file="released.pth"))
-    assert PretrainSummary.of(foreign).spent is None
+    assert summarize_pretraining(foreign).spent is None
 
 
 def test_a_record_without_the_newer_fields_is_read(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
-from mrmae_ds.records.record import (
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.records.sections import (
     DataInfo,
     Design,
     Hardware,
@@ -16,9 +17,8 @@ from mrmae_ds.records.record import (
     Parameters,
     PretrainSummary,
     Results,
-    RunRecord,
     Schedule,
-    Spent,
+    StageCost,
     TeacherInfo,
 )
 
@@ -100,7 +100,7 @@ def make_pretraining(row: int = 7, sources: dict[str, str] | None = None, **fiel
             "teachers": {name: TeacherInfo(kind=kinds[name], source=source) for name, source in named.items()},
             "model": ModelInfo(arch=arch, image_size=224),
             "design": Design(keep_ratio=0.25, masking=masking, fusion=fusion, objectives=objectives),
-            "spent": Spent(device="H100", device_hours=30.0, images_per_s=1000.0, operations=2e18),
+            "spent": StageCost(device="H100", device_hours=30.0, images_per_s=1000.0, operations=2e18),
             **fields,
         }
     )

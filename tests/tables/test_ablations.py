@@ -4,14 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.records.record import (
-    DataInfo,
-    FinetuneSummary,
-    Member,
-    Parameters,
-    RunRecord,
-    Schedule,
-)
+from mrmae_ds.records.record import RunRecord, summarize_finetuning
+from mrmae_ds.records.sections import DataInfo, Member, Parameters, Schedule
 from mrmae_ds.tables.paper import TABLES
 from mrmae_ds.tables.write import Row, Run, Table, paper_table
 from tests.support.records import make_pretraining, make_record, make_run, make_tuned
@@ -107,7 +101,7 @@ def test_table_1_goes_by_what_was_trained_and_says_with_what() -> None:
 
 
 def _evaluated(name: str, *tuned: RunRecord, top1: float) -> Run:
-    members = [Member(file="m", sha256=f"{i}", finetune=FinetuneSummary.of(t)) for i, t in enumerate(tuned)]
+    members = [Member(file="m", sha256=f"{i}", finetune=summarize_finetuning(t)) for i, t in enumerate(tuned)]
     data = DataInfo(dataset="Fashion-MNIST", file="val.beton", sha256="cd", samples=10_000, classes=10)
     record = make_record(
         top1=top1, size="Base", name=name, stage="evaluate", init=None, members=members, data=data,

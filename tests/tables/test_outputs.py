@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 
 from mrmae_ds.figures import style
 from mrmae_ds.models.sizes import ARCHITECTURES
-from mrmae_ds.records.record import FinetuneSummary, Hardware, Member, Operations, Parameters, Results
+from mrmae_ds.records.record import summarize_finetuning
+from mrmae_ds.records.sections import Hardware, Member, Operations, Parameters, Results
 from mrmae_ds.tables import plot_cost
 from mrmae_ds.tables.costs import number
 from mrmae_ds.tables.latex import escape
@@ -68,7 +69,7 @@ def test_what_is_not_known_stays_blank_and_no_pretraining_costs_nothing() -> Non
 
 def test_an_ensemble_cost_what_its_members_did() -> None:
     members = [
-        Member(file="m", sha256=str(n), finetune=FinetuneSummary.of(_known_run(wall_seconds=1800.0 * n)[1]))
+        Member(file="m", sha256=str(n), finetune=summarize_finetuning(_known_run(wall_seconds=1800.0 * n)[1]))
         for n in (1, 2)
     ]
     known = _known_run(

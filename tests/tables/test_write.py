@@ -15,17 +15,8 @@ from PIL import Image
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures import style
-from mrmae_ds.records.record import (
-    DataInfo,
-    FinetuneSummary,
-    Init,
-    Member,
-    PretrainSummary,
-    Results,
-    RunRecord,
-    Schedule,
-    TeacherInfo,
-)
+from mrmae_ds.records.record import RunRecord, summarize_finetuning
+from mrmae_ds.records.sections import DataInfo, Init, Member, PretrainSummary, Results, Schedule, TeacherInfo
 from mrmae_ds.tables import plot_scaling
 from mrmae_ds.tables.paper import IMAGENET, TABLE_6
 from mrmae_ds.tables.scaling import scaling_table
@@ -325,7 +316,8 @@ def test_write_table_leaves_its_files(tmp_path: Path) -> None:
 
 def _ensemble(folder: str, *tuned: RunRecord | None, top1: float = 90.0, **fields: Any) -> Run:
     members = [
-        Member(file="m", sha256=f"{i}{t and t.seed}", finetune=t and FinetuneSummary.of(t)) for i, t in enumerate(tuned)
+        Member(file="m", sha256=f"{i}{t and t.seed}", finetune=t and summarize_finetuning(t))
+        for i, t in enumerate(tuned)
     ]
     data = DataInfo(dataset="Fashion-MNIST", file="val.beton", sha256="cd", samples=10_000, classes=10)
     schedule = Schedule(epochs=0, global_batch=32, steps=0)

@@ -10,7 +10,7 @@ import torch
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
-from mrmae_ds.records.record import Parameters, Results
+from mrmae_ds.records.sections import Parameters, Results
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.run_logger import new_record
 from mrmae_ds.weights.load import encoder_metadata, save_weights

@@ -10,7 +10,7 @@ import pytest
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import load_recipe
-from mrmae_ds.records.record import ObjectiveInfo
+from mrmae_ds.records.sections import ObjectiveInfo
 from mrmae_ds.tables.ablations import parts_of
 from mrmae_ds.tables.paper import TABLE_3
 from mrmae_ds.training.run_logger import count_operations, describe_design, identity

@@ -19,7 +19,7 @@ from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, ImageSize, ViTSpec
-from mrmae_ds.records.record import GitState, Schedule
+from mrmae_ds.records.sections import GitState, Schedule
 from mrmae_ds.weights.export import Exported, Layout, export_run, load_model, timm_call
 from mrmae_ds.weights.load import (
     MODEL_FILE,

@@ -30,18 +30,8 @@ from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.records.metrics import MetricsWriter
-from mrmae_ds.records.record import (
-    RECORD_FILE,
-    DataInfo,
-    FinetuneSummary,
-    Member,
-    Parameters,
-    Results,
-    RunRecord,
-    Schedule,
-    Status,
-    utc_now,
-)
+from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_finetuning, utc_now
+from mrmae_ds.records.sections import DataInfo, Member, Parameters, Results, Schedule
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
 from mrmae_ds.training.engine.autocast import autocast
@@ -163,7 +153,7 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
     finetune = None
     if (path.parent / RECORD_FILE).exists():
         record = RunRecord.load(path.parent)
-        finetune = FinetuneSummary.of(record) if record.stage == "finetune" else None
+        finetune = summarize_finetuning(record) if record.stage == "finetune" else None
     member = Member(file=path.name, sha256=file_sha256(path), finetune=finetune)
     normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))
     return Classifier(source, member, model.eval(), normalize, image_size)

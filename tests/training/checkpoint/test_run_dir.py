@@ -7,7 +7,8 @@ import pytest
 
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.errors import UserError
-from mrmae_ds.records.record import DataInfo, Results, RunRecord, TeacherInfo
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.records.sections import DataInfo, Results, TeacherInfo
 from mrmae_ds.training.checkpoint.folder import LEFT
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import (
