@@ -6,6 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from mrmae_ds.errors import ConfigError
+
 
 class Section(BaseModel):
     """A part of a recipe: an unknown key or a wrong type is an error.
@@ -22,5 +24,5 @@ class Section(BaseModel):
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
             if isinstance(value, bool) and not (field and bool in (field.annotation, *get_args(field.annotation))):
-                raise ValueError(f".{key}: expected a value, got {str(value).lower()}")
+                raise ConfigError(key, f"expected a value, got {str(value).lower()}")
         return values

@@ -12,7 +12,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError, UserError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -135,11 +135,11 @@ def describe_errors(error: ValidationError, model: type[BaseModel], path: Path) 
         else:
             given = item.get("input")
             shown = f" (got {given!r})" if not isinstance(given, dict | list | BaseModel) else ""
-            message = item["msg"].removeprefix("Value error, ")
-            if message.startswith("."):  # a validator of a section names the key below it
-                below, _, message = message[1:].partition(": ")
-                where = f"{where}.{below}" if where else below
-            lines.append(f"{path}: {where}{': ' if where else ''}{message}{shown}")
+            reason = item["msg"].removeprefix("Value error, ")
+            cause = item.get("ctx", {}).get("error")
+            if isinstance(cause, ConfigError):  # raised by a section for a key below it
+                where, reason = (f"{where}.{cause.key}" if where else cause.key), cause.reason
+            lines.append(f"{path}: {where}{': ' if where else ''}{reason}{shown}")
     return "\n".join(lines)
 
 

@@ -37,7 +37,7 @@ from mrmae_ds.config.stages import (
     StageName,
     StagesConfig,
 )
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.models.objectives import PIXELS
 from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.schema import Section
@@ -65,26 +65,28 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         if PIXELS in self.teachers:
-            raise ValueError(f"teachers.{PIXELS}: not a name for a teacher; objectives mean the image by it")
+            raise ConfigError(f"teachers.{PIXELS}", "not a name for a teacher; objectives mean the image by it")
         stage = self.stages.pretrain
         if stage is None:
             return self
         used = {f"stages.pretrain.teachers[{i}]": name for i, name in enumerate(stage.teachers)}
         for where, name in used.items():
             if name not in self.teachers:
-                raise ValueError(f"{where}: no teacher {name!r}; defined are {_listed(self.teachers)}")
+                raise ConfigError(where, f"no teacher {name!r}; defined are {_listed(self.teachers)}")
         for key, objective in stage.objectives.items():
             if objective.target not in {PIXELS, *stage.teachers}:
-                raise ValueError(
-                    f"stages.pretrain.objectives.{key}.target: {objective.target!r} is neither pixels nor one of "
-                    f"stages.pretrain.teachers ({_listed(stage.teachers)})"
+                raise ConfigError(
+                    f"stages.pretrain.objectives.{key}.target",
+                    f"{objective.target!r} is neither pixels nor one of stages.pretrain.teachers "
+                    f"({_listed(stage.teachers)})",
                 )
         masking = stage.masking
         if masking.teacher not in stage.teachers and (masking.teacher is not None or masking.mode != "random"):
             wanted = "needs" if masking.mode != "random" else "uses no teacher; remove it or name"
-            raise ValueError(
-                f"stages.pretrain.masking.teacher: mode {masking.mode} {wanted} one of stages.pretrain.teachers "
-                f"({_listed(stage.teachers)}), got {masking.teacher!r}"
+            raise ConfigError(
+                "stages.pretrain.masking.teacher",
+                f"mode {masking.mode} {wanted} one of stages.pretrain.teachers ({_listed(stage.teachers)}), got "
+                f"{masking.teacher!r}",
             )
         return self
 
@@ -92,12 +94,12 @@ class Recipe(Section):
     def _finetuning_suits_the_model(self) -> Recipe:
         stage = self.stages.finetune
         if stage is not None and stage.pool == "token" and isinstance(self.model.spec(), CViTSpec):
-            raise ValueError("stages.finetune.pool: a CViT has no class token; use avg, or a plain ViT")
+            raise ConfigError("stages.finetune.pool", "a CViT has no class token; use avg, or a plain ViT")
         for name, size in {"finetune": stage and stage.image_size, "probe": self.stages.probe.image_size}.items():
             try:
                 token_grid(self.model.spec(), size or self.model.image_size)
-            except UserError as error:
-                raise ValueError(f"stages.{name}.{error}") from None
+            except ConfigError as error:
+                raise ConfigError(f"stages.{name}.{error.key}", error.reason) from None
         return self
 
     @overload

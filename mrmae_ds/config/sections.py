@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec, check_fusion
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, encoder_spec, token_grid
@@ -43,16 +43,10 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _can_be_built(self) -> ModelConfig:
-        try:
-            spec = self.spec()
-            conv_stages, depth = (2, spec.depths[-1]) if isinstance(spec, CViTSpec) else (0, spec.depth)
-            check_fusion(self.fusion, conv_stages, depth)
-        except UserError as error:
-            raise ValueError(str(error).removeprefix("model")) from None
-        try:
-            token_grid(spec, self.image_size)
-        except UserError as error:
-            raise ValueError(f".{error}") from None
+        spec = self.spec()
+        conv_stages, depth = (2, spec.depths[-1]) if isinstance(spec, CViTSpec) else (0, spec.depth)
+        check_fusion(self.fusion, conv_stages, depth)
+        token_grid(spec, self.image_size)
         return self
 
     def spec(self) -> EncoderSpec:
@@ -121,11 +115,11 @@ class TeacherConfig(Section):
         used_by = {"weights": "clip, timm", "stage": "clip, timm", "position_resize": "timm", "quickgelu": "clip"}
         for key, kinds in used_by.items():
             if getattr(self, key) is not None and self.kind not in kinds:
-                raise ValueError(f".{key}: has no effect on kind {self.kind} (only on {kinds}); remove it")
+                raise ConfigError(key, f"has no effect on kind {self.kind} (only on {kinds}); remove it")
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both mean and std, or neither")
         if self.mean is not None and self.statistics == "student":
-            raise ValueError(".mean: statistics: student takes the student's; remove one of the two")
+            raise ConfigError("mean", "statistics: student takes the student's; remove one of the two")
         return self
 
 

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from mrmae_ds.config.files import nearest_key
 from mrmae_ds.config.sections import Positive
+from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.masking import MaskingMode
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.schema import Section
@@ -95,7 +96,7 @@ class StageConfig(Section):
     def _rate_falls(self) -> StageConfig:
         peak = self.optimizer.peak_lr(self.batch_size)
         if self.optimizer.min_lr > peak:
-            raise ValueError(f".optimizer.min_lr: {self.optimizer.min_lr:g} is above the peak rate {peak:g}")
+            raise ConfigError("optimizer.min_lr", f"{self.optimizer.min_lr:g} is above the peak rate {peak:g}")
         return self
 
 
@@ -124,9 +125,9 @@ class PlacementConfig(Section):
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> PlacementConfig:
         if self.offload is not None and self.kind != "sharded":
-            raise ValueError(f".offload: has no effect on {self.kind} (only on sharded); remove it")
+            raise ConfigError("offload", f"has no effect on {self.kind} (only on sharded); remove it")
         if (self.nvme_path is None) == (self.offload == "nvme"):
-            raise ValueError(".nvme_path: offload: nvme needs this folder, and nothing else takes one")
+            raise ConfigError("nvme_path", "offload: nvme needs this folder, and nothing else takes one")
         return self
 
     def __str__(self) -> str:
@@ -181,13 +182,14 @@ class PretrainConfig(StageConfig):
         if isinstance(given, str):
             if given not in get_args(PlacementKind):
                 near = nearest_key(given, get_args(PlacementKind))
-                raise ValueError(f".placement: no such placement: {given!r}{near}")
+                raise ConfigError("placement", f"no such placement: {given!r}{near}")
             given = dict.fromkeys(names, given)
         if not isinstance(given, dict):
             return values
         unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
-            raise ValueError(f".placement.{unknown}: not one of this stage's teachers{nearest_key(unknown, names)}")
+            near = nearest_key(unknown, names)
+            raise ConfigError(f"placement.{unknown}", f"not one of this stage's teachers{near}")
         sections = {name: given.get(name, "device") for name in names}
         return values | {"placement": {n: {"kind": s} if isinstance(s, str) else s for n, s in sections.items()}}
 
@@ -196,7 +198,7 @@ class PretrainConfig(StageConfig):
     def _names_are_free(cls, value: dict[str, Objective]) -> dict[str, Objective]:
         for name, reason in RESERVED_OBJECTIVES.items():
             if name in value:
-                raise ValueError(f".{name}: not a name for an objective ({reason})")
+                raise ConfigError(name, f"not a name for an objective ({reason})")
         return value
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import run_blocks
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pos_embed import sincos_positions
@@ -29,7 +30,7 @@ class DecoderSpec(Section):
     @model_validator(mode="after")
     def _heads_share_the_width(self) -> DecoderSpec:
         if self.dim % self.num_heads:
-            raise ValueError(f".num_heads: {self.num_heads} heads cannot share the decoder's dim {self.dim} evenly")
+            raise ConfigError("num_heads", f"{self.num_heads} heads cannot share the decoder's dim {self.dim} evenly")
         return self
 
 

@@ -9,7 +9,7 @@ import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import Decoder, DecoderSpec
@@ -42,17 +42,17 @@ class FusionSpec(Section):
 
 
 def check_fusion(spec: FusionSpec, num_stages: int, depth: int) -> None:
-    """Raises UserError for a layer that an encoder of so many conv stages and transformer blocks does not have."""
+    """Raise ConfigError for a layer that an encoder of this many conv stages and transformer blocks does not have."""
     wrong_stages = [s for s in spec.stages if not 1 <= s <= num_stages]
     if wrong_stages:
         has = f"1 to {num_stages}" if num_stages else "none"
-        raise UserError(f"model.fusion.stages: {wrong_stages} do not exist; this encoder's conv stages are {has}")
+        raise ConfigError("fusion.stages", f"{wrong_stages} do not exist; this encoder's conv stages are {has}")
     wrong_blocks = [b for b in spec.blocks if not 0 <= b < depth - 1]
     if wrong_blocks:
         has = f"0 to {depth - 2}" if depth > 1 else "none"
-        raise UserError(
-            f"model.fusion.blocks: {wrong_blocks} cannot be listed; this encoder's blocks below its last, which is "
-            f"always there, are {has}"
+        raise ConfigError(
+            "fusion.blocks",
+            f"{wrong_blocks} cannot be listed; this encoder's blocks below its last, which is always there, are {has}",
         )
 
 
@@ -60,7 +60,7 @@ class Fusion(nn.Module):
     """Multi-layer fusion: ``norm(last + sum of listed layers)`` on the visible tokens.
 
     Raises:
-        UserError: for a stage or block that the encoder does not have.
+        ConfigError: for a stage or block that the encoder does not have.
     """
 
     def __init__(self, spec: FusionSpec, encoder: Encoder) -> None:

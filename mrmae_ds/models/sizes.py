@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError
 
 Count = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0)]
@@ -85,19 +85,19 @@ ARCHITECTURES: dict[str, EncoderSpec] = {
 FAMILIES: dict[str, type[CViTSpec] | type[ViTSpec]] = {"cvit": CViTSpec, "vit": ViTSpec}
 
 
-def encoder_spec(arch: str, overrides: dict[str, Any] | None = None, key: str = "model.overrides") -> EncoderSpec:
+def encoder_spec(arch: str, overrides: dict[str, Any] | None = None, key: str = "overrides") -> EncoderSpec:
     """The spec of a named architecture, with single fields replaced; ``key`` is where these were given.
 
     Raises:
-        UserError: for an unknown name or field, or a value that cannot be.
+        ConfigError: for an unknown name or field, or a value that cannot be.
     """
     if arch not in ARCHITECTURES:
-        raise UserError(f"model.arch: {arch!r} is unknown; known are {', '.join(ARCHITECTURES)}")
+        raise ConfigError("arch", f"{arch!r} is unknown; known are {', '.join(ARCHITECTURES)}")
     spec = ARCHITECTURES[arch]
     values = asdict(spec)
     for name in overrides or {}:
         if name not in values:
-            raise UserError(f"{key}.{name}: {arch} has no such field; it has {', '.join(values)}")
+            raise ConfigError(f"{key}.{name}", f"{arch} has no such field; it has {', '.join(values)}")
     return make_spec(type(spec), values | (overrides or {}), key)
 
 
@@ -105,18 +105,19 @@ def make_spec(kind: type[CViTSpec] | type[ViTSpec], values: dict[str, Any], key:
     """A spec from plain values (lists for tuples), checked.
 
     Raises:
-        UserError: naming ``key`` and the field whose value cannot be.
+        ConfigError: naming ``key`` and the field whose value cannot be.
     """
     try:
         spec: EncoderSpec = TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{key}.{where}: {first['msg']} (got {first.get('input')!r})") from None
+        raise ConfigError(f"{key}.{where}", f"{first['msg']} (got {first.get('input')!r})") from None
     if spec.embed_dim % spec.num_heads or spec.embed_dim % 4:
-        raise UserError(
-            f"{key}: the transformer's width {spec.embed_dim} must be a multiple of num_heads {spec.num_heads} "
-            "and of 4 (for the position embedding)"
+        raise ConfigError(
+            key,
+            f"the transformer's width {spec.embed_dim} must be a multiple of num_heads {spec.num_heads} and of 4 (for "
+            "the position embedding)",
         )
     return spec
 
@@ -133,7 +134,7 @@ def token_grid(spec: EncoderSpec, image_size: ImageSize) -> tuple[int, int]:
     """Rows and columns of the transformer's token grid.
 
     Raises:
-        UserError: if the patches do not tile the image; it names the nearest sizes that fit.
+        ConfigError: if the patches do not tile the image; it names the nearest sizes that fit.
     """
     rows, columns = (_tokens_of_side(side, spec.stride) for side in height_width(image_size))
     return rows, columns
@@ -144,8 +145,9 @@ def _tokens_of_side(pixels: int, stride: int) -> int:
     if rest or count < 1:
         below = count * stride
         fits = [str(size) for size in (below, below + stride) if size > 0] or [str(stride)]
-        raise UserError(
-            f"image_size: {pixels} is not a multiple of the patch stride {stride}; "
-            f"the nearest sizes that fit are {' and '.join(fits)}"
+        raise ConfigError(
+            "image_size",
+            f"{pixels} is not a multiple of the patch stride {stride}; the nearest sizes that fit are "
+            f"{' and '.join(fits)}",
         )
     return count

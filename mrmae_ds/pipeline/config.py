@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from mrmae_ds.config.files import describe_errors, nearest_key, read_extended
 from mrmae_ds.config.stages import StageName
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.schema import Section
 from mrmae_ds.tables.paper import TABLES
 
@@ -65,13 +65,13 @@ class PipelineConfig(Section):
         for number, run in enumerate(self.runs):
             for name in run.use:
                 if name not in self.sets:
-                    raise ValueError(f".runs.{number}.use: no set {name!r}{nearest_key(name, self.sets)}")
+                    raise ConfigError(f"runs.{number}.use", f"no set {name!r}{nearest_key(name, self.sets)}")
             if run.config is None and self.config is None:
-                raise ValueError(f".runs.{number}.config: this key is required, here or for the whole chain")
+                raise ConfigError(f"runs.{number}.config", "this key is required, here or for the whole chain")
         shown = tuple(number for number in TABLES if number != 2)
         for number in self.tables:
             if number not in shown:
-                raise ValueError(f".tables: {number} is none of {', '.join(map(str, shown))}")
+                raise ConfigError("tables", f"{number} is none of {', '.join(map(str, shown))}")
         return self
 
     def own_changes(self, run: PipelineRun) -> tuple[str, ...]:

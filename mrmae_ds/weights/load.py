@@ -48,7 +48,7 @@ def build_encoder(
             :class:`~mrmae_ds.models.vit.MaskedViT` have besides.
 
     Raises:
-        UserError: if the patches do not tile ``image_size``, or for a pooling that the encoder does not have.
+        ConfigError: if the patches do not tile ``image_size``. or for a pooling that the encoder does not have.
     """
     if isinstance(spec, CViTSpec):
         return CViT(spec, image_size, num_classes, drop_path_rate, global_pool=pool if num_classes else "")
@@ -59,7 +59,7 @@ def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None =
     """The classifier that a weights file's metadata tells of, for its own or another input size; random weights.
 
     Raises:
-        UserError: if the patches do not tile ``image_size``.
+        ConfigError: if the patches do not tile ``image_size``.
     """
     spec, size = spec_from_metadata(metadata), image_size or size_from_metadata(metadata)
     return build_encoder(spec, size, metadata["num_classes"], pool=metadata.get("pool", "avg"))

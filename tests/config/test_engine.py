@@ -132,7 +132,7 @@ def test_a_missing_or_broken_file(tmp_path: Path) -> None:
     ("key", "nearest"),
     [
         ("gradient_cliping", "gradient_clipping"),
-        ("zero_optimization", "zero_optimization"),
+        ("zero_optimisation", "zero_optimization"),
         ("train_micro_batch_size", "train_micro_batch_size_per_gpu"),
         ("bfloat16", "bf16"),
     ],

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from mrmae_ds.config.files import apply_overrides, describe_errors, merge, nearest_key, read_json, read_yaml
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.schema import Section
 
 HERE = Path("somewhere/recipe.yaml")
@@ -18,6 +18,12 @@ HERE = Path("somewhere/recipe.yaml")
 class Leaf(Section):
     width: int = Field(1, gt=0)
     label: str = ""
+
+    @model_validator(mode="after")
+    def _label_fits(self) -> Leaf:
+        if len(self.label) > self.width:
+            raise ConfigError("label", f"longer than {self.width}")
+        return self
 
 
 class Tree(Section):
@@ -182,6 +188,14 @@ def test_every_problem_has_a_line_with_what_was_given() -> None:
     assert "leaf.width" in lines[0] and lines[0].endswith("(got 0)")
     assert "leaf.label" in lines[1] and lines[1].endswith("(got 3)")
     assert "named.a.width" in lines[2] and lines[2].endswith("(got 'x')")
+
+
+def test_a_section_names_a_key_below_it() -> None:
+    assert _problems({"leaf": {"label": "ab"}}) == [f"{HERE}: leaf.label: longer than 1"]
+    assert _problems({"named": {"a": {"label": "ab"}}}) == [f"{HERE}: named.a.label: longer than 1"]
+    with pytest.raises(ValidationError) as caught:
+        Leaf.model_validate({"label": "ab"})
+    assert describe_errors(caught.value, Leaf, HERE) == f"{HERE}: label: longer than 1"
 
 
 def test_the_nearest_key_or_all_of_them() -> None:

@@ -195,7 +195,7 @@ UNKNOWN_KEYS = {
     "stages.pretrain.objectives.mimic.wieght=1": ("stages.pretrain.objectives.mimic.wieght", "weight"),
     "stages.pretrain.optimizer.weight_decai=1": ("stages.pretrain.optimizer.weight_decai", "weight_decay"),
     "stages.finetune.layer_decai=0.5": ("stages.finetune.layer_decai", "layer_decay"),
-    "loader.worker=1": ("loader.worker", "workers"),
+    "loader.num_worker=1": ("loader.num_worker", "num_workers"),
     "logging.every_step=1": ("logging.every_step", "every_steps"),
 }
 
@@ -430,7 +430,7 @@ def test_writing_a_default_out_does_not_change_the_hash(path: Path, recipe: Reci
 
 def test_the_resolved_recipe_states_every_default(path: Path, recipe: Recipe, tmp_path: Path) -> None:
     resolved = yaml.safe_load(recipe.to_yaml())
-    assert resolved["loader"] == {"workers": None, "cache_dir": None}
+    assert resolved["loader"] == {"num_workers": None, "cache_dir": None}
     assert resolved["stages"]["pretrain"]["objectives"]["mimic"]["loss"] == "l2"
     assert resolved["data"]["train"] == "train.beton"
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())

@@ -167,11 +167,11 @@ def test_listed_stages_are_added_through_their_convolution(images: Tensor, visib
 @pytest.mark.parametrize(
     ("fusion", "spec", "message"),
     [
-        (FusionSpec(stages=(1, 3)), CVIT, r"model.fusion.stages: \[3\].*stages are 1 to 2"),
-        (FusionSpec(stages=(0,)), CVIT, r"model.fusion.stages: \[0\]"),
-        (FusionSpec(stages=(1,)), VIT, r"model.fusion.stages: \[1\].*none"),
-        (FusionSpec(blocks=(0, 2)), CVIT, r"model.fusion.blocks: \[2\].*are 0 to 1"),
-        (FusionSpec(blocks=(-1,)), VIT, r"model.fusion.blocks: \[-1\]"),
+        (FusionSpec(stages=(1, 3)), CVIT, r"fusion.stages: \[3\].*stages are 1 to 2"),
+        (FusionSpec(stages=(0,)), CVIT, r"fusion.stages: \[0\]"),
+        (FusionSpec(stages=(1,)), VIT, r"fusion.stages: \[1\].*none"),
+        (FusionSpec(blocks=(0, 2)), CVIT, r"fusion.blocks: \[2\].*are 0 to 1"),
+        (FusionSpec(blocks=(-1,)), VIT, r"fusion.blocks: \[-1\]"),
     ],
 )
 def test_layers_that_do_not_exist_are_named(fusion: FusionSpec, spec: EncoderSpec, message: str) -> None:

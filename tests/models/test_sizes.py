@@ -114,14 +114,14 @@ def test_overrides_replace_single_fields() -> None:
 @pytest.mark.parametrize(
     ("arch", "overrides", "message"),
     [
-        ("cvit_bas", {}, "model.arch: 'cvit_bas' is unknown; known are .*cvit_base"),
-        ("cvit_base", {"width": 8}, "model.overrides.width: cvit_base has no such field; it has dims"),
-        ("cvit_base", {"depths": "many"}, r"model.overrides.depths: .*got 'many'"),
-        ("cvit_base", {"dims": [8, 8]}, r"model.overrides.dims"),
-        ("vit_base", {"dims": [8, 8, 8]}, "model.overrides.dims: vit_base has no such field"),
-        ("vit_base", {"depth": 0}, "model.overrides.depth: .*got 0"),
-        ("cvit_base", {"patches": [4, -2, 2]}, "model.overrides.patches.1: .*got -2"),
-        ("vit_base", {"num_heads": 5}, "model.overrides: .* width 768 must be a multiple of num_heads 5"),
+        ("cvit_bas", {}, "arch: 'cvit_bas' is unknown; known are .*cvit_base"),
+        ("cvit_base", {"width": 8}, "overrides.width: cvit_base has no such field; it has dims"),
+        ("cvit_base", {"depths": "many"}, r"overrides.depths: .*got 'many'"),
+        ("cvit_base", {"dims": [8, 8]}, r"overrides.dims"),
+        ("vit_base", {"dims": [8, 8, 8]}, "overrides.dims: vit_base has no such field"),
+        ("vit_base", {"depth": 0}, "overrides.depth: .*got 0"),
+        ("cvit_base", {"patches": [4, -2, 2]}, "overrides.patches.1: .*got -2"),
+        ("vit_base", {"num_heads": 5}, "overrides: .* width 768 must be a multiple of num_heads 5"),
         ("cvit_base", {"dims": [8, 8, 18], "num_heads": 3}, "width 18 .* and of 4"),
     ],
 )

@@ -27,7 +27,7 @@ from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.distributed.watchdog import Watchdog
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.records.metrics import MetricsWriter
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_finetuning, utc_now
@@ -145,8 +145,8 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
     image_size = stage.image_size or metadata["image_size"]
     try:
         model = build_classifier(metadata, image_size)
-    except UserError as error:
-        raise UserError(f"stages.evaluate.{error}, for {path}") from None
+    except ConfigError as error:
+        raise ConfigError(f"stages.evaluate.{error.key}", f"{error.reason}, for {path}") from None
     report = load_encoder(model, path, key)
     if report.missing:
         raise UserError(f"{key}: {path} is not whole: {report}")
