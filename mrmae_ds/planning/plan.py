@@ -17,6 +17,7 @@ from mrmae_ds.config.engine import (
 )
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
+from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.errors import UserError
 from mrmae_ds.planning.cluster import (
     CALL_S,
@@ -35,7 +36,6 @@ from mrmae_ds.planning.render import stage_lines
 from mrmae_ds.planning.zero_settings import ZeroSettings
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
-from mrmae_ds.tables.paper import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 
 TERA = 1e12
 # Published ViT training on such GPUs reaches about this (NeMo's ViT-g/14 on 8 H100: 29 %).

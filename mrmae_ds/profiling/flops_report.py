@@ -8,9 +8,9 @@ from pathlib import Path
 
 from mrmae_ds.config.engine import default_recipe, load_engine_config
 from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.data.imagenet_info import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.errors import UserError
 from mrmae_ds.profiling.flops import Flops, StageCost, recipe_cost
-from mrmae_ds.tables.paper import IMAGENET_TRAIN_SAMPLES
 
 GIGA, TERA, EXA = 1e9, 1e12, 1e18
 SECONDS_PER_HOUR = 3600

@@ -10,9 +10,6 @@ from dataclasses import dataclass, field
 
 IMAGENET = "ImageNet-1K"
 COCO = "COCO"
-IMAGENET_CLASSES = 1000
-IMAGENET_TRAIN_SAMPLES = 1_281_167
-IMAGENET_EVAL_SAMPLES = 50_000
 
 
 @dataclass(frozen=True)

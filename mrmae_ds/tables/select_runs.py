@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import FROM_SCRATCH
 from mrmae_ds.tables import paper
@@ -76,7 +77,7 @@ def dataset_labels(runs: Sequence[Run]) -> list[str]:
         variants[name].add(tuple(rest))
     labels = []
     for name, classes, samples, evaluated in identities:
-        whole = (paper.IMAGENET_CLASSES, paper.IMAGENET_TRAIN_SAMPLES, paper.IMAGENET_EVAL_SAMPLES)
+        whole = (IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES, IMAGENET_EVAL_SAMPLES)
         plain = (classes, samples, evaluated) == whole if name == paper.IMAGENET else len(variants[name]) == 1
         part = f" part: {classes} classes, {samples:,} training and {evaluated:,} evaluation samples"
         labels.append(name if plain else name + part)

@@ -13,13 +13,14 @@ import yaml
 
 from mrmae_ds.config.engine import EngineConfig, accumulation_steps, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.data.imagenet_info import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line
 from mrmae_ds.profiling.meta_teachers import outline_teacher
-from mrmae_ds.tables.paper import IMAGENET_TRAIN_SAMPLES, TABLES, PaperRow
+from mrmae_ds.tables.paper import TABLES, PaperRow
 from mrmae_ds.weights.load import build_encoder
 
 REPOSITORY = Path(__file__).resolve().parents[2]

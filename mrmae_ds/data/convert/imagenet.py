@@ -13,9 +13,10 @@ from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.folder import ImageFolder, find_classes, scan, write_parts
 from mrmae_ds.data.convert.imagenet_labels import CLASSES, VAL_FILE, WORDNET_ID, read_class_names, read_val_labels
 from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.imagenet_info import IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.errors import UserError
 
-TRAIN_IMAGES, VAL_IMAGES = 1_281_167, 50_000
+TRAIN_IMAGES, VAL_IMAGES = IMAGENET_TRAIN_SAMPLES, IMAGENET_EVAL_SAMPLES
 _ROOTS = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # the second is Kaggle's
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 _LABEL_FILES = (
