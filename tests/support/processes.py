@@ -39,12 +39,14 @@ def environment(**extra: str) -> dict[str, str]:
     return kept | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PATH": path} | extra
 
 
-def run(command: Sequence[str | Path], limit_s: float, env: dict[str, str] | None = None) -> Finished:
-    """Run a command in the repository; the whole process group is killed if it takes longer.
+def run(
+    command: Sequence[str | Path], limit_s: float, env: dict[str, str] | None = None, cwd: Path = REPOSITORY
+) -> Finished:
+    """Run a command in the repository, or in ``cwd``; the whole process group is killed if it takes longer.
 
     Raises TimeoutError then, with what was written so far.
     """
-    process = _start(command, env or environment())
+    process = _start(command, env or environment(), cwd)
     try:
         stdout, stderr = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
@@ -70,17 +72,19 @@ def rank_processes(
     names: dict[str, str] = TORCHRUN,
     start: Sequence[int] | None = None,
     program: Sequence[str] = ("train.py",),
+    cwd: Path = REPOSITORY,
 ) -> list[subprocess.Popen[str]]:
     """train.py as ``world_size`` processes, told their rank as torchrun or srun does; the caller ends them.
 
-    ``start`` names the ranks that are really started; None is all. ``program`` is what Python runs, in the repository.
+    ``start`` names the ranks that are really started; None is all. ``program`` is what Python runs, in the repository
+    or in ``cwd``.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for rank in range(world_size) if start is None else start:
         values = {"rank": rank, "local_rank": rank, "world_size": world_size}
         ranks = {names[key]: str(value) for key, value in values.items()}
-        processes.append(_start([sys.executable, *program, *arguments], environment(**address, **ranks)))
+        processes.append(_start([sys.executable, *program, *arguments], environment(**address, **ranks), cwd))
     return processes
 
 
@@ -106,10 +110,10 @@ def kill(process: subprocess.Popen[str]) -> None:
         process.wait()
 
 
-def _start(command: Sequence[str | Path], env: dict[str, str]) -> subprocess.Popen[str]:
+def _start(command: Sequence[str | Path], env: dict[str, str], cwd: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [str(part) for part in command],
-        cwd=REPOSITORY,
+        cwd=cwd,
         env=env,
         text=True,
         stdout=subprocess.PIPE,

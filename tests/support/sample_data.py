@@ -50,8 +50,17 @@ def sample_sets(train: int, val: int) -> tuple[ImageDataset, ImageDataset]:
 
 def write_sample_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
     """Write FOLDER/train.beton and FOLDER/val.beton with that many images. Returns both paths."""
+    return _write_both(folder, sample_sets(train, val))
+
+
+def write_cuttings_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
+    """Write cuttings of the photograph, whatever is installed, so that every machine gets the same bytes."""
+    return _write_both(folder, (Cuttings(train), Cuttings(val, first=train)))
+
+
+def _write_both(folder: Path, sets: tuple[ImageDataset, ImageDataset]) -> tuple[Path, Path]:
     paths = folder / "train.beton", folder / "val.beton"
-    for path, dataset in zip(paths, sample_sets(train, val), strict=True):
+    for path, dataset in zip(paths, sets, strict=True):
         options = WriteOptions(max_side=SIDE, quality=95, workers=1)
         write_beton(dataset, path, options, class_names=CLASS_NAMES, name="samples", source="test images")
     return paths
