@@ -1,0 +1,98 @@
+"""Runs made by commit d00ec3c are still read, tabulated, recognized, replayed and resumed, bit for bit.
+
+README.md says how they were made. :func:`legacy_runs` is the one place that turns the archive into a folder to use.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from tests.data.samples import write_cuttings_beton
+from tests.pinned import PINNED, incomparable, weights_sha256
+from tests.processes import REPOSITORY, Finished, environment, finish, rank_processes, run
+from tests.small_runs import curve
+
+from .make import HERE, TRAIN, VAL
+
+MADE = json.loads((HERE / "made_by.json").read_text())
+comparable = pytest.mark.skipif(bool(incomparable(MADE)), reason=f"legacy runs: {incomparable(MADE)}")
+CAPTURE = "runs/skipped/pretrain/captures/step_000000004"
+
+
+def legacy_runs(folder: Path) -> Path:
+    """Unpack the runs, the recipes and the data into ``folder``, as its user left it, ready for today's commands."""
+    with tarfile.open(HERE / "legacy.tar.xz") as archive:
+        archive.extractall(folder, filter="data")
+    shutil.copytree(HERE / "recipes", folder / "recipes")
+    (folder / "datasets").mkdir()
+    write_cuttings_beton(folder / "datasets", TRAIN, VAL)
+    return folder
+
+
+def train(folder: Path, run_name: str, stage: str = "pretrain", ranks: int = 2) -> list[Finished]:
+    """Run train.py in ``folder`` with the recipe of the legacy runs."""
+    command = ["--ds_config", "recipes/mrmae.json", "--stage", stage, "--run", f"runs/{run_name}"]
+    processes = rank_processes(ranks, *command, program=[str(REPOSITORY / "train.py")], cwd=folder)
+    return finish(processes, 240)
+
+
+@pytest.fixture
+def legacy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's folder; processes started from here use the pinned kernels."""
+    for name, value in PINNED.items():
+        monkeypatch.setenv(name, value)
+    return legacy_runs(tmp_path)
+
+
+@comparable
+def test_the_data_is_the_same(legacy: Path) -> None:
+    """Keep a difference of the data from looking like one of the runs."""
+    from mrmae_ds.files import file_sha256
+
+    assert {path.stem: file_sha256(path) for path in (legacy / "datasets").glob("*.beton")} == MADE["data"]
+
+
+@pytest.mark.parametrize("number", [None, 3])
+def test_the_table_is_the_stored_one(number: int | None, legacy: Path) -> None:
+    paper = [] if number is None else ["--paper", str(number)]
+    done = run(["mrmae", "table", "runs", "--out", "table", *paper], 120, environment(), legacy)
+    assert done.status == 0, done.stderr
+    for kind in ("md", "csv"):
+        name = f"table{number or ''}.{kind}"
+        assert (legacy / "table" / name).read_text() == (HERE / "table" / name).read_text(), name
+
+
+@comparable
+def test_the_interrupted_run_ends_as_one_that_was_not(legacy: Path) -> None:
+    done = train(legacy, "interrupted")
+    assert [rank.status for rank in done] == [0, 0], done[0].stderr
+    stage, whole = legacy / "runs/interrupted/pretrain", json.loads((HERE / "uninterrupted.json").read_text())
+    for expected, line in zip(whole["lines"], curve(stage), strict=True):
+        assert line == expected, f"step {expected['step']} is the first that differs"
+    assert weights_sha256(stage / "model.safetensors") == whole["weights_sha256"]
+    assert json.loads((stage / "record.json").read_text())["status"] == "finished"
+
+
+@comparable
+def test_a_finished_stage_is_left_alone(legacy: Path) -> None:
+    """The recipe, its hash, the data and the teacher are those of the record."""
+    weights = legacy / "runs/mrmae/finetune/model.safetensors"
+    before = weights.read_bytes()
+    (done,) = train(legacy, "mrmae", "finetune", ranks=1)
+    assert done.status == 0 and "already finished" in done.stdout, done.stderr
+    assert weights.read_bytes() == before
+
+
+@comparable
+def test_a_skipped_step_is_replayed(legacy: Path) -> None:
+    done = run(["mrmae", "replay", CAPTURE], 120, environment(), legacy)
+    assert done.status == 0, done.stderr
+    capture = json.loads((legacy / CAPTURE / "capture.json").read_text())
+    losses = [micro["losses"] for rank in capture["ranks"] for micro in rank]
+    for loss in losses:
+        assert f"pixels {float(loss['pixels']):g}, mimic {float(loss['mimic']):g}" in done.stdout
