@@ -15,10 +15,10 @@ import tempfile
 from pathlib import Path
 
 from mrmae_ds.files import file_sha256
-from tests.data.samples import write_cuttings_beton
-from tests.pinned import PINNED, made_by, weights_sha256
-from tests.processes import environment, finish, rank_processes, run
-from tests.small_runs import curve
+from tests.support.pinned import PINNED, made_by, weights_sha256
+from tests.support.processes import environment, finish, rank_processes, run
+from tests.support.sample_data import write_cuttings_beton
+from tests.support.small_runs import curve
 
 HERE = Path(__file__).resolve().parent
 TRAIN, VAL = 48, 21

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.samples import write_cuttings_beton
-from tests.pinned import PINNED, incomparable, weights_sha256
-from tests.processes import REPOSITORY, Finished, environment, finish, rank_processes, run
-from tests.small_runs import curve
-
-from .make import HERE, TRAIN, VAL
+from tests.legacy.make import HERE, TRAIN, VAL
+from tests.support.pinned import PINNED, incomparable, weights_sha256
+from tests.support.processes import REPOSITORY, Finished, environment, finish, rank_processes, run
+from tests.support.sample_data import write_cuttings_beton
+from tests.support.small_runs import curve
 
 MADE = json.loads((HERE / "made_by.json").read_text())
 comparable = pytest.mark.skipif(bool(incomparable(MADE)), reason=f"legacy runs: {incomparable(MADE)}")
