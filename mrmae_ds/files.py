@@ -1,10 +1,12 @@
-"""Files that are either the old version or the new one, never half of each."""
+"""Atomic replacement of files, and checksums."""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,21 +14,32 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; when the block ends well it takes `path`'s place.
+    """Yield a temporary path beside ``path``, which replaces ``path`` when the block ends without an error.
 
-    The folder is made when missing. The content reaches the disk before the name does (fsync, then
-    `os.replace`), so a reader never sees a torn file. If the block raises, the temporary file goes and `path`
-    stays as it was.
+    The folder is created if missing. The content is on the disk before the name changes (fsync, then ``os.replace``),
+    so no reader sees a torn file. If the block raises, the temporary file is removed and ``path`` stays as it was. The
+    temporary files that killed processes of this machine left for ``path`` are removed first.
+
+    Args:
+        path: the file to write.
+
+    Yields:
+        An empty file, to be written by the block.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    prefix = f".{path.name}.{socket.gethostname()}."
+    for leftover in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        process = leftover.name.removeprefix(prefix).split(".")[0]
+        if process.isdecimal() and not _is_alive(int(process)):
+            leftover.unlink(missing_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f"{prefix}{os.getpid()}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
     try:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        # mkstemp makes the file private; give it the mode that a plain open() would have given.
+        # mkstemp creates a private file; give it the mode that a plain open() would have given.
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
@@ -35,14 +48,24 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's process
+        return True
+    return True
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path` in one step (see `replacing`)."""
+    """Replace ``path`` by a file that holds ``text``, UTF-8."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def flush_folder(folder: Path) -> None:
-    """See that the names in a folder are on the disk (fsync), not only what the files hold."""
+    """Write a folder's entries to the disk (fsync), so that a rename in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -51,7 +74,7 @@ def flush_folder(folder: Path) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+    """Return the SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):

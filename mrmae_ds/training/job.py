@@ -160,7 +160,7 @@ def prepare_stage(options: TrainArgs, launch: Launch) -> PreparedStage:
         recipe=recipe.counted(options.stage),
     )
     start = RunStart("fresh") if options.dry_run else decide_start(stage_dir, options.stage, identity, options.resume)
-    _stage_data(recipe, stage, start, launch)
+    _cache_data(recipe, stage, start)
     return PreparedStage(
         recipe=recipe,
         stage_name=options.stage,
@@ -178,12 +178,12 @@ def prepare_stage(options: TrainArgs, launch: Launch) -> PreparedStage:
     )
 
 
-def _stage_data(recipe: Recipe, stage: TrainedStage, start: RunStart, launch: Launch) -> None:
-    """Copy what the stage reads to this node, where the recipe says so."""
+def _cache_data(recipe: Recipe, stage: TrainedStage, start: RunStart) -> None:
+    """Copy the data sets that the stage reads to this node if the recipe names a cache."""
     if start.action != "done":
         evaluates = not isinstance(stage, PretrainConfig) or stage.knn is not None
         read = [recipe.data.train, recipe.data.val] if evaluates else [recipe.data.train]
-        cache_all(read, recipe.loader.cache_dir, is_leader=launch.local_rank == 0)
+        cache_all(read, recipe.loader.cache_dir)
 
 
 def _init_file(stage: TrainedStage, stage_dir: Path) -> Path | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import json
-import os
 import resource
 import time
 from collections import Counter
@@ -25,11 +24,10 @@ from mrmae_ds.data.beton.file_writer import BetonWriter
 from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.convert.partial import partial_file
 from mrmae_ds.data.convert.pool import map_in_order
 from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256, write_text
+from mrmae_ds.files import file_sha256, replacing, write_text
 
 _ENOUGH = 1000  # bad images beyond the limit, after which the rest is not looked at
 _RECORDED = ("numpy", "pillow", "mrmae_ds")
@@ -107,8 +105,7 @@ def write_beton(
     if len(dataset) == 0:
         raise UserError(f"{path}: nothing to write, the data set is empty")
     with _disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial_file(path) as partial:
+        with replacing(path) as partial:
             tally = _write_images(dataset, path, partial, options, class_names)
             _check_classes(dataset, path, tally, class_names)
             sidecar = {
@@ -121,8 +118,7 @@ def write_beton(
             write_report(path, tally.skipped)
             # At no point does a .beton stand beside the sidecar of another.
             sidecar_path(path).unlink(missing_ok=True)
-            os.replace(partial, path)
-            write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
+        write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
     return check_beton(path)
 
 

@@ -12,7 +12,7 @@ from mrmae_ds.config.sections import Backend, DataConfig, LoaderConfig
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.loaders.augment import Augment
 from mrmae_ds.data.loaders.base import Loader, LoaderRequest, LoaderSettings
-from mrmae_ds.data.node_cache import located
+from mrmae_ds.data.node_cache import cached_path
 from mrmae_ds.errors import UserError
 
 _CPU = torch.device("cpu")
@@ -40,7 +40,7 @@ def build_loader(data: DataConfig, config: LoaderConfig, request: LoaderRequest,
     backend = data.backend if training else data.val_backend
     check_backend(backend)
     settings = LoaderSettings(
-        info=check_beton(located(data.train if request.split == "train" else data.val, config.cache_dir)),
+        info=check_beton(cached_path(data.train if request.split == "train" else data.val, config.cache_dir)),
         request=request,
         num_workers=config.num_workers or default_num_workers(),
         device=torch.device(device),

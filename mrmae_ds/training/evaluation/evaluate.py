@@ -118,7 +118,7 @@ def prepare_evaluation(options: TrainArgs, launch: Launch) -> Evaluation:
             "--run, or start anew here with --resume never"
         )
     if not done:
-        cache_all([recipe.data.val], recipe.loader.cache_dir, is_leader=launch.local_rank == 0)
+        cache_all([recipe.data.val], recipe.loader.cache_dir)
     return Evaluation(recipe, engine_config, launch, stage_dir, val_data, classifiers, done)
 
 
