@@ -1,6 +1,17 @@
-"""Errors caused by user input, printed without a traceback."""
+"""Exceptions with a meaning for the command line and for other ranks.
+
+UserError               bad input
+    ConfigError         a wrong value in a configuration
+RaisedOnAllRanks        no rank waits for another
+    CollectiveError     bad input or a failed disk, found on some rank (also a UserError)
+    TrainingError       training cannot continue
+    StopRequested       a signal, after a checkpoint
+"""
 
 from __future__ import annotations
+
+import signal
+from typing import ClassVar
 
 
 class UserError(ValueError):
@@ -8,6 +19,8 @@ class UserError(ValueError):
 
     Command lines print the message alone and exit with status 2.
     """
+
+    exit_status: ClassVar[int] = 2
 
 
 class ConfigError(UserError):
@@ -24,3 +37,38 @@ class ConfigError(UserError):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"{key}: {reason}")
         self.key, self.reason = key, reason
+
+
+class RaisedOnAllRanks(Exception):
+    """Base of what every rank raises at the same place: the process group is intact, and no rank needs a report.
+
+    Any other exception leaves the other ranks waiting in their next collective operation, until the watchdog
+    (:mod:`mrmae_ds.distributed.watchdog`) ends them.
+    """
+
+    exit_status: ClassVar[int] = 1
+
+
+class CollectiveError(RaisedOnAllRanks, UserError):
+    """A failure of at least one rank that all ranks raise together; rank 0 prints it."""
+
+    exit_status: ClassVar[int] = UserError.exit_status
+
+
+class TrainingError(RaisedOnAllRanks, RuntimeError):
+    """Training cannot continue."""
+
+
+class StopRequested(RaisedOnAllRanks):
+    """A signal ended the stage after a checkpoint.
+
+    Args:
+        number: of the signal.
+        step: optimizer steps completed.
+    """
+
+    exit_status: ClassVar[int] = 75  # EX_TEMPFAIL of sysexits.h: try again; the same command resumes
+
+    def __init__(self, number: int, step: int) -> None:
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after step {step}; the same command resumes from there")

@@ -21,7 +21,7 @@ import pytest
 import torch
 
 from mrmae_ds.cli.main import main as mrmae
-from mrmae_ds.distributed.signals import STOPPED_STATUS
+from mrmae_ds.errors import StopRequested
 from mrmae_ds.training.checkpoint.folder import list_checkpoints, step_of
 from mrmae_ds.training.replay import describe, replay
 from tests.support.chaos import Chaos, whole
@@ -59,7 +59,7 @@ def undisturbed(chaos: Chaos) -> Path:
 def stopped(runs: SmallRuns) -> Path:
     """A run that was told to stop, by a signal to one of its processes."""
     ranks = runs.launch("stopped", fault=STOP)
-    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
     return runs.folder / "stopped"
 
 
@@ -105,7 +105,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(stopped: Path, runs: SmallR
     assert record["ended"] is not None
     logs = Ranks([], [runs.folder / "logs" / "stopped" / f"rank{rank}.log" for rank in range(2)])
     assert "SIGTERM: saving after this step, then stopping" in logs.text(1)
-    assert f"stopped by SIGTERM after step {STOPPED_AT}; the same command goes on from there" in logs.text(0)
+    assert f"stopped by SIGTERM after step {STOPPED_AT}; the same command resumes from there" in logs.text(0)
     assert "stopped by" not in logs.text(1)
     assert [line["step"] for line in curve(stopped / "pretrain")] == [1, 3, 6, 8, 9, 12, 15, 16, 18]
     assert not leftovers(stopped / "pretrain")
@@ -122,7 +122,7 @@ def test_it_goes_on_in_mid_epoch_where_it_was(copy: Path, runs: SmallRuns, undis
 def test_the_other_signals_do_the_same(number: int, runs: SmallRuns, undisturbed: Path) -> None:
     name = f"signal {number}"
     ranks = runs.launch(name, fault=f"signal:rank=0,step=4,micro=1,number={number}")
-    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
     assert step_of(_newest(runs.folder / name)) == 5
     _go_on(runs, runs.folder / name)
     assert_same(runs.stage(name), undisturbed)
@@ -149,7 +149,7 @@ def test_the_launcher_passes_the_status_on(runs: SmallRuns) -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == STOPPED_STATUS, output
+    assert process.returncode == StopRequested.exit_status, output
     assert _record(runs.folder / "launched")["status"] == "stopped"
 
 
@@ -344,7 +344,7 @@ def test_on_another_number_of_processes_the_curve_is_the_same(
     if change == "1 to 2":
         shutil.rmtree(copy)
         ranks = runs.launch(copy.name, world_size=1, fault=STOP.replace("rank=1", "rank=0"))
-        assert ranks.wait(LIMIT_S) == [STOPPED_STATUS], ranks.text()
+        assert ranks.wait(LIMIT_S) == [StopRequested.exit_status], ranks.text()
     text = _go_on(runs, copy, world_size=1 if change == "2 to 1" else 2).text(0)
     assert f"going on after step {STOPPED_AT}" in text and "converting for" in text
     ours, theirs = curve(copy / "pretrain"), curve(undisturbed)
@@ -371,7 +371,7 @@ def test_fine_tuning_with_layer_decay_goes_on_too(runs: SmallRuns) -> None:
     ranks = runs.launch("whole", *FINETUNE)
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     ranks = runs.launch("parted", *FINETUNE, fault="signal:rank=1,step=10,micro=0")
-    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
     shutil.copytree(runs.folder / "parted", runs.folder / "one")
     _go_on(runs, runs.folder / "parted", *FINETUNE)
     whole_run = runs.stage("whole", "finetune")
@@ -394,7 +394,7 @@ def test_a_linear_probe_goes_on_too(runs: SmallRuns) -> None:
     ranks = runs.launch("probed", *PROBE)
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     ranks = runs.launch("half probed", *PROBE, fault="signal:rank=1,step=10,micro=0")
-    assert ranks.wait(LIMIT_S) == [STOPPED_STATUS] * 2, ranks.text()
+    assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
     _go_on(runs, runs.folder / "half probed", *PROBE)
     assert_same(runs.stage("half probed", "probe"), runs.stage("probed", "probe"))
 

@@ -10,18 +10,10 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import CollectiveError
 
 T = TypeVar("T")
 MAX_SHOWN = 4
-
-
-class CollectiveError(UserError):
-    """A mistake that every process raises at the same place; rank 0 tells it."""
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the process group is intact and every rank raises it."""
 
 
 def gather(value: T) -> list[T]:

@@ -1,47 +1,45 @@
-"""How a command of train.py ends when it does not end well: what is printed, by which rank, and the exit status."""
+"""Error reports and exit statuses of train.py."""
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
-import traceback
 
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.errors import UserError
+from mrmae_ds.distributed.logs import configure_logging
+from mrmae_ds.errors import RaisedOnAllRanks, StopRequested, UserError
 
-FAILED, BAD_INPUT = 1, 2
+FAILED = 1
 WAIT_FOR_LEADER_S = 5
+
+logger = logging.getLogger(__name__)
 
 
 def report_exit(error: Exception, launch: Launch | None, started: bool) -> int:
-    """Print what ended the command; the exit status.
+    """Print the exception that ended the command.
 
-    What all ranks raise together is told by rank 0 alone: bad input by its message, a training that cannot go on too,
-    everything else with a traceback.
+    Rank 0 alone prints what all ranks raised together. An exception that nobody foresaw is printed with its traceback.
 
     Args:
-        error: see above.
-        launch: this process; None if that was not found out.
-        started: the processes had begun to work together.
-    """
-    # Imported here: where bad input ends a command, torch and DeepSpeed have often not been imported yet.
-    if started:
-        from mrmae_ds.distributed.collectives import CollectiveError, TrainingError
-        from mrmae_ds.distributed.signals import STOPPED_STATUS, Stopped
+        error: the exception.
+        launch: this rank; None if the environment does not say it.
+        started: the ranks had begun to work together.
 
-        first = launch is None or launch.rank == 0
-        statuses = {Stopped: STOPPED_STATUS, CollectiveError: BAD_INPUT, TrainingError: FAILED}
-        for kind, status in statuses.items():
-            if isinstance(error, kind):
-                if first:
-                    print(error if kind is Stopped else f"error: {error}", file=sys.stderr, flush=True)
-                return status
+    Returns:
+        The exit status: 1 for a failure, 2 for bad input, 75 after a signal.
+    """
+    if launch is None:
+        configure_logging()
+    if isinstance(error, RaisedOnAllRanks):
+        if launch is None or launch.rank == 0:
+            logger.log(logging.WARNING if isinstance(error, StopRequested) else logging.ERROR, "%s", error)
+        return error.exit_status
     if not isinstance(error, UserError):
-        traceback.print_exception(error)
+        logger.error("%s", type(error).__name__, exc_info=error)
         return FAILED
-    # Before the start every rank of a node sees the same mistake, and one tells it. A launcher ends the others as soon
-    # as one has left, so they let it speak; whoever is still there has a mistake of its own.
+    # Before the start every rank of a node finds the same mistake, and its first rank reports it. A launcher ends the
+    # others as soon as one has exited, so they wait for that; a rank that is still alive has a mistake of its own.
     if launch is not None and launch.local_rank > 0 and not started:
         time.sleep(WAIT_FOR_LEADER_S)
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return BAD_INPUT
+    logger.error("%s", error)
+    return error.exit_status

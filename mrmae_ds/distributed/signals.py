@@ -7,17 +7,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-# sysexits.h: a temporary failure, try again. A stopped stage goes on when the same command is given again.
-STOPPED_STATUS = 75
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-
-class Stopped(Exception):
-    """A signal ended the stage after a checkpoint. Every process raises it."""
-
-    def __init__(self, number: int, step: int) -> None:
-        name = signal.Signals(number).name
-        super().__init__(f"stopped by {name} after step {step}; the same command goes on from there")
 
 
 class StopSignals:

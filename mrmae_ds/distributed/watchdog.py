@@ -19,15 +19,12 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from mrmae_ds.distributed.collectives import CollectiveError, TrainingError
 from mrmae_ds.distributed.failure_store import Failure, FailureStore
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.distributed.signals import Stopped
 from mrmae_ds.distributed.stack_dump import StackDump
+from mrmae_ds.errors import RaisedOnAllRanks
 
 FAILED_STATUS = 1
-# What every process raises at the same place needs nobody to be told.
-TOGETHER = (CollectiveError, TrainingError, Stopped)
 POLL_S = 0.5
 RECORD_S = 2.0  # for rank 0 to close its record
 NEWS_S = 2.0  # that an error which another process's end may have caused waits for news of that
@@ -63,7 +60,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is not None and not isinstance(error, TOGETHER):
+        if error is not None and not isinstance(error, RaisedOnAllRanks):
             self._fail(error)
         self._closed.set()
         for thread in self._threads:

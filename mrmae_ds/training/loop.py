@@ -11,9 +11,8 @@ import deepspeed
 
 from mrmae_ds.config.stages import StageConfig
 from mrmae_ds.data.loaders.base import Batch, Loader
-from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.distributed.signals import Stopped
+from mrmae_ds.errors import StopRequested, TrainingError
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import set_lr
 from mrmae_ds.training.engine.nonfinite import skip_step
@@ -150,7 +149,7 @@ def train(
 
     Raises:
         TrainingError: after :data:`MAX_BAD_STEPS` steps in a row that were not finite.
-        Stopped: after a signal, and a checkpoint.
+        StopRequested: after a signal, and a checkpoint.
     """
     start = state.step
     batches: Iterator[Batch] = iter(())
@@ -172,7 +171,7 @@ def train(
                 raise TrainingError(_gave_up(state))
         hooks.save(state, verdict)
         if verdict.signal and state.step < plan.total_steps:
-            raise Stopped(verdict.signal, state.step)
+            raise StopRequested(verdict.signal, state.step)
         follow_up.run()
 
 

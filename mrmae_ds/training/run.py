@@ -15,11 +15,10 @@ from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import Loader, LoaderRequest, TrainTransform
 from mrmae_ds.data.loaders.build import build_loader
 from mrmae_ds.data.loaders.crop import CropSettings
-from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
-from mrmae_ds.distributed.signals import Stopped, StopSignals
-from mrmae_ds.distributed.watchdog import TOGETHER, Watchdog
-from mrmae_ds.errors import UserError
+from mrmae_ds.distributed.signals import StopSignals
+from mrmae_ds.distributed.watchdog import Watchdog
+from mrmae_ds.errors import RaisedOnAllRanks, StopRequested, TrainingError, UserError
 from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
@@ -71,7 +70,7 @@ def run_stage(job: PreparedStage) -> None:
     captures/ of skipped steps, model.safetensors, loss_curves.png and, after pre-training, images/.
 
     Raises:
-        Stopped: on every rank, after a signal and a checkpoint.
+        StopRequested: on every rank, after a signal and a checkpoint.
         CollectiveError, TrainingError: on every rank.
     """
     launch = job.plan.launch
@@ -85,7 +84,7 @@ def run_stage(job: PreparedStage) -> None:
             elif launch.rank == 0:
                 print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere", flush=True)
                 finish_drawing(job.stage_dir, _has_images(job), monitor)
-    except TOGETHER:
+    except RaisedOnAllRanks:
         end_process_group()
         raise
     end_process_group()
@@ -117,11 +116,11 @@ def _train(job: PreparedStage, start: RunStart, device: torch.device, monitor: W
         _export(job, engine, results)
         if recorder:
             recorder.finish(results)
-    except TOGETHER as error:  # of any other failure the monitor tells the other processes first
+    except RaisedOnAllRanks as error:  # of any other failure the monitor tells the other processes first
         if isinstance(error, TrainingError):
             hooks.saver.finish()
         if recorder:
-            recorder.stop(state.step) if isinstance(error, Stopped) else recorder.fail(state.step)
+            recorder.stop(state.step) if isinstance(error, StopRequested) else recorder.fail(state.step)
         raise
     finally:
         job.task.release()

@@ -96,7 +96,7 @@ def _fail_on_1_while_the_disk_hangs(rank: int) -> None:
 
 
 def _raise_together(rank: int) -> None:
-    from mrmae_ds.distributed.collectives import CollectiveError
+    from mrmae_ds.errors import CollectiveError
 
     raise CollectiveError("all of us")
 

@@ -73,7 +73,7 @@ GUARDS = {
     ),
     "an exception on one process": Guard(
         "distributed/watchdog.py",
-        "if error is not None and not isinstance(error, TOGETHER):",
+        "if error is not None and not isinstance(error, RaisedOnAllRanks):",
         "if False:",
         ("tests/distributed/test_watchdog.py", "-k", "first_to_fail"),
     ),

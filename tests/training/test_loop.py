@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from mrmae_ds.data.loaders.base import Batch
-from mrmae_ds.distributed.collectives import TrainingError
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.distributed.signals import Stopped, StopSignals
+from mrmae_ds.distributed.signals import StopSignals
+from mrmae_ds.errors import StopRequested, TrainingError
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.loop import MAX_BAD_STEPS, StageSchedule, train
 from mrmae_ds.training.meter import Meter
@@ -354,7 +354,7 @@ def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
     task, signals = LinearTask(), StopSignals()
     hooks = Asks(signals, at)
     engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10)
-    with pytest.raises(Stopped, match=rf"SIGTERM after step {at + 1};"):
+    with pytest.raises(StopRequested, match=rf"SIGTERM after step {at + 1};"):
         train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync(signals))
     assert hooks.events[-1] == ("save", at + 1)
     assert hooks.verdicts[-1].signal == 15 and not hooks.verdicts[-2].signal

@@ -12,8 +12,9 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from mrmae_ds.distributed.collectives import CollectiveError, gather, raise_on_all_ranks
+from mrmae_ds.distributed.collectives import gather, raise_on_all_ranks
 from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.errors import CollectiveError
 from mrmae_ds.training.checkpoint import folder as store
 from mrmae_ds.training.checkpoint.manifest import (
     EngineLayout,

@@ -25,7 +25,8 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
-from mrmae_ds.distributed.collectives import CollectiveError, broadcast_object, gather, raise_on_all_ranks
+from mrmae_ds.distributed.collectives import broadcast_object, gather, raise_on_all_ranks
+from mrmae_ds.errors import CollectiveError
 from mrmae_ds.files import file_sha256, flush_folder, write_text
 from mrmae_ds.training.checkpoint import folder as store
 from mrmae_ds.training.checkpoint.files import told, write_shard

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae_ds.distributed.collectives import CollectiveError
+from mrmae_ds.errors import CollectiveError
 from mrmae_ds.training.checkpoint import async_saver as module
 from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer, copied
 from mrmae_ds.training.checkpoint.folder import Retention, list_checkpoints
@@ -27,14 +27,14 @@ class Gate:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open, self.passed = threading.Event(), 0
-        plain = module.write_parts
+        plain = module.write_shards
 
         def write(snapshot: Snapshot) -> Written:
             assert self.open.wait(30)
             self.passed += 1
             return plain(snapshot)
 
-        monkeypatch.setattr(module, "write_parts", write)
+        monkeypatch.setattr(module, "write_shards", write)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from mrmae_ds.distributed.collectives import CollectiveError
+from mrmae_ds.errors import CollectiveError
 from mrmae_ds.training.checkpoint import resume as resuming
 from mrmae_ds.training.checkpoint.manifest import EngineLayout
 from mrmae_ds.training.checkpoint.resume import agree_on_start, layout_conflict, load_checkpoint, verify

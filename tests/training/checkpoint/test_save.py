@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae_ds.distributed.collectives import CollectiveError
+from mrmae_ds.errors import CollectiveError
 from mrmae_ds.training.checkpoint import files as part_file
 from mrmae_ds.training.checkpoint import folder as store
 from mrmae_ds.training.checkpoint.folder import Retention, list_checkpoints

@@ -212,7 +212,7 @@ def test_a_conversion_is_made_once_and_only_for_its_own_checkpoint(
 
 @pytest.mark.usefixtures("alone")
 def test_a_conversion_that_fails_is_told_by_all(tmp_path: Path) -> None:
-    from mrmae_ds.distributed.collectives import CollectiveError
+    from mrmae_ds.errors import CollectiveError
     from mrmae_ds.training.checkpoint import universal
     from mrmae_ds.training.checkpoint.manifest import read_manifest
     from tests.support.engines import written
