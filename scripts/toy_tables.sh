@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Tables 6 and 3 in miniature, from real images and a real teacher, on this machine.
 #   scripts/toy_tables.sh IMAGES TEACHER [NAME]
-# IMAGES  an ImageFolder tree of 64-pixel images, train/CLASS/* and val/CLASS/*; 60 classes of Tiny-ImageNet here
+# IMAGES    ImageFolder tree of 64-pixel images, train/CLASS/* and val/CLASS/*; docs/results uses 60 classes of Tiny-ImageNet
 # TEACHER   weights of timm's vit_small_patch14_dinov2, a safetensors file
-# NAME      of the data set, as the tables show it; default: the folder's
-# Given again, it goes on from where it was. SEEDS="0 1" and JOBS (default: the cores, or 1 with a GPU) can be set in the environment.
+# NAME      name of the data set in the tables; default: the folder's name
+# Run the same command again to resume. SEEDS="0 1" and JOBS (default: the cores, or 1 with a GPU) can be set in the environment.
 set -euo pipefail
 [ $# -ge 2 ] || { sed -n '2,8s/^# \?//p' "$0" >&2; exit 2; }
 images=$(realpath "$1") teacher=$(realpath "$2") name=${3:-$(basename "$1")}
@@ -18,8 +18,8 @@ if [ ! -f $data/val.beton.json ]; then
 fi
 ln -sfn "$teacher" $data/teacher.safetensors
 
-began=$SECONDS
-for chain in toy6 toy3; do
-    mrmae submit slurm/$chain.yaml --runs runs/toy --local --processes 1 --jobs "$jobs" --seeds "${seeds// /,}"
+started=$SECONDS
+for pipeline in toy6 toy3; do
+    mrmae submit pipelines/$pipeline.yaml --runs runs/toy --local --processes 1 --jobs "$jobs" --seeds "${seeds// /,}"
 done
-echo "Done in $(((SECONDS - began) / 60)) minutes. Look at runs/toy/table6.md and table3.md, and the images beside them."
+echo "Done in $(((SECONDS - started) / 60)) minutes. Results: runs/toy/table6.md and table3.md, and the images beside them."

@@ -1,4 +1,4 @@
-"""The command ``mrmae submit``."""
+"""``mrmae submit``: run the missing jobs of a pipeline."""
 
 from __future__ import annotations
 
@@ -17,81 +17,84 @@ if TYPE_CHECKING:
     from mrmae_ds.pipeline.graph import PipelineJob
     from mrmae_ds.pipeline.status import JobStatus
 
-SUMMARY = "run what is missing of a chain of trainings behind a table, on Slurm or on this machine"
+SUMMARY = "run the missing training jobs behind a table, on Slurm or on this machine"
 TFLOPS = 200.0
 
 
 def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments; :func:`run_submit` runs it."""
-    parser.add_argument("chain", type=Path, help="a chain, slurm/NAME.yaml")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="the folder of all runs; default: runs")
-    parser.add_argument("--seeds", type=_seeds, metavar="0,1", help="every recipe with each; default: the recipe's own")
-    parser.add_argument("--only", action="append", metavar="RUN", help="only this run and what it needs; repeatable")
+    """Add the command's arguments; :func:`run_submit` runs it."""
+    parser.add_argument("pipeline", type=Path, help="pipeline file, pipelines/NAME.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="recipe values to replace in every run")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: runs")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="key.path=value", help="changes to every recipe; repeatable"
+        "--seeds", type=_seeds, metavar="0,1", help="seeds to run every recipe with; default: the recipe's own"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, with GPU-hours; start nothing")
     parser.add_argument(
-        "--tflops",
-        type=float,
-        default=TFLOPS,
-        help="what one GPU sustains, for the plan; default: %(default)g, assumed",
+        "--only", action="append", metavar="RUN", help="only this run and its dependencies; may be repeated"
     )
-    parser.add_argument("--local", action="store_true", help="run it here, without Slurm")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs and their GPU-hours; start nothing")
     parser.add_argument(
-        "--processes", type=int, metavar="N", help="of each training with --local; default: the GPUs, or 1 without any"
+        "--tflops", type=float, default=TFLOPS, help="assumed TFLOP/s of a GPU, for --dry-run; default: %(default)g"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time, with --local")
+    parser.add_argument("--local", action="store_true", help="run on this machine, without Slurm")
     parser.add_argument(
-        "--sbatch", type=shlex.split, default=[], metavar="'OPTIONS'", help="for every Slurm job: '--time=24:00:00 ...'"
+        "--processes", type=int, metavar="N", help="ranks of each job with --local; default: all GPUs, or 1 without any"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="number of parallel jobs with --local")
+    parser.add_argument(
+        "--sbatch",
+        type=shlex.split,
+        default=[],
+        metavar="'OPTIONS'",
+        help="sbatch options of every Slurm job: '--time=24:00:00 ...'",
     )
 
 
 def run_submit(args: argparse.Namespace) -> None:
-    """Look at what is there, and start what is missing.
+    """Start the missing jobs of a pipeline.
 
     Raises:
-        UserError: for a chain or a recipe that cannot be, or a folder that holds another run.
-        SystemExit: with status 1 if a training here did not finish.
+        UserError: for an invalid pipeline or recipe, or a folder that holds another run.
+        SystemExit: with status 1 if a job run with --local did not finish.
     """
     from mrmae_ds.pipeline.config import load_pipeline
-    from mrmae_ds.pipeline.costs import plan
+    from mrmae_ds.pipeline.costs import describe_pipeline
     from mrmae_ds.pipeline.graph import build_jobs
-    from mrmae_ds.pipeline.status import alone, read_jobs, statuses
+    from mrmae_ds.pipeline.status import job_statuses, lock_runs, read_slurm_jobs
 
-    chain = load_pipeline(args.chain)
-    links = build_jobs(chain, args.runs, args.seeds, args.set)
-    links = _chosen(links, args.only)
+    pipeline = load_pipeline(args.pipeline)
+    jobs = _select(build_jobs(pipeline, args.runs, args.seeds, args.overrides), args.only)
     _check(args)
     if args.dry_run:
-        print(plan(links, statuses(links, read_jobs(args.runs), _queue(args.local, dry_run=True)), args.tflops))
+        statuses = job_statuses(jobs, read_slurm_jobs(args.runs), _queue(args.local, dry_run=True))
+        print(describe_pipeline(jobs, statuses, args.tflops))
         return
-    with alone(args.runs):
-        known = statuses(links, read_jobs(args.runs), _queue(args.local))
+    with lock_runs(args.runs):
+        statuses = job_statuses(jobs, read_slurm_jobs(args.runs), _queue(args.local))
         if args.local:
-            _run_here(args, links, known, chain.tables)
+            _run_locally(args, jobs, statuses, pipeline.tables)
         else:
-            _submit(args, chain.name, links, known, chain.tables)
+            _submit(args, pipeline.name, jobs, statuses, pipeline.tables)
 
 
 def _queue(local: bool, dry_run: bool = False) -> dict[str, str]:
-    """Slurm's queue. Where none is asked for it is empty; a plan is told without it, with a word on stderr."""
-    from mrmae_ds.pipeline.slurm import queue
+    """Return Slurm's queue; empty with --local, and where --dry-run finds no Slurm, with a warning on stderr."""
+    from mrmae_ds.pipeline.slurm import queued_jobs
 
     if local:
         return {}
     try:
-        return queue()
+        return queued_jobs()
     except UserError as error:
         if not dry_run:
             raise
         reason = str(error).splitlines()[0]
-        print(f"states are by the records alone, without Slurm's queue: {reason}", file=sys.stderr)
+        print(f"states are from run records alone, without Slurm's queue: {reason}", file=sys.stderr)
         return {}
 
 
-def _run_here(
-    args: argparse.Namespace, links: Sequence[PipelineJob], known: Mapping[str, JobStatus], tables: Sequence[int]
+def _run_locally(
+    args: argparse.Namespace, jobs: Sequence[PipelineJob], statuses: Mapping[str, JobStatus], tables: Sequence[int]
 ) -> None:
     import torch
 
@@ -99,15 +102,17 @@ def _run_here(
 
     gpus = torch.cuda.device_count()
     if args.jobs > 1 and gpus:
-        raise UserError("--jobs: trainings at the same time would share the GPUs; leave it out")
-    there = sum(status.state == "finished" for status in known.values())
-    print(f"{len(links)} links, {there} finished already")
+        raise UserError("--jobs: parallel jobs would share the GPUs; remove the option")
+    finished = sum(status.state == "finished" for status in statuses.values())
+    print(f"{len(jobs)} jobs, {finished} finished already")
     signal.signal(signal.SIGTERM, _interrupt)
-    chain = LocalPipeline(links, known, processes=args.processes or gpus or 1, gpus=gpus, at_once=args.jobs, say=_say)
+    pipeline = LocalPipeline(
+        jobs, statuses, processes=args.processes or gpus or 1, gpus=gpus, parallel_jobs=args.jobs, log=_print_line
+    )
     try:
-        failed = chain.run()
+        failed = pipeline.run()
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from there", file=sys.stderr)
+        print("interrupted; run the same command again to resume", file=sys.stderr)
         raise SystemExit(130) from None
     _write_tables(args.runs, tables)
     if failed:
@@ -119,24 +124,26 @@ def _run_here(
 def _submit(
     args: argparse.Namespace,
     name: str,
-    links: Sequence[PipelineJob],
-    known: Mapping[str, JobStatus],
+    jobs: Sequence[PipelineJob],
+    statuses: Mapping[str, JobStatus],
     tables: Sequence[int],
 ) -> None:
-    from mrmae_ds.pipeline.slurm import submit, submit_tables
+    from mrmae_ds.pipeline.slurm import submit_jobs, submit_tables
 
-    new = submit(links, known, args.runs, args.sbatch)
-    for key, job in new.items():
-        print(f"{key}: submitted as job {job}")
-    waiting = [*new.values(), *(status.job for status in known.values() if status.job)]
-    if not waiting:
-        print(f"all {len(links)} links are finished")
+    new = submit_jobs(jobs, statuses, args.runs, args.sbatch)
+    for key, slurm_id in new.items():
+        print(f"{key}: submitted as job {slurm_id}")
+    queued = [*new.values(), *(status.slurm_job for status in statuses.values() if status.slurm_job)]
+    if not queued:
+        print(f"all {len(jobs)} jobs are finished")
         _write_tables(args.runs, tables)
     elif new:
-        command = [str(Path(sys.executable).with_name("mrmae")), "table", *_numbers(tables), str(args.runs)]
-        print(f"tables: job {submit_tables(name, command, waiting, args.runs, args.sbatch)}, after all of them")
+        numbers = [text for number in tables for text in ("--paper", str(number))]
+        command = [str(Path(sys.executable).with_name("mrmae")), "table", *numbers, str(args.runs)]
+        slurm_id = submit_tables(name, command, queued, args.runs, args.sbatch)
+        print(f"tables: submitted as job {slurm_id}, after all jobs")
     else:
-        print(f"nothing to submit: {len(waiting)} jobs are in the queue")
+        print(f"nothing to submit: {len(queued)} jobs are in the queue")
 
 
 def _write_tables(root: Path, tables: Sequence[int]) -> None:
@@ -147,29 +154,25 @@ def _write_tables(root: Path, tables: Sequence[int]) -> None:
         print(f"written: {', '.join(map(str, written))}")
 
 
-def _numbers(tables: Sequence[int]) -> list[str]:
-    return [text for number in tables for text in ("--paper", str(number))]
-
-
-def _chosen(links: Sequence[PipelineJob], only: Sequence[str] | None) -> list[PipelineJob]:
-    """The links of the named runs, and those that they need."""
+def _select(jobs: Sequence[PipelineJob], only: Sequence[str] | None) -> list[PipelineJob]:
+    """Return the jobs of the named runs, and their dependencies."""
     if only is None:
-        return list(links)
-    names = dict.fromkeys(link.run for link in links)
+        return list(jobs)
+    names = dict.fromkeys(job.run for job in jobs)
     if unknown := [name for name in only if name not in names]:
-        raise UserError(f"--only {unknown[0]}: no such run in the chain; it has {', '.join(names)}")
-    kept: set[str] = set()
-    for link in reversed(links):
-        if link.run in only or link.key in kept:
-            kept |= {link.key, *link.needs}
-    return [link for link in links if link.key in kept]
+        raise UserError(f"--only {unknown[0]}: no such run in the pipeline; it has {', '.join(names)}")
+    selected: set[str] = set()
+    for job in reversed(jobs):
+        if job.run in only or job.key in selected:
+            selected |= {job.key, *job.dependencies}
+    return [job for job in jobs if job.key in selected]
 
 
 def _check(args: argparse.Namespace) -> None:
     for option in ("jobs", "processes"):
         number = getattr(args, option)
         if number is not None and number < 1:
-            raise UserError(f"--{option} must be at least 1, not {number}")
+            raise UserError(f"--{option} must be at least 1, got {number}")
     if not args.tflops > 0:
         raise UserError(f"--tflops must be above 0, got {args.tflops:g}")
 
@@ -178,13 +181,13 @@ def _seeds(text: str) -> list[int]:
     try:
         seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected whole numbers, as 0,1, got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected integers such as 0,1, got {text!r}") from None
     if len(set(seeds)) < len(seeds) or min(seeds) < 0:
-        raise argparse.ArgumentTypeError(f"seeds are different numbers from 0 on, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected distinct seeds of at least 0, got {text!r}")
     return seeds
 
 
-def _say(text: str) -> None:
+def _print_line(text: str) -> None:
     print(text, flush=True)
 
 

@@ -1,1 +1,1 @@
-"""The pipeline of jobs behind a table: dependencies, completed jobs, Slurm and local execution."""
+"""Pipelines: the training jobs behind a table, their dependencies, and their execution on Slurm or locally."""

@@ -1,4 +1,4 @@
-"""A chain as data: a YAML file that names recipes, their stages and what is changed in them."""
+"""Pipeline configuration: a YAML file that lists recipes, their stages and the overrides of each."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ Stages = Annotated[tuple[StageName, ...], Field(min_length=1)]
 
 
 class PipelineRun(Section):
-    """One recipe of a chain.
+    """One recipe of a pipeline.
 
     Attributes:
-        config: engine config; null is the chain's. recipe: null is the one beside the engine config.
-        stages: null is the chain's; a stage that the recipe does not have is left out.
-        use: names of the chain's ``sets``, applied in this order, and then ``set``.
-        set: recipe keys to replace, as in an overlay; null removes one.
-        nodes: of its Slurm jobs; null is the chain's.
+        config: engine config; null uses the pipeline's.
+        recipe: null uses the recipe beside the engine config.
+        stages: null uses the pipeline's; stages that the recipe does not have are skipped.
+        use: names of the pipeline's ``sets``, applied in this order and before ``set``.
+        set: recipe keys to replace, as in an overlay; null removes a key.
+        nodes: number of nodes of its Slurm jobs; null uses the pipeline's.
     """
 
     config: Path | None = None
@@ -39,16 +40,18 @@ class PipelineRun(Section):
 
 
 class PipelineConfig(Section):
-    """A chain. Paths are relative to the folder in which the command is given, the repository's root.
+    """A pipeline. Paths are relative to the working directory of the command, the repository's root.
 
     Attributes:
-        name: of the chain, in messages and of the job that makes the tables.
-        tables: the paper's tables that its runs fill.
-        config, stages, nodes: of runs that do not say.
+        name: used in messages and as the name of the Slurm job that builds the tables.
+        tables: numbers of the paper's tables that its runs fill.
+        config: default engine config of the runs.
+        stages: default stages of the runs.
+        nodes: default number of nodes of the Slurm jobs.
         set: recipe keys to replace in every run, before those of ``use`` and of the run itself. Keys of a stage or a
-            teacher that a run's recipe does not have are left out of that run.
-        sets: changes by name, for runs to ``use``.
-        runs: the recipes; a run waits for those that its stages start from or learn from.
+            teacher that a run's recipe does not have are skipped for that run.
+        sets: named overrides that runs refer to in ``use``.
+        runs: the recipes. A run's jobs depend on those whose weights they start from or learn from.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
@@ -67,31 +70,31 @@ class PipelineConfig(Section):
                 if name not in self.sets:
                     raise ConfigError(f"runs.{number}.use", f"no set {name!r}{nearest_key(name, self.sets)}")
             if run.config is None and self.config is None:
-                raise ConfigError(f"runs.{number}.config", "this key is required, here or for the whole chain")
-        shown = tuple(number for number in TABLES if number != 2)
+                raise ConfigError(f"runs.{number}.config", "required, here or for the whole pipeline")
+        supported = tuple(number for number in TABLES if number != 2)
         for number in self.tables:
-            if number not in shown:
-                raise ConfigError("tables", f"{number} is none of {', '.join(map(str, shown))}")
+            if number not in supported:
+                raise ConfigError("tables", f"{number} is none of {', '.join(map(str, supported))}")
         return self
 
-    def own_changes(self, run: PipelineRun) -> tuple[str, ...]:
-        """A run's changes without the chain's, as ``key.path=value`` strings."""
+    def run_overrides(self, run: PipelineRun) -> tuple[str, ...]:
+        """Return a run's own overrides, without the pipeline's, as ``key.path=value`` strings."""
         layers = [*(self.sets[name] for name in run.use), run.set]
-        return tuple(text for layer in layers for text in assignments(layer))
+        return tuple(text for layer in layers for text in to_overrides(layer))
 
 
-def assignments(changes: dict[str, Any], above: str = "") -> Iterator[str]:
-    """Nested changes as ``key.path=value`` strings; values are JSON, which YAML reads the same."""
+def to_overrides(changes: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Flatten nested changes to ``key.path=value`` strings; values are JSON, which YAML parses to the same value."""
     for key, value in changes.items():
-        path = f"{above}{key}"
+        path = f"{prefix}{key}"
         if isinstance(value, dict) and value:
-            yield from assignments(value, f"{path}.")
+            yield from to_overrides(value, f"{path}.")
         else:
             yield f"{path}={json.dumps(value)}"
 
 
 def load_pipeline(path: Path) -> PipelineConfig:
-    """Read and check a chain. It may say ``extends: other.yaml``, as a recipe may: its keys are laid on the other's.
+    """Read and validate a pipeline file. Like a recipe, it may contain ``extends: other.yaml``.
 
     Raises:
         UserError: naming file, key and nearest known key.

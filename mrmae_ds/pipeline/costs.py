@@ -1,4 +1,4 @@
-"""What a chain will cost, link by link, before anything is submitted."""
+"""Estimate the compute of a pipeline, job by job, before anything is submitted."""
 
 from __future__ import annotations
 
@@ -11,85 +11,90 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.profiling.flops import recipe_cost
-from mrmae_ds.tables.costs import number
+from mrmae_ds.profiling.flops_report import SECONDS_PER_HOUR, TERA, significant
 
-COUNTED = ("pretrain", "finetune")
-PETA, TERA, SECONDS_PER_HOUR = 1e15, 1e12, 3600
-_COLUMNS = ("link", "state", "waits for", "nodes", "PFLOP", "GPU-hours")
+COUNTED_STAGES = ("pretrain", "finetune")
+PETA = 1e15
+_COLUMNS = ("job", "state", "waits for", "nodes", "PFLOP", "GPU-hours")
+_RIGHT_ALIGNED = {"nodes", "PFLOP", "GPU-hours"}
 
 
-def operations(link: PipelineJob) -> float | None:
-    """Operations of a link's whole stage, evaluation left out; None for stages that are not counted, and for those that
-    learn from a run that is not there yet.
+def stage_flops(job: PipelineJob) -> float | None:
+    """Count the FLOPs of a job's whole stage, without evaluation, on its data set or, if that is missing, ImageNet-1K.
 
-    On the link's data if that is there, else on ImageNet-1K's.
+    Returns:
+        None for stages that are not counted, and for those whose teacher is a run that does not exist yet.
     """
-    if link.stage not in COUNTED:
+    if job.stage not in COUNTED_STAGES:
         return None
-    stages = link.recipe.stages.model_copy(update={name: None for name in COUNTED if name != link.stage})
-    recipe = link.recipe.model_copy(update={"stages": stages})
-    images, classes = data_set(link) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
+    stages = job.recipe.stages.model_copy(update={name: None for name in COUNTED_STAGES if name != job.stage})
+    recipe = job.recipe.model_copy(update={"stages": stages})
+    images, classes = training_set(job) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
     try:
-        (cost,) = recipe_cost(recipe, load_engine_config(link.config).checkpointing, classes)
+        (cost,) = recipe_cost(recipe, load_engine_config(job.config).checkpointing, classes)
     except UserError:
         return None
     return float(cost.total(images))
 
 
-def data_set(link: PipelineJob) -> tuple[int, int] | None:
-    """Images and classes of a link's training set; None if it is not there."""
+def training_set(job: PipelineJob) -> tuple[int, int] | None:
+    """Return the numbers of images and classes of a job's training set; None if its file is missing."""
     try:
-        data = check_beton(link.recipe.data.train)
+        data = check_beton(job.recipe.data.train)
     except UserError:
         return None
     return data.num_samples, data.num_classes
 
 
-def plan(links: Sequence[PipelineJob], known: Mapping[str, JobStatus], tflops: float) -> str:
-    """The chain as text: a line a link, and what is still to be paid.
+def describe_pipeline(jobs: Sequence[PipelineJob], statuses: Mapping[str, JobStatus], tflops: float) -> str:
+    """Format a pipeline as a table, one line per job, with the compute that is still to be spent.
 
     Args:
-        links: in the order of their needs. known: the status of each.
-        tflops: what a GPU is assumed to sustain, in TFLOP/s.
+        jobs: in topological order.
+        statuses: status of each job, by key.
+        tflops: assumed sustained throughput of a GPU, in TFLOP/s.
     """
-    lines, seen, total, uncounted = [_COLUMNS], {}, 0.0, 0
-    for link in links:
-        status = known[link.key]
+    rows, flops_by_recipe, total, uncounted = [_COLUMNS], {}, 0.0, 0
+    for job in jobs:
+        status = statuses[job.key]
         # Seeds of one recipe cost the same.
-        hashed = (link.recipe.hash(link.stage), link.config)
-        if hashed not in seen:
-            seen[hashed] = operations(link)
-        work = seen[hashed]
-        hours = None if work is None else work / (tflops * TERA) / SECONDS_PER_HOUR
+        recipe_key = (job.recipe.hash(job.stage), job.config)
+        if recipe_key not in flops_by_recipe:
+            flops_by_recipe[recipe_key] = stage_flops(job)
+        flops = flops_by_recipe[recipe_key]
+        hours = None if flops is None else flops / (tflops * TERA) / SECONDS_PER_HOUR
         if status.missing and hours:
             total += hours
-        uncounted += status.missing and link.stage in COUNTED and work is None
-        lines.append(
+        uncounted += status.missing and job.stage in COUNTED_STAGES and flops is None
+        rows.append(
             (
-                link.key,
+                job.key,
                 f"{status.state}{f' ({status.detail})' if status.detail else ''}",
-                ", ".join(need for need in link.needs if known[need].state != "finished"),
-                str(link.nodes or ""),
-                number(None if work is None else work / PETA),
-                number(hours),
+                ", ".join(key for key in job.dependencies if statuses[key].state != "finished"),
+                str(job.nodes or ""),
+                "" if flops is None else significant(flops / PETA),
+                "" if hours is None else significant(hours),
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(_COLUMNS))]
-    right = {"nodes", "PFLOP", "GPU-hours"}
-    text = [
-        "  ".join(
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for name, cell, width in zip(_COLUMNS, line, widths, strict=True)
-        ).rstrip()
-        for line in lines
+    missing = sum(status.missing for status in statuses.values())
+    lines = [
+        *_align(rows),
+        f"{missing} of {len(jobs)} jobs to run, {significant(total)} GPU-hours at an assumed {tflops:g} TFLOP/s per "
+        "GPU; evaluation is not counted, and steps completed by interrupted jobs are not subtracted",
     ]
-    missing = sum(status.missing for status in known.values())
-    text.append(
-        f"{missing} of {len(links)} links to run, {number(total)} GPU-hours at an assumed {tflops:g} TFLOP/s a GPU; "
-        "evaluation is not counted, nor what an interrupted link has done already"
-    )
-    absent = dict.fromkeys(str(link.recipe.data.train) for link in links if data_set(link) is None)
-    text += [f"{path} is not there: ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} images are taken" for path in absent]
+    absent = dict.fromkeys(str(job.recipe.data.train) for job in jobs if training_set(job) is None)
+    lines += [f"{path}: no such file; counted on ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} images" for path in absent]
     if uncounted:
-        text.append(f"not counted either: {uncounted} links whose teacher is a run that is not there yet")
-    return "\n".join(text)
+        lines.append(f"not counted either: {uncounted} jobs whose teacher is a run that does not exist yet")
+    return "\n".join(lines)
+
+
+def _align(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if name in _RIGHT_ALIGNED else cell.ljust(width)
+            for name, cell, width in zip(_COLUMNS, row, widths, strict=True)
+        ).rstrip()
+        for row in rows
+    ]

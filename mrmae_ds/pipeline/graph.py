@@ -1,15 +1,16 @@
-"""From a chain to its links: one stage of one recipe with one seed each, and which other links each waits for.
+"""Expand a pipeline to its jobs, one stage of one recipe with one seed each, and find their dependencies.
 
-A link waits for what its stage starts from (``init``), learns from (a teacher that is a run) or evaluates
-(``members``). Recipes name those as ``runs/NAME/STAGE``; where a recipe of the chain has that name, the link's own seed
-and the chain's folder of runs take their place.
+A job depends on the stage that it starts from (``init``), learns from (a teacher that is a run) or evaluates
+(``members``). Recipes name those as ``runs/NAME/STAGE``. Where a recipe of the pipeline has that name, the path is
+replaced by that of the run with the job's own seed in the pipeline's runs folder.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from mrmae_ds.config.files import apply_overrides
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import PretrainConfig, StageName, StagesConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, assignments
+from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, to_overrides
 from mrmae_ds.weights.load import MODEL_FILE
 
 RUNS = Path("runs")
@@ -30,150 +31,160 @@ class PipelineJob:
     """One stage of one recipe with one seed.
 
     Attributes:
-        run: name of the run's folder. stage: of the recipe. folder: of the stage.
-        config, recipe_path, overrides: train.py's arguments. recipe: what they say.
-        needs: keys of the links that must have finished before.
-        nodes: of its Slurm job, if the chain says.
+        run: name of the run's folder.
+        stage: stage of the recipe.
+        stage_dir: folder of the stage.
+        config: engine config.
+        recipe_path: recipe file.
+        overrides: ``key.path=value`` strings for the recipe.
+        recipe: the resolved recipe.
+        dependencies: keys of the jobs that must finish first.
+        nodes: number of nodes of its Slurm job; None if the pipeline does not set it.
     """
 
     run: str
     stage: StageName
-    folder: Path
+    stage_dir: Path
     config: Path
     recipe_path: Path
     overrides: tuple[str, ...]
     recipe: Recipe
-    needs: tuple[str, ...]
+    dependencies: tuple[str, ...]
     nodes: int | None = None
 
     @property
     def key(self) -> str:
-        """Its name in the chain: RUN/STAGE."""
+        """Its name in the pipeline: RUN/STAGE."""
         return f"{self.run}/{self.stage}"
 
     @property
     def arguments(self) -> list[str]:
-        """What train.py is told after its engine config."""
-        told = ["--recipe", str(self.recipe_path), "--stage", self.stage, "--run", str(self.folder.parent)]
-        return [*told, *self.overrides]
+        """Arguments of train.py after the engine config."""
+        options = ["--recipe", str(self.recipe_path), "--stage", self.stage, "--run", str(self.stage_dir.parent)]
+        return [*options, *self.overrides]
 
 
 @dataclass
 class _Draft:
-    """A run of the chain with one seed, before paths to other runs are settled."""
+    """A run of the pipeline with one seed, before paths to other runs are resolved."""
 
     run: PipelineRun
-    name: str
     folder_name: str
     config: Path
     recipe_path: Path
     overrides: tuple[str, ...]
     recipe: Recipe
-    stages: tuple[StageName, ...] = field(default=())
+    stages: tuple[StageName, ...]
 
 
 def build_jobs(
-    chain: PipelineConfig, root: Path = RUNS, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
+    pipeline: PipelineConfig, root: Path = RUNS, seeds: Sequence[int] | None = None, overrides: Sequence[str] = ()
 ) -> list[PipelineJob]:
-    """All links in an order in which each comes after those that it needs.
+    """Build all jobs, each after those that it depends on.
 
     Args:
-        chain: which recipes.
-        root: the folder of all runs.
-        seeds: every recipe once with each; None is the seed that it says. A run with another seed than its recipe's is
-            called NAME-seedN.
-        overrides: further changes to every recipe.
+        pipeline: the recipes.
+        root: folder of all runs.
+        seeds: seeds to run every recipe with; None uses the recipe's own. A run whose seed is not its recipe's is
+            named NAME-seedN.
+        overrides: ``key.path=value`` strings for every recipe.
 
     Raises:
-        UserError: for a recipe that cannot be read, two of one name, a stage that is named but is neither in the chain
-            nor there already, or links that wait for each other.
+        UserError: for a recipe that cannot be read, two runs of one name, a source that is neither in the pipeline nor
+            on disk, or jobs that depend on each other.
     """
-    wanted: Sequence[int | None] = seeds or [None]
-    common = _Common(chain, overrides)
-    drafts = [_draft(chain, run, seed, common) for run in chain.runs for seed in wanted]
+    common = _CommonOverrides(pipeline, overrides)
+    requested: Sequence[int | None] = seeds or [None]
+    drafts = [_draft(pipeline, run, seed, common) for run in pipeline.runs for seed in requested]
     if common.unused:
-        raise UserError(f"chain {chain.name}: no recipe has what {sorted(common.unused)[0]} changes")
-    by_folder: dict[str, _Draft] = {}
+        raise UserError(f"pipeline {pipeline.name}: no recipe has the section of {sorted(common.unused)[0]}")
+    names: set[str] = set()
     for draft in drafts:
-        if draft.folder_name in by_folder:
+        if draft.folder_name in names:
             raise UserError(
-                f"chain {chain.name}: two runs would be {root / draft.folder_name}; give one another name "
-                "(set: {name: ...})"
+                f"pipeline {pipeline.name}: two runs would write to {root / draft.folder_name}; rename one with "
+                "set: {name: ...}"
             )
-        by_folder[draft.folder_name] = draft
-    links = [_link(draft, stage, drafts, root, chain) for draft in drafts for stage in draft.stages]
-    return _sorted(links, chain.name)
+        names.add(draft.folder_name)
+    jobs = [_job(draft, stage, drafts, root, pipeline) for draft in drafts for stage in draft.stages]
+    return _sort(jobs, pipeline.name)
 
 
-def _draft(chain: PipelineConfig, run: PipelineRun, seed: int | None, common: _Common) -> _Draft:
-    config = run.config or chain.config
-    assert config is not None  # the chain's check
+def _draft(pipeline: PipelineConfig, run: PipelineRun, seed: int | None, common: _CommonOverrides) -> _Draft:
+    config = run.config or pipeline.config
+    assert config is not None  # PipelineConfig checks it
     path = run.recipe or default_recipe(config)
-    changes = common.with_own(path, chain.own_changes(run))
-    own = load_recipe(path, changes)
-    name, folder_name = own.name, own.name
-    if seed is not None and seed != own.seed:
-        changes.append(f"seed={seed}")
-        own, folder_name = load_recipe(path, changes), f"{name}-seed{seed}"
-    wanted = run.stages or chain.stages
-    there = tuple(stage for stage in wanted if getattr(own.stages, stage) is not None)
-    return _Draft(run, name, folder_name, config, path, tuple(changes), own, there)
+    overrides = common.merge(path, pipeline.run_overrides(run))
+    recipe = load_recipe(path, overrides)
+    folder_name = recipe.name
+    if seed is not None and seed != recipe.seed:
+        overrides.append(f"seed={seed}")
+        recipe, folder_name = load_recipe(path, overrides), f"{recipe.name}-seed{seed}"
+    requested = run.stages or pipeline.stages
+    stages = tuple(stage for stage in requested if getattr(recipe.stages, stage) is not None)
+    return _Draft(run, folder_name, config, path, tuple(overrides), recipe, stages)
 
 
-class _Common:
-    """Changes to every recipe of a chain, each for those recipes that have what it changes."""
+class _CommonOverrides:
+    """Overrides of every recipe of a pipeline, each applied to the recipes that have the section that it changes."""
 
-    def __init__(self, chain: PipelineConfig, given: Sequence[str]) -> None:
-        self.first, self.last = tuple(assignments(chain.set)), tuple(given)
+    def __init__(self, pipeline: PipelineConfig, given: Sequence[str]) -> None:
+        self.first, self.last = tuple(to_overrides(pipeline.set)), tuple(given)
         self.unused = {*self.first, *self.last}
 
-    def with_own(self, path: Path, own: Sequence[str]) -> list[str]:
-        """All changes to one recipe, in order: the chain's, its own, those of the command."""
+    def merge(self, path: Path, own: Sequence[str]) -> list[str]:
+        """Return all overrides of one recipe in order: the pipeline's, its own, the command line's."""
         raw = apply_overrides(load_recipe(path).model_dump(mode="json"), own, path)
-        first, last = ([text for text in texts if _concerns(text, raw)] for texts in (self.first, self.last))
+        first, last = ([text for text in texts if _applies(text, raw)] for texts in (self.first, self.last))
         self.unused -= {*first, *last}
         return [*first, *own, *last]
 
 
-def _concerns(change: str, recipe: dict[str, Any]) -> bool:
-    """Whether a recipe has the stage or the teacher that a change is about."""
-    section, *names = change.partition("=")[0].split(".")
+def _applies(override: str, recipe: dict[str, Any]) -> bool:
+    """Return True unless an override changes a stage or a teacher that the recipe does not have."""
+    section, *names = override.partition("=")[0].split(".")
     if section not in ("stages", "teachers") or not names:
         return True
     if section == "stages" and names[0] not in StagesConfig.model_fields:
-        return True  # for the recipe to refuse
+        return True  # load_recipe reports the unknown stage
     return (recipe.get(section) or {}).get(names[0]) is not None
 
 
-def _link(draft: _Draft, stage: StageName, drafts: Sequence[_Draft], root: Path, chain: PipelineConfig) -> PipelineJob:
-    needs, changes = [], []
+def _job(
+    draft: _Draft, stage: StageName, drafts: Sequence[_Draft], root: Path, pipeline: PipelineConfig
+) -> PipelineJob:
+    dependencies: list[str] = []
+    paths: dict[str, str] = {}
     for key, source in _sources(draft.recipe, stage):
-        if source == "pretrain":
-            needs.append(_own(draft, "pretrain", root, key))
+        if source in ("pretrain", "finetune"):  # a stage of the same run
+            if source in draft.stages:
+                dependencies.append(f"{draft.folder_name}/{source}")
+            else:
+                _check_exists(str(root / draft.folder_name / source), key)
             continue
-        other = _named(source, draft, drafts)
+        other = _find_job(source, draft, drafts)
         if other is None:
-            _check_there(source, key)
+            _check_exists(source, key)
             continue
-        needs.append(other)
+        dependencies.append(other)
         if (path := str(root / other)) != source:
-            changes.append((key, path))
-    overrides = (*draft.overrides, *_replacements(draft.recipe, changes))
+            paths[key] = path
+    overrides = (*draft.overrides, *_path_overrides(draft.recipe, paths))
     return PipelineJob(
         run=draft.folder_name,
         stage=stage,
-        folder=root / draft.folder_name / stage,
+        stage_dir=root / draft.folder_name / stage,
         config=draft.config,
         recipe_path=draft.recipe_path,
         overrides=overrides,
         recipe=load_recipe(draft.recipe_path, list(overrides)),
-        needs=tuple(dict.fromkeys(need for need in needs if need)),
-        nodes=1 if stage == "evaluate" else draft.run.nodes or chain.nodes,
+        dependencies=tuple(dict.fromkeys(dependencies)),
+        nodes=1 if stage == "evaluate" else draft.run.nodes or pipeline.nodes,
     )
 
 
 def _sources(recipe: Recipe, stage: StageName) -> Iterator[tuple[str, str]]:
-    """Keys and values by which a stage names other stages; ``pretrain`` and members that are not named are its own."""
+    """Yield the keys and values by which a stage names other stages: a path, or the name of a stage of its own run."""
     config = recipe.stage(stage)
     if isinstance(config, PretrainConfig):
         if config.init is not None:
@@ -185,43 +196,34 @@ def _sources(recipe: Recipe, stage: StageName) -> Iterator[tuple[str, str]]:
         init = getattr(config, "init")  # noqa: B009  (each of these sections has one)
         if init != "scratch":
             yield f"stages.{stage}.init", init
-    else:
-        for number, member in enumerate(getattr(config, "members", None) or ()):
+    elif members := getattr(config, "members", None):
+        for number, member in enumerate(members):
             yield f"stages.{stage}.members.{number}", member
-        if not getattr(config, "members", None):
-            yield f"stages.{stage}.members", "pretrain"
+    else:
+        yield f"stages.{stage}.members", "finetune"
 
 
-def _own(draft: _Draft, stage: StageName, root: Path, key: str) -> str | None:
-    """The run's own earlier stage: of an evaluation its fine-tuning, else its pre-training."""
-    wanted: StageName = "finetune" if key.startswith("stages.evaluate") else stage
-    if wanted in draft.stages:
-        return f"{draft.folder_name}/{wanted}"
-    _check_there(str(root / draft.folder_name / wanted), key)
-    return None
-
-
-def _named(source: str, draft: _Draft, drafts: Sequence[_Draft]) -> str | None:
-    """The key of the link that ``runs/NAME/STAGE`` means: the chain's recipe of that name with the same seed."""
+def _find_job(source: str, draft: _Draft, drafts: Sequence[_Draft]) -> str | None:
+    """Return the key of the job that ``runs/NAME/STAGE`` means: the recipe of that name with the same seed."""
     parts = Path(source).parts
     if len(parts) != 3 or parts[0] != RUNS.name:
         return None
     for other in drafts:
-        if other.name == parts[1] and other.recipe.seed == draft.recipe.seed and parts[2] in other.stages:
+        if other.recipe.name == parts[1] and other.recipe.seed == draft.recipe.seed and parts[2] in other.stages:
             return f"{other.folder_name}/{parts[2]}"
     return None
 
 
-def _check_there(source: str, key: str) -> None:
+def _check_exists(source: str, key: str) -> None:
     path = Path(source)
     if not (path.is_file() or (path / MODEL_FILE).is_file()):
-        raise UserError(f"{key}: {source} is neither a run of this chain nor there already")
+        raise UserError(f"{key}: {source} is neither a run of this pipeline nor an existing file or run")
 
 
-def _replacements(recipe: Recipe, changes: list[tuple[str, str]]) -> Iterator[str]:
-    """Overrides for the changed sources; a list is replaced as a whole."""
-    members = {int(key.rpartition(".")[2]): path for key, path in changes if ".members." in key}
-    for key, path in changes:
+def _path_overrides(recipe: Recipe, paths: dict[str, str]) -> Iterator[str]:
+    """Yield overrides for the resolved sources, by key; a list is replaced as a whole."""
+    members = {int(key.rpartition(".")[2]): path for key, path in paths.items() if ".members." in key}
+    for key, path in paths.items():
         if ".members." not in key:
             yield f"{key}={path}"
     if members:
@@ -229,17 +231,20 @@ def _replacements(recipe: Recipe, changes: list[tuple[str, str]]) -> Iterator[st
         yield f"stages.evaluate.members={json.dumps([members.get(n, member) for n, member in enumerate(named)])}"
 
 
-def _sorted(links: list[PipelineJob], chain: str) -> list[PipelineJob]:
-    by_key = {link.key: link for link in links}
-    done: dict[str, PipelineJob] = {}
-
-    def visit(link: PipelineJob, waiting: tuple[str, ...]) -> None:
-        if link.key in waiting:
-            raise UserError(f"chain {chain}: {' waits for '.join((*waiting, link.key))}")
-        for need in link.needs:
-            visit(by_key[need], (*waiting, link.key))
-        done.setdefault(link.key, link)
-
-    for link in links:
-        visit(link, ())
-    return list(done.values())
+def _sort(jobs: list[PipelineJob], pipeline: str) -> list[PipelineJob]:
+    """Sort jobs topologically; of those that are ready, the first in the file comes first."""
+    position = {job.key: number for number, job in enumerate(jobs)}
+    sorter = TopologicalSorter({job.key: job.dependencies for job in jobs})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        raise UserError(f"pipeline {pipeline}: jobs depend on each other: {' -> '.join(error.args[1])}") from None
+    ready: set[str] = set()
+    order: list[PipelineJob] = []
+    while sorter.is_active():
+        ready |= set(sorter.get_ready())
+        key = min(ready, key=position.__getitem__)
+        ready.remove(key)
+        sorter.done(key)
+        order.append(jobs[position[key]])
+    return order

@@ -1,4 +1,4 @@
-"""A chain on this machine, without Slurm: the same commands, as many at a time as is asked."""
+"""Run a pipeline on this machine, without Slurm."""
 
 from __future__ import annotations
 
@@ -17,47 +17,54 @@ from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 
 TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.2
-_GRACE_S = 300  # to save and leave after a signal
+_GRACE_S = 300  # to save a checkpoint and exit after SIGTERM
 
 
 @dataclass
-class _Job:
-    link: PipelineJob
+class _RunningJob:
+    job: PipelineJob
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    began: float
+    started: float
 
 
 class LocalPipeline:
-    """Runs links whose needs are met until none is left. A link that fails takes those that need it with it.
+    """Run jobs whose dependencies have finished until none is left. If a job fails, its dependents fail too.
 
     Args:
-        links: in the order of their needs. known: the status of each.
-        processes: of each link. gpus: on this machine; with none, they run on its processor.
-        at_once: links that run at the same time.
-        say: told in a line what begins and ends.
+        jobs: in topological order.
+        statuses: status of each job, by key.
+        processes: number of ranks of each job.
+        gpus: number of GPUs of this machine; without any, jobs run on the CPU.
+        parallel_jobs: number of jobs that run at the same time.
+        log: callback that receives one line when a job starts or ends.
     """
 
     def __init__(
         self,
-        links: Sequence[PipelineJob],
-        known: Mapping[str, JobStatus],
+        jobs: Sequence[PipelineJob],
+        statuses: Mapping[str, JobStatus],
         *,
         processes: int,
         gpus: int,
-        at_once: int = 1,
-        say: Callable[[str], None] = print,
+        parallel_jobs: int = 1,
+        log: Callable[[str], None] = print,
     ) -> None:
-        self.waiting = [link for link in links if known[link.key].missing]
-        self.done = {key for key, status in known.items() if status.state == "finished"}
-        self.processes, self.gpus, self.at_once, self.say = processes, gpus, at_once, say
+        self.waiting = [job for job in jobs if statuses[job.key].missing]
+        self.finished = {key for key, status in statuses.items() if status.state == "finished"}
+        self.processes, self.gpus, self.parallel_jobs, self.log = processes, gpus, parallel_jobs, log
         self.total = len(self.waiting)
         self.failed: dict[str, str] = {}
-        self._running: list[_Job] = []
+        self._running: list[_RunningJob] = []
 
     def run(self) -> dict[str, str]:
-        """Run everything; why links did not finish, by key. A signal is passed on: what runs saves and stops."""
+        """Run all jobs. On KeyboardInterrupt, running jobs receive SIGTERM, so that they save a checkpoint and exit.
+
+        Returns:
+            The reason for each job that did not finish, by key.
+        """
         try:
             while self.waiting or self._running:
                 self._collect()
@@ -68,74 +75,73 @@ class LocalPipeline:
         return self.failed
 
     def _start(self) -> None:
-        for link in list(self.waiting):
-            if lost := [need for need in link.needs if need in self.failed]:
-                self.waiting.remove(link)
-                self.failed[link.key] = f"needs {', '.join(lost)}"
-            elif len(self._running) < self.at_once and all(need in self.done for need in link.needs):
-                self.waiting.remove(link)
-                self._running.append(self._begin(link))
+        for job in list(self.waiting):
+            if failed := [key for key in job.dependencies if key in self.failed]:
+                self.waiting.remove(job)
+                self.failed[job.key] = f"depends on {', '.join(failed)}"
+            elif len(self._running) < self.parallel_jobs and all(key in self.finished for key in job.dependencies):
+                self.waiting.remove(job)
+                self._running.append(self._launch(job))
 
-    def _begin(self, link: PipelineJob) -> _Job:
-        path = log_file(link)
+    def _launch(self, job: PipelineJob) -> _RunningJob:
+        path = log_file(job)
         path.parent.mkdir(parents=True, exist_ok=True)
         log = path.open("ab")
         number = self.total - len(self.waiting)
-        self.say(f"[{number}/{self.total}] {link.key} begins; its output goes to {path}")
+        self.log(f"[{number}/{self.total}] {job.key} started; output: {path}")
         process = subprocess.Popen(
-            self.command(link), stdout=log, stderr=subprocess.STDOUT, env=self.environment(), start_new_session=True
+            self.command(job), stdout=log, stderr=subprocess.STDOUT, env=self.environment(), start_new_session=True
         )
-        return _Job(link, process, log, time.monotonic())
+        return _RunningJob(job, process, log, time.monotonic())
 
-    def command(self, link: PipelineJob) -> list[str]:
-        """The command of the README, for one process or several."""
-        train = [str(TRAIN), "--ds_config", str(link.config), *link.arguments]
+    def command(self, job: PipelineJob) -> list[str]:
+        """Return the command of a job, with DeepSpeed's launcher if it has several ranks."""
+        train = [str(TRAIN), "--ds_config", str(job.config), *job.arguments]
         if self.processes == 1:
             return [sys.executable, *train]
         launcher = Path(sys.executable).with_name("deepspeed")
         return [str(launcher), "-q", "--num_gpus", str(self.processes), *train]
 
     def environment(self) -> dict[str, str]:
-        """This process's, without what a launcher left in it, and the processor shared among all processes."""
-        launchers = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        env = {name: value for name, value in os.environ.items() if name not in launchers}
+        """Return this process's environment without a launcher's variables; on the CPU, cores are divided by rank."""
+        env = {name: value for name, value in os.environ.items() if name not in LAUNCHER_VARIABLES}
         if not self.gpus:
             cores = len(os.sched_getaffinity(0))
-            env |= {"DS_ACCELERATOR": "cpu"}
-            env.setdefault("OMP_NUM_THREADS", str(max(1, cores // (self.processes * self.at_once))))
+            env["DS_ACCELERATOR"] = "cpu"
+            env.setdefault("OMP_NUM_THREADS", str(max(1, cores // (self.processes * self.parallel_jobs))))
         return env
 
     def _collect(self) -> None:
-        for job in [job for job in self._running if job.process.poll() is not None]:
-            self._running.remove(job)
-            job.log.close()
-            # The record decides: a launcher can end well although a process of it was killed.
-            minutes = (time.monotonic() - job.began) / 60
-            record = RunRecord.load(job.link.folder) if (job.link.folder / RECORD_FILE).exists() else None
-            if job.process.returncode == 0 and record is not None and record.status == "finished":
-                self.done.add(job.link.key)
+        for running in [running for running in self._running if running.process.poll() is not None]:
+            self._running.remove(running)
+            running.log.close()
+            job, status = running.job, running.process.returncode
+            # The record decides: a launcher may exit with 0 although one of its processes was killed.
+            record = RunRecord.load(job.stage_dir) if (job.stage_dir / RECORD_FILE).exists() else None
+            if status == 0 and record is not None and record.status == "finished":
+                self.finished.add(job.key)
+                minutes = (time.monotonic() - running.started) / 60
                 top1 = "" if record.results.top1 is None else f", top-1 {record.results.top1:.2f} %"
-                self.say(f"    {job.link.key} finished in {minutes:.1f} min{top1}")
+                self.log(f"    {job.key} finished in {minutes:.1f} min{top1}")
             else:
-                how = f"exit status {job.process.returncode}, see {log_file(job.link)}"
-                self.failed[job.link.key] = how
-                self.say(f"    {job.link.key} did not finish: {how}")
+                self.failed[job.key] = f"exit status {status}, see {log_file(job)}"
+                self.log(f"    {job.key} did not finish: {self.failed[job.key]}")
 
     def _stop(self) -> None:
-        for job in self._running:
-            self.say(f"    {job.link.key} is asked to save and stop")
-            os.killpg(job.process.pid, signal.SIGTERM)
+        for running in self._running:
+            self.log(f"    stopping {running.job.key} after a checkpoint")
+            os.killpg(running.process.pid, signal.SIGTERM)
         deadline = time.monotonic() + _GRACE_S
-        for job in self._running:
+        for running in self._running:
             try:
-                job.process.wait(max(0.1, deadline - time.monotonic()))
+                running.process.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(job.process.pid, signal.SIGKILL)
-                job.process.wait()
-            job.log.close()
+                os.killpg(running.process.pid, signal.SIGKILL)
+                running.process.wait()
+            running.log.close()
         self._running = []
 
 
-def log_file(link: PipelineJob) -> Path:
-    """Where a link's output goes: beside the runs, because a stage's folder must not be there before it begins."""
-    return link.folder.parents[1] / "logs" / f"{link.run}-{link.stage}.log"
+def log_file(job: PipelineJob) -> Path:
+    """Return a job's log file: beside the runs, because a stage's folder must not exist before the stage starts."""
+    return job.stage_dir.parents[1] / "logs" / f"{job.run}-{job.stage}.log"

@@ -1,9 +1,9 @@
-"""The starts of one Slurm job, noted beside the stage's folder, and whether there may be another.
+"""Count the starts of a Slurm job per stage; stop requeueing it when it makes no progress.
 
-A job that is interrupted goes on from its newest checkpoint when Slurm starts it again. One that gets no further from
-start to start would do so until somebody looks, on hundreds of GPUs, so it ends.
+A requeued job resumes from its newest checkpoint. A job that makes no progress between starts would repeat this without
+end, on hundreds of GPUs, so it is ended.
 
-    RUN/slurm/STAGE.jsonl    a line a start: job, restart, time, step of the newest checkpoint then, commit
+    RUN/slurm/STAGE.jsonl    one line per start: job, restart, time, step of the newest checkpoint, commit
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mrmae_ds.records.environment import git_state
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, utc_now
 from mrmae_ds.training.checkpoint.folder import list_checkpoints, step_of
 
-# Starts of a job that may end where they began: a node can be lost before the first checkpoint, and once more.
+# Consecutive starts of a job without progress: a node may fail before the first checkpoint, and once more.
 MAX_IDLE_STARTS = 2
 
 
@@ -27,9 +27,11 @@ class JobStart:
     """One start of a job.
 
     Attributes:
-        job: Slurm's id. restart: how often Slurm has started the job again before.
-        step: of the newest checkpoint when it began; 0 without one.
-        time: in UTC. commit: of the code, with ``+`` if files differed from it; None outside a repository.
+        job: Slurm's id.
+        restart: number of restarts by Slurm before this start.
+        step: step of the newest checkpoint at the start; 0 without one.
+        time: UTC, ISO 8601.
+        commit: of the code, with ``+`` if files were modified; None outside a repository.
     """
 
     job: str
@@ -39,58 +41,65 @@ class JobStart:
     commit: str | None
 
 
-def notes_of(stage_dir: Path) -> Path:
-    """How the names of a stage's notes begin: outside its folder, which starting anew sets aside."""
+def status_prefix(stage_dir: Path) -> Path:
+    """Return the path prefix of a stage's Slurm files: outside its folder, which starting anew moves aside."""
     return stage_dir.parent / "slurm" / stage_dir.name
 
 
-def stage_of(notes: Path) -> Path:
-    """The stage's folder, from what :func:`notes_of` said."""
-    return notes.parent.parent / notes.name
+def stage_dir_of(prefix: Path) -> Path:
+    """Return the stage's folder; the inverse of :func:`status_prefix`."""
+    return prefix.parent.parent / prefix.name
 
 
 def _starts_file(stage_dir: Path) -> Path:
-    return notes_of(stage_dir).with_name(f"{stage_dir.name}.jsonl")
+    return status_prefix(stage_dir).with_name(f"{stage_dir.name}.jsonl")
 
 
 def newest_step(stage_dir: Path) -> int:
-    """The step of a stage's newest checkpoint; 0 without one."""
-    found = list_checkpoints(stage_dir)
-    return step_of(found[-1]) if found else 0
+    """Return the step of a stage's newest checkpoint; 0 without one."""
+    checkpoints = list_checkpoints(stage_dir)
+    return step_of(checkpoints[-1]) if checkpoints else 0
 
 
 def read_starts(stage_dir: Path) -> list[JobStart]:
-    """The starts of a stage so far, oldest first. Raises UserError for a file that is not such notes."""
+    """Return the starts of a stage so far, oldest first.
+
+    Raises:
+        UserError: if the file cannot be read.
+    """
     path = _starts_file(stage_dir)
     if not path.exists():
         return []
     try:
         return [JobStart(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines() if line]
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: not readable as a job's starts ({error}); move it away") from None
+        raise UserError(f"{path}: not a valid list of job starts ({error}); move it away") from None
 
 
 def _starts_of(stage_dir: Path, job: str) -> list[JobStart]:
     return [start for start in read_starts(stage_dir) if start.job == job]
 
 
-def begin_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root: Path) -> JobStart:
-    """Note that a job starts, if it may.
+def record_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root: Path) -> JobStart:
+    """Record that a job starts, if it may.
 
     Args:
-        stage_dir: runs/NAME/STAGE. root: of the code's repository.
-        job, restart: of Slurm. max_restarts: more are refused.
+        stage_dir: runs/NAME/STAGE.
+        job: Slurm's id.
+        restart: number of restarts so far.
+        max_restarts: largest number of restarts.
+        root: the code's repository.
 
     Raises:
-        UserError: if the job was started too often, or its last starts got no further.
+        UserError: if the job was restarted too often, or its last starts made no progress.
     """
     step, before = newest_step(stage_dir), _starts_of(stage_dir, job)
     _check_count(job, restart, max_restarts)
     idle = sum(start.step == step for start in before[-MAX_IDLE_STARTS:])
     if idle == MAX_IDLE_STARTS:
         raise UserError(
-            f"job {job}: its last {idle} starts got no further than step {step} ({stage_dir}). Look for the reason in "
-            "its output; to go on, submit it again"
+            f"job {job}: no progress beyond step {step} in its last {idle} starts ({stage_dir}). Find the reason in "
+            "its output; to resume, submit it again"
         )
     state = git_state(root)
     commit = state.commit[:12] + "+" * state.dirty if state else None
@@ -102,30 +111,33 @@ def begin_start(stage_dir: Path, job: str, restart: int, max_restarts: int, root
     return start
 
 
-def check_another(stage_dir: Path, job: str, restart: int, max_restarts: int, *, node_lost: bool) -> None:
-    """Whether a job that ended early may be queued again.
+def check_requeue(stage_dir: Path, job: str, restart: int, max_restarts: int, *, node_lost: bool) -> None:
+    """Check that a job that ended early may be requeued.
 
     Args:
-        stage_dir, job, restart, max_restarts: see :func:`begin_start`.
-        node_lost: the cluster's fault; else the job stopped by itself after saving, so it must have got further.
+        stage_dir: runs/NAME/STAGE.
+        job: Slurm's id.
+        restart: number of restarts so far.
+        max_restarts: largest number of restarts.
+        node_lost: True if a node failed. Otherwise the job stopped after a checkpoint, so it must have made progress.
 
     Raises:
-        UserError: saying why it may not.
+        UserError: naming the reason why it may not.
     """
     _check_count(job, restart + 1, max_restarts)
     starts, step = _starts_of(stage_dir, job), newest_step(stage_dir)
     if starts and not node_lost and step <= starts[-1].step:
         raise UserError(
-            f"job {job}: this start got no further than step {step} ({stage_dir}), so another would not either. Is the "
-            "time limit too short for a step and a checkpoint?"
+            f"job {job}: no progress beyond step {step} in this start ({stage_dir}), so a restart would not help. Is "
+            "the time limit too short for a step and a checkpoint?"
         )
 
 
 def resume_option(stage_dir: Path, job: str, restart: int) -> str | None:
-    """What ``--resume`` must be in this start, whatever the command says; None to leave it to the command.
+    """Return the ``--resume`` option of this start; None to use the command's.
 
-    A command with ``--resume never``, or with an older checkpoint, means the job's first start: what the job itself has
-    begun, it goes on with.
+    ``--resume never`` or an older checkpoint on the command line applies to the job's first start. Restarts resume the
+    run that the job itself has begun.
     """
     if not restart or not (stage_dir / RECORD_FILE).exists():
         return None
@@ -134,6 +146,4 @@ def resume_option(stage_dir: Path, job: str, restart: int) -> str | None:
 
 def _check_count(job: str, restart: int, max_restarts: int) -> None:
     if restart > max_restarts:
-        raise UserError(
-            f"job {job}: was started again {max_restarts} times, which is MAX_RESTARTS; to go on, submit it again"
-        )
+        raise UserError(f"job {job}: restarted {max_restarts} times (MAX_RESTARTS); to resume, submit it again")

@@ -1,4 +1,4 @@
-"""What has become of a chain's links, by their records and, on Slurm, by the jobs that were submitted for them."""
+"""Status of pipeline jobs, from run records and from Slurm."""
 
 from __future__ import annotations
 
@@ -16,100 +16,109 @@ from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 
 State = Literal["finished", "submitted", "interrupted", "stopped", "failed", "not run"]
-JOBS_FILE = "slurm_jobs.json"
-LOCK_FILE = ".chain.lock"
+SLURM_JOBS_FILE = "slurm_jobs.json"
+LOCK_FILE = ".pipeline.lock"
 
 
 @dataclass(frozen=True)
 class JobStatus:
-    """What has become of a link. ``job`` is its Slurm job as long as that is in the queue; ``detail`` in words."""
+    """Status of a pipeline job.
+
+    Attributes:
+        state: state of the job.
+        slurm_job: its Slurm id while it is in the queue.
+        detail: progress or result, for display.
+    """
 
     state: State
-    job: str | None = None
+    slurm_job: str | None = None
     detail: str = ""
 
     @property
     def missing(self) -> bool:
-        """Whether it has to be started (again)."""
+        """True if the job has to be started (again)."""
         return self.state not in ("finished", "submitted")
 
 
-def statuses(links: Sequence[PipelineJob], jobs: Mapping[str, str], queue: Mapping[str, str]) -> dict[str, JobStatus]:
-    """The status of each link by its key.
+def job_statuses(
+    jobs: Sequence[PipelineJob], slurm_jobs: Mapping[str, str], queue: Mapping[str, str]
+) -> dict[str, JobStatus]:
+    """Return the status of each job, by key.
 
     Args:
-        links: of the chain.
-        jobs: Slurm jobs that were submitted, by the key of the link.
-        queue: states of the jobs that Slurm has now, by their ids.
+        jobs: of the pipeline.
+        slurm_jobs: ids of the submitted Slurm jobs, by key.
+        queue: states of the jobs in Slurm's queue, by id.
 
     Raises:
-        UserError: if a link's folder holds a run of another recipe or seed, which would neither fill the table's cell
-            nor be continued.
+        UserError: if a job's folder holds a run of another recipe or seed, which can neither fill the table's cell nor
+            be resumed.
     """
-    return {link.key: _status(link, jobs.get(link.key), queue) for link in links}
+    return {job.key: _status(job, slurm_jobs.get(job.key), queue) for job in jobs}
 
 
-def _status(link: PipelineJob, job: str | None, queue: Mapping[str, str]) -> JobStatus:
-    record = RunRecord.load(link.folder) if (link.folder / RECORD_FILE).exists() else None
+def _status(job: PipelineJob, submitted: str | None, queue: Mapping[str, str]) -> JobStatus:
+    record = RunRecord.load(job.stage_dir) if (job.stage_dir / RECORD_FILE).exists() else None
     if record is not None:
-        _check_same(link, record)
+        _check_same_recipe(job, record)
         if record.status == "finished":
             top1 = record.results.top1
             return JobStatus("finished", detail="" if top1 is None else f"top-1 {top1:.2f} %")
-    done = _progress(record) if record else ""
-    # A requeued job keeps its id; one that was started by hand is on record.
-    for known in (job, record.slurm_job if record else None):
-        if known is not None and known in queue:
-            return JobStatus("submitted", known, ", ".join(filter(None, [f"job {known} {queue[known].lower()}", done])))
+    progress = f"after {record.schedule.steps_done} of {record.schedule.steps} steps" if record else ""
+    # A requeued job keeps its id; a job submitted without this command is known by its record only.
+    for slurm_id in (submitted, record.slurm_job if record else None):
+        if slurm_id is not None and slurm_id in queue:
+            state = f"job {slurm_id} {queue[slurm_id].lower()}"
+            return JobStatus("submitted", slurm_id, ", ".join(filter(None, [state, progress])))
     if record is None:
         return JobStatus("not run")
     ended: dict[str, State] = {"running": "interrupted", "failed": "failed", "stopped": "stopped"}
-    return JobStatus(ended[record.status], detail=done)
+    return JobStatus(ended[record.status], detail=progress)
 
 
-def _check_same(link: PipelineJob, record: RunRecord) -> None:
-    wanted = (link.recipe.hash(link.stage), link.recipe.seed)
-    if (record.recipe_hash, record.seed) != wanted:
+def _check_same_recipe(job: PipelineJob, record: RunRecord) -> None:
+    recipe_hash, seed = job.recipe.hash(job.stage), job.recipe.seed
+    if (record.recipe_hash, record.seed) != (recipe_hash, seed):
         raise UserError(
-            f"{link.folder}: holds a run of another recipe (hash {record.recipe_hash}, seed {record.seed}; the chain's "
-            f"are {wanted[0]}, {wanted[1]}). Move it away, or give the chain another folder with --runs"
+            f"{job.stage_dir}: holds a run of another recipe (hash {record.recipe_hash}, seed {record.seed}; the "
+            f"pipeline has {recipe_hash}, {seed}). Move it away, or pass another folder with --runs"
         )
 
 
-def _progress(record: RunRecord) -> str:
-    return f"after {record.schedule.steps_done} of {record.schedule.steps} steps"
+def read_slurm_jobs(root: Path) -> dict[str, str]:
+    """Return the ids of the Slurm jobs submitted for this folder of runs, by key.
 
-
-def read_jobs(root: Path) -> dict[str, str]:
-    """The Slurm jobs that were submitted for the links of this folder of runs, by key.
-
-    Raises UserError if the file cannot be read.
+    Raises:
+        UserError: if the file cannot be read.
     """
-    path = root / JOBS_FILE
+    path = root / SLURM_JOBS_FILE
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     except ValueError as error:
-        raise UserError(f"{path}: unreadable as JSON ({error}); remove it once no job of the chain is queued") from None
+        raise UserError(
+            f"{path}: not valid JSON ({error}); remove it once no job of the pipeline is in the queue"
+        ) from None
     return {str(key): str(job) for key, job in content.items()}
 
 
-def write_jobs(root: Path, jobs: Mapping[str, str]) -> None:
-    """Replace the file that :func:`read_jobs` reads, in one step."""
-    write_text(root / JOBS_FILE, json.dumps(dict(sorted(jobs.items())), indent=2) + "\n")
+def write_slurm_jobs(root: Path, slurm_jobs: Mapping[str, str]) -> None:
+    """Replace the file that :func:`read_slurm_jobs` reads, atomically."""
+    write_text(root / SLURM_JOBS_FILE, json.dumps(dict(sorted(slurm_jobs.items())), indent=2) + "\n")
 
 
 @contextmanager
-def alone(root: Path) -> Iterator[None]:
-    """Hold this folder of runs: no other chain on this file system works in it meanwhile.
+def lock_runs(root: Path) -> Iterator[None]:
+    """Lock a folder of runs against other ``mrmae submit`` commands on this file system.
 
-    Raises UserError if one does.
+    Raises:
+        UserError: if another command holds the lock.
     """
     root.mkdir(parents=True, exist_ok=True)
     with (root / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{root}: another mrmae submit is at work here; wait for it, or give --runs") from None
+            raise UserError(f"{root}: locked by another mrmae submit; wait for it, or pass another --runs") from None
         yield

@@ -50,7 +50,7 @@ def describe_cost(
         cost_line(costs, num_images, tflops),
     ]
     if tflops and gpus:
-        lines.append(f"{_three_digits(gpu_hours(costs, num_images, tflops) / gpus)} hours on {gpus} GPUs")
+        lines.append(f"{significant(gpu_hours(costs, num_images, tflops) / gpus)} hours on {gpus} GPUs")
     return "\n".join(lines)
 
 
@@ -67,12 +67,12 @@ def cost_table(costs: list[StageCost]) -> str:
 
 def cost_line(costs: list[StageCost], num_images: int, tflops: float | None) -> str:
     """The whole recipe in a line, as the recipes' headers give it; arguments as in :func:`describe_cost`."""
-    exa = " + ".join(_three_digits(cost.total(num_images) / EXA) for cost in costs)
+    exa = " + ".join(significant(cost.total(num_images) / EXA) for cost in costs)
     stages = " + ".join(cost.stage for cost in costs)
     line = f"{exa} exaFLOP ({stages})"
     if tflops is None:
         return line
-    return f"{line}, {_three_digits(gpu_hours(costs, num_images, tflops))} GPU-hours at an assumed {tflops:g} TFLOP/s"
+    return f"{line}, {significant(gpu_hours(costs, num_images, tflops))} GPU-hours at an assumed {tflops:g} TFLOP/s"
 
 
 def gpu_hours(costs: list[StageCost], num_images: int, tflops: float) -> float:
@@ -85,9 +85,9 @@ def _line(name: str, part: Flops) -> str:
     return name.ljust(_NAME_WIDTH) + "".join(f"{number / GIGA:>{_NUMBER_WIDTH}.2f}" for number in numbers)
 
 
-def _three_digits(number: float) -> str:
-    """Three significant ones, without an exponent; ``number`` is above 0."""
-    decimals = 2 - math.floor(math.log10(number))
+def significant(number: float) -> str:
+    """Format a non-negative number with three significant digits and without an exponent."""
+    decimals = 2 - math.floor(math.log10(number)) if number else 0
     return f"{round(number, decimals):,.{max(decimals, 0)}f}"
 
 

@@ -1,4 +1,4 @@
-"""One real Slurm for all the tests of this folder."""
+"""A real Slurm cluster, shared by all tests of this folder."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 
 from tests.support.slurm_cluster import Cluster, missing_programs
 
-# Stands in for Python: it answers for slurm/starts.py, or asks the real one, and runs $STUB in place of train.py.
+# Replaces Python: it runs $STUB instead of train.py, and fakes slurm/restarts.py unless $REAL_RESTARTS is set.
 STUB = """#!/bin/bash
-if [ "$1" = slurm/starts.py ]; then
-    [ -z "$REAL_STARTS" ] || exec {python} "$@"
-    echo "mrmae-notes={folder}/notes/$SLURM_JOB_ID"; echo "mrmae-resume=$RESUME"; exit 0
+if [ "$1" = slurm/restarts.py ]; then
+    [ -z "$REAL_RESTARTS" ] || exec {python} "$@"
+    echo "mrmae-status-prefix={folder}/status/$SLURM_JOB_ID"; echo "mrmae-resume=$RESUME"; exit 0
 fi
 eval "$STUB"
 """
@@ -22,7 +22,7 @@ eval "$STUB"
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two nodes that take jobs, with the site's settings in SITE."""
+    """Two nodes that accept jobs."""
     missing = missing_programs()
     if missing:
         pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (scripts/setup.sh installs slurm-wlm and munge)")
@@ -36,18 +36,18 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def stub_site(cluster: Cluster) -> Path:
-    """Settings of a site whose Python is a shell that runs $STUB."""
+    """Site settings whose Python is a shell script that runs $STUB."""
     folder = cluster.folder / "stub"
-    (folder / "notes").mkdir(parents=True)
+    (folder / "status").mkdir(parents=True)
     python = folder / "python"
     python.write_text(STUB.format(python=sys.executable, folder=folder))
     python.chmod(0o755)
     site = folder / "site.sh"
-    site.write_text(f"PYTHON={python}\nexport DS_ACCELERATOR=cpu\nNETWORK_INTERFACE=lo\nSTAGE_TO=$STAGE_HERE\n")
+    site.write_text(f"PYTHON={python}\nexport DS_ACCELERATOR=cpu\nNETWORK_INTERFACE=lo\n")
     return site
 
 
-# Python, with train.py disturbed.
+# Python that runs tests/support/disturbed.py instead of train.py.
 DISTURBED = """#!/bin/bash
 [ "$1 $2" != "-u train.py" ] || set -- -u tests/support/disturbed.py "${{@:3}}"
 exec {python} "$@"
@@ -56,7 +56,7 @@ exec {python} "$@"
 
 @pytest.fixture(scope="session")
 def training_site(cluster: Cluster) -> Path:
-    """Settings of a site without GPUs."""
+    """Site settings of a cluster without GPUs."""
     folder = cluster.folder / "training"
     folder.mkdir()
     python = folder / "python"

@@ -1,4 +1,4 @@
-"""`mrmae submit` on a real Slurm: the order of a chain's jobs, and what a failure does to it."""
+"""`mrmae submit` on a real Slurm: the order of a pipeline's jobs, and recovery from a failure."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from pathlib import Path
 
 from tests.support.slurm_cluster import Cluster
 
-CHAIN = """
+PIPELINE = """
 name: short
 runs:
   - {config: ds_configs/tiny.json, recipe: ds_configs/baselines/mae_tiny.yaml, nodes: 2}
 """
 
 
-def test_a_chain_of_jobs(cluster: Cluster, stub_site: Path, tmp_path: Path) -> None:
-    """A pre-training that fails takes the fine-tuning out of the queue; submitted again, both run, in their order."""
-    chain, runs, log, broken = (tmp_path / name for name in ("chain.yaml", "runs", "log", "broken"))
-    chain.write_text(CHAIN)
+def test_failed_pipeline_is_resubmitted(cluster: Cluster, stub_site: Path, tmp_path: Path) -> None:
+    """A failed pre-training removes the fine-tuning from the queue; submitted again, both run in order."""
+    pipeline, runs, log, broken = (tmp_path / name for name in ("pipeline.yaml", "runs", "log", "broken"))
+    pipeline.write_text(PIPELINE)
     broken.touch()
     stub = f'[ ! -f {broken} ] || exit 1; sleep 1; echo "$SLURM_JOB_NAME $SLURM_PROCID" >> {log}'
 
     def submit() -> dict[str, str]:
         options = f"--sbatch=--output={tmp_path}/%j.out"
-        done = cluster.run("mrmae", "submit", chain, "--runs", runs, options, MRMAE_SITE=str(stub_site), STUB=stub)
-        assert done.returncode == 0, done.stderr
+        result = cluster.run("mrmae", "submit", pipeline, "--runs", runs, options, MRMAE_SITE=str(stub_site), STUB=stub)
+        assert result.returncode == 0, result.stderr
         jobs = json.loads((runs / "slurm_jobs.json").read_text())
         cluster.jobs += jobs.values()
         return jobs
@@ -38,7 +38,7 @@ def test_a_chain_of_jobs(cluster: Cluster, stub_site: Path, tmp_path: Path) -> N
     broken.unlink()
     second = submit()
     assert not set(second.values()) & set(first.values())
-    for link in ("pretrain", "finetune"):
-        cluster.wait_for_job(second[f"mae_tiny/{link}"], ["COMPLETED"], 120)
-    told = log.read_text().split("\n")
-    assert [line.split()[0] for line in told if line] == ["mae_tiny-pretrain"] * 2 + ["mae_tiny-finetune"] * 2
+    for stage in ("pretrain", "finetune"):
+        cluster.wait_for_job(second[f"mae_tiny/{stage}"], ["COMPLETED"], 120)
+    lines = log.read_text().splitlines()
+    assert [line.split()[0] for line in lines] == ["mae_tiny-pretrain"] * 2 + ["mae_tiny-finetune"] * 2

@@ -1,4 +1,4 @@
-"""slurm/train.sbatch on a real Slurm, with a shell in train.py's place: what is started, what becomes of the job."""
+"""slurm/train.sbatch on a real Slurm, with a shell script instead of train.py: launch, exit status, requeueing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from tests.support.slurm_cluster import Cluster, wait_for
 LIMIT_S = 120
 SCRIPT = "slurm/train.sbatch"
 CONFIG = "ds_configs/tiny.json"
-# What a start that must go on is told last, which counts.
-GOES_ON = ("--resume", "auto")
+# Options that a restart appends to the command; the last one takes precedence.
+RESUME = ("--resume", "auto")
 Submit = Callable[..., str]
 
 
 @pytest.fixture
 def submit(cluster: Cluster, stub_site: Path) -> Submit:
-    """``submit(STUB, OPTION..., arguments=[...], VARIABLE=...)``: a job whose processes run STUB; its id."""
+    """``submit(STUB, OPTION..., arguments=[...], VARIABLE=...)`` submits a job whose ranks run STUB; returns its id."""
 
     def submit(stub: str, *options: str, arguments: tuple[str, ...] = (CONFIG,), **extra: str) -> str:
         variables = {"MRMAE_SITE": str(stub_site), "STUB": stub} | extra
@@ -30,8 +30,8 @@ def submit(cluster: Cluster, stub_site: Path) -> Submit:
     return submit
 
 
-def test_each_process_is_told_its_place_and_the_arguments_as_they_were(cluster: Cluster, submit: Submit) -> None:
-    """Three processes a node; spaces, equals signs and quotes in the arguments; a launcher's leftovers in the shell."""
+def test_ranks_receive_their_position_and_unchanged_arguments(cluster: Cluster, submit: Submit) -> None:
+    """Three ranks per node; spaces, equals signs and quotes in arguments; a launcher's variables in the shell."""
     stub = (
         'printf "P %s/%s local %s at %s:%s rank=%s <" $SLURM_PROCID $SLURM_NTASKS $SLURM_LOCALID $MASTER_ADDR '
         '"$MASTER_PORT" "$RANK"; printf "[%s]" "$@"; echo ">"'
@@ -40,15 +40,15 @@ def test_each_process_is_told_its_place_and_the_arguments_as_they_were(cluster: 
     leftovers = {"RANK": "7", "WORLD_SIZE": "9", "LOCAL_RANK": "7", "MASTER_ADDR": "elsewhere", "MASTER_PORT": "1"}
     job = submit(stub, "--nodes=2", "--ntasks-per-node=3", arguments=(CONFIG, *arguments), RESUME="auto", **leftovers)
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
-    told = sorted(line for line in cluster.output(job).splitlines() if line.startswith("P "))
-    passed = "".join(f"[{part}]" for part in ("-u", "train.py", "--ds_config", CONFIG, *arguments, *GOES_ON))
+    lines = sorted(line for line in cluster.output(job).splitlines() if line.startswith("P "))
+    passed = "".join(f"[{part}]" for part in ("-u", "train.py", "--ds_config", CONFIG, *arguments, *RESUME))
     places = [(0, 0), (1, 1), (2, 2), (3, 0), (4, 1), (5, 2)]
-    # The nodes' names resolve nowhere; Slurm knows their address.
-    assert told == [f"P {rank}/6 local {local} at 127.0.0.1: rank= <{passed}>" for rank, local in places]
+    # The nodes' names do not resolve; Slurm provides their address.
+    assert lines == [f"P {rank}/6 local {local} at 127.0.0.1: rank= <{passed}>" for rank, local in places]
 
 
-def test_the_sites_settings_reach_each_process(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
-    """The example's, and then others; site.sh may read a variable that is not set."""
+def test_site_settings_reach_every_rank(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    """The example's settings, then others; site.sh may read unset variables."""
     site = tmp_path / "site.sh"
     site.write_text(
         f"""source slurm/site.example.sh
@@ -63,9 +63,9 @@ CONTAINER=(env "INSIDE=a container") SRUN_OPTIONS=(--label) TASKS_PER_NODE=2 NET
     )
     job = submit(stub, "--nodes=2", MRMAE_SITE=str(site))
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
-    told = sorted(line for line in cluster.output(job).splitlines() if "INSIDE" in line or "container" in line)
-    assert told == [f"{rank}: a container, 2 CPUs, ib7 ib7 INFO 2000 rank_" for rank in range(4)]
-    assert (cluster.folder / "stub" / "notes" / f"{job}.nccl").is_dir()
+    lines = sorted(line for line in cluster.output(job).splitlines() if "INSIDE" in line or "container" in line)
+    assert lines == [f"{rank}: a container, 2 CPUs, ib7 ib7 INFO 2000 rank_" for rank in range(4)]
+    assert (cluster.folder / "stub" / "status" / f"{job}.nccl").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -80,10 +80,10 @@ CONTAINER=(env "INSIDE=a container") SRUN_OPTIONS=(--label) TASKS_PER_NODE=2 NET
     ],
     ids=["address", "name", "other name", "Debian's own name", "one node", "no name"],
 )
-def test_the_first_nodes_address(
+def test_address_of_the_first_node(
     nodes: int, known: str, resolves: dict[str, str], expected: str, cluster: Cluster, submit: Submit, tmp_path: Path
 ) -> None:
-    """By what Slurm calls the node, and what its name resolves to on itself; the site's file stands in for both."""
+    """From Slurm's address of the node and the node's own name resolution; the site file fakes both."""
     answers = "".join(f'[ "$2" != {name} ] || {{ echo "{ip} STREAM"; return 0; }}; ' for name, ip in resolves.items())
     site = tmp_path / "site.sh"
     site.write_text(
@@ -98,7 +98,7 @@ hostname() {{ echo "10.9.8.7 fe80::1"; }}
     assert cluster.output(job).count(f"meets at {expected}\n") == nodes
 
 
-def test_a_process_that_fails_fails_the_job_and_ends_the_others(cluster: Cluster, submit: Submit) -> None:
+def test_failed_rank_fails_the_job_and_ends_the_others(cluster: Cluster, submit: Submit) -> None:
     began = time.monotonic()
     job = submit('[ "$SLURM_PROCID" = 0 ] || exit 3; sleep 600')
     ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
@@ -107,14 +107,14 @@ def test_a_process_that_fails_fails_the_job_and_ends_the_others(cluster: Cluster
     assert time.monotonic() - began < 300 and not cluster.pids_of("n1")
 
 
-def test_processes_that_finish_later_than_others_are_waited_for(cluster: Cluster, submit: Submit) -> None:
+def test_job_waits_for_slow_ranks(cluster: Cluster, submit: Submit) -> None:
     job = submit('[ "$SLURM_PROCID" = 1 ] || sleep 4; echo "done $SLURM_PROCID"')
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
     assert "done 0" in cluster.output(job)
 
 
-def test_a_stopped_job_is_started_again_and_its_dependents_wait(cluster: Cluster, submit: Submit) -> None:
-    """All processes stop with train.py's status, one much later than the others, which srun must not kill for it."""
+def test_stopped_job_is_requeued_and_its_dependents_wait(cluster: Cluster, submit: Submit) -> None:
+    """All ranks exit with train.py's status 75, one later than the others; srun must not kill it."""
     stub = (
         'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then [ "$SLURM_PROCID" = 0 ] || sleep 2; '
         'echo "saved $SLURM_PROCID"; exit 75; fi; echo "finished $SLURM_PROCID"; sleep 1'
@@ -129,8 +129,8 @@ def test_a_stopped_job_is_started_again_and_its_dependents_wait(cluster: Cluster
     cluster.wait_for_job(after, ["COMPLETED"], LIMIT_S)
 
 
-def test_the_signal_reaches_the_processes_and_not_what_they_wait_in(cluster: Cluster, submit: Submit) -> None:
-    """USR1 before a process is ready for it ends nothing; afterwards it is the process's to answer."""
+def test_signal_reaches_the_ranks_but_not_their_wrapper(cluster: Cluster, submit: Submit) -> None:
+    """USR1 is ignored before a rank installs its handler; afterwards the rank handles it."""
     ready = cluster.folder / "ready"
     program = cluster.folder / "waits.py"
     program.write_text(
@@ -149,16 +149,16 @@ print("got it", rank)
     cluster.wait_for_job(job, ["RUNNING"], LIMIT_S)
     wait_for(lambda: bool(cluster.pids_of("n2")), "processes", 30)
     time.sleep(1)
-    cluster.ask("scancel", "--signal=USR1", job)
+    cluster.query("scancel", "--signal=USR1", job)
     wait_for(lambda: all(Path(f"{ready}-{rank}").exists() for rank in (0, 1)), "both processes live", 60)
-    cluster.ask("scancel", "--signal=USR1", job)
+    cluster.query("scancel", "--signal=USR1", job)
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
     assert all(f"got it {rank}" in cluster.output(job) for rank in (0, 1))
 
 
-@pytest.mark.parametrize("how", ["cancelled", "told to stop for good"])
-def test_a_job_that_nobody_wants_does_not_come_back(how: str, cluster: Cluster, submit: Submit) -> None:
-    """Its processes save and stop, as they do near the time limit."""
+@pytest.mark.parametrize("how", ["cancelled", "stopped with Requeue=0"])
+def test_cancelled_job_is_not_requeued(how: str, cluster: Cluster, submit: Submit) -> None:
+    """Its ranks save and stop, as they do near the time limit."""
     ready = cluster.folder / f"ready-{how[:4]}"
     program = cluster.folder / "stops.py"
     program.write_text(
@@ -173,60 +173,60 @@ time.sleep(600)
     job = submit(f"exec python3 {program}", "--nodes=1")
     wait_for(ready.exists, "the process", LIMIT_S)
     if how == "cancelled":
-        cluster.ask("scancel", job)
+        cluster.query("scancel", job)
         ended = cluster.wait_for_job(job, ["CANCELLED"], LIMIT_S)
     else:
-        cluster.ask("scontrol", "update", f"JobId={job}", "Requeue=0")
-        cluster.ask("scancel", "--signal=USR1", job)
+        cluster.query("scontrol", "update", f"JobId={job}", "Requeue=0")
+        cluster.query("scancel", "--signal=USR1", job)
         ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
         assert ended["ExitCode"] == "75:0"
-        assert "stopped and saved; not queued again, as --no-requeue asks" in cluster.output(job)
+        assert "stopped after a checkpoint; not requeued because of --no-requeue" in cluster.output(job)
     time.sleep(2)
     assert (cluster.job(job)["Restarts"], cluster.job(job)["JobState"]) == ("0", ended["JobState"])
 
 
-def test_a_job_that_gets_no_further_is_not_started_again(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
-    """It stops without a newer checkpoint; asked of the real run folder."""
-    job = submit("exit 75", "--nodes=1", arguments=(CONFIG, "--run", str(tmp_path / "run")), REAL_STARTS="1")
+def test_job_without_progress_is_not_requeued(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    """It stops without a newer checkpoint; the real slurm/restarts.py checks the run folder."""
+    job = submit("exit 75", "--nodes=1", arguments=(CONFIG, "--run", str(tmp_path / "run")), REAL_RESTARTS="1")
     ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
     assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "0")
-    assert "this start got no further than step 0" in cluster.output(job)
+    assert "no progress beyond step 0 in this start" in cluster.output(job)
 
 
 @pytest.mark.slow
-def test_a_job_is_started_again_so_often_and_no_more(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
-    """Each start gets further, so that nothing but MAX_RESTARTS ends it."""
+def test_restarts_are_limited(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+    """Each start makes progress, so that only MAX_RESTARTS ends the job."""
     checkpoint = f"{tmp_path}/run/pretrain/checkpoints/step_00000000$((SLURM_RESTART_COUNT + 1))"
     stub = f'mkdir -p {checkpoint}; echo "{{}}" > {checkpoint}/manifest.json; exit 75'
     site = tmp_path / "site.sh"
     site.write_text('source "$FIRST_SITE"\nMAX_RESTARTS=1\n')
-    variables = {"MRMAE_SITE": str(site), "FIRST_SITE": str(cluster.folder / "stub" / "site.sh"), "REAL_STARTS": "1"}
+    variables = {"MRMAE_SITE": str(site), "FIRST_SITE": str(cluster.folder / "stub" / "site.sh"), "REAL_RESTARTS": "1"}
     job = submit(stub, "--nodes=1", arguments=(CONFIG, "--run", str(tmp_path / "run")), **variables)
     ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
     assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "1")
     output = cluster.output(job)
-    assert "stopped and saved; queued again" in output and "was started again 1 times" in output
+    assert "stopped after a checkpoint; requeued" in output and "restarted 1 times (MAX_RESTARTS)" in output
     assert "start 2 of job" in output and "newest checkpoint at step 1" in output
 
 
 @pytest.mark.slow
-def test_two_jobs_do_not_train_in_one_folder(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+def test_second_job_in_a_folder_is_refused(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     """The same command, submitted twice by mistake."""
     arguments, ready = (CONFIG, "--run", str(tmp_path / "run")), tmp_path / "ready"
-    first = submit(f"touch {ready}; sleep 600", "--nodes=1", arguments=arguments, REAL_STARTS="1")
+    first = submit(f"touch {ready}; sleep 600", "--nodes=1", arguments=arguments, REAL_RESTARTS="1")
     wait_for(ready.exists, "the first job trains", LIMIT_S)
-    second = submit("echo STARTED", "--nodes=1", arguments=arguments, REAL_STARTS="1")
+    second = submit("echo STARTED", "--nodes=1", arguments=arguments, REAL_RESTARTS="1")
     assert cluster.wait_for_job(second, ["FAILED"], LIMIT_S)["ExitCode"] == "2:0"
-    assert f"run/pretrain: job {first} is at work in it" in cluster.output(second)
+    assert f"run/pretrain: job {first} is training here" in cluster.output(second)
     assert "STARTED" not in cluster.output(second)
-    cluster.ask("scancel", first)
-    third = submit("echo STARTED", "--nodes=1", arguments=arguments, REAL_STARTS="1")
+    cluster.query("scancel", first)
+    third = submit("echo STARTED", "--nodes=1", arguments=arguments, REAL_RESTARTS="1")
     cluster.wait_for_job(third, ["COMPLETED"], LIMIT_S)
 
 
 @pytest.mark.slow
-def test_ranks_that_fail_because_a_node_is_gone_do_not_fail_the_job(cluster: Cluster, submit: Submit) -> None:
-    """The ranks notice before Slurm does, as they do when a connection breaks."""
+def test_node_failure_requeues_the_job(cluster: Cluster, submit: Submit) -> None:
+    """The ranks fail before Slurm detects the node failure, as after a broken connection."""
     gone = cluster.folder / "gone"
     stub = f'[ "${{SLURM_RESTART_COUNT:-0}}" = 0 ] || exit 0; until [ -f {gone} ]; do sleep 0.1; done; exit 1'
     job = submit(stub)
@@ -235,25 +235,25 @@ def test_ranks_that_fail_because_a_node_is_gone_do_not_fail_the_job(cluster: Clu
     cluster.daemons["n2"].kill()
     cluster.daemons["n2"].wait()
     gone.touch()
-    wait_for(lambda: "a node no longer answers; queued again" in cluster.output(job), "the script notices", LIMIT_S)
+    wait_for(lambda: "a node does not respond; requeued" in cluster.output(job), "requeued", LIMIT_S)
     cluster.start_node("n2")
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S, restarts=1)
     cluster.wait_for_nodes()
 
 
 @pytest.mark.slow
-def test_the_node_with_the_script_is_lost(cluster: Cluster, submit: Submit) -> None:
-    """Nothing of the job is left to notice; Slurm starts it again by itself."""
+def test_failure_of_the_first_node_requeues_the_job(cluster: Cluster, submit: Submit) -> None:
+    """The batch script runs on this node, so Slurm itself must requeue the job."""
     job = submit('[ "${SLURM_RESTART_COUNT:-0}" = 0 ] || exit 0; sleep 600')
     wait_for(lambda: len(cluster.pids_of("n2")) > 1, "processes", LIMIT_S)
-    cluster.lose("n1")
+    cluster.fail_node("n1")
     cluster.wait_for_job(job, ["PENDING"], LIMIT_S, restarts=1)
-    cluster.give_back("n1")
+    cluster.restore_node("n1")
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S, restarts=1)
     cluster.wait_for_nodes()
 
 
-def test_a_copy_made_for_one_job_is_removed_with_it(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+def test_cache_of_a_single_job_is_removed(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     kept, own = tmp_path / "kept", tmp_path / "own-$SLURM_JOB_ID"
     stub = 'for word in "$@"; do case $word in loader.cache_dir=*) mkdir -p "${word#*=}/x"; echo "$word"; esac; done'
     site = tmp_path / "site.sh"
@@ -261,7 +261,7 @@ def test_a_copy_made_for_one_job_is_removed_with_it(cluster: Cluster, submit: Su
     jobs = []
     for folder in (kept, own):
         copy = site.with_name(f"{folder.name[:3]}.sh")
-        copy.write_text(f'source "{first}"\nSTAGE_TO={folder}\n')
+        copy.write_text(f'source "{first}"\nCACHE_DIR={folder}\n')
         jobs.append(submit(stub, "--nodes=2", MRMAE_SITE=str(copy)))
     for job, folder in zip(jobs, (kept, own), strict=True):
         cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
@@ -270,25 +270,25 @@ def test_a_copy_made_for_one_job_is_removed_with_it(cluster: Cluster, submit: Su
 
 
 @pytest.mark.parametrize(
-    ("arguments", "extra", "says"),
+    ("arguments", "extra", "message"),
     [
         ((), {}, "no engine config given"),
         (("--stage", "finetune"), {}, "--stage: no such file; the first argument is the engine config"),
         ((CONFIG,), {"MRMAE_SITE": "/nowhere/site.sh"}, "MRMAE_SITE=/nowhere/site.sh: no such file"),
-        ((CONFIG, "stages.pretrain.epoch=3"), {"REAL_STARTS": "1"}, "epochs"),
+        ((CONFIG, "stages.pretrain.epoch=3"), {"REAL_RESTARTS": "1"}, "epochs"),
     ],
     ids=["nothing", "no config", "no site", "unknown key"],
 )
-def test_mistakes_end_the_job_before_it_starts(
-    arguments: tuple[str, ...], extra: dict[str, str], says: str, cluster: Cluster, submit: Submit
+def test_errors_end_the_job_before_training(
+    arguments: tuple[str, ...], extra: dict[str, str], message: str, cluster: Cluster, submit: Submit
 ) -> None:
     job = submit("echo STARTED", "--nodes=1", arguments=arguments, **extra)
     assert cluster.wait_for_job(job, ["FAILED"], LIMIT_S)["ExitCode"] == "2:0"
-    assert says in cluster.output(job) and "STARTED" not in cluster.output(job)
+    assert message in cluster.output(job) and "STARTED" not in cluster.output(job)
 
 
 @pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="this machine has a GPU")
-def test_a_node_without_gpus_is_told_of_rather_than_used(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
+def test_node_without_gpus_is_an_error(cluster: Cluster, submit: Submit, tmp_path: Path) -> None:
     site = tmp_path / "site.sh"
     site.write_text("unset DS_ACCELERATOR SLURM_NTASKS_PER_NODE\n")
     job = submit("echo STARTED", "--nodes=1", MRMAE_SITE=str(site))

@@ -1,7 +1,8 @@
-"""train.py, disturbed: slowed down as a file says, or with an exception on one rank. Its arguments are train.py's.
+"""Run train.py with delayed steps, or with an exception on one rank. The arguments are train.py's.
 
-PACE    a file with the seconds that a step lasts longer
-RAISE   "RANK STEP": where an exception comes from
+Environment variables:
+    PACE    file that holds the delay of each step in seconds
+    RAISE   "RANK STEP": rank and step of the exception
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from mrmae_ds.distributed.launch import prepare_environment  # noqa: E402
 launch = prepare_environment()
 import deepspeed  # noqa: E402
 
-undisturbed = deepspeed.DeepSpeedEngine.step
+original_step = deepspeed.DeepSpeedEngine.step
 
 
 def step(engine: deepspeed.DeepSpeedEngine, *arguments: Any, **options: Any) -> Any:
-    """An optimizer step, and what disturbs it."""
+    """Delay or fail, then run the optimizer step."""
     if pace := os.environ.get("PACE"):
         time.sleep(float(Path(pace).read_text()))
     if os.environ.get("RAISE") == f"{launch.rank} {engine.global_steps}":
         raise ArithmeticError("a disturbance")
-    return undisturbed(engine, *arguments, **options)
+    return original_step(engine, *arguments, **options)
 
 
 deepspeed.DeepSpeedEngine.step = step

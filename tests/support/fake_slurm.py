@@ -1,4 +1,4 @@
-"""sbatch and squeue as two programs in a folder: they write down what they were told and keep a queue as files."""
+"""Fake sbatch and squeue: two programs that store their arguments and a queue as files."""
 
 from __future__ import annotations
 
@@ -27,13 +27,17 @@ for path in sorted(pathlib.Path({room!r}).glob("*.state")):
 
 @dataclass(frozen=True)
 class FakeSlurm:
-    """The jobs that were submitted, and the queue, in ``room``."""
+    """Submitted jobs and the queue.
+
+    Attributes:
+        room: folder of their files.
+    """
 
     room: Path
 
     @classmethod
     def make(cls, folder: Path) -> FakeSlurm:
-        """Write the programs into ``folder``, which belongs on the PATH."""
+        """Write the programs into ``folder``, which must be on the PATH."""
         room = folder / "queue"
         room.mkdir(parents=True)
         for name, text in {"sbatch": SBATCH, "squeue": SQUEUE}.items():
@@ -43,15 +47,15 @@ class FakeSlurm:
         return cls(room)
 
     def jobs(self) -> dict[str, list[str]]:
-        """What sbatch was told, by job."""
+        """Return sbatch's arguments, by job."""
         return {path.stem: json.loads(path.read_text()) for path in sorted(self.room.glob("*.json"))}
 
     def leave(self, job: str) -> None:
-        """The job has left the queue, whatever became of it."""
+        """Remove a job from the queue."""
         (self.room / f"{job}.state").unlink()
 
     def refuse(self, word: str) -> None:
-        """Refuse what names this word; "" refuses nothing."""
+        """Make sbatch fail if its arguments contain ``word``; "" never fails."""
         if word:
             (self.room / "refuse").write_text(word)
         else:

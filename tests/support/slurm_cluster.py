@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: munged, slurmctld and two slurmd that pass for two nodes, in a folder of their own."""
+"""A real Slurm on this machine: munged, slurmctld and two slurmd that act as two nodes, in a temporary folder."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.processes import REPOSITORY, environment, free_port
 NODES = ("n1", "n2")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 
-# cred_expire: a job that is queued again waits for it. SlurmdTimeout: after which a silent node is down.
+# cred_expire delays a requeued job. SlurmdTimeout: seconds until an unresponsive node is down.
 CONFIG = """
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -52,29 +52,29 @@ PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 
 
 def find_program(name: str) -> str | None:
-    """A program's path, also where daemons live."""
+    """Return a program's path, searching /usr/sbin and /sbin too."""
     return shutil.which(name, path=os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"]))
 
 
 def missing_programs() -> list[str]:
-    """What of Slurm and munge is not installed."""
+    """Return the programs of Slurm and munge that are not installed."""
     return [name for name in DAEMONS if find_program(name) is None]
 
 
 def wait_for(condition: Callable[[], bool], what: str, limit_s: float, pause_s: float = 0.1) -> None:
-    """Wait until something is so. Raises TimeoutError naming it."""
+    """Wait until a condition holds; raise TimeoutError naming it after ``limit_s`` seconds."""
     deadline = time.monotonic() + limit_s
     while not condition():
         if time.monotonic() > deadline:
-            raise TimeoutError(f"{what}: not so after {limit_s:g} s")
+            raise TimeoutError(f"timeout after {limit_s:g} s: {what}")
         time.sleep(pause_s)
 
 
 class Cluster:
-    """Two nodes, n1 and n2, whose names nothing but Slurm knows.
+    """Two nodes, n1 and n2, whose names only Slurm resolves.
 
     Args:
-        folder: empty; everything of the cluster is written there.
+        folder: empty folder for all files of the cluster.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,7 +90,7 @@ class Cluster:
         host = socket.gethostname().split(".")[0]
         self.config.write_text(CONFIG.format(folder=folder, host=host, user=user, ports=ports))
 
-    # ---- its life
+    # ---- daemons
 
     def start(self) -> None:
         """Start all daemons and wait until both nodes are idle."""
@@ -110,11 +110,11 @@ class Cluster:
         self._start("slurmd", "-D", "-N", node, "-f", str(self.config), name=node)
 
     def wait_for_nodes(self) -> None:
-        """Until both nodes take jobs."""
-        wait_for(lambda: self.ask("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), "idle nodes", 60)
+        """Wait until both nodes accept jobs."""
+        wait_for(lambda: self.query("sinfo", "-h", "-N", "-o", "%T").split() == ["idle"] * len(NODES), "idle nodes", 60)
 
     def stop(self) -> None:
-        """End the jobs, then the daemons, each by its id."""
+        """End all jobs, then the daemons, each by its id."""
         if "slurmctld" in self.daemons and self.daemons["slurmctld"].poll() is None:
             for job in self.jobs:
                 self.run("scancel", job)
@@ -130,19 +130,19 @@ class Cluster:
                     daemon.kill()
                     daemon.wait()
 
-    def lose(self, node: str) -> None:
-        """What a node's loss of power does: its slurmd and everything of its jobs are gone at once."""
+    def fail_node(self, node: str) -> None:
+        """Simulate a power failure: kill a node's slurmd and all processes of its jobs."""
         self.daemons[node].kill()
         self.daemons[node].wait()
         for pid in self.pids_of(node):
             _kill(pid)
 
-    def give_back(self, node: str) -> None:
-        """A lost node is back, and nothing is left of what it missed.
+    def restore_node(self, node: str) -> None:
+        """Restart a failed node, and the controller, which drops its pending messages.
 
-        Slurm tries for a minute to deliver a signal to a step, here the end of the one that the node was lost with. A
-        job that is queued again has a step of that very number. By default it waits two minutes; this cluster starts it
-        sooner (cred_expire), so its controller is started anew, which forgets such messages.
+        Slurm retries for a minute to deliver a signal to a step, here the termination of the step that failed with the
+        node. A requeued job has a step of the same number. By default it starts only after two minutes; this cluster
+        starts it sooner (cred_expire), so it would receive that signal.
         """
         self.daemons["slurmctld"].terminate()
         self.daemons["slurmctld"].wait(30)
@@ -150,12 +150,12 @@ class Cluster:
         self.start_node(node)
 
     def pids_of(self, node: str) -> list[int]:
-        """The jobs' processes on a node and the slurmstepd above each, found by their environment."""
-        found = set()
+        """Return the ids of the jobs' processes on a node, found by environment, and of their slurmstepd."""
+        pids = set()
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and self._runs_on(entry, node):
-                found.add(int(entry.name))
-        return sorted(found | {parent for pid in found if (parent := _stepd_above(pid))})
+                pids.add(int(entry.name))
+        return sorted(pids | {parent for pid in pids if (parent := _stepd_above(pid))})
 
     def _runs_on(self, entry: Path, node: str) -> bool:
         try:
@@ -171,41 +171,41 @@ class Cluster:
         with log.open("ab") as file:
             self.daemons[name or program] = subprocess.Popen([path, *arguments], stdout=file, stderr=file)
 
-    # ---- its jobs
+    # ---- jobs
 
     def run(self, *command: str | Path, **extra: str) -> subprocess.CompletedProcess[str]:
-        """One of Slurm's commands, in the repository, with ``extra`` in its environment."""
+        """Run a Slurm command in the repository, with ``extra`` in its environment."""
         env = environment(SLURM_CONF=str(self.config), **extra)
         words = [str(part) for part in command]
         return subprocess.run(words, cwd=REPOSITORY, env=env, capture_output=True, text=True, timeout=180)
 
-    def ask(self, *command: str) -> str:
-        """What one of Slurm's commands prints. Raises AssertionError if it fails."""
-        done = self.run(*command)
-        assert done.returncode == 0, (command, done.stdout, done.stderr)
-        return done.stdout
+    def query(self, *command: str) -> str:
+        """Return the output of a Slurm command; raise AssertionError if it fails."""
+        result = self.run(*command)
+        assert result.returncode == 0, (command, result.stdout, result.stderr)
+        return result.stdout
 
     def submit(self, *arguments: str | Path, **extra: str) -> str:
-        """``sbatch ARGUMENTS``; the job's id. Its output goes to FOLDER/job-ID.out."""
-        done = self.run("sbatch", "--parsable", f"--output={self.folder}/job-%j.out", *arguments, **extra)
-        assert done.returncode == 0, done.stderr
-        self.jobs.append(done.stdout.strip())
+        """Run ``sbatch ARGUMENTS`` and return the job's id. Its output is written to FOLDER/job-ID.out."""
+        result = self.run("sbatch", "--parsable", f"--output={self.folder}/job-%j.out", *arguments, **extra)
+        assert result.returncode == 0, result.stderr
+        self.jobs.append(result.stdout.strip())
         return self.jobs[-1]
 
     def job(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` says: JobState, Restarts, ExitCode, ..."""
-        words = self.ask("scontrol", "--oneliner", "show", "job", job).split()
+        """Return the fields of ``scontrol show job``: JobState, Restarts, ExitCode, ..."""
+        words = self.query("scontrol", "--oneliner", "show", "job", job).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def output(self, job: str) -> str:
-        """All that a job has written so far."""
+        """Return a job's output so far."""
         path = self.folder / f"job-{job}.out"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def wait_for_job(self, job: str, states: Sequence[str], limit_s: float, restarts: int = 0) -> dict[str, str]:
-        """Until a job is in one of the states after so many restarts; what it is then.
+        """Wait until a job is in one of the states after at least ``restarts`` restarts and return its fields.
 
-        Raises AssertionError with its output, if it ends otherwise or takes longer.
+        Raises AssertionError with its output if it ends in another state or ``limit_s`` seconds pass.
         """
         deadline = time.monotonic() + limit_s
         ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
@@ -219,7 +219,7 @@ class Cluster:
 
 
 def _stepd_above(pid: int) -> int | None:
-    """The slurmstepd that a process descends from."""
+    """Return the slurmstepd that a process descends from."""
     while pid > 1:
         try:
             status = Path(f"/proc/{pid}/status").read_text()
