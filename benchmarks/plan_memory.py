@@ -216,7 +216,7 @@ def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[st
     """The planner's bytes at the fullest moment of each part of a step."""
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.config.recipe import load_recipe
-    from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES
+    from mrmae_ds.imagenet import IMAGENET_CLASSES
     from mrmae_ds.planning.estimate import count_stage
     from mrmae_ds.planning.peak_memory import moments
     from mrmae_ds.planning.zero_memory import ZeroMemory

@@ -77,8 +77,8 @@ def random_teacher(*arguments: Any) -> Any:
 
 def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, int]:
     """The stage's task and the side of its images."""
-    from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES
     from mrmae_ds.factory import build_pretraining
+    from mrmae_ds.imagenet import IMAGENET_CLASSES
     from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
     from mrmae_ds.weights.load import build_encoder, init_classifier
 

@@ -17,6 +17,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
 from mrmae_ds.weights.formats import TensorFile, unwrap
 from mrmae_ds.weights.identify import identify
@@ -29,13 +30,13 @@ PREFIX = "encoder."
 def _default_cfg(pixels: int = 224) -> dict[str, Any]:
     """No weights: there is no public file of these models to name."""
     return {
-        "num_classes": 1000,
+        "num_classes": IMAGENET_CLASSES,
         "input_size": (3, pixels, pixels),
         "fixed_input_size": True,
         "crop_pct": 0.875,
         "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
         "first_conv": "patch_embed1.proj",
         "classifier": "head",
     }

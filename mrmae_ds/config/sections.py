@@ -8,15 +8,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mrmae_ds.errors import ConfigError
+from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD, Rgb
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.pretrain import FusionSpec, check_fusion
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, encoder_spec, token_grid
 from mrmae_ds.schema import Section
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 Backend = Literal["ffcv", "pillow"]
-Rgb = tuple[float, float, float]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.data.beton.sidecar import check_beton
-from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.profiling.flops import recipe_cost

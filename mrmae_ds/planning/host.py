@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import FinetuneConfig
+from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.planning.estimate import CountedStage, Estimate
 from mrmae_ds.planning.zero_memory import Items
 from mrmae_ds.profiling.gpus import GIB
@@ -19,7 +20,7 @@ RING = 3 + 2
 # Batches of RandAugment in shared memory: those ahead and the one that is used (data/loaders/rand_augment.py).
 AUGMENT_SLOTS = 3
 # ImageNet-1K as data/README.md writes it: JPEGs of at most 512 pixels; docs.ffcv.io gives 65 GB for such a file.
-IMAGE_BYTES, IMAGE_SIDE = 65e9 / 1_281_167, 512
+IMAGE_BYTES, IMAGE_SIDE = 65e9 / IMAGENET_TRAIN_SAMPLES, 512
 # A training process before its first tensor: Python, torch, DeepSpeed.
 PROCESS_GIB = 3.0
 

@@ -17,8 +17,8 @@ from mrmae_ds.config.engine import (
 )
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
-from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.planning.cluster import (
     CALL_S,
     CONTEXT_GIB,

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
-from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
+from mrmae_ds.imagenet import IMAGENET_CLASSES
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import set_checkpointing

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from mrmae_ds.config.engine import default_recipe, load_engine_config
 from mrmae_ds.config.recipe import load_recipe
-from mrmae_ds.data.imagenet_info import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.profiling.flops import Flops, StageCost, recipe_cost
 
 GIGA, TERA, EXA = 1e9, 1e12, 1e18

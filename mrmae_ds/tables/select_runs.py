@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrmae_ds.data.imagenet_info import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
+from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import FROM_SCRATCH
 from mrmae_ds.tables import paper

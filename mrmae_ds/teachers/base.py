@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.teachers.options import Rgb, TeacherOptions
+from mrmae_ds.imagenet import Rgb
+from mrmae_ds.teachers.options import TeacherOptions
 
 
 class TeacherOutput(NamedTuple):

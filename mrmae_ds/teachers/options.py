@@ -8,8 +8,7 @@ from typing import Literal
 import torch
 
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
-
-Rgb = tuple[float, float, float]
+from mrmae_ds.imagenet import Rgb
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import yaml
 
 from mrmae_ds.config.engine import EngineConfig, accumulation_steps, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
-from mrmae_ds.data.imagenet_info import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.factory import build_pretraining
+from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.profiling.flops import recipe_cost

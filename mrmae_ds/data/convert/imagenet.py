@@ -11,12 +11,11 @@ import numpy as np
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.folder import ImageFolder, find_classes, scan, write_parts
-from mrmae_ds.data.convert.imagenet_labels import CLASSES, VAL_FILE, WORDNET_ID, read_class_names, read_val_labels
+from mrmae_ds.data.convert.imagenet_labels import VAL_FILE, WORDNET_ID, read_class_names, read_val_labels
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.imagenet_info import IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 
-TRAIN_IMAGES, VAL_IMAGES = IMAGENET_TRAIN_SAMPLES, IMAGENET_EVAL_SAMPLES
 _ROOTS = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # the second is Kaggle's
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 _LABEL_FILES = (
@@ -118,7 +117,11 @@ def _flat(
 
 def _check_counts(source: Path, classes: int, train: int, val: int, allow_partial: bool) -> None:
     """Compare with what is published."""
-    counts = {"classes": (classes, CLASSES), "training": (train, TRAIN_IMAGES), "validation": (val, VAL_IMAGES)}
+    counts = {
+        "classes": (classes, IMAGENET_CLASSES),
+        "training": (train, IMAGENET_TRAIN_SAMPLES),
+        "validation": (val, IMAGENET_EVAL_SAMPLES),
+    }
     wrong = [f"{found:,} of {whole:,} {what}" for what, (found, whole) in counts.items() if found != whole]
     if not wrong:
         return

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_CLASSES
 
-CLASSES = 1000
 WORDNET_ID = re.compile(r"n\d{8}")
 VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})(\.JPEG)?", re.IGNORECASE)
 
@@ -62,8 +62,10 @@ def _devkit_numbers(path: Path, synsets: Path | None) -> dict[int, str]:
 def _all_classes(path: Path, wnids: Sequence[str], synsets: Path | None) -> dict[int, str]:
     """Caffe's numbers: places in the sorted ids of all classes."""
     names = sorted(read_synsets(synsets).values()) if synsets else list(wnids)
-    if len(names) != CLASSES:
-        raise UserError(f"{path}: numbers refer to {CLASSES:,} classes, but {len(names):,} are known; pass --synsets")
+    if len(names) != IMAGENET_CLASSES:
+        raise UserError(
+            f"{path}: numbers refer to {IMAGENET_CLASSES:,} classes, but {len(names):,} are known; pass --synsets"
+        )
     return dict(enumerate(names))
 
 

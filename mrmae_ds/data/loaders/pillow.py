@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.loaders.augment import Augment
@@ -56,7 +56,7 @@ class BetonSource:
         return image
 
 
-class _Samples:
+class _Samples(Dataset[ImageArray | str]):
     """Data set of the worker processes: (epoch, row) to an image, uint8 [S, S, 3], or an error message."""
 
     def __init__(self, source: Source, settings: LoaderSettings) -> None:

@@ -14,7 +14,8 @@ from open_clip.timm_model import TimmModel
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.teachers.options import Rgb, TeacherOptions
+from mrmae_ds.imagenet import Rgb
+from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.gelu import OPEN_CLIP_CONFIG, Gelu, gelu_of_file
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file
 

@@ -16,10 +16,11 @@ from timm.data.mixup import Mixup
 from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from mrmae_ds.config.sections import DataConfig, Rgb
+from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
 from mrmae_ds.data.loaders.augment import SampleErasing
 from mrmae_ds.data.loaders.base import Batch
+from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher

@@ -139,7 +139,7 @@ def test_the_published_counts_are_expected(
         open_imagenet(flat)
     open_imagenet(flat, allow_partial=True)
     assert f"warning: {flat}: {message}" in capsys.readouterr().err
-    for name, count in (("CLASSES", 3), ("TRAIN_IMAGES", 6), ("VAL_IMAGES", 5)):
+    for name, count in (("IMAGENET_CLASSES", 3), ("IMAGENET_TRAIN_SAMPLES", 6), ("IMAGENET_EVAL_SAMPLES", 5)):
         monkeypatch.setattr(f"mrmae_ds.data.convert.imagenet.{name}", count)
     open_imagenet(flat)
     assert capsys.readouterr().err == ""
