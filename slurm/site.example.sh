@@ -21,7 +21,7 @@
 # source /etc/profile.d/modules.sh        # where `module` is not defined in batch scripts
 # module load gcc/13 cuda/13
 # conda activate mrmae                    # the environment with FFCV's libraries, if conda installed them
-# export HF_HUB_OFFLINE=1                 # nodes without internet: load teachers from files (docs/cluster.md)
+# export HF_HUB_OFFLINE=1                 # nodes without internet: load teachers from files (docs/slurm.md)
 # export DS_ACCELERATOR=cpu               # nodes without GPUs
 # export PYTORCH_ALLOC_CONF=expandable_segments:True   # if memory is short because of fragmentation
 PYTHON=.venv/bin/python                   # Python of the environment; inside the container, if there is one
@@ -34,7 +34,7 @@ CONTAINER=()                              # (apptainer exec --nv --bind /work /i
 # ---- network
 NETWORK_INTERFACE=                        # for NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: ib0, for example
 # export MASTER_ADDR=                     # only if Slurm's address of the first node is not the one to use
-# export NCCL_IB_HCA=mlx5                 # InfiniBand adapters to use; see docs/cluster.md, "NCCL"
+# export NCCL_IB_HCA=mlx5                 # InfiniBand adapters to use; see docs/slurm.md, "NCCL"
 # export NCCL_DEBUG=INFO                  # default: WARN
 
 # ---- data
