@@ -63,9 +63,9 @@ def random_teacher(*arguments: Any) -> Any:
     """A teacher as the recipe names it, with random weights: what ``build_teacher`` takes to what it returns."""
     import torch
 
-    from mrmae_ds.profiling.meta_teachers import outline_teacher
+    from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 
-    teacher = outline_teacher(*arguments).to_empty(device="cpu")
+    teacher = build_meta_teacher(*arguments).to_empty(device="cpu")
     with torch.no_grad():
         for tensor in (*teacher.parameters(), *teacher.buffers()):
             if tensor.is_floating_point():

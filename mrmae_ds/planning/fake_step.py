@@ -19,7 +19,7 @@ from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.pretrain import PretrainModel, set_checkpointing
 from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace
-from mrmae_ds.profiling.meta_teachers import outline_teacher
+from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.teachers import Teacher
 from mrmae_ds.training.tasks.base import FinetuneTask, MicroBatchKey, PretrainTask
 from mrmae_ds.weights.load import build_encoder
@@ -48,7 +48,7 @@ def simulate(
     num_classes: int,
     *,
     on_cpu: bool = False,
-    teacher_builder: TeacherBuilder = outline_teacher,
+    teacher_builder: TeacherBuilder = build_meta_teacher,
 ) -> Simulation:
     """Build a stage and run a micro-batch of it.
 

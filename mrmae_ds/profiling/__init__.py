@@ -1,1 +1,1 @@
-"""FLOP counts and peak throughput of devices."""
+"""FLOP counts of recipes, and peak throughput of GPUs."""

@@ -1,8 +1,8 @@
-"""The arithmetic of a recipe, counted on what is really computed for one image.
+"""Count the FLOPs of a recipe for one image, by running its modules on the meta device.
 
 The modules of a stage are built on the meta device (shapes without memory) and run, forward and backward, under
-torch's counter. It counts matrix products and convolutions, two operations a multiply-add, and nothing else; of
-attention, the products of the textbook (a fused kernel's backward forms the scores once more).
+torch's FLOP counter. It counts matrix products and convolutions, two FLOPs per multiply-add, and nothing else. For
+attention it counts the textbook's products; a fused kernel's backward computes the scores once more.
 """
 
 from __future__ import annotations
@@ -26,13 +26,19 @@ from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.models.sizes import EncoderSpec
-from mrmae_ds.profiling.meta_teachers import outline_teacher
+from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.weights.load import build_encoder
 
 
 @dataclass(frozen=True)
 class Flops:
-    """Operations for one image: forward, backward, and what activation checkpointing computes once more."""
+    """FLOPs for one image.
+
+    Attributes:
+        forward: forward pass.
+        backward: backward pass without recomputation.
+        recomputed: forward operations that activation checkpointing repeats in backward.
+    """
 
     forward: int
     backward: int = 0
@@ -40,13 +46,19 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """All three."""
+        """Sum of the three."""
         return self.forward + self.backward + self.recomputed
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Operations of a stage for one image, by part, and how many epochs it has."""
+    """FLOPs of a stage for one image.
+
+    Attributes:
+        stage: name of the stage.
+        epochs: number of epochs.
+        parts: FLOPs by part: encoder, decoder, teachers, ...
+    """
 
     stage: str
     epochs: int
@@ -54,11 +66,11 @@ class StageCost:
 
     @property
     def per_image(self) -> int:
-        """Operations of all parts for one image of training."""
+        """FLOPs of all parts for one training image."""
         return sum(part.total for part in self.parts.values())
 
     def total(self, images: int) -> int:
-        """Operations of the whole stage on a training set of so many images, evaluation left out."""
+        """Return the FLOPs of the whole stage on a training set of this many images, without evaluation."""
         return self.per_image * images * self.epochs
 
 
@@ -66,18 +78,18 @@ def recipe_cost(
     recipe: Recipe,
     checkpointing: CheckpointPlan,
     num_classes: int = IMAGENET_CLASSES,
-    teacher_builder: TeacherBuilder = outline_teacher,
+    teacher_builder: TeacherBuilder = build_meta_teacher,
 ) -> list[StageCost]:
-    """The stages that train, in order.
+    """Count the FLOPs of the recipe's training stages, in order.
 
     Args:
-        recipe: none of the files that it names is read, but for a teacher that is a run of this project.
-        checkpointing: the engine config's plan.
-        num_classes: of the data set.
-        teacher_builder: gives teachers on the meta device.
+        recipe: the files that it names are not read, except a teacher that is a run of this project.
+        checkpointing: the engine config's activation checkpointing.
+        num_classes: number of classes of the data set.
+        teacher_builder: builds teachers on the meta device.
 
     Raises:
-        UserError: if no stage trains, or as :func:`~mrmae_ds.factory.build_pretraining`.
+        UserError: if the recipe has no training stage, or as :func:`~mrmae_ds.factory.build_pretraining`.
     """
     costs = []
     if stage := recipe.stages.pretrain:
@@ -85,47 +97,47 @@ def recipe_cost(
     if tuning := recipe.stages.finetune:
         costs.append(StageCost("finetune", tuning.epochs, _finetune(recipe, tuning, checkpointing, num_classes)))
     if not costs:
-        raise UserError(f"recipe {recipe.name} has no stage that trains, so there is nothing to count")
+        raise UserError(f"recipe {recipe.name} has no training stage, so there is nothing to count")
     return costs
 
 
 def count_forward(spec: EncoderSpec, image_size: int, num_classes: int) -> int:
-    """Operations of a classifier's forward pass on one image."""
+    """Count the FLOPs of a classifier's forward pass on one image."""
     with torch.device("meta"):
         model = build_encoder(spec, image_size, num_classes)
-    with counter() as counted, torch.no_grad():
+    with flop_counter() as count, torch.no_grad():
         model(_image(image_size))
-    return counted.get_total_flops()
+    return count.get_total_flops()
 
 
-def count_trained(
+def count_training(
     run: Callable[[], Tensor], checkpoint: Callable[[CheckpointPlan], None], plan: CheckpointPlan
 ) -> Flops:
-    """Operations of ``run`` and of backward through the sum of what it returns.
+    """Count the FLOPs of ``run`` and of backward through the sum of its output.
 
     Args:
         run: a forward pass on the meta device.
-        checkpoint: sets a checkpointing plan on the modules that it runs.
-        plan: whose recomputation is counted. Torch stops it where backward has all that it needs, so that the last
-            product of a block without drop path is not computed again.
+        checkpoint: applies a checkpointing plan to the modules that it runs.
+        plan: plan whose recomputation is counted. Torch stops recomputing once backward has all its inputs, so the last
+            product of a block without drop path is not repeated.
     """
     checkpoint(CheckpointPlan())
-    with counter() as forward:
+    with flop_counter() as forward:
         output = run()
-    with counter() as backward:
+    with flop_counter() as backward:
         output.sum().backward()
     plain = backward.get_total_flops()
     if plan == CheckpointPlan():
         return Flops(forward.get_total_flops(), plain)
     checkpoint(plan)
     output = run()
-    with counter() as backward_again:
+    with flop_counter() as backward_again:
         output.sum().backward()
     return Flops(forward.get_total_flops(), plain, backward_again.get_total_flops() - plain)
 
 
-def counter() -> FlopCounterMode:
-    """Torch's counter, with the backward of grouped convolutions put right."""
+def flop_counter() -> FlopCounterMode:
+    """Return torch's FLOP counter with a corrected formula for the backward of grouped convolutions."""
     return FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _convolution_backward_flops}
     )
@@ -134,9 +146,9 @@ def counter() -> FlopCounterMode:
 def _convolution_backward_flops(
     grad_out: torch.Size, _input: torch.Size, weight: torch.Size, *others: Any, **_: Any
 ) -> int:
-    """Gradients of input and weight each take forward's products; torch's own count forgets the groups.
+    """Count one forward's products for each of the gradients of input and weight; torch's formula ignores groups.
 
-    Not for transposed convolutions, of which there are none here.
+    Does not hold for transposed convolutions, which this project does not use.
     """
     output_mask = others[-1]
     return 2 * math.prod(grad_out) * math.prod(weight[1:]) * sum(output_mask[:2])
@@ -148,22 +160,22 @@ def _pretrain(
     with torch.device("meta"):
         model, teachers = build_pretraining(recipe, stage, teacher_builder)
         encoder = model.encoder
-        # Which tokens are visible changes nothing, only how many.
+        # The count depends on the number of visible tokens only.
         noise = torch.empty(1, math.prod(encoder.grid))
     visible = choose_visible(noise, encoder.grid, stage.masking.keep_ratio)
     images = _image(recipe.model.image_size)
 
     checkpoint = partial(set_checkpointing, model)
-    parts = {"encoder": count_trained(lambda: model.latent(images, visible), checkpoint, plan)}
-    seen = encoder.num_prefix_tokens + visible.ids_keep.shape[1]
-    latent = torch.empty(1, seen, encoder.embed_dim, device="meta", requires_grad=True)
-    # The losses themselves have no products, so predictions are as good.
-    rest = "heads" if model.decoder is None else "decoder, heads"
-    parts[rest] = count_trained(lambda: _sum(model.predict_from(latent, visible).values()), checkpoint, plan)
+    parts = {"encoder": count_training(lambda: model.latent(images, visible), checkpoint, plan)}
+    num_tokens = encoder.num_prefix_tokens + visible.ids_keep.shape[1]
+    latent = torch.empty(1, num_tokens, encoder.embed_dim, device="meta", requires_grad=True)
+    # The losses have no products, so the predictions are enough.
+    name = "heads" if model.decoder is None else "decoder, heads"
+    parts[name] = count_training(lambda: _sum(model.predict_from(latent, visible).values()), checkpoint, plan)
     for name, teacher in teachers.items():
-        with counter() as counted, torch.no_grad():
+        with flop_counter() as count, torch.no_grad():
             teacher.encode(_image(teacher.image_size).to(teacher.dtype))
-        parts[f"teacher {name}"] = Flops(counted.get_total_flops())
+        parts[f"teacher {name}"] = Flops(count.get_total_flops())
     return parts
 
 
@@ -172,7 +184,7 @@ def _finetune(recipe: Recipe, stage: FinetuneConfig, plan: CheckpointPlan, num_c
     with torch.device("meta"):
         model = build_encoder(recipe.model.spec(), size, num_classes, stage.drop_path)
     images = _image(size)
-    return {"classifier": count_trained(lambda: model(images), partial(set_checkpointing, model), plan)}
+    return {"classifier": count_training(lambda: model(images), partial(set_checkpointing, model), plan)}
 
 
 def _image(side: int) -> Tensor:

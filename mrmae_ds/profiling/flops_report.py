@@ -1,4 +1,4 @@
-"""What :mod:`mrmae_ds.profiling.flops` counted, in words."""
+"""Text report of a recipe's FLOPs: ``mrmae cost``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mrmae_ds.profiling.flops import Flops, StageCost, recipe_cost
 
 GIGA, TERA, EXA = 1e9, 1e12, 1e18
 SECONDS_PER_HOUR = 3600
-_COLUMNS = ("forward", "backward", "recomputed", "together")
+_COLUMNS = ("forward", "backward", "recomputed", "total")
 _NAME_WIDTH, _NUMBER_WIDTH = 28, 12
 
 
@@ -27,25 +27,25 @@ def describe_cost(
     tflops: float | None = None,
     gpus: int | None = None,
 ) -> str:
-    """What ``mrmae cost`` prints.
+    """Return the report that ``mrmae cost`` prints.
 
     Args:
-        ds_config: engine config, whose activation checkpointing counts.
+        ds_config: engine config; its activation checkpointing determines the recomputation.
         recipe: default: the one of the same name beside ``ds_config``.
         overrides: ``key.path=value`` for the recipe.
-        num_images: of the training set.
-        tflops: what a GPU sustains, in TFLOP/s; None tells no hours.
-        gpus: how many share the work, taken to lose nothing by it.
+        num_images: number of training images.
+        tflops: sustained throughput of a GPU, in TFLOP/s; without it, no hours are reported.
+        gpus: number of GPUs, assumed to scale perfectly.
 
     Raises:
-        UserError: for a wrong number, or as :func:`~mrmae_ds.profiling.flops.recipe_cost`.
+        UserError: for an invalid number, or as :func:`~mrmae_ds.profiling.flops.recipe_cost`.
     """
     _check_numbers(num_images, tflops, gpus)
     path = recipe or default_recipe(ds_config)
     checkpointing = load_engine_config(ds_config).checkpointing
     costs = recipe_cost(load_recipe(path, list(overrides)), checkpointing)
     lines = [
-        f"{path} with {ds_config}, {num_images:,} images an epoch; evaluation is not counted",
+        f"{path} with {ds_config}, {num_images:,} images per epoch; evaluation is not counted",
         cost_table(costs),
         cost_line(costs, num_images, tflops),
     ]
@@ -55,18 +55,18 @@ def describe_cost(
 
 
 def cost_table(costs: list[StageCost]) -> str:
-    """A line a part, in GFLOP for one image."""
-    lines = ["GFLOP an image".ljust(_NAME_WIDTH) + "".join(f"{column:>{_NUMBER_WIDTH}}" for column in _COLUMNS)]
+    """Format one line per part, in GFLOP per image."""
+    lines = ["GFLOP per image".ljust(_NAME_WIDTH) + "".join(f"{column:>{_NUMBER_WIDTH}}" for column in _COLUMNS)]
     for cost in costs:
         lines += [_line(f"{cost.stage}: {name}", part) for name, part in cost.parts.items()]
         if len(cost.parts) > 1:
             width = _NUMBER_WIDTH * len(_COLUMNS)
-            lines.append(f"{cost.stage}, together".ljust(_NAME_WIDTH) + f"{cost.per_image / GIGA:>{width}.2f}")
+            lines.append(f"{cost.stage}, total".ljust(_NAME_WIDTH) + f"{cost.per_image / GIGA:>{width}.2f}")
     return "\n".join(lines)
 
 
 def cost_line(costs: list[StageCost], num_images: int, tflops: float | None) -> str:
-    """The whole recipe in a line, as the recipes' headers give it; arguments as in :func:`describe_cost`."""
+    """Format the whole recipe in one line, as in the recipes' headers; arguments as for :func:`describe_cost`."""
     exa = " + ".join(significant(cost.total(num_images) / EXA) for cost in costs)
     stages = " + ".join(cost.stage for cost in costs)
     line = f"{exa} exaFLOP ({stages})"
@@ -76,7 +76,7 @@ def cost_line(costs: list[StageCost], num_images: int, tflops: float | None) -> 
 
 
 def gpu_hours(costs: list[StageCost], num_images: int, tflops: float) -> float:
-    """Hours of one GPU that sustains ``tflops`` TFLOP/s."""
+    """Return the hours of one GPU that sustains ``tflops`` TFLOP/s."""
     return sum(cost.total(num_images) for cost in costs) / (tflops * TERA) / SECONDS_PER_HOUR
 
 
@@ -96,4 +96,4 @@ def _check_numbers(num_images: int, tflops: float | None, gpus: int | None) -> N
         if number is not None and not (0 < number < math.inf):
             raise UserError(f"{option} must be above 0, got {number:g}")
     if gpus is not None and tflops is None:
-        raise UserError("--gpus: hours need --tflops, what one GPU sustains in TFLOP/s")
+        raise UserError("--gpus: hours need --tflops, the sustained TFLOP/s of one GPU")

@@ -1,9 +1,9 @@
-"""Accelerators whose peak is known, and which of them a device is.
+"""Table of GPUs: peak throughput, memory and bandwidth; lookup of a device by name and memory.
 
-Sources: peaks are the vendors' data sheets' dense bf16 tensor throughput (a number marked "with sparsity" there is
-halved). Memory is what torch reports as the device's total, which is below the advertised number. Links are bytes in
-one direction, half of what data sheets add up: between GPUs of a node that of NVLink through switches, or of the bus
-where bridges join pairs only; to the host that of the bus.
+Sources: peak throughput is the dense bf16 tensor throughput of the vendor's data sheet (numbers marked "with sparsity"
+are halved). Memory is the device's total as torch reports it, which is below the advertised number. Bandwidth is per
+direction, half of the data sheet's bidirectional number: between GPUs of a node that of NVLink through switches, or of
+PCIe where bridges connect pairs only; to the host that of PCIe.
 
 | data sheet | rows |
 |---|---|
@@ -24,22 +24,22 @@ from dataclasses import dataclass
 from mrmae_ds.errors import UserError
 
 GIB = 2**30
-# A slice of a card may bear the whole card's name; error correction and drivers move the total by a few percent.
+# A slice of a GPU may have the whole GPU's name; error correction and drivers change the total by a few percent.
 MEMORY_TOLERANCE = 0.08
 _PCIE_3, _PCIE_4, _PCIE_5 = 16.0, 32.0, 64.0
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """An accelerator.
+    """A GPU.
 
     Attributes:
-        key: what the command line calls it.
-        names: what ``torch.cuda.get_device_name()`` calls it, to the letter.
-        memory_gib: its memory as torch reports it, in GiB.
-        peak_tflops: dense bf16 operations, in TFLOP/s; None if it has no bf16 units, or for a card given by hand.
-        node_gbs: to another GPU of its node, in GB/s one way.
-        host_gbs: to the host's memory, in GB/s one way.
+        key: name on the command line.
+        names: exact names that ``torch.cuda.get_device_name()`` returns.
+        memory_gib: total memory as torch reports it, in GiB.
+        peak_tflops: peak dense bf16 throughput, in TFLOP/s; None if it has no bf16 units, or is unknown.
+        node_gbs: bandwidth to another GPU of its node, in GB/s per direction.
+        host_gbs: bandwidth to the host's memory, in GB/s per direction.
     """
 
     key: str
@@ -51,7 +51,7 @@ class Gpu:
 
     @property
     def memory(self) -> int:
-        """Bytes."""
+        """Total memory in bytes."""
         return round(self.memory_gib * GIB)
 
 
@@ -77,11 +77,11 @@ GPUS = (
 
 
 def match_device(torch_name: str, memory_bytes: int) -> Gpu | None:
-    """The accelerator of that very name and about that memory, or None: never the nearest.
+    """Return the GPU with exactly this name and about this memory; None for an unknown one, never a similar one.
 
     Args:
-        torch_name: of ``torch.cuda.get_device_name()``.
-        memory_bytes: ``total_memory`` of ``torch.cuda.get_device_properties()``; tells a slice from a whole card.
+        torch_name: as ``torch.cuda.get_device_name()`` returns it.
+        memory_bytes: ``total_memory`` of ``torch.cuda.get_device_properties()``; separates a slice from a whole GPU.
     """
     for gpu in GPUS:
         if torch_name in gpu.names and abs(memory_bytes / gpu.memory - 1) <= MEMORY_TOLERANCE:
@@ -90,7 +90,7 @@ def match_device(torch_name: str, memory_bytes: int) -> Gpu | None:
 
 
 def find_gpu(key: str) -> Gpu:
-    """The accelerator that the command line calls ``key``.
+    """Return the GPU with this command-line name.
 
     Raises:
         UserError: listing the known ones.
@@ -100,6 +100,6 @@ def find_gpu(key: str) -> Gpu:
             return gpu
     known = ", ".join(gpu.key for gpu in GPUS)
     raise UserError(
-        f"--gpu {key}: not in the table, which has {known}; for another card give --memory (GiB that torch reports) "
-        "and --peak (dense bf16 TFLOP/s of its data sheet) instead"
+        f"--gpu {key}: unknown GPU; known are {known}. For another GPU, pass --memory (GiB as torch reports it) and "
+        "--peak (dense bf16 TFLOP/s of its data sheet) instead"
     )

@@ -1,4 +1,4 @@
-"""Teachers without their weights: the shapes and the arithmetic alone, for counting and for checking recipes."""
+"""Teachers on the meta device, without weights: for counting FLOPs and checking recipes."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from mrmae_ds.weights.load import build_encoder, find_weights, read_metadata, sp
 NO_STATISTICS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
-def outline_teacher(
+def build_meta_teacher(
     name: str, config: TeacherConfig, data: DataConfig, student_size: int, student_grid: tuple[int, int]
 ) -> Teacher:
-    """:func:`~mrmae_ds.teachers.build_teacher` without weights, on the meta device; nothing is downloaded.
+    """Build a teacher like :func:`~mrmae_ds.teachers.build_teacher`, without weights and downloads, on the meta device.
 
     Raises:
-        UserError: naming the key: a name that the library does not have, a run that is not there, or a grid that
+        UserError: naming the key, for a model that the library does not have, a run that does not exist, or a grid that
             differs from the student's.
     """
     options = TeacherOptions.of(name, config, data, student_size, student_grid)
-    parts: dict[str, Callable[[TeacherOptions], tuple[nn.Module, TokenReader]]] = {
-        "checkpoint": _own,
+    builders: dict[str, Callable[[TeacherOptions], tuple[nn.Module, TokenReader]]] = {
+        "checkpoint": _checkpoint,
         "clip": _clip,
         "timm": _timm,
     }
     with torch.device("meta"):
-        network, reader = parts[config.kind](options)
+        network, reader = builders[config.kind](options)
         teacher = LibraryTeacher(network, reader, options, NO_STATISTICS, "", {})
     check_grid(teacher, options, student_size)
     return teacher
@@ -60,14 +60,14 @@ def _clip(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
         visual.set_input_size(options.image_size)
         return visual.trunk, timm_reader(visual.trunk, options)
     if not isinstance(visual, VisionTransformer):
-        raise UserError(f"{options.key}.source: the image tower of {options.source} is no ViT; choose a ViT-* model")
+        raise UserError(f"{options.key}.source: the image tower of {options.source} is not a ViT; choose a ViT-* model")
     return visual, TowerReader(visual, options)
 
 
 def _timm(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
     try:
         network = create_network(options.source, options.image_size, pretrained=False)
-    except Exception as error:  # timm raises its own kinds
+    except Exception as error:  # timm raises many types
         raise UserError(
             f"{options.key}.source: timm model {options.source!r} could not be built ({type(error).__name__}: "
             f"{' '.join(str(error).split())})"
@@ -75,7 +75,7 @@ def _timm(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
     return network, timm_reader(network, options)
 
 
-class _OwnReader:
+class _CheckpointReader:
     def __init__(self, encoder: Encoder) -> None:
         self.grid, self.width = encoder.grid, encoder.embed_dim
         self.importance = importance_words(encoder.num_prefix_tokens > 0)
@@ -84,7 +84,7 @@ class _OwnReader:
         return encoder_attention(network, images)
 
 
-def _own(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
+def _checkpoint(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
     metadata = read_metadata(find_weights(Path(options.source), f"{options.key}.source"))
     encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
-    return encoder, _OwnReader(encoder)
+    return encoder, _CheckpointReader(encoder)

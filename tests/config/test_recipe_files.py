@@ -19,7 +19,7 @@ from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line
-from mrmae_ds.profiling.meta_teachers import outline_teacher
+from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.tables.paper import TABLES, PaperRow
 from mrmae_ds.weights.load import build_encoder
 
@@ -167,7 +167,7 @@ def test_it_can_be_built(file: Path) -> None:
     spec, size = recipe.model.spec(), recipe.model.image_size
     with torch.device("meta"):
         if recipe.stages.pretrain is not None:
-            model, teachers = build_pretraining(recipe, recipe.stages.pretrain, outline_teacher)
+            model, teachers = build_pretraining(recipe, recipe.stages.pretrain, build_meta_teacher)
             assert all(teacher.grid == model.encoder.grid for teacher in teachers.values())
             assert all(p.is_meta for p in model.parameters())
         tuning = recipe.stages.finetune
@@ -213,7 +213,7 @@ def test_the_engine_config_of_a_size(name: str) -> None:
     pretrained = loaded(CONFIGS / "huge.yaml") if recipe.stages.pretrain is None else recipe
     assert pretrained.stages.pretrain is not None
     with torch.device("meta"):
-        model, _ = build_pretraining(pretrained, pretrained.stages.pretrain, outline_teacher)
+        model, _ = build_pretraining(pretrained, pretrained.stages.pretrain, build_meta_teacher)
     # Forward, recomputation and backward touch every parameter.
     touched = 3 * sum(p.numel() for p in model.parameters())
     assert zero["stage3_max_live_parameters"] > touched and zero["stage3_max_reuse_distance"] > touched

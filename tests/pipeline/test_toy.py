@@ -14,7 +14,7 @@ from mrmae_ds.config.engine import accumulation_steps, load_engine_config
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.pipeline.config import load_pipeline
 from mrmae_ds.pipeline.graph import PipelineJob, build_jobs
-from mrmae_ds.profiling.meta_teachers import outline_teacher
+from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.tables.ablations import parts_of
 from mrmae_ds.tables.paper import TABLE_3, TABLE_6
 from mrmae_ds.training.run_logger import describe_design
@@ -78,7 +78,7 @@ def test_every_pretraining_can_be_built_and_its_batch_size_divides(name: str) ->
             pretrain = job.recipe.stages.pretrain
             assert pretrain is not None
             with torch.device("meta"):
-                model, teachers = build_pretraining(job.recipe, pretrain, outline_teacher)
+                model, teachers = build_pretraining(job.recipe, pretrain, build_meta_teacher)
             assert model.encoder.grid == (6, 6) and {teacher.grid for teacher in teachers.values()} <= {(6, 6)}
             assert bool(teachers) == (job.recipe.method not in ("MAE", "MCMAE"))
 

@@ -13,7 +13,7 @@ from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.planning.fake_step import make_fake
 from mrmae_ds.planning.teacher_memory import TeacherWeights
-from mrmae_ds.profiling.meta_teachers import outline_teacher
+from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 
 MEASURED = Path(__file__).resolve().parents[2] / "benchmarks/results/teacher_placement_cpu.json"
 TEACHERS = {
@@ -27,7 +27,7 @@ def weights() -> dict[str, TeacherWeights]:
     found = {}
     for name, (kind, source) in TEACHERS.items():
         config = TeacherConfig.model_validate({"kind": kind, "source": source})
-        teacher = outline_teacher("t", config, DataConfig(train=Path("a"), val=Path("b")), 224, (16, 16))
+        teacher = build_meta_teacher("t", config, DataConfig(train=Path("a"), val=Path("b")), 224, (16, 16))
         with FakeTensorMode():
             make_fake(teacher)
         found[name] = TeacherWeights.of(teacher)

@@ -1,7 +1,8 @@
-"""Operations counted, against formulas written by hand: two operations a multiply-add."""
+"""FLOP counts against analytic formulas (two FLOPs per multiply-add) and against a real run."""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +11,18 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
+from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.layers import ConvBlock
-from mrmae_ds.profiling.flops import Flops, StageCost, count_trained, recipe_cost
+from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.profiling.flops import Flops, StageCost, count_training, flop_counter, recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line, gpu_hours
+from mrmae_ds.weights.load import build_encoder
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 NONE = CheckpointPlan()
@@ -28,13 +33,13 @@ def linear(rows: int, into: int, out: int) -> int:
 
 
 def conv_block(cells: int, dim: int, ratio: int = 4, mixed_cells: int | None = None) -> int:
-    """Two 1x1 convolutions and the MLP on ``cells``, the depth-wise 5x5 on ``mixed_cells``."""
+    """FLOPs of two 1x1 convolutions and the MLP on ``cells``, the depth-wise 5x5 on ``mixed_cells``."""
     pointwise = 2 * linear(cells, dim, dim) + 2 * linear(cells, dim, ratio * dim)
     return pointwise + 2 * (mixed_cells or cells) * 25 * dim
 
 
 def block(tokens: int, dim: int, ratio: int = 4) -> int:
-    """qkv, scores, weighted sum, projection, MLP."""
+    """FLOPs of qkv, scores, weighted sum, projection, MLP."""
     attention = linear(tokens, dim, 3 * dim) + 2 * 2 * tokens * tokens * dim + linear(tokens, dim, dim)
     return attention + 2 * linear(tokens, dim, ratio * dim)
 
@@ -42,37 +47,37 @@ def block(tokens: int, dim: int, ratio: int = 4) -> int:
 def counted(module: nn.Module, *shape: int) -> Flops:
     module = module.to("meta")
     x = torch.empty(*shape, device="meta", requires_grad=True)
-    return count_trained(lambda: module(x), lambda plan: None, NONE)
+    return count_training(lambda: module(x), lambda plan: None, NONE)
 
 
-def test_a_convolution_block() -> None:
+def test_convolution_block() -> None:
     flops = counted(ConvBlock(8, 4), 1, 6, 6, 8)
     assert flops.forward == conv_block(36, 8)
     assert flops.backward == 2 * flops.forward
     assert flops.recomputed == 0
 
 
-def test_an_attention_block() -> None:
+def test_attention_block() -> None:
     flops = counted(Block(24, 3, qkv_bias=True), 1, 10, 24)
     assert flops.forward == block(10, 24)
     assert flops.backward == 2 * flops.forward
 
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
-def test_backward_of_a_convolution_with_groups(groups: int) -> None:
+def test_backward_of_grouped_convolution(groups: int) -> None:
     flops = counted(nn.Conv2d(4, 8, 3, padding=1, groups=groups), 1, 4, 5, 5)
     assert flops.forward == 2 * 25 * 9 * 8 * 4 // groups
     assert flops.backward == 2 * flops.forward
 
 
-def test_what_needs_no_gradient_has_no_backward() -> None:
+def test_backward_skips_inputs_without_gradient() -> None:
     images = torch.empty(1, 4, 5, 5, device="meta")
     conv = nn.Conv2d(4, 8, 3, padding=1, device="meta")
-    flops = count_trained(lambda: conv(images), lambda plan: None, NONE)
+    flops = count_training(lambda: conv(images), lambda plan: None, NONE)
     assert flops.backward == flops.forward
 
 
-# CViT-Small with one convolution block a stage, so that counting takes a moment: cells of 56x56, 28x28 and 14x14;
+# CViT-Small with one convolution block per stage, so that counting is fast: cells of 56x56, 28x28 and 14x14;
 # widths 128, 256, 384.
 SHORT = ("model.overrides={depths: [1, 1, 2]}", "model.decoder={depth: 2}")
 SHORT_VIT = ("model.overrides={depth: 3}", "model.decoder={depth: 1}")
@@ -88,7 +93,7 @@ def short() -> list[StageCost]:
     return cost("small", *SHORT)
 
 
-def test_fine_tuning(short: list[StageCost]) -> None:
+def test_finetuning(short: list[StageCost]) -> None:
     (flops,) = short[1].parts.values()
     blocks = conv_block(3136, 128) + conv_block(784, 256) + 2 * block(196, 384)
     assert flops.forward == sum(PATCHES) + blocks + linear(1, 384, 1000)
@@ -109,8 +114,8 @@ def test_pretraining_computes_visible_tokens_only(short: list[StageCost]) -> Non
     assert parts["decoder, heads"] == Flops(decoder, 2 * decoder)
 
 
-def test_a_teacher_sees_the_whole_image_and_has_no_backward(short: list[StageCost]) -> None:
-    # ViT-B/16: 197 tokens; beside its last block, one query of the class token and all keys once more.
+def test_teacher_processes_all_tokens_without_backward(short: list[StageCost]) -> None:
+    # ViT-B/16: 197 tokens; in addition to its blocks, one query of the class token and all keys are computed once more.
     importance = linear(1, 768, 768) + linear(197, 768, 768) + 2 * 197 * 768
     expected = Flops(linear(196, 768, 768) + 12 * block(197, 768) + importance)
     assert short[0].parts["teacher clip"] == expected
@@ -119,43 +124,43 @@ def test_a_teacher_sees_the_whole_image_and_has_no_backward(short: list[StageCos
     assert joint["teacher clip"] == joint["teacher dino"] == expected
 
 
-# What the convolution stages compute once more. Backward does not need a block's last product, unless drop path draws
-# its mask after it; in fine-tuning the first block has no drop path.
-CONV_AGAIN = (
+# Recomputation of the convolution stages. Backward does not need a block's last product, unless drop path follows it;
+# in fine-tuning the first block has no drop path.
+CONV_RECOMPUTED = (
     conv_block(784, 128, mixed_cells=3136)
     - linear(784, 4 * 128, 128)
     + conv_block(196, 256, mixed_cells=784)
     - linear(196, 4 * 256, 256)
 )
-DENSE_AGAIN = conv_block(3136, 128) - linear(3136, 4 * 128, 128) + conv_block(784, 256)
+DENSE_RECOMPUTED = conv_block(3136, 128) - linear(3136, 4 * 128, 128) + conv_block(784, 256)
 
 
-def test_recomputation_is_a_blocks_forward_but_for_its_last_product(short: list[StageCost]) -> None:
+def test_recomputation_skips_the_last_product_of_a_block(short: list[StageCost]) -> None:
     checkpointed = cost("small", *SHORT, plan=CheckpointPlan(conv_stages=1, transformer=1, decoder=1))
     encoder, decoder, _ = checkpointed[0].parts.values()
     plain = short[0].parts["encoder"]
     assert (encoder.forward, encoder.backward) == (plain.forward, plain.backward)
-    assert encoder.recomputed == CONV_AGAIN + 2 * (block(49, 384) - linear(49, 4 * 384, 384))
+    assert encoder.recomputed == CONV_RECOMPUTED + 2 * (block(49, 384) - linear(49, 4 * 384, 384))
     assert decoder.recomputed == 2 * (block(196, 512) - linear(196, 4 * 512, 512))
     (classifier,) = checkpointed[1].parts.values()
-    assert classifier.recomputed == DENSE_AGAIN + 2 * block(196, 384)
+    assert classifier.recomputed == DENSE_RECOMPUTED + 2 * block(196, 384)
 
 
-def test_only_what_the_plan_names_is_recomputed() -> None:
+def test_only_planned_blocks_are_recomputed() -> None:
     plan = CheckpointPlan(transformer=2)
     encoder, decoder, _ = cost("small", *SHORT, "stages.finetune=null", plan=plan)[0].parts.values()
     assert encoder.recomputed == block(49, 384) - linear(49, 4 * 384, 384)
     assert decoder.recomputed == 0
 
 
-def test_without_pixels_there_is_no_decoder() -> None:
+def test_no_decoder_without_pixel_objective() -> None:
     overrides = ("model.overrides={depth: 3}", "model.fusion.blocks=[1]", "stages.finetune=null")
     parts = cost("ablations/table3_6_mimic_only", *overrides)[0].parts
     assert list(parts) == ["encoder", "heads", "teacher clip"]
     assert parts["heads"] == Flops(linear(49, 768, 768), 2 * linear(49, 768, 768))
 
 
-def test_a_plain_vit_embeds_every_patch_and_encodes_the_visible_ones() -> None:
+def test_plain_vit_embeds_all_patches_and_encodes_visible_ones() -> None:
     parts = cost("baselines/mae_small", *SHORT_VIT, "stages.finetune=null")[0].parts
     assert list(parts) == ["encoder", "decoder, heads"]
     patches = linear(196, 768, 384)
@@ -163,7 +168,7 @@ def test_a_plain_vit_embeds_every_patch_and_encodes_the_visible_ones() -> None:
     assert parts["encoder"].backward == 2 * parts["encoder"].forward - patches
 
 
-def test_fine_tuning_at_its_own_size() -> None:
+def test_finetuning_at_its_own_image_size() -> None:
     (large,) = cost("huge448", SHORT[0])
     assert (large.stage, large.epochs) == ("finetune", 50)
     (flops,) = large.parts.values()
@@ -172,26 +177,26 @@ def test_fine_tuning_at_its_own_size() -> None:
     assert flops.forward == sum(patches) + blocks + linear(1, 1280, 1000)
 
 
-def test_the_sums() -> None:
+def test_totals_and_hours() -> None:
     costs = [
         StageCost("pretrain", 200, {"a": Flops(10**9, 2 * 10**9, 10**9), "b": Flops(10**9)}),
         StageCost("finetune", 3, {"c": Flops(10**9, 2 * 10**9)}),
     ]
     assert [c.per_image for c in costs] == [5 * 10**9, 3 * 10**9]
     assert [c.total(1_000_000) for c in costs] == [10**18, 9 * 10**15]
-    # 1.009e18 operations at 100e12 a second are 10,090 s.
+    # 1.009e18 FLOPs at 100e12 FLOP/s take 10,090 s.
     assert gpu_hours(costs, 1_000_000, 100) == pytest.approx(10_090 / 3600)
     line = cost_line(costs, 1_000_000, 100)
     assert line == "1.00 + 0.00900 exaFLOP (pretrain + finetune), 2.80 GPU-hours at an assumed 100 TFLOP/s"
     assert "2,800 GPU-hours" in cost_line(costs, 1_000_000, 0.1)
 
 
-def test_a_recipe_without_training() -> None:
-    with pytest.raises(UserError, match="small has no stage that trains"):
+def test_recipe_without_training_stage_is_refused() -> None:
+    with pytest.raises(UserError, match="small has no training stage"):
         cost("small", "stages.pretrain=null", "stages.finetune=null")
 
 
-def test_a_teacher_whose_tokens_do_not_lie_on_the_students() -> None:
+def test_teacher_grid_mismatch_is_refused() -> None:
     with pytest.raises(UserError, match=r"teachers\.clip: its 14x14 tokens .* set teachers\.clip\.image_size to 256"):
         cost("huge", "teachers.clip.source=ViT-B-16-quickgelu")
 
@@ -200,12 +205,12 @@ def test_a_teacher_whose_tokens_do_not_lie_on_the_students() -> None:
     ("teacher", "message"),
     [
         ("{source: ViT-B-61}", r"teachers\.clip\.source: open_clip has no model 'ViT-B-61'"),
-        ("{source: RN50}", r"teachers\.clip\.source: .* is no ViT"),
+        ("{source: RN50}", r"teachers\.clip\.source: .* is not a ViT"),
         ("{kind: timm, source: vit_bas, weights: null}", r"teachers\.clip\.source: timm model 'vit_bas'"),
         ("{kind: checkpoint, source: runs/none, weights: null}", r"teachers\.clip\.source: runs/none "),
     ],
 )
-def test_a_teacher_that_is_not_there(teacher: str, message: str) -> None:
+def test_unknown_teacher_is_refused(teacher: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         cost("small", f"teachers.clip={teacher}")
 
@@ -214,13 +219,13 @@ def _command(*arguments: str) -> int:
     return main(["cost", "--ds_config", str(CONFIGS / "small.json"), *arguments])
 
 
-def test_the_command(short: list[StageCost], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(short: list[StageCost], capsys: pytest.CaptureFixture[str]) -> None:
     assert _command("--num-images", "1000", "--tflops", "100", "--gpus", "8", *SHORT) == 0
     out = capsys.readouterr().out
     # ds_configs/small.json checkpoints the convolution stages.
-    again = {"encoder": CONV_AGAIN, "classifier": DENSE_AGAIN}
+    recomputed = {"encoder": CONV_RECOMPUTED, "classifier": DENSE_RECOMPUTED}
     costs = [
-        replace(stage, parts={n: replace(part, recomputed=again.get(n, 0)) for n, part in stage.parts.items()})
+        replace(stage, parts={n: replace(part, recomputed=recomputed.get(n, 0)) for n, part in stage.parts.items()})
         for stage in short
     ]
     for stage in costs:
@@ -232,7 +237,7 @@ def test_the_command(short: list[StageCost], capsys: pytest.CaptureFixture[str])
     assert f"{gpu_hours(costs, 1000, 100) / 8:.3g} hours on 8 GPUs" in out
 
 
-def test_the_command_takes_another_recipe_and_overrides(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_accepts_recipe_and_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     recipe = str(CONFIGS / "baselines/mae_small.yaml")
     assert _command("--recipe", recipe, "stages.pretrain=null", SHORT_VIT[0]) == 0
     out = capsys.readouterr().out
@@ -241,7 +246,28 @@ def test_the_command_takes_another_recipe_and_overrides(capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("arguments", [["--gpus", "8"], ["--tflops", "0"], ["--tflops", "-3"], ["--num-images", "0"]])
-def test_a_wrong_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_numbers_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert _command(*arguments) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {arguments[0]}") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["baselines/mae_tiny", "baselines/mcmae_tiny"])
+def test_counts_equal_those_of_a_real_run(name: str) -> None:
+    """Run two images on the CPU with real weights, outside the meta device, under torch's counter."""
+    recipe = load_recipe(CONFIGS / f"{name}.yaml")
+    pretrain, finetune = recipe_cost(recipe, NONE, 10)
+    stage, tuning = recipe.stages.pretrain, recipe.stages.finetune
+    assert stage is not None and tuning is not None
+    model, _ = build_pretraining(recipe, stage)
+    size = recipe.model.image_size
+    images = torch.rand(2, 3, size, size)
+    visible = choose_visible(torch.rand(2, math.prod(model.encoder.grid)), model.encoder.grid, stage.masking.keep_ratio)
+    # Torch's counter has no formula for the fused attention kernels of the CPU.
+    with flop_counter() as counter, sdpa_kernel(SDPBackend.MATH):
+        model(images, visible, {})["loss"].backward()
+    assert counter.get_total_flops() == 2 * pretrain.per_image
+    classifier = build_encoder(recipe.model.spec(), tuning.image_size or size, 10, tuning.drop_path)
+    with flop_counter() as counter, sdpa_kernel(SDPBackend.MATH):
+        classifier(images).sum().backward()
+    assert counter.get_total_flops() == 2 * finetune.per_image

@@ -1,4 +1,4 @@
-"""An accelerator is known by its very name, or not at all."""
+"""GPUs are identified by their exact name and memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mrmae_ds.profiling.gpus import GPUS, find_gpu, match_device
 MIB = 2**20
 
 # Name and total memory (MiB) as printed by torch on real machines, and the dense bf16 peak of the data sheet.
-SEEN = [
+DEVICES = [
     ("NVIDIA H100 80GB HBM3", 81089, "h100-80", 989.5),
     ("NVIDIA H100 80GB HBM3", 81082, "h100-80", 989.5),
     ("NVIDIA H100 PCIe", 81008, "h100-80-pcie", 756.5),
@@ -21,8 +21,8 @@ SEEN = [
 ]
 
 
-@pytest.mark.parametrize(("name", "mib", "key", "peak"), SEEN)
-def test_a_known_device(name: str, mib: int, key: str, peak: float) -> None:
+@pytest.mark.parametrize(("name", "mib", "key", "peak"), DEVICES)
+def test_known_device(name: str, mib: int, key: str, peak: float) -> None:
     gpu = match_device(name, mib * MIB)
     assert gpu is not None and (gpu.key, gpu.peak_tflops) == (key, peak)
 
@@ -30,21 +30,21 @@ def test_a_known_device(name: str, mib: int, key: str, peak: float) -> None:
 @pytest.mark.parametrize(
     ("name", "mib"),
     [
-        ("NVIDIA H20", 97285),  # begins like an H200
+        ("NVIDIA H20", 97285),  # prefix of H200
         ("NVIDIA H200 144G HBM3e", 143156),
         ("NVIDIA H800", 81089),
         ("NVIDIA A100 80GB PCIe MIG 1g.10gb", 9728),
-        ("NVIDIA H100 80GB HBM3", 40544),  # half of the card
+        ("NVIDIA H100 80GB HBM3", 40544),  # half of the GPU
         ("nvidia h200", 143156),
         ("NVIDIA PG506-230", 97457),
         ("", 81089),
     ],
 )
-def test_an_unknown_device_is_none_and_not_its_neighbor(name: str, mib: int) -> None:
+def test_unknown_device_is_none(name: str, mib: int) -> None:
     assert match_device(name, mib * MIB) is None
 
 
-def test_the_table_is_sound() -> None:
+def test_table_is_consistent() -> None:
     names = [name for gpu in GPUS for name in gpu.names]
     assert len(set(names)) == len(names) and len({gpu.key for gpu in GPUS}) == len(GPUS)
     for gpu in GPUS:
@@ -52,10 +52,10 @@ def test_the_table_is_sound() -> None:
         assert find_gpu(gpu.key) is gpu
 
 
-def test_a_card_without_bf16_units_has_no_peak() -> None:
+def test_gpu_without_bf16_has_no_peak() -> None:
     assert find_gpu("v100-32").peak_tflops is None
 
 
-def test_an_unknown_key_lists_the_known_ones() -> None:
-    with pytest.raises(UserError, match=r"--gpu h300: .*h100-80, .*b200.*give --memory .* and --peak"):
+def test_unknown_key_lists_known_ones() -> None:
+    with pytest.raises(UserError, match=r"--gpu h300: .*h100-80, .*b200.*pass --memory .* and --peak"):
         find_gpu("h300")
