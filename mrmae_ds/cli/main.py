@@ -19,11 +19,12 @@ TABLE_NUMBERS = (1, 3, 4, 5, 6)
 
 
 def _table(args: argparse.Namespace) -> None:
+    from mrmae_ds.tables.markdown import to_markdown
     from mrmae_ds.tables.write import write_table
 
     for number in args.paper or [None]:
         table, written = write_table(args.runs, args.out or args.runs[0], number)
-        print(table.to_markdown())
+        print(to_markdown(table))
         print(f"written: {', '.join(map(str, written))}")
 
 

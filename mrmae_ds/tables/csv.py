@@ -1,14 +1,12 @@
-"""A table as CSV."""
+"""Write a table as CSV."""
 
 from __future__ import annotations
 
 import csv
 import io
 
-from mrmae_ds.tables.costs import cell_facts
-from mrmae_ds.tables.markdown import seeds
-from mrmae_ds.tables.select_runs import chance, run_name, teachers
-from mrmae_ds.tables.write import Cell, Table
+from mrmae_ds.tables.base import Cell, Table, chance_accuracy, run_path, seeds, teacher_sources
+from mrmae_ds.tables.costs import cell_costs
 
 COLUMNS = (
     "table",
@@ -25,11 +23,11 @@ COLUMNS = (
     "eval_samples",
     "chance_percent",
     "parameters_m",
-    "gflop_an_image",
+    "gflop_per_image",
     "pretrain_pflop",
-    "pretrain_device_hours",
+    "pretrain_gpu_hours",
     "pretrain_images_per_s",
-    "finetune_device_hours",
+    "finetune_gpu_hours",
     "finetune_images_per_s",
     "device",
     "teachers",
@@ -40,7 +38,11 @@ COLUMNS = (
 
 
 def to_csv(table: Table) -> str:
-    """Return `COLUMNS` with one line a row and column; a blank cell has an empty value, the paper's dash a "-"."""
+    """Return a table as CSV, one line per row and column.
+
+    Each line names its source, so that the paper's numbers and ours cannot be mixed up. A blank cell has an empty
+    value, a dash of the paper a "-".
+    """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
     writer.writeheader()
@@ -52,9 +54,9 @@ def to_csv(table: Table) -> str:
                 "method": row.method,
                 "source": row.source,
                 "dataset": row.dataset,
+                "pretrain_epochs": _digits(row.epochs),
                 "column": column,
             }
-            line["pretrain_epochs"] = _digits(row.epochs)
             if cell := row.cells.get(column):
                 line |= _cell(cell)
             writer.writerow(line)
@@ -62,29 +64,24 @@ def to_csv(table: Table) -> str:
 
 
 def _cell(cell: Cell) -> dict[str, object]:
-    fields: dict[str, object] = {"value": "-" if cell.value is None else f"{cell.value:.6g}"}
-    if cell.runs:
-        record, facts = cell.runs[0][1], cell_facts(cell)
-        fields |= {
-            "std_over_seeds": _digits(cell.spread),
-            "n_seeds": len(cell.runs),
-            "finetune_epochs": _digits(record.finetune_epochs),
-            "eval_samples": record.results.eval_samples,
-            "chance_percent": f"{chance(record):g}",
-            "parameters_m": _digits(facts.parameters),
-            "gflop_an_image": _digits(facts.forward),
-            "pretrain_pflop": _digits(facts.pretrain_work),
-            "pretrain_device_hours": _digits(facts.pretrain_hours),
-            "pretrain_images_per_s": _digits(facts.pretrain_speed),
-            "finetune_device_hours": _digits(facts.tuning_hours),
-            "finetune_images_per_s": _digits(facts.tuning_speed),
-            "device": facts.device,
-            "teachers": " ".join(teachers(record).values()),
-            "recipe_hash": record.recipe_hash,
-            "seeds": " ".join(seeds(record) for _, record in cell.runs),
-            "runs": " ".join(run_name(run) for run in cell.runs),
-        }
-    return fields
+    value: dict[str, object] = {"value": "-" if cell.value is None else f"{cell.value:.6g}"}
+    if not cell.runs:
+        return value
+    record, costs = cell.runs[0][1], cell_costs(cell)
+    return {
+        **value,
+        "std_over_seeds": _digits(cell.spread),
+        "n_seeds": len(cell.runs),
+        "finetune_epochs": _digits(record.finetune_epochs),
+        "eval_samples": record.results.eval_samples,
+        "chance_percent": f"{chance_accuracy(record):g}",
+        **{name: _digits(number) for name, number in costs.numbers().items()},
+        "device": costs.device,
+        "teachers": " ".join(teacher_sources(record).values()),
+        "recipe_hash": record.recipe_hash,
+        "seeds": " ".join(seeds(record) for _, record in cell.runs),
+        "runs": " ".join(run_path(run) for run in cell.runs),
+    }
 
 
 def _digits(value: float | None) -> str:

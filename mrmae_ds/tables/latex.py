@@ -1,21 +1,12 @@
-"""A table as LaTeX: `booktabs` rules, the notes and the runs below it."""
+"""Write a table as LaTeX: `booktabs` rules, with the notes and the runs below it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from mrmae_ds.tables import paper
-from mrmae_ds.tables.markdown import (
-    COST_COLUMNS,
-    COSTS,
-    ERRORS,
-    RUN_COLUMNS,
-    cell_marks,
-    cost_lines,
-    grids,
-    run_lines,
-)
-from mrmae_ds.tables.write import Table
+from mrmae_ds.tables.base import Table
+from mrmae_ds.tables.markdown import COST_COLUMNS, COSTS, ERRORS, RUN_COLUMNS, cell_marks, cost_lines, grids, run_lines
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -24,24 +15,24 @@ _SPECIAL = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
 }
-# Not LaTeX's own characters, so that a bold number can be marked before its text is escaped.
+# Not special in LaTeX, so that a bold number can be marked before its text is escaped.
 _BOLD, _END = "\x01", "\x02"
 _SOURCES = (
-    "Rows marked paper are copied from the paper's Table {number}; a dash is its own blank. Rows marked ours, in bold, "
-    "were measured by the runs below, on the data set that the row names; accuracies on different data sets cannot be "
-    "compared. What was not run is blank. ep: epochs of pre-training."
+    "Rows marked paper are copied from the paper's Table {number}; a dash is blank in the paper. Rows marked ours, in "
+    "bold, were measured by the runs below, on the dataset named in the row; accuracies on different datasets are not "
+    "comparable. Cells that were not run are blank. ep: epochs of pre-training."
 )
 
 
 def to_latex(table: Table) -> str:
-    """Return a `table` environment and, where runs fill cells, two more with these runs and what they cost.
+    r"""Return a `table` environment and, if runs fill cells, two more with these runs and their costs.
 
-    It needs `\\usepackage{booktabs,graphicx}`.
+    Documents need `\usepackage{booktabs,graphicx}`.
     """
     marks = cell_marks(table)
     first = 1 + len(table.headings)
     bodies = [_tabular(head, body, first) for head, body in grids(table, marks, f"{_BOLD}{{}}{_END}")]
-    notes = [_SOURCES.format(number=table.number), *paper.slips_of(table.number)]
+    notes = [_SOURCES.format(number=table.number), *paper.errata_of(table.number)]
     parts = [
         "% \\usepackage{booktabs,graphicx}",
         _float(f"{table.title}.", f"tab:paper{table.number}", bodies, notes),
@@ -50,14 +41,14 @@ def to_latex(table: Table) -> str:
         label = f"tab:paper{table.number}"
         runs = _tabular(list(RUN_COLUMNS), list(run_lines(table, marks)), None)
         costs = _tabular(list(COST_COLUMNS), list(cost_lines(table, marks)), 2)
-        behind = f"The runs behind our numbers in Table~\\ref{{{label}}}"
-        parts.append(_float(f"{behind}.", f"{label}runs", [runs], [ERRORS], escaped=True))
-        parts.append(_float(f"{behind}: what they cost.", f"{label}cost", [costs], [COSTS], escaped=True))
+        reference = f"our numbers in Table~\\ref{{{label}}}"
+        parts.append(_float(f"Runs behind {reference}.", f"{label}runs", [runs], [ERRORS], escaped=True))
+        parts.append(_float(f"Cost of the runs behind {reference}.", f"{label}cost", [costs], [COSTS], escaped=True))
     return "\n\n".join(parts) + "\n"
 
 
 def escape(text: str) -> str:
-    """Return plain text as LaTeX. A bracket at its beginning is no option of a line break before it."""
+    """Escape plain text for LaTeX; a leading bracket must not become the option of a preceding line break."""
     shown = "".join(_SPECIAL.get(character, character) for character in text)
     if shown.startswith("["):
         shown = f"{{[}}{shown[1:]}"

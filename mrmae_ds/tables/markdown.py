@@ -1,15 +1,29 @@
-"""A table as Markdown."""
+"""Write a table as Markdown, and build the grids of text that the LaTeX writer shares."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from mrmae_ds.records.record import RunRecord
+from tabulate import tabulate
+
 from mrmae_ds.tables import paper
-from mrmae_ds.tables.costs import Facts, number
+from mrmae_ds.tables.base import (
+    Cell,
+    Row,
+    Run,
+    Table,
+    chance_accuracy,
+    format_number,
+    run_path,
+    sampling_error,
+    seeds,
+    teacher_sources,
+)
+from mrmae_ds.tables.costs import run_costs
 from mrmae_ds.tables.scaling import split_size
-from mrmae_ds.tables.select_runs import chance, run_name, sampling_error, teachers
-from mrmae_ds.tables.write import Cell, Row, Run, Table
+
+Marks = dict[tuple[str, str], str]  # (row label, column) of a cell of ours to its number, "[1]"
+Grid = tuple[list[str], list[list[str]]]  # head and body, as text
 
 RUN_COLUMNS = (
     "cell",
@@ -30,66 +44,64 @@ COST_COLUMNS = (
     "cell",
     "seed",
     "parameters (M)",
-    "GFLOP an image",
+    "GFLOP/image",
     "pre-training PFLOP",
-    "pre-training device-hours",
+    "pre-training GPU-hours",
     "pre-training images/s",
-    "fine-tuning device-hours",
+    "fine-tuning GPU-hours",
     "fine-tuning images/s",
     "device",
 )
 PROBE_COLUMNS = (
     "run folder",
     "method, size",
-    "data set",
+    "dataset",
     "top-1 (%)",
     "chance (%)",
-    *RUN_COLUMNS[8:9],
+    "pre-training epochs",
     "probe epochs",
     "seed",
 )
-PROBES = "Ours, of a linear classifier on the frozen encoder; the paper has none, and they stand in no cell above."
+PROBES = "Linear classifiers on our frozen encoders. The paper has no such table, so they fill no cell above."
 SOURCES = (
-    "Rows marked **paper** are copied from the paper's Table {number}; a dash is its own blank. Rows marked **ours**, "
-    "in bold, were measured by the runs listed below, on the data set that the row names. Accuracies on different data "
-    "sets cannot be compared. What was not run is blank. ep = epochs of pre-training."
+    "Rows marked **paper** are copied from the paper's Table {number}; a dash is blank in the paper. Rows marked "
+    "**ours**, in bold, were measured by the runs listed below, on the dataset named in the row. Accuracies on "
+    "different datasets are not comparable. Cells that were not run are blank. ep = epochs of pre-training."
 )
 ERRORS = (
-    "Sampling error: one binomial standard error of the run's own accuracy. Chance: 100 / classes. A "
-    "cell with several runs shows their mean ± sample standard deviation over n seeds."
+    "Sampling error: one binomial standard error of the run's own accuracy. Chance: 100 / classes. A cell with several "
+    "runs shows their mean ± sample standard deviation over n seeds."
 )
 COSTS = (
-    "Parameters are the fine-tuned model's, with its head; GFLOP its forward pass. Pre-training PFLOP: all its steps, "
-    "teachers, backward and recomputation included, two operations a multiply-add. Device-hours: processes times hours "
-    "as they ran, evaluation included; on GPUs these are GPU-hours. Images/s: of the whole job, the median of what it "
-    "logged. Blank is not known."
+    "Parameters: the fine-tuned model with its head. GFLOP/image: its forward pass. Pre-training PFLOP: all steps with "
+    "teachers, backward pass and recomputation; a multiply-add counts as two operations. GPU-hours: ranks times "
+    "wall-clock hours, evaluation included; on CPUs these are rank-hours. Images/s: median throughput of the job. "
+    "Blank: unknown."
 )
 
 
 def to_markdown(table: Table) -> str:
-    """Return the table, the footnotes and two lines for every run behind our cells, as GitHub Markdown."""
+    """Return a table, the runs behind our cells with their costs, and the paper's errata as GitHub Markdown."""
     marks = cell_marks(table)
     parts = [f"# {table.title}", SOURCES.format(number=table.number)]
-    parts += [_grid(head, body, numbers_from=1 + len(table.headings)) for head, body in grids(table, marks)]
+    parts += [_layout(grid, numbers_from=1 + len(table.headings)) for grid in grids(table, marks)]
     if marks:
-        parts += ["## The runs behind our numbers", _grid(list(RUN_COLUMNS), list(run_lines(table, marks))), ERRORS]
-        parts += ["## What they cost", _grid(list(COST_COLUMNS), list(cost_lines(table, marks)), 2), COSTS]
+        parts += ["## Runs behind our numbers", _layout((list(RUN_COLUMNS), list(run_lines(table, marks)))), ERRORS]
+        parts += ["## Cost of these runs", _layout((list(COST_COLUMNS), list(cost_lines(table, marks))), 2), COSTS]
     else:
         parts.append("No run of ours has finished fine-tuning yet.")
     if table.probes:
         lines = [_probe_line(run) for run in table.probes]
-        parts += ["## Linear probes", PROBES, _grid(list(PROBE_COLUMNS), lines)]
-    if table.left_out:
-        parts += ["## Fine-tuning runs that fill no cell", "\n".join(f"- {line}" for line in table.left_out)]
-    notes = paper.slips_of(table.number)
-    parts += ["## Notes on the paper's numbers", "\n".join(f"- {note}" for note in notes)]
+        parts += ["## Linear probes", PROBES, _layout((list(PROBE_COLUMNS), lines))]
+    if table.excluded:
+        parts += ["## Fine-tuning runs that fill no cell", "\n".join(f"- {line}" for line in table.excluded)]
+    errata = paper.errata_of(table.number)
+    parts += ["## Errata of the paper", "\n".join(f"- {erratum}" for erratum in errata)]
     return "\n\n".join(parts) + "\n"
 
 
-def grids(
-    table: Table, marks: dict[tuple[str, str], str], bold: str = "**{}**"
-) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Heads and bodies, as text: one grid, and of the scaling table one more for each family of sizes of our own."""
+def grids(table: Table, marks: Marks, bold: str = "**{}**") -> Iterator[Grid]:
+    """Yield one grid; for the scaling table, one more for each family of sizes of our own."""
     families = dict.fromkeys(split_size(column)[0] for column in table.columns)
     for family in families:
         columns = [column for column in table.columns if split_size(column)[0] == family]
@@ -109,8 +121,7 @@ def grids(
 
 
 def _with_blank_rows(table: Table, filled: list[Row]) -> list[Row]:
-    """The rows with cells in the paper's grid, and a blank one of ours for what was run only at sizes of another, or
-    not at all."""
+    """Return the rows of the paper's grid, with a blank row of ours for methods run only at other sizes, or not run."""
     rows: list[Row] = []
     for row in table.rows:
         blank = Row(row.method, "ours", f"{row.method}, ours (not run)", "", None, {})
@@ -121,108 +132,85 @@ def _with_blank_rows(table: Table, filled: list[Row]) -> list[Row]:
     return rows
 
 
-def cell_marks(table: Table) -> dict[tuple[str, str], str]:
-    """Number our cells in reading order: (row label, column) to "[1]"."""
+def cell_marks(table: Table) -> Marks:
+    """Number our cells in reading order."""
     return {(row.label, column): f"[{n}]" for n, (row, column, _) in enumerate(table.measured, start=1)}
 
 
-def cell_text(row: Row, column: str, marks: dict[tuple[str, str], str], bold: str) -> str:
-    """A cell as it is shown: the paper's as printed, ours in `bold` with its spread and its mark."""
+def cell_text(row: Row, column: str, marks: Marks, bold: str) -> str:
+    """Return the text of a cell: the paper's as printed, ours in `bold` with spread and mark."""
     cell = row.cells.get(column)
     if cell is None:
         return ""
     if row.source == "paper":
-        return "-" if cell.value is None else paper_number(column, cell.value)
+        return "-" if cell.value is None else _as_printed(column, cell.value)
     if not cell.runs:
-        return number(cell.value)
-    return f"{bold.format(measured_text(cell))} {marks[row.label, column]}"
+        return format_number(cell.value)
+    return f"{bold.format(_measured(cell))} {marks[row.label, column]}"
 
 
-def measured_text(cell: Cell) -> str:
-    """Mean, and spread over seeds if there are several."""
+def _measured(cell: Cell) -> str:
     spread = "" if cell.spread is None else f" ± {cell.spread:.2f} (n={len(cell.runs)})"
     return f"{cell.value:.2f}{spread}"
 
 
-def paper_number(column: str, value: float) -> str:
-    """As the paper prints it: whole numbers of parameters, ratios and epochs, else one decimal."""
+def _as_printed(column: str, value: float) -> str:
+    """Format as in the paper: whole numbers of parameters, ratios and epochs, otherwise one decimal."""
     return f"{value:.0f}" if column in ("Params (M)", "Ratio (%)", "F-Epochs") else f"{value:.1f}"
 
 
-def run_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list[str]]:
-    """`RUN_COLUMNS` of every run behind a cell."""
+def run_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
+    """Yield `RUN_COLUMNS` of every run behind a cell."""
     for row, column, cell in table.measured:
         for run in cell.runs:
             record = run[1]
             yield [
                 marks[row.label, column],
-                run_name(run),
+                run_path(run),
                 f"{record.pretrain_method}, {record.size}",
                 f"{record.results.top1:.2f}",
                 f"± {sampling_error(record):.2f}",
-                f"{chance(record):.4g}",
+                f"{chance_accuracy(record):.4g}",
                 f"{record.results.eval_samples:,}",
                 f"{(record.finetune_data or record.data).samples:,}",
                 _epochs(record.pretrain_epochs),
                 _epochs(record.finetune_epochs),
                 seeds(record),
                 record.recipe_hash[:12],
-                "; ".join(f"{name}: {source}" for name, source in teachers(record).items()) or "none",
+                "; ".join(f"{name}: {source}" for name, source in teacher_sources(record).items()) or "none",
             ]
 
 
-def cost_lines(table: Table, marks: dict[tuple[str, str], str]) -> Iterator[list[str]]:
-    """`COST_COLUMNS` of every run behind a cell."""
+def cost_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
+    """Yield `COST_COLUMNS` of every run behind a cell."""
     for row, column, cell in table.measured:
         for _, record in cell.runs:
-            facts = Facts.of(record)
-            values = (
-                facts.parameters,
-                facts.forward,
-                facts.pretrain_work,
-                facts.pretrain_hours,
-                facts.pretrain_speed,
-                facts.tuning_hours,
-                facts.tuning_speed,
-            )
-            yield [marks[row.label, column], seeds(record), *map(number, values), facts.device]
+            costs = run_costs(record)
+            numbers = map(format_number, costs.numbers().values())
+            yield [marks[row.label, column], seeds(record), *numbers, costs.device]
 
 
 def _probe_line(run: Run) -> list[str]:
     record = run[1]
     return [
-        run_name(run),
+        run_path(run),
         f"{record.pretrain_method}, {record.size}",
         record.data.dataset,
         f"{record.results.top1:.2f}",
-        f"{chance(record):.4g}",
+        f"{chance_accuracy(record):.4g}",
         _epochs(record.pretrain_epochs),
         _epochs(record.schedule.epochs),
         str(record.seed),
     ]
 
 
-def seeds(record: RunRecord) -> str:
-    """The run's seed; of an ensemble those of its members, "0+1"."""
-    return "+".join(str(tuning.seed) for tuning in record.finetunings if tuning)
-
-
 def _epochs(value: float | None) -> str:
     return "unknown" if value is None else f"{value:.4g}"
 
 
-def _grid(head: list[str], body: list[list[str]], numbers_from: int | None = None) -> str:
-    """Lay out a Markdown table, padded so that it reads well as plain text; columns from `numbers_from` on go
-    right."""
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (head, *body)]
-    widths = [max(3, *(len(row[i]) for row in rows)) for i in range(len(head))]
-    right = [numbers_from is not None and i >= numbers_from for i in range(len(head))]
-    rule = ["-" * (width - 1) + (":" if at_right else "-") for width, at_right in zip(widths, right, strict=True)]
-    lines = []
-    for row in (rows[0], rule, *rows[1:]):
-        padded = [
-            cell.rjust(width) if at_right else cell.ljust(width)
-            for cell, width, at_right in zip(row, widths, right, strict=True)
-        ]
-        lines.append(f"| {' | '.join(padded)} |")
-    return "\n".join(lines)
+def _layout(grid: Grid, numbers_from: int | None = None) -> str:
+    """Align a grid as a Markdown table; columns from `numbers_from` on are right-aligned."""
+    head, *body = ([cell.replace("|", "\\|").replace("\n", " ") for cell in line] for line in (grid[0], *grid[1]))
+    left = len(head) if numbers_from is None else numbers_from
+    alignment = ["left"] * left + ["right"] * (len(head) - left)
+    return tabulate(body, head, tablefmt="pipe", colalign=alignment, disable_numparse=True)

@@ -1,7 +1,6 @@
-"""The numbers of the MR-MAE paper (Gao et al., "Mimic before Reconstruct", 2023), as printed, and its known
-slips.
+"""Tables of the MR-MAE paper (Gao et al., "Mimic before Reconstruct", 2023), as printed, and their errata.
 
-They are shown beside ours and never used in place of ours.
+The numbers are shown beside ours and never used in place of ours.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ class PaperRow:
     """A printed row.
 
     Attributes:
-        method: as printed; "row N" in the table that names none.
-        epochs: of pre-training; None where the table does not say.
-        cells: a number a column; None is a dash or "N/A" in print.
-        labels: what the row says in words, by its heading; an empty one is blank in print.
+        method: as printed; "row N" in the table without names.
+        epochs: of pre-training; None if the table does not give it.
+        cells: numbers by column; None is a dash or "N/A" in print.
+        labels: text cells by heading; "" is blank in print.
     """
 
     method: str
@@ -31,8 +30,16 @@ class PaperRow:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """A printed table: its number, what it shows, the unit of columns that do not state their own, on which
-    data, and its columns of numbers in print order."""
+    """A printed table.
+
+    Attributes:
+        number: as printed.
+        title: of what it shows.
+        unit: of the columns that do not state their own.
+        dataset: on which it was measured.
+        columns: columns of numbers, in print order.
+        rows: in print order.
+    """
 
     number: int
     title: str
@@ -43,9 +50,8 @@ class PaperTable:
 
 
 @dataclass(frozen=True)
-class Slip:
-    """A place where the paper contradicts itself or can be misread; `tables` are those whose reader must
-    know."""
+class Erratum:
+    """A contradiction or ambiguity of the paper; `tables` are those it concerns."""
 
     text: str
     tables: tuple[int, ...]
@@ -169,32 +175,32 @@ TABLE_6 = PaperTable(
 
 TABLES = {table.number: table for table in (TABLE_1, TABLE_2, TABLE_3, TABLE_4, TABLE_5, TABLE_6)}
 
-SLIPS = (
-    Slip(
+ERRATA = (
+    Erratum(
         "MR-MAE Base reaches 85.8 % after 400 epochs of pre-training (Tables 1 and 5); the introduction "
         "says 200. After 200 it is 85.5 % (Tables 3, 5 and 6).",
         (1, 5, 6),
     ),
-    Slip("The introduction gives MAE Base 83.8 %; Tables 1 and 6 give 83.6 %.", (1, 6)),
-    Slip(
+    Erratum("The introduction gives MAE Base 83.8 %; Tables 1 and 6 give 83.6 %.", (1, 6)),
+    Erratum(
         'The column printed as "Huge-393" is the model fine-tuned at 392 pixels, written Huge-392 here: '
         "patches of 14 pixels tile 392 (28 x 28), not 393.",
         (6,),
     ),
-    Slip(
+    Erratum(
         '"Mask ratio 25 %" means that 25 % of the patches are visible and 75 % are masked.',
         (1, 2, 3, 4, 5, 6),
     ),
-    Slip("Section 4.3 gives 52.7 box AP for 200 epochs; Tables 3 and 5 give 53.0.", (3, 5)),
-    Slip(
-        "Table 4 does not say its epochs and tricks. Its CLIP row is 85.0 % where Tables 3, 5 and 6 give MR-MAE Base "
+    Erratum("Section 4.3 gives 52.7 box AP for 200 epochs; Tables 3 and 5 give 53.0.", (3, 5)),
+    Erratum(
+        "Table 4 does not state its epochs and tricks. Its CLIP row is 85.0 % where Tables 3, 5 and 6 give MR-MAE Base "
         "85.5 %; Table 3 has 85.0 % without masked convolution.",
         (4,),
     ),
-    Slip('"88 M" parameters counts the encoder with its two fusion convolutions (88.93 M).', (1, 4)),
+    Erratum('"88 M" parameters counts the encoder with its two fusion convolutions (88.93 M).', (1, 4)),
 )
 
 
-def slips_of(table: int) -> list[str]:
-    """Return what a reader of the paper's table of this number must know of its slips."""
-    return [slip.text for slip in SLIPS if table in slip.tables]
+def errata_of(table: int) -> list[str]:
+    """Return the errata that concern the paper's table of this number."""
+    return [erratum.text for erratum in ERRATA if table in erratum.tables]

@@ -1,4 +1,4 @@
-"""The paper's Tables 1, 3, 4 and 5 as an image: a line a row, accuracy to the right, one panel a data set."""
+"""Plot the paper's Tables 1, 3, 4 and 5: one line per row, accuracy to the right, one panel per dataset."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from matplotlib.axes import Axes
 
 from mrmae_ds.figures import style
 from mrmae_ds.tables.ablations import ACCURACY
-from mrmae_ds.tables.plot_scaling import (
+from mrmae_ds.tables.base import Row, Table
+from mrmae_ds.tables.plot_panels import (
     OUR_COLORS,
     PAPER_GRAYS,
     Panel,
@@ -17,23 +18,21 @@ from mrmae_ds.tables.plot_scaling import (
     datasets,
     panel_title,
     short_label,
-    value,
     wrap,
 )
-from mrmae_ds.tables.write import Row, Table
 
 _INCHES_PER_ROW = 0.3
 _WIDTH = 5.6
 _LABEL_CHARACTERS = 58
 
 
-def plot_rows(table: Table, path: Path) -> None:
+def plot_ablations(table: Table, path: Path) -> None:
     """Draw the accuracies of `table` to a PNG."""
     panels = [
         Panel(
             table.number,
             dataset,
-            tuple(row for row in table.rows if row.dataset == dataset and not math.isnan(value(row, ACCURACY))),
+            tuple(row for row in table.rows if row.dataset == dataset and not math.isnan(row.value(ACCURACY))),
             (ACCURACY,),
             _WIDTH,
         )
@@ -49,14 +48,14 @@ def plot_rows(table: Table, path: Path) -> None:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    numbers = [value(row, ACCURACY) for row in panel.rows]
-    for place, (row, number) in enumerate(zip(panel.rows, numbers, strict=True)):
+    numbers = [row.value(ACCURACY) for row in panel.rows]
+    for position, (row, number) in enumerate(zip(panel.rows, numbers, strict=True)):
         ours = row.source == "ours"
         color = OUR_COLORS[0] if ours else PAPER_GRAYS[1]
         spread = row.cells[ACCURACY].spread or 0.0
         axes.errorbar(
             [number],
-            [place],
+            [position],
             xerr=[spread] if spread else None,
             color=color,
             marker="o" if ours else "s",
@@ -66,7 +65,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
             linestyle="none",
             capsize=3,
         )
-        annotate(axes, f"{number:.2f}" if ours else f"{number:.1f}", (number + spread, place), color, "right")
+        annotate(axes, f"{number:.2f}" if ours else f"{number:.1f}", (number + spread, position), color, "right")
     axes.set_yticks(range(len(panel.rows)), [_label(row) for row in panel.rows])
     axes.set_ylim(len(panel.rows) - 0.5, -0.5)
     margin = max(0.15 * (max(numbers) - min(numbers)), 0.5)
@@ -79,7 +78,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
 
 
 def _label(row: Row) -> str:
-    """The row's name, without the data set that the panel names already, and of Table 3 its parts."""
+    """Return a row's label without the dataset that the panel names; for Table 3, with its parts."""
     parts = [f"{k}: {v}" if v not in ("yes", "") else k for k, v in row.labels.items() if v]
     text = short_label(row)
     shown = f"{text}  [{'; '.join(parts)}]" if parts and row.source == "paper" else text
@@ -88,6 +87,6 @@ def _label(row: Row) -> str:
 
 def _two_lines(text: str) -> str:
     """Break a long label at the space nearest to its middle."""
-    spaces = [place for place, character in enumerate(text) if character == " "]
-    middle = min(spaces, key=lambda place: abs(place - len(text) / 2))
+    spaces = [index for index, character in enumerate(text) if character == " "]
+    middle = min(spaces, key=lambda index: abs(index - len(text) / 2))
     return f"{text[:middle].rstrip()}\n{text[middle:].lstrip()}"

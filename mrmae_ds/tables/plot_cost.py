@@ -1,7 +1,7 @@
-"""Accuracy against what it takes: parameters of the fine-tuned model, and device-hours of pre-training.
+"""Plot accuracy over parameters of the fine-tuned model and over GPU-hours of pre-training, one row per dataset.
 
-A row of panels a data set. The paper prints parameters in Tables 1 and 4 alone, and device-hours nowhere: its numbers
-of the other tables stand at the parameters of the architectures as built here, and on the right there are none.
+The paper prints parameters only in Tables 1 and 4, and GPU-hours nowhere. Its numbers of the other tables are therefore
+drawn at the parameters of the architectures as built here, and none are drawn over GPU-hours.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from mrmae_ds.figures import style
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.ablations import ACCURACY, OWN_METHODS, PARAMETERS
-from mrmae_ds.tables.costs import cell_facts
-from mrmae_ds.tables.costs import number as digits
-from mrmae_ds.tables.plot_scaling import (
+from mrmae_ds.tables.base import Cell, Row, Table, format_number
+from mrmae_ds.tables.costs import cell_costs
+from mrmae_ds.tables.plot_panels import (
     Panel,
     annotate,
     colors_of,
@@ -27,18 +27,16 @@ from mrmae_ds.tables.plot_scaling import (
     marker_of,
     panel_title,
     short_label,
-    value,
     wrap,
 )
 from mrmae_ds.tables.scaling import split_size
-from mrmae_ds.tables.write import Cell, Row, Table
 
 # Millions of parameters of the fine-tuned models with 1000 classes, as built here, by column of Table 6.
 VIT = {"Small": 22.05, "Base": 86.57, "Large": 304.33, "Huge": 632.05, "Huge-392": 632.72, "Huge-448": 633.03}
 CVIT = {"Small": 22.33, "Base": 85.37, "Large": 311.17, "Huge": 652.30, "Huge-392": 652.98, "Huge-448": 653.29}
 _WIDTH, _HEIGHT = 5.4, 3.9
-_WIDE = 3.0  # greatest by least value from which on a scale is logarithmic
-_SHORT = 36  # characters of a legend's entry of which two fit side by side
+_WIDE = 3.0  # ratio of the largest to the smallest value above which a scale is logarithmic
+_SHORT = 36  # characters below which two legend entries fit side by side
 
 
 @dataclass(frozen=True)
@@ -49,11 +47,11 @@ class _Point:
     name: str
 
 
-_PlaceOf = Callable[[int, Row, str, Cell], float | None]
+_XOf = Callable[[int, Row, str, Cell], float | None]
 
 
-def plot_costs(table: Table, path: Path) -> None:
-    """Draw `table`'s accuracies over parameters and over pre-training hours to a PNG."""
+def plot_cost(table: Table, path: Path) -> None:
+    """Draw `table`'s accuracies over parameters and over GPU-hours of pre-training to a PNG."""
     names = datasets(table)
     lines = len(_rows(table))
     figure = style.new_figure(2 * _WIDTH, 0.6 + _HEIGHT * len(names) + 0.1 * lines)
@@ -68,10 +66,10 @@ def plot_costs(table: Table, path: Path) -> None:
         left.set_xlabel("Parameters of the fine-tuned model (M)", fontsize=9)
         columns = 2 if len(rows) > 3 and max(len(short_label(row)) for row in rows) < _SHORT else 1
         left.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
-        devices = dict.fromkeys(cell_facts(cell).device for row in panel.ours for cell in row.measured.values())
+        devices = dict.fromkeys(cell_costs(cell).device for row in panel.ours for cell in row.measured.values())
         _draw(right, panel, _hours, colors)
         where = f" ({', '.join(devices)})" if devices else ""
-        right.set_xlabel(wrap(f"Device-hours of pre-training{where}", _WIDTH), fontsize=9)
+        right.set_xlabel(wrap(f"GPU-hours of pre-training{where}", _WIDTH), fontsize=9)
         for axes, text in ((left, "\n".join(panel_title(panel))), (right, panel.dataset)):
             axes.set_title("\n".join(wrap(line, _WIDTH) for line in text.split("\n")), fontsize=9.5, color=style.INK)
         right.set_ylim(left.get_ylim())
@@ -81,7 +79,7 @@ def plot_costs(table: Table, path: Path) -> None:
 
 
 def _rows(table: Table) -> list[Row]:
-    """Those with numbers; of the paper's Table 1 those of the methods that can be run here."""
+    """Return the rows with numbers; of the paper's Table 1, those of methods that can be run here."""
     foreign = {row.method for row in table.rows} - {*OWN_METHODS} if table.number == paper.TABLE_1.number else set()
     return [row for row in table.rows if row.cells and row.method not in foreign]
 
@@ -90,10 +88,10 @@ def _accuracies(table: Table) -> tuple[str, ...]:
     return table.columns if table.number == paper.TABLE_6.number else (ACCURACY,)
 
 
-def _draw(axes: Axes, panel: Panel, place_of: _PlaceOf, colors: dict[tuple[str, str], str]) -> None:
+def _draw(axes: Axes, panel: Panel, x_of: _XOf, colors: dict[tuple[str, str], str]) -> None:
     drawn = False
     for row in panel.rows:
-        points = _points(panel, row, place_of)
+        points = _points(panel, row, x_of)
         if not points:
             continue
         drawn, ours, color = True, row.source == "ours", colors[row.method, row.source]
@@ -113,11 +111,11 @@ def _draw(axes: Axes, panel: Panel, place_of: _PlaceOf, colors: dict[tuple[str, 
             capsize=3,
         )
         for point in points:
-            # Plain ViTs are the smallest of a size: to their left nothing of the others is in the way.
+            # Plain ViTs are the smallest of a size, so that the space to their left is free.
             annotate(axes, point.name, (point.x, point.y), color, "left" if row.method == "MAE" else "right")
     _set_scales(axes)
     if not drawn:
-        text = "not recorded" if panel.ours else "no runs of ours, and the paper prints none"
+        text = "not recorded" if panel.ours else "no runs of ours, and none in the paper"
         axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=style.MUTED)
         axes.set_xticks([])
 
@@ -131,31 +129,31 @@ def _set_scales(axes: Axes) -> None:
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: digits(x)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: format_number(x)))
     axes.set_ylabel("Top-1 accuracy (%)", fontsize=9)
     axes.margins(x=0.2, y=0.16)
 
 
-def _points(panel: Panel, row: Row, place_of: _PlaceOf) -> list[_Point]:
-    """A row's points from left to right; those whose place is not known, or is 0, are left out."""
+def _points(panel: Panel, row: Row, x_of: _XOf) -> list[_Point]:
+    """Return a row's points from left to right, without those whose x is unknown or 0."""
     points = []
     for column in panel.columns:
-        if math.isnan(value(row, column)):
+        if math.isnan(row.value(column)):
             continue
         cell = row.cells[column]
-        if x := place_of(panel.table, row, column, cell):
+        if x := x_of(panel.table, row, column, cell):
             name = row.method if column == ACCURACY else split_size(column)[1]
-            points.append(_Point(x, value(row, column), cell.spread or 0.0, name))
+            points.append(_Point(x, row.value(column), cell.spread or 0.0, name))
     return sorted(points, key=lambda point: point.x)
 
 
 def _hours(table: int, row: Row, column: str, cell: Cell) -> float | None:
-    return cell_facts(cell).pretrain_hours if cell.runs else None
+    return cell_costs(cell).pretrain_gpu_hours if cell.runs else None
 
 
 def _parameters(table: int, row: Row, column: str, cell: Cell) -> float | None:
     if cell.runs:
-        return cell_facts(cell).parameters
+        return cell_costs(cell).parameters_m
     if PARAMETERS in row.cells:
         return row.cells[PARAMETERS].value
     if table == paper.TABLE_6.number:

@@ -5,6 +5,7 @@ README.md says how they were made. :func:`legacy_runs` is the one place that tur
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import tarfile
@@ -61,9 +62,18 @@ def test_the_table_is_the_stored_one(number: int | None, legacy: Path) -> None:
     paper = [] if number is None else ["--paper", str(number)]
     done = run(["mrmae", "table", "runs", "--out", "table", *paper], 120, environment(), legacy)
     assert done.status == 0, done.stderr
-    for kind in ("md", "csv"):
-        name = f"table{number or ''}.{kind}"
-        assert (legacy / "table" / name).read_text() == (HERE / "table" / name).read_text(), name
+    for name in (f"table{number or ''}.md", f"table{number or ''}.csv"):
+        assert _values(legacy / "table" / name) == _values(HERE / "table" / name), name
+
+
+def _values(path: Path) -> list[list[str]]:
+    """Return the cells below the heads of a table's grids: their wording and alignment may change, values may not."""
+    lines = path.read_text().splitlines()
+    if path.suffix == ".csv":
+        return list(csv.reader(lines))[1:]
+    grid = [[cell.strip() for cell in line.split("|")] for line in lines if line.startswith("|")]
+    rules = [index for index, cells in enumerate(grid) if not "".join(cells).strip("-:")]
+    return [cells for index, cells in enumerate(grid) if index not in rules and index + 1 not in rules]
 
 
 @comparable

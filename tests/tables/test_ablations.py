@@ -6,8 +6,10 @@ import pytest
 
 from mrmae_ds.records.record import RunRecord, summarize_finetuning
 from mrmae_ds.records.sections import DataInfo, Member, Parameters, Schedule
+from mrmae_ds.tables.base import Row, Run, Table
+from mrmae_ds.tables.markdown import to_markdown
 from mrmae_ds.tables.paper import TABLES
-from mrmae_ds.tables.write import Row, Run, Table, paper_table
+from mrmae_ds.tables.write import build_table
 from tests.support.records import make_pretraining, make_record, make_run, make_tuned
 
 WHOLE = {"dataset": "ImageNet-1K", "classes": 1000, "samples": 1_281_167, "eval_samples": 50_000}
@@ -26,19 +28,19 @@ def _place(table: Table, row: Row) -> Row:
 
 @pytest.mark.parametrize("number", [1, 3, 4, 5])
 def test_without_runs_the_papers_rows_stand_as_printed_and_ours_are_blank(number: int) -> None:
-    table, printed = paper_table(number, []), TABLES[number]
+    table, printed = build_table(number, []), TABLES[number]
     papers = [row for row in table.rows if row.source == "paper"]
     assert [{c: cell.value for c, cell in row.cells.items()} for row in papers] == [row.cells for row in printed.rows]
     assert [row.labels for row in papers] == [row.labels for row in printed.rows]
     ours = [row for row in table.rows if row.source == "ours"]
     assert len(ours) == (3 if number == 1 else len(printed.rows))
     assert all(row.cells == {} and "not run" in row.label for row in ours)
-    assert "No run of ours" in table.to_markdown()
+    assert "No run of ours" in to_markdown(table)
 
 
 @pytest.mark.parametrize("row", range(1, 8))
 def test_a_run_stands_below_the_row_of_table_3_whose_parts_it_had(row: int) -> None:
-    table = paper_table(3, [make_tuned("any", make_pretraining(row), 77.0)])
+    table = build_table(3, [make_tuned("any", make_pretraining(row), 77.0)])
     (ours,) = _ours(table)
     printed = _place(table, ours)
     assert printed.method == f"row {row}" and printed.labels == ours.labels
@@ -53,15 +55,15 @@ def test_parts_that_no_row_has_fill_none_and_are_told() -> None:
     assert mcmae.design is not None
     del mcmae.design.objectives["loss1"]
     unknown = make_pretraining(7, design=None)
-    table = paper_table(3, [make_tuned("mcmae", mcmae), make_tuned("old", unknown)])
+    table = build_table(3, [make_tuned("mcmae", mcmae), make_tuned("old", unknown)])
     assert not _ours(table)
-    assert [line.split(":")[0] for line in table.left_out] == ["runs/mcmae/finetune", "runs/old/finetune"]
+    assert [line.split(":")[0] for line in table.excluded] == ["runs/mcmae/finetune", "runs/old/finetune"]
 
 
 def test_seeds_share_a_cell_and_recipes_do_not() -> None:
     runs = [make_tuned("a", make_pretraining(2), 80.0), make_tuned("a", make_pretraining(2), 82.0, seed=1)]
     runs += [make_tuned("b", make_pretraining(2), 70.0), make_tuned("a", make_pretraining(2, epochs=400), 90.0)]
-    cells = {row.label: row.cells["FT"] for row in _ours(paper_table(3, runs))}
+    cells = {row.label: row.cells["FT"] for row in _ours(build_table(3, runs))}
     assert {label: (cell.value, len(cell.runs)) for label, cell in cells.items()} == {
         "row 2, ours: a (200 ep, Fashion-MNIST, chance 10 %)": (81.0, 2),
         "row 2, ours: b (200 ep, Fashion-MNIST, chance 10 %)": (70.0, 1),
@@ -73,14 +75,14 @@ def test_seeds_share_a_cell_and_recipes_do_not() -> None:
 def test_other_sizes_of_the_scaling_table_are_passed_over(size: str) -> None:
     for kept in ("Base", "Tiny-Base", "Tiny"):
         runs = [make_tuned("a", make_pretraining(), size=size), make_tuned("b", make_pretraining(), size=kept)]
-        table = paper_table(3, runs)
+        table = build_table(3, runs)
         (row,) = _ours(table)
-        assert row.cells["FT"].runs[0][1].size == kept and table.left_out == ()
+        assert row.cells["FT"].runs[0][1].size == kept and table.excluded == ()
 
 
 def test_what_was_not_pretrained_is_passed_over() -> None:
-    table = paper_table(3, [make_run("scratch", "From scratch", "Base", pretrain=None)])
-    assert not _ours(table) and table.left_out == ()
+    table = build_table(3, [make_run("scratch", "From scratch", "Base", pretrain=None)])
+    assert not _ours(table) and table.excluded == ()
 
 
 def test_table_1_goes_by_what_was_trained_and_says_with_what() -> None:
@@ -89,13 +91,13 @@ def test_table_1_goes_by_what_was_trained_and_says_with_what() -> None:
         make_tuned("b", make_pretraining(7), 73.0, parameters=Parameters(total=85_374_824, trainable=1, encoder=1)),
         make_tuned("c", make_pretraining(2), 74.0),
     ]
-    table = paper_table(1, runs)
+    table = build_table(1, runs)
     mae, mrmae = _ours(table)
     assert (_place(table, mae).method, _place(table, mrmae).method) == ("MAE", "MR-MAE")
     assert mae.labels == {"Backbone": "vit_base", "Supervision": "RGB"}
     assert mrmae.labels == {"Backbone": "cvit_base", "Supervision": CLIP}
     assert mrmae.cells["Params (M)"].value == pytest.approx(85.374824) and mrmae.cells["Ratio (%)"].value == 25
-    assert table.left_out == ("runs/c/finetune: what it was trained with is none of the table's rows",)
+    assert table.excluded == ("runs/c/finetune: its training configuration matches no row of this table",)
     methods = [row.method for row in table.rows if row.source == "ours"]
     assert methods == ["MAE", "MCMAE", "MR-MAE"]
 
@@ -121,19 +123,19 @@ def test_table_4_goes_by_the_teachers() -> None:
         _evaluated("sep", clip[1], dino[1], top1=88.0),
         _evaluated("twice", clip[1], clip[1], top1=87.0),
     ]
-    table = paper_table(4, runs)
+    table = build_table(4, runs)
     assert {row.label.split(": ")[1].split(" (")[0]: _place(table, row).method for row in _ours(table)} == {
         "clip": "CLIP",
         "dino": "DINO",
         "joint": "CLIP/DINO (Joint)",
         "sep": "CLIP/DINO (Sep.)",
     }
-    assert [line.split("/")[1] for line in table.left_out] == ["other", "plain", "twice"]
+    assert [line.split("/")[1] for line in table.excluded] == ["other", "plain", "twice"]
 
 
 def test_table_5_goes_by_epochs_and_has_rows_for_those_that_the_paper_does_not() -> None:
     runs = [make_tuned(str(n), make_pretraining(epochs=n)) for n in (400, 100, 30)]
-    table = paper_table(5, runs)
+    table = build_table(5, runs)
     places = [(row.label.split(", ours")[0], row.source) for row in table.rows]
     paper = [(f"MR-MAE, {n} epochs", "paper") for n in (200, 400, 800)]
     assert [place[0].split(", paper")[0] for place in places if place[1] == "paper"] == [name for name, _ in paper]
@@ -145,6 +147,6 @@ def test_table_5_goes_by_epochs_and_has_rows_for_those_that_the_paper_does_not()
 def test_only_the_whole_of_imagenet_is_on_the_papers_data() -> None:
     whole, part = (make_tuned(n, make_pretraining(dataset="ImageNet-1K"), **WHOLE) for n in ("whole", "part"))
     part[1].results.eval_samples = 400
-    labels = [row.label for row in _ours(paper_table(3, [whole, part]))]
+    labels = [row.label for row in _ours(build_table(3, [whole, part]))]
     assert labels[0] == "row 7, ours: whole (200 ep, ImageNet-1K)"
     assert "400 evaluation samples" in labels[1] and "chance 0.1 %" in labels[1]

@@ -16,10 +16,12 @@ from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.records.record import summarize_finetuning
 from mrmae_ds.records.sections import Hardware, Member, Operations, Parameters, Results
 from mrmae_ds.tables import plot_cost
-from mrmae_ds.tables.costs import number
-from mrmae_ds.tables.latex import escape
+from mrmae_ds.tables.base import Run, Table, format_number
+from mrmae_ds.tables.csv import to_csv
+from mrmae_ds.tables.latex import escape, to_latex
+from mrmae_ds.tables.markdown import to_markdown
 from mrmae_ds.tables.paper import TABLES
-from mrmae_ds.tables.write import Run, Table, paper_table
+from mrmae_ds.tables.write import build_table
 from mrmae_ds.weights.load import build_encoder
 from tests.support.records import make_pretraining, make_run, make_tuned
 
@@ -41,26 +43,26 @@ def _known_run(name: str = "a", **fields: object) -> Run:
 
 
 def _costs(table: Table) -> list[list[str]]:
-    grid = table.to_markdown().split("## What they cost\n\n")[1].split("\n\n")[0]
+    grid = to_markdown(table).split("## Cost of these runs\n\n")[1].split("\n\n")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in grid.splitlines()[2:]]
 
 
 @pytest.mark.parametrize("table", [3, 6])
 def test_what_each_run_cost_stands_beside_it(table: int) -> None:
-    # 0.5 h x 4 processes = 2 device-hours; the pre-training's 30 hours and 2e18 operations are the builder's.
-    (line,) = _costs(paper_table(table, [_known_run()]))
+    # 0.5 h x 4 processes = 2 GPU-hours; the pre-training's 30 hours and 2e18 operations are the builder's.
+    (line,) = _costs(build_table(table, [_known_run()]))
     assert line == ["[1]", "0", "12.3", "2.5", "2,000", "30", "1,000", "2", "321", "H100"]
-    text = paper_table(table, [_known_run()]).to_csv()
+    text = to_csv(build_table(table, [_known_run()]))
     (row,) = [row for row in csv.DictReader(io.StringIO(text)) if row["runs"]]
-    assert row["parameters_m"] == "12.3" and row["gflop_an_image"] == "2.5" and row["pretrain_pflop"] == "2000"
-    assert row["pretrain_device_hours"] == "30" and row["finetune_device_hours"] == "2"
+    assert row["parameters_m"] == "12.3" and row["gflop_per_image"] == "2.5" and row["pretrain_pflop"] == "2000"
+    assert row["pretrain_gpu_hours"] == "30" and row["finetune_gpu_hours"] == "2"
     assert (row["pretrain_images_per_s"], row["finetune_images_per_s"]) == ("1000", "321")
 
 
 def test_what_is_not_known_stays_blank_and_no_pretraining_costs_nothing() -> None:
     unknown = make_tuned("a", make_pretraining(spent=None), wall_seconds=36.0)
     scratch = make_run("b", "From scratch", "Base", pretrain=None, wall_seconds=36.0)
-    lines = {line[0]: line[2:-1] for line in _costs(paper_table(6, [unknown, scratch]))}
+    lines = {line[0]: line[2:-1] for line in _costs(build_table(6, [unknown, scratch]))}
     assert lines == {
         "[1]": ["0.00003", "", "0", "0", "", "0.01", ""],
         "[2]": ["0.00003", "", "", "", "", "0.01", ""],
@@ -75,14 +77,14 @@ def test_an_ensemble_cost_what_its_members_did() -> None:
     known = _known_run(
         stage="evaluate", members=members, init=None, parameters=Parameters(total=2, trainable=0, encoder=2)
     )
-    (line,) = _costs(paper_table(6, [known]))
+    (line,) = _costs(build_table(6, [known]))
     assert line[1:] == ["0+0", "0.000002", "5", "4,000", "60", "1,000", "6", "321", "H100"]
 
 
 def test_a_cells_cost_is_the_mean_over_its_seeds() -> None:
     runs = [_known_run("a"), _known_run("a", seed=1, wall_seconds=3600.0)]
-    (row,) = [r for r in csv.DictReader(io.StringIO(paper_table(3, runs).to_csv())) if r["runs"]]
-    assert row["finetune_device_hours"] == "3" and row["n_seeds"] == "2"
+    (row,) = [r for r in csv.DictReader(io.StringIO(to_csv(build_table(3, runs)))) if r["runs"]]
+    assert row["finetune_gpu_hours"] == "3" and row["n_seeds"] == "2"
 
 
 @pytest.mark.parametrize(
@@ -90,13 +92,13 @@ def test_a_cells_cost_is_the_mean_over_its_seeds() -> None:
     [(None, ""), (0, "0"), (0.012345, "0.0123"), (1234567.0, "1,230,000"), (99.95, "100"), (3e-12, "3e-12")],
 )
 def test_numbers_have_three_digits_and_no_exponent(value: float | None, shown: str) -> None:
-    assert number(value) == shown
+    assert format_number(value) == shown
 
 
 @pytest.mark.parametrize("number_", [1, 3, 4, 5, 6])
 def test_the_latex_has_the_same_cells(number_: int) -> None:
-    table = paper_table(number_, [_known_run("a_b"), _known_run("a_b", seed=1)])
-    text = table.to_latex()
+    table = build_table(number_, [_known_run("a_b"), _known_run("a_b", seed=1)])
+    text = to_latex(table)
     assert text.count("\\begin{tabular}") == text.count("\\end{tabular}") == 3
     body = text.split("\\midrule\n")[1].split("\\bottomrule")[0]
     columns = 1 + len(table.headings) + len(table.columns)
@@ -115,7 +117,7 @@ def test_the_latex_has_the_same_cells(number_: int) -> None:
 
 
 def test_a_mark_at_the_beginning_of_a_line_is_no_length_of_the_line_break() -> None:
-    text = paper_table(6, [_known_run()]).to_latex()
+    text = to_latex(build_table(6, [_known_run()]))
     assert "\n{[}1] & runs/a/finetune" in text and "\n[" not in text
 
 
@@ -135,13 +137,13 @@ def test_the_parameters_of_the_papers_points_are_those_of_the_models() -> None:
 def _cost_panels(table: Table, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
     figures: list[Figure] = []
     monkeypatch.setattr(style, "save", lambda figure, _: figures.append(figure))
-    plot_cost.plot_costs(table, Path("unused.png"))
+    plot_cost.plot_cost(table, Path("unused.png"))
     return figures[0].axes
 
 
 def test_the_cost_plot_sets_ours_at_their_cost_and_the_papers_at_none(monkeypatch: pytest.MonkeyPatch) -> None:
     run = _known_run(**WHOLE, results=Results(top1=80.0, eval_samples=50_000))
-    left, right = _cost_panels(paper_table(6, [run]), monkeypatch)
+    left, right = _cost_panels(build_table(6, [run]), monkeypatch)
     by_parameters = [box[0] for box in left.containers]
     gray = [line for line in by_parameters if len(set(to_rgb(line.get_color()))) == 1]
     (ours,) = [line for line in by_parameters if line not in gray]
@@ -153,7 +155,7 @@ def test_the_cost_plot_sets_ours_at_their_cost_and_the_papers_at_none(monkeypatc
 
 
 def test_the_cost_plot_of_other_data_has_its_own_panels(monkeypatch: pytest.MonkeyPatch) -> None:
-    axes = _cost_panels(paper_table(6, [_known_run()]), monkeypatch)
+    axes = _cost_panels(build_table(6, [_known_run()]), monkeypatch)
     assert [len(panel.containers) for panel in axes] == [3, 0, 1, 1]
     assert not axes[1].axison
     assert "Fashion-MNIST" in axes[2].get_title() and "chance 10" in axes[2].get_title()

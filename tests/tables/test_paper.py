@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mrmae_ds.tables.paper import TABLES, PaperRow, slips_of
+from mrmae_ds.tables.paper import TABLES, PaperRow, errata_of
 
 # Taken a second time from the paper's own tables: a line a row, its cells in print order; a dash or N/A is "-".
 PRINTED = {
@@ -89,9 +89,9 @@ def test_rows_without_a_name_are_numbered() -> None:
 
 
 def test_the_slips_reach_the_tables_they_touch() -> None:
-    assert any("Huge-393" in text for text in slips_of(6))
-    assert any("85.8" in text and "400" in text for text in slips_of(5))
-    assert any("52.7" in text for text in slips_of(5))
-    assert not any("52.7" in text for text in slips_of(6))
-    assert any("Table 4" in text and "85.0" in text for text in slips_of(4))
-    assert all(any("visible" in text for text in slips_of(table)) for table in range(1, 7))
+    assert any("Huge-393" in text for text in errata_of(6))
+    assert any("85.8" in text and "400" in text for text in errata_of(5))
+    assert any("52.7" in text for text in errata_of(5))
+    assert not any("52.7" in text for text in errata_of(6))
+    assert any("Table 4" in text and "85.0" in text for text in errata_of(4))
+    assert all(any("visible" in text for text in errata_of(table)) for table in range(1, 7))

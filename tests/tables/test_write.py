@@ -18,9 +18,13 @@ from mrmae_ds.figures import style
 from mrmae_ds.records.record import RunRecord, summarize_finetuning
 from mrmae_ds.records.sections import DataInfo, Init, Member, PretrainSummary, Results, Schedule, TeacherInfo
 from mrmae_ds.tables import plot_scaling
+from mrmae_ds.tables.base import Row, Run, Table
+from mrmae_ds.tables.csv import to_csv
+from mrmae_ds.tables.latex import to_latex
+from mrmae_ds.tables.markdown import to_markdown
 from mrmae_ds.tables.paper import IMAGENET, TABLE_6
 from mrmae_ds.tables.scaling import scaling_table
-from mrmae_ds.tables.write import Row, Run, Table, write_table
+from mrmae_ds.tables.write import write_table
 from tests.support.records import make_record, make_run
 
 WHOLE = {"dataset": "ImageNet-1K", "classes": 1000, "samples": 1_281_167, "eval_samples": 50_000}
@@ -34,14 +38,14 @@ def _ours(table: Table, method: str) -> Row:
 
 def _markdown_rows(table: Table) -> dict[str, list[str]]:
     """Parse the first table of the Markdown text: label to cells."""
-    grid = table.to_markdown().split("\n\n")[2]
+    grid = to_markdown(table).split("\n\n")[2]
     lines = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in grid.splitlines()]
     return {label: cells for label, *cells in lines}
 
 
 def _section(table: Table, title: str) -> list[list[str]]:
     """The lines of the grid below a heading of the Markdown text, as cells."""
-    grid = table.to_markdown().split(f"## {title}\n\n")[1].split("\n\n")[0]
+    grid = to_markdown(table).split(f"## {title}\n\n")[1].split("\n\n")[0]
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in grid.splitlines()[2:]]
 
 
@@ -96,14 +100,14 @@ def test_an_unfinished_run_fills_no_cell(status: str) -> None:
     table = scaling_table([make_run("a", top1=95.0, status=status)])
     assert _ours(table, "MR-MAE").cells == {}
     assert "Tiny" not in table.columns
-    assert table.left_out == (f"runs/a/finetune: not finished (status: {status})",)
-    assert "95" not in table.to_csv()
+    assert table.excluded == (f"runs/a/finetune: not finished (status: {status})",)
+    assert "95" not in to_csv(table)
 
 
 def test_a_finished_run_without_an_accuracy_fills_no_cell() -> None:
     table = scaling_table([make_run("a", results=Results(loss=0.5))])
     assert _ours(table, "MR-MAE").cells == {}
-    assert table.left_out == ("runs/a/finetune: finished without a top-1 accuracy",)
+    assert table.excluded == ("runs/a/finetune: finished without a top-1 accuracy",)
 
 
 def test_seeds_are_averaged_and_the_newest_of_each_counts() -> None:
@@ -118,8 +122,8 @@ def test_seeds_are_averaged_and_the_newest_of_each_counts() -> None:
     assert cell.value == pytest.approx((80.0 + 81.0 + 83.5) / 3)
     assert cell.spread == pytest.approx(statistics.stdev([80.0, 81.0, 83.5]))
     assert _markdown_rows(table)["MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %)"][0] == "**81.50 ± 1.80 (n=3)** [1]"
-    assert table.left_out == ("runs/s0-old/finetune: a newer run fills the cell",)
-    assert len(_section(table, "The runs behind our numbers")) == len(_section(table, "What they cost")) == 3
+    assert table.excluded == ("runs/s0-old/finetune: a newer run fills the cell",)
+    assert len(_section(table, "Runs behind our numbers")) == len(_section(table, "Cost of these runs")) == 3
 
 
 @pytest.mark.parametrize(
@@ -181,19 +185,19 @@ def test_every_run_behind_a_cell_is_told() -> None:
     known = PretrainSummary(method="MR-MAE", epochs=20, dataset="Fashion-MNIST", teachers=teacher)
     record = make_record(top1=80.0, seed=3, recipe_hash="0123456789abcdef", init=Init(file="m", pretrain=known))
     table = scaling_table([(Path("runs/tiny/finetune"), record)])
-    (cells,) = _section(table, "The runs behind our numbers")
+    (cells,) = _section(table, "Runs behind our numbers")
     # The sampling error: 100 * sqrt(0.8 * 0.2 / 10000) = 0.4
     assert cells == [
         "[1]", "runs/tiny/finetune", "MR-MAE, Tiny", "80.00", "± 0.40", "10", "10,000", "60,000", "20", "10",
         "3", "0123456789ab", "clip: openai/ViT-B-16",
     ]  # fmt: skip
-    assert "Huge-393" in table.to_markdown()
+    assert "Huge-393" in to_markdown(table)
 
 
 def test_the_csv_holds_every_cell() -> None:
     runs = [make_run("s0", top1=80.0), make_run("s1", top1=81.0, seed=1), make_run("b", "MAE", "Base", 61.0)]
     table = scaling_table(runs)
-    lines = list(csv.DictReader(io.StringIO(table.to_csv())))
+    lines = list(csv.DictReader(io.StringIO(to_csv(table))))
     assert len(lines) == len(table.rows) * len(table.columns)
     for line, (row, size) in zip(lines, [(r, s) for r in table.rows for s in table.columns], strict=True):
         assert (line["method"], line["source"], line["column"]) == (row.method, row.source, size)
@@ -221,7 +225,7 @@ def test_sizes_of_a_family_of_our_own_have_a_grid_of_their_own() -> None:
     runs += [make_run("c", "BEiT", "Tiny-Base", top1=40.0)]
     table = scaling_table(runs)
     assert table.columns == (*TABLE_6.columns, "Tiny-Small", "Tiny-Base", "Tiny-Huge-448")
-    papers, own = table.to_markdown().split("\n\n")[2:4]
+    papers, own = to_markdown(table).split("\n\n")[2:4]
     assert "Tiny" not in papers and "ours (not run)" in papers and "BEiT" not in papers
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in own.splitlines()]
     assert lines[0][1:] == ["Tiny-Small", "Tiny-Base", "Tiny-Huge-448"]
@@ -234,11 +238,11 @@ def test_linear_probes_are_listed_and_fill_no_cell() -> None:
         make_run("b", top1=9.0, stage="probe", status="failed"),
     ]
     table = scaling_table(runs)
-    assert not table.measured and table.left_out == ()
-    text = table.to_markdown().split("## Linear probes")[1].split("\n\n")[2]
+    assert not table.measured and table.excluded == ()
+    text = to_markdown(table).split("## Linear probes")[1].split("\n\n")[2]
     (line,) = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines()[2:]]
     assert line == ["runs/a/finetune", "MAE, Base", "Fashion-MNIST", "41.50", "10", "20", "10", "3"]
-    assert "Linear probes" not in scaling_table([]).to_markdown()
+    assert "Linear probes" not in to_markdown(scaling_table([]))
 
 
 def test_families_stay_together_in_the_papers_order() -> None:
@@ -250,14 +254,14 @@ def test_families_stay_together_in_the_papers_order() -> None:
 def test_ablations_are_rows_of_their_own_table() -> None:
     table = scaling_table([make_run("a", "MR-MAE, Table 3 row 2", "Base")])
     assert not table.measured
-    assert table.left_out == ("runs/a/finetune: a row of another table; see mrmae table --paper 3",)
+    assert table.excluded == ("runs/a/finetune: a row of another table; see mrmae table --paper 3",)
 
 
 def _panels(table: Table, monkeypatch: pytest.MonkeyPatch, path: Path) -> dict[str, Axes]:
     """Plot, and return the panels by the first line of their title."""
     figures: list[Figure] = []
     monkeypatch.setattr(style, "save", lambda figure, _: figures.append(figure))
-    plot_scaling.plot(table, path)
+    plot_scaling.plot_scaling(table, path)
     return {axes.get_title().split(":")[0]: axes for axes in figures[0].axes}
 
 
@@ -302,11 +306,11 @@ def test_write_table_leaves_its_files(tmp_path: Path) -> None:
     table, written = write_table([tmp_path / "runs"], tmp_path / "out")
     assert sorted(written) == sorted((tmp_path / "out").iterdir())
     assert [path.name for path in written] == ["table.md", "table.csv", "table.tex", "table.png", "table_cost.png"]
-    assert (tmp_path / "out" / "table.tex").read_text() == table.to_latex()
-    assert (tmp_path / "out" / "table.md").read_text() == table.to_markdown()
-    assert (tmp_path / "out" / "table.csv").read_text() == table.to_csv()
-    assert "tiny/finetune" in table.to_markdown()
-    assert str(tmp_path) not in table.to_markdown()
+    assert (tmp_path / "out" / "table.tex").read_text() == to_latex(table)
+    assert (tmp_path / "out" / "table.md").read_text() == to_markdown(table)
+    assert (tmp_path / "out" / "table.csv").read_text() == to_csv(table)
+    assert "tiny/finetune" in to_markdown(table)
+    assert str(tmp_path) not in to_markdown(table)
     with Image.open(tmp_path / "out" / "table.png") as image:
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
     assert tuple(bytes.fromhex(style.PALETTE[2][1:])) in colors  # MR-MAE's
@@ -335,24 +339,24 @@ def test_an_ensemble_has_its_own_row_and_its_members_keep_theirs() -> None:
     assert rows["MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %, 2 models averaged)"][0] == "**90.00** [2]"
     # The two differ in how they were pre-trained, so the newer of equal age fills the cell, never the ensemble.
     assert "90" not in rows["MR-MAE, ours (20 ep, Fashion-MNIST, chance 10 %)"][0]
-    (cells,) = [line for line in _section(table, "The runs behind our numbers") if line[0] == "[2]"]
+    (cells,) = [line for line in _section(table, "Runs behind our numbers") if line[0] == "[2]"]
     assert cells[1:6] == ["runs/both/evaluate", "MR-MAE, Tiny", "90.00", "± 0.30", "10"]
     assert cells[6:11] == ["10,000", "60,000", "20", "10", "4+5"] and cells[12] == "dino: vit.dino"
-    (filled,) = [row for row in csv.DictReader(io.StringIO(table.to_csv())) if row["runs"] == "runs/both/evaluate"]
+    (filled,) = [row for row in csv.DictReader(io.StringIO(to_csv(table))) if row["runs"] == "runs/both/evaluate"]
     assert (filled["finetune_epochs"], filled["seeds"], filled["eval_samples"]) == ("10", "4+5", "10000")
 
 
 def test_an_evaluation_of_one_model_repeats_its_fine_tuning_and_is_passed_over() -> None:
     table = scaling_table([make_run("a", top1=80.0), _ensemble("a", make_record(), top1=80.0)])
     cell = _ours(table, "MR-MAE").cells["Tiny"]
-    assert [folder.name for folder, _ in cell.runs] == ["finetune"] and table.left_out == ()
+    assert [folder.name for folder, _ in cell.runs] == ["finetune"] and table.excluded == ()
 
 
 @pytest.mark.parametrize("second", [None, make_record(samples=600), make_record(dataset="CIFAR-10")])
 def test_an_ensemble_of_unlike_data_fills_no_cell(second: RunRecord | None) -> None:
     table = scaling_table([_ensemble("both", make_record(), second)])
     assert _ours(table, "MR-MAE").cells == {}
-    assert "runs/both/evaluate: its members were fine-tuned on different data" in table.left_out[0]
+    assert "runs/both/evaluate: its members were fine-tuned on different or unknown data" in table.excluded[0]
 
 
 def test_ensembles_of_other_seeds_are_averaged_but_not_one_evaluated_twice() -> None:
