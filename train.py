@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             validate_sections(engine_config)
             if launch.rank == 0:
                 print(f"# recipe {recipe.hash(args.stage)}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
-                print(json.dumps(engine_config.raw, indent=2))
+                print(json.dumps(engine_config.as_written(), indent=2))
             return 0
         prepare = _prepared_evaluation if args.stage == "evaluate" else _prepared_training
         work = prepare(options, launch)

@@ -220,14 +220,13 @@ def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[st
     from mrmae_ds.planning.estimate import count_stage
     from mrmae_ds.planning.peak_memory import moments
     from mrmae_ds.planning.zero_memory import ZeroMemory
-    from mrmae_ds.planning.zero_settings import ZeroSettings
     from mrmae_ds.profiling.flops import recipe_cost
 
     config = load_engine_config(engine_file)
     recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings.size}.yaml", list(settings.overrides))
     (cost,) = [cost for cost in recipe_cost(recipe, config.checkpointing) if cost.stage == settings.stage]
     stage = count_stage(recipe, config, cost, IMAGENET_CLASSES, on_cpu=on_cpu)
-    zero = ZeroSettings.of(config)
+    zero = config.zero
     engine = ZeroMemory(stage.census(zero), zero, settings.ranks, settings.accumulation, on_cpu)
     placed = {name: each.placed(stage.placements[name], settings.ranks) for name, each in stage.teachers.items()}
     parts: dict[str, float] = {}

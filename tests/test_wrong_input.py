@@ -54,7 +54,7 @@ CASES = {
     "engine for more": (
         SCRATCH,
         {"train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1},
-        ["meant for 4 processes", "2 are running"],
+        ["meant for 4 ranks", "2 are running"],
     ),
     "engine key": (SCRATCH, {"gradient_cliping": 0.0}, ["gradient_cliping", "did you mean 'gradient_clipping'"]),
     "no clipping key": (SCRATCH, {"gradient_clipping": None}, ["gradient_clipping is required"]),

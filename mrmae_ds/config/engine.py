@@ -1,13 +1,16 @@
-"""The engine config: DeepSpeed's JSON, checked before DeepSpeed sees it (config/engine_rules.py says what for).
+"""The engine config: DeepSpeed's JSON, parsed and checked before DeepSpeed reads it.
 
-The global batch belongs to the recipe, so ``gradient_accumulation_steps`` is derived. Our own keys are the section
-``activation_checkpointing`` (``conv_stages``, ``transformer``, ``decoder``) and ``compile.blocks``.
+The global batch size belongs to the recipe, so ``gradient_accumulation_steps`` is derived. This project's own keys are
+the section ``activation_checkpointing`` (``conv_stages``, ``transformer``, ``decoder``) and ``compile.blocks``. The
+rules on keys and their combinations are in :mod:`mrmae_ds.config.engine_rules`, the ZeRO settings in
+:mod:`mrmae_ds.config.zero`.
 """
 
 from __future__ import annotations
 
+import copy
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +22,28 @@ from mrmae_ds.config.engine_rules import (
     check_keys,
     check_precision,
     check_zero,
-    offload_devices,
 )
 from mrmae_ds.config.files import nearest_key, read_json
+from mrmae_ds.config.zero import ZeroSettings, offload_devices, parse_zero
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 
-# NAME-zero1.json and NAME-offload.json run the recipe NAME.yaml in another way than NAME.json.
+# NAME-zero1.json and NAME-offload.json are variants of NAME.json for the same recipe, NAME.yaml.
 VARIANTS = ("-zero1", "-offload")
+# Keys that hold for the engine of a linear classifier too.
+_PROBE_KEYS = (
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "steps_per_print",
+)
 
 
 def default_recipe(ds_config: Path) -> Path:
-    """The recipe beside an engine config: that of the same name, without the name of a variant.
+    """Return the recipe beside an engine config: the one of the same name, without the suffix of a variant.
 
     Raises:
-        UserError: if there is none; it names the recipes that are there.
+        UserError: if there is none; the message lists the recipes in the folder.
     """
     variant = next((suffix for suffix in VARIANTS if ds_config.stem.endswith(suffix)), "")
     candidates = [ds_config.with_suffix(".yaml"), ds_config.with_name(f"{ds_config.stem.removesuffix(variant)}.yaml")]
@@ -41,8 +51,8 @@ def default_recipe(ds_config: Path) -> Path:
         if path.is_file():
             return path
     tried = " nor ".join(dict.fromkeys(path.name for path in candidates))
-    there = sorted(path.name for path in ds_config.parent.glob("*.yaml"))
-    choice = f"; there are {', '.join(there)}" if there else ""
+    present = sorted(path.name for path in ds_config.parent.glob("*.yaml"))
+    choice = f"; there are {', '.join(present)}" if present else ""
     raise UserError(f"{ds_config}: no recipe {tried} beside it; name one with --recipe{choice}")
 
 
@@ -51,44 +61,65 @@ class EngineConfig:
     """A checked engine config.
 
     Attributes:
-        path: where it was read.
-        raw: the JSON as written.
-        micro_batch: images a process takes at a time.
+        path: of the file.
+        micro_batch: images per rank and micro-batch.
         declared_accumulation: ``gradient_accumulation_steps`` if the file states it.
-        zero_stage: 0 to 3.
-        model_dtype: of the parameters that the modules see: bfloat16 with ``bf16``, else float32.
-        checkpointing: which blocks recompute their activations.
-        compile_blocks: whether ``torch.compile`` compiles each block.
+        zero: ZeRO settings.
+        model_dtype: of the parameters as modules see them: bfloat16 with ``bf16``, else float32.
+        checkpointing: the blocks that recompute their activations.
+        compile_blocks: ``torch.compile`` compiles each block.
+        leaf_module_classes: ``zero_optimization.leaf_module.classes`` as written, with or without their modules.
     """
 
     path: Path
-    raw: dict[str, Any]
+    _raw: dict[str, Any]
     micro_batch: int
     declared_accumulation: int | None
-    zero_stage: int
+    zero: ZeroSettings
     model_dtype: torch.dtype
     checkpointing: CheckpointPlan
     compile_blocks: bool = False
+    leaf_module_classes: tuple[str, ...] = ()
 
     @property
     def offloads_optimizer(self) -> bool:
-        """Whether the optimizer's states and arithmetic are on the host."""
-        return "offload_optimizer" in offload_devices(self.raw)
+        """True if the optimizer's states and arithmetic are on the host."""
+        return self.zero.offload_optimizer is not None
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """Return the context of ``torch_autocast`` for modules outside the engine."""
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.zero.autocast)
+
+    def as_written(self) -> dict[str, Any]:
+        """Return the file's content."""
+        return copy.deepcopy(self._raw)
 
     def as_used(self, accumulation: int) -> dict[str, Any]:
-        """What the run's record keeps: the file with the accumulation filled in, an engine config again."""
-        return {**self.raw, "gradient_accumulation_steps": accumulation}
+        """Return the file's content with the accumulation filled in, for the run's record; an engine config again."""
+        return {**self.as_written(), "gradient_accumulation_steps": accumulation}
 
     def for_deepspeed(self, accumulation: int) -> dict[str, Any]:
-        """The dictionary that DeepSpeed gets: our own sections removed, the accumulation filled in."""
+        """Return the dictionary for DeepSpeed: this project's own sections removed, the accumulation filled in."""
         own = ("activation_checkpointing", "compile")
         config = {key: value for key, value in self.as_used(accumulation).items() if key not in own}
         if self.offloads_optimizer:
-            # DeepSpeed would have its own CPU Adam, which a compiler must build; torch's fused one does the same.
+            # DeepSpeed's default is its own CPU Adam, which needs a compiler; torch's fused AdamW does the same.
             config["zero_force_ds_cpu_optimizer"] = False
         # DeepSpeed's own step prints would break the progress bar; the loop logs instead.
         config.setdefault("steps_per_print", 2**31 - 1)
         return config
+
+    def for_probe(self) -> EngineConfig:
+        """Return the engine config of a linear classifier: the same micro-batch, ZeRO stage 0, float32."""
+        raw = {key: self._raw[key] for key in _PROBE_KEYS if key in self._raw} | {"zero_optimization": {"stage": 0}}
+        return replace(
+            self,
+            _raw=raw,
+            zero=parse_zero(self.path, raw),
+            model_dtype=torch.float32,
+            checkpointing=CheckpointPlan(),
+            leaf_module_classes=(),
+        )
 
 
 def load_engine_config(path: Path) -> EngineConfig:
@@ -110,25 +141,28 @@ def load_engine_config(path: Path) -> EngineConfig:
     check_zero(path, raw)
     micro = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
     if micro is None:
-        raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: images a process takes at a time")
+        raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: images per rank and micro-batch")
+    compiled = check_compile(path, raw)
+    zero = parse_zero(path, raw)
     return EngineConfig(
         path=path,
-        raw=raw,
+        _raw=raw,
         micro_batch=micro,
         declared_accumulation=_positive_int(path, raw, "gradient_accumulation_steps"),
-        zero_stage=raw.get("zero_optimization", {}).get("stage", 0),
-        model_dtype=torch.bfloat16 if raw.get("bf16", {}).get("enabled") else torch.float32,
+        zero=zero,
+        model_dtype=torch.bfloat16 if zero.bf16 else torch.float32,
         checkpointing=_checkpoint_plan(path, raw.get("activation_checkpointing", {})),
-        compile_blocks=check_compile(path, raw),
+        compile_blocks=compiled,
+        leaf_module_classes=tuple(raw.get("zero_optimization", {}).get("leaf_module", {}).get("classes", ())),
     )
 
 
 def validate_sections(config: EngineConfig) -> None:
-    """Let DeepSpeed's own models judge the nested sections, and see that it can offload, before any process group.
+    """Validate the nested sections with DeepSpeed's own models and check offload targets, before any process group.
 
     Raises:
-        UserError: with the file, the key and DeepSpeed's message; for a folder that cannot be offloaded to, or
-            where DeepSpeed's asynchronous reads and writes cannot be built.
+        UserError: with the file, the key and DeepSpeed's message; for an offload folder that is not writable, or if
+            DeepSpeed's asynchronous I/O cannot be built.
     """
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
@@ -136,16 +170,17 @@ def validate_sections(config: EngineConfig) -> None:
 
     for name, model in {"zero_optimization": DeepSpeedZeroConfig, "bf16": DeepSpeedBF16Config}.items():
         try:
-            model(**config.raw.get(name, {}))
+            model(**config.as_written().get(name, {}))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
             written = [field.alias or known for known, field in model.model_fields.items()]
             near = nearest_key(key, written) if first["type"] == "extra_forbidden" else ""
             raise UserError(f"{config.path}: {name}.{key}: {first['msg']}{near}") from None
-    for key, device in offload_devices(config.raw).items():
+    raw = config.as_written()
+    for key, device in offload_devices(raw).items():
         if device == "nvme":
-            _check_nvme(f"{config.path}: zero_optimization.{key}", config.raw["zero_optimization"][key]["nvme_path"])
+            _check_nvme(f"{config.path}: zero_optimization.{key}", raw["zero_optimization"][key]["nvme_path"])
 
 
 def _check_nvme(where: str, folder: str) -> None:
@@ -160,26 +195,35 @@ def _check_nvme(where: str, folder: str) -> None:
         )
 
 
-def check_processes(config: EngineConfig, world_size: int, local_size: int) -> None:
-    """What the file says about groups of processes fits those that run.
+def check_ranks(config: EngineConfig, world_size: int, local_size: int) -> None:
+    """Check the file's groups of ranks against the ranks of the job.
 
     Args:
         config: the engine config.
-        world_size: processes in all. local_size: processes of a node.
+        world_size: number of ranks.
+        local_size: number of ranks of a node.
 
     Raises:
         UserError: if ``zero_hpz_partition_size`` does not divide them.
     """
-    size = config.raw.get("zero_optimization", {}).get("zero_hpz_partition_size", 1)
+    size = config.zero.hpz
     if size > 1 and (world_size % size or local_size % size):
         raise UserError(
-            f"{config.path}: zero_optimization.zero_hpz_partition_size {size} must divide the {world_size} processes "
+            f"{config.path}: zero_optimization.zero_hpz_partition_size {size} must divide the {world_size} ranks "
             f"and the {local_size} of a node, which it is usually set to; set it to {local_size}, or leave it out"
         )
 
 
 def check_paired(config: EngineConfig, pairs: bool) -> None:
-    """Raises UserError if the micro-batch is odd and mixup or cutmix pairs its images (``FinetuneConfig.pairs``)."""
+    """Check that the micro-batch is even if mixup or cutmix pairs its images.
+
+    Args:
+        config: the engine config.
+        pairs: ``FinetuneConfig.pairs``.
+
+    Raises:
+        UserError: for an odd micro-batch.
+    """
     if pairs and config.micro_batch % 2:
         raise UserError(
             f"{config.path}: mixup pairs the images of a micro-batch, and so does cutmix, so "
@@ -188,32 +232,38 @@ def check_paired(config: EngineConfig, pairs: bool) -> None:
 
 
 def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, recipe: str) -> int:
-    """Micro-batches a process runs for one optimizer step: batch_size / (micro-batch * processes).
+    """Return the micro-batches per rank and optimizer step: batch_size / (micro-batch * ranks).
+
+    Args:
+        config: the engine config.
+        batch_size: images per optimizer step, of the recipe.
+        world_size: number of ranks.
+        recipe: the recipe's path, for messages.
 
     Raises:
         UserError: if it does not divide (naming the nearest values that do), or if the engine config states an
-            accumulation that is meant for another number of processes.
+            accumulation for another number of ranks.
     """
     micro = config.micro_batch
     together = micro * world_size
     if batch_size % together:
         below = batch_size // together * together
         batches = [str(size) for size in (below, below + together) if size > 0]
-        per_process, uneven = divmod(batch_size, world_size)
-        divisors = [] if uneven else [d for d in range(1, per_process + 1) if per_process % d == 0]
+        per_rank, uneven = divmod(batch_size, world_size)
+        divisors = [] if uneven else [d for d in range(1, per_rank + 1) if per_rank % d == 0]
         nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
-        mend = f"batch_size {' or '.join(batches)} in {recipe}"
+        fix = f"batch_size {' or '.join(batches)} in {recipe}"
         if nearest:
-            mend += f", or train_micro_batch_size_per_gpu {' or '.join(map(str, nearest))} in {config.path}"
+            fix += f", or train_micro_batch_size_per_gpu {' or '.join(map(str, nearest))} in {config.path}"
         raise UserError(
             f"batch_size {batch_size} is not a multiple of {together} = micro-batch {micro} x {world_size} "
-            f"processes; the nearest that fit: {mend}"
+            f"ranks; the nearest that fit: {fix}"
         )
     accumulation = batch_size // together
     declared = config.declared_accumulation
     if declared is not None and declared != accumulation:
         meant = batch_size / (micro * declared)
-        shown = f"{meant:.0f} processes" if meant == int(meant) else "no whole number of processes"
+        shown = f"{meant:.0f} ranks" if meant == int(meant) else "no whole number of ranks"
         raise UserError(
             f"{config.path}: micro-batch {micro} x gradient_accumulation_steps {declared} for batch_size {batch_size} "
             f"is meant for {shown}, but {world_size} are running; start that many, or leave "

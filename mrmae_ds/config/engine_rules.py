@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mrmae_ds.config.files import nearest_key
+from mrmae_ds.config.zero import BFLOAT16, FLOAT32, offload_devices
 from mrmae_ds.errors import UserError
 
 # What DeepSpeed 0.19.8 reads at the top level and has an effect here. The optimizer and the schedule are the recipe's,
@@ -55,7 +56,6 @@ COMPILE_KEYS = ("blocks",)
 AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
 BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
 DATA_TYPE_KEYS = ("grad_accum_dtype",)
-FLOAT32, BFLOAT16 = ("fp32", "float32", "float"), ("bf16", "bfloat16")
 
 # DeepSpeed's own activation checkpointing reads these. The blocks here are checkpointed by torch, so none would act.
 DEEPSPEED_CHECKPOINTING = (
@@ -193,6 +193,11 @@ def check_zero(path: Path, raw: dict[str, Any]) -> None:
             f"{path}: zero_optimization.memory_efficient_linear must be false: left out, DeepSpeed replaces "
             "torch.nn.functional.linear in the whole process, teachers included"
         )
+    leaf_module = zero.get("leaf_module", {})
+    if not isinstance(leaf_module, dict) or not isinstance(leaf_module.get("classes", []), list):
+        raise UserError(
+            f'{path}: zero_optimization.leaf_module must be a section {{"classes": [NAME, ...]}}, got {leaf_module!r}'
+        )
     _check_offload(path, zero, stage)
     if "aio" in raw and "nvme" not in offload_devices(raw).values():
         raise UserError(f"{path}: aio has an effect only where something is offloaded to nvme; leave it out")
@@ -215,13 +220,6 @@ def check_compile(path: Path, raw: dict[str, Any]) -> bool:
             '"leaf_module": {"classes": ["Block", "ConvBlock"]} into zero_optimization'
         )
     return compiled
-
-
-def offload_devices(raw: dict[str, Any]) -> dict[str, str]:
-    """Where ``offload_optimizer`` and ``offload_param`` put things, ``cpu`` or ``nvme``; left out where it is off."""
-    zero = raw.get("zero_optimization", {})
-    devices = {key: (zero.get(key) or {}).get("device", "none") for key in ("offload_optimizer", "offload_param")}
-    return {key: device for key, device in devices.items() if device != "none"}
 
 
 def _check_offload(path: Path, zero: dict[str, Any], stage: int) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.planning.estimate import CountedStage, Estimate, estimate, largest_fitting, micro_batches, with_placement
 from mrmae_ds.planning.peak_memory import SAVED
-from mrmae_ds.planning.zero_settings import ZeroSettings
 
 # From this share of a step on, waiting for the network is worth a word; and a cost below it is next to nothing.
 WORTH = 0.05

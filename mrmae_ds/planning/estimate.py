@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import FinetuneConfig, PlacementConfig, PretrainConfig
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.planning.cluster import Cluster
 from mrmae_ds.planning.fake_step import Simulation, simulate
 from mrmae_ds.planning.parameters import ParameterCounts, parameter_counts
@@ -15,7 +16,6 @@ from mrmae_ds.planning.peak_memory import Moment, fullest
 from mrmae_ds.planning.teacher_memory import Placed, TeacherWeights
 from mrmae_ds.planning.traffic import Flow, offload_flows, student_flows, teacher_flow
 from mrmae_ds.planning.zero_memory import ZeroMemory
-from mrmae_ds.planning.zero_settings import ZeroSettings
 from mrmae_ds.profiling.flops import StageCost
 from mrmae_ds.training.param_groups import finetune_groups, pretrain_groups
 

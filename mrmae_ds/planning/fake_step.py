@@ -134,8 +134,7 @@ def _run(
 ) -> TensorRecorder:
     """One micro-batch, forward and backward."""
     recorder = TensorRecorder([task.model, *task.teachers.values()])
-    autocast = bool(config.raw.get("torch_autocast", {}).get("enabled"))
-    engine: Any = _Engine(task.model, autocast, recorder)
+    engine: Any = _Engine(task.model, config.zero.autocast, recorder)
     key = MicroBatchKey(seed=0, step=0, micro=0, rank=0, world_size=1, micro_batch=num_images)
     with ExitStack() as stack:
         for name, teacher in task.teachers.items():

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
-from mrmae_ds.planning.zero_settings import ZeroSettings
 
 
 @dataclass(frozen=True)

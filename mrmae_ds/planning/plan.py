@@ -11,12 +11,13 @@ from mrmae_ds.config.engine import (
     EngineConfig,
     accumulation_steps,
     check_paired,
-    check_processes,
+    check_ranks,
     default_recipe,
     load_engine_config,
 )
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.planning.cluster import (
@@ -33,7 +34,6 @@ from mrmae_ds.planning.cluster import (
 from mrmae_ds.planning.estimate import count_stage, estimate
 from mrmae_ds.planning.host import IMAGE_BYTES, PROCESS_GIB
 from mrmae_ds.planning.render import stage_lines
-from mrmae_ds.planning.zero_settings import ZeroSettings
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
 
@@ -81,11 +81,11 @@ def describe_plan(request: Request) -> str:
     recipe = _only(load_recipe(path, list(request.overrides)), request.stage)
     if request.micro_batch is not None:
         config = replace(config, micro_batch=request.micro_batch, declared_accumulation=None)
-    check_processes(config, cluster.gpus, cluster.in_node)
+    check_ranks(config, cluster.gpus, cluster.in_node)
     for stage in (recipe.stages.pretrain, recipe.stages.finetune):
         if stage is not None:
             _check_batch(config, stage, cluster.gpus, path)
-    zero = ZeroSettings.of(config)
+    zero = config.zero
     lines = [f"{path} with {request.ds_config} on {_hardware(cluster)}; everything here is an estimate"]
     for cost in recipe_cost(recipe, config.checkpointing, request.classes):
         counted = count_stage(recipe, config, cost, request.classes)

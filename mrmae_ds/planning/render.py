@@ -7,11 +7,11 @@ from dataclasses import replace
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.planning.advice import advise, waits_for
 from mrmae_ds.planning.estimate import CountedStage, Estimate, estimate, largest_fitting, with_placement
 from mrmae_ds.planning.host import loader_cost, node_memory
 from mrmae_ds.planning.peak_memory import moments
-from mrmae_ds.planning.zero_settings import ZeroSettings
 from mrmae_ds.profiling.gpus import GIB
 
 PLACEMENTS = ("device", "step", "stream", "sharded")

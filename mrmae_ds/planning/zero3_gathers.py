@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from mrmae_ds.planning.zero_settings import ZeroSettings
+from mrmae_ds.config.zero import ZeroSettings
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from mrmae_ds.config.zero import BF16, FP32, ZeroSettings
 from mrmae_ds.planning.parameters import ParameterCounts
 from mrmae_ds.planning.zero3_gathers import Gathering, follow
-from mrmae_ds.planning.zero_settings import BF16, FP32, ZeroSettings
 
 Items = dict[str, float]
 Series = dict[str, npt.NDArray[np.float64]]

@@ -60,7 +60,7 @@ class StageHooks:
             world_size=plan.launch.world_size,
             accumulation=plan.accumulation,
             micro_batch=plan.micro_batch,
-            engine=job.engine_config.raw,
+            engine=job.engine_config.as_written(),
         )
         step, again = state.step - 1, state.bad_in_row > 1
         folder = write_capture(self.engine, job.stage_dir, division, step, verdict, micros, same_weights=again)

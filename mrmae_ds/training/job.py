@@ -11,7 +11,7 @@ from mrmae_ds.config.engine import (
     EngineConfig,
     accumulation_steps,
     check_paired,
-    check_processes,
+    check_ranks,
     default_recipe,
     load_engine_config,
     validate_sections,
@@ -36,7 +36,7 @@ from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import RunStart, decide_start
 from mrmae_ds.training.loop import StageSchedule
 from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
-from mrmae_ds.training.tasks.linear_probe import ProbeTask, probe_engine_config
+from mrmae_ds.training.tasks.linear_probe import ProbeTask
 from mrmae_ds.weights.load import build_encoder, find_weights, init_classifier, load_encoder, load_pretrained
 
 TrainedStage = PretrainConfig | FinetuneConfig | ProbeConfig
@@ -122,7 +122,7 @@ def prepare_stage(options: TrainArgs, launch: Launch) -> PreparedStage:
     for backend in {recipe.data.backend, recipe.data.val_backend}:
         check_backend(backend)
     stage_dir = options.stage_dir(recipe)
-    check_processes(engine_config, launch.world_size, launch.local_size)
+    check_ranks(engine_config, launch.world_size, launch.local_size)
     accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, str(options.recipe_path))
     train_data, val_data = check_beton(recipe.data.train), check_beton(recipe.data.val)
     if train_data.class_names != val_data.class_names:
@@ -147,7 +147,7 @@ def prepare_stage(options: TrainArgs, launch: Launch) -> PreparedStage:
     elif isinstance(stage, ProbeConfig):
         image_size = stage.image_size or image_size
         task, report = _probe_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)
-        engine_config = probe_engine_config(engine_config)
+        engine_config = engine_config.for_probe()
     else:
         image_size = stage.image_size or image_size
         task, report = _finetune_task(recipe, stage, engine_config, image_size, train_data.num_classes, init)

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
-from mrmae_ds.training.evaluation.evaluate import autocast
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.nonfinite_capture import Capture, read_capture
 from mrmae_ds.weights.load import MODEL_FILE, read_tensors
@@ -141,7 +140,7 @@ class _Autocast(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         """See the model."""
-        with autocast(self.config, self.device):
+        with self.config.autocast(self.device):
             return self.model(*inputs, **named)
 
 

@@ -187,7 +187,7 @@ def _engine(job: PreparedStage, device: torch.device) -> deepspeed.DeepSpeedEngi
 def _announce(job: PreparedStage, start: RunStart, device: torch.device, step: int, parameters: int) -> None:
     plan, launch = job.plan, job.plan.launch
     print(
-        f"{job.recipe.name} {job.stage_name}: {parameters / 1e6:.2f} M parameters, ZeRO-{job.engine_config.zero_stage} "
+        f"{job.recipe.name} {job.stage_name}: {parameters / 1e6:.2f} M parameters, ZeRO-{job.engine_config.zero.stage} "
         f"on {launch.world_size} x {device.type}, batch {plan.stage.batch_size} = {plan.micro_batch} x "
         f"{launch.world_size} x {plan.accumulation}, {plan.epochs} epochs of {plan.steps_per_epoch} steps, "
         f"into {job.stage_dir}" + (f", going on after step {step}" if step else ""),

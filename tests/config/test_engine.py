@@ -12,7 +12,7 @@ import torch
 from mrmae_ds.config.engine import (
     EngineConfig,
     accumulation_steps,
-    check_processes,
+    check_ranks,
     default_recipe,
     load_engine_config,
     validate_sections,
@@ -54,7 +54,7 @@ def test_every_engine_config_of_the_project_is_good(path: Path) -> None:
     assert config.declared_accumulation is None
     size, _, variant = path.stem.partition("-")
     assert default_recipe(path) == CONFIGS / f"{size}.yaml"
-    assert config.zero_stage == (1 if variant == "zero1" else 3)
+    assert config.zero.stage == (1 if variant == "zero1" else 3)
     assert config.offloads_optimizer == (variant == "offload")
     assert (config.checkpointing == CheckpointPlan()) == (variant == "zero1")
 
@@ -99,7 +99,7 @@ def test_without_a_recipe_beside_it_the_error_names_those_that_are_there(tmp_pat
 
 def test_the_smallest_one(load: Load) -> None:
     config = load()
-    assert (config.micro_batch, config.declared_accumulation, config.zero_stage) == (4, None, 0)
+    assert (config.micro_batch, config.declared_accumulation, config.zero.stage) == (4, None, 0)
     assert config.model_dtype == torch.float32
     assert config.checkpointing == CheckpointPlan(0, 0, 0)
 
@@ -113,7 +113,7 @@ def test_what_is_read_from_it(load: Load) -> None:
         activation_checkpointing={"conv_stages": "all", "transformer": 2, "decoder": "none"},
         compile={"blocks": True},
     )
-    assert (config.declared_accumulation, config.zero_stage) == (3, 2)
+    assert (config.declared_accumulation, config.zero.stage) == (3, 2)
     assert config.model_dtype == torch.bfloat16
     assert config.compile_blocks and not config.offloads_optimizer
     assert config.checkpointing == CheckpointPlan(conv_stages=1, transformer=2, decoder=0)
@@ -357,14 +357,14 @@ def test_offloading_to_nvme(load: Load, tmp_path: Path, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize(("size", "world", "local", "good"), [(1, 3, 3, 1), (2, 4, 2, 1), (8, 64, 8, 1), (4, 64, 8, 1)])
 def test_hpz_divides_the_processes(load: Load, size: int, world: int, local: int, good: bool) -> None:
-    check_processes(load(zero_optimization=STAGE_3 | {"zero_hpz_partition_size": size}), world, local)
+    check_ranks(load(zero_optimization=STAGE_3 | {"zero_hpz_partition_size": size}), world, local)
 
 
 @pytest.mark.parametrize(("size", "world", "local"), [(2, 3, 3), (4, 4, 2), (3, 64, 8), (16, 64, 8)])
 def test_hpz_that_does_not_is_an_error(load: Load, size: int, world: int, local: int) -> None:
     config = load(zero_optimization=STAGE_3 | {"zero_hpz_partition_size": size})
     with pytest.raises(UserError, match=rf"hpz_partition_size {size} must divide the {world} .* {local} of a node"):
-        check_processes(config, world, local)
+        check_ranks(config, world, local)
 
 
 @pytest.mark.parametrize(
@@ -396,14 +396,14 @@ def test_deepspeed_gets_its_own_keys_and_the_accumulation(load: Load) -> None:
     section = {"transformer": "all", "conv_stages": 2, "decoder": "none"}
     zero = STAGE_3 | {"leaf_module": {"classes": ["Block", "ConvBlock"]}}
     config = load(activation_checkpointing=section, zero_optimization=zero, compile={"blocks": True})
-    before = json.dumps(config.raw)
+    before = json.dumps(config.as_written())
     given = config.for_deepspeed(6)
     assert given["gradient_accumulation_steps"] == 6
     assert "activation_checkpointing" not in given and "compile" not in given
     assert given["zero_optimization"] == zero
     assert given["train_micro_batch_size_per_gpu"] == 4 and given["gradient_clipping"] == 0.0
     assert given["steps_per_print"] > 10**9
-    assert json.dumps(config.raw) == before
+    assert json.dumps(config.as_written()) == before
     assert load(steps_per_print=10).for_deepspeed(1)["steps_per_print"] == 10
 
 
@@ -459,8 +459,8 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do(
 def test_an_accumulation_for_another_number_of_processes(load: Load) -> None:
     config = load(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=2)
     assert accumulation_steps(config, 128, 8, "r.yaml") == 2
-    with pytest.raises(UserError, match=r"meant for 8 processes, but 4 are running.*it becomes 4"):
+    with pytest.raises(UserError, match=r"meant for 8 ranks, but 4 are running.*it becomes 4"):
         accumulation_steps(config, 128, 4, "r.yaml")
     odd = load(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=3)
-    with pytest.raises(UserError, match=r"meant for no whole number of processes, but 4 are running"):
+    with pytest.raises(UserError, match=r"meant for no whole number of ranks, but 4 are running"):
         accumulation_steps(odd, 128, 4, "r.yaml")

@@ -205,9 +205,9 @@ def test_its_batches_divide_on_8_to_64_gpus(file: Path) -> None:
 @pytest.mark.parametrize("name", ["small", "base", "large", "huge", "huge392", "huge448"])
 def test_the_engine_config_of_a_size(name: str) -> None:
     config = load_engine_config(CONFIGS / f"{name}.json")
-    zero = config.raw["zero_optimization"]
-    assert config.zero_stage == 3 and config.raw["gradient_clipping"] == 0.0
-    assert config.raw["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    zero = config.as_written()["zero_optimization"]
+    assert config.zero.stage == 3 and config.as_written()["gradient_clipping"] == 0.0
+    assert config.as_written()["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
     assert config.checkpointing.conv_stages == 1
     recipe = loaded(CONFIGS / f"{name}.yaml")
     pretrained = loaded(CONFIGS / "huge.yaml") if recipe.stages.pretrain is None else recipe
@@ -329,7 +329,7 @@ def test_the_readme_lists_every_recipe_as_its_header_has_it() -> None:
 def test_the_readme_explains_every_key_of_the_engine_configs() -> None:
     text = (CONFIGS / "README.md").read_text()
     for name in ("small", "huge"):
-        for keys, _ in leaves(load_engine_config(CONFIGS / f"{name}.json").raw):
+        for keys, _ in leaves(load_engine_config(CONFIGS / f"{name}.json").as_written()):
             assert any(f"`{key}`" in text for key in (*keys, ".".join(keys)))
 
 

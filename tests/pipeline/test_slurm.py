@@ -82,7 +82,7 @@ def test_submitted_arguments_are_parsed_by_train_py(slurm: FakeSlurm, tmp_path: 
         if "slurm/train.sbatch" in arguments:
             config, *rest = arguments[arguments.index("slurm/train.sbatch") + 1 :]
             args = parse_arguments(["--ds_config", config, *rest])
-            assert load_engine_config(args.ds_config).zero_stage == 3 and args.recipe.is_file()
+            assert load_engine_config(args.ds_config).zero.stage == 3 and args.recipe.is_file()
 
 
 def test_second_submission_finds_all_jobs_in_the_queue(

@@ -27,7 +27,6 @@ from mrmae_ds.planning.estimate import (
 )
 from mrmae_ds.planning.host import loader_cost, node_memory
 from mrmae_ds.planning.plan import Request, make_cluster
-from mrmae_ds.planning.zero_settings import ZeroSettings
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.gpus import Gpu, find_gpu
 
@@ -35,7 +34,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # CViT-Small with one block a stage: a moment's work.
 SHORT = ("model.overrides={depths: [1, 1, 2]}", "model.decoder={depth: 2}")
 SMALL = CONFIGS / "small.json"
-ZERO = ZeroSettings.of(load_engine_config(SMALL))
+ZERO = load_engine_config(SMALL).zero
 CLUSTER = Cluster(find_gpu("h100-80"), gpus=16, per_node=8, network_gbs=50.0, sustained=300e12)
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.planning.parameters import parameter_counts
 from mrmae_ds.planning.zero3_gathers import GatheredParam, Gathering, GatherUnit, follow
-from mrmae_ds.planning.zero_settings import ZeroSettings
 from tests.training.parity.gathers import elements, huge
 
 MEASURED = Path(__file__).resolve().parents[2] / "benchmarks/results/gather_volume_cpu.json"

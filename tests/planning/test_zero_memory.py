@@ -12,11 +12,11 @@ import pytest
 from torch import nn
 
 from mrmae_ds.config.engine import load_engine_config
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.planning.parameters import ParameterCounts, parameter_counts
 from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
 from mrmae_ds.planning.zero_memory import ZeroMemory
-from mrmae_ds.planning.zero_settings import ZeroSettings
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # 1,000 trainable elements, 600 of which travel in bf16, and 24 frozen ones; two groups for the optimizer.
@@ -160,7 +160,7 @@ def test_defaults_are_deepspeeds() -> None:
 def read(tmp_path: Path, **changes: Any) -> ZeroSettings:
     path = tmp_path / "engine.json"
     path.write_text(json.dumps(json.loads((CONFIGS / "base.json").read_text()) | changes))
-    return ZeroSettings.of(load_engine_config(path))
+    return load_engine_config(path).zero
 
 
 def test_settings_are_read_from_an_engine_config(tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_settings_are_read_from_an_engine_config(tmp_path: Path) -> None:
     assert (base.stage, base.autocast, base.bf16, base.overlap) == (3, True, False, True)
     assert (base.reduce_bucket, base.max_live) == (50_000_000, 3_000_000_000)
     assert base.leaves == ("Block", "ConvBlock")
-    offloaded = ZeroSettings.of(load_engine_config(CONFIGS / "base-offload.json"))
+    offloaded = load_engine_config(CONFIGS / "base-offload.json").zero
     assert (offloaded.offload_optimizer, offloaded.offload_param) == ("cpu", "cpu")
     one = read(tmp_path, zero_optimization={"stage": 1})
     assert (one.overlap, one.reduce_bucket) == (False, 500_000_000)

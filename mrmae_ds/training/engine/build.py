@@ -80,10 +80,9 @@ def check_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
     Raises:
         UserError: with the classes that could be meant.
     """
-    wanted = config.raw.get("zero_optimization", {}).get("leaf_module", {}).get("classes", [])
     blocks = {kind.__name__ for kind in (Block, ConvBlock)}
     there = {type(module).__name__ for module in model.modules()} | blocks
-    unknown = [name for name in wanted if name.rpartition(".")[2] not in there]
+    unknown = [name for name in config.leaf_module_classes if name.rpartition(".")[2] not in there]
     if unknown:
         raise UserError(
             f"{config.path}: zero_optimization.leaf_module.classes: the model has no {', '.join(unknown)}; its blocks "

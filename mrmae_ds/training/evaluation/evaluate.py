@@ -34,7 +34,6 @@ from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_fi
 from mrmae_ds.records.sections import DataInfo, Member, Parameters, Results, Schedule
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
-from mrmae_ds.training.engine.autocast import autocast
 from mrmae_ds.training.evaluation.accuracy import Score, evaluation_loader
 from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run_logger import identity
@@ -179,7 +178,9 @@ def run_evaluation(job: Evaluation) -> None:
 def _run(job: Evaluation, device: torch.device, monitor: Watchdog) -> None:
     began, record = time.monotonic(), None
     if job.launch.rank == 0:
-        prepare_folder(job.stage_dir, job.recipe, json.dumps(job.engine_config.raw, indent=2) + "\n", fresh=True)
+        prepare_folder(
+            job.stage_dir, job.recipe, json.dumps(job.engine_config.as_written(), indent=2) + "\n", fresh=True
+        )
         record = new_record(job, device)
         record.write(job.stage_dir)
         _announce(job, record.parameters, device)
@@ -217,7 +218,7 @@ def score(
     for batches in zip(*(reader.epoch(0) for reader in readers), strict=True):
         beat()
         by_size = dict(zip(sizes, batches, strict=True))
-        with autocast(config, device):
+        with config.autocast(device):
             logits = [classifier.logits(by_size[classifier.image_size].images, dtype) for classifier in job.classifiers]
         for own, output in zip(scores, logits, strict=True):
             own.add(output, batches[0])

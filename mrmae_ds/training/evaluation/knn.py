@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import KnnConfig, PretrainConfig
 from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.distributed.process_group import sum_over_ranks
-from mrmae_ds.training.engine.autocast import autocast
 from mrmae_ds.training.evaluation.accuracy import evaluation_loader
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.tasks.base import PretrainTask
@@ -142,5 +141,5 @@ class KnnEvaluator:
     def _features(self, images: Tensor) -> Tensor:
         self.beat()
         inputs = self.normalize.student(self.normalize.pixels(images), self.engine_config.model_dtype)
-        with autocast(self.engine_config, self.device):
+        with self.engine_config.autocast(self.device):
             return dense_features(self.engine.module.encoder, inputs)

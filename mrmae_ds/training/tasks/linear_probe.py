@@ -10,7 +10,6 @@ Shape legend: B images of a micro-batch, C the encoder's width.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,10 +22,8 @@ from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import ProbeConfig
 from mrmae_ds.data.loaders.base import Batch
-from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.pretrain import Encoder
 from mrmae_ds.teachers import Teacher
-from mrmae_ds.training.engine.autocast import autocast
 from mrmae_ds.training.tasks.base import MicroBatchKey, Normalize
 
 _EPS = 1e-6  # of the BatchNorm, as in MAE's linear probing
@@ -108,7 +105,7 @@ class ProbeTask:
     def features(self, images: Tensor) -> Tensor:
         """float32 [B, C] of decoded images, uint8 [B, 3, H, W]."""
         inputs = self.normalize.student(self.normalize.pixels(images), self.engine_config.model_dtype)
-        with autocast(self.engine_config, self.device):
+        with self.engine_config.autocast(self.device):
             features = self.encoder.forward_head(self.encoder.forward_features(inputs), pre_logits=True)
         return features.float()
 
@@ -130,11 +127,3 @@ class ProbeTask:
         weight = trained["linear.weight"] * scale
         bias = trained["linear.bias"] - weight @ trained["norm.running_mean"]
         return self.weights | {"head.weight": weight, "head.bias": bias}
-
-
-def probe_engine_config(config: EngineConfig) -> EngineConfig:
-    """What the engine of a linear classifier is built from: the same micro-batch, ZeRO stage 0, float32."""
-    kept = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping", "steps_per_print")
-    raw: dict[str, Any] = {key: config.raw[key] for key in kept if key in config.raw}
-    raw["zero_optimization"] = {"stage": 0}
-    return replace(config, raw=raw, zero_stage=0, model_dtype=torch.float32, checkpointing=CheckpointPlan())

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.decoder import DecoderSpec
@@ -26,7 +27,8 @@ from mrmae_ds.weights.load import build_encoder
 
 SPEC = ViTSpec(16, 2, 2, patch=8)
 PLAN = CheckpointPlan(conv_stages=3, transformer=2, decoder=1)
-CONFIG = EngineConfig(Path("engine.json"), {}, 4, None, 3, torch.float32, PLAN)
+ZERO = ZeroSettings(3, autocast=False, bf16=False)
+CONFIG = EngineConfig(Path("engine.json"), {}, 4, None, ZERO, torch.float32, PLAN)
 
 
 def _model(tap: str) -> PretrainModel:
@@ -67,7 +69,7 @@ def test_the_checkpointing_plan_reaches_encoder_and_decoder() -> None:
 
 
 def _leaves(*classes: str) -> EngineConfig:
-    return replace(CONFIG, raw={"zero_optimization": {"leaf_module": {"classes": list(classes)}}})
+    return replace(CONFIG, leaf_module_classes=classes)
 
 
 def test_leaf_modules_that_do_not_exist_are_named() -> None:

@@ -90,7 +90,7 @@ def gathered(changes: dict[str, Any], accumulation: int, folder: Path, rank: int
     path = folder / f"gathers-{rank}.json"
     path.write_text(json.dumps(narrow_config(changes)))
     config, model = load_engine_config(path), huge(narrow=True)
-    size = travelling_bytes(model, "torch_autocast" in config.raw)
+    size = travelling_bytes(model, config.zero.autocast)
     engine = build_engine(model, pretrain_groups(model, 0.05), (0.9, 0.95), config, accumulation, torch.device("cpu"))
     engine.train()
     images, grid = torch.randn(1, 3, IMAGE, IMAGE), (IMAGE // 14, IMAGE // 14)

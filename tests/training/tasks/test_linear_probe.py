@@ -21,7 +21,7 @@ from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.lr_schedule import learning_rate
-from mrmae_ds.training.tasks.linear_probe import LinearClassifier, ProbeTask, probe_engine_config
+from mrmae_ds.training.tasks.linear_probe import LinearClassifier, ProbeTask
 from mrmae_ds.weights.load import (
     build_encoder,
     init_classifier,
@@ -148,12 +148,12 @@ def test_the_engine_holds_whole_float32_parameters_whatever_the_encoder_has(
 ) -> None:
     path = tmp_path / "engine.json"
     path.write_text(json.dumps(json.loads(ENGINE.read_text()) | precision))
-    config = probe_engine_config(load_engine_config(path))
+    config = load_engine_config(path).for_probe()
     assert config.for_deepspeed(2) == {
         "train_micro_batch_size_per_gpu": 16, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0},
         "gradient_accumulation_steps": 2, "steps_per_print": 2**31 - 1,
     }  # fmt: skip
-    assert config.model_dtype == torch.float32 and config.zero_stage == 0
+    assert config.model_dtype == torch.float32 and config.zero.stage == 0
 
 
 @pytest.fixture(scope="module")
