@@ -1,7 +1,7 @@
-"""What a run logs as it goes: `metrics.jsonl`, one line a step, and the same numbers as TensorBoard events.
+"""Scalar logs of a run: one line per step in `metrics.jsonl`, and the same numbers as TensorBoard events.
 
-Names of scalars, by which the figures find them: `loss` is the total and `loss/<objective>` its parts, `lr`
-the learning rate, `top1` (or `<split>/top1`) an accuracy in percent.
+The figures use these names of scalars: `loss` for the total, `loss/<objective>` for its parts, `lr` for the learning
+rate, `top1` (or `<split>/top1`) for an accuracy in percent.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ RESERVED = ("step", "nonfinite")
 
 
 class MetricsWriter:
-    """Writes a run's scalars, one JSON line and one TensorBoard event a step. For one process of a job
-    only."""
+    """Write a run's scalars, one JSON line and one TensorBoard event per step. Use it on rank 0 only."""
 
     def __init__(self, run_dir: str | Path, resume_step: int | None = None) -> None:
         """Open `run_dir/metrics.jsonl` and an event file in `run_dir/tensorboard/`.
 
-        `resume_step` is the last optimizer step of the checkpoint that training goes on from: what was logged
-        of later steps is dropped, since those steps run again. None starts anew and drops everything.
+        Args:
+            run_dir: the run's folder.
+            resume_step: last optimizer step of the checkpoint that training resumes from. Later steps run again, so
+                their log is dropped. None starts a new run and drops everything.
         """
         folder = Path(run_dir)
         path = folder / METRICS_FILE
@@ -44,23 +45,25 @@ class MetricsWriter:
         write_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._last_step = kept[-1]["step"] if kept else -1
         self._lines: IO[str] = path.open("a", encoding="utf-8")
-        self._events = _EventFile(folder / TENSORBOARD_FOLDER, resume_step)
+        self._events = _EventWriter(folder / TENSORBOARD_FOLDER, resume_step)
 
     def write(self, step: int, scalars: Mapping[str, float | int]) -> None:
-        """Log `scalars` of optimizer step `step`; the line is on its way to the disk when this returns.
+        """Log `scalars` of optimizer step `step` and flush both files.
 
-        A value that is not finite becomes null, and the line's `nonfinite` says which it was: {"loss":
-        "nan"}. Raises ValueError when a step is logged twice or out of order, or a name is one of `RESERVED`.
+        A non-finite value becomes null and is named in the line's `nonfinite`: {"loss": "nan"}.
+
+        Raises:
+            ValueError: if a step is logged twice or out of order, or a name is one of `RESERVED`.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} is logged after step {self._last_step}; log each step once, in order")
-        if clash := [name for name in scalars if name in RESERVED]:
-            raise ValueError(f"scalar name {clash[0]!r} is reserved; choose another")
+        if reserved := [name for name in scalars if name in RESERVED]:
+            raise ValueError(f"scalar name {reserved[0]!r} is reserved; choose another")
         values = {name: value if isinstance(value, int) else float(value) for name, value in scalars.items()}
-        strange = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
-        line: dict[str, Any] = {"step": step, **{k: None if k in strange else v for k, v in values.items()}}
-        if strange:
-            line["nonfinite"] = strange
+        nonfinite = {name: str(value) for name, value in values.items() if not math.isfinite(value)}
+        line: dict[str, Any] = {"step": step, **{k: None if k in nonfinite else v for k, v in values.items()}}
+        if nonfinite:
+            line["nonfinite"] = nonfinite
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
         self._events.write(step, values)
@@ -78,9 +81,11 @@ class MetricsWriter:
         self.close()
 
 
-class _EventFile:
-    """A TensorBoard event file without the host's name in its own, which TensorBoard's writers all put
-    there."""
+class _EventWriter:
+    """TensorBoard event file whose name lacks the host's.
+
+    Run folders are published as they are, and torch's SummaryWriter puts the host's name into every file name.
+    """
 
     def __init__(self, folder: Path, resume_step: int | None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,7 +97,7 @@ class _EventFile:
         self._writer = RecordWriter(self._file)
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if resume_step is not None:
-            # TensorBoard drops what earlier files hold of this step and later ones.
+            # Purges this step and later ones from the events of earlier files, as SummaryWriter's `purge_step` does.
             start = SessionLog(status=SessionLog.START)
             self._add(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
 
@@ -109,9 +114,10 @@ class _EventFile:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of `run_dir/metrics.jsonl`, oldest first. A last line torn by a crash is left out.
+    """Return the lines of `run_dir/metrics.jsonl`, oldest first, without a last line truncated by a crash.
 
-    Raises UserError naming file and line when the file is missing or another line is not one of ours.
+    Raises:
+        UserError: if the file is missing or another line is not a JSON object with a step.
     """
     path = Path(run_dir) / METRICS_FILE
     try:

@@ -1,4 +1,4 @@
-"""How far a run has come: a bar on a terminal, now and then a plain line in a log file."""
+"""Progress display: a bar on a terminal, periodic lines otherwise."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, ETA {
 class Progress:
     """Progress of one stage, shown by rank 0 only.
 
-    On a terminal it is a tqdm bar. Elsewhere (the log of a batch job) a bar would be one endless line, so a
-    plain line is printed for the first update, then at most every `every_seconds`, and for the last step.
+    On a terminal it is a tqdm bar. In the log of a batch job a bar would be one endless line, so a plain line is
+    printed for the first update, then at most every `every_seconds`, and for the last step.
     """
 
     def __init__(
@@ -30,12 +30,21 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`done_steps` were taken before this process began and do not count for the speed; `enabled` is
-        False on every rank but 0; `stream` is stderr by default."""
+        """Start the display.
+
+        Args:
+            label: name of the stage.
+            total_steps: optimizer steps of the stage.
+            done_steps: steps completed before this process started; they do not count for the speed.
+            enabled: False on every rank but 0.
+            every_seconds: least time between two lines.
+            stream: stderr by default.
+            clock: seconds, for tests.
+        """
         self._label, self._total, self._first = label, total_steps, done_steps
         self._enabled, self._every, self._clock = enabled, every_seconds, clock
         self._stream = stream if stream is not None else sys.stderr
-        self._began = clock()
+        self._start = clock()
         self._printed: float | None = None
         self._bar: tqdm | None = None
         if enabled and self._stream.isatty():
@@ -50,7 +59,7 @@ class Progress:
             )
 
     def update(self, step: int, loss: float, lr: float, images_per_s: float) -> None:
-        """Show that `step` steps of the stage are done. `images_per_s` is that of the whole job."""
+        """Show that `step` steps of the stage are completed; `images_per_s` is the throughput of the whole job."""
         if not self._enabled:
             return
         numbers = f"loss {loss:.4f}, lr {lr:.2e}, {images_per_s:,.0f} images/s"
@@ -62,18 +71,18 @@ class Progress:
         if self._printed is None or now - self._printed >= self._every or step >= self._total:
             self._printed = now
             share = 100 * step / self._total if self._total else 100.0
-            place = f"{self._label}: step {step}/{self._total} ({share:.1f} %)"
-            print(f"{place}, {numbers}, ETA {self._eta(step, now)}", file=self._stream, flush=True)
+            position = f"{self._label}: step {step}/{self._total} ({share:.1f} %)"
+            print(f"{position}, {numbers}, ETA {self._eta(step, now)}", file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands and end its line."""
+        """End the bar's line."""
         if self._bar is not None:
             self._bar.close()
 
     def _eta(self, step: int, now: float) -> str:
-        """Return the time left as h:mm:ss at this process's mean speed; "?" before its first step."""
-        taken = step - self._first
-        if taken <= 0:
+        """Return the remaining time as h:mm:ss at this process's mean speed; "?" before its first step."""
+        completed = step - self._first
+        if completed <= 0:
             return "?"
-        minutes, seconds = divmod(round((now - self._began) / taken * max(self._total - step, 0)), 60)
+        minutes, seconds = divmod(round((now - self._start) / completed * max(self._total - step, 0)), 60)
         return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

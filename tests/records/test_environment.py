@@ -17,7 +17,7 @@ def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
 
 
-def test_git_state_tells_commit_and_dirt(tmp_path: Path) -> None:
+def test_git_state_returns_commit_and_dirtiness(tmp_path: Path) -> None:
     assert git_state(tmp_path) is None
     assert git_state(tmp_path / "missing") is None
     _git(tmp_path, "init", "-q")
@@ -33,7 +33,7 @@ def test_git_state_tells_commit_and_dirt(tmp_path: Path) -> None:
     assert dirty is not None and dirty.dirty
 
 
-def test_versions_and_hardware_are_told_without_names() -> None:
+def test_versions_and_hardware_contain_no_host_name() -> None:
     versions = collect_versions()
     assert versions["python"] == platform.python_version()
     assert versions["torch"] == torch.__version__

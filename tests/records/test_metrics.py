@@ -13,16 +13,16 @@ from mrmae_ds.records.metrics import MetricsWriter, read_metrics
 
 
 def _events(run: Path, tag: str) -> list[tuple[int, float]]:
-    """Read a tag's points with TensorBoard's own reader."""
+    """Return a tag's points, read by TensorBoard."""
     reader = EventAccumulator(str(run / "tensorboard"))
     reader.Reload()
     return [(event.step, event.value) for event in reader.Scalars(tag)]
 
 
-def test_each_step_is_a_line_and_an_event(tmp_path: Path) -> None:
+def test_writes_a_line_and_an_event_per_step(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.write(10, {"loss": 0.5, "lr": 1e-4, "skipped": 2})
-        # On the disk before the writer is closed, so that a killed job keeps it.
+        # On disk before the writer is closed, so that a killed job keeps it.
         assert len(read_metrics(tmp_path)) == 1
         writer.write(20, {"loss": 0.25})
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -31,7 +31,7 @@ def test_each_step_is_a_line_and_an_event(tmp_path: Path) -> None:
     assert _events(tmp_path, "loss") == [(10, 0.5), (20, 0.25)]
 
 
-def test_what_is_not_finite_is_null_and_told(tmp_path: Path) -> None:
+def test_nonfinite_values_are_null_and_named(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -45,7 +45,7 @@ def test_what_is_not_finite_is_null_and_told(tmp_path: Path) -> None:
     }
 
 
-def test_resuming_logs_no_step_twice(tmp_path: Path) -> None:
+def test_resuming_purges_superseded_steps(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         for step in range(1, 8):
             writer.write(step, {"loss": float(step)})
@@ -57,7 +57,7 @@ def test_resuming_logs_no_step_twice(tmp_path: Path) -> None:
     assert _events(tmp_path, "loss") == expected
 
 
-def test_resuming_mends_a_torn_last_line(tmp_path: Path) -> None:
+def test_resuming_drops_a_truncated_last_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
     assert [line["step"] for line in read_metrics(tmp_path)] == [1]
     with MetricsWriter(tmp_path, resume_step=2) as writer:
@@ -65,7 +65,7 @@ def test_resuming_mends_a_torn_last_line(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}, {"step": 3, "loss": 3.0}]
 
 
-def test_starting_anew_forgets_the_old_run(tmp_path: Path) -> None:
+def test_a_new_run_drops_the_old_log(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.write(5, {"loss": 5.0})
     with MetricsWriter(tmp_path) as writer:
@@ -74,7 +74,7 @@ def test_starting_anew_forgets_the_old_run(tmp_path: Path) -> None:
     assert _events(tmp_path, "loss") == [(1, 1.0)]
 
 
-def test_a_step_out_of_order_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_step_out_of_order(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.write(5, {"loss": 1.0})
         with pytest.raises(ValueError, match="step 5 is logged after step 5"):
@@ -83,7 +83,7 @@ def test_a_step_out_of_order_is_refused(tmp_path: Path) -> None:
             writer.write(6, {"step": 1})
 
 
-def test_a_broken_line_inside_is_named(tmp_path: Path) -> None:
+def test_names_a_broken_line(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2"):
         read_metrics(tmp_path)

@@ -19,7 +19,7 @@ class _Clock:
         return self.now
 
 
-def test_a_log_file_gets_a_plain_line_now_and_then() -> None:
+def test_prints_periodic_lines_to_a_log_file() -> None:
     stream, clock = io.StringIO(), _Clock()
     progress = Progress("pretrain", 1000, 500, every_seconds=30, stream=stream, clock=clock)
     for step in range(510, 1001, 10):
@@ -36,7 +36,7 @@ def test_a_log_file_gets_a_plain_line_now_and_then() -> None:
     assert "\r" not in stream.getvalue()
 
 
-def test_a_terminal_gets_a_bar() -> None:
+def test_shows_a_bar_on_a_terminal() -> None:
     stream = _Terminal()
     progress = Progress("finetune", 10, 4, stream=stream)
     progress.update(7, 1.5, 1e-3, 99.6)
@@ -53,7 +53,7 @@ def test_other_ranks_print_nothing() -> None:
         assert stream.getvalue() == ""
 
 
-def test_the_time_left_is_unknown_before_the_first_step() -> None:
+def test_remaining_time_is_unknown_before_the_first_step() -> None:
     stream = io.StringIO()
     Progress("pretrain", 10, 3, stream=stream).update(3, 1.0, 1.0, 1.0)
     assert stream.getvalue().endswith("ETA ?\n")

@@ -25,7 +25,7 @@ from mrmae_ds.records.sections import (
 from tests.support.records import make_record
 
 
-def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_loads_a_record_as_written(tmp_path: Path) -> None:
     record = make_record(teachers={"clip": TeacherInfo(kind="clip", source="openai/ViT-B-16", sha256="cd")})
     record.write(tmp_path)
     assert RunRecord.load(tmp_path) == record
@@ -35,13 +35,13 @@ def test_a_record_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert content["teachers"]["clip"]["source"] == "openai/ViT-B-16"
 
 
-def test_records_keep_no_folder_names(tmp_path: Path) -> None:
+def test_records_contain_no_folder_names(tmp_path: Path) -> None:
     assert DataInfo(dataset="x", file=Path("/home/me/a.beton"), samples=1).file == "a.beton"
     assert Init(file="/home/me/model.safetensors").file == "model.safetensors"
     assert TeacherInfo(kind="own", source="/home/me/dino.safetensors").source == "dino.safetensors"
 
 
-def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_record(top1=70.0).write(tmp_path)
 
     def full_disk(source: Path, target: Path) -> None:
@@ -55,7 +55,7 @@ def test_a_write_that_fails_leaves_the_old_record(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["record.json"]
 
 
-def test_a_record_that_contradicts_itself_is_not_written(tmp_path: Path) -> None:
+def test_rejects_an_inconsistent_record(tmp_path: Path) -> None:
     make_record(top1=70.0).write(tmp_path)
     early = make_record()
     early.schedule.steps_done = 99
@@ -73,7 +73,7 @@ def test_a_record_that_contradicts_itself_is_not_written(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("top1", [math.nan, math.inf, 100.5, -1.0])
-def test_an_impossible_accuracy_is_refused(top1: float) -> None:
+def test_rejects_an_impossible_accuracy(top1: float) -> None:
     with pytest.raises(ValueError, match="top1"):
         Results(top1=top1, eval_samples=10)
 
@@ -83,7 +83,7 @@ def test_an_accuracy_needs_its_sample_count() -> None:
         Results(top1=50.0)
 
 
-def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
+def test_nonfinite_numbers_become_null(tmp_path: Path) -> None:
     results = Results(loss=math.nan)
     results.mimic = math.inf  # type: ignore[attr-defined]
     make_record(results=results, status="failed").write(tmp_path)
@@ -101,7 +101,7 @@ def test_numbers_that_are_not_finite_become_null(tmp_path: Path) -> None:
         ('{"schema_version": 1, "name": "x"}', "method: Field required"),
     ],
 )
-def test_foreign_records_are_named(tmp_path: Path, text: str, reason: str) -> None:
+def test_names_a_file_that_is_not_a_record(tmp_path: Path, text: str, reason: str) -> None:
     path = tmp_path / "a" / "record.json"
     path.parent.mkdir()
     path.write_text(text)
@@ -111,26 +111,26 @@ def test_foreign_records_are_named(tmp_path: Path, text: str, reason: str) -> No
     assert reason in str(caught.value)
 
 
-def test_an_unknown_key_is_named(tmp_path: Path) -> None:
+def test_names_an_unknown_key(tmp_path: Path) -> None:
     path = make_record().write(tmp_path)
     path.write_text(json.dumps(json.loads(path.read_text()) | {"hostname": "node7"}))
     with pytest.raises(UserError, match="hostname"):
         RunRecord.load(tmp_path)
 
 
-def test_find_records_finds_each_run_once(tmp_path: Path) -> None:
+def test_find_records_returns_each_run_once(tmp_path: Path) -> None:
     for name in ("b/finetune", "a/pretrain", "a/pretrain/checkpoints/step_1"):
         make_record().write(tmp_path / name)
-    found = [folder for folder, _ in find_records([tmp_path / "b", tmp_path, tmp_path / "b" / "finetune"])]
-    assert found == [tmp_path / "a/pretrain", tmp_path / "b/finetune"]
+    folders = [folder for folder, _ in find_records([tmp_path / "b", tmp_path, tmp_path / "b" / "finetune"])]
+    assert folders == [tmp_path / "a/pretrain", tmp_path / "b/finetune"]
 
 
-def test_a_missing_root_is_named(tmp_path: Path) -> None:
+def test_names_a_missing_root(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         find_records([tmp_path / "nowhere"])
 
 
-def test_a_pretraining_summary_tells_what_really_ran() -> None:
+def test_pretraining_summary_counts_completed_epochs() -> None:
     summary = summarize_pretraining(_stopped(pretrain=None))
     assert (summary.method, summary.epochs, summary.dataset) == ("MR-MAE", 100.0, "Fashion-MNIST")
 
@@ -140,7 +140,7 @@ def _stopped(**fields: Any) -> RunRecord:
     return make_record(results=Results(), stage="pretrain", status="stopped", schedule=schedule, **fields)
 
 
-def test_a_continued_pretraining_counts_the_epochs_before_it() -> None:
+def test_pretraining_summary_adds_epochs_of_the_continued_run() -> None:
     assert summarize_pretraining(_stopped(pretrain=20)).epochs == 120.0
     assert summarize_pretraining(_stopped(init=Init(file="released.pth"))).epochs is None
 
@@ -161,7 +161,7 @@ def _ensemble(*tuned: RunRecord | None) -> RunRecord:
     return make_record(method="Two", stage="evaluate", init=None, members=members)
 
 
-def test_what_is_behind_an_ensemble_is_what_its_members_share() -> None:
+def test_ensemble_properties_are_those_that_members_share() -> None:
     alike = _ensemble(make_record(seed=0), make_record(seed=1))
     assert (alike.pretrain_method, alike.pretrain_epochs, alike.finetune_epochs) == ("MR-MAE", 20, 10)
     assert alike.finetune_data == make_record().data
@@ -171,7 +171,7 @@ def test_what_is_behind_an_ensemble_is_what_its_members_share() -> None:
     assert (unknown.pretrain_method, unknown.pretrain_epochs, unknown.finetune_epochs) == ("Two", None, None)
 
 
-def test_an_ensemble_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_loads_an_ensemble_as_written(tmp_path: Path) -> None:
     record = _ensemble(make_record(seed=3), None)
     record.write(tmp_path)
     assert RunRecord.load(tmp_path) == record
@@ -192,7 +192,7 @@ def _pretraining(**fields: Any) -> RunRecord:
     return make_record(**values)
 
 
-def test_what_a_stage_cost_goes_with_its_weights() -> None:
+def test_summaries_contain_the_stage_cost() -> None:
     spent = summarize_pretraining(_pretraining()).spent
     # A quarter of an hour on 16 processes; 3e6 operations on each of 2000 images.
     assert spent == StageCost(device="H100", device_hours=4.0, images_per_s=12.5, operations=6e9)
@@ -201,7 +201,7 @@ def test_what_a_stage_cost_goes_with_its_weights() -> None:
     assert summary.forward == 2 and summary.spent is not None and summary.spent.device_hours == 0.1
 
 
-def test_a_pretraining_that_went_on_from_another_cost_both() -> None:
+def test_a_continued_pretraining_adds_both_costs() -> None:
     first = summarize_pretraining(_pretraining())
     second = summarize_pretraining(_pretraining(init=Init(file="m", pretrain=first), results=Results(images_per_s=9.0)))
     assert second.spent == StageCost(device="H100", device_hours=8.0, images_per_s=None, operations=1.2e10)
@@ -211,7 +211,7 @@ def test_a_pretraining_that_went_on_from_another_cost_both() -> None:
     assert summarize_pretraining(foreign).spent is None
 
 
-def test_a_record_without_the_newer_fields_is_read(tmp_path: Path) -> None:
+def test_loads_a_record_without_the_newer_fields(tmp_path: Path) -> None:
     path = make_record().write(tmp_path)
     content = json.loads(path.read_text())
     for key in ("model", "design", "operations", "slurm_job"):

@@ -1,4 +1,4 @@
-"""Made-up records for the tests of this folder."""
+"""Synthetic records for tests."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ def make_record(
     eval_samples: int = 10_000,
     **fields: Any,
 ) -> RunRecord:
-    """Return a finished fine-tuning run that ended `day` days after `BEGIN`; `pretrain` None means from
-    scratch."""
+    """Return a finished fine-tuning run that ended `day` days after `BEGIN`; `pretrain` None means from scratch."""
     known = PretrainSummary(method=method, epochs=pretrain, dataset=dataset, recipe_hash="feed")
     return RunRecord(
         **{
@@ -83,7 +82,7 @@ ROWS_OF_TABLE_3: dict[int, tuple[tuple[tuple[str, str, str], ...], str, tuple[st
 
 
 def make_pretraining(row: int = 7, sources: dict[str, str] | None = None, **fields: Any) -> PretrainSummary:
-    """Return what is known of a pre-training as in that row of Table 3, with teachers from `sources`."""
+    """Return the summary of a pre-training as in that row of Table 3, with teachers from `sources`."""
     losses, masking, fusion, arch = ROWS_OF_TABLE_3[row]
     objectives = {
         f"loss{n}": ObjectiveInfo(target=target, tap=tap, tokens=tokens, weight=0.5)  # type: ignore[arg-type]
