@@ -1,4 +1,4 @@
-"""`make demo` on a folder of images: every command of the README, on a tree small enough for a test."""
+"""Run `make demo`, every command of the README, on a small folder of images."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Path]:
-    """Ten classes of real images, SRC/CLASS/*.png; what the demo writes for it is removed afterwards."""
+    """Ten classes of real images, SRC/CLASS/*.png; the demo's output for them is removed afterwards."""
     source = tmp_path / f"images_{tmp_path.name}"
     for index, (image, label) in enumerate(sample_sets(200, 10)[0]):  # type: ignore[arg-type]
         folder = source / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
         image.save(folder / f"{index}.png")
     yield source
-    for room in ("runs", "datasets"):
-        shutil.rmtree(REPOSITORY / room / f"demo_{source.name}", ignore_errors=True)
+    for folder in ("runs", "datasets"):
+        shutil.rmtree(REPOSITORY / folder / f"demo_{source.name}", ignore_errors=True)
 
 
 def test_demo_on_a_folder(tree: Path) -> None:
-    done = run(["make", "demo", f"DATA={tree}"], 840)
-    assert done.status == 0, done.stdout + done.stderr
+    result = run(["make", "demo", f"DATA={tree}"], 840)
+    assert result.status == 0, result.stdout + result.stderr
     runs = REPOSITORY / "runs" / f"demo_{tree.name}"
     stages = {(record.name, record.stage): record.status for _, record in find_records([runs])}
     assert len(stages) == 7 and set(stages.values()) == {"finished"}
     rows = [line for line in (runs / "table.md").read_text().splitlines() if f", {tree.name})" in line]
     assert len(rows) == 4 and all("**" in row for row in rows)
-    assert f"{runs.relative_to(REPOSITORY)}/tiny/pretrain/images/" in done.stdout
+    assert f"{runs.relative_to(REPOSITORY)}/tiny/pretrain/images/" in result.stdout
