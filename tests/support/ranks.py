@@ -10,12 +10,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from tests.support.processes import REPOSITORY, environment, free_port
 
@@ -122,3 +123,40 @@ def _rank(argv: list[str], values: dict[str, str], log: Path, fault: str) -> Non
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def run_in_group(work: Callable[..., None], world_size: int, *arguments: Any, limit_s: float = 180) -> None:
+    """Call ``work(rank, world_size, *arguments)`` on every rank of a new gloo group; assert that all end well.
+
+    Args:
+        work: a function that can be pickled.
+        world_size: number of ranks.
+        arguments: passed to ``work``.
+        limit_s: seconds after which all ranks are killed.
+    """
+    server, port = fork_server(), free_port()
+    processes = [
+        server.Process(target=_member, args=(work, rank, world_size, port, *arguments)) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(limit_s)
+    late = [process.pid for process in processes if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not late and [process.exitcode for process in processes] == [0] * world_size
+
+
+def _member(work: Callable[..., None], rank: int, world_size: int, port: int, *arguments: Any) -> None:
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1")
+    import torch
+
+    from mrmae_ds.distributed.process_group import end_process_group, start_process_group
+
+    start_process_group(torch.device("cpu"))
+    work(rank, world_size, *arguments)
+    end_process_group()
+    os._exit(0)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mrmae_ds.distributed.collectives import gather
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.checkpoint.rng_state import random_state, restore_random_state
 from mrmae_ds.training.meter import Meter
@@ -56,25 +57,35 @@ class TrainState:
 
 
 def state_file(rank: int) -> str:
-    """The name of a rank's part in a checkpoint."""
+    """Return the name of a rank's state in a checkpoint."""
     return _FILE.format(rank)
 
 
 def load_state(
     checkpoint: Path, saved_by: int, module: nn.Module, launch: Launch, micro_batch: int, device: torch.device
 ) -> TrainState:
-    """Read the counters, and put this rank's random states and buffers back.
+    """Restore this rank's counters, random states and buffers. All ranks must call it.
+
+    Each rank reads its own file, or, if fewer ranks than before load, its share of the files; what every rank needs of
+    the others' (the sums of the open interval) comes by one collective operation. So W ranks open W files, not W².
 
     Args:
-        checkpoint: the folder, verified.
+        checkpoint: the verified folder.
         saved_by: number of ranks that wrote it. A rank beyond them takes rank 0's random states and buffers.
-        module: whose buffers they are.
-        launch, micro_batch: of this job.
-        device: of this process.
+        module: whose buffers are restored.
+        launch: this rank.
+        micro_batch: images a rank takes at a time.
+        device: of this rank.
+
+    Raises:
+        ValueError: if the module has other buffers.
     """
-    names = [state_file(rank) for rank in range(saved_by)]
-    states = [torch.load(checkpoint / name, map_location="cpu", weights_only=True) for name in names]
-    own = states[launch.rank if launch.rank < saved_by else 0]
+    source = launch.rank if launch.rank < saved_by else 0
+    own = _read(checkpoint, source)
+    meters = {source: own["meter"]}
+    for rank in range(source + launch.world_size, saved_by, launch.world_size):
+        meters[rank] = _read(checkpoint, rank)["meter"]
+    meters = {rank: meter for some in gather(meters) for rank, meter in some.items()}
     restore_random_state(own["random"], device)
     buffers = dict(module.named_buffers())
     if buffers.keys() != own["buffers"].keys():
@@ -86,5 +97,10 @@ def load_state(
         skipped=own["skipped"],
         bad_in_row=own["bad_in_row"],
         grad_norm=own["grad_norm"],
-        meter=Meter.restored([state["meter"] for state in states], launch, micro_batch, device),
+        meter=Meter.restored([meters[rank] for rank in range(saved_by)], launch, micro_batch, device),
     )
+
+
+def _read(checkpoint: Path, rank: int) -> dict[str, Any]:
+    state: dict[str, Any] = torch.load(checkpoint / state_file(rank), map_location="cpu", weights_only=True)
+    return state

@@ -5,8 +5,6 @@ Small linear models, gradients of exact halves, so that nothing rounds different
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,8 @@ import pytest
 import torch
 
 from mrmae_ds.training.checkpoint.folder import list_checkpoints
-from tests.support.processes import free_port
-from tests.support.ranks import fork_server
+from tests.support.ranks import run_in_group
 
-LIMIT_S = 180
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 REPAIRS = ("groups", "steps", "fixed")
 
@@ -118,34 +114,6 @@ def _load(rank: int, world_size: int, stage: int, more: dict[str, Any], folder: 
         torch.save(found, folder / "found.pt")
 
 
-def _process(work: Callable[..., None], rank: int, world_size: int, port: int, *arguments: Any) -> None:
-    """A process of a group."""
-    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1")
-    from mrmae_ds.distributed.process_group import end_process_group, start_process_group
-
-    start_process_group(torch.device("cpu"))
-    work(rank, world_size, *arguments)
-    end_process_group()
-    os._exit(0)
-
-
-def _run(work: Callable[..., None], world_size: int, *arguments: Any) -> None:
-    server, port = fork_server(), free_port()
-    processes = [
-        server.Process(target=_process, args=(work, rank, world_size, port, *arguments)) for rank in range(world_size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(LIMIT_S)
-    late = [process.pid for process in processes if process.is_alive()]
-    for process in processes:
-        process.kill()
-        process.join()
-    assert not late and [process.exitcode for process in processes] == [0] * world_size
-
-
 def _equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     assert found.keys() == expected.keys()
     return all(torch.equal(found[name], expected[name]) for name in expected)
@@ -153,8 +121,8 @@ def _equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 def test_two_processes_to_one_and_what_it_takes(tmp_path: Path) -> None:
     """Exactly; and not if any of the repairs is left out."""
-    _run(_save, 2, 3, {}, tmp_path)
-    _run(_load, 1, 3, {"repairs": True}, tmp_path)
+    run_in_group(_save, 2, 3, {}, tmp_path)
+    run_in_group(_load, 1, 3, {"repairs": True}, tmp_path)
     expected, found = torch.load(tmp_path / "expected.pt"), torch.load(tmp_path / "found.pt")
     assert _equal(found.pop(""), expected)
     assert {name: _equal(state, expected) for name, state in found.items()} == dict.fromkeys(REPAIRS, False)
@@ -176,8 +144,8 @@ def test_two_processes_to_one_and_what_it_takes(tmp_path: Path) -> None:
     ],
 )
 def test_any_stage_either_way(stage: int, more: dict[str, Any], sizes: tuple[int, int], tmp_path: Path) -> None:
-    _run(_save, sizes[0], stage, more, tmp_path)
-    _run(_load, sizes[1], stage, more, tmp_path)
+    run_in_group(_save, sizes[0], stage, more, tmp_path)
+    run_in_group(_load, sizes[1], stage, more, tmp_path)
     assert _equal(torch.load(tmp_path / "found.pt")[""], torch.load(tmp_path / "expected.pt"))
 
 
