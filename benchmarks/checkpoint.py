@@ -186,13 +186,13 @@ def _load(folder: Path, engine: Any, launch: Any, note: Note) -> None:
 
 def _resume(folder: Path, engine: Any, launch: Any, note: Note) -> Any:
     from mrmae_ds.training.checkpoint.folder import list_checkpoints
-    from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
+    from mrmae_ds.training.checkpoint.resume import load_checkpoint, verify_start
     from mrmae_ds.training.checkpoint.run_dir import RunStart
 
     newest = list_checkpoints(folder / "foreground")[-1]
 
     def resume() -> None:
-        start = agree_on_start(RunStart("resume", (newest,)), folder / "foreground")
+        start = verify_start(RunStart("resume", (newest,)), folder / "foreground")
         assert start.checkpoint is not None
         load_checkpoint(engine, start.checkpoint, launch, 1)
 

@@ -199,7 +199,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(copy: Path, runs: SmallRuns) -> N
     before = sorted(path for path in copy.rglob("*"))
     ranks = runs.launch(copy.name)
     assert ranks.wait(LIMIT_S) == [2, 2], ranks.text()
-    assert "no whole checkpoint in it; --resume never starts anew" in ranks.text(0)
+    assert "no complete checkpoint in it; --resume never starts anew" in ranks.text(0)
     assert "Traceback" not in ranks.text() and "error" not in ranks.text(1)
     assert sorted(path for path in copy.rglob("*")) == before
 

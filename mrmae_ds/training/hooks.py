@@ -12,8 +12,8 @@ from mrmae_ds.config.stages import FinetuneConfig, ProbeConfig
 from mrmae_ds.data.loaders.base import Loader
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
+from mrmae_ds.training.checkpoint.folder import CheckpointPolicy
 from mrmae_ds.training.checkpoint.manifest import ResultValues
-from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.evaluation.accuracy import evaluate
 from mrmae_ds.training.evaluation.knn import KnnEvaluator

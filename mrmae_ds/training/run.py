@@ -20,9 +20,9 @@ from mrmae_ds.distributed.signals import StopSignals
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import RaisedOnAllRanks, StopRequested, TrainingError, UserError
 from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
+from mrmae_ds.training.checkpoint.folder import CheckpointPolicy
 from mrmae_ds.training.checkpoint.manifest import ResultValues
-from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
-from mrmae_ds.training.checkpoint.resume import agree_on_start, load_checkpoint
+from mrmae_ds.training.checkpoint.resume import load_checkpoint, verify_start
 from mrmae_ds.training.checkpoint.run_dir import RunStart, prepare_folder
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
@@ -78,7 +78,7 @@ def run_stage(job: PreparedStage) -> None:
     start_process_group(device)
     try:
         with Watchdog(launch, 60 * job.recipe.watchdog.timeout_minutes) as monitor, StopSignals() as signals:
-            start = agree_on_start(job.start, job.stage_dir)
+            start = verify_start(job.start, job.stage_dir)
             if start.action != "done":
                 _train(job, start, device, monitor, signals)
             elif launch.rank == 0:

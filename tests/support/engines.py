@@ -1,4 +1,4 @@
-"""A stand-in for DeepSpeed's engine where checkpoints are concerned, and checkpoints on the disk."""
+"""Stand-in for DeepSpeed's engine in tests of checkpoints, and ready-made checkpoints on the disk."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
 from mrmae_ds.training.checkpoint.folder import Retention
 from mrmae_ds.training.checkpoint.manifest import EngineLayout, FileEntry, Manifest, RunIdentity
-from mrmae_ds.training.checkpoint.save import save_checkpoint
 from mrmae_ds.training.checkpoint.train_state import TrainState
 
 IDENTITY = RunIdentity(recipe_hash="abc", seed=3, train="7ra1n" * 8, val="va1" * 8, teachers={"clip": "c11p"})
@@ -18,22 +18,22 @@ FILES = {"zero_pp_rank_0_mp_rank_00_optim_states.pt": b"optimizer", "mp_rank_00_
 
 
 class FakeEngine:
-    """Hands over the parts of a checkpoint as DeepSpeed does, and remembers what it was told to load."""
+    """Hands over a checkpoint's shards as DeepSpeed does, and records what it is told to load."""
 
     device = torch.device("cpu")
 
-    def __init__(self, parts: dict[str, Any] | None = None, zero_stage: int = 3, loads: bool = True) -> None:
-        self.parts = {name: {"content": content} for name, content in FILES.items()} if parts is None else parts
+    def __init__(self, shards: dict[str, Any] | None = None, zero_stage: int = 3, loads: bool = True) -> None:
+        self.shards = {name: {"content": content} for name, content in FILES.items()} if shards is None else shards
         self.zero_stage, self.loads = zero_stage, loads
-        self.asked: list[tuple[str, str]] = []
+        self.loaded: list[tuple[str, str]] = []
         self.checkpoint_engine: Any = None
         self.module = torch.nn.BatchNorm1d(2)
         self.global_steps = 0
 
     def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
         assert save_latest is False
-        for name, part in self.parts.items():
-            self.checkpoint_engine.save(part, f"{folder}/{tag}/{name}")
+        for name, shard in self.shards.items():
+            self.checkpoint_engine.save(shard, f"{folder}/{tag}/{name}")
 
     def zero_optimization_stage(self) -> int:
         return self.zero_stage
@@ -45,19 +45,35 @@ class FakeEngine:
         return False
 
     def load_checkpoint(self, folder: str, tag: str) -> tuple[str | None, dict[str, Any]]:
-        self.asked.append((folder, tag))
+        self.loaded.append((folder, tag))
         self.global_steps = int(tag.split("_")[1])
         return (f"{folder}/{tag}" if self.loads else None), {}
 
 
-def save(stage_dir: Path, step: int, keep: int = 2, engine: FakeEngine | None = None, **changes: Any) -> Path:
-    """A checkpoint of a fake engine, by the real protocol."""
-    settings = {"identity": IDENTITY, "results": {"top1": 1.5}, "retention": Retention(keep), "micro_batch": 4}
-    return save_checkpoint(engine or FakeEngine(), stage_dir, TrainState(step=step), **{**settings, **changes})
+def save(
+    stage_dir: Path,
+    step: int,
+    engine: FakeEngine | None = None,
+    retention: Retention | None = None,
+    state: TrainState | None = None,
+) -> Path:
+    """Save a checkpoint of a fake engine in the foreground, as a run does; return its folder."""
+    folders: list[Path] = []
+    checkpointer = AsyncCheckpointer(
+        engine or FakeEngine(),
+        stage_dir,
+        IDENTITY,
+        retention or Retention(2),
+        micro_batch=4,
+        background=False,
+        committed=lambda folder, step, results: folders.append(folder),
+    )
+    checkpointer.save(state or TrainState(step=step), {"top1": 1.5})
+    return folders[0]
 
 
 def written(stage_dir: Path, step: int = 5, identity: RunIdentity = IDENTITY, **changes: Any) -> Path:
-    """A committed checkpoint on the disk, without having been saved here."""
+    """Write a committed checkpoint to the disk without saving; return its folder."""
     checkpoint = stage_dir / "checkpoints" / f"step_{step:09d}"
     checkpoint.mkdir(parents=True)
     files = {}

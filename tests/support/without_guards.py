@@ -46,7 +46,7 @@ def _faults(words: str) -> tuple[str, ...]:
 
 TRAPS = "tests/training/engine/test_traps.py"
 RESUMING = "tests/training/checkpoint/test_resume.py"
-UNIVERSAL = ("tests/training/checkpoint/test_universal.py", "-k", "two_processes_to_one or any_stage")
+UNIVERSAL = ("tests/training/checkpoint/test_universal.py", "-k", "resumes_two_ranks or resumes_any_zero")
 GUARDS = {
     # what is not finite
     "a loss that is not finite": Guard(
@@ -92,39 +92,39 @@ GUARDS = {
     # checkpoints
     "checksums": Guard(
         "training/checkpoint/resume.py",
-        "wrong = wrong or check_contents(checkpoint, manifest, own)",
+        "problems = problems or check_contents(checkpoint, manifest, own)",
         "pass",
         _faults("damaged_checkpoint"),
     ),
     "sizes": Guard(
         "training/checkpoint/run_dir.py",
-        'wrong = "; ".join(check_sizes(checkpoint, manifest))',
-        'wrong = ""',
-        ("tests/training/checkpoint/test_run_dir.py", "-k", "cut_off"),
+        'problems = "; ".join(check_sizes(checkpoint, manifest))',
+        'problems = ""',
+        ("tests/training/checkpoint/test_run_dir.py", "-k", "truncated"),
     ),
     "what one finds wrong is wrong for all": Guard(
         "training/checkpoint/resume.py",
-        "reports = gather((identity, wrong))",
-        "reports = [(identity, wrong)]",
-        (RESUMING, "-k", "wrong_for_all"),
+        "reports = gather((identity, problems))",
+        "reports = [(identity, problems)]",
+        (RESUMING, "-k", "reported_by_all"),
     ),
     "no start from zero: sizes": Guard(
         "training/checkpoint/run_dir.py",
         "if folders and not candidates:",
         "if False:",
-        ("tests/training/checkpoint/test_run_dir.py", "-k", "none_is_whole"),
+        ("tests/training/checkpoint/test_run_dir.py", "-k", "none_is_complete"),
     ),
     "no start from zero: contents": Guard(
         "training/checkpoint/resume.py",
-        "raise CollectiveError(none_whole(stage_dir, damaged))",
-        'return Start("fresh", (), tuple(damaged))',
+        "raise CollectiveError(no_complete_checkpoint(stage_dir, damaged))",
+        'return RunStart("fresh", (), tuple(damaged))',
         _faults("no_whole"),
     ),
     "newer ones are set aside": Guard(
         "training/checkpoint/resume.py",
-        "            _leave_others(checkpoint, stage_dir)\n",
+        "            _set_aside_newer_checkpoints(checkpoint, stage_dir)\n",
         "",
-        (RESUMING, "-k", "passed_over or going_back"),
+        (RESUMING, "-k", "passes_over or sets_newer"),
     ),
     "a failed write is told by all": Guard(
         "training/checkpoint/save.py",
@@ -140,8 +140,8 @@ GUARDS = {
     ),
     "other images, teachers, recipes": Guard(
         "training/checkpoint/run_dir.py",
-        "if found := before.differences(now):",
-        "if found := []:",
+        "if differences := before.differences(current):",
+        "if differences := []:",
         _faults("other_images"),
     ),
     # going on
@@ -149,7 +149,7 @@ GUARDS = {
         "training/checkpoint/train_state.py",
         '    restore_random_state(own["random"], device)\n',
         "",
-        (RESUMING, "-k", "counters_open"),
+        (RESUMING, "-k", "restores_counters"),
     ),
     "the place in an epoch": Guard(
         "training/loop.py",

@@ -10,7 +10,7 @@ import pytest
 
 from mrmae_ds.config.sections import CheckpointConfig
 from mrmae_ds.training import hooks
-from mrmae_ds.training.checkpoint.policy import CheckpointPolicy
+from mrmae_ds.training.checkpoint.folder import CheckpointPolicy
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.hooks import StageHooks
 from mrmae_ds.training.step_sync import StepStatus, StepSync

@@ -1,7 +1,7 @@
-"""What a checkpoint says about itself: ``manifest.json``, written last, with a checksum of every file and of itself.
+"""Checkpoint manifest ``manifest.json``: contents, layout, and a checksum of every file and of itself.
 
-A folder with a readable manifest was committed: every process had finished, and everything was on the disk. Whether it
-is still what was written is seen by :func:`check_sizes` (quick) and :func:`check_contents` (reads all of it).
+It is written last, so a folder with a readable manifest was committed: every rank had finished, and everything was on
+the disk. :func:`check_sizes` (quick) and :func:`check_contents` (reads every byte) compare the files with it.
 """
 
 from __future__ import annotations
@@ -23,24 +23,32 @@ FORMAT = 2
 ResultValues = dict[str, float | int]
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FileEntry(_Part):
-    """Size in bytes and SHA-256, in hexadecimal, of a file as it was written."""
+class FileEntry(_Section):
+    """A file as it was written.
+
+    Attributes:
+        size: in bytes.
+        sha256: in hexadecimal.
+    """
 
     size: int
     sha256: str
 
 
-class RunIdentity(_Part):
-    """What must be the same for a run to go on from a checkpoint.
+class RunIdentity(_Section):
+    """Properties that must be the same for a run to resume from a checkpoint.
 
     Attributes:
-        recipe: what counts in its hash. recipe_hash: of it. seed: of the run.
-        train, val: SHA-256 of the .beton files.
+        recipe_hash: hash of ``recipe``.
+        seed: of the run.
+        train: SHA-256 of the training set's .beton file.
+        val: SHA-256 of the validation set's .beton file.
         teachers: SHA-256 of the weights, by the recipe's names.
+        recipe: the values that the hash covers.
     """
 
     recipe_hash: str
@@ -50,26 +58,27 @@ class RunIdentity(_Part):
     teachers: dict[str, str] = {}
     recipe: dict[str, Any] = {}
 
-    def differences(self, now: RunIdentity) -> list[str]:
-        """``key: old -> new`` for everything that differs from ``now``."""
-        found = []
-        if self.recipe_hash != now.recipe_hash:
-            known = leaf_differences(self.recipe, now.recipe) if self.recipe and now.recipe else []
-            found += known or [f"recipe: {self.recipe_hash} -> {now.recipe_hash}"]
-        if self.seed != now.seed:
-            found.append(f"seed: {self.seed} -> {now.seed}")
+    def differences(self, new: RunIdentity) -> list[str]:
+        """Return ``key: old -> new`` for everything that differs from ``new``."""
+        lines = []
+        if self.recipe_hash != new.recipe_hash:
+            leaves = leaf_differences(self.recipe, new.recipe) if self.recipe and new.recipe else []
+            lines += leaves or [f"recipe: {self.recipe_hash} -> {new.recipe_hash}"]
+        if self.seed != new.seed:
+            lines.append(f"seed: {self.seed} -> {new.seed}")
         for key in ("train", "val"):
-            found += _checksum_difference(f"data.{key}", getattr(self, key), getattr(now, key))
-        for name in dict.fromkeys([*self.teachers, *now.teachers]):
-            found += _checksum_difference(f"teachers.{name}", self.teachers.get(name), now.teachers.get(name))
-        return found
+            lines += _checksum_difference(f"data.{key}", getattr(self, key), getattr(new, key))
+        for name in dict.fromkeys([*self.teachers, *new.teachers]):
+            lines += _checksum_difference(f"teachers.{name}", self.teachers.get(name), new.teachers.get(name))
+        return lines
 
 
-class EngineLayout(_Part):
-    """How the state is spread over files; another one can be read only through a conversion, or not at all.
+class EngineLayout(_Section):
+    """Distribution of the state over files. Loading into another layout takes a conversion, or is impossible.
 
     Attributes:
-        world_size: processes. zero_stage: 0 to 3.
+        world_size: number of ranks.
+        zero_stage: 0 to 3.
         dtype: of the parameters that the modules see.
         sub_group_size: of ZeRO-3; 0 elsewhere.
     """
@@ -80,14 +89,15 @@ class EngineLayout(_Part):
     sub_group_size: int = 0
 
 
-class Manifest(_Part):
-    """A checkpoint.
+class Manifest(_Section):
+    """Description of a checkpoint.
 
     Attributes:
-        id: of this very save; no other checkpoint has it.
-        step: optimizer steps done.
-        identity, layout: see there.
-        results: of the run so far.
+        id: unique to this save.
+        step: optimizer steps completed.
+        identity: of the run (:class:`RunIdentity`).
+        layout: of the engine's state (:class:`EngineLayout`).
+        results: evaluation results of the run so far.
         files: by name, relative to the checkpoint's folder.
     """
 
@@ -104,14 +114,14 @@ class Manifest(_Part):
         return sum(entry.size for entry in self.files.values())
 
     def write(self, folder: Path) -> None:
-        """Write ``folder/manifest.json`` and see it on the disk."""
+        """Write ``folder/manifest.json`` and flush it."""
         content = self.model_dump(mode="json")
         text = {"format": FORMAT, "sha256": _digest(content), "content": content}
         write_text(folder / MANIFEST, json.dumps(text, indent=1))
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """The manifest of a checkpoint, which is what was written.
+    """Read the manifest of a checkpoint and check it against its own checksum.
 
     Raises:
         UserError: naming the file that is missing, damaged, or of another version of this project.
@@ -133,34 +143,34 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def check_sizes(checkpoint: Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the files' presence and sizes: nothing, or a line a file."""
-    wrong = []
+    """Compare the files' sizes with the manifest; return a message for each missing file or wrong size."""
+    problems = []
     for name, entry in manifest.files.items():
         file = checkpoint / name
         try:
-            found = f"{file.stat().st_size} bytes"
+            actual = f"{file.stat().st_size} bytes"
         except OSError as error:
-            found = error.strerror or "unreadable"
-        if found != f"{entry.size} bytes":
-            wrong.append(f"{file}: {found} instead of {entry.size} bytes")
-    return wrong
+            actual = error.strerror or "unreadable"
+        if actual != f"{entry.size} bytes":
+            problems.append(f"{file}: {actual} instead of {entry.size} bytes")
+    return problems
 
 
 def check_contents(checkpoint: Path, manifest: Manifest, names: Iterable[str]) -> list[str]:
-    """Read the named files: which of them are not what was written."""
-    wrong = []
+    """Read the named files; return a message for each whose content is not what was written."""
+    problems = []
     for name in names:
         file = checkpoint / name
         try:
             if file_sha256(file) != manifest.files[name].sha256:
-                wrong.append(f"{file}: its content is not what was written (SHA-256)")
+                problems.append(f"{file}: its content is not what was written (SHA-256)")
         except OSError as error:
-            wrong.append(f"{file}: {error.strerror or error}")
-    return wrong
+            problems.append(f"{file}: {error.strerror or error}")
+    return problems
 
 
 def shares(manifest: Manifest, parts: int) -> list[list[str]]:
-    """The files divided into ``parts`` lists of about the same number of bytes, the same on every process."""
+    """Divide the files into ``parts`` lists of about the same number of bytes, the same on every rank."""
     lists: list[list[str]] = [[] for _ in range(parts)]
     loads = [0] * parts
     for name, entry in sorted(manifest.files.items(), key=lambda item: (-item[1].size, item[0])):
@@ -171,7 +181,7 @@ def shares(manifest: Manifest, parts: int) -> list[list[str]]:
 
 
 def leaf_differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """``key.path: old -> new`` for every leaf that differs between two nested mappings."""
+    """Return ``key.path: old -> new`` for every leaf that differs between two nested mappings."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line

@@ -1,4 +1,4 @@
-"""A stage's folder: what is in it decides whether a command starts, goes on, or has nothing left to do."""
+"""A stage's folder: its content decides whether a command starts, resumes, or has nothing left to do."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from mrmae_ds.training.checkpoint.manifest import RunIdentity, check_sizes, read
 
 RECIPE_FILE = "recipe.yaml"
 ENGINE_FILE = "engine.json"
-MEND = "Name another folder with --run, or start anew here with --resume never"
+FIX = "Name another folder with --run, or start anew here with --resume never"
 
 
 @dataclass(frozen=True)
 class RunStart:
-    """What a command is to do in a stage's folder: ``fresh``, ``resume``, or ``done``.
+    """Decision on how a command starts in a stage's folder.
 
     Attributes:
-        action: see above.
-        candidates: checkpoints to go on from, the newest first; their contents are not yet verified.
-        damaged: what is wrong with newer ones that were passed over.
-        named: the user named the checkpoint, so no other one will do.
+        action: ``fresh``, ``resume``, or ``done``.
+        candidates: checkpoints to resume from, the newest first; their contents are not yet verified.
+        damaged: a message for each newer checkpoint that was passed over.
+        named: True if the user named the checkpoint, so that no other one may replace it.
     """
 
     action: Literal["fresh", "resume", "done"]
@@ -40,34 +40,34 @@ class RunStart:
 
     @property
     def checkpoint(self) -> Path | None:
-        """The first candidate; the one to load once all processes have verified it."""
+        """The first candidate: the one to load once all ranks have verified it."""
         return self.candidates[0] if self.candidates else None
 
 
 def decide_start(stage_dir: Path, stage: StageName, identity: RunIdentity, resume: str) -> RunStart:
-    """Look before anything is started; nothing is changed, and no checkpoint's content is read.
+    """Decide how a command starts. Nothing is changed, and no checkpoint's content is read.
 
     Args:
         stage_dir: runs/NAME/STAGE.
-        stage: that the command is for.
-        identity: of the run that the command is for.
-        resume: ``auto`` goes on from the newest checkpoint if there is one; ``never`` starts anew; else a
+        stage: of the command.
+        identity: of the command's run.
+        resume: ``auto`` resumes from the newest checkpoint if there is one; ``never`` starts anew; else a
             checkpoint folder.
 
     Raises:
-        UserError: if the folder holds another run (naming every difference), or checkpoints of which none is whole, or
-            has a name that DeepSpeed cannot load from.
+        UserError: if the folder holds another run (naming every difference), or checkpoints of which none is complete,
+            or has a name that DeepSpeed cannot load from.
     """
     for folder in (str(stage_dir), resume):
         if any(letter in folder for letter in "*?["):
-            raise UserError(f"{folder}: DeepSpeed takes * ? [ in a path for a pattern; name a folder without them")
+            raise UserError(f"{folder}: DeepSpeed reads * ? [ in a path as a pattern; name a folder without them")
     if resume == "never":
         return RunStart("fresh")
     if resume != "auto":
         checkpoint = Path(resume)
         manifest = read_manifest(checkpoint)
-        if wrong := check_sizes(checkpoint, manifest):
-            raise UserError(f"{'; '.join(wrong)}; use an older checkpoint: --resume DIR")
+        if problems := check_sizes(checkpoint, manifest):
+            raise UserError(f"{'; '.join(problems)}; use an older checkpoint: --resume DIR")
         _check_same(manifest.identity, identity, checkpoint)
         return RunStart("resume", (checkpoint,), named=True)
     if (stage_dir / RECORD_FILE).exists():
@@ -85,30 +85,30 @@ def _from_checkpoints(stage_dir: Path, identity: RunIdentity) -> RunStart:
     for checkpoint in reversed(folders):
         try:
             manifest = read_manifest(checkpoint)
-            wrong = "; ".join(check_sizes(checkpoint, manifest))
+            problems = "; ".join(check_sizes(checkpoint, manifest))
         except UserError as error:
-            wrong = str(error)
+            problems = str(error)
         else:
             _check_same(manifest.identity, identity, checkpoint)
-        if not wrong:
+        if not problems:
             candidates.append(checkpoint)
         elif not candidates:
-            damaged.append(wrong)
+            damaged.append(problems)
     if folders and not candidates:
-        raise UserError(none_whole(stage_dir, damaged))
+        raise UserError(no_complete_checkpoint(stage_dir, damaged))
     return RunStart("resume" if candidates else "fresh", tuple(candidates), tuple(damaged))
 
 
-def none_whole(stage_dir: Path, damaged: list[str]) -> str:
-    """Why a run with checkpoints does not start from zero."""
-    return f"{stage_dir / FOLDER}: no whole checkpoint in it; --resume never starts anew. {' '.join(damaged)}"
+def no_complete_checkpoint(stage_dir: Path, damaged: list[str]) -> str:
+    """Return the message for a run that has checkpoints, but no complete one."""
+    return f"{stage_dir / FOLDER}: no complete checkpoint in it; --resume never starts anew. {' '.join(damaged)}"
 
 
-def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, now: RunIdentity) -> RunIdentity:
-    """The identity of the run in a folder, by its record; what a record does not hold is taken to be as it is now."""
+def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, current: RunIdentity) -> RunIdentity:
+    """Return the identity of the recorded run; what a record does not hold is taken from ``current``."""
     path = stage_dir / RECIPE_FILE
     recipe = {}
-    if path.is_file() and record.recipe_hash != now.recipe_hash:
+    if path.is_file() and record.recipe_hash != current.recipe_hash:
         try:
             recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).counted(stage)
         except (ValueError, yaml.YAMLError):  # of an earlier version of this project
@@ -117,23 +117,29 @@ def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, now: RunIden
     return RunIdentity(
         recipe_hash=record.recipe_hash,
         seed=record.seed,
-        train=(record.data.sha256 or "") if trains else now.train,
-        val=now.val if trains else (record.data.sha256 or ""),
+        train=(record.data.sha256 or "") if trains else current.train,
+        val=current.val if trains else (record.data.sha256 or ""),
         teachers={name: teacher.sha256 or "" for name, teacher in record.teachers.items()},
         recipe=recipe,
     )
 
 
-def _check_same(before: RunIdentity, now: RunIdentity, where: Path) -> None:
-    if found := before.differences(now):
-        raise UserError(f"{where}: of another run; changed since: {'; '.join(found)}. {MEND}")
+def _check_same(before: RunIdentity, current: RunIdentity, path: Path) -> None:
+    if differences := before.differences(current):
+        raise UserError(f"{path}: of another run; changed since: {'; '.join(differences)}. {FIX}")
 
 
 def prepare_folder(stage_dir: Path, recipe: Recipe, engine_config: str, fresh: bool) -> None:
-    """Make the folder and write what was resolved; a fresh start sets an earlier run's folder aside.
+    """Make the folder and write the resolved recipe and engine config into it.
 
-    What killed processes left half-written goes. An earlier run's folder is renamed to ``.STAGE.previous`` (replacing
-    one that is already there), so that starting anew by mistake loses nothing.
+    Half-written files of killed processes are removed. A fresh start renames an earlier run's folder to
+    ``.STAGE.previous`` (replacing one that is already there), so that starting anew by mistake loses nothing.
+
+    Args:
+        stage_dir: runs/NAME/STAGE.
+        recipe: resolved.
+        engine_config: as used, JSON.
+        fresh: True to start anew, False to resume.
     """
     if fresh and stage_dir.exists():
         previous = stage_dir.with_name(f".{stage_dir.name}.previous")

@@ -1,4 +1,4 @@
-"""Where a stage stands between two optimizer steps: what a checkpoint holds beside the engine's own state.
+"""Training state saved beside DeepSpeed's: step counters, the open logging interval, random states and buffers.
 
 A checkpoint is taken right after an optimizer step, before what follows it (a logged line, an evaluation). What follows
 is done again after a resume, so it is neither lost nor done twice.
@@ -6,16 +6,17 @@ is done again after a resume, so it is neither lost nor done twice.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mrmae_ds.distributed.collectives import gather
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.training.checkpoint.rng_state import random_state, restore_random_state
 from mrmae_ds.training.meter import Meter
 
 _FILE = "rank_{:05d}.pt"
@@ -26,11 +27,11 @@ class TrainState:
     """Counters of a running stage.
 
     Attributes:
-        step: optimizer steps done, skipped ones included.
+        step: optimizer steps completed, skipped ones included.
         skipped: of these, the steps that changed no weights because a loss or gradient was not finite.
-        bad_in_row: of these, how many were the last ones.
+        bad_in_row: number of skipped steps since the last step that was taken.
         grad_norm: of the last step, where DeepSpeed left it; None if it is not known.
-        meter: of the open interval.
+        meter: of the open logging interval.
     """
 
     step: int = 0
@@ -40,9 +41,9 @@ class TrainState:
     meter: Meter = field(default_factory=Meter)
 
     def to_save(self, module: nn.Module, micro_batch: int, device: torch.device) -> dict[str, Any]:
-        """This rank's part of a checkpoint, with all random states, and the buffers of ``module``.
+        """Return this rank's state for a checkpoint: the counters, all random states, the buffers of ``module``.
 
-        DeepSpeed keeps the buffers of rank 0 alone, but for ZeRO-3; a BatchNorm's statistics are each rank's own.
+        DeepSpeed keeps the buffers of rank 0 alone, except under ZeRO-3; a BatchNorm's statistics are each rank's own.
         """
         norm = self.grad_norm
         return {
@@ -66,8 +67,8 @@ def load_state(
 ) -> TrainState:
     """Restore this rank's counters, random states and buffers. All ranks must call it.
 
-    Each rank reads its own file, or, if fewer ranks than before load, its share of the files; what every rank needs of
-    the others' (the sums of the open interval) comes by one collective operation. So W ranks open W files, not W².
+    Each rank reads its own file, or, on fewer ranks than wrote them, its share of the files. One collective operation
+    shares what every rank needs of the others' (the sums of the open interval), so W ranks open W files, not W².
 
     Args:
         checkpoint: the verified folder.
@@ -104,3 +105,32 @@ def load_state(
 def _read(checkpoint: Path, rank: int) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(checkpoint / state_file(rank), map_location="cpu", weights_only=True)
     return state
+
+
+# ---- random generators
+# Every step seeds what it draws from (mrmae_ds.training.tasks.base.MicroBatchKey), so a resumed run does not depend on
+# these states; they are kept for whatever else draws.
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return Python's, numpy's, torch's and the device's states, in types that ``torch.load`` reads safely."""
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.array(keys)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state["device"] = torch.get_device_module(device.type).get_rng_state(device)
+    return state
+
+
+def restore_random_state(state: dict[str, Any], device: torch.device) -> None:
+    """Restore all generators; the device's only if the state was taken on a device of this kind."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy(), *rest))
+    torch.set_rng_state(state["torch"])
+    if device.type != "cpu" and "device" in state:
+        torch.get_device_module(device.type).set_rng_state(state["device"], device)

@@ -1,14 +1,14 @@
-"""Going on with another number of processes: DeepSpeed's universal checkpoints, and what they need repaired.
+"""Resuming on another number of ranks: DeepSpeed's universal checkpoints, and the repairs that they need.
 
-A ZeRO checkpoint is in as many shards as processes wrote it. DeepSpeed's ``ds_to_universal`` makes one file a parameter
-of them, from which any number of processes can load. It is done once, into ``checkpoints/.universal-TAG``, and found
-there by later starts. Loading from it, DeepSpeed 0.19.8
+A ZeRO checkpoint has as many shards as ranks wrote it. DeepSpeed's ``ds_to_universal`` converts them to one file per
+parameter, which any number of ranks can load. The conversion is made once, into ``checkpoints/.universal-TAG``, and
+reused by later starts. When it loads a conversion, DeepSpeed 0.19.8
 
-* gives every parameter group the first one's rate, decay and scale,
+* gives every parameter group the first one's learning rate, weight decay and scale,
 * lets all groups share one step counter, so that Adam counts as many steps as there are groups,
 * leaves frozen parameters and buffers as the model was built.
 
-:func:`load_universal` puts all three right.
+:func:`load_universal` corrects all three.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from mrmae_ds.training.checkpoint.manifest import Manifest
 
 logger = logging.getLogger(__name__)
 FIXED = "fixed.pt"  # frozen parameters and buffers
-SOURCE = "source.json"  # which checkpoint was converted, and the sizes of what came of it
+SOURCE = "source.json"  # the checkpoint that was converted, and the sizes of the files made of it
 
 
 def universal_folder(checkpoint: Path) -> Path:
-    """Where a checkpoint's conversion is."""
+    """Return the folder of a checkpoint's conversion."""
     return checkpoint.with_name(store.UNIVERSAL + checkpoint.name)
 
 
 def is_converted(checkpoint: Path, manifest: Manifest) -> bool:
-    """Whether the conversion of this very checkpoint is there, with every file of it."""
+    """Return True if the conversion of this very checkpoint exists, with every file."""
     folder = universal_folder(checkpoint)
     try:
         source = json.loads((folder / SOURCE).read_text(encoding="utf-8"))
@@ -54,7 +54,7 @@ def is_converted(checkpoint: Path, manifest: Manifest) -> bool:
 
 
 def convert(checkpoint: Path, manifest: Manifest) -> Path:
-    """Convert a verified checkpoint, or find it converted. All ranks must call it; rank 0 works.
+    """Convert a verified checkpoint, unless it is converted already. All ranks must call it; rank 0 works.
 
     Returns:
         The conversion's folder.
@@ -105,13 +105,13 @@ def _convert(checkpoint: Path, manifest: Manifest) -> None:
 
 
 def _fixed_tensors(checkpoint: Path, zero_stage: int, made: Path) -> dict[str, Tensor]:
-    """Everything of the model that the optimizer does not own, whole, on the CPU."""
+    """Return all tensors not managed by the optimizer (buffers, frozen parameters), unsharded, on the CPU."""
     if zero_stage == 3:
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):
             state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    else:  # every rank has the model whole
+    else:  # every rank has the full model
         path = checkpoint / "mp_rank_00_model_states.pt"
         state = torch.load(path, map_location="cpu", weights_only=False)["module"]
     owned = {path.name for path in (made / "zero").iterdir() if (path / "exp_avg.pt").is_file()}
@@ -119,10 +119,10 @@ def _fixed_tensors(checkpoint: Path, zero_stage: int, made: Path) -> dict[str, T
 
 
 def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
-    """Load a conversion into a new engine, on any number of processes. All ranks must call it.
+    """Load a conversion into a new engine, on any number of ranks. All ranks must call it.
 
     Raises:
-        RuntimeError: if DeepSpeed loads nothing, or the counters of steps disagree.
+        RuntimeError: if DeepSpeed loads nothing, or the frozen parameters and buffers differ.
     """
     groups = [{key: value for key, value in g.items() if key != "params"} for g in engine.optimizer.param_groups]
     with _universal(engine):
@@ -136,7 +136,7 @@ def load_universal(engine: deepspeed.DeepSpeedEngine, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _universal(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
-    """The engine config's ``checkpoint.load_universal``, for one load."""
+    """Set the engine config's ``checkpoint.load_universal`` for one load."""
     config = engine._config
     before, config.load_universal_checkpoint = config.load_universal_checkpoint, True
     try:
@@ -146,7 +146,7 @@ def _universal(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
 
 
 def _restore_groups(engine: deepspeed.DeepSpeedEngine, groups: list[dict[str, Any]]) -> None:
-    """Give each parameter group its own settings back."""
+    """Restore the settings of each parameter group."""
     for group, before in zip(engine.optimizer.param_groups, groups, strict=True):
         group.update(before)
 
@@ -160,7 +160,7 @@ def _separate_steps(engine: deepspeed.DeepSpeedEngine) -> None:
 
 
 def _load_fixed(engine: deepspeed.DeepSpeedEngine, fixed: dict[str, Tensor]) -> None:
-    """Write frozen parameters and buffers; under ZeRO-3 rank 0's copy is what every rank gets its part of."""
+    """Write frozen parameters and buffers; under ZeRO-3 every rank receives its shard of rank 0's copy."""
     module = engine.module
     targets = dict(module.named_parameters()) | dict(module.named_buffers())
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}

@@ -1,4 +1,4 @@
-"""Checkpoints written in the background: of the state as it was, and none before all of it is on the disk."""
+"""Checkpoints written in the background: consistent, and committed only once everything is on the disk."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import torch
 
 from mrmae_ds.errors import CollectiveError
 from mrmae_ds.training.checkpoint import async_saver as module
-from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer, copied
+from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer, copy_to_cpu
 from mrmae_ds.training.checkpoint.folder import Retention, list_checkpoints
-from mrmae_ds.training.checkpoint.save import Snapshot, Written
+from mrmae_ds.training.checkpoint.save import Snapshot, WriteResult
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from tests.support.engines import IDENTITY, FakeEngine
 
@@ -29,7 +29,7 @@ class Gate:
         self.open, self.passed = threading.Event(), 0
         plain = module.write_shards
 
-        def write(snapshot: Snapshot) -> Written:
+        def write(snapshot: Snapshot) -> WriteResult:
             assert self.open.wait(30)
             self.passed += 1
             return plain(snapshot)
@@ -43,96 +43,96 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
 
 
 def _saver(stage_dir: Path, engine: FakeEngine, background: bool = True) -> tuple[AsyncCheckpointer, list[Any]]:
-    told: list[Any] = []
+    commits: list[Any] = []
     saver = AsyncCheckpointer(
         engine, stage_dir, IDENTITY, Retention(2), 4, background,
-        lambda folder, step, results: told.append((folder.name, step, results)),
+        lambda folder, step, results: commits.append((folder.name, step, results)),
     )  # fmt: skip
-    return saver, told
+    return saver, commits
 
 
 def _names(stage_dir: Path) -> list[str]:
     return [path.name for path in list_checkpoints(stage_dir)]
 
 
-def test_in_the_foreground_it_is_there_at_once(tmp_path: Path) -> None:
-    saver, told = _saver(tmp_path, FakeEngine(), background=False)
+def test_commits_at_once_in_the_foreground(tmp_path: Path) -> None:
+    saver, commits = _saver(tmp_path, FakeEngine(), background=False)
     saver.save(TrainState(step=5), {"top1": 1.0})
-    assert _names(tmp_path) == ["step_000000005"] and told == [("step_000000005", 5, {"top1": 1.0})]
+    assert _names(tmp_path) == ["step_000000005"] and commits == [("step_000000005", 5, {"top1": 1.0})]
     assert not saver.writing()
     saver.poll(False)
     saver.finish()
-    assert len(told) == 1
+    assert len(commits) == 1
 
 
-def test_in_the_background_it_is_the_state_as_it_was(tmp_path: Path, gate: Gate) -> None:
-    """Weights, counters and results go on changing while it is being written."""
+def test_writes_the_state_of_the_moment_of_the_save_in_the_background(tmp_path: Path, gate: Gate) -> None:
+    """Weights, counters and results change while the thread writes."""
     weights = torch.zeros(3)
     state, results = TrainState(step=5, skipped=1), {"top1": 1.0}
     state.meter.add({"loss": torch.tensor(2.0)})
-    saver, told = _saver(tmp_path, FakeEngine({OPTIM: {"w": [weights]}, MODEL: {"w": weights}}))
+    saver, commits = _saver(tmp_path, FakeEngine({OPTIM: {"w": [weights]}, MODEL: {"w": weights}}))
     saver.save(state, results)
     weights += 7
     state.step, state.skipped = 6, 2
     state.meter.sums["loss"] += 1
     results["top1"] = 2.0
-    assert saver.writing() and _names(tmp_path) == [] and told == []
+    assert saver.writing() and _names(tmp_path) == [] and commits == []
     gate.open.set()
     saver.finish()
-    assert told == [("step_000000005", 5, {"top1": 1.0})]
+    assert commits == [("step_000000005", 5, {"top1": 1.0})]
     (path,) = list_checkpoints(tmp_path)
     for name in (OPTIM, MODEL):
         saved = torch.load(path / name, weights_only=True)["w"]
         assert torch.equal(saved[0] if name == OPTIM else saved, torch.zeros(3))
-    part = torch.load(path / "rank_00000.pt", weights_only=True)
-    assert (part["step"], part["skipped"], part["meter"]["sums"]["loss"].item()) == (5, 1, 2.0)
+    saved_state = torch.load(path / "rank_00000.pt", weights_only=True)
+    assert (saved_state["step"], saved_state["skipped"], saved_state["meter"]["sums"]["loss"].item()) == (5, 1, 2.0)
 
 
-def test_it_is_committed_when_no_rank_is_writing_any_more(tmp_path: Path, gate: Gate) -> None:
-    saver, told = _saver(tmp_path, FakeEngine())
+def test_commits_once_no_rank_is_writing(tmp_path: Path, gate: Gate) -> None:
+    saver, commits = _saver(tmp_path, FakeEngine())
     saver.save(TrainState(step=5), {})
     saver.poll(any_writing=True)
     gate.open.set()
     while saver.writing():
         pass
-    saver.poll(any_writing=True)  # another rank is not done
-    assert told == [] and _names(tmp_path) == []
+    saver.poll(any_writing=True)  # another rank is still writing
+    assert commits == [] and _names(tmp_path) == []
     saver.poll(any_writing=False)
     assert _names(tmp_path) == ["step_000000005"]
     saver.poll(any_writing=False)
-    assert len(told) == 1
+    assert len(commits) == 1
 
 
-def test_the_next_save_waits_for_the_one_before(tmp_path: Path, gate: Gate) -> None:
-    saver, told = _saver(tmp_path, FakeEngine())
+def test_waits_for_the_save_before(tmp_path: Path, gate: Gate) -> None:
+    saver, commits = _saver(tmp_path, FakeEngine())
     saver.save(TrainState(step=5), {})
     threading.Timer(0.2, gate.open.set).start()
     saver.save(TrainState(step=6), {})
     saver.finish()
-    assert [name for name, _, _ in told] == ["step_000000005", "step_000000006"] and gate.passed == 2
+    assert [name for name, _, _ in commits] == ["step_000000005", "step_000000006"] and gate.passed == 2
 
 
-def test_a_failure_in_the_background_is_raised_in_the_foreground(tmp_path: Path) -> None:
+def test_raises_a_failure_of_the_thread_in_the_foreground(tmp_path: Path) -> None:
     class Unwritable:
         def __reduce__(self) -> Any:
             raise TypeError("cannot be pickled")
 
     engine = FakeEngine()
-    saver, told = _saver(tmp_path, engine)
+    saver, commits = _saver(tmp_path, engine)
     saver.save(TrainState(step=5), {})
     saver.finish()
-    engine.parts = {OPTIM: 1, MODEL: Unwritable()}
+    engine.shards = {OPTIM: 1, MODEL: Unwritable()}
     saver.save(TrainState(step=10), {})
     with pytest.raises(CollectiveError, match=r"after step 10 was not saved.*cannot be pickled"):
         saver.finish()
-    assert _names(tmp_path) == ["step_000000005"] and len(told) == 1
+    assert _names(tmp_path) == ["step_000000005"] and len(commits) == 1
     saver.finish()
 
 
-def test_a_copy_shares_no_tensor() -> None:
+def test_copies_share_no_tensor() -> None:
     state = OrderedDict(a=torch.ones(2), b=[torch.ones(3), {"c": (torch.ones(1), 5, "text", torch.Size([2, 3]))}])
     state._metadata = {"version": 1}  # type: ignore[attr-defined]
-    copy = copied(state)
+    copy = copy_to_cpu(state)
     assert isinstance(copy, OrderedDict) and copy._metadata == {"version": 1}  # type: ignore[attr-defined]
     state["a"] += 1
     state["b"][0] += 1
@@ -141,4 +141,4 @@ def test_a_copy_shares_no_tensor() -> None:
     tensor, *rest = copy["b"][1]["c"]
     assert tensor.item() == 1 and rest == [5, "text", torch.Size([2, 3])]
     assert torch.ones(4)[:2].untyped_storage().nbytes() == 16
-    assert copied(torch.ones(4)[:2]).untyped_storage().nbytes() == 8
+    assert copy_to_cpu(torch.ones(4)[:2]).untyped_storage().nbytes() == 8

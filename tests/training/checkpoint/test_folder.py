@@ -1,4 +1,4 @@
-"""The folder of checkpoints: what counts as one, what stays, what goes."""
+"""Folder of checkpoints: listing, retention, removal."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _names(stage_dir: Path) -> list[str]:
     return [path.name for path in list_checkpoints(stage_dir)]
 
 
-def test_only_committed_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
+def test_lists_committed_checkpoints_oldest_first(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
     for step in (1000, 20, 300):
         written(tmp_path, step)
@@ -32,7 +32,7 @@ def test_only_committed_checkpoints_are_listed_oldest_first(tmp_path: Path) -> N
     staging = folder / ".saving-step_000000400" / "step_000000400"
     staging.mkdir(parents=True)
     (staging / "manifest.json").write_text("{}")
-    (folder / "step_000000500").mkdir()  # no manifest: not whole
+    (folder / "step_000000500").mkdir()  # no manifest: incomplete
     (folder / "step_final").mkdir()
     (folder / "step_final" / "manifest.json").write_text("{}")
     (folder / "latest").write_text("step_000000500")
@@ -40,13 +40,13 @@ def test_only_committed_checkpoints_are_listed_oldest_first(tmp_path: Path) -> N
     assert [step_of(path) for path in checkpoint_folders(tmp_path)] == [20, 300, 500, 1000]
 
 
-def test_a_later_save_of_the_same_step_comes_after_it(tmp_path: Path) -> None:
+def test_sorts_repeated_saves_of_a_step_by_number(tmp_path: Path) -> None:
     for name in ("step_000000020_r10", "step_000000020", "step_000000020_r2", "step_000000019"):
         written(tmp_path, 1).rename(tmp_path / "checkpoints" / name)
     assert _names(tmp_path) == ["step_000000019", "step_000000020", "step_000000020_r2", "step_000000020_r10"]
 
 
-def test_a_tag_is_never_used_again(tmp_path: Path) -> None:
+def test_never_reuses_a_tag(tmp_path: Path) -> None:
     assert new_tag(tmp_path, 20) == "step_000000020"
     written(tmp_path, 20)
     assert new_tag(tmp_path, 20) == "step_000000020_r1"
@@ -67,7 +67,7 @@ def test_a_tag_is_never_used_again(tmp_path: Path) -> None:
         (2, (20, 30), [20, 30, 40, 60, 70]),
     ],
 )
-def test_the_newest_stay_and_multiples_for_good(
+def test_keeps_the_newest_and_multiples_for_good(
     keep_last: int, keep_every: tuple[int, ...], kept: list[int], tmp_path: Path
 ) -> None:
     for step in range(10, 80, 10):
@@ -76,14 +76,14 @@ def test_the_newest_stay_and_multiples_for_good(
     assert [step_of(path) for path in list_checkpoints(tmp_path)] == kept
 
 
-def test_what_is_newer_belongs_to_a_run_that_was_left_and_goes(tmp_path: Path) -> None:
+def test_prunes_newer_checkpoints_of_an_abandoned_branch(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         written(tmp_path, step)
     prune(tmp_path, tmp_path / "checkpoints" / "step_000000020", Retention(2, (40,)))
     assert _names(tmp_path) == ["step_000000010", "step_000000020"]
 
 
-def test_pruning_removes_what_was_set_aside_what_is_not_whole_and_conversions_of_it(tmp_path: Path) -> None:
+def test_prunes_what_was_set_aside_incomplete_ones_and_their_conversions(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         written(tmp_path, step)
     folder = tmp_path / "checkpoints"
@@ -95,7 +95,7 @@ def test_pruning_removes_what_was_set_aside_what_is_not_whole_and_conversions_of
     assert sorted(path.name for path in folder.iterdir()) == [".universal-step_000000030", "step_000000030"]
 
 
-def test_what_ended_processes_left_is_cleared_and_nothing_else(tmp_path: Path) -> None:
+def test_clears_what_killed_processes_left_and_nothing_else(tmp_path: Path) -> None:
     kept = written(tmp_path, 10)
     folder = tmp_path / "checkpoints"
     (folder / ".saving-step_000000020" / "step_000000020").mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_what_ended_processes_left_is_cleared_and_nothing_else(tmp_path: Path) -
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoints"]
 
 
-def test_a_folder_whose_removal_is_cut_short_is_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lists_no_folder_whose_removal_was_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = written(tmp_path, 10)
     monkeypatch.setattr("mrmae_ds.training.checkpoint.folder.shutil.rmtree", lambda *_, **__: None)
     remove(checkpoint)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: read back as written, or refused with what is wrong."""
+"""Checkpoint manifest: read back as written, or rejected with the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.engines import FILES, IDENTITY, written
 MODEL = "mp_rank_00_model_states.pt"
 
 
-def test_what_was_written_comes_back(tmp_path: Path) -> None:
+def test_reads_what_was_written(tmp_path: Path) -> None:
     results = {"top1": 71.5, "last_loss": 0.1 + 0.2, "n": 3, "x": math.inf}
     manifest = read_manifest(written(tmp_path, 12, results=results))
     assert (manifest.step, manifest.identity, manifest.layout.world_size) == (12, IDENTITY, 1)
@@ -38,19 +38,19 @@ def test_what_was_written_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "content": 3, "sha256": "x"}', "\x00", "3", "null"]
 )
-def test_a_manifest_that_is_none(tmp_path: Path, text: str) -> None:
+def test_rejects_what_is_no_manifest(tmp_path: Path, text: str) -> None:
     checkpoint = written(tmp_path)
     (checkpoint / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest\.json: "):
         read_manifest(checkpoint)
 
 
-def test_a_manifest_that_is_missing(tmp_path: Path) -> None:
+def test_rejects_a_missing_manifest(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"manifest\.json: .*checkpoints/step_N"):
         read_manifest(tmp_path / "nowhere")
 
 
-def test_a_manifest_in_which_a_digit_changed(tmp_path: Path) -> None:
+def test_rejects_a_changed_digit(tmp_path: Path) -> None:
     """It is still JSON and still complete, but not what was written."""
     path = written(tmp_path, 12) / "manifest.json"
     text = path.read_text()
@@ -60,20 +60,20 @@ def test_a_manifest_in_which_a_digit_changed(tmp_path: Path) -> None:
         read_manifest(path.parent)
 
 
-def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
+def test_rejects_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
     path = written(tmp_path) / "manifest.json"
     path.write_text(json.dumps({"step": 1, "world_size": 2, "recipe_hash": "x", "seed": 0, "files": {"a": 3}}))
     with pytest.raises(UserError, match="format 1"):
         read_manifest(path.parent)
 
 
-def test_whole_files_have_nothing_wrong(tmp_path: Path) -> None:
+def test_finds_no_problem_in_complete_files(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
     manifest = read_manifest(checkpoint)
     assert check_sizes(checkpoint, manifest) == check_contents(checkpoint, manifest, manifest.files) == []
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_names_a_missing_file(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
     manifest = read_manifest(checkpoint)
     (checkpoint / MODEL).unlink()
@@ -82,14 +82,14 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"mode", b"model+"])
-def test_a_file_of_another_size_is_named(tmp_path: Path, content: bytes) -> None:
+def test_names_a_file_of_another_size(tmp_path: Path, content: bytes) -> None:
     checkpoint = written(tmp_path)
     (checkpoint / MODEL).write_bytes(content)
     (wrong,) = check_sizes(checkpoint, read_manifest(checkpoint))
     assert wrong == f"{checkpoint / MODEL}: {len(content)} bytes instead of 5 bytes"
 
 
-def test_a_flipped_byte_is_seen_by_the_contents_alone(tmp_path: Path) -> None:
+def test_finds_a_flipped_byte_by_the_contents_alone(tmp_path: Path) -> None:
     checkpoint = written(tmp_path)
     manifest = read_manifest(checkpoint)
     (checkpoint / MODEL).write_bytes(b"modem")
@@ -99,7 +99,7 @@ def test_a_flipped_byte_is_seen_by_the_contents_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
-def test_the_files_are_shared_out_once_each_and_evenly(parts: int) -> None:
+def test_divides_the_files_evenly_each_once(parts: int) -> None:
     sizes = [900, 40, 800, 70, 700, 10, 600, 500, 3]
     files = {f"file{i}": FileEntry(size=size, sha256="") for i, size in enumerate(sizes)}
     layout = EngineLayout(world_size=1, zero_stage=3, dtype="float32")
@@ -110,7 +110,7 @@ def test_the_files_are_shared_out_once_each_and_evenly(parts: int) -> None:
     assert max(loads) - min(loads) <= max(sizes)
 
 
-def test_every_difference_between_two_runs_is_named() -> None:
+def test_names_every_difference_between_two_runs() -> None:
     old = RunIdentity(
         recipe_hash="a", seed=0, train="1" * 64, val="2" * 64, teachers={"clip": "3" * 64, "dino": "4" * 64},
         recipe={"stages": {"pretrain": {"epochs": 4, "batch_size": 32}}},

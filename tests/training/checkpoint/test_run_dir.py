@@ -32,7 +32,7 @@ def recipe() -> Recipe:
 
 
 def _identity(recipe: Recipe, **changes: Any) -> RunIdentity:
-    """Of a pre-training by this recipe."""
+    """Identity of a pre-training run of this recipe."""
     values = {"train": SHA, "val": VAL, "teachers": {"mae": TEACHER}, "seed": recipe.seed}
     counted = {"recipe_hash": recipe.hash("pretrain"), "recipe": recipe.counted("pretrain")}
     return RunIdentity(**{**values, **counted, **changes})
@@ -40,7 +40,7 @@ def _identity(recipe: Recipe, **changes: Any) -> RunIdentity:
 
 @pytest.fixture
 def folder(tmp_path: Path, recipe: Recipe) -> Path:
-    """A stage's folder as a run leaves it that was ended after 40 of 100 steps, with two checkpoints."""
+    """Folder of a stage that was killed after 40 of 100 steps, with two checkpoints."""
     stage_dir = tmp_path / "tiny" / "pretrain"
     prepare_folder(stage_dir, recipe, "{}\n", fresh=True)
     _record(stage_dir, recipe)
@@ -64,7 +64,7 @@ def _record(stage_dir: Path, recipe: Recipe, status: str = "running") -> RunReco
 
 
 def _decide(folder: Path, recipe: Recipe, resume: str = "auto", **changes: Any) -> RunStart:
-    """What is decided; nothing in the folder may change by it."""
+    """Decide, and check that nothing in the folder changes."""
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.parent.rglob("*"))
     try:
         return decide_start(folder, "pretrain", _identity(recipe, **changes), resume)
@@ -82,48 +82,48 @@ def _at(folder: Path, *steps: int) -> tuple[Path, ...]:
     return tuple(folder / "checkpoints" / f"step_{step:09d}" for step in steps)
 
 
-def test_an_empty_or_missing_folder_is_a_fresh_start(tmp_path: Path, recipe: Recipe) -> None:
+def test_starts_fresh_in_an_empty_or_missing_folder(tmp_path: Path, recipe: Recipe) -> None:
     assert _decide(tmp_path / "pretrain", recipe) == RunStart("fresh")
     (tmp_path / "pretrain").mkdir()
     assert _decide(tmp_path / "pretrain", recipe) == RunStart("fresh")
 
 
 @pytest.mark.parametrize("status", ["running", "failed", "stopped"])
-def test_a_run_that_was_ended_goes_on_from_its_newest_checkpoint(folder: Path, recipe: Recipe, status: str) -> None:
+def test_resumes_an_ended_run_from_its_newest_checkpoint(folder: Path, recipe: Recipe, status: str) -> None:
     _record(folder, recipe, status)
     assert _decide(folder, recipe) == RunStart("resume", _at(folder, 40, 20))
 
 
 @pytest.mark.parametrize("name", ["run[1]", "run*", "what?"])
-def test_a_folder_that_deepspeed_would_take_for_a_pattern(name: str, tmp_path: Path, recipe: Recipe) -> None:
+def test_rejects_a_folder_that_deepspeed_would_read_as_a_pattern(name: str, tmp_path: Path, recipe: Recipe) -> None:
     assert "pattern" in _refused(tmp_path / name / "pretrain", recipe, "never")
     assert "pattern" in _refused(tmp_path / "run" / "pretrain", recipe, str(tmp_path / name))
 
 
-def test_a_run_whose_record_is_lost_goes_on_too(folder: Path, recipe: Recipe) -> None:
+def test_resumes_a_run_whose_record_is_lost(folder: Path, recipe: Recipe) -> None:
     (folder / "record.json").unlink()
     assert _decide(folder, recipe) == RunStart("resume", _at(folder, 40, 20))
     assert "seed: 0 -> 5" in _refused(folder, recipe, seed=5)
 
 
-def test_a_finished_run_is_done(folder: Path, recipe: Recipe) -> None:
+def test_has_nothing_to_do_for_a_finished_run(folder: Path, recipe: Recipe) -> None:
     _record(folder, recipe, "finished")
     assert _decide(folder, recipe) == RunStart("done")
 
 
-def test_a_run_that_ended_before_its_first_checkpoint_starts_anew(tmp_path: Path, recipe: Recipe) -> None:
+def test_starts_fresh_after_a_run_without_a_checkpoint(tmp_path: Path, recipe: Recipe) -> None:
     prepare_folder(tmp_path / "pretrain", recipe, "{}\n", fresh=True)
     _record(tmp_path / "pretrain", recipe)
     (tmp_path / "pretrain" / "checkpoints" / ".saving-step_000000020").mkdir(parents=True)
     assert _decide(tmp_path / "pretrain", recipe) == RunStart("fresh")
 
 
-def test_what_changes_no_result_does_not_hinder(folder: Path) -> None:
+def test_resumes_after_changes_that_affect_no_result(folder: Path) -> None:
     overrides = ["name=other", "logging.every_steps=1", "loader.num_workers=1", "data.train=elsewhere/train.beton"]
     assert _decide(folder, load_recipe(TINY, overrides)).action == "resume"
 
 
-def test_another_recipe_is_refused_with_what_changed(folder: Path) -> None:
+def test_rejects_another_recipe_naming_the_changes(folder: Path) -> None:
     other = load_recipe(TINY, ["stages.pretrain.epochs=9", "stages.pretrain.objectives.mimic.loss=cosine", "size=S"])
     message = _refused(folder, other)
     assert str(folder) in message and "of another run" in message
@@ -135,7 +135,7 @@ def test_another_recipe_is_refused_with_what_changed(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "name: [", "name: tiny"])
-def test_another_recipe_is_refused_even_where_its_file_is_of_no_use(folder: Path, text: str | None) -> None:
+def test_rejects_another_recipe_even_if_its_file_is_unreadable(folder: Path, text: str | None) -> None:
     (folder / RECIPE_FILE).unlink()
     if text is not None:
         (folder / RECIPE_FILE).write_text(text)
@@ -143,12 +143,12 @@ def test_another_recipe_is_refused_even_where_its_file_is_of_no_use(folder: Path
     assert "recipe: " in message and " -> " in message
 
 
-def test_another_seed_is_refused(folder: Path) -> None:
+def test_rejects_another_seed(folder: Path) -> None:
     message = _refused(folder, load_recipe(TINY, ["seed=5"]))
     assert "seed: 0 -> 5" in message and "--run" in message
 
 
-def test_everything_that_differs_is_named_at_once(folder: Path, recipe: Recipe) -> None:
+def test_names_all_differences_at_once(folder: Path, recipe: Recipe) -> None:
     other = load_recipe(TINY, ["stages.pretrain.epochs=9"])
     for left_out in ("nothing", "record.json"):  # by the record, and by the checkpoint alone
         (folder / left_out).unlink(missing_ok=True)
@@ -158,38 +158,38 @@ def test_everything_that_differs_is_named_at_once(folder: Path, recipe: Recipe) 
         assert f"teachers.mae: sha256 {TEACHER[:12]} -> sha256 111111111111" in message
 
 
-def test_another_validation_set_is_seen_by_the_checkpoint(folder: Path, recipe: Recipe) -> None:
+def test_rejects_another_validation_set_by_the_checkpoint(folder: Path, recipe: Recipe) -> None:
     assert f"data.val: sha256 {VAL[:12]} -> sha256 222222222222" in _refused(folder, recipe, val="2" * 64)
 
 
-def test_a_finished_run_of_another_recipe_is_refused_too(folder: Path, recipe: Recipe) -> None:
+def test_rejects_a_finished_run_of_another_recipe(folder: Path, recipe: Recipe) -> None:
     _record(folder, recipe, "finished")
     assert "of another run" in _refused(folder, load_recipe(TINY, ["stages.pretrain.epochs=9"]))
 
 
-def test_checkpoints_of_which_none_is_whole(folder: Path, recipe: Recipe) -> None:
+def test_rejects_checkpoints_of_which_none_is_complete(folder: Path, recipe: Recipe) -> None:
     for checkpoint in (folder / "checkpoints").iterdir():
         (checkpoint / "manifest.json").unlink()
     message = _refused(folder, recipe)
-    assert "no whole checkpoint" in message and "--resume never" in message
+    assert "no complete checkpoint" in message and "--resume never" in message
     (folder / "record.json").unlink()
-    assert "no whole checkpoint" in _refused(folder, recipe)
+    assert "no complete checkpoint" in _refused(folder, recipe)
     assert _decide(folder, recipe, "never") == RunStart("fresh")
 
 
-def test_what_was_set_aside_is_no_checkpoint(folder: Path, recipe: Recipe) -> None:
+def test_ignores_checkpoints_that_were_set_aside(folder: Path, recipe: Recipe) -> None:
     for checkpoint in _at(folder, 20, 40):
         checkpoint.rename(checkpoint.with_name(LEFT + checkpoint.name))
     assert _decide(folder, recipe) == RunStart("fresh")
 
 
-def test_a_checkpoint_without_a_manifest_is_passed_over(folder: Path, recipe: Recipe) -> None:
+def test_passes_over_a_checkpoint_without_a_manifest(folder: Path, recipe: Recipe) -> None:
     (folder / "checkpoints" / "step_000000040" / "manifest.json").unlink()
     start = _decide(folder, recipe)
     assert (start.action, start.candidates, len(start.damaged)) == ("resume", _at(folder, 20), 1)
 
 
-def test_a_checkpoint_that_is_cut_off_is_passed_over(folder: Path, recipe: Recipe) -> None:
+def test_passes_over_a_truncated_checkpoint(folder: Path, recipe: Recipe) -> None:
     shard = folder / "checkpoints" / "step_000000040" / SHARD
     shard.write_bytes(b"opt")
     start = _decide(folder, recipe)
@@ -197,52 +197,52 @@ def test_a_checkpoint_that_is_cut_off_is_passed_over(folder: Path, recipe: Recip
     assert len(start.damaged) == 1 and str(shard) in start.damaged[0]
 
 
-def test_never_starts_anew_whatever_is_there(folder: Path) -> None:
+def test_never_starts_fresh_whatever_exists(folder: Path) -> None:
     assert _decide(folder, load_recipe(TINY, ["seed=5", "size=S"]), "never", train="other") == RunStart("fresh")
 
 
-def test_a_checkpoint_that_is_named(folder: Path, recipe: Recipe) -> None:
+def test_resumes_from_a_named_checkpoint(folder: Path, recipe: Recipe) -> None:
     chosen = folder / "checkpoints" / "step_000000020"
     assert _decide(folder, recipe, str(chosen)) == RunStart("resume", (chosen,), named=True)
     _record(folder, recipe, "finished")
     assert _decide(folder, recipe, str(chosen)) == RunStart("resume", (chosen,), named=True)
 
 
-def test_a_named_checkpoint_that_is_cut_off_is_refused(folder: Path, recipe: Recipe) -> None:
+def test_rejects_a_truncated_named_checkpoint(folder: Path, recipe: Recipe) -> None:
     (chosen,) = _at(folder, 40)
     (chosen / SHARD).write_bytes(b"opt")
     message = _refused(folder, recipe, str(chosen))
     assert "3 bytes instead of 9" in message and "--resume DIR" in message
 
 
-def test_a_named_checkpoint_of_another_recipe_is_refused(folder: Path) -> None:
+def test_rejects_a_named_checkpoint_of_another_recipe(folder: Path) -> None:
     chosen = folder / "checkpoints" / "step_000000020"
     message = _refused(folder, load_recipe(TINY, ["stages.pretrain.epochs=9"]), str(chosen))
     assert "of another run" in message and "stages.pretrain.epochs: 4 -> 9" in message
 
 
-def test_a_named_checkpoint_of_another_seed_is_refused(folder: Path) -> None:
+def test_rejects_a_named_checkpoint_of_another_seed(folder: Path) -> None:
     chosen = folder / "checkpoints" / "step_000000020"
     assert "seed" in _refused(folder, load_recipe(TINY, ["seed=5"]), str(chosen))
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "checkpoints/step_000000060", ".", "recipe.yaml"])
-def test_a_name_that_is_no_checkpoint(folder: Path, recipe: Recipe, name: str) -> None:
+def test_rejects_a_folder_that_is_no_checkpoint(folder: Path, recipe: Recipe, name: str) -> None:
     assert "checkpoints/step_N" in _refused(folder, recipe, str(folder / name))
 
 
-def test_a_damaged_record_is_named(folder: Path, recipe: Recipe) -> None:
+def test_names_a_damaged_record(folder: Path, recipe: Recipe) -> None:
     (folder / "record.json").write_text('{"schema_version": 1, "na')
     assert "record.json" in _refused(folder, recipe)
 
 
-def test_a_folder_holds_what_was_resolved(tmp_path: Path, recipe: Recipe) -> None:
+def test_writes_the_resolved_configuration(tmp_path: Path, recipe: Recipe) -> None:
     prepare_folder(tmp_path / "a" / "pretrain", recipe, '{"x": 1}\n', fresh=True)
     assert load_recipe(tmp_path / "a" / "pretrain" / RECIPE_FILE) == recipe
     assert (tmp_path / "a" / "pretrain" / ENGINE_FILE).read_text() == '{"x": 1}\n'
 
 
-def test_starting_anew_sets_the_earlier_folder_aside(folder: Path, recipe: Recipe) -> None:
+def test_a_fresh_start_sets_the_earlier_folder_aside(folder: Path, recipe: Recipe) -> None:
     for content in ("first", "second", "third"):
         if content != "first":
             prepare_folder(folder, recipe, "{}\n", fresh=True)
@@ -254,8 +254,8 @@ def test_starting_anew_sets_the_earlier_folder_aside(folder: Path, recipe: Recip
     assert not (folder / "checkpoints").exists()
 
 
-def test_going_on_clears_what_a_kill_left_half_written(folder: Path, recipe: Recipe) -> None:
-    """Also where no save follows that would."""
+def test_resuming_clears_half_written_files(folder: Path, recipe: Recipe) -> None:
+    """Also if no save follows, which would clear them too."""
     left = [folder / ".record.json.x.tmp", folder / "checkpoints" / ".latest.x.tmp"]
     for path in left:
         path.write_text("")
@@ -263,7 +263,7 @@ def test_going_on_clears_what_a_kill_left_half_written(folder: Path, recipe: Rec
     assert not any(path.exists() for path in left)
 
 
-def test_going_on_keeps_the_folder(folder: Path, recipe: Recipe) -> None:
+def test_resuming_keeps_the_folder(folder: Path, recipe: Recipe) -> None:
     prepare_folder(folder, recipe, "new\n", fresh=False)
     assert (folder / ENGINE_FILE).read_text() == "new\n"
     assert (folder / "checkpoints" / "step_000000040").is_dir()

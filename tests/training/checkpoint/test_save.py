@@ -1,4 +1,4 @@
-"""Saving: what is on the disk at every moment, and what becomes of a save that fails."""
+"""Saving a checkpoint: the disk's content at every moment, and saves that fail."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from mrmae_ds.errors import CollectiveError
-from mrmae_ds.training.checkpoint import files as part_file
 from mrmae_ds.training.checkpoint import folder as store
+from mrmae_ds.training.checkpoint import save as module
 from mrmae_ds.training.checkpoint.folder import Retention, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import check_contents, check_sizes, read_manifest
-from mrmae_ds.training.checkpoint.train_state import TrainState
 from tests.support.engines import FILES, IDENTITY, FakeEngine, save
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -31,7 +30,7 @@ def _everything(stage_dir: Path) -> list[str]:
     return sorted(path.relative_to(stage_dir).as_posix() for path in stage_dir.rglob("*") if path.is_file())
 
 
-def test_a_saved_checkpoint_says_what_it_is(tmp_path: Path) -> None:
+def test_writes_a_complete_manifest(tmp_path: Path) -> None:
     path = save(tmp_path, 12)
     assert list_checkpoints(tmp_path) == [path] == [tmp_path / "checkpoints" / "step_000000012"]
     manifest = read_manifest(path)
@@ -46,13 +45,13 @@ def test_a_saved_checkpoint_says_what_it_is(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step_000000012"]
 
 
-def test_the_pointer_is_deepspeeds(tmp_path: Path) -> None:
+def test_writes_the_pointer_of_deepspeed(tmp_path: Path) -> None:
     save(tmp_path, 12)
     save(tmp_path, 20)
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000000020"
 
 
-def test_the_newest_are_kept(tmp_path: Path) -> None:
+def test_keeps_the_newest(tmp_path: Path) -> None:
     for step in (5, 10, 100, 1000):
         save(tmp_path, step)
     assert _names(tmp_path) == ["step_000000100", "step_000001000"]
@@ -60,7 +59,7 @@ def test_the_newest_are_kept(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step_000000100", "step_000001000", "step_000002000"]
 
 
-def test_the_same_step_again_gets_a_name_of_its_own(tmp_path: Path) -> None:
+def test_saving_a_step_again_uses_another_tag(tmp_path: Path) -> None:
     first = save(tmp_path, 5)
     before = {path: path.stat().st_mtime_ns for path in first.iterdir()}
     again = save(tmp_path, 5, engine=FakeEngine({"zero_pp_rank_0_mp_rank_00_optim_states.pt": "other"}))
@@ -69,7 +68,7 @@ def test_the_same_step_again_gets_a_name_of_its_own(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step_000000005", "step_000000005_r1"]
 
 
-def test_what_an_ended_save_left_is_cleared(tmp_path: Path) -> None:
+def test_clears_what_a_killed_save_left(tmp_path: Path) -> None:
     left = tmp_path / "checkpoints" / STAGED / "step_000000010"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"x")
@@ -78,14 +77,14 @@ def test_what_an_ended_save_left_is_cleared(tmp_path: Path) -> None:
     assert sorted(p.name for p in path.parent.iterdir()) == ["latest", "step_000000010"]
 
 
-def test_deepspeeds_writer_is_back_in_its_place(tmp_path: Path) -> None:
+def test_restores_the_writer_of_deepspeed(tmp_path: Path) -> None:
     engine = FakeEngine()
     own = engine.checkpoint_engine = object()
     save(tmp_path, 5, engine=engine)
     assert engine.checkpoint_engine is own
 
 
-def test_the_order_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writes_in_the_order_that_keeps_a_checkpoint_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Files before the manifest, the manifest and the folder before the name, the name before the pointer."""
     events: list[str] = []
     plain_fsync, plain_rename, plain_replace = os.fsync, Path.rename, os.replace
@@ -110,7 +109,7 @@ def test_the_order_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 class Unwritable:
-    """A part that torch cannot write."""
+    """A shard that torch cannot write."""
 
     def __reduce__(self) -> Any:
         raise TypeError("cannot be pickled")
@@ -128,50 +127,50 @@ def _fails(tmp_path: Path, engine: FakeEngine, pattern: str) -> None:
     assert not (tmp_path / "checkpoints" / STAGED).exists()
 
 
-def test_a_part_that_cannot_be_written(tmp_path: Path) -> None:
+def test_reports_a_shard_that_cannot_be_written(tmp_path: Path) -> None:
     _fails(
         tmp_path, FakeEngine({"a_optim_states.pt": 1, "model_states.pt": Unwritable()}), "model_states.pt: cannot be"
     )
 
 
-def test_a_shard_that_is_missing(tmp_path: Path) -> None:
+def test_reports_a_missing_shard(tmp_path: Path) -> None:
     _fails(tmp_path, FakeEngine({"model_states.pt": 1}), "0 optimizer shards of 1")
 
 
-def test_zero_0_has_no_shards(tmp_path: Path) -> None:
+def test_zero_0_has_no_optimizer_files(tmp_path: Path) -> None:
     """DeepSpeed writes the optimizer into the model's file then."""
     save(tmp_path, 5, engine=FakeEngine({"mp_rank_00_model_states.pt": 1}, zero_stage=0))
     assert _names(tmp_path) == ["step_000000005"]
 
 
-@pytest.mark.parametrize(("number", "mend"), [(errno.ENOSPC, "free space"), (errno.EDQUOT, "quota"), (errno.EIO, "")])
-def test_a_disk_that_fails_in_the_middle_of_a_file(
-    number: int, mend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("number", "fix"), [(errno.ENOSPC, "free space"), (errno.EDQUOT, "quota"), (errno.EIO, "")])
+def test_reports_a_disk_that_fails_in_the_middle_of_a_file(
+    number: int, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch hides what a write raises behind an error of its own; the message tells it all the same."""
-    plain = part_file._HashingFile.write
+    """torch hides what a write raises behind an error of its own; the message names the cause."""
+    plain = module._HashingFile.write
     writes: list[int] = []
 
     class FullFile:
         def write(self, data: Any) -> None:
             raise OSError(number, os.strerror(number))
 
-    def write(file: part_file._HashingFile, data: Any) -> int:
+    def write(file: module._HashingFile, data: Any) -> int:
         writes.append(len(data))
         if len(writes) == 8 + 20:
             file.file = FullFile()  # type: ignore[assignment]
         return plain(file, data)
 
     save(tmp_path, 5)
-    monkeypatch.setattr(part_file._HashingFile, "write", write)
-    with pytest.raises(CollectiveError, match=rf"{os.strerror(number)}.*{mend}"):
+    monkeypatch.setattr(module._HashingFile, "write", write)
+    with pytest.raises(CollectiveError, match=rf"{os.strerror(number)}.*{fix}"):
         save(tmp_path, 10)
     assert len(writes) > 20 and _names(tmp_path) == ["step_000000005"]
     assert not (tmp_path / "checkpoints" / STAGED).exists()
 
 
 @pytest.mark.parametrize("where", ["rename", "manifest"])
-def test_a_failure_while_it_is_put_in_place(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cleans_up_after_a_failed_commit(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -187,8 +186,8 @@ def test_a_failure_while_it_is_put_in_place(where: str, tmp_path: Path, monkeypa
     assert _everything(tmp_path) == before
 
 
-def test_a_lost_permission_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As root would not see it: the folder to write into cannot be made."""
+def test_reports_a_lost_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raised by hand, because root may write anywhere."""
     save(tmp_path, 5)
     plain: Callable[..., None] = Path.mkdir
 
@@ -217,9 +216,9 @@ def test_warns_of_what_cannot_be_removed(
     assert f"{path} is saved, but" in caplog.text
 
 
-def test_the_counters_and_random_states_are_saved(tmp_path: Path) -> None:
+def test_saves_counters_and_random_states(tmp_path: Path) -> None:
     torch.manual_seed(5)
     expected = torch.get_rng_state()
     path = save(tmp_path, 7)
-    part = torch.load(path / "rank_00000.pt", weights_only=True)
-    assert part["step"] == TrainState(step=7).step and torch.equal(part["random"]["torch"], expected)
+    state = torch.load(path / "rank_00000.pt", weights_only=True)
+    assert state["step"] == 7 and torch.equal(state["random"]["torch"], expected)

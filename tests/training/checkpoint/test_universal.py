@@ -1,6 +1,6 @@
-"""Checkpoints on another number of processes: the steps after it are exactly those of the run that was left.
+"""Resuming on another number of ranks: the next steps are exactly those of the original run.
 
-Small linear models, gradients of exact halves, so that nothing rounds differently on one process and on two.
+Small linear models with gradients of exact halves, so that nothing rounds differently on one rank and on two.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ REPAIRS = ("groups", "steps", "fixed")
 
 
 def _engine(stage: int, more: dict[str, Any], world_size: int, fresh: bool) -> Any:
-    """Two layers with a frozen parameter and a buffer, in three groups of different rate and decay.
+    """Two layers with a frozen parameter and a buffer, in three groups of different learning rate and decay.
 
-    ``fresh`` is as a run begins; else everything is zero, so that what a load leaves out shows.
+    If not ``fresh``, everything is zero, so that a test sees what a load leaves out.
     """
     import deepspeed
     from torch import Tensor, nn
@@ -65,7 +65,7 @@ def _engine(stage: int, more: dict[str, Any], world_size: int, fresh: bool) -> A
 
 
 def _train(engine: Any, first: int, count: int, world_size: int, rank: int) -> dict[str, Any]:
-    """Steps of two parts each, whoever computes them; the weights after them."""
+    """Take steps of two micro-batches each, on one rank or two; return the weights after them."""
     from mrmae_ds.training.engine.build import gather_state
 
     for step in range(first, first + count):
@@ -80,7 +80,7 @@ def _train(engine: Any, first: int, count: int, world_size: int, rank: int) -> d
 
 
 def _save(rank: int, world_size: int, stage: int, more: dict[str, Any], folder: Path) -> None:
-    """Train, save after three steps, train on, and keep what came of it."""
+    """Train, save after three steps, continue, and save the final weights."""
     from tests.support.engines import save
 
     engine = _engine(stage, more, world_size, fresh=True)
@@ -92,7 +92,7 @@ def _save(rank: int, world_size: int, stage: int, more: dict[str, Any], folder: 
 
 
 def _load(rank: int, world_size: int, stage: int, more: dict[str, Any], folder: Path) -> None:
-    """Go on from it on another number of processes; then with each of the repairs left out."""
+    """Resume on another number of ranks; then again without each of the repairs."""
     from mrmae_ds.distributed.launch import Launch
     from mrmae_ds.training.checkpoint import universal
     from mrmae_ds.training.checkpoint.resume import load_checkpoint
@@ -119,8 +119,8 @@ def _equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
     return all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_two_processes_to_one_and_what_it_takes(tmp_path: Path) -> None:
-    """Exactly; and not if any of the repairs is left out."""
+def test_resumes_two_ranks_on_one_with_all_repairs(tmp_path: Path) -> None:
+    """Equal; and different if any of the repairs is left out."""
     run_in_group(_save, 2, 3, {}, tmp_path)
     run_in_group(_load, 1, 3, {"repairs": True}, tmp_path)
     expected, found = torch.load(tmp_path / "expected.pt"), torch.load(tmp_path / "found.pt")
@@ -143,15 +143,13 @@ def test_two_processes_to_one_and_what_it_takes(tmp_path: Path) -> None:
         (3, {"zero": {"sub_group_size": 40}}),
     ],
 )
-def test_any_stage_either_way(stage: int, more: dict[str, Any], sizes: tuple[int, int], tmp_path: Path) -> None:
+def test_resumes_any_zero_stage(stage: int, more: dict[str, Any], sizes: tuple[int, int], tmp_path: Path) -> None:
     run_in_group(_save, sizes[0], stage, more, tmp_path)
     run_in_group(_load, sizes[1], stage, more, tmp_path)
     assert _equal(torch.load(tmp_path / "found.pt")[""], torch.load(tmp_path / "expected.pt"))
 
 
-def test_a_conversion_is_made_once_and_only_for_its_own_checkpoint(
-    tmp_path: Path, alone: None, monkeypatch: Any
-) -> None:
+def test_converts_a_checkpoint_once(tmp_path: Path, alone: None, monkeypatch: Any) -> None:
     from mrmae_ds.training.checkpoint import universal
     from mrmae_ds.training.checkpoint.manifest import read_manifest
     from tests.support.engines import written
@@ -179,13 +177,13 @@ def test_a_conversion_is_made_once_and_only_for_its_own_checkpoint(
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_conversion_that_fails_is_told_by_all(tmp_path: Path) -> None:
+def test_raises_a_failed_conversion_on_all_ranks(tmp_path: Path) -> None:
     from mrmae_ds.errors import CollectiveError
     from mrmae_ds.training.checkpoint import universal
     from mrmae_ds.training.checkpoint.manifest import read_manifest
     from tests.support.engines import written
 
-    checkpoint = written(tmp_path, 5)  # its shards are none
+    checkpoint = written(tmp_path, 5)  # its shards hold no state
     with pytest.raises(CollectiveError, match=rf"{checkpoint}: cannot be converted"):
         universal.convert(checkpoint, read_manifest(checkpoint))
     assert not universal.universal_folder(checkpoint).exists()
