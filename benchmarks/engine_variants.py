@@ -76,7 +76,7 @@ class _Run:
         from mrmae_ds.config.engine import default_recipe, load_engine_config
         from mrmae_ds.config.recipe import load_recipe
         from mrmae_ds.training.engine.build import build_engine
-        from mrmae_ds.training.loop import StageSchedule
+        from mrmae_ds.training.schedule import StageSchedule
 
         source = REPOSITORY / "ds_configs" / f"{name}.json"
         with tempfile.TemporaryDirectory() as folder:
@@ -88,7 +88,9 @@ class _Run:
         stage = recipe.stage(job["stage"])
         torch.manual_seed(0)
         self.task, size = build_task(recipe, config, job["stage"])
-        self.engine = build_engine(self.task.model, self.task.groups(), stage.optimizer.betas, config, 1, device)
+        self.engine = build_engine(
+            self.task.model, self.task.param_groups(), self.task.make_optimizer, config, 1, device
+        )
         self.task.to(device)
         self.engine.train()
         self.batches = noise_batches(job["micro_batch"], size, device)
@@ -96,7 +98,8 @@ class _Run:
 
     def step(self) -> None:
         """One optimizer step, and its loss on the host."""
-        from mrmae_ds.training.loop import Meter, run_step
+        from mrmae_ds.training.loop import run_step
+        from mrmae_ds.training.meter import Meter
 
         meter = Meter()
         run_step(self.engine, self.task, self.batches, self.plan, self.taken, meter)

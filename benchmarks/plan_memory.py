@@ -156,12 +156,12 @@ def toy(config: Any, device: Any) -> None:
     from mrmae_ds.models.cvit import CViT
     from mrmae_ds.models.sizes import CViTSpec
     from mrmae_ds.training.engine.build import build_engine
-    from mrmae_ds.training.param_groups import finetune_groups
+    from mrmae_ds.training.param_groups import adamw, finetune_groups
     from mrmae_ds.weights.load import init_classifier
 
     model = CViT(CViTSpec((16, 16, 32), (1, 1, 1), 2, patches=(4, 2, 2)), 32, 10)
     init_classifier(model)
-    engine = build_engine(model, finetune_groups(model, 0.05, 0.9), (0.9, 0.95), config, 1, device)
+    engine = build_engine(model, finetune_groups(model, 0.05, 0.9), adamw((0.9, 0.95)), config, 1, device)
     for _ in range(3):
         engine.backward(engine(torch.randn(2, 3, 32, 32, device=device)).float().sum())
         engine.step()
@@ -190,8 +190,7 @@ def run_rank(job: dict[str, Any]) -> None:
     memory.start()
     torch.manual_seed(0)
     task, size = build_task(recipe, config, settings.stage)
-    betas = getattr(recipe.stages, settings.stage).optimizer.betas
-    engine = build_engine(task.model, task.groups(), betas, config, settings.accumulation, device)
+    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, settings.accumulation, device)
     task.to(device)
     engine.train()
     most = steps(task, engine, noise_batches(settings.micro_batch, size, device), settings, launch.rank, memory)

@@ -77,18 +77,11 @@ def random_teacher(*arguments: Any) -> Any:
 
 def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, int]:
     """The stage's task and the side of its images."""
-    from mrmae_ds.factory import build_pretraining
     from mrmae_ds.imagenet import IMAGENET_CLASSES
-    from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
-    from mrmae_ds.weights.load import build_encoder, init_classifier
+    from mrmae_ds.training.tasks.build import build_task as build
 
-    stage, size = recipe.stage(stage_name), recipe.model.image_size
-    if stage_name == "pretrain":
-        return PretrainTask(*build_pretraining(recipe, stage, random_teacher), stage, recipe.data), size
-    size = stage.image_size or size
-    model = build_encoder(recipe.model.spec(), size, IMAGENET_CLASSES, stage.drop_path)
-    init_classifier(model)
-    return FinetuneTask(model, stage, recipe.data, IMAGENET_CLASSES, engine_config.model_dtype), size
+    task = build(recipe, stage_name, engine_config, IMAGENET_CLASSES, teacher_builder=random_teacher)
+    return task, task.image_size
 
 
 def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
@@ -122,8 +115,10 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
     from mrmae_ds.profiling.flops import recipe_cost
     from mrmae_ds.training.engine.build import build_engine
-    from mrmae_ds.training.loop import Meter, StageSchedule, run_step
+    from mrmae_ds.training.loop import run_step
+    from mrmae_ds.training.meter import Meter
     from mrmae_ds.training.perf_metrics import PerfMeter, device_peak, peak_memory, utilization
+    from mrmae_ds.training.schedule import StageSchedule
 
     config = load_engine_config(Path(settings["engine"]))
     unpaired = ["stages.finetune.mixup=0", "stages.finetune.cutmix=0"] if config.micro_batch % 2 else []
@@ -134,18 +129,18 @@ def run_rank(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     task, size = build_task(recipe, config, settings["stage"])
     parameters = sum(p.numel() for p in task.model.parameters())
-    engine = build_engine(task.model, task.groups(), stage.optimizer.betas, config, 1, device)
+    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, 1, device)
     task.to(device)
     engine.train()
     accountant = PerfMeter(engine, device)
     batches = noise_batches(config.micro_batch, size, device)
-    plan = StageSchedule(stage, 0, 1000, 1, config.micro_batch, launch)
+    schedule = StageSchedule(stage, 0, 1000, 1, config.micro_batch, launch)
     times = []
     for step in range(settings["warmup"] + settings["steps"]):
         if step == settings["warmup"]:
             accountant.restart()  # at first DeepSpeed learns the order of the modules, and gathers more
         meter, began = Meter(), time.perf_counter()
-        run_step(engine, task, batches, plan, step, meter)
+        run_step(engine, task, batches, schedule, step, meter)
         losses, _, bad = meter.read(launch, config.micro_batch)  # waits for the device
         times.append(time.perf_counter() - began)
         if bad:

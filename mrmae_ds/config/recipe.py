@@ -36,6 +36,7 @@ from mrmae_ds.config.stages import (
     ProbeConfig,
     StageName,
     StagesConfig,
+    TrainStageName,
 )
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.models.objectives import PIXELS
@@ -103,9 +104,7 @@ class Recipe(Section):
         return self
 
     @overload
-    def stage(
-        self, name: Literal["pretrain", "finetune", "probe"]
-    ) -> PretrainConfig | FinetuneConfig | ProbeConfig: ...
+    def stage(self, name: TrainStageName) -> PretrainConfig | FinetuneConfig | ProbeConfig: ...
 
     @overload
     def stage(self, name: Literal["evaluate"]) -> EvaluateConfig: ...

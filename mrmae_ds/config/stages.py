@@ -14,7 +14,8 @@ from mrmae_ds.models.masking import MaskingMode
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.schema import Section
 
-StageName = Literal["pretrain", "finetune", "probe", "evaluate"]
+TrainStageName = Literal["pretrain", "finetune", "probe"]
+StageName = Literal[TrainStageName, "evaluate"]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 # Part of module, metric and folder names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.config.stages import FinetuneConfig, PlacementConfig, PretrainConfig
+from mrmae_ds.config.stages import PlacementConfig, StageConfig
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.planning.cluster import Cluster
 from mrmae_ds.planning.fake_step import Simulation, simulate
@@ -17,7 +17,6 @@ from mrmae_ds.planning.teacher_memory import Placed, TeacherWeights
 from mrmae_ds.planning.traffic import Flow, offload_flows, student_flows, teacher_flow
 from mrmae_ds.planning.zero_memory import ZeroMemory
 from mrmae_ds.profiling.flops import StageCost
-from mrmae_ds.training.param_groups import finetune_groups, pretrain_groups
 
 Placements = Mapping[str, PlacementConfig]
 
@@ -34,7 +33,7 @@ class CountedStage:
     """
 
     name: str
-    config: PretrainConfig | FinetuneConfig
+    config: StageConfig
     simulation: Simulation
     cost: StageCost
     groups: tuple[int, ...]
@@ -43,16 +42,16 @@ class CountedStage:
     @property
     def placements(self) -> Placements:
         """The recipe's, by teacher."""
-        return self.config.placement if isinstance(self.config, PretrainConfig) else {}
+        return self.simulation.task.placements
 
     @property
     def pairs(self) -> bool:
         """Whether mixup pairs images, so that a micro-batch must be even."""
-        return isinstance(self.config, FinetuneConfig) and self.config.pairs
+        return self.simulation.task.even_micro_batch
 
     def census(self, zero: ZeroSettings) -> ParameterCounts:
         """Its parameters under some settings."""
-        return parameter_counts(self.simulation.model, zero, self.groups)
+        return parameter_counts(self.simulation.task.model, zero, self.groups)
 
 
 def count_stage(
@@ -69,21 +68,15 @@ def count_stage(
     Raises:
         UserError: as :func:`~mrmae_ds.factory.build_pretraining`.
     """
-    stage = recipe.stages.pretrain if cost.stage == "pretrain" else recipe.stages.finetune
-    assert stage is not None
-    simulation = simulate(recipe, stage, config, num_classes, on_cpu=on_cpu)
-    decay = stage.optimizer.weight_decay
-    if isinstance(stage, FinetuneConfig):
-        groups = finetune_groups(simulation.model, decay, stage.layer_decay)
-    else:
-        groups = pretrain_groups(simulation.model, decay)
+    simulation = simulate(recipe, cost.stage, config, num_classes, on_cpu=on_cpu)
+    task = simulation.task
     return CountedStage(
         name=cost.stage,
-        config=stage,
+        config=task.config,
         simulation=simulation,
         cost=cost,
-        groups=tuple(sum(p.numel() for p in group["params"]) for group in groups),
-        teachers={name: TeacherWeights.of(teacher) for name, teacher in simulation.teachers.items()},
+        groups=tuple(sum(p.numel() for p in group["params"]) for group in task.param_groups()),
+        teachers={name: TeacherWeights.of(teacher) for name, teacher in task.teachers.items()},
     )
 
 

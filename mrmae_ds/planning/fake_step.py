@@ -14,36 +14,32 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
+from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.data.loaders.base import Batch
-from mrmae_ds.factory import TeacherBuilder, build_pretraining
-from mrmae_ds.models.pretrain import PretrainModel, set_checkpointing
+from mrmae_ds.factory import TeacherBuilder
+from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace
 from mrmae_ds.profiling.meta_teachers import build_meta_teacher
-from mrmae_ds.teachers import Teacher
-from mrmae_ds.training.tasks.base import FinetuneTask, MicroBatchKey, PretrainTask
-from mrmae_ds.weights.load import build_encoder
+from mrmae_ds.training.tasks.base import MicroBatchKey, Task
+from mrmae_ds.training.tasks.build import build_task
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """A stage's modules, without weights, and the memory of one micro-batch.
+    """A stage's task, its modules without weights, and the memory of one micro-batch.
 
     Attributes:
-        model: the student. teachers: by name.
-        image_size: of the student's images.
-        timeline: its phases are ``teacher NAME``, ``targets``, ``forward`` and ``backward``.
+        task: model and teachers.
+        timeline: memory over the phases ``teacher NAME``, ``targets``, ``forward`` and ``backward``.
     """
 
-    model: nn.Module
-    teachers: dict[str, Teacher]
-    image_size: int
+    task: Task[Any]
     timeline: Timeline
 
 
 def simulate(
     recipe: Recipe,
-    stage: PretrainConfig | FinetuneConfig,
+    stage_name: TrainStageName,
     config: EngineConfig,
     num_classes: int,
     *,
@@ -54,7 +50,7 @@ def simulate(
 
     Args:
         recipe: no file that it names is read, but for a teacher that is a run of this project.
-        stage: one of its stages.
+        stage_name: one of its training stages.
         config: whose precision and checkpointing hold.
         num_classes: of the data set.
         on_cpu: types are those of autocast on the CPU, not on CUDA.
@@ -64,32 +60,15 @@ def simulate(
         UserError: as :func:`~mrmae_ds.factory.build_pretraining`.
     """
     with torch.device("meta"):
-        modules, teachers, size = _outline(recipe, stage, num_classes, teacher_builder)
+        task = build_task(recipe, stage_name, config, num_classes, teacher_builder=teacher_builder)
     with FakeTensorMode():
-        make_fake(modules, config.model_dtype)
-        for teacher in teachers.values():
+        make_fake(task.model, config.model_dtype)
+        for teacher in task.teachers.values():
             make_fake(teacher)
-        task: PretrainTask | FinetuneTask
-        if isinstance(modules, PretrainModel):
-            assert isinstance(stage, PretrainConfig)
-            task = PretrainTask(modules, teachers, stage, recipe.data)
-        else:
-            assert isinstance(stage, FinetuneConfig)
-            task = FinetuneTask(modules, stage, recipe.data, num_classes, config.model_dtype)
-        set_checkpointing(modules, config.checkpointing)
-        timeline = trace(lambda num_images: _run(task, config, size, num_images, on_cpu))
-    return Simulation(modules, teachers, size, timeline)
-
-
-def _outline(
-    recipe: Recipe, stage: PretrainConfig | FinetuneConfig, num_classes: int, teacher_builder: TeacherBuilder
-) -> tuple[nn.Module, dict[str, Teacher], int]:
-    """Student, teachers and image size of a stage; on the meta device."""
-    size = recipe.model.image_size
-    if isinstance(stage, FinetuneConfig):
-        size = stage.image_size or size
-        return build_encoder(recipe.model.spec(), size, num_classes, stage.drop_path), {}, size
-    return *build_pretraining(recipe, stage, teacher_builder), size
+        task.normalize.to(torch.device("cpu"))
+        set_checkpointing(task.model, config.checkpointing)
+        timeline = trace(lambda num_images: _run(task, config, num_images, on_cpu))
+    return Simulation(task, timeline)
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -126,16 +105,15 @@ class _Engine:
 
 
 def _run(
-    task: PretrainTask | FinetuneTask,
+    task: Task[Any],
     config: EngineConfig,
-    size: int,
     num_images: int,
     on_cpu: bool,
 ) -> TensorRecorder:
     """One micro-batch, forward and backward."""
     recorder = TensorRecorder([task.model, *task.teachers.values()])
     engine: Any = _Engine(task.model, config.zero.autocast, recorder)
-    key = MicroBatchKey(seed=0, step=0, micro=0, rank=0, world_size=1, micro_batch=num_images)
+    key = MicroBatchKey(seed=0, step=0, index=0, rank=0, world_size=1, micro_batch=num_images)
     with ExitStack() as stack:
         for name, teacher in task.teachers.items():
             stack.callback(teacher.register_forward_pre_hook(_enter(recorder, f"teacher {name}")).remove)
@@ -147,7 +125,7 @@ def _run(
             stack.enter_context(CudaPolicy())
         stack.enter_context(recorder)
         recorder.phase = "targets"
-        losses = task.losses(engine, _batch(size, num_images), key)
+        losses = task.losses(engine, _batch(task.image_size, num_images), key)
         recorder.phase = "backward"
         losses["loss"].backward()
     return recorder

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.config.stages import FinetuneConfig
 from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.planning.estimate import CountedStage, Estimate
 from mrmae_ds.planning.zero_memory import Items
@@ -27,7 +26,7 @@ PROCESS_GIB = 3.0
 
 def node_memory(recipe: Recipe, stage: CountedStage, estimate: Estimate, images: int) -> Items:
     """Bytes of host memory of a node, by what they are for; the page cache of the images last."""
-    ranks, size = estimate.cluster.in_node, stage.simulation.image_size
+    ranks, size = estimate.cluster.in_node, stage.simulation.task.image_size
     batch = estimate.micro_batch * size * size * 3
     items: Items = {f"{ranks} processes": ranks * PROCESS_GIB * GIB}
     items["the model as it is built, once (gone when training starts)"] = ranks * 4.0 * estimate.engine.census.total
@@ -39,7 +38,7 @@ def node_memory(recipe: Recipe, stage: CountedStage, estimate: Estimate, images:
         items[f"batches decoded by FFCV ({RING} a process, pinned)"] = ranks * RING * batch
         threads = recipe.loader.num_workers or 1
         items["scratch of the decoding threads"] = ranks * threads * 3 * IMAGE_SIDE**2
-    if isinstance(stage.config, FinetuneConfig) and stage.config.rand_augment:
+    if stage.simulation.task.augment is not None:
         items["batches being augmented (shared)"] = ranks * AUGMENT_SLOTS * batch
     items["page cache that holds the training images"] = images * IMAGE_BYTES
     return items
@@ -56,7 +55,7 @@ class LoaderCost:
 
 def loader_cost(recipe: Recipe, stage: CountedStage, folder: Path = RESULTS) -> LoaderCost | None:
     """The measured cost of the recipe's reader; None if no result of benchmarks/loader.py has it."""
-    augmented = isinstance(stage.config, FinetuneConfig) and stage.config.rand_augment
+    augmented = stage.simulation.task.augment is not None
     contender = f"mrmae_ds, {recipe.data.backend}" + (" + RandAugment" if augmented else " backend")
     for path in sorted(folder.glob("loader*.json")):
         result = json.loads(path.read_text())

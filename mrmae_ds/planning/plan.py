@@ -8,15 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mrmae_ds.config.engine import (
-    EngineConfig,
     accumulation_steps,
-    check_paired,
     check_ranks,
     default_recipe,
     load_engine_config,
 )
 from mrmae_ds.config.recipe import Recipe, load_recipe
-from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
@@ -84,7 +81,7 @@ def describe_plan(request: Request) -> str:
     check_ranks(config, cluster.gpus, cluster.in_node)
     for stage in (recipe.stages.pretrain, recipe.stages.finetune):
         if stage is not None:
-            _check_batch(config, stage, cluster.gpus, path)
+            accumulation_steps(config, stage.batch_size, cluster.gpus, str(path))
     zero = config.zero
     lines = [f"{path} with {request.ds_config} on {_hardware(cluster)}; everything here is an estimate"]
     for cost in recipe_cost(recipe, config.checkpointing, request.classes):
@@ -131,12 +128,6 @@ def _only(recipe: Recipe, stage: str | None) -> Recipe:
     recipe.stage(stage)  # type: ignore[call-overload]
     other = {"pretrain": "finetune", "finetune": "pretrain"}[stage]
     return recipe.model_copy(update={"stages": recipe.stages.model_copy(update={other: None})})
-
-
-def _check_batch(config: EngineConfig, stage: PretrainConfig | FinetuneConfig, gpus: int, path: Path) -> None:
-    """Raises UserError if the batch cannot be made of micro-batches on so many GPUs."""
-    accumulation_steps(config, stage.batch_size, gpus, str(path))
-    check_paired(config, isinstance(stage, FinetuneConfig) and stage.pairs)
 
 
 def _check_numbers(request: Request) -> None:

@@ -36,7 +36,7 @@ def stage_lines(
         num_images: of an epoch.
         loader_rate: images/s that the loader of a node delivers; None is unknown.
     """
-    size = stage.simulation.image_size
+    size = stage.simulation.task.image_size
     lines = [
         f"{stage.name}: {stage.config.epochs} epochs at {size} pixels, batch {now.batch:,} = micro-batch "
         f"{now.micro_batch} x {now.cluster.gpus} GPUs x accumulation {now.engine.accumulation}",

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
+from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig, TrainStageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.imagenet import IMAGENET_CLASSES
@@ -60,7 +60,7 @@ class StageCost:
         parts: FLOPs by part: encoder, decoder, teachers, ...
     """
 
-    stage: str
+    stage: TrainStageName
     epochs: int
     parts: dict[str, Flops]
 

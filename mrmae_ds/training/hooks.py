@@ -6,22 +6,17 @@ import sys
 from dataclasses import dataclass
 
 import deepspeed
-from torch import Tensor
 
-from mrmae_ds.config.stages import FinetuneConfig, ProbeConfig
-from mrmae_ds.data.loaders.base import Loader
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
 from mrmae_ds.training.checkpoint.folder import CheckpointPolicy
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.checkpoint.train_state import TrainState
-from mrmae_ds.training.evaluation.accuracy import evaluate
-from mrmae_ds.training.evaluation.knn import KnnEvaluator
+from mrmae_ds.training.evaluation.base import Evaluator
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.nonfinite_capture import Division, write_capture
 from mrmae_ds.training.run_logger import RunLogger
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
-from mrmae_ds.training.tasks.base import PretrainTask
 
 
 @dataclass
@@ -30,42 +25,40 @@ class StageHooks:
 
     Attributes:
         job, engine: what runs.
-        val: this rank's loader of the validation set, where the stage evaluates.
+        evaluator: of the stage, if it has one.
         recorder: on rank 0.
         saver, saves: write checkpoints, say when.
         boundary: whose clock a save starts again.
         monitor: is told that the process gets on.
         results: so far.
-        knn: a look at the features of a pre-training, where the recipe wants one.
     """
 
     job: PreparedStage
     engine: deepspeed.DeepSpeedEngine
-    val: Loader | None
+    evaluator: Evaluator | None
     recorder: RunLogger | None
     saver: AsyncCheckpointer
     saves: CheckpointPolicy
     boundary: StepSync
     monitor: Watchdog
     results: ResultValues
-    knn: KnnEvaluator | None = None
 
     def skipped(self, state: TrainState, verdict: StepStatus, micros: list[MicroBatch]) -> None:
         """See :class:`mrmae_ds.training.loop.Hooks`."""
-        job, plan = self.job, self.job.plan
+        job, schedule = self.job, self.job.schedule
         division = Division(
             stage=job.stage_name,
-            seed=plan.seed,
+            seed=schedule.seed,
             recipe_hash=job.recipe.hash(job.stage_name),
-            world_size=plan.launch.world_size,
-            accumulation=plan.accumulation,
-            micro_batch=plan.micro_batch,
+            world_size=schedule.launch.world_size,
+            accumulation=schedule.accumulation,
+            micro_batch=schedule.micro_batch,
             engine=job.engine_config.as_written(),
         )
         step, again = state.step - 1, state.bad_in_row > 1
         folder = write_capture(self.engine, job.stage_dir, division, step, verdict, micros, same_weights=again)
         self.engine.train()
-        if plan.launch.rank == 0:
+        if schedule.launch.rank == 0:
             what = "a loss" if verdict.bad_loss else "a gradient"
             captured = f"; mrmae replay {folder} runs it again" if folder else ""
             print(
@@ -90,23 +83,12 @@ class StageHooks:
 
     def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
         """See :class:`mrmae_ds.training.loop.Hooks`."""
-        task, stage = self.job.task, self.job.stage
-        if self.knn is not None and self.knn.due(epochs):
-            self.monitor.beat(f"nearest neighbors after epoch {epochs}")
-            found = self.knn.run()
-            self.results |= found
-            return found
-        if self.val is None or isinstance(task, PretrainTask) or not isinstance(stage, FinetuneConfig | ProbeConfig):
+        if self.evaluator is None or not self.evaluator.due(epochs):
             return {}
-        if epochs % stage.eval_every_epochs and epochs != stage.epochs:
-            return {}
-
-        def logits(images: Tensor) -> Tensor:
-            self.monitor.beat(f"evaluating after epoch {epochs}")
-            return task.logits(self.engine, images)
-
-        self.results |= evaluate(self.engine, logits, self.val)
-        return {"top1": self.results["top1"], "val_loss": self.results["loss"]}
+        self.monitor.beat(f"evaluating after epoch {epochs}")
+        results = self.evaluator.run(self.engine)
+        self.results |= results
+        return {name: results[key] for key, name in self.evaluator.metrics.items()}
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """See :class:`mrmae_ds.training.loop.Hooks`."""

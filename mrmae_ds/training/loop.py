@@ -5,102 +5,58 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import deepspeed
 
-from mrmae_ds.config.stages import StageConfig
 from mrmae_ds.data.loaders.base import Batch, Loader
-from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import StopRequested, TrainingError
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import set_lr
 from mrmae_ds.training.engine.nonfinite import skip_step
-from mrmae_ds.training.lr_schedule import learning_rate
 from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.perf_metrics import PerfMeter
+from mrmae_ds.training.schedule import StageSchedule
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
-from mrmae_ds.training.tasks.base import MicroBatchKey, Task
+from mrmae_ds.training.tasks.base import Task
 
 # A few bad batches are skipped; when nothing else comes, going on is a waste.
 MAX_BAD_STEPS = 5
 
 
-@dataclass(frozen=True)
-class StageSchedule:
-    """The arithmetic of a stage: every count is fixed before the first step.
-
-    Attributes:
-        stage: the recipe's section. seed: the run's.
-        steps_per_epoch: optimizer steps.
-        accumulation: micro-batches a step. micro_batch: images of each.
-        launch: this process among the others.
-    """
-
-    stage: StageConfig
-    seed: int
-    steps_per_epoch: int
-    accumulation: int
-    micro_batch: int
-    launch: Launch
-
-    @property
-    def epochs(self) -> int:
-        """Epochs of the stage."""
-        return self.stage.epochs
-
-    @property
-    def total_steps(self) -> int:
-        """Optimizer steps of the stage."""
-        return self.steps_per_epoch * self.epochs
-
-    def rate(self, step: int) -> float:
-        """The learning rate of an optimizer step, from the fractional epoch before it."""
-        optimizer = self.stage.optimizer
-        return learning_rate(
-            step / self.steps_per_epoch,
-            peak=optimizer.peak_lr(self.stage.batch_size),
-            floor=optimizer.min_lr,
-            warmup_epochs=optimizer.warmup_epochs,
-            epochs=self.epochs,
-        )
-
-    def key(self, step: int, micro: int) -> MicroBatchKey:
-        """The identity of a micro-batch on this rank."""
-        launch = self.launch
-        return MicroBatchKey(self.seed, step, micro, launch.rank, launch.world_size, self.micro_batch)
-
-
 def run_step(
     engine: deepspeed.DeepSpeedEngine,
-    task: Task,
+    task: Task[Any],
     batches: Iterator[Batch],
-    plan: StageSchedule,
+    schedule: StageSchedule,
     step: int,
     meter: Meter,
     boundary: StepSync | None = None,
 ) -> StepStatus:
     """One optimizer step: all its micro-batches, forward, backward, and the update if all ranks find it finite."""
     boundary = boundary or StepSync()
-    set_lr(engine, plan.rate(step))
+    set_lr(engine, schedule.lr_at_step(step))
     boundary.begin()
-    for micro in range(plan.accumulation):
+    for index in range(schedule.accumulation):
         asked = time.perf_counter()
         batch = next(batches)
         meter.waited += time.perf_counter() - asked
-        losses = task.losses(engine, batch, plan.key(step, micro))
+        losses = task.losses(engine, batch, schedule.key(step, index))
         engine.backward(losses["loss"])
         meter.add(losses)
         boundary.add(batch, losses)
-        if micro < plan.accumulation - 1:
+        if index < schedule.accumulation - 1:
             engine.step()  # counts the micro-batch, and no more
     verdict = boundary.agree(engine)
     if not verdict.finite:
         skip_step(engine)
         return verdict
     engine.step()
-    # DeepSpeed's own look: the square of a gradient may overflow where the gradient does not.
-    return verdict if engine.was_step_applied() else replace(verdict, bad_gradient=True)
+    if not engine.was_step_applied():
+        # DeepSpeed's own check: the square of a gradient may overflow where the gradient does not.
+        return replace(verdict, bad_gradient=True)
+    task.after_step()
+    return verdict
 
 
 class Hooks(Protocol):
@@ -125,9 +81,9 @@ class Hooks(Protocol):
 
 def train(
     engine: deepspeed.DeepSpeedEngine,
-    task: Task,
+    task: Task[Any],
     reader: Loader,
-    plan: StageSchedule,
+    schedule: StageSchedule,
     state: TrainState,
     log_every: int,
     hooks: Hooks,
@@ -140,7 +96,7 @@ def train(
         engine: wraps the task's model.
         task: gives the losses.
         reader: this rank's images.
-        plan: the stage's arithmetic.
+        schedule: the stage's arithmetic.
         state: counters, kept up to date; what follows its last step (a line, an evaluation) is done first.
         log_every: steps between logged lines; the first step and every epoch's last are logged too.
         hooks: what happens around the steps.
@@ -153,15 +109,15 @@ def train(
     """
     start = state.step
     batches: Iterator[Batch] = iter(())
-    follow_up = _FollowUp(engine, plan, state, log_every, hooks, accountant)
+    follow_up = _FollowUp(engine, schedule, state, log_every, hooks, accountant)
     if start:
         follow_up.run()
     engine.train()
-    for step in range(start, plan.total_steps):
-        epoch, within = divmod(step, plan.steps_per_epoch)
+    for step in range(start, schedule.total_steps):
+        epoch, within = divmod(step, schedule.steps_per_epoch)
         if step == start or within == 0:
-            batches = reader.epoch(epoch, within * plan.accumulation)
-        verdict = run_step(engine, task, batches, plan, step, state.meter, boundary)
+            batches = reader.epoch(epoch, within * schedule.accumulation)
+        verdict = run_step(engine, task, batches, schedule, step, state.meter, boundary)
         _count(engine, state, verdict)
         follow_up.steps += 1
         if not verdict.finite:
@@ -170,7 +126,7 @@ def train(
                 follow_up.run(at_any_rate=True)
                 raise TrainingError(_gave_up(state))
         hooks.save(state, verdict)
-        if verdict.signal and state.step < plan.total_steps:
+        if verdict.signal and state.step < schedule.total_steps:
             raise StopRequested(verdict.signal, state.step)
         follow_up.run()
 
@@ -198,7 +154,7 @@ class _FollowUp:
     """
 
     engine: deepspeed.DeepSpeedEngine
-    plan: StageSchedule
+    schedule: StageSchedule
     state: TrainState
     log_every: int
     hooks: Hooks
@@ -207,13 +163,13 @@ class _FollowUp:
 
     def run(self, at_any_rate: bool = False) -> None:
         """All ranks must call it."""
-        plan, state, done = self.plan, self.state, self.state.step
-        epoch_ends = done % plan.steps_per_epoch == 0
+        schedule, state, done = self.schedule, self.state, self.state.step
+        epoch_ends = done % schedule.steps_per_epoch == 0
         if not (done % self.log_every == 0 or epoch_ends or done == 1 or at_any_rate):
             return
         values = self._interval()
         if epoch_ends:
-            values |= self.hooks.end_of_epoch(done // plan.steps_per_epoch, done)
+            values |= self.hooks.end_of_epoch(done // schedule.steps_per_epoch, done)
             self.engine.train()
         self.hooks.log(done, values)
         state.meter.restart()
@@ -223,12 +179,12 @@ class _FollowUp:
 
     def _interval(self) -> dict[str, float]:
         """The numbers to log."""
-        plan, state = self.plan, self.state
-        losses, speeds, bad = state.meter.read(plan.launch, plan.micro_batch)
+        schedule, state = self.schedule, self.state
+        losses, speeds, bad = state.meter.read(schedule.launch, schedule.micro_batch)
         values = {
             **{name if name == "loss" else f"loss/{name}": value for name, value in losses.items()},
-            "lr": plan.rate(state.step - 1),
-            "epoch": state.step / plan.steps_per_epoch,
+            "lr": schedule.lr_at_step(state.step - 1),
+            "epoch": state.step / schedule.steps_per_epoch,
             **speeds,
             "skipped_steps": state.skipped,
         }

@@ -1,35 +1,60 @@
-"""Parameter groups, built by name before anything is partitioned.
+"""Parameter groups, built by name before anything is partitioned, and the AdamW over them.
 
-A partitioned parameter is one-dimensional, so "no decay for 1-D" is decided on the shape of the whole one.
+A partitioned parameter is one-dimensional, so "no decay for 1-D" is decided on the shape of the whole parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 from timm.models import group_parameters
 from torch import nn
+from torch.optim import AdamW, Optimizer
+
+from mrmae_ds.models.pretrain import Encoder
+
+ParamGroups = list[dict[str, Any]]
+MakeOptimizer = Callable[[ParamGroups, bool], Optimizer]  # groups, and whether to use a fused implementation
 
 
-def pretrain_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups, decayed or not: 1-D parameters and biases are not, the mask and class tokens are.
+def adamw(betas: tuple[float, float]) -> MakeOptimizer:
+    """Return a function that builds AdamW over parameter groups; the learning rate is set before every step.
 
-    Frozen parameters are in neither. Each group has ``params``, ``weight_decay``, ``lr_scale`` and ``name``.
+    Args:
+        betas: decay rates of the two moments.
+    """
+    return lambda groups, fused: AdamW(groups, lr=0.0, betas=betas, fused=fused)
+
+
+def pretrain_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
+    """Return two groups: decayed and not decayed.
+
+    1-D parameters and biases are not decayed; the mask and class tokens are. Frozen parameters are in neither.
+
+    Args:
+        model: the student.
+        weight_decay: weight decay of the decayed parameters.
+
+    Returns:
+        Groups with ``params``, ``weight_decay``, ``lr_scale`` and ``name``.
     """
     return _grouped(model, weight_decay, {}, ())
 
 
-def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups by layer and decay: the rate of layer i is scaled by ``layer_decay ** (last layer - i)``.
+def finetune_groups(model: Encoder, weight_decay: float, layer_decay: float) -> ParamGroups:
+    """Return groups by layer and decay: the learning rate of layer i is scaled by ``layer_decay ** (last layer - i)``.
 
-    The model says which layer a parameter is of (``group_matcher``), and which parameters with more than one dimension
-    are not decayed (``no_weight_decay``): in fine-tuning the position embedding is trained.
+    The model defines the layer of each parameter (``group_matcher``) and the parameters with more than one dimension
+    that are not decayed (``no_weight_decay``): in fine-tuning, the position embedding is trained.
 
     Args:
-        model: a classifier.
-        weight_decay: of the decayed parameters.
-        layer_decay: factor a layer.
+        model: an encoder with a classification head.
+        weight_decay: weight decay of the decayed parameters.
+        layer_decay: factor per layer.
+
+    Returns:
+        Groups with ``params``, ``weight_decay``, ``lr_scale`` and ``name``.
     """
     layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
@@ -37,9 +62,7 @@ def finetune_groups(model: nn.Module, weight_decay: float, layer_decay: float) -
     return _grouped(model, weight_decay, scales, model.no_weight_decay())
 
 
-def _grouped(
-    model: nn.Module, weight_decay: float, scales: dict[str, float], no_decay: Collection[str]
-) -> list[dict[str, Any]]:
+def _grouped(model: nn.Module, weight_decay: float, scales: dict[str, float], no_decay: Collection[str]) -> ParamGroups:
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:

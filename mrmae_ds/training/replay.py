@@ -63,9 +63,9 @@ def replay(path: Path, device: torch.device) -> tuple[Capture, list[ReplayResult
     """
     folder, capture = read_capture(path)
     with _job(folder, capture) as job:
-        if job.identity.recipe_hash != capture.recipe_hash or job.plan.seed != capture.seed:
+        if job.identity.recipe_hash != capture.recipe_hash or job.schedule.seed != capture.seed:
             raise UserError(f"{folder}: of recipe {capture.recipe_hash}, seed {capture.seed}; the run's folder now "
-                            f"holds recipe {job.identity.recipe_hash}, seed {job.plan.seed}")  # fmt: skip
+                            f"holds recipe {job.identity.recipe_hash}, seed {job.schedule.seed}")  # fmt: skip
         model = job.task.model
         model.load_state_dict(read_tensors(folder / MODEL_FILE))
         model.to(device, job.engine_config.model_dtype).train()
@@ -98,11 +98,11 @@ def _job(folder: Path, capture: Capture) -> Iterator[PreparedStage]:
 
 
 def _rank(job: PreparedStage, capture: Capture, rank: int, device: torch.device) -> Iterator[ReplayResult]:
-    from mrmae_ds.training.run import open_loader
-
-    job = replace(job, plan=replace(job.plan, launch=Launch(rank, rank, capture.world_size, capture.world_size)))
-    reader = open_loader(job, device, training=True)
-    epoch, within = divmod(capture.step, job.plan.steps_per_epoch)
+    job = replace(
+        job, schedule=replace(job.schedule, launch=Launch(rank, rank, capture.world_size, capture.world_size))
+    )
+    reader = job.train_loader(device)
+    epoch, within = divmod(capture.step, job.schedule.steps_per_epoch)
     batches = reader.epoch(epoch, within * capture.accumulation)
     model = job.task.model
     try:
@@ -113,7 +113,7 @@ def _rank(job: PreparedStage, capture: Capture, rank: int, device: torch.device)
             engine, origin = _Autocast(model, job, device), _Origin(model)
             model.zero_grad(set_to_none=True)
             with origin:
-                losses = job.task.losses(engine, batch, job.plan.key(capture.step, micro))
+                losses = job.task.losses(engine, batch, job.schedule.key(capture.step, micro))
                 losses["loss"].backward()
             yield ReplayResult(
                 rank=rank,

@@ -10,11 +10,6 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig
-from mrmae_ds.data.loaders.augment import AugmentSettings
-from mrmae_ds.data.loaders.base import Loader, LoaderRequest, TrainTransform
-from mrmae_ds.data.loaders.build import build_loader
-from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.distributed.signals import StopSignals
 from mrmae_ds.distributed.watchdog import Watchdog
@@ -26,41 +21,16 @@ from mrmae_ds.training.checkpoint.resume import load_checkpoint, verify_start
 from mrmae_ds.training.checkpoint.run_dir import RunStart, prepare_folder
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
-from mrmae_ds.training.evaluation.accuracy import evaluation_loader
-from mrmae_ds.training.evaluation.knn import KnnEvaluator
+from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.final_figures import draw, finish_drawing
 from mrmae_ds.training.hooks import StageHooks
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.loop import run_step, train
 from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.perf_metrics import GIB, PerfMeter, peak_memory
-from mrmae_ds.training.run_logger import RunLogger, count_parameters, export_metadata
+from mrmae_ds.training.run_logger import RunLogger, export_metadata
 from mrmae_ds.training.step_sync import StepSync
-from mrmae_ds.training.tasks.base import FinetuneTask
-from mrmae_ds.training.tasks.linear_probe import ProbeTask
 from mrmae_ds.weights.load import MODEL_FILE, save_weights
-
-
-def open_loader(job: PreparedStage, device: torch.device, *, training: bool) -> Loader:
-    """Return this rank's loader of the training or the validation set."""
-    launch, stage, recipe = job.plan.launch, job.stage, job.recipe
-    if not training:
-        return evaluation_loader(recipe, job.image_size, job.plan.micro_batch, launch, device)
-    policy = stage.rand_augment if isinstance(stage, FinetuneConfig) else None
-    request = LoaderRequest(
-        split="train",
-        image_size=job.image_size,
-        micro_batch=job.plan.micro_batch,
-        seed=recipe.seed,
-        transform=TrainTransform(
-            CropSettings(scale=stage.crop_scale, flip=stage.flip),
-            AugmentSettings(policy, recipe.data.mean) if policy else None,
-        ),
-        accumulation=job.plan.accumulation,
-        world_size=launch.world_size,
-        rank=launch.rank,
-    )
-    return build_loader(recipe.data, recipe.loader, request, device)
 
 
 def run_stage(job: PreparedStage) -> None:
@@ -73,7 +43,7 @@ def run_stage(job: PreparedStage) -> None:
         StopRequested: on every rank, after a signal and a checkpoint.
         CollectiveError, TrainingError: on every rank.
     """
-    launch = job.plan.launch
+    launch = job.schedule.launch
     device = choose_device(launch)
     start_process_group(device)
     try:
@@ -91,8 +61,8 @@ def run_stage(job: PreparedStage) -> None:
 
 
 def _train(job: PreparedStage, start: RunStart, device: torch.device, monitor: Watchdog, signals: StopSignals) -> None:
-    plan, launch, first = job.plan, job.plan.launch, job.plan.launch.rank == 0
-    parameters = count_parameters(job)
+    plan, launch, first = job.schedule, job.schedule.launch, job.schedule.launch.rank == 0
+    parameters = job.task.count_parameters()
     engine = _engine(job, device)
     state, results = TrainState(), {}
     if start.checkpoint:
@@ -108,7 +78,7 @@ def _train(job: PreparedStage, start: RunStart, device: torch.device, monitor: W
     hooks = _hooks(job, engine, device, recorder, monitor, signals, results)
     try:
         accountant = PerfMeter(engine, device)
-        reader = open_loader(job, device, training=True)
+        reader = job.train_loader(device)
         log_every = job.recipe.logging.every_steps
         train(engine, job.task, reader, plan, state, log_every, hooks, hooks.boundary, accountant)
         accountant.close()
@@ -138,7 +108,7 @@ def _hooks(
     signals: StopSignals,
     results: ResultValues,
 ) -> StageHooks:
-    plan, config = job.plan, job.recipe.checkpoint
+    plan, config = job.schedule, job.recipe.checkpoint
     saves = CheckpointPolicy(config, plan.steps_per_epoch, plan.total_steps)
 
     def committed(folder: Path, step: int, saved: ResultValues) -> None:
@@ -154,38 +124,31 @@ def _hooks(
         background=config.async_save,
         committed=committed,
     )
+    heartbeat, classes = monitor.beat, job.val_data.num_classes
+    context = EvalContext(job.recipe, job.engine_config, plan.launch, device, classes, heartbeat)
     return StageHooks(
         job=job,
         engine=engine,
-        val=open_loader(job, device, training=False) if isinstance(job.task, FinetuneTask | ProbeTask) else None,
+        evaluator=job.task.build_evaluator(context),
         recorder=recorder,
         saver=saver,
         saves=saves,
         boundary=StepSync(signals, config.every_minutes, saver.writing),
         monitor=monitor,
         results=results,
-        knn=_knn_check(job, engine, device, monitor),
     )
 
 
-def _knn_check(
-    job: PreparedStage, engine: deepspeed.DeepSpeedEngine, device: torch.device, monitor: Watchdog
-) -> KnnEvaluator | None:
-    wanted = isinstance(job.stage, PretrainConfig) and job.stage.knn is not None
-    return KnnEvaluator(job, engine, device, lambda: monitor.beat("nearest neighbors")) if wanted else None
-
-
 def _engine(job: PreparedStage, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    task, config, accumulation, rates = job.task, job.engine_config, job.plan.accumulation, job.stage.optimizer
-    betas = rates.betas if isinstance(rates, OptimizerConfig) else (0.0, 0.0)
-    make = task.optimizer if isinstance(task, ProbeTask) else None
-    engine = build_engine(task.model, task.groups(), betas, config, accumulation, device, make)
+    task = job.task
+    groups, accumulation = task.param_groups(), job.schedule.accumulation
+    engine = build_engine(task.model, groups, task.make_optimizer, job.engine_config, accumulation, device)
     task.to(device)
     return engine
 
 
 def _announce(job: PreparedStage, start: RunStart, device: torch.device, step: int, parameters: int) -> None:
-    plan, launch = job.plan, job.plan.launch
+    plan, launch = job.schedule, job.schedule.launch
     print(
         f"{job.recipe.name} {job.stage_name}: {parameters / 1e6:.2f} M parameters, ZeRO-{job.engine_config.zero.stage} "
         f"on {launch.world_size} x {device.type}, batch {plan.stage.batch_size} = {plan.micro_batch} x "
@@ -195,16 +158,14 @@ def _announce(job: PreparedStage, start: RunStart, device: torch.device, step: i
     )
     for damaged in start.damaged:
         print(f"  passed over: {damaged}", flush=True)
-    if job.report:
-        print(f"  started from {job.report}", flush=True)
+    if job.task.init_report:
+        print(f"  started from {job.task.init_report}", flush=True)
 
 
 def _export(job: PreparedStage, engine: deepspeed.DeepSpeedEngine, results: dict[str, float | int]) -> None:
     state = gather_state(engine)
-    if job.plan.launch.rank == 0:
-        if isinstance(job.task, ProbeTask):
-            state = job.task.classifier(state)
-        save_weights(job.stage_dir / MODEL_FILE, state, export_metadata(job, results))
+    if job.schedule.launch.rank == 0:
+        save_weights(job.stage_dir / MODEL_FILE, job.task.export_state(state), export_metadata(job, results))
 
 
 def _has_images(job: PreparedStage) -> bool:
@@ -217,25 +178,25 @@ def dry_run(job: PreparedStage) -> None:
     The shapes are the stage's largest: a whole micro-batch, every micro-batch of the step, and one evaluation batch
     where the stage evaluates.
     """
-    device = choose_device(job.plan.launch)
+    device = choose_device(job.schedule.launch)
     start_process_group(device)
-    with Watchdog(job.plan.launch, 60 * job.recipe.watchdog.timeout_minutes):
+    with Watchdog(job.schedule.launch, 60 * job.recipe.watchdog.timeout_minutes):
         _dry_run(job, device)
     end_process_group()
 
 
 def _dry_run(job: PreparedStage, device: torch.device) -> None:
-    launch, engine = job.plan.launch, _engine(job, device)
-    reader = open_loader(job, device, training=True)
-    if job.plan.total_steps < 2:
+    launch, engine = job.schedule.launch, _engine(job, device)
+    reader = job.train_loader(device)
+    if job.schedule.total_steps < 2:
         raise UserError("the stage has a single step; a dry run needs two")
     engine.train()
     batches, times = reader.epoch(0), []
     for step in range(2):
         meter = Meter()
         began = time.perf_counter()
-        run_step(engine, job.task, batches, job.plan, step, meter)
-        losses, _, _ = meter.read(launch, job.plan.micro_batch)
+        run_step(engine, job.task, batches, job.schedule, step, meter)
+        losses, _, _ = meter.read(launch, job.schedule.micro_batch)
         times.append(time.perf_counter() - began)
     reader.close()
     memory = torch.tensor(peak_memory(device), dtype=torch.float64, device=device)

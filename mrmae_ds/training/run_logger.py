@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.config.stages import PretrainConfig, StageName
+from mrmae_ds.config.stages import StageName
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.files import file_sha256
-from mrmae_ds.models.pretrain import Encoder, PretrainModel
-from mrmae_ds.profiling.flops import count_forward, recipe_cost
 from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
 from mrmae_ds.records.metrics import MetricsWriter, read_metrics
 from mrmae_ds.records.progress import Progress
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_pretraining, utc_now
 from mrmae_ds.records.sections import (
     DataInfo,
-    Design,
     Init,
     ModelInfo,
-    ObjectiveInfo,
     Operations,
     Parameters,
     Results,
@@ -33,8 +29,9 @@ from mrmae_ds.records.sections import (
 )
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
-from mrmae_ds.training.tasks.linear_probe import ProbeTask
 from mrmae_ds.weights.load import encoder_metadata
+
+logger = logging.getLogger(__name__)
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -53,7 +50,7 @@ class RunLogger:
     def __init__(
         self, job: PreparedStage, parameters: Parameters, device: Any, start: int, results: dict[str, float | int]
     ) -> None:
-        self.folder, self.plan = job.stage_dir, job.plan
+        self.folder, self.schedule = job.stage_dir, job.schedule
         self.began, self.start = time.monotonic(), start
         previous = RunRecord.load(self.folder) if start and (self.folder / RECORD_FILE).exists() else None
         self.wall_before = previous.wall_seconds if previous else 0.0
@@ -64,7 +61,7 @@ class RunLogger:
         self._update(results)
         self.metrics = MetricsWriter(self.folder, resume_step=start - 1 if start else None)
         label = f"{job.recipe.name} {job.stage_name}"
-        self.progress = Progress(label, self.plan.total_steps, start, every_seconds=10.0)
+        self.progress = Progress(label, self.schedule.total_steps, start, every_seconds=10.0)
         self._write("running", start)
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -81,7 +78,7 @@ class RunLogger:
         """The stage is done."""
         speeds = [line["images_per_s"] for line in read_metrics(self.folder) if line.get("images_per_s")]
         self._update(results | ({"images_per_s": round(statistics.median(speeds), 2)} if speeds else {}))
-        self._close("finished", self.plan.total_steps)
+        self._close("finished", self.schedule.total_steps)
 
     def stop(self, step: int) -> None:
         """The stage was asked to stop, after ``step`` steps and a checkpoint."""
@@ -110,37 +107,20 @@ class RunLogger:
     def _write(self, status: Status, step: int) -> None:
         self.record.status = status
         self.record.schedule.steps_done = step
-        self.record.images_seen = step * self.plan.stage.batch_size
+        self.record.images_seen = step * self.schedule.stage.batch_size
         self.record.wall_seconds = round(self.wall_before + time.monotonic() - self.began, 1)
         self.record.write(self.folder)
-
-
-def _encoder(job: PreparedStage) -> Encoder:
-    """The encoder that a job's stage trains, or probes."""
-    if isinstance(job.task, ProbeTask):
-        return job.task.encoder
-    model = job.task.model
-    return model.encoder if isinstance(model, PretrainModel) else model
-
-
-def count_parameters(job: PreparedStage) -> Parameters:
-    """Parameter counts of a job's model, before it is partitioned; of a probe, those of encoder and head."""
-    model, encoder = job.task.model, _encoder(job)
-    whole = encoder if isinstance(job.task, ProbeTask) else model
-    return Parameters(
-        total=sum(p.numel() for p in whole.parameters()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        encoder=sum(p.numel() for p in encoder.parameters()),
-    )
 
 
 def new_record(job: PreparedStage, parameters: Parameters, device: Any) -> RunRecord:
     """The record of a stage that is about to run."""
     recipe, data = job.recipe, job.train_data
     return RunRecord(
-        **identity(recipe, job.stage_name, job.plan.launch, device),
-        model=ModelInfo(arch=recipe.model.arch, overridden=bool(recipe.model.overrides), image_size=job.image_size),
-        design=describe_design(recipe, job.stage) if isinstance(job.stage, PretrainConfig) else None,
+        **identity(recipe, job.stage_name, job.schedule.launch, device),
+        model=ModelInfo(
+            arch=recipe.model.arch, overridden=bool(recipe.model.overrides), image_size=job.task.image_size
+        ),
+        design=job.task.describe_design(recipe),
         parameters=parameters,
         operations=count_operations(job),
         data=DataInfo(
@@ -148,7 +128,7 @@ def new_record(job: PreparedStage, parameters: Parameters, device: Any) -> RunRe
             file=data.path.name,
             sha256=data.sha256,
             samples=data.num_samples,
-            classes=None if job.stage_name == "pretrain" else data.num_classes,
+            classes=job.task.num_classes or None,
         ),
         teachers={
             name: TeacherInfo(
@@ -159,44 +139,23 @@ def new_record(job: PreparedStage, parameters: Parameters, device: Any) -> RunRe
             )
             for name, teacher in job.task.teachers.items()
         },
-        schedule=Schedule(epochs=job.plan.epochs, global_batch=job.plan.stage.batch_size, steps=job.plan.total_steps),
-        init=_describe_init(job.init) if job.init else None,
-    )
-
-
-def describe_design(recipe: Recipe, stage: PretrainConfig) -> Design:
-    """What a pre-training learns from."""
-    fusion = recipe.model.fusion
-    return Design(
-        keep_ratio=stage.masking.keep_ratio,
-        masking=stage.masking.mode,
-        fusion=(*(f"stage {n}" for n in fusion.stages), *(f"block {n}" for n in fusion.blocks)),
-        objectives={
-            name: ObjectiveInfo(target=item.target, tap=item.tap, tokens=item.tokens, weight=item.weight)
-            for name, item in stage.objectives.items()
-        },
+        schedule=Schedule(
+            epochs=job.schedule.epochs, global_batch=job.schedule.stage.batch_size, steps=job.schedule.total_steps
+        ),
+        init=_describe_init(job.task.init) if job.task.init else None,
     )
 
 
 def count_operations(job: PreparedStage) -> Operations | None:
-    """The stage's operations for one image; None, with the reason on stderr, where they cannot be counted.
+    """Count the operations of a stage for one image; None, with a warning, if they cannot be counted.
 
-    They are for the tables alone, so a stage trains whatever becomes of its count.
+    They are used in the tables alone, so a stage trains whatever becomes of its count.
     """
-    if isinstance(job.task, ProbeTask):  # what is trained is nothing beside the frozen encoder
-        alone = count_forward(job.task.encoder.spec, job.image_size, job.task.num_classes)
-        return Operations(training=alone, forward=alone)
-    name = job.stage_name
-    stages = job.recipe.stages.model_copy(update={"pretrain": None, "finetune": None, name: job.stage})
-    recipe, plan = job.recipe.model_copy(update={"stages": stages}), job.engine_config.checkpointing
     try:
-        (cost,) = recipe_cost(recipe, plan, job.train_data.num_classes)
+        return job.task.count_operations(job.recipe, job.engine_config.checkpointing, job.train_data.num_classes)
     except Exception as error:
-        print(f"{job.stage_dir}: its operations are not counted: {error}", file=sys.stderr, flush=True)
+        logger.warning("%s: operations are not counted: %s", job.stage_dir, error)
         return None
-    forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
-    again = sum(part.recomputed for part in cost.parts.values())
-    return Operations(training=cost.per_image, recomputed=again, forward=forward)
 
 
 def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> dict[str, Any]:
@@ -225,17 +184,17 @@ def _describe_init(path: Path) -> Init:
 
 def export_metadata(job: PreparedStage, results: dict[str, float | int]) -> dict[str, Any]:
     """What the weights file of a finished stage says about itself."""
-    pretrained = isinstance(job.task.model, PretrainModel)
+    task = job.task
     return {
-        "kind": "pretrain" if pretrained else "classifier",
-        **encoder_metadata(_encoder(job)),
-        "num_classes": 0 if pretrained else job.train_data.num_classes,
-        "class_names": [] if pretrained else list(job.train_data.class_names),
+        "kind": task.weights_kind,
+        **encoder_metadata(task.encoder),
+        "num_classes": task.num_classes,
+        "class_names": list(job.train_data.class_names) if task.num_classes else [],
         "mean": job.recipe.data.mean,
         "std": job.recipe.data.std,
         "recipe": job.recipe.model_dump(mode="json"),
         "recipe_hash": job.recipe.hash(job.stage_name),
         "stage": job.stage_name,
-        "step": job.plan.total_steps,
+        "step": job.schedule.total_steps,
         "results": results,
     }

@@ -27,11 +27,10 @@ def install(fault: str) -> None:
     act: Callable[..., Losses] = globals()[f"_{name}"]
     if int(os.environ["RANK"]) != rank:
         return
-    from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
-    from mrmae_ds.training.tasks.linear_probe import ProbeTask
+    from mrmae_ds.training.tasks.build import TASKS
 
-    for task in (PretrainTask, FinetuneTask, ProbeTask):
-        _wrap(task, lambda losses, key: act(losses, **settings) if (key.step, key.micro) == (step, micro) else losses)
+    for task in TASKS.values():
+        _wrap(task, lambda losses, key: act(losses, **settings) if (key.step, key.index) == (step, micro) else losses)
 
 
 def _wrap(task: Any, change: Callable[[Losses, Any], Losses]) -> None:

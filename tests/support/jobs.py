@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig, StageConfig
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.training.loop import StageSchedule
+from mrmae_ds.training.schedule import StageSchedule
 
 ALONE = Launch(0, 0, 1, 1)
 

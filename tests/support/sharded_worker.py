@@ -29,7 +29,9 @@ from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher, place_teacher
 from mrmae_ds.teachers.placement.units import split
 from mrmae_ds.training.engine.build import build_engine, gather_state, set_lr
-from mrmae_ds.training.tasks.base import MicroBatchKey, PretrainTask
+from mrmae_ds.training.param_groups import adamw
+from mrmae_ds.training.tasks.base import MicroBatchKey
+from mrmae_ds.training.tasks.pretrain import PretrainTask
 from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import make_batch, pretrain_config
 from tests.support.placed import TEACHERS, bytes_present, timm_network, weights_of
@@ -103,7 +105,9 @@ def training(placement: Any, folder: Path) -> list[float]:
     )
     task = PretrainTask(model, teachers, config, DataConfig(train="train.beton", val="val.beton"))
     (folder / "engine.json").write_text(json.dumps(ENGINE))
-    engine = build_engine(model, task.groups(), (0.9, 0.95), load_engine_config(folder / "engine.json"), 1, CPU)
+    engine = build_engine(
+        model, task.param_groups(), adamw((0.9, 0.95)), load_engine_config(folder / "engine.json"), 1, CPU
+    )
     task.to(CPU)
     engine.train()
     losses = []

@@ -17,7 +17,8 @@ from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.distributed.launch import Launch, prepare_environment
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.engine.build import build_engine
-from mrmae_ds.training.evaluation.accuracy import evaluate, evaluation_loader
+from mrmae_ds.training.evaluation.base import EvalContext
+from mrmae_ds.training.param_groups import adamw
 from tests.training.parity.cases import ZERO, Case
 from tests.training.parity.gathers import gathered
 from tests.training.parity.job import batches, prepare
@@ -58,7 +59,7 @@ def stale_gradients(zero: int, watched: bool, folder: Path, rank: int) -> str | 
     for weight in model.parameters():
         nn.init.constant_(weight, 0.5)
     groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": 0.0, "lr": RATE}]
-    engine = build_engine(model, groups, (0.0, 0.0), load_engine_config(path), 1, CPU)
+    engine = build_engine(model, groups, adamw((0.0, 0.0)), load_engine_config(path), 1, CPU)
     backward = engine.backward if watched else deepspeed.DeepSpeedEngine.backward.__get__(engine)
     seen = []
     try:
@@ -85,7 +86,7 @@ def modules_in_order(folder: Path, launch: Launch) -> list[str]:
     for name, module in engine.module.named_modules():
         module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
     for step, batch in zip(range(3), batches(job), strict=False):
-        engine.backward(job.task.losses(engine, batch, job.plan.key(step, 0))["loss"])
+        engine.backward(job.task.losses(engine, batch, job.schedule.key(step, 0))["loss"])
         engine.step()
     engine.destroy()
     return called
@@ -95,9 +96,11 @@ def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
     """Of nine images in batches of four on two ranks, as fine-tuning evaluates."""
     job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
     engine = _engine(job)
-    reader = evaluation_loader(job.recipe, job.image_size, job.plan.micro_batch, launch, CPU)
-    results = evaluate(engine, lambda images: job.task.logits(engine, images), reader)
-    reader.close()
+    evaluator = job.task.build_evaluator(
+        EvalContext(job.recipe, job.engine_config, launch, CPU, 10, lambda activity: None)
+    )
+    results = evaluator.run(engine)
+    evaluator.loader.close()
     engine.destroy()
     return results
 
@@ -105,7 +108,7 @@ def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
 def _engine(job: Any) -> Any:
     task = job.task
     engine = build_engine(
-        task.model, task.groups(), job.stage.optimizer.betas, job.engine_config, job.plan.accumulation, CPU
+        task.model, task.param_groups(), task.make_optimizer, job.engine_config, job.schedule.accumulation, CPU
     )
     task.to(CPU)
     engine.train()

@@ -85,7 +85,7 @@ GUARDS = {
     ),
     "a signal to one process": Guard(
         "training/loop.py",
-        "if verdict.signal and state.step < plan.total_steps:",
+        "if verdict.signal and state.step < schedule.total_steps:",
         "if False:",
         _faults("signal_to_one"),
     ),
@@ -153,7 +153,7 @@ GUARDS = {
     ),
     "the place in an epoch": Guard(
         "training/loop.py",
-        "reader.epoch(epoch, within * plan.accumulation)",
+        "reader.epoch(epoch, within * schedule.accumulation)",
         "reader.epoch(epoch)",
         _faults("mid_epoch"),
     ),

@@ -18,7 +18,8 @@ from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher, build_teacher
-from mrmae_ds.training.tasks.base import MicroBatchKey, PretrainTask
+from mrmae_ds.training.tasks.base import MicroBatchKey
+from mrmae_ds.training.tasks.pretrain import PretrainTask
 from mrmae_ds.weights.load import MODEL_FILE, build_encoder, load_encoder
 from tests.support.jobs import make_batch, pretrain_config
 from tests.support.reference import perturb
@@ -102,7 +103,7 @@ def test_the_losses_are_those_of_a_plain_loop(
     model = PretrainModel(encoder, FusionSpec(stages=(1, 2)), None, config.objectives, widths).eval()
     perturb(model, seed=8, scale=0.1)
     batch = make_batch(3, SIDE)
-    key = MicroBatchKey(seed=1, step=2, micro=0, rank=0, world_size=1, micro_batch=3)
+    key = MicroBatchKey(seed=1, step=2, index=0, rank=0, world_size=1, micro_batch=3)
     kept: list[VisibleSet] = []
 
     def engine(images: Tensor, visible: VisibleSet, targets: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from mrmae_ds.config.sections import CheckpointConfig
 from mrmae_ds.training import hooks
 from mrmae_ds.training.checkpoint.folder import CheckpointPolicy
 from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.evaluation.accuracy import AccuracyEvaluator
+from mrmae_ds.training.evaluation.base import Evaluator, Scores
 from mrmae_ds.training.hooks import StageHooks
 from mrmae_ds.training.step_sync import StepStatus, StepSync
-from mrmae_ds.training.tasks.base import FinetuneTask
 from tests.support.jobs import finetune_config, make_plan
 
 STEPS = 10
@@ -38,15 +39,21 @@ class FakeSaver:
         return [step for name, step in self.calls if name == "save"]
 
 
+class Every(Evaluator):
+    metrics = AccuracyEvaluator.metrics
+
+    def run(self, engine: Any) -> Scores:
+        return {"top1": 50.0, "loss": 1.5, "eval_samples": 10}
+
+
 def _hooks(
-    monkeypatch: pytest.MonkeyPatch, epochs: int = 5, eval_every: int = 2, val: Any = "a reader", **checkpoint: Any
+    monkeypatch: pytest.MonkeyPatch, epochs: int = 5, eval_every: int = 2, evaluates: bool = True, **checkpoint: Any
 ) -> StageHooks:
-    monkeypatch.setattr(hooks, "evaluate", lambda *_: {"top1": 50.0, "loss": 1.5, "eval_samples": 10})
+    evaluator: Any = Every(eval_every, epochs) if evaluates else None
     config = finetune_config(epochs=epochs, eval_every_epochs=eval_every)
     job: Any = SimpleNamespace(
         stage=config,
-        task=FinetuneTask.__new__(FinetuneTask),
-        plan=make_plan(config, steps_per_epoch=STEPS),
+        schedule=make_plan(config, steps_per_epoch=STEPS),
         recipe=SimpleNamespace(hash=lambda stage: f"abc {stage}"),
         stage_name="finetune",
         engine_config=SimpleNamespace(raw={"a": 1}),
@@ -56,7 +63,7 @@ def _hooks(
     monitor: Any = SimpleNamespace(beat=lambda doing: None)
     saver: Any = FakeSaver()
     engine: Any = SimpleNamespace(train=lambda: None)
-    return StageHooks(job, engine, val, None, saver, saves, StepSync(), monitor, {})
+    return StageHooks(job, engine, evaluator, None, saver, saves, StepSync(), monitor, {})
 
 
 def test_it_evaluates_every_few_epochs_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,7 +71,7 @@ def test_it_evaluates_every_few_epochs_and_at_the_end(monkeypatch: pytest.Monkey
     evaluated = [epoch for epoch in range(1, 6) if stage.end_of_epoch(epoch, epoch * STEPS)]
     assert evaluated == [2, 4, 5]
     assert stage.end_of_epoch(2, 20) == {"top1": 50.0, "val_loss": 1.5}
-    assert _hooks(monkeypatch, val=None).end_of_epoch(2, 20) == {}
+    assert _hooks(monkeypatch, evaluates=False).end_of_epoch(2, 20) == {}
 
 
 def test_results_hold_the_first_and_the_last_loss_and_the_newest_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def test_pretraining_starts_from_random_weights_of_the_seed(data: tuple[str, str
     name = "decoder.blocks.0.attn.qkv.weight"
     assert torch.equal(_weights(first)[name], _weights(again)[name])
     assert not torch.equal(_weights(first)[name], _weights(other)[name])
-    assert (first.init, first.report) == (None, "")
+    assert (first.task.init, first.task.init_report) == (None, "")
 
 
 @pytest.mark.parametrize("whole_path", [False, True])
@@ -74,7 +74,8 @@ def test_pretraining_goes_on_from_given_weights(
         assert torch.equal(_weights(job)[name], tensor), name
         fixed = name.endswith(("bias", "pos_embed")) or "norm" in name  # the same in every new model
         assert fixed or not torch.equal(random[name], tensor), name
-    assert job.init == file and job.report.startswith(f"{file}: loaded ") and "missing 0" in job.report
+    report = job.task.init_report
+    assert job.task.init == file and report.startswith(f"{file}: loaded ") and "missing 0" in report
     init = new_record(job, Parameters(total=1, trainable=1, encoder=1), "cpu").init
     assert init is not None and init.pretrain is not None and init.sha256
     assert (init.file, init.pretrain.method, init.pretrain.epochs) == ("model.safetensors", "MAE", 30)
@@ -103,11 +104,6 @@ def test_the_class_token_can_be_finetuned(data: tuple[str, str], tmp_path: Path,
     options = (f"stages.finetune.init={earlier}", "stages.finetune.pool=token")
     job = _prepare(data, tmp_path, "finetune", *options)
     assert job.task.model.global_pool == "token"
-    assert "missing 2 (head.weight, head.bias)" in job.report
+    assert "missing 2 (head.weight, head.bias)" in job.task.init_report
     with pytest.raises(UserError, match=r"stages\.finetune\.init: .*model.safetensors: another encoder.*depth"):
         _prepare(data, tmp_path, "finetune", *options, "model.overrides={depth: 2}")
-
-
-def test_an_evaluation_is_not_prepared_as_a_training(data: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="evaluation"):
-        _prepare(data, tmp_path, "evaluate")

@@ -12,8 +12,9 @@ from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.signals import StopSignals
 from mrmae_ds.errors import StopRequested, TrainingError
 from mrmae_ds.training.checkpoint.train_state import TrainState
-from mrmae_ds.training.loop import MAX_BAD_STEPS, StageSchedule, train
+from mrmae_ds.training.loop import MAX_BAD_STEPS, train
 from mrmae_ds.training.meter import Meter
+from mrmae_ds.training.schedule import StageSchedule
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from tests.support.jobs import ALONE, FakeEngine, FakeLoader, finetune_config, make_batch, make_plan, optimizer_config
@@ -31,19 +32,17 @@ class LinearTask:
         self.bad = bad or set()
         self.keys: list[MicroBatchKey] = []
         self.seen: list[Batch] = []
+        self.steps_applied = 0
 
-    def groups(self) -> list[dict[str, Any]]:
-        return []
-
-    def to(self, device: torch.device) -> None:
-        pass
+    def after_step(self) -> None:
+        self.steps_applied += 1
 
     def losses(self, engine: Any, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         self.keys.append(key)
         self.seen.append(batch)
         colors = batch.images.float().mean((2, 3)) / 255
         loss = (engine(colors) - 1).square().mean()
-        if (key.step, key.micro) in self.bad:
+        if (key.step, key.index) in self.bad:
             loss = loss * float("nan")
         return {"loss": loss, "half": loss.detach() / 2}
 
@@ -94,7 +93,7 @@ def _run(
 def test_steps_and_keys() -> None:
     plan = make_plan(finetune_config(epochs=3), Launch(2, 0, 4, 4))
     assert (plan.epochs, plan.total_steps) == (3, 15)
-    assert plan.key(7, 1) == MicroBatchKey(seed=3, step=7, micro=1, rank=2, world_size=4, micro_batch=4)
+    assert plan.key(7, 1) == MicroBatchKey(seed=3, step=7, index=1, rank=2, world_size=4, micro_batch=4)
 
 
 def _formula(step: int, peak: float, floor: float, warmup: float, epochs: int, per_epoch: int) -> float:
@@ -107,7 +106,7 @@ def _formula(step: int, peak: float, floor: float, warmup: float, epochs: int, p
 def test_the_rate_of_every_step_follows_the_schedule() -> None:
     stage = finetune_config(epochs=4, optimizer=optimizer_config(lr=0.3, min_lr=0.02, warmup_epochs=1.5))
     plan = make_plan(stage, steps_per_epoch=7)
-    rates = [plan.rate(step) for step in range(28)]
+    rates = [plan.lr_at_step(step) for step in range(28)]
     assert rates == pytest.approx([_formula(step, 0.3, 0.02, 1.5, 4, 7) for step in range(28)], rel=1e-12)
     assert rates[0] == 0.0 and max(rates) <= 0.3
 
@@ -115,7 +114,7 @@ def test_the_rate_of_every_step_follows_the_schedule() -> None:
 def test_a_base_rate_is_scaled_by_the_global_batch() -> None:
     optimizer = optimizer_config(lr=None, base_lr=0.1, warmup_epochs=0)
     plan = make_plan(finetune_config(batch_size=1024, optimizer=optimizer))
-    assert plan.rate(0) == pytest.approx(0.4)
+    assert plan.lr_at_step(0) == pytest.approx(0.4)
 
 
 # ---- the loop
@@ -138,7 +137,7 @@ def test_it_trains_as_a_plain_loop_does() -> None:
                 parameter -= 0.5 * _formula(step, 0.5, 0.0, 1, 3, 5) * gradient  # 0.5 is the group's lr_scale
     torch.testing.assert_close(task.model.weight, other.weight)
     torch.testing.assert_close(task.model.bias, other.bias)
-    assert [(key.step, key.micro) for key in task.keys] == [(s, m) for s in range(15) for m in range(2)]
+    assert [(key.step, key.index) for key in task.keys] == [(s, m) for s in range(15) for m in range(2)]
     assert reader.asked == [(0, 0), (1, 0), (2, 0)]
 
 
@@ -204,7 +203,7 @@ def test_what_is_logged_is_the_mean_of_its_interval() -> None:
 
     def remembered(engine: Any, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         losses = plain(engine, batch, key)
-        values[key.step, key.micro] = losses["loss"].item()
+        values[key.step, key.index] = losses["loss"].item()
         return losses
 
     task.losses = remembered
@@ -257,7 +256,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
     asked = [(epoch, 2 * within), *((e, 0) for e in range(epoch + 1, 3))] if start < 15 else []
     assert reader.asked == asked
     assert reader.given == [(s // 5, s % 5 * 2 + m) for s in range(start, 15) for m in range(2)]
-    assert [(key.step, key.micro) for key in task.keys] == [(s, m) for s in range(start, 15) for m in range(2)]
+    assert [(key.step, key.index) for key in task.keys] == [(s, m) for s in range(start, 15) for m in range(2)]
     assert torch.equal(task.model.weight, whole.model.weight) and torch.equal(task.model.bias, whole.model.bias)
     assert {step for step in ends.logged if step in hooks.logged} == set()
     together = {**ends.logged, **hooks.logged}

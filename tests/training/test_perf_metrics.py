@@ -18,9 +18,10 @@ from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers.base import Teacher
 from mrmae_ds.training import perf_metrics as accounting
-from mrmae_ds.training.loop import Meter
+from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.perf_metrics import GIB, PerfMeter, device_peak, peak_memory, utilization
-from mrmae_ds.training.tasks.base import MicroBatchKey, PretrainTask
+from mrmae_ds.training.tasks.base import MicroBatchKey
+from mrmae_ds.training.tasks.pretrain import PretrainTask
 from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import make_batch, pretrain_config
 
@@ -123,7 +124,7 @@ def test_a_step_of_pretraining_and_its_metering_never_wait() -> None:
         {"own": 3},
     )
     task = PretrainTask(model, {"own": Colors()}, config, DataConfig(train="train.beton", val="val.beton"))
-    key, meter = MicroBatchKey(seed=1, step=2, micro=0, rank=0, world_size=1, micro_batch=4), Meter()
+    key, meter = MicroBatchKey(seed=1, step=2, index=0, rank=0, world_size=1, micro_batch=4), Meter()
     with Syncs() as syncs:
         losses = task.losses(model, make_batch(4), key)
         losses["loss"].backward()

@@ -10,25 +10,26 @@ import pytest
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import load_recipe
-from mrmae_ds.records.sections import ObjectiveInfo
+from mrmae_ds.errors import UserError
+from mrmae_ds.records.sections import ObjectiveInfo, Operations
 from mrmae_ds.tables.ablations import parts_of
 from mrmae_ds.tables.paper import TABLE_3
-from mrmae_ds.training.run_logger import count_operations, describe_design, identity
+from mrmae_ds.training.run_logger import count_operations, identity
+from mrmae_ds.training.tasks.build import build_task
+from mrmae_ds.training.tasks.pretrain import PretrainTask, describe_design
 from tests.support.jobs import ALONE
 
 MCMAE = Path("ds_configs/baselines/mcmae_tiny.yaml")
 
 
 def _job(recipe: Path, stage: str, config: str = "ds_configs/tiny.json", classes: int = 10) -> Any:
-    loaded = load_recipe(recipe)
+    loaded, engine_config = load_recipe(recipe), load_engine_config(Path(config))
     return SimpleNamespace(
         recipe=loaded,
-        stage_name=stage,
-        stage=loaded.stage(stage),  # type: ignore[arg-type]
-        engine_config=load_engine_config(Path(config)),
+        engine_config=engine_config,
         train_data=SimpleNamespace(num_classes=classes),
         stage_dir=Path("runs/x") / stage,
-        task=None,
+        task=build_task(loaded, stage, engine_config, classes),  # type: ignore[arg-type]
     )
 
 
@@ -52,13 +53,15 @@ def test_a_pretraining_has_no_classifier() -> None:
     assert counted is not None and counted.forward is None and counted.training > 0
 
 
-def test_what_cannot_be_counted_is_told_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    job = _job(Path("ds_configs/tiny.yaml"), "pretrain")  # its teacher is a run that is not there
-    job.recipe = job.recipe.model_copy(
-        update={"teachers": {"mae": job.recipe.teachers["mae"].model_copy(update={"source": "nowhere"})}}
-    )
+def test_an_uncountable_stage_is_reported_and_does_not_stop(caplog: pytest.LogCaptureFixture) -> None:
+    class Uncountable(PretrainTask):
+        def count_operations(self, *_: Any) -> Operations:
+            raise UserError("teachers.mae.source: nowhere")
+
+    job = _job(MCMAE, "pretrain")
+    job.task.__class__ = Uncountable
     assert count_operations(job) is None
-    assert "runs/x/pretrain: its operations are not counted: teachers.mae.source: nowhere" in capsys.readouterr().err
+    assert "runs/x/pretrain: operations are not counted: teachers.mae.source: nowhere" in caplog.text
 
 
 @pytest.mark.parametrize("row", range(1, 8))

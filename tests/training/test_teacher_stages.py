@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.training.job import TrainArgs, prepare_stage
-from mrmae_ds.training.tasks.base import FinetuneTask, PretrainTask
+from mrmae_ds.training.tasks.base import Task
 from tests.support.jobs import ALONE, make_batch, make_plan
 from tests.support.processes import finish, rank_processes
 from tests.support.release_worker import ENGINE, RECIPE, TEACHER, save_teacher
@@ -26,7 +27,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return f"data.train={train}", f"data.val={val}"
 
 
-def _task(stage: str, recipe: Path, folder: Path, *overrides: str) -> PretrainTask | FinetuneTask:
+def _task(stage: str, recipe: Path, folder: Path, *overrides: str) -> Task[Any]:
     return prepare_stage(TrainArgs(ENGINE, stage, recipe, folder, "never", overrides), ALONE).task
 
 

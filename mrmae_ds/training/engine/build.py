@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.errors import UserError
@@ -28,28 +28,26 @@ from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.training.engine.missing_gradients import watch_gradients
 
-MakeOptimizer = Callable[[list[dict[str, Any]]], Optimizer]
+MakeOptimizer = Callable[[list[dict[str, Any]], bool], Optimizer]
 
 
 def build_engine(
     model: nn.Module,
     groups: list[dict[str, Any]],
-    betas: tuple[float, float],
+    make_optimizer: MakeOptimizer,
     config: EngineConfig,
     accumulation: int,
     device: torch.device,
-    make_optimizer: MakeOptimizer | None = None,
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap a model for training.
 
     Args:
         model: on the CPU, weights loaded, frozen where wanted.
         groups: every trainable parameter once, each group with ``lr_scale``.
-        betas: AdamW's.
+        make_optimizer: function of the groups and of whether to use a fused implementation.
         config: the engine config.
         accumulation: micro-batches a step.
         device: of this process.
-        make_optimizer: of the groups; None is AdamW.
 
     Raises:
         ValueError: if the groups are not exactly the trainable parameters.
@@ -66,7 +64,7 @@ def build_engine(
     # The rate is written before every step (set_lr). torch's AdamW needs no compiler, DeepSpeed's does; the
     # fused one is also the one to have on the CPU, where the states may be offloaded to.
     fused = device.type == "cuda" or config.offloads_optimizer
-    optimizer = make_optimizer(groups) if make_optimizer else AdamW(groups, lr=0.0, betas=betas, fused=fused)
+    optimizer = make_optimizer(groups, fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
     watch_gradients(engine)
     return engine

@@ -34,13 +34,12 @@ from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_fi
 from mrmae_ds.records.sections import DataInfo, Member, Parameters, Results, Schedule
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
-from mrmae_ds.training.evaluation.accuracy import Score, evaluation_loader
+from mrmae_ds.training.evaluation.accuracy import AccuracyCounter
+from mrmae_ds.training.evaluation.base import EvalContext, Scores
 from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run_logger import identity
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.weights.load import build_classifier, find_weights, load_encoder, read_metadata
-
-Scores = dict[str, float | int]
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def _run(job: Evaluation, device: torch.device, monitor: Watchdog) -> None:
         record.write(job.stage_dir)
         _announce(job, record.parameters, device)
     try:
-        average, members = score(job, device, lambda: monitor.beat("evaluating"))
+        average, members = score(job, device, monitor.beat)
     except BaseException:
         if record:
             _close(record, "failed", job.stage_dir, began)
@@ -203,9 +202,9 @@ def _run(job: Evaluation, device: torch.device, monitor: Watchdog) -> None:
 
 @torch.no_grad()
 def score(
-    job: Evaluation, device: torch.device, beat: Callable[[], None] = lambda: None
+    job: Evaluation, device: torch.device, beat: Callable[[str], None] = lambda activity: None
 ) -> tuple[Scores, list[Scores]]:
-    """The accuracy of the averaged softmax outputs, and each member's own; see :meth:`Score.read`. All ranks call it.
+    """Return the scores of the averaged softmax outputs, and each member's own. All ranks must call it.
 
     Members of different image sizes see the same images, each read at its size. ``beat`` is called with each batch.
     """
@@ -213,10 +212,11 @@ def score(
     for classifier in job.classifiers:
         classifier.to(device, dtype)
     sizes = sorted({classifier.image_size for classifier in job.classifiers})
-    readers = [evaluation_loader(job.recipe, size, config.micro_batch, job.launch, device) for size in sizes]
-    average, scores = Score(), [Score() for _ in job.classifiers]
+    context = EvalContext(job.recipe, config, job.launch, device, job.val_data.num_classes, beat)
+    readers = [context.loader(size) for size in sizes]
+    average, scores = AccuracyCounter(), [AccuracyCounter() for _ in job.classifiers]
     for batches in zip(*(reader.epoch(0) for reader in readers), strict=True):
-        beat()
+        beat("evaluating")
         by_size = dict(zip(sizes, batches, strict=True))
         with config.autocast(device):
             logits = [classifier.logits(by_size[classifier.image_size].images, dtype) for classifier in job.classifiers]

@@ -1,4 +1,4 @@
-"""What a stage computes on a batch. The loop knows a task only by this; it knows nothing of CLIP or pixels.
+"""Task: what a stage trains and how its losses are computed. The training loop uses this interface alone.
 
 Shape legend: B images of a micro-batch, L tokens of the student's grid.
 """
@@ -6,59 +6,80 @@ Shape legend: B images of a micro-batch, L tokens of the student's grid.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from timm.data.mixup import Mixup
-from timm.loss import SoftTargetCrossEntropy
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
-from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig
-from mrmae_ds.data.loaders.augment import SampleErasing
-from mrmae_ds.data.loaders.base import Batch
+from mrmae_ds.config.stages import PlacementConfig, StageConfig, TrainStageName
+from mrmae_ds.data.loaders.augment import AugmentSettings
+from mrmae_ds.data.loaders.base import Batch, TrainTransform
+from mrmae_ds.data.loaders.crop import CropSettings
+from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.imagenet import Rgb
-from mrmae_ds.models.masking import choose_visible
-from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher
-from mrmae_ds.training.param_groups import finetune_groups, pretrain_groups
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.profiling.flops import recipe_cost
+from mrmae_ds.records.sections import Design, Operations, Parameters
+from mrmae_ds.teachers import Teacher, build_teacher
+from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
+from mrmae_ds.training.param_groups import ParamGroups
+
+ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 
 @dataclass(frozen=True)
 class MicroBatchKey:
-    """Which micro-batch this is. All randomness of a step is a function of it, so a resumed run repeats it.
+    """Identity of a micro-batch. All randomness of a step is a function of it, so a resumed run repeats it.
 
     Attributes:
-        seed: the run's. step: optimizer steps done before. micro: micro-batch of the step.
-        rank, world_size, micro_batch: which part of the global batch this process holds.
+        seed: seed of the run.
+        step: optimizer steps completed before this one.
+        index: number of the micro-batch in its step, from 0.
+        rank: rank that holds the micro-batch.
+        world_size: number of ranks.
+        micro_batch: images per micro-batch, B.
     """
 
     seed: int
     step: int
-    micro: int
+    index: int
     rank: int
     world_size: int
     micro_batch: int
 
     @property
     def part(self) -> int:
-        """Which part of the global batch this is: on another number of processes the same images have the same."""
-        return self.micro * self.world_size + self.rank
+        """Position in the global batch, in micro-batches; the same images have the same on any number of ranks."""
+        return self.index * self.world_size + self.rank
 
     def seed_for(self, purpose: str, per_part: bool = True) -> int:
-        """A 63-bit seed, for this part of the global batch; for the whole step if not ``per_part``."""
+        """Return a 63-bit seed.
+
+        Args:
+            purpose: name of the draw; different names give independent seeds.
+            per_part: False gives all parts of the global batch the same seed.
+        """
         where = (self.part,) if per_part else ()
         digest = hashlib.blake2b(repr((self.seed, self.step, where, purpose)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
     def noise(self, num_tokens: int) -> Tensor:
-        """Uniform noise of this part of the global batch, float32 [B, L] on the CPU.
+        """Return uniform noise for masking, float32 [B, L] on the CPU.
 
-        Drawn for the whole global batch up to this part, so that an image's noise depends on its place in the
-        batch and not on the number of processes.
+        It is drawn for the whole global batch up to this part, so that an image's noise depends on its place in the
+        batch and not on the number of ranks.
+
+        Args:
+            num_tokens: L.
         """
         first = self.part * self.micro_batch
         generator = torch.Generator().manual_seed(self.seed_for("mask", per_part=False))
@@ -66,167 +87,214 @@ class MicroBatchKey:
         return noise[first:]
 
 
-class Task(Protocol):
-    """A stage's model and losses."""
-
-    model: nn.Module
-    teachers: dict[str, Teacher]
-
-    def groups(self) -> list[dict[str, Any]]:
-        """The optimizer's parameter groups; called before the model is wrapped."""
-        ...
-
-    def to(self, device: torch.device) -> None:
-        """Move what the engine does not own (teachers, statistics); all ranks call it, after the engine was built."""
-        ...
-
-    def release(self) -> None:
-        """Give back the memory of what the engine does not own. No losses after it; a second call does nothing."""
-        ...
-
-    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
-        """``loss`` and its parts by name, scalars."""
-        ...
-
-
 class Normalize:
-    """Decoded images, uint8 [B, 3, H, W], to pixels in 0 to 1 and to a model's normalized input.
+    """Conversion of decoded images, uint8 [B, 3, H, W], to pixels in [0, 1] and to a model's normalized input.
 
     Args:
-        mean, std: a channel each, of pixels in 0 to 1.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
     """
 
     def __init__(self, mean: Rgb, std: Rgb) -> None:
-        self.mean = torch.tensor(mean).view(1, 3, 1, 1)
-        self.std = torch.tensor(std).view(1, 3, 1, 1)
+        self._statistics = mean, std
+        self.to(torch.device("cpu"))
 
     def to(self, device: torch.device) -> None:
-        """Move the statistics to where the images are."""
-        self.mean, self.std = self.mean.to(device), self.std.to(device)
+        """Put the statistics on a device."""
+        self.mean, self.std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in self._statistics)
 
     def pixels(self, images: Tensor) -> Tensor:
-        """float32 [B, 3, H, W] in 0 to 1."""
+        """Return the pixels in [0, 1], float32 [B, 3, H, W]."""
         return images.float() / 255
 
     def student(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the model takes, [B, 3, H, W]."""
+        """Return the model's input, [B, 3, H, W] of ``dtype``."""
         return ((pixels - self.mean) / self.std).to(dtype)
 
 
-class PretrainTask:
-    """Mimic and reconstruct: teachers give targets and importance, the student predicts them.
+class Task(ABC, Generic[ConfigT]):
+    """A stage's model and losses, its needs from the data pipeline, and its entries in the run record.
+
+    A subclass per training stage; :data:`mrmae_ds.training.tasks.build.TASKS` lists them. Everything that stages do
+    differently is a method here.
 
     Args:
-        model: the student.
-        teachers: by the recipe's name, on the CPU; each is asked once a batch, in this order, on every rank.
-        config: the recipe's stage.
-        data: input statistics.
+        model: module that the engine wraps, on the CPU.
+        config: the recipe's section of the stage.
+        data: the recipe's data section, for the input statistics.
+        teachers: frozen teachers by the recipe's names, on the CPU.
 
     Attributes:
-        placed: the teachers where the recipe wants their weights, from :meth:`to` on. Until then they are asked where
-            they are.
+        stage_name: stage that the task trains.
+        weights_kind: ``kind`` of the exported weights file.
+        init: weights file that training starts from; None for random weights.
+        init_report: summary of what was loaded from it.
     """
 
-    def __init__(
-        self, model: PretrainModel, teachers: dict[str, Teacher], config: PretrainConfig, data: DataConfig
-    ) -> None:
-        self.model, self.teachers, self.config = model, teachers, config
-        self.placed: dict[str, PlacedTeacher] = {}
-        self.normalize = Normalize(data.mean, data.std)
-        self.grid = model.encoder.grid
+    stage_name: ClassVar[TrainStageName]
+    weights_kind: ClassVar[str]
 
-    def groups(self) -> list[dict[str, Any]]:
-        """See :class:`Task`."""
-        return pretrain_groups(self.model, self.config.optimizer.weight_decay)
+    model: nn.Module
+
+    def __init__(
+        self, model: nn.Module, config: ConfigT, data: DataConfig, teachers: Mapping[str, Teacher] | None = None
+    ) -> None:
+        self.model, self.config = model, config
+        self.teachers = dict(teachers or {})
+        self.normalize = Normalize(data.mean, data.std)
+        self.data = data
+        self.init: Path | None = None
+        self.init_report = ""
+
+    @classmethod
+    @abstractmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        config: ConfigT,
+        engine_config: EngineConfig,
+        num_classes: int,
+        run_dir: Path | None,
+        teacher_builder: TeacherBuilder = build_teacher,
+    ) -> Task[ConfigT]:
+        """Build the task; see :func:`mrmae_ds.training.tasks.build.build_task`."""
+
+    # ---- model
+
+    @property
+    @abstractmethod
+    def encoder(self) -> Encoder:
+        """The encoder that is trained or probed."""
+
+    @property
+    def full_model(self) -> nn.Module:
+        """The module that is exported: the trained one and whatever frozen part belongs to it."""
+        return self.model
+
+    @property
+    def image_size(self) -> int:
+        """Side of the input images, pixels."""
+        return self.encoder.grid[0] * self.encoder.stride
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes that the model predicts; 0 if none."""
+        return self.encoder.num_classes
+
+    @property
+    def placements(self) -> Mapping[str, PlacementConfig]:
+        """Where each teacher's weights live, by the teacher's name."""
+        return {}
 
     def to(self, device: torch.device) -> None:
-        """See :class:`Task`."""
+        """Move what the engine does not own (teachers, statistics). All ranks call it, after the engine was built."""
         self.normalize.to(device)
-        for name, teacher in self.teachers.items():
-            self.placed[name] = place_teacher(name, teacher, self.config.placement[name], device)
 
     def release(self) -> None:
-        """See :class:`Task`."""
-        for placed in self.placed.values():
-            placed.release()
+        """Free the memory of what the engine does not own.
 
+        No losses can be computed afterwards. A second call has no effect.
+        """
+
+    # ---- optimization
+
+    @abstractmethod
+    def param_groups(self) -> ParamGroups:
+        """Return the optimizer's parameter groups, each with ``lr_scale``. Called before the model is wrapped."""
+
+    @abstractmethod
+    def make_optimizer(self, groups: ParamGroups, fused: bool) -> Optimizer:
+        """Return the optimizer; its learning rate is set before every step.
+
+        Args:
+            groups: parameter groups.
+            fused: use the fused implementation where the optimizer has one.
+        """
+
+    def adapt_engine_config(self, config: EngineConfig) -> EngineConfig:
+        """Return the engine config from which this task's engine is built."""
+        return config
+
+    @abstractmethod
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
-        """See :class:`Task`."""
-        pixels = self.normalize.pixels(batch.images)
-        outputs = {name: ask(pixels) for name, ask in (self.placed or self.teachers).items()}
-        masking = self.config.masking
-        importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
-        noise = key.noise(self.grid[0] * self.grid[1]).to(pixels.device)
-        visible = choose_visible(noise, self.grid, masking.keep_ratio, masking.mode, importance)
-        targets = {name: output.tokens for name, output in outputs.items()}
-        torch.manual_seed(key.seed_for("model"))
-        # float32 whatever the model's precision: the pixel targets are made of it.
-        return engine(self.normalize.student(pixels, torch.float32), visible, targets)
+        """Compute the losses of a micro-batch.
 
+        Args:
+            engine: wraps :attr:`model`.
+            batch: the images.
+            key: identity of the micro-batch, source of all randomness.
 
-class FinetuneTask:
-    """Classification with timm's mixup, cutmix, label smoothing and random erasing.
+        Returns:
+            ``loss``, which is minimized, and its parts by name; scalars.
+        """
 
-    Args:
-        model: an encoder with a head.
-        config: the recipe's stage.
-        data: input statistics.
-        num_classes: of the data set.
-        dtype: of the student's input.
-    """
+    def after_step(self) -> None:
+        """Update state that follows the weights (a moving average). Called after every applied optimizer step."""
 
-    def __init__(
-        self, model: nn.Module, config: FinetuneConfig, data: DataConfig, num_classes: int, dtype: torch.dtype
-    ) -> None:
-        self.model, self.config, self.num_classes, self.dtype = model, config, num_classes, dtype
-        self.teachers: dict[str, Teacher] = {}
-        self.normalize = Normalize(data.mean, data.std)
-        self.mix = (
-            Mixup(
-                mixup_alpha=config.mixup,
-                cutmix_alpha=config.cutmix,
-                label_smoothing=config.label_smoothing,
-                num_classes=num_classes,
-            )
-            if config.pairs
-            else None
+    # ---- data
+
+    @property
+    def augment(self) -> AugmentSettings | None:
+        """RandAugment of the training images; None for none."""
+        return None
+
+    @property
+    def transform(self) -> TrainTransform:
+        """Random transforms of the training images."""
+        return TrainTransform(CropSettings(scale=self.config.crop_scale, flip=self.config.flip), self.augment)
+
+    @property
+    def even_micro_batch(self) -> bool:
+        """True if the micro-batch must be even because its images are mixed in pairs."""
+        return False
+
+    @property
+    @abstractmethod
+    def reads_val_data(self) -> bool:
+        """True if the stage reads the validation set while training."""
+
+    # ---- evaluation and export
+
+    @abstractmethod
+    def build_evaluator(self, context: EvalContext) -> Evaluator | None:
+        """Return the periodic evaluation of the stage; None if it has none."""
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors of the weights file.
+
+        Args:
+            state: the trained model's state, float32 on the CPU.
+        """
+        return state
+
+    # ---- run record
+
+    def count_parameters(self) -> Parameters:
+        """Count parameters. Called before the model is partitioned."""
+        return Parameters(
+            total=sum(p.numel() for p in self.full_model.parameters()),
+            trainable=sum(p.numel() for p in self.model.parameters() if p.requires_grad),
+            encoder=sum(p.numel() for p in self.encoder.parameters()),
         )
-        self.soft_loss = SoftTargetCrossEntropy()
-        self.erasing: SampleErasing | None = None
 
-    def groups(self) -> list[dict[str, Any]]:
-        """See :class:`Task`."""
-        config = self.config
-        return finetune_groups(self.model, config.optimizer.weight_decay, config.layer_decay)
+    def count_operations(self, recipe: Recipe, checkpointing: CheckpointPlan, num_classes: int) -> Operations:
+        """Count the operations of the stage for one image.
 
-    def to(self, device: torch.device) -> None:
-        """See :class:`Task`."""
-        self.normalize.to(device)
-        if self.config.random_erasing > 0:
-            self.erasing = SampleErasing(self.config.random_erasing, device)
+        Args:
+            recipe: recipe of the run.
+            checkpointing: activation checkpointing of the engine config.
+            num_classes: classes of the training data.
 
-    def release(self) -> None:
-        """See :class:`Task`; there is nothing to give back."""
+        Raises:
+            UserError: if a teacher cannot be built.
+        """
+        none: dict[str, Any] = {"pretrain": None, "finetune": None}
+        stages = recipe.stages.model_copy(update=none | {self.stage_name: self.config})
+        (cost,) = recipe_cost(recipe.model_copy(update={"stages": stages}), checkpointing, num_classes)
+        forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
+        again = sum(part.recomputed for part in cost.parts.values())
+        return Operations(training=cost.per_image, recomputed=again, forward=forward)
 
-    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
-        """See :class:`Task`."""
-        images = self.normalize.student(self.normalize.pixels(batch.images), torch.float32)
-        if self.erasing is not None:
-            images = self.erasing(images, batch.keys)
-        self._seed(key)
-        if self.mix is not None:
-            images, targets = self.mix(images, batch.labels)
-            loss = self.soft_loss(engine(images.to(self.dtype)).float(), targets)
-        else:
-            logits = engine(images.to(self.dtype)).float()
-            loss = F.cross_entropy(logits, batch.labels, label_smoothing=self.config.label_smoothing)
-        return {"loss": loss}
-
-    def logits(self, engine: nn.Module, images: Tensor) -> Tensor:
-        """float32 [B, classes] of decoded images, uint8 [B, 3, H, W]."""
-        return engine(self.normalize.student(self.normalize.pixels(images), self.dtype)).float()
-
-    def _seed(self, key: MicroBatchKey) -> None:
-        seed = key.seed_for("model")
-        torch.manual_seed(seed)
-        np.random.seed(seed & 0xFFFFFFFF)  # timm's Mixup draws from numpy's global state
+    def describe_design(self, recipe: Recipe) -> Design | None:
+        """Return the design choices that the ablation tables compare; None if the stage has none."""
+        return None

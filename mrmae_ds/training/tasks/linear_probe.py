@@ -1,15 +1,16 @@
-"""Linear probing: how good features are for a linear classifier that alone is trained.
+"""Linear probing: a linear classifier trained on the features of a frozen encoder.
 
 After MAE's and MCMAE's public code: features are the mean of the patches after ``fc_norm``, a BatchNorm without
 parameters, one linear layer, LARS. The DeepSpeed engine holds the classifier alone, on ZeRO stage 0 and in float32: it
 is a matrix of width times classes, and LARS takes the norms of whole parameters, which ZeRO cuts into pieces. The
-encoder stands beside the engine, whole on every device, as a teacher does.
+encoder is kept beside the engine, whole on every device, as a teacher is.
 
 Shape legend: B images of a micro-batch, C the encoder's width.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,24 +18,33 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from timm.optim import Lars
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import ProbeConfig
 from mrmae_ds.data.loaders.base import Batch
+from mrmae_ds.factory import TeacherBuilder
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.pretrain import Encoder
-from mrmae_ds.teachers import Teacher
-from mrmae_ds.training.tasks.base import MicroBatchKey, Normalize
+from mrmae_ds.profiling.flops import count_forward
+from mrmae_ds.records.sections import Operations
+from mrmae_ds.teachers import build_teacher
+from mrmae_ds.training.param_groups import ParamGroups
+from mrmae_ds.training.tasks.base import MicroBatchKey
+from mrmae_ds.training.tasks.classifier import ClassifierTask, build_classifier_encoder
 
 _EPS = 1e-6  # of the BatchNorm, as in MAE's linear probing
-_STD = 0.01  # of the first weights
+_STD = 0.01  # of the initial weights
 
 
 class LinearClassifier(nn.Module):
     """BatchNorm without parameters, then one linear layer.
 
     Args:
-        width: C. num_classes: outputs.
+        width: C.
+        num_classes: number of outputs.
     """
 
     def __init__(self, width: int, num_classes: int) -> None:
@@ -45,10 +55,13 @@ class LinearClassifier(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features [B, C], which need no gradient, to logits [B, classes].
+        """Return the logits, [B, classes].
 
-        In training the statistics are of all processes' features together, so that they depend on the images of a
-        micro-step and not on how many processes share them. All processes must call it, with as many images.
+        In training, the BatchNorm's statistics are those of all ranks' features together, so that they depend on the
+        images of a micro-step and not on the number of ranks. All ranks must call it, with equal B.
+
+        Args:
+            features: [B, C], without gradient.
         """
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return self.linear(self.norm(features))
@@ -57,73 +70,109 @@ class LinearClassifier(nn.Module):
         return self.linear(self.norm(torch.cat(shares)).chunk(len(shares))[dist.get_rank()])
 
 
-class ProbeTask:
+class ProbeTask(ClassifierTask[ProbeConfig]):
     """A linear classifier on a frozen encoder's features.
 
     Args:
-        encoder: an encoder with a head, weights loaded, whose head is not used; frozen here.
+        encoder: an encoder with a classification head, weights loaded; the head is not used. Frozen here.
         config: the recipe's stage.
-        data: input statistics.
-        num_classes: of the data set.
-        engine_config: whose precision the encoder has.
+        data: the recipe's data section, for the input statistics.
+        engine_config: engine config that sets the encoder's precision.
     """
 
-    def __init__(
-        self, encoder: Encoder, config: ProbeConfig, data: DataConfig, num_classes: int, engine_config: EngineConfig
-    ) -> None:
-        self.encoder = encoder.eval().requires_grad_(False)
-        self.model = LinearClassifier(encoder.embed_dim, num_classes)
-        self.config, self.num_classes, self.engine_config = config, num_classes, engine_config
-        self.teachers: dict[str, Teacher] = {}
-        self.normalize = Normalize(data.mean, data.std)
-        self.device = torch.device("cpu")
-        self.weights: dict[str, Tensor] = {}  # float32, on the CPU: what is exported
+    stage_name = "probe"
+    model: LinearClassifier
 
-    def groups(self) -> list[dict[str, Any]]:
-        """See :class:`Task`: the weight, whose rate LARS adapts, and the bias, whose rate it does not."""
+    def __init__(self, encoder: Encoder, config: ProbeConfig, data: DataConfig, engine_config: EngineConfig) -> None:
+        super().__init__(LinearClassifier(encoder.embed_dim, encoder.num_classes), config, data)
+        self._encoder: Encoder = encoder.eval().requires_grad_(False)
+        self.engine_config = engine_config
+        self.device = torch.device("cpu")
+        self.weights: dict[str, Tensor] = {}  # of the encoder, float32 on the CPU: what is exported
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        config: ProbeConfig,
+        engine_config: EngineConfig,
+        num_classes: int,
+        run_dir: Path | None,
+        teacher_builder: TeacherBuilder = build_teacher,
+    ) -> ProbeTask:
+        """Build encoder and classifier; see :func:`mrmae_ds.training.tasks.build.build_task`."""
+        encoder, init, report = build_classifier_encoder(recipe, "probe", config, num_classes, run_dir)
+        task = cls(encoder, config, recipe.data, engine_config)
+        task.init, task.init_report = init, report
+        return task
+
+    @property
+    def encoder(self) -> Encoder:
+        return self._encoder
+
+    @property
+    def full_model(self) -> nn.Module:
+        return self._encoder
+
+    def param_groups(self) -> ParamGroups:
+        """Return the weight, whose learning rate LARS adapts, and the bias, whose learning rate it does not."""
         linear = self.model.linear
-        weight = {"name": "weight", "params": [linear.weight], "weight_decay": self.config.optimizer.weight_decay}
-        bias = {"name": "bias", "params": [linear.bias], "weight_decay": 0.0}
+        weight: dict[str, Any] = {
+            "name": "weight",
+            "params": [linear.weight],
+            "weight_decay": self.config.optimizer.weight_decay,
+        }
+        bias: dict[str, Any] = {"name": "bias", "params": [linear.bias], "weight_decay": 0.0}
         return [group | {"lr_scale": 1.0, "always_adapt": group is weight} for group in (weight, bias)]
 
-    def optimizer(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """LARS; the rate is written before every step."""
+    def make_optimizer(self, groups: ParamGroups, fused: bool = False) -> Optimizer:
         return Lars(groups, lr=0.0, momentum=self.config.optimizer.momentum)
 
+    def adapt_engine_config(self, config: EngineConfig) -> EngineConfig:
+        """Return the classifier's engine config: the same micro-batch, ZeRO stage 0, float32."""
+        return config.for_probe()
+
     def to(self, device: torch.device) -> None:
-        """See :class:`Task`."""
+        super().to(device)
         self.device = device
-        self.normalize.to(device)
         self.weights = {name: tensor.clone() for name, tensor in self.encoder.state_dict().items()}
         self.encoder.to(device, self.engine_config.model_dtype)
 
     def release(self) -> None:
-        """See :class:`Task`."""
         self.encoder.to("cpu")
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """float32 [B, C] of decoded images, uint8 [B, 3, H, W]."""
+        """Return the frozen encoder's features, float32 [B, C].
+
+        Args:
+            images: decoded images, uint8 [B, 3, H, W].
+        """
         inputs = self.normalize.student(self.normalize.pixels(images), self.engine_config.model_dtype)
         with self.engine_config.autocast(self.device):
             features = self.encoder.forward_head(self.encoder.forward_features(inputs), pre_logits=True)
         return features.float()
 
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
-        """See :class:`Task`."""
         return {"loss": F.cross_entropy(engine(self.features(batch.images)).float(), batch.labels)}
 
     def logits(self, engine: nn.Module, images: Tensor) -> Tensor:
-        """float32 [B, classes] of decoded images, uint8 [B, 3, H, W]."""
         return engine(self.features(images)).float()
 
-    def classifier(self, trained: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The whole as a fine-tuned model's tensors: the BatchNorm, a fixed scale and shift by now, goes into the head.
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return encoder and classifier as the tensors of a fine-tuned model.
+
+        The BatchNorm, a fixed scale and shift after training, is folded into the head.
 
         Args:
-            trained: the state of the linear classifier, float32 on the CPU.
+            state: the linear classifier's state, float32 on the CPU.
         """
-        scale = (trained["norm.running_var"] + _EPS).rsqrt()
-        weight = trained["linear.weight"] * scale
-        bias = trained["linear.bias"] - weight @ trained["norm.running_mean"]
+        scale = (state["norm.running_var"] + _EPS).rsqrt()
+        weight = state["linear.weight"] * scale
+        bias = state["linear.bias"] - weight @ state["norm.running_mean"]
         return self.weights | {"head.weight": weight, "head.bias": bias}
+
+    def count_operations(self, recipe: Recipe, checkpointing: CheckpointPlan, num_classes: int) -> Operations:
+        """Count the frozen encoder's forward pass; the classifier's training is negligible beside it."""
+        forward = count_forward(self.encoder.spec, self.image_size, self.num_classes)
+        return Operations(training=forward, forward=forward)

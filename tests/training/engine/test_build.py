@@ -22,7 +22,7 @@ from mrmae_ds.training.engine.build import (
     compile_blocks,
     set_lr,
 )
-from mrmae_ds.training.param_groups import pretrain_groups
+from mrmae_ds.training.param_groups import adamw, pretrain_groups
 from mrmae_ds.weights.load import build_encoder
 
 SPEC = ViTSpec(16, 2, 2, patch=8)
@@ -44,7 +44,7 @@ def test_the_groups_must_be_the_trainable_parameters() -> None:
     for params in ([model.weight], [*own, model.bias], [*own, nn.Parameter(torch.zeros(1))], []):
         groups = [{"params": params, "lr_scale": 1.0}]
         with pytest.raises(ValueError, match=rf"{len(params)} parameters in groups, 2 trainable"):
-            build_engine(model, groups, (0.9, 0.95), CONFIG, 1, torch.device("cpu"))
+            build_engine(model, groups, adamw((0.9, 0.95)), CONFIG, 1, torch.device("cpu"))
 
 
 def test_frozen_parameters_must_not_be_in_them() -> None:
@@ -52,7 +52,7 @@ def test_frozen_parameters_must_not_be_in_them() -> None:
     groups = pretrain_groups(model, 0.05)
     groups[0]["params"].append(model.encoder.pos_embed)
     with pytest.raises(ValueError, match="trainable ones"):
-        build_engine(model, groups, (0.9, 0.95), CONFIG, 1, torch.device("cpu"))
+        build_engine(model, groups, adamw((0.9, 0.95)), CONFIG, 1, torch.device("cpu"))
 
 
 def test_the_checkpointing_plan_reaches_encoder_and_decoder() -> None:
@@ -80,7 +80,7 @@ def test_leaf_modules_that_do_not_exist_are_named() -> None:
     with pytest.raises(UserError, match=r"engine\.json: .*classes: the model has no Blok; its blocks are Block, Conv"):
         check_leaf_modules(model, _leaves("Blok", "ConvBlock"))
     with pytest.raises(UserError, match="Blok"):
-        build_engine(model, pretrain_groups(model, 0.05), (0.9, 0.95), _leaves("Blok"), 1, torch.device("cpu"))
+        build_engine(model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), _leaves("Blok"), 1, torch.device("cpu"))
 
 
 def test_blocks_alone_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from mrmae_ds.training.evaluation.base import EvalContext
 from tests.support.processes import finish, rank_processes
 from tests.support.traps_worker import RATE
 from tests.training.parity.cases import Case
@@ -59,9 +60,8 @@ def test_an_evaluation_of_unequal_shares_ends_and_counts_each_image_once(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:
     job = prepare(Case("finetune", 0, False, 1, 1), folder, ALONE)
-    from mrmae_ds.training.run import open_loader
-
-    model, reader = job.task.model.eval(), open_loader(job, torch.device("cpu"), training=False)
+    context = EvalContext(job.recipe, job.engine_config, ALONE, torch.device("cpu"), 10, lambda activity: None)
+    model, reader = job.task.model.eval(), context.loader(job.task.image_size)
     logits, labels = [], []
     with torch.no_grad():
         for batch in reader.epoch(0):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mrmae_ds.training.evaluation.accuracy import evaluate
+from mrmae_ds.training.evaluation.accuracy import measure_accuracy
 from tests.support.jobs import FakeEngine, FakeLoader, make_batch
 
 pytestmark = pytest.mark.usefixtures("alone")
@@ -32,11 +32,11 @@ def test_evaluation_counts_each_image_once() -> None:
     engine = FakeEngine(nn.Linear(3, 1), 1)
     engine.train()
 
-    def logits(images: Tensor) -> Tensor:
+    def logits(_: nn.Module, images: Tensor) -> Tensor:
         assert not engine.training and not torch.is_grad_enabled()
         return by_image[images.data_ptr()]
 
-    result = evaluate(engine, logits, FakeLoader(batches, num_samples=10))
+    result = measure_accuracy(engine, logits, FakeLoader(batches, num_samples=10))
     expected = _expected(
         [output.numpy() for output in outputs],
         [batch.labels.numpy() for batch in batches],
@@ -52,19 +52,21 @@ def test_a_count_that_is_not_the_data_sets_is_an_error(claimed: int) -> None:
     batches = [make_batch(4, side=4), make_batch(4, side=4), make_batch(4, side=4, valid=[True, True, False, False])]
     engine = FakeEngine(nn.Linear(3, 1), 1)
     with pytest.raises(RuntimeError, match=rf"evaluated 10 images of {claimed}"):
-        evaluate(engine, lambda images: torch.zeros(4, 10), FakeLoader(batches, claimed))
+        measure_accuracy(engine, lambda _, images: torch.zeros(4, 10), FakeLoader(batches, claimed))
 
 
 def test_all_right_is_a_hundred_percent() -> None:
     batch = make_batch(6, side=4)
     logits = 20 * torch.eye(10)[batch.labels]
     engine = FakeEngine(nn.Linear(3, 1), 1)
-    result = evaluate(engine, lambda images: logits, FakeLoader([batch]))
+    result = measure_accuracy(engine, lambda _, images: logits, FakeLoader([batch]))
     assert result["top1"] == 100.0 and result["loss"] < 1e-6
 
 
 @pytest.mark.parametrize(("classes", "told"), [(5, False), (6, True)])
 def test_top5_is_told_where_there_are_more_than_five_classes(classes: int, told: bool) -> None:
     batch = make_batch(6, side=4, classes=classes)
-    result = evaluate(FakeEngine(nn.Linear(3, 1), 1), lambda images: torch.rand(6, classes), FakeLoader([batch]))
+    result = measure_accuracy(
+        FakeEngine(nn.Linear(3, 1), 1), lambda _, images: torch.rand(6, classes), FakeLoader([batch])
+    )
     assert ("top5" in result) == told

@@ -77,7 +77,7 @@ def test_every_image_counts_once(alone: None) -> None:
             right += bool(counts) and max(vote, key=lambda label: vote[label]) == int(label)
     assert found == {"knn/top1": pytest.approx(100 * right / 5)}
     val.num_samples = 6
-    with pytest.raises(RuntimeError, match="looked at 5 images of 6"):
+    with pytest.raises(RuntimeError, match="evaluated 5 images of 6"):
         knn_accuracy(_colors, train, val, config, 10)
 
 

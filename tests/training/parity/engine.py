@@ -16,7 +16,6 @@ from mrmae_ds.distributed.process_group import choose_device, end_process_group,
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.loop import train
-from mrmae_ds.training.run import open_loader
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
 from tests.support.processes import finish, rank_processes
 from tests.training.parity.cases import Case, Trace
@@ -48,13 +47,13 @@ class _Recorder:
 def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
     """The case's engine in this process group; every rank of it calls this. The weights are rank 0's to have."""
     job, device = prepare(case, folder, launch), torch.device("cpu")
-    task, plan = job.task, job.plan
+    task, schedule = job.task, job.schedule
     engine = build_engine(
-        task.model, task.groups(), job.stage.optimizer.betas, job.engine_config, plan.accumulation, device
+        task.model, task.param_groups(), task.make_optimizer, job.engine_config, schedule.accumulation, device
     )
     task.to(device)
-    reader, recorder, began = open_loader(job, device, training=True), _Recorder(), time.perf_counter()
-    train(engine, task, reader, plan, TrainState(), 1, recorder, StepSync())
+    reader, recorder, began = job.train_loader(device), _Recorder(), time.perf_counter()
+    train(engine, task, reader, schedule, TrainState(), 1, recorder, StepSync())
     reader.close()
     seconds = time.perf_counter() - began
     weights = gather_state(engine)

@@ -85,13 +85,15 @@ def gathered(changes: dict[str, Any], accumulation: int, folder: Path, rank: int
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.engine.comm_volume import GatherCounter
-    from mrmae_ds.training.param_groups import pretrain_groups
+    from mrmae_ds.training.param_groups import adamw, pretrain_groups
 
     path = folder / f"gathers-{rank}.json"
     path.write_text(json.dumps(narrow_config(changes)))
     config, model = load_engine_config(path), huge(narrow=True)
     size = travelling_bytes(model, config.zero.autocast)
-    engine = build_engine(model, pretrain_groups(model, 0.05), (0.9, 0.95), config, accumulation, torch.device("cpu"))
+    engine = build_engine(
+        model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), config, accumulation, torch.device("cpu")
+    )
     engine.train()
     images, grid = torch.randn(1, 3, IMAGE, IMAGE), (IMAGE // 14, IMAGE // 14)
     visible = choose_visible(torch.rand(1, grid[0] * grid[1]), grid, 0.25)

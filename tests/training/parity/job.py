@@ -79,9 +79,7 @@ def prepare(case: Case, folder: Path, launch: Launch) -> PreparedStage:
 
 def batches(job: PreparedStage) -> Iterator[Batch]:
     """The job's micro-batches of this rank, all epochs."""
-    from mrmae_ds.training.run import open_loader
-
-    reader = open_loader(job, torch.device("cpu"), training=True)
-    for epoch in range(job.plan.epochs):
+    reader = job.train_loader(torch.device("cpu"))
+    for epoch in range(job.schedule.epochs):
         yield from reader.epoch(epoch)
     reader.close()

@@ -57,7 +57,7 @@ def run_plain(case: Case, folder: Path) -> Trace:
         total = 0.0
         for part in range(world_size * accumulation):
             micro, rank = divmod(part, world_size)
-            key = MicroBatchKey(job.plan.seed, step, micro, rank, world_size, size)
+            key = MicroBatchKey(job.schedule.seed, step, micro, rank, world_size, size)
             loss = job.task.losses(student, _cut(batch, part * size, size), key)["loss"] / (world_size * accumulation)
             loss.backward()
             total += loss.item()

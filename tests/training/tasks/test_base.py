@@ -16,14 +16,16 @@ from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher
-from mrmae_ds.training.tasks.base import FinetuneTask, MicroBatchKey, PretrainTask
+from mrmae_ds.training.tasks.base import MicroBatchKey
+from mrmae_ds.training.tasks.finetune import FinetuneTask
+from mrmae_ds.training.tasks.pretrain import PretrainTask
 from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import finetune_config, make_batch, pretrain_config
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.4)
 TEACHER_MEAN, TEACHER_STD = (0.6, 0.5, 0.4), (0.2, 0.3, 0.7)
 DATA = DataConfig(train="train.beton", val="val.beton", mean=MEAN, std=STD)
-KEY = MicroBatchKey(seed=1, step=2, micro=0, rank=0, world_size=1, micro_batch=4)
+KEY = MicroBatchKey(seed=1, step=2, index=0, rank=0, world_size=1, micro_batch=4)
 SPEC = encoder_spec("cvit_tiny", {"dims": [8, 12, 16], "depths": [1, 1, 1], "num_heads": 2})
 CPU = torch.device("cpu")
 
@@ -238,7 +240,7 @@ def test_student_and_teacher_each_get_their_own_statistics() -> None:
 def _finetune_task(drop_path: float = 0.0, **changes: object) -> FinetuneTask:
     torch.manual_seed(0)
     model = build_encoder(SPEC, 32, num_classes=10, drop_path_rate=drop_path)
-    task = FinetuneTask(model, finetune_config(**changes), DATA, 10, torch.float32)
+    task = FinetuneTask(model, finetune_config(**changes), DATA, torch.float32)
     task.to(CPU)
     return task
 
@@ -319,7 +321,7 @@ def test_evaluation_sees_the_images_as_they_are() -> None:
 
 
 def test_groups_are_those_of_the_stage() -> None:
-    scales = sorted({round(group["lr_scale"], 6) for group in _finetune_task().groups()})
+    scales = sorted({round(group["lr_scale"], 6) for group in _finetune_task().param_groups()})
     assert scales == [round(0.65**2, 6), 0.65, 1.0]
-    groups = _pretrain_task(pretrain_config(), None).groups()
+    groups = _pretrain_task(pretrain_config(), None).param_groups()
     assert {(group["lr_scale"], group["weight_decay"]) for group in groups} == {(1.0, 0.0), (1.0, 0.05)}

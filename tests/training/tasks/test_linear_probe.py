@@ -20,7 +20,7 @@ from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
-from mrmae_ds.training.lr_schedule import learning_rate
+from mrmae_ds.training.schedule import lr_at_epoch
 from mrmae_ds.training.tasks.linear_probe import LinearClassifier, ProbeTask
 from mrmae_ds.weights.load import (
     build_encoder,
@@ -82,7 +82,7 @@ def _task(**changes: Any) -> ProbeTask:
     torch.manual_seed(1)
     encoder = build_encoder(encoder_spec("cvit_tiny", {"dims": [8, 12, 16], "depths": [1, 1, 1]}), 16, 5)
     config = ProbeConfig(**changes)
-    return ProbeTask(encoder, config, DATA, 5, load_engine_config(ENGINE))
+    return ProbeTask(encoder, config, DATA, load_engine_config(ENGINE))
 
 
 def test_the_defaults_are_the_published_ones() -> None:
@@ -96,7 +96,7 @@ def test_the_defaults_are_the_published_ones() -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_the_optimizer_is_lars_by_its_formula(decay: float) -> None:
     task = _task(optimizer={"lr": RATE, "weight_decay": decay})
-    optimizer = task.optimizer(task.groups())
+    optimizer = task.make_optimizer(task.param_groups(), False)
     plain = PlainProbe(task.model.linear.weight.detach(), task.model.linear.bias.detach(), decay)
     generator = torch.Generator().manual_seed(2)
     task.model.train()
@@ -136,7 +136,7 @@ def test_the_classifier_that_is_written_computes_what_the_probe_does() -> None:
     task.model.linear.bias.data.normal_()
     task.model.eval()
     whole = build_encoder(task.encoder.spec, 16, 5)
-    whole.load_state_dict(task.classifier(task.model.state_dict()))
+    whole.load_state_dict(task.export_state(task.model.state_dict()))
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     ours = task.logits(task.model, images)
     torch.testing.assert_close(whole.eval()((images.float() / 255 - 0.5) / 0.5), ours, rtol=1e-4, atol=1e-5)
@@ -148,7 +148,7 @@ def test_the_engine_holds_whole_float32_parameters_whatever_the_encoder_has(
 ) -> None:
     path = tmp_path / "engine.json"
     path.write_text(json.dumps(json.loads(ENGINE.read_text()) | precision))
-    config = load_engine_config(path).for_probe()
+    config = _task().adapt_engine_config(load_engine_config(path))
     assert config.for_deepspeed(2) == {
         "train_micro_batch_size_per_gpu": 16, "gradient_clipping": 0.0, "zero_optimization": {"stage": 0},
         "gradient_accumulation_steps": 2, "steps_per_print": 2**31 - 1,
@@ -204,7 +204,7 @@ def test_two_processes_train_what_one_plain_loop_trains(probed: Path) -> None:
     for epoch in range(EPOCHS):
         for number, batch in enumerate(loader.epoch(epoch)):
             at = epoch + number / steps
-            rate = learning_rate(at, peak=RATE, floor=0.0, warmup_epochs=1, epochs=EPOCHS)
+            rate = lr_at_epoch(at, peak=RATE, floor=0.0, warmup_epochs=1, epochs=EPOCHS)
             losses.append(plain.step(features(batch.images), batch.labels, rate))
     lines = read_metrics(probed / "run/probe")
     assert [line["loss"] for line in lines] == pytest.approx(losses, rel=1e-4)

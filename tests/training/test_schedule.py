@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.training.lr_schedule import learning_rate
+from mrmae_ds.training.schedule import lr_at_epoch
 
-CASES = json.loads((Path(__file__).parent / "lr_schedule.json").read_text())["cases"]
+CASES = json.loads((Path(__file__).parent / "schedule.json").read_text())["cases"]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -16,7 +16,7 @@ def test_rates_are_those_of_the_authors_code(name: str) -> None:
     case = CASES[name]
     assert len(case["lr_at_epoch"]) > 5
     for epoch, expected in case["lr_at_epoch"].items():
-        rate = learning_rate(
+        rate = lr_at_epoch(
             float(epoch),
             peak=case["lr"],
             floor=case["min_lr"],
@@ -28,13 +28,13 @@ def test_rates_are_those_of_the_authors_code(name: str) -> None:
 
 def test_the_ends_of_its_parts() -> None:
     settings = {"peak": 2.0, "floor": 0.5, "warmup_epochs": 4, "epochs": 20}
-    assert learning_rate(0, **settings) == 0
-    assert learning_rate(4, **settings) == 2.0
-    assert learning_rate(12, **settings) == pytest.approx(1.25)
-    assert learning_rate(20, **settings) == pytest.approx(0.5)
+    assert lr_at_epoch(0, **settings) == 0
+    assert lr_at_epoch(4, **settings) == 2.0
+    assert lr_at_epoch(12, **settings) == pytest.approx(1.25)
+    assert lr_at_epoch(20, **settings) == pytest.approx(0.5)
 
 
 def test_without_warm_up_it_starts_at_the_peak_and_only_falls() -> None:
-    rates = [learning_rate(e / 7, peak=1.0, floor=0.1, warmup_epochs=0, epochs=5) for e in range(36)]
+    rates = [lr_at_epoch(e / 7, peak=1.0, floor=0.1, warmup_epochs=0, epochs=5) for e in range(36)]
     assert rates[0] == 1.0
     assert all(later < earlier for earlier, later in pairwise(rates))

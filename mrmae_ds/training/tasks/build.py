@@ -1,0 +1,48 @@
+"""Factory of tasks: the one place that maps a stage's name to its task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.stages import TrainStageName
+from mrmae_ds.factory import TeacherBuilder
+from mrmae_ds.teachers import build_teacher
+from mrmae_ds.training.tasks.base import Task
+from mrmae_ds.training.tasks.finetune import FinetuneTask
+from mrmae_ds.training.tasks.linear_probe import ProbeTask
+from mrmae_ds.training.tasks.pretrain import PretrainTask
+
+TASKS: dict[TrainStageName, type[Task[Any]]] = {
+    task.stage_name: cast(type[Task[Any]], task) for task in (PretrainTask, FinetuneTask, ProbeTask)
+}
+
+
+def build_task(
+    recipe: Recipe,
+    stage_name: TrainStageName,
+    engine_config: EngineConfig,
+    num_classes: int,
+    run_dir: Path | None = None,
+    teacher_builder: TeacherBuilder = build_teacher,
+) -> Task[Any]:
+    """Build the task of a training stage on the CPU, with weights drawn from torch's global generator or loaded.
+
+    Args:
+        recipe: recipe of the run.
+        stage_name: stage to train.
+        engine_config: engine config, for the precision of what the engine does not own.
+        num_classes: classes of the training data.
+        run_dir: folder of the run, in which ``init: pretrain`` is found; None leaves the weights random whatever
+            ``init`` is.
+        teacher_builder: function with the signature of :func:`~mrmae_ds.teachers.build_teacher`.
+
+    Raises:
+        UserError: if the recipe does not have the stage, the weights or a teacher cannot be loaded, the patches do not
+            tile the image, or the micro-batch is odd where images are mixed in pairs.
+        KeyError: if the stage trains nothing.
+    """
+    config = recipe.stage(stage_name)
+    return TASKS[stage_name].from_recipe(recipe, config, engine_config, num_classes, run_dir, teacher_builder)

@@ -1,0 +1,146 @@
+"""Masked pre-training: frozen teachers give targets and importance, the student predicts the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.sections import DataConfig
+from mrmae_ds.config.stages import PlacementConfig, PretrainConfig
+from mrmae_ds.data.loaders.base import Batch
+from mrmae_ds.factory import TeacherBuilder, build_pretraining
+from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.pretrain import Encoder, PretrainModel
+from mrmae_ds.records.sections import Design, ObjectiveInfo
+from mrmae_ds.teachers import PlacedTeacher, Teacher, build_teacher, place_teacher
+from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
+from mrmae_ds.training.evaluation.knn import KnnEvaluator, dense_features
+from mrmae_ds.training.param_groups import ParamGroups, adamw, pretrain_groups
+from mrmae_ds.training.tasks.base import MicroBatchKey, Task
+from mrmae_ds.weights.load import find_weights, load_pretrained
+
+
+class PretrainTask(Task[PretrainConfig]):
+    """Mimicking of teachers' features and reconstruction of pixels, at masked or visible tokens.
+
+    Args:
+        model: the student.
+        teachers: by the recipe's names, on the CPU; each is called once per micro-batch, in this order, on every rank.
+        config: the recipe's stage.
+        data: the recipe's data section, for the input statistics.
+
+    Attributes:
+        placed: the teachers where the recipe places their weights, filled by :meth:`to`. Until then the teachers are
+            called where they are.
+    """
+
+    stage_name = "pretrain"
+    weights_kind = "pretrain"
+    model: PretrainModel
+
+    def __init__(
+        self, model: PretrainModel, teachers: Mapping[str, Teacher], config: PretrainConfig, data: DataConfig
+    ) -> None:
+        super().__init__(model, config, data, teachers)
+        self.placed: dict[str, PlacedTeacher] = {}
+        self.grid = model.encoder.grid
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        config: PretrainConfig,
+        engine_config: EngineConfig,
+        num_classes: int,
+        run_dir: Path | None,
+        teacher_builder: TeacherBuilder = build_teacher,
+    ) -> PretrainTask:
+        """Build student and teachers; see :func:`mrmae_ds.training.tasks.build.build_task`."""
+        init = None
+        if run_dir is not None and config.init is not None:
+            init = find_weights(Path(config.init), "stages.pretrain.init")
+        model, teachers = build_pretraining(recipe, config, teacher_builder)
+        task = cls(model, teachers, config, recipe.data)
+        if init is not None:
+            task.init = init
+            task.init_report = f"{init}: {load_pretrained(model, init, 'stages.pretrain.init')}"
+        return task
+
+    @property
+    def encoder(self) -> Encoder:
+        return self.model.encoder
+
+    @property
+    def placements(self) -> Mapping[str, PlacementConfig]:
+        return self.config.placement
+
+    @property
+    def reads_val_data(self) -> bool:
+        return self.config.knn is not None
+
+    def param_groups(self) -> ParamGroups:
+        return pretrain_groups(self.model, self.config.optimizer.weight_decay)
+
+    def make_optimizer(self, groups: ParamGroups, fused: bool) -> Optimizer:
+        return adamw(self.config.optimizer.betas)(groups, fused)
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        for name, teacher in self.teachers.items():
+            self.placed[name] = place_teacher(name, teacher, self.config.placement[name], device)
+
+    def release(self) -> None:
+        for placed in self.placed.values():
+            placed.release()
+
+    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
+        pixels = self.normalize.pixels(batch.images)
+        outputs = {name: teacher(pixels) for name, teacher in (self.placed or self.teachers).items()}
+        masking = self.config.masking
+        importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
+        noise = key.noise(self.grid[0] * self.grid[1]).to(pixels.device)
+        visible = choose_visible(noise, self.grid, masking.keep_ratio, masking.mode, importance)
+        targets = {name: output.tokens for name, output in outputs.items()}
+        torch.manual_seed(key.seed_for("model"))
+        # float32 whatever the model's precision: the pixel targets are computed from it.
+        return engine(self.normalize.student(pixels, torch.float32), visible, targets)
+
+    def build_evaluator(self, context: EvalContext) -> Evaluator | None:
+        if self.config.knn is None:
+            return None
+
+        def features(engine: nn.Module, images: Tensor) -> Tensor:
+            inputs = self.normalize.student(self.normalize.pixels(images), context.engine_config.model_dtype)
+            with context.engine_config.autocast(context.device):
+                return dense_features(cast(PretrainModel, engine.module).encoder, inputs)
+
+        return KnnEvaluator(context, features, self.image_size, self.config.knn, self.config.epochs)
+
+    def describe_design(self, recipe: Recipe) -> Design:
+        return describe_design(recipe, self.config)
+
+
+def describe_design(recipe: Recipe, config: PretrainConfig) -> Design:
+    """Return the design choices of a pre-training that the ablation tables compare.
+
+    Args:
+        recipe: recipe of the run.
+        config: its pre-training stage.
+    """
+    fusion = recipe.model.fusion
+    return Design(
+        keep_ratio=config.masking.keep_ratio,
+        masking=config.masking.mode,
+        fusion=(*(f"stage {n}" for n in fusion.stages), *(f"block {n}" for n in fusion.blocks)),
+        objectives={
+            name: ObjectiveInfo(target=item.target, tap=item.tap, tokens=item.tokens, weight=item.weight)
+            for name, item in config.objectives.items()
+        },
+    )
