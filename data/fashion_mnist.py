@@ -1,21 +1,26 @@
-"""Fashion-MNIST as train.beton and val.beton (its test part): python data/fashion_mnist.py --out DIR"""
+"""Convert Fashion-MNIST to train.beton and val.beton (its test part).
+
+Usage: python data/fashion_mnist.py --out DIR
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from mrmae_ds.cli.data import report, run_script
 from mrmae_ds.data.convert.fashion_mnist import write_fashion_mnist
+from mrmae_ds.data.convert.options import Output
 
 
 def _run(args: argparse.Namespace) -> None:
-    counts = {"train_count": args.train_count, "val_count": args.val_count}
-    report(write_fashion_mnist(args.out, source=args.source, **counts))
+    output = Output(Path(args.out), train_count=args.train_count, val_count=args.val_count)
+    report(write_fashion_mnist(output, args.source))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument(
         "--source", default="auto", metavar="DIR",

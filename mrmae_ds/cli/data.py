@@ -1,4 +1,4 @@
-"""The commands about data sets, for ``mrmae data`` and for the scripts in ``data/``."""
+"""Commands for data sets: ``mrmae data`` and the scripts in ``data/``."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from types import FrameType
 from typing import Any
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.convert.options import WriteOptions, parse_max_bad
+from mrmae_ds.data.convert.options import Output, WriteOptions, parse_max_bad
 from mrmae_ds.data.convert.skipped import report_path
 from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.errors import UserError
 
 Command = Callable[[argparse.Namespace], None]
-Subparsers = Any  # what add_subparsers returns; argparse has no public name for it
+Subparsers = Any  # type of add_subparsers' result, which has no public name
 
 
 def add_data_commands(commands: Subparsers) -> None:
-    """``write``, ``imagenet``, ``info`` and ``verify``; each parser's default ``run_command`` runs it."""
+    """Add the parsers of ``write``, ``imagenet``, ``info`` and ``verify``, with ``run_command`` as a default."""
     for name, add, run, summary in (
-        ("write", add_folder_arguments, run_folder, "a tree of images, a folder a class, as .beton files"),
-        ("imagenet", add_imagenet_arguments, run_imagenet, "ImageNet-1K as it is handed out, as .beton files"),
-        ("info", _add_info_arguments, _run_info, "what a .beton holds and how it was written"),
-        ("verify", _add_verify_arguments, _run_verify, "compare the checksum and decode every image"),
+        ("write", add_folder_arguments, run_folder, "convert a tree of images, a folder per class, to .beton files"),
+        ("imagenet", add_imagenet_arguments, run_imagenet, "convert ImageNet-1K to .beton files"),
+        ("info", _add_info_arguments, _run_info, "describe a .beton"),
+        ("verify", _add_verify_arguments, _run_verify, "check the checksum of a .beton and decode every image"),
     ):
         parser = commands.add_parser(name, help=summary, description=summary)
         add(parser)
@@ -35,7 +35,7 @@ def add_data_commands(commands: Subparsers) -> None:
 
 
 def run_script(run: Command, args: argparse.Namespace) -> int:
-    """Run a command; the exit status: 0, or 2 after printing the message of a UserError."""
+    """Run a command. Return the exit status: 0, or 2 after printing the message of a UserError."""
     configure_logging()
     try:
         run(args)
@@ -46,7 +46,7 @@ def run_script(run: Command, args: argparse.Namespace) -> int:
 
 
 def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every source of images has; see ``options.WriteOptions``."""
+    """Add the arguments that every source of images has."""
     default = WriteOptions()
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument("--train-count", type=int, metavar="N", help="at most N, class-balanced; default: all")
@@ -56,102 +56,89 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
         help="reduce the longer side to this; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--quality", type=int, default=default.quality, metavar="Q", help="of the JPEGs, 1 to 100; default: %(default)s"
+        "--quality", type=int, default=default.quality, metavar="Q", help="JPEG quality, 1 to 100; default: %(default)s"
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes; default: the cores, 8 at most")
+    parser.add_argument("--workers", type=int, metavar="N", help="number of processes; default: the cores, at most 8")
     parser.add_argument(
         "--max-bad", type=parse_max_bad, default=default.max_bad, metavar="N|SHARE",
-        help="fail if more images than this cannot be read: a number, or a share like 0.01 or 1%% of each file, "
-        "rounded up; those up to it are left out and listed; default: %(default)s",
+        help="maximum of unreadable images per file, which are left out and listed: a number, or a share (0.01, 1%%), "
+        "rounded up; the command fails if there are more; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--max-pixels", type=int, default=default.max_pixels, metavar="N",
-        help="larger images count as bad, and are not decoded; default: %(default)s",
+        help="larger images count as unreadable and are not decoded; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--background", default=default.background, metavar="COLOR",
-        help="behind transparent pixels; default: %(default)s",
+        help="color behind transparent pixels; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
         "--timeout", type=float, default=default.timeout_s, metavar="S", dest="timeout_s",
-        help="fail if an image takes longer, seconds; default: %(default)s",
+        help="limit for one image, in seconds; default: %(default)s",
     )  # fmt: skip
 
 
-def _options(args: argparse.Namespace) -> WriteOptions:
+def _output(args: argparse.Namespace) -> Output:
     names = ("max_side", "quality", "workers", "max_bad", "max_pixels", "background", "timeout_s")
-    return WriteOptions(**{name: getattr(args, name) for name in names})
+    options = WriteOptions(**{name: getattr(args, name) for name in names})
+    return Output(Path(args.out), args.name, options, args.train_count, args.val_count)
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``mrmae data write`` and ``data/folder.py``."""
+    """Add the arguments of ``mrmae data write`` and ``data/folder.py``."""
     parser.add_argument("source", metavar="SRC", help="SRC/train/CLASS/* and SRC/val/CLASS/*, or SRC/CLASS/*")
     _add_writing_arguments(parser)
-    parser.add_argument("--name", help="of the data set, as tables show it; default: the folder's")
+    parser.add_argument("--name", help="name of the data set in tables; default: the folder's")
     parser.add_argument(
         "--val-fraction", type=float, default=0.1, metavar="F",
-        help="split off from each class where SRC has no val/; default: %(default)s",
+        help="share of each class that becomes val.beton where SRC has no val/; default: %(default)s",
     )  # fmt: skip
 
 
 def run_folder(args: argparse.Namespace) -> None:
-    """Write the files and say what was written."""
+    """Write the files and report them."""
     from mrmae_ds.data.convert.folder import write_folder
 
     with _stoppable():
-        written = write_folder(
-            args.source,
-            args.out,
-            _options(args),
-            name=args.name,
-            val_fraction=args.val_fraction,
-            train_count=args.train_count,
-            val_count=args.val_count,
-        )
+        written = write_folder(args.source, _output(args), val_fraction=args.val_fraction)
     report(written)
 
 
 def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
-    """Of ``mrmae data imagenet`` and ``data/imagenet.py``."""
-    parser.add_argument("source", metavar="SRC", help="SRC/train/n01440764/*.JPEG, and SRC/val/ alike or flat")
-    _add_writing_arguments(parser)
-    parser.add_argument("--name", default="ImageNet-1K", help="of the data set, in tables; default: %(default)s")
+    """Add the arguments of ``mrmae data imagenet`` and ``data/imagenet.py``."""
     parser.add_argument(
-        "--val-labels", metavar="FILE", help="labels of the images in SRC/val; default: a file of a usual name in SRC"
+        "source", metavar="SRC", help="SRC/train/n01440764/*.JPEG, and SRC/val/ with class folders or flat"
+    )
+    _add_writing_arguments(parser)
+    parser.add_argument("--name", default="ImageNet-1K", help="name of the data set in tables; default: %(default)s")
+    parser.add_argument(
+        "--val-labels",
+        metavar="FILE",
+        help="labels of the images in SRC/val; default: the first file of a usual name in SRC",
     )
     parser.add_argument(
-        "--synsets", metavar="FILE", help="map_clsloc.txt, needed where the labels are the devkit's numbers"
+        "--synsets", metavar="FILE", help="map_clsloc.txt, needed if the labels are the devkit's numbers"
     )
     parser.add_argument(
         "--class-names", metavar="FILE", help="lines `n01440764 tench, ...`: readable names; default: WordNet ids"
     )
     parser.add_argument(
-        "--allow-partial", action="store_true", help="take a set of other than 1,281,167 and 50,000 images"
+        "--allow-partial", action="store_true", help="accept counts other than 1,281,167 and 50,000 images"
     )
 
 
 def run_imagenet(args: argparse.Namespace) -> None:
-    """Write the files and say what was written."""
-    from mrmae_ds.data.convert.imagenet import write_imagenet
+    """Write the files and report them."""
+    from mrmae_ds.data.convert.imagenet import ImageNetSource, write_imagenet
 
+    source = ImageNetSource(Path(args.source), args.val_labels, args.synsets, args.allow_partial)
     with _stoppable():
-        written = write_imagenet(
-            args.source,
-            args.out,
-            _options(args),
-            val_labels=args.val_labels,
-            synsets=args.synsets,
-            class_names=args.class_names,
-            allow_partial=args.allow_partial,
-            train_count=args.train_count,
-            val_count=args.val_count,
-            name=args.name,
-        )
+        written = write_imagenet(source, _output(args), class_names=args.class_names)
     report(written)
 
 
 def report(written: Sequence[BetonInfo]) -> None:
-    """Print what was written, and where the list of what was left out lies."""
+    """Print descriptions of written data sets, and warn of images that were left out."""
     from mrmae_ds.data.convert.verify import describe_beton
 
     for info in written:
@@ -162,7 +149,7 @@ def report(written: Sequence[BetonInfo]) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Ctrl-C, and the SIGTERM of a scheduler, end the block in order: no processes and no half-written file remain."""
+    """Unwind the block on Ctrl-C and on a scheduler's SIGTERM, so that no process and no partial file remains."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -171,7 +158,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left", file=sys.stderr)
+        print("interrupted; no partial file is left", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -189,11 +176,13 @@ def _run_info(args: argparse.Namespace) -> None:
 
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("beton", type=Path)
-    parser.add_argument("--source", metavar="SRC", help="also compare stored images with the files they were made of")
     parser.add_argument(
-        "--num-images", type=int, default=1000, metavar="N", help="how many of them; default: %(default)s"
+        "--source", metavar="SRC", help="also compare stored images with the files that they were made from"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the choice")
+    parser.add_argument(
+        "--num-images", type=int, default=1000, metavar="N", help="number of images to compare; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of their choice; default: %(default)s")
 
 
 def _run_verify(args: argparse.Namespace) -> None:

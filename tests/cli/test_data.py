@@ -34,7 +34,7 @@ def test_write_info_and_verify(tree: Path, tmp_path: Path, capsys: pytest.Captur
     told = capsys.readouterr()
     train = out / "train.beton"
     assert f"{train}: Birds, 7 images, 2 classes (finch, wren)" in told.out
-    assert "3 to 4 images a class" in told.out and "7 reduced" in told.out
+    assert "3 to 4 images per class" in told.out and "7 reduced" in told.out
     assert f"warning: some images were left out, see {train}.skipped.csv" in told.err
     assert (read_sidecar(train)["max_side"], read_sidecar(train)["quality"]) == (64, 85)
     assert main(["data", "info", str(train)]) == 0

@@ -195,21 +195,22 @@ ODD: dict[str, Odd] = {
     "text.jpg": Odd(_bytes(b"Not an image, whatever its name says.\n" * 9), "no image"),
     "truncated.jpg": Odd(_bytes(_JPEG[:-400]), "truncated"),
     "truncated.png": Odd(_bytes(_PNG[: len(_PNG) // 2]), "OSError|SyntaxError|truncated"),
-    "headless.png": Odd(_bytes(_PNG[:6]), "no image, of a kind .*, or damaged at its beginning"),
+    "headless.png": Odd(_bytes(_PNG[:6]), "no image, of a format .*, or damaged at its start"),
     "phone.heic": Odd(_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(100)), "HEIC"),
     "postscript.jpg": Odd(_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"), "no image"),
-    "nan.tif": Odd(lambda path: Image.fromarray(_floats() * np.nan).save(path), "no numbers"),
+    "nan.tif": Odd(lambda path: Image.fromarray(_floats() * np.nan).save(path), "not finite"),
     "bomb.png": Odd(_bytes(_png((60_000, 60_000), 2, bytes(1000))), "more than 2,000,000 pixels"),
     "bomb_in_a_comment.png": Odd(_bytes(_png((1, 1), 2, bytes(4), bytes(10**8))), "ValueError: Decompressed data"),
     "without_palette.png": Odd(_bytes(_png((8, 8), 3, bytes(72))), "AssertionError: cannot be decoded"),
     "no_size.png": Odd(_bytes(_png((0, 8), 2, b"")), "no image"),
     "no_end.jpg": Odd(_bytes(_JPEG[:-2]), "truncated"),
-    "twelve_bits.jpg": Odd(_bytes(_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c")), "of a kind"),
+    "twelve_bits.jpg": Odd(_bytes(_JPEG.replace(b"\xff\xc0\0\x11\x08", b"\xff\xc0\0\x11\x0c")), "of a format"),
     "no_height.jpg": Odd(
         _bytes(_JPEG.replace(b"\x08" + struct.pack(">HH", SIZE[1], SIZE[0]), b"\x08\0\0\0\x60")), "no image"
     ),
     "floats_of_three.tif": Odd(
-        lambda path: cv2.imwrite(str(path), np.zeros((8, 8, 3), dtype=np.float32)), "of a kind Pillow cannot read"
+        lambda path: cv2.imwrite(str(path), np.zeros((8, 8, 3), dtype=np.float32)),
+        "of a format that Pillow cannot read",
     ),
     "short.tif": Odd(_bytes(_tiff(bytes(100))), "truncated"),
     "far.tif": Odd(_bytes(_tiff(b"", t273=10**9)), "truncated"),

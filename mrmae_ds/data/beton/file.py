@@ -1,6 +1,6 @@
-"""The layout of a .beton as this project writes it (FFCV's format 2), read with numpy alone: no ffcv needed.
+"""Layout of a .beton as this project writes it (FFCV's format 2), and a reader that needs numpy only.
 
-A file is a header, a descriptor for each field, a table of samples, pages of JPEGs, and a table of what lies where.
+A file is a header, a descriptor for each field, a table of samples, pages of JPEGs, and a table of their locations.
 The fields of a sample are its image, label, row, and the Adler-32 of its JPEG. A file of FFCV's own writer with the
 first three is read too, unchecked.
 """
@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import zlib
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.types import IntArray
+from mrmae_ds.data.types import ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
 VERSION = 2
@@ -31,30 +32,35 @@ JPEG = 0
 
 
 class BetonFile:
-    """An open .beton.
+    """An open .beton, memory-mapped.
 
     Attributes:
-        table: where each JPEG lies, int64 [N, 4]: offset and length in the file (bytes), height and width (pixels).
-        labels, indices: int64 [N]. checksums: Adler-32 of each JPEG, int64 [N]; -1 where it is not known.
-        content: the whole file, mapped, uint8 [bytes].
+        table: of the JPEGs, int64 [N, 4]: offset and length in the file (bytes), height and width (pixels).
+        labels: int64 [N].
+        indices: row of each sample, int64 [N].
+        checksums: Adler-32 of each JPEG, int64 [N]; -1 where it is unknown.
+        content: the whole file, uint8 [bytes].
     """
 
     def __init__(self, info: BetonInfo) -> None:
-        """Open ``info.path``. Whether its tables are as they were written is checked, the JPEGs are not yet.
+        """Open a file and check its tables against their checksum; the JPEGs are checked when they are read.
+
+        Args:
+            info: its description.
 
         Raises:
             UserError: if it is not the file of JPEGs that its sidecar describes.
         """
         num_samples = info.num_samples
         try:
-            self.content: npt.NDArray[np.uint8] = np.memmap(info.path, dtype=np.uint8, mode="r").view(np.ndarray)
+            self.content: ImageArray = np.memmap(info.path, dtype=np.uint8, mode="r").view(np.ndarray)
             header = self.content[: HEADER.itemsize].view(HEADER)[0]
             fields = self._array(FIELD, int(header["fields"]), HEADER.itemsize)
             names = [bytes(name).rstrip(b"\0").decode("ascii") for name in fields["name"]]
-            known = {tuple(NAMES): SAMPLE, tuple(NAMES[:3]): _UNCHECKED}.get(tuple(names))
-            if header["version"] != VERSION or known is None or header["samples"] != num_samples:
+            sample = {tuple(NAMES): SAMPLE, tuple(NAMES[:3]): _UNCHECKED}.get(tuple(names))
+            if header["version"] != VERSION or sample is None or header["samples"] != num_samples:
                 raise ValueError(f"version {header['version']}, {header['samples']} samples, fields {names}")
-            samples = self._array(known, num_samples, HEADER.itemsize + fields.nbytes)
+            samples = self._array(sample, num_samples, HEADER.itemsize + fields.nbytes)
             rest = (len(self.content) - int(header["allocations"])) // ALLOCATION.itemsize
             allocations = self._array(ALLOCATION, rest, int(header["allocations"]))
             if info.tables_sha256 not in (None, tables_sha256(self.content)):
@@ -64,7 +70,7 @@ class BetonFile:
             self.table = _jpeg_table(samples["image"], allocations)
             if (self.table[:, 0] + self.table[:, 1] > len(self.content)).any():
                 raise ValueError("images beyond its end")
-        except (ValueError, IndexError) as error:  # numpy's, of a file too short or of another kind
+        except (ValueError, IndexError) as error:  # numpy's, of a file that is too short or of another kind
             raise UserError(
                 f"{info.path}: does not hold what its sidecar describes ({error}); copy or write it again"
             ) from None
@@ -73,23 +79,23 @@ class BetonFile:
         checked = "adler32" in names
         self.checksums = samples["adler32"].astype(np.int64) if checked else np.full(num_samples, -1, dtype=np.int64)
 
-    def _array(self, dtype: np.dtype, count: int, offset: int) -> npt.NDArray[np.void]:
+    def _array(self, dtype: np.dtype[Any], count: int, offset: int) -> npt.NDArray[np.void]:
         end = offset + count * dtype.itemsize
         if end > len(self.content):
-            raise ValueError("it is cut off")
+            raise ValueError("it is truncated")
         return self.content[offset:end].view(dtype)
 
     def jpeg(self, row: int) -> bytes:
-        """The JPEG of one sample, as it lies in the file. Raises ValueError if it has changed since it was written."""
+        """Return the JPEG of one sample, as stored; raises ValueError if it has changed since it was written."""
         offset, length = self.table[row, :2]
         content = self.content[offset : offset + length].tobytes()
         if self.checksums[row] not in (-1, zlib.adler32(content)):
-            raise ValueError("its checksum is another than when it was written")
+            raise ValueError("its checksum has changed since it was written")
         return content
 
 
-def tables_sha256(content: npt.NDArray[np.uint8]) -> str:
-    """Of all but the pages of JPEGs: of what lies before the first page, and after the last.
+def tables_sha256(content: ImageArray) -> str:
+    """Return the SHA-256 of all but the pages of JPEGs, of the content before the first page and after the last.
 
     Args:
         content: the whole file, uint8 [bytes].
@@ -102,11 +108,11 @@ def tables_sha256(content: npt.NDArray[np.uint8]) -> str:
 
 
 def _jpeg_table(images: npt.NDArray[np.void], allocations: npt.NDArray[np.void]) -> IntArray:
-    """Join the samples with the table of allocations, which alone knows how long each JPEG is."""
+    """Join the samples with the table of allocations, which holds the length of each JPEG."""
     order = np.argsort(allocations["place"])
-    found = np.searchsorted(allocations["place"], images["place"], sorter=order)
-    if (found == len(order)).any() or (allocations["place"][order[found]] != images["place"]).any():
+    places = np.searchsorted(allocations["place"], images["place"], sorter=order)
+    if (places == len(order)).any() or (allocations["place"][order[places]] != images["place"]).any():
         raise ValueError("images that its table does not list")
-    lengths = allocations["size"][order[found]]
+    lengths = allocations["size"][order[places]]
     columns = [images["place"], lengths, images["height"], images["width"]]
     return np.stack([column.astype(np.int64) for column in columns], axis=1)

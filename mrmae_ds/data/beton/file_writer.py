@@ -1,7 +1,7 @@
-"""Writing a .beton (FFCV's format 2; ``beton_file`` reads it) from JPEGs that are made already, one after another.
+"""Sequential writer of .beton files (FFCV's format 2) from encoded JPEGs.
 
-FFCV's own ``DatasetWriter`` waits for ever when one of its processes dies or its disk is full, and lays the images
-out as its processes come; this one writes the same bytes for the same images.
+FFCV's own ``DatasetWriter`` waits forever if one of its processes dies or its disk is full, and its file layout depends
+on the timing of its processes; this one writes the same bytes for the same images.
 """
 
 from __future__ import annotations
@@ -20,10 +20,15 @@ _IMAGE_FIELD, _INTEGER_FIELD = 2, 1  # FFCV's numbers for the kinds of field
 
 
 class BetonWriter:
-    """An open file; an image never crosses the border of a page, as FFCV wants it."""
+    """A .beton being written, as a context manager. No image crosses a page border, as FFCV requires.
+
+    Args:
+        path: the file.
+        capacity: number of images, at most.
+        max_side: of the images, pixels, at most.
+    """
 
     def __init__(self, path: Path, capacity: int, max_side: int) -> None:
-        """Begin a file of at most ``capacity`` images whose sides are at most ``max_side`` pixels."""
         # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
         self._page = max(_MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
         self._samples = np.zeros(capacity, dtype=SAMPLE)
@@ -44,7 +49,17 @@ class BetonWriter:
             self._discard()
 
     def append(self, jpeg: bytes, width: int, height: int, label: int) -> None:
-        """Store an image. Raises OSError, of a full disk for one."""
+        """Write an image.
+
+        Args:
+            jpeg: its content.
+            width: pixels.
+            height: pixels.
+            label: its class.
+
+        Raises:
+            OSError: of the disk, for example if it is full.
+        """
         if len(jpeg) > self._page:
             raise ValueError(f"a JPEG of {len(jpeg):,} bytes does not fit into a page of {self._page:,}")
         left = -self._end % self._page
@@ -58,7 +73,7 @@ class BetonWriter:
         self._count += 1
 
     def _finish(self) -> None:
-        """Write what is known at the end only. Where fewer images came than announced, a gap remains."""
+        """Write the header and the tables. If there are fewer images than ``capacity``, a gap remains."""
         header = np.zeros(1, dtype=HEADER)
         header[0] = (VERSION, len(NAMES), self._page, self._count, self._end)
         fields = np.zeros(len(NAMES), dtype=FIELD)
@@ -73,7 +88,7 @@ class BetonWriter:
             os.fsync(file.fileno())
 
     def _discard(self) -> None:
-        """Close the file as it is; closing writes what is buffered, which a full disk refuses once more."""
+        """Close the file as it is; closing writes the buffer, which fails again on a full disk."""
         try:
             self._file.close()
         except OSError:

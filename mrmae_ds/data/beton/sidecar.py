@@ -1,4 +1,4 @@
-"""What is known of a .beton without opening it: its sidecar JSON. Needs no ffcv."""
+"""Metadata of a .beton file, stored in a JSON sidecar."""
 
 from __future__ import annotations
 
@@ -29,11 +29,17 @@ class BetonInfo:
     """A data set on disk.
 
     Attributes:
-        path: the .beton. num_samples: how many images. num_classes: labels are 0..num_classes-1.
-        class_names: their names, in the order of the labels.
-        max_side: longer side of the largest image it may hold, pixels. quality: of its JPEGs.
-        size: bytes. sha256: of the whole file. tables_sha256: of ``beton_file.tables_sha256``, if known.
-        name: the data set's, as tables show it. source: what it was made from, in words.
+        path: the .beton.
+        num_samples: number of images.
+        num_classes: labels are 0..num_classes-1.
+        class_names: in the order of the labels.
+        max_side: upper limit of the images' longer side, pixels.
+        quality: of the JPEGs.
+        size: bytes.
+        sha256: of the whole file.
+        tables_sha256: result of ``file.tables_sha256``; None for files that were written without it.
+        name: of the data set, as tables show it.
+        source: description of the images that it was made from.
     """
 
     path: Path
@@ -50,15 +56,16 @@ class BetonInfo:
 
 
 def sidecar_path(path: str | Path) -> Path:
-    """``train.beton`` -> ``train.beton.json``."""
+    """Return the path of a .beton's sidecar, ``train.beton.json``."""
     path = Path(path)
     return path.with_name(path.name + ".json")
 
 
 def read_sidecar(path: str | Path) -> dict[str, Any]:
-    """The sidecar of a .beton, as written.
+    """Read the sidecar of a .beton.
 
-    Raises UserError if the .beton or its sidecar is missing, or the sidecar is not one of ours.
+    Raises:
+        UserError: if the .beton or its sidecar is missing, or the sidecar is of another kind.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,8 +75,8 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise UserError(
-            f"{sidecar}: no such file; it is written last and says that {path.name} is whole: "
-            "copy it from where the .beton came from, or write the set again (see data/README.md)"
+            f"{sidecar}: no such file; it is written last, when {path.name} is complete: "
+            "copy it from the origin of the .beton, or write the set again (see data/README.md)"
         )
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
@@ -77,24 +84,31 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{sidecar}: not JSON ({error}); write the data set again (see data/README.md)") from error
     missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
     if missing or content["format"] != SIDECAR_FORMAT:
-        what = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']}, not {SIDECAR_FORMAT}"
-        raise UserError(f"{sidecar}: {what}; write the data set again (see data/README.md)")
+        fault = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']}, not {SIDECAR_FORMAT}"
+        raise UserError(f"{sidecar}: {fault}; write the data set again (see data/README.md)")
     return content
 
 
 def check_beton(path: str | Path) -> BetonInfo:
-    """The cheap check before a run: the file is there, is described, and has the size it was written with.
+    """Check that a .beton and its sidecar exist and that the file has the recorded size.
 
-    Reads a few kilobytes whatever the size of the set. ``verify.verify_beton`` is the thorough one.
+    This reads a few kilobytes, whatever the size of the set. ``verify.verify_beton`` is the thorough check.
 
-    Raises UserError.
+    Args:
+        path: the .beton.
+
+    Returns:
+        Its metadata.
+
+    Raises:
+        UserError: if the check fails.
     """
     path = Path(path)
     content = read_sidecar(path)
     size = path.stat().st_size
     if size != content["size"]:
         raise UserError(
-            f"{path}: has {size:,} bytes, its sidecar says {content['size']:,}; it is cut off or "
+            f"{path}: has {size:,} bytes, its sidecar says {content['size']:,}; it is truncated or "
             "another file: copy or write it again"
         )
     return BetonInfo(

@@ -1,4 +1,4 @@
-"""Stored images against those that they were made from."""
+"""Comparison of stored images with the files that they were made from."""
 
 from __future__ import annotations
 
@@ -12,38 +12,81 @@ from tqdm import tqdm
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
+from mrmae_ds.data.convert.folder import ImageFolder, open_folder
+from mrmae_ds.data.convert.imagenet import ImageNetSource, open_imagenet
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.convert.reopen import open_origin
-from mrmae_ds.data.convert.skipped import listed
+from mrmae_ds.data.convert.skipped import format_list
 from mrmae_ds.data.convert.writer import ImageDataset
 from mrmae_ds.errors import UserError
 
-_SLACK_DB = 1.0  # between the JPEG libraries of then and now
+_SLACK_DB = 1.0  # between the JPEG libraries of the writing and of the comparison
 
 
 def psnr(one: Image.Image, other: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB images of one size, dB; infinite for equal ones."""
+    """Return the peak signal-to-noise ratio of two RGB images of one size, dB; infinite for equal ones."""
     difference = np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)
     error = np.square(difference).mean()
     return float(10 * np.log10(255**2 / error)) if error else float("inf")
 
 
 def compare_with_source(path: str | Path, source: str | Path, count: int, seed: int = 0) -> float:
-    """Compare ``count`` stored images, drawn by ``seed``, with their files below ``source``; see ``compare``."""
+    """Compare a sample of the stored images with their files below ``source``; see ``compare``."""
     return compare(path, open_origin(Path(source), read_sidecar(path)), count, seed)
 
 
-def compare(path: str | Path, dataset: ImageDataset, count: int, seed: int = 0) -> float:
-    """Compare ``count`` stored images, drawn by ``seed``, with the same rows of a data set.
+def open_origin(source: Path, sidecar: dict[str, Any]) -> ImageFolder:
+    """Open the files of ``source`` that a .beton was made from, in its order.
 
-    The label and the size must be equal, and the stored image as near to the source as a JPEG of the recorded
-    quality is, made of it here and now.
+    Args:
+        source: the tree that was converted, at its present place.
+        sidecar: of the .beton; its "origin" says how the tree was opened.
 
-    Returns the lowest PSNR found, dB.
+    Returns:
+        The images that were stored.
 
     Raises:
-        UserError: that lists the differing images.
+        UserError: if the .beton was not made from files, or the tree has changed in shape or number.
+    """
+    origin = dict(sidecar.get("origin") or {})
+    layout, part, count = (origin.pop(key, None) for key in ("layout", "part", "count"))
+    if layout == "folder":
+        train, val, _ = open_folder(source, **origin)
+    elif layout == "imagenet":
+        train, val, _ = open_imagenet(ImageNetSource(source, **origin))
+    else:
+        raise UserError(
+            "the sidecar names no folder of images, so there is nothing to compare with; "
+            "mrmae_ds.data.convert.compare.compare compares with any data set"
+        )
+    dataset = {"train": train, "val": val}[part].limited(count, part)
+    skipped = [entry["row"] for entry in sidecar.get("skipped", ())]
+    stored = dataset.take(np.setdiff1d(np.arange(len(dataset)), skipped))
+    if len(stored) != sidecar["num_samples"]:
+        raise UserError(
+            f"{source}: has {len(stored):,} images for {part} (without those left out), the .beton "
+            f"{sidecar['num_samples']:,}; the tree has changed since"
+        )
+    return stored
+
+
+def compare(path: str | Path, dataset: ImageDataset, count: int, seed: int = 0) -> float:
+    """Compare a sample of the stored images with the same rows of a data set.
+
+    Label and size must be equal, and a stored image must be as near to its source as a JPEG of the recorded quality
+    that is made from it now.
+
+    Args:
+        path: the .beton.
+        dataset: the images that it was made from.
+        count: number of images to compare, at most.
+        seed: of the choice.
+
+    Returns:
+        The lowest PSNR, dB.
+
+    Raises:
+        UserError: listing the images that differ.
     """
     info = check_beton(path)
     if len(dataset) != info.num_samples:
@@ -52,21 +95,21 @@ def compare(path: str | Path, dataset: ImageDataset, count: int, seed: int = 0) 
     file, sidecar = BetonFile(info), read_sidecar(path)
     lowest, problems = float("inf"), []
     for row in tqdm(rows.tolist(), desc=f"compare {info.path.name}", unit="image"):
-        found = _compare_one(file, info, sidecar, dataset, row)
-        if isinstance(found, str):
-            problems.append(f"sample {row}: {found}")
+        result = _compare_one(file, info, sidecar, dataset, row)
+        if isinstance(result, str):
+            problems.append(f"sample {row}: {result}")
         else:
-            lowest = min(lowest, found)
+            lowest = min(lowest, result)
     if problems:
         head = f"{path}: {len(problems)} of {len(rows)} images are not those of the source; write it again:"
-        raise UserError(listed(head, problems))
+        raise UserError(format_list(head, problems))
     return lowest
 
 
 def _compare_one(
     file: BetonFile, info: BetonInfo, sidecar: dict[str, Any], dataset: ImageDataset, row: int
 ) -> float | str:
-    """The PSNR of one image, or what is wrong with it."""
+    """Return the PSNR of one image, or a description of the difference."""
     limit = sidecar.get("max_pixels", WriteOptions.max_pixels)
     background = sidecar.get("background", WriteOptions.background)
     name = getattr(dataset, "name", lambda row: "its source")(row)
@@ -85,5 +128,5 @@ def _compare_one(
     again = io.BytesIO()
     expected.save(again, "JPEG", quality=info.quality)
     bound = psnr(Image.open(again).convert("RGB"), expected) - _SLACK_DB
-    found = psnr(stored, expected)
-    return found if found >= bound else f"{found:.1f} dB from {name}, a JPEG of it has {bound + _SLACK_DB:.1f}"
+    ratio = psnr(stored, expected)
+    return ratio if ratio >= bound else f"{ratio:.1f} dB from {name}, a JPEG of it has {bound + _SLACK_DB:.1f}"

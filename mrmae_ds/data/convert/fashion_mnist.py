@@ -1,4 +1,8 @@
-"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 70,000 labeled 28x28 gray images of clothing, MIT."""
+"""Fashion-MNIST (Xiao, Rasul and Vollgraf 2017): 70,000 labeled 28x28 gray images of clothing, MIT license.
+
+The files are read here and not by torchvision, which needs torch, a download or a writable folder with decompressed
+copies: Debian's package holds them compressed, and writing a data set needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +13,20 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.subset import balanced_subset
 from mrmae_ds.data.convert.writer import write_beton
-from mrmae_ds.data.types import IntArray
+from mrmae_ds.data.types import ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 CLASS_NAMES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
-SIDE = 32  # 28 padded, so that strides of 16 and 4 tile it
+SIDE = 32  # 28 padded, which strides of 16 and 4 tile
 _FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
     "val": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
@@ -31,15 +34,18 @@ _FILES = {
 
 
 class FashionMNIST:
-    """One part of the set as (RGB image 32x32, label); see ``writer.ImageDataset``."""
+    """One part of the set as (RGB image 32x32, label).
+
+    Args:
+        folder: of the four files.
+        part: "train", or "val", the published test part.
+        count: size of a class-balanced subset; None is all images.
+
+    Raises:
+        UserError: for files that are no idx files, and for an impossible count.
+    """
 
     def __init__(self, folder: Path, part: str, count: int | None = None) -> None:
-        """Read ``part`` ("train" or "val", which is the published test part) of the four files in ``folder``.
-
-        count: a class-balanced subset of this many; None: all.
-
-        Raises UserError for files that are no idx files, and for a count that is not there.
-        """
         images, labels = (folder / name for name in _FILES[part])
         self.labels: IntArray = read_idx(labels).astype(np.int64)
         pixels = read_idx(images)
@@ -61,10 +67,11 @@ class FashionMNIST:
         return Image.fromarray(self.pixels[row]).convert("RGB"), int(self.labels[row])
 
 
-def read_idx(path: Path) -> npt.NDArray[np.uint8]:
-    """Read a gzipped idx file of bytes (http://yann.lecun.com/exdb/mnist: magic, sizes, values).
+def read_idx(path: Path) -> ImageArray:
+    """Read a gzipped idx file of bytes (http://yann.lecun.com/exdb/mnist: magic number, sizes, values).
 
-    Raises UserError if it is missing or not such a file.
+    Raises:
+        UserError: if it is missing or not such a file.
     """
     try:
         content = gzip.decompress(path.read_bytes())
@@ -79,22 +86,26 @@ def read_idx(path: Path) -> npt.NDArray[np.uint8]:
 
 
 def debian_folder() -> Path | None:
-    """Where Debian's package has put the files, or None if it is not installed."""
+    """Return the folder of Debian's package, or None if it is not installed."""
     if shutil.which("dpkg") is None:
         return None
-    listed = subprocess.run(["dpkg", "-L", DEBIAN_PACKAGE], capture_output=True, text=True, timeout=60, check=False)
-    wanted = _FILES["train"][0]
-    return next((Path(line).parent for line in listed.stdout.splitlines() if Path(line).name == wanted), None)
+    package = subprocess.run(["dpkg", "-L", DEBIAN_PACKAGE], capture_output=True, text=True, timeout=60, check=False)
+    paths = (Path(line) for line in package.stdout.splitlines())
+    return next((path.parent for path in paths if path.name == _FILES["train"][0]), None)
 
 
 def find_files(source: str, cache: Path) -> Path:
-    """The folder that holds the four idx files.
+    """Find or download the four idx files.
 
     Args:
         source: a folder, or "auto": Debian's package if it is installed, else a download by torchvision.
-        cache: folder for the download, used again the next time.
+        cache: folder for the download, reused later.
 
-    Raises UserError that says what to do.
+    Returns:
+        The folder that holds them.
+
+    Raises:
+        UserError: with the remedy, if they are not found.
     """
     names = [name for pair in _FILES.values() for name in pair]
     if source != "auto":
@@ -106,43 +117,43 @@ def find_files(source: str, cache: Path) -> Path:
     if folder is not None:
         return folder
     try:
-        from torchvision import datasets
+        from torchvision import datasets  # late: slow, and needed for the download only
 
         for train in (True, False):
             datasets.FashionMNIST(str(cache), train=train, download=True)
     except (ImportError, OSError, RuntimeError) as error:
         raise UserError(
-            f"Fashion-MNIST is not here and cannot be downloaded ({error}): run "
-            f"`apt-get install {DEBIAN_PACKAGE}`, or "
-            f"put {', '.join(names)} into a folder and pass it with --source"
+            f"Fashion-MNIST is not installed and cannot be downloaded ({error}): run "
+            f"`apt-get install {DEBIAN_PACKAGE}`, or put {', '.join(names)} into a folder and pass it with --source"
         ) from error
     return cache / "FashionMNIST" / "raw"
 
 
-def write_fashion_mnist(
-    out: str | Path, *, source: str = "auto", train_count: int | None = None, val_count: int | None = None
-) -> list[BetonInfo]:
-    """Write OUT/train.beton and OUT/val.beton.
+def write_fashion_mnist(output: Output, source: str = "auto") -> list[BetonInfo]:
+    """Write Fashion-MNIST as train.beton and val.beton.
 
     Args:
-        source: see ``find_files``.
-        train_count, val_count: class-balanced subsets; None: all 60,000 and 10,000.
+        output: the files; the conversion's options are fixed.
+        source: a folder of the four files, or "auto"; see ``find_files``.
 
-    Returns what was written. Raises UserError.
+    Returns:
+        The written data sets.
+
+    Raises:
+        UserError: if the files are not found or damaged, or as ``write_beton`` does.
     """
-    out = Path(out)
-    folder = find_files(source, out / "cache")
+    folder = find_files(source, output.folder / "cache")
     parts = {
-        "train": FashionMNIST(folder, "train", train_count),
-        "val": FashionMNIST(folder, "val", val_count),
+        "train": FashionMNIST(folder, "train", output.train_count),
+        "val": FashionMNIST(folder, "val", output.val_count),
     }
     return [
         write_beton(
             dataset,
-            out / f"{part}.beton",
+            output.folder / f"{part}.beton",
             WriteOptions(max_side=SIDE, quality=95, max_bad=0),
             class_names=CLASS_NAMES,
-            name="Fashion-MNIST",
+            name=output.name or "Fashion-MNIST",
             source=f"Fashion-MNIST, {part}, {len(dataset)} images padded to {SIDE}x{SIDE}",
         )
         for part, dataset in parts.items()

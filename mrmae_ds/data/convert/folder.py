@@ -1,10 +1,11 @@
-"""Folders of images, one a class, as training and validation sets (like torchvision's ``ImageFolder``)."""
+"""Trees of images with a folder per class, as training and validation sets (like torchvision's ``ImageFolder``)."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,24 @@ from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.images import open_image
-from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.subset import balanced_subset, split_off
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 
-# HEIC is here to be named among the images that cannot be read, not passed over as no image at all.
-_ENDINGS = "jpg jpeg jpe jfif mpo png apng gif webp avif bmp dib ppm pgm pbm pnm tif tiff jp2 j2k jpx heic heif"
-EXTENSIONS = frozenset(f".{ending}" for ending in _ENDINGS.split())
+# HEIC is included so that it is reported as unreadable instead of ignored.
+_SUFFIXES = "jpg jpeg jpe jfif mpo png apng gif webp avif bmp dib ppm pgm pbm pnm tif tiff jp2 j2k jpx heic heif"
+EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 
 
 class ImageFolder:
-    """Image files with labels; see ``writer.ImageDataset``.
+    """Image files with labels.
 
     Attributes:
-        paths: N files. labels: int64 [N]. ignored: other files beside them, counted by extension.
+        paths: N files.
+        labels: int64 [N].
+        ignored: number of other files beside them, by extension.
     """
 
     def __init__(self, paths: Sequence[str], labels: IntArray, ignored: Mapping[str, int] | None = None) -> None:
@@ -40,23 +43,31 @@ class ImageFolder:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An image that is not decoded yet, so that a large JPEG can be decoded at a fraction of its size."""
+        """Return an image, not decoded yet so that a large JPEG can be decoded at reduced size, and its label."""
         return open_image(self.paths[index]), self.label(index)
 
     def name(self, index: int) -> str:
-        """The file, for messages."""
+        """Return the file, for messages."""
         return self.paths[index]
 
     def label(self, index: int) -> int:
-        """Without opening the file."""
+        """Return a label without opening the file."""
         return int(self.labels[index])
 
     def take(self, rows: IntArray) -> ImageFolder:
-        """Some of the samples, by row."""
+        """Return some of the samples, by row."""
         return ImageFolder([self.paths[row] for row in rows], self.labels[rows], self.ignored)
 
     def limited(self, count: int | None, part: str) -> ImageFolder:
-        """A class-balanced subset of at most ``count``, or all for None. Raises UserError for less than 1."""
+        """Return a class-balanced subset.
+
+        Args:
+            count: at most this many samples; None is all.
+            part: "train" or "val", for the error.
+
+        Raises:
+            UserError: if ``count`` is below 1.
+        """
         if count is not None and count < 1:
             raise UserError(f"the {part} count must be at least 1, not {count}")
         if count is None or count >= len(self):
@@ -65,9 +76,10 @@ class ImageFolder:
 
 
 def find_classes(root: Path) -> list[str]:
-    """The names of the class folders, sorted; hidden ones do not count.
+    """Return the names of the class folders, sorted; hidden ones do not count.
 
-    Raises UserError if there is none.
+    Raises:
+        UserError: if there is none.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
@@ -78,52 +90,68 @@ def find_classes(root: Path) -> list[str]:
 
 
 def scan(root: Path, class_names: Sequence[str]) -> ImageFolder:
-    """All images of ROOT/CLASS, sorted by name, at any depth. What is an image, its extension says.
+    """Find all images of ROOT/CLASS at any depth, sorted by name. Files are recognized as images by their extension.
 
-    Raises UserError if a class has none, or a folder cannot be read.
+    Args:
+        root: the tree.
+        class_names: its class folders, in the order of the labels.
+
+    Returns:
+        The images.
+
+    Raises:
+        UserError: if a class has none, or a folder cannot be read.
     """
     paths: list[str] = []
     labels: list[int] = []
     ignored: Counter[str] = Counter()
     for label, name in enumerate(class_names):
-        found, others = [], Counter[str]()
+        images, others = [], Counter[str]()
         for file in _files(root / name):
-            ending = os.path.splitext(file)[1].lower()
-            if ending in EXTENSIONS and not os.path.basename(file).startswith("."):
-                found.append(file)
+            extension = os.path.splitext(file)[1].lower()
+            if extension in EXTENSIONS and not os.path.basename(file).startswith("."):
+                images.append(file)
             else:
-                others[ending or "no extension"] += 1
-        if not found:
-            held = ", ".join(f"{count} {ending}" for ending, count in sorted(others.items())) or "it is empty"
-            raise UserError(f"{root / name}: no images ({held}); add some or remove the folder")
+                others[extension or "no extension"] += 1
+        if not images:
+            content = ", ".join(f"{count} {extension}" for extension, count in sorted(others.items())) or "it is empty"
+            raise UserError(f"{root / name}: no images ({content}); add some or remove the folder")
         ignored += others
-        paths += sorted(found, key=lambda file: file.split(os.sep))
-        labels += [label] * len(found)
+        paths += sorted(images, key=lambda file: file.split(os.sep))
+        labels += [label] * len(images)
     return ImageFolder(paths, np.array(labels, dtype=np.int64), ignored)
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """All that is no folder below ``folder``, links that lead nowhere included. Raises UserError."""
+    """Yield all files below ``folder``, broken links included; raises UserError for unreadable folders."""
 
-    def failed(error: OSError) -> None:
+    def fail(error: OSError) -> None:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     visited: set[str] = set()
-    for where, folders, files in os.walk(folder, onerror=failed, followlinks=True):
-        if os.path.realpath(where) in visited:  # a link to a folder above
+    for parent, folders, files in os.walk(folder, onerror=fail, followlinks=True):
+        if os.path.realpath(parent) in visited:  # a link to a folder above
             folders.clear()
             continue
-        visited.add(os.path.realpath(where))
-        yield from (os.path.join(where, file) for file in files)
+        visited.add(os.path.realpath(parent))
+        yield from (os.path.join(parent, file) for file in files)
 
 
 def open_folder(source: Path, val_fraction: float) -> tuple[ImageFolder, ImageFolder, list[str]]:
-    """The training set, the validation set and the class names of a tree.
+    """Open a tree of images.
 
-    SRC/train/CLASS with SRC/val/CLASS is taken as it is. From SRC/train/CLASS alone, or SRC/CLASS,
-    ``val_fraction`` of every class is split off for validation, the same images each time.
+    SRC/train/CLASS with SRC/val/CLASS is used as it is. From SRC/train/CLASS alone, or SRC/CLASS, ``val_fraction`` of
+    every class is split off for validation, the same images each time.
 
-    Raises UserError for a tree of another shape.
+    Args:
+        source: SRC.
+        val_fraction: share of every class, between 0 and 1.
+
+    Returns:
+        The training set, the validation set and the class names.
+
+    Raises:
+        UserError: for a tree of another shape.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
@@ -146,64 +174,60 @@ def open_folder(source: Path, val_fraction: float) -> tuple[ImageFolder, ImageFo
     return train.take(first), train.take(second), class_names
 
 
-def write_folder(
-    source: str | Path,
-    out: str | Path,
-    options: WriteOptions | None = None,
-    *,
-    name: str | None = None,
-    val_fraction: float = 0.1,
-    train_count: int | None = None,
-    val_count: int | None = None,
-) -> list[BetonInfo]:
-    """Write OUT/train.beton and OUT/val.beton from a tree of images.
+def write_folder(source: str | Path, output: Output, *, val_fraction: float = 0.1) -> list[BetonInfo]:
+    """Write a tree of images as train.beton and val.beton.
 
     Args:
-        source: see ``open_folder``. val_fraction: used where the tree has no val/.
-        options: see there.
-        name: of the data set, as tables show it; None: the folder's.
-        train_count, val_count: class-balanced subsets of at most so many; None: all.
+        source: the tree; see ``open_folder``.
+        output: the files; the default name is the tree's.
+        val_fraction: share of every class that becomes the validation set where the tree has no val/.
 
-    Returns what was written. Raises UserError.
+    Returns:
+        The written data sets.
+
+    Raises:
+        UserError: for a tree of another shape, or as ``write_beton`` does.
     """
     source = Path(source)
     train, val, class_names = open_folder(source, val_fraction)
-    parts = {"train": train.limited(train_count, "train"), "val": val.limited(val_count, "val")}
-    counts = {"train": train_count, "val": val_count}
+    name = output.name or source.resolve().name
     return write_parts(
-        parts,
-        out,
-        options,
-        class_names=class_names,
-        name=name or source.resolve().name,
-        source=source,
-        origins={
-            part: {"layout": "folder", "part": part, "val_fraction": val_fraction, "count": counts[part]}
-            for part in parts
-        },
+        train, val, replace(output, name=name), class_names, source, {"layout": "folder", "val_fraction": val_fraction}
     )
 
 
 def write_parts(
-    parts: Mapping[str, ImageFolder],
-    out: str | Path,
-    options: WriteOptions | None,
-    *,
+    train: ImageFolder,
+    val: ImageFolder,
+    output: Output,
     class_names: Sequence[str],
-    name: str,
     source: Path,
-    origins: Mapping[str, Mapping[str, Any]],
+    origin: Mapping[str, Any],
 ) -> list[BetonInfo]:
-    """Write OUT/PART.beton of every part; see ``writer.write_beton``."""
+    """Write OUT/train.beton and OUT/val.beton.
+
+    Args:
+        train: all training images.
+        val: all validation images.
+        output: the files.
+        class_names: in the order of the labels.
+        source: the tree, for the record.
+        origin: arguments that open it again (``compare.open_origin``).
+
+    Returns:
+        The written data sets.
+    """
+    counts = {"train": output.train_count, "val": output.val_count}
+    parts = {"train": train.limited(counts["train"], "train"), "val": val.limited(counts["val"], "val")}
     return [
         write_beton(
             dataset,
-            Path(out) / f"{part}.beton",
-            options,
+            output.folder / f"{part}.beton",
+            output.options,
             class_names=class_names,
-            name=name,
+            name=output.name or "",
             source=f"{source.resolve()}, {part}, {len(dataset)} images",
-            origin=origins[part],
+            origin={**origin, "part": part, "count": counts[part]},
             ignored=dataset.ignored,
         )
         for part, dataset in parts.items()

@@ -1,4 +1,4 @@
-"""The small text files that come with ImageNet-1K: labels of the validation images, numbers and names of classes."""
+"""Text files that come with ImageNet-1K: labels of the validation images, numbers and names of classes."""
 
 from __future__ import annotations
 
@@ -16,16 +16,24 @@ VAL_FILE = re.compile(r"ILSVRC2012_val_(\d{8})(\.JPEG)?", re.IGNORECASE)
 
 
 def read_val_labels(path: Path, wnids: Sequence[str], synsets: Path | None) -> dict[int, str]:
-    """The WordNet id of each validation image by its number, 1..50000.
+    """Read the WordNet id of each validation image.
 
-    What a line of the file may be:
+    A line of the file may be:
         ``ILSVRC2012_val_00000001,n01751748 ...``: Kaggle's LOC_val_solution.csv, or the same with blanks
-        ``ILSVRC2012_val_00000001.JPEG 65``: Caffe's val.txt, a place in the sorted ids of all 1000 classes
+        ``ILSVRC2012_val_00000001.JPEG 65``: Caffe's val.txt, an index of the sorted ids of all 1000 classes
         ``n01751748``: the images in order
-        ``490``: the images in order, by the devkit's own numbers 1..1000, which are not in the order of the ids;
-        ``synsets`` translates them
+        ``490``: the images in order, by the devkit's own numbers 1..1000, which are not in the order of the ids
 
-    Raises UserError for other files.
+    Args:
+        path: the file.
+        wnids: the sorted ids of the training set's classes.
+        synsets: the file that translates the devkit's numbers.
+
+    Returns:
+        The ids by image number, 1..50000.
+
+    Raises:
+        UserError: for other files.
     """
     labels: dict[int, str] = {}
     numbers: dict[int, str] | None = None
@@ -34,17 +42,17 @@ def read_val_labels(path: Path, wnids: Sequence[str], synsets: Path | None) -> d
         lines = lines[1:]
     for place, line in enumerate(lines, start=1):
         words = line.replace(",", " ").split()
-        named = VAL_FILE.fullmatch(words[0])
-        what = words[1] if named and len(words) > 1 else words[0]
-        image = int(named[1]) if named else place
-        if WORDNET_ID.fullmatch(what):
-            labels[image] = what
-        elif what.isdecimal():
+        match = VAL_FILE.fullmatch(words[0])
+        label = words[1] if match and len(words) > 1 else words[0]
+        image = int(match[1]) if match else place
+        if WORDNET_ID.fullmatch(label):
+            labels[image] = label
+        elif label.isdecimal():
             if numbers is None:
-                numbers = _all_classes(path, wnids, synsets) if named else _devkit_numbers(path, synsets)
-            if int(what) not in numbers:
-                raise UserError(f"{path}: line {place}: there is no class {what}")
-            labels[image] = numbers[int(what)]
+                numbers = _all_classes(path, wnids, synsets) if match else _devkit_numbers(path, synsets)
+            if int(label) not in numbers:
+                raise UserError(f"{path}: line {place}: there is no class {label}")
+            labels[image] = numbers[int(label)]
         else:
             raise UserError(f"{path}: line {place} is neither a WordNet id, a number nor FILE LABEL: {line[:60]}")
     return labels
@@ -60,7 +68,7 @@ def _devkit_numbers(path: Path, synsets: Path | None) -> dict[int, str]:
 
 
 def _all_classes(path: Path, wnids: Sequence[str], synsets: Path | None) -> dict[int, str]:
-    """Caffe's numbers: places in the sorted ids of all classes."""
+    """Return Caffe's numbers, indices of the sorted ids of all classes."""
     names = sorted(read_synsets(synsets).values()) if synsets else list(wnids)
     if len(names) != IMAGENET_CLASSES:
         raise UserError(
@@ -70,13 +78,14 @@ def _all_classes(path: Path, wnids: Sequence[str], synsets: Path | None) -> dict
 
 
 def read_synsets(path: Path) -> dict[int, str]:
-    """The devkit's class numbers to WordNet ids, from lines ``n02119789 1 kit_fox`` (map_clsloc.txt).
+    """Read the WordNet ids of the devkit's class numbers, from lines ``n02119789 1 kit_fox`` (map_clsloc.txt).
 
-    Raises UserError for other files.
+    Raises:
+        UserError: for other files.
     """
     numbers: dict[int, str] = {}
     if path.suffix == ".mat":
-        raise UserError(f"{path}: a MATLAB file; data/README.md has the command that makes map_clsloc.txt of it")
+        raise UserError(f"{path}: a MATLAB file; data/README.md has the command that converts it to map_clsloc.txt")
     for place, line in enumerate(_lines(path), start=1):
         words = line.split()
         if len(words) < 2 or not WORDNET_ID.fullmatch(words[0]) or not words[1].isdecimal():
@@ -86,13 +95,21 @@ def read_synsets(path: Path) -> dict[int, str]:
 
 
 def read_class_names(path: Path, wnids: Sequence[str]) -> list[str]:
-    """Readable names of the classes, unique.
+    """Read readable, unique names of the classes.
 
     The file has lines ``n01440764 tench, Tinca tinca`` (Kaggle's LOC_synset_mapping.txt, Caffe's synset_words.txt), of
-    which the part before the comma is taken, or is a JSON object of ids to names. A name that two classes share gets
-    the id behind it.
+    which the part before the comma is used, or is a JSON object of ids to names. The id is appended to a name that two
+    classes share.
 
-    Raises UserError for other files, and for a class without a name.
+    Args:
+        path: the file.
+        wnids: WordNet ids of the classes.
+
+    Returns:
+        The names in the order of ``wnids``.
+
+    Raises:
+        UserError: for other files, and for a class without a name.
     """
     if path.suffix == ".json":
         try:

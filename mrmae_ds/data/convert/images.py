@@ -1,4 +1,4 @@
-"""Any image to RGB: what is odd is converted and named, what cannot be read is refused with a reason."""
+"""Decoding of any image file to RGB. Unusual formats are converted and reported; unreadable files raise ImageError."""
 
 from __future__ import annotations
 
@@ -7,29 +7,38 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
-# Not all that Pillow opens: its EPS reader, for one, runs Ghostscript on the file's content, whatever the file's name.
+# Not all that Pillow opens: its EPS reader runs Ghostscript on the file's content, whatever the file's name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 class ImageError(ValueError):
-    """An image that is not taken; the message alone is the reason."""
+    """Raised for an image that cannot be used; the message is the reason."""
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """Open an image file by its content, whatever its name says. Nothing is decoded yet.
+    """Open an image file by its content, regardless of its name, without decoding it.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The image, which still reads from the file.
 
     Raises:
-        ImageError: if it is no image that can be read here. OSError: if there is no such file.
+        ImageError: if it is not a readable image.
+        OSError: if there is no such file.
     """
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):
-        raise ImageError("not a regular file")  # opening a pipe would wait for ever
+        raise ImageError("not a regular file")  # opening a pipe would block forever
     if status.st_size == 0:
         raise ImageError("empty file")
     Image.init()
@@ -42,13 +51,13 @@ def open_image(path: str | Path) -> Image.Image:
             raise ImageError("HEIC, which Pillow cannot read: convert it to JPEG") from None
         kinds = ", ".join(FORMATS)
         raise ImageError(
-            f"no image, of a kind Pillow cannot read, or damaged at its beginning (read as {kinds})"
+            f"no image, of a format that Pillow cannot read, or damaged at its start (tried {kinds})"
         ) from None
 
 
 @contextmanager
 def pixel_limit(max_pixels: int) -> Iterator[None]:
-    """Within the block, Pillow refuses images of more pixels, and truncated ones, in this process."""
+    """Make Pillow refuse images of more pixels, and truncated ones, in this process within the block."""
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = max_pixels, False
     try:
@@ -61,7 +70,7 @@ def pixel_limit(max_pixels: int) -> Iterator[None]:
 
 
 def reason(error: Exception, max_pixels: int) -> str:
-    """Why an image is not taken, on one line."""
+    """Return the reason why an image cannot be used, on one line."""
     if isinstance(error, _BOMB):
         return f"more than {max_pixels:,} pixels (--max-pixels): {error}"
     text = (
@@ -71,19 +80,21 @@ def reason(error: Exception, max_pixels: int) -> str:
 
 
 def to_rgb(image: Image.Image, *, max_side: int, max_pixels: int, background: str) -> tuple[Image.Image, list[str]]:
-    """Decode an image and make it an upright RGB one of 8 bits.
+    """Decode an image to upright 8-bit RGB.
 
     Args:
         image: of any mode; a large JPEG that is not loaded yet is decoded at a fraction of its size.
-        max_side: a longer side is reduced to this many pixels (bicubic, antialiased), the other one in proportion,
-            to 1 at least.
-        max_pixels: more are refused before they are decoded.
-        background: color shown through transparent pixels, as Pillow names colors.
+        max_side: pixels; a longer side is reduced to it (bicubic, antialiased), the other one in proportion, to at
+            least 1.
+        max_pixels: larger images are refused before they are decoded.
+        background: color behind transparent pixels, as Pillow names colors.
 
-    Returns the image, and what was odd about it: "CMYK", "16-bit", ...
+    Returns:
+        The image, and the conversions that it needed: "CMYK", "16-bit", ...
 
     Raises:
-        ImageError, or whatever Pillow raises for a damaged file.
+        ImageError: if it is too large or holds no finite pixels.
+        Exception: any that Pillow raises for a damaged file.
     """
     width, height = image.size
     if width * height > max_pixels:
@@ -93,11 +104,11 @@ def to_rgb(image: Image.Image, *, max_side: int, max_pixels: int, background: st
     if ratio < 1:
         kinds.append("reduced")
         width, height = (max(1, round(side * ratio)) for side in (width, height))
-        # A JPEG decoder reduces by 2, 4 or 8 nearly for nothing; twice the size wanted leaves bicubic its part.
+        # A JPEG decoder reduces by 2, 4 or 8 at almost no cost; bicubic resizing does the last factor of 2.
         image.draft(None, (2 * width, 2 * height))
     image.load()
     rgb = _rgb(image, background, kinds)
-    # A new image in any case: looking for more frames may replace the pixels of the old one.
+    # Always a new image: the search for more frames may replace the pixels of the old one.
     rgb = rgb.resize((width, height), Image.Resampling.BICUBIC) if ratio < 1 else rgb.copy()
     rgb = _upright(rgb, image, kinds)
     if _several_frames(image):
@@ -106,7 +117,7 @@ def to_rgb(image: Image.Image, *, max_side: int, max_pixels: int, background: st
 
 
 def _rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
-    """All modes to RGB; see ``to_rgb``."""
+    """Convert any mode to RGB, appending the conversion to ``kinds``."""
     mode = image.mode
     if mode.startswith("I;16"):
         kinds.append("16-bit")
@@ -115,32 +126,32 @@ def _rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
         return _from_32_bits(np.asarray(image), mode, kinds)
     if image.has_transparency_data:
         kinds.append("transparent")
-        above = image if mode == "RGBA" else image.convert("RGBA")
+        foreground = image if mode == "RGBA" else image.convert("RGBA")
         rgb = Image.new("RGB", image.size, background)
-        rgb.paste(above, mask=above)
+        rgb.paste(foreground, mask=foreground)
         return rgb
     if mode == "RGB":
         return image
     kinds.append({"L": "gray", "1": "1-bit", "P": "palette"}.get(mode, mode))
     if mode == "CMYK" and image.format == "JPEG" and "adobe" not in image.info:
-        # Pillow takes every CMYK JPEG for Adobe's inverted kind; without Adobe's marker it is a plain one.
+        # Pillow treats every CMYK JPEG as Adobe's inverted kind; without Adobe's marker it is a plain one.
         image = ImageChops.invert(image)
     return image.convert("RGB")
 
 
-def _from_16_bits(values: np.ndarray) -> Image.Image:
-    """Divided by 257, rounded, as RGB: 65,535 becomes 255."""
+def _from_16_bits(values: npt.NDArray[Any]) -> Image.Image:
+    """Divide by 257 and round, as RGB: 65,535 becomes 255."""
     scaled = values.astype(np.uint32)
     scaled += 128
     scaled //= 257
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
 
 
-def _from_32_bits(values: np.ndarray, mode: str, kinds: list[str]) -> Image.Image:
-    """Integers within 16 bits are taken for such; other values are stretched from the least to the greatest."""
+def _from_32_bits(values: npt.NDArray[Any], mode: str, kinds: list[str]) -> Image.Image:
+    """Convert integers that fit 16 bits as such; stretch other values from the least to the greatest."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        raise ImageError("pixels that are no numbers")
+        raise ImageError("pixels that are not finite")
     if mode == "I" and low >= 0 and high <= 0xFFFF:
         kinds.append("16-bit")
         return _from_16_bits(values)
@@ -152,11 +163,11 @@ def _from_32_bits(values: np.ndarray, mode: str, kinds: list[str]) -> Image.Imag
 
 
 def _upright(rgb: Image.Image, image: Image.Image, kinds: list[str]) -> Image.Image:
-    """Turned as the EXIF record of ``image`` says. Pillow has turned TIFF and AVIF while loading."""
+    """Rotate by the EXIF orientation of ``image``. Pillow rotates TIFF and AVIF itself while loading."""
     try:
         exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation, 1)
-    except Exception:  # a damaged record raises anything, and is no reason to lose the pixels
+    except Exception:  # a damaged record raises anything; the pixels are still good
         kinds.append("unreadable EXIF")
         return rgb
     if not isinstance(orientation, int) or not 2 <= orientation <= 8:
@@ -169,7 +180,7 @@ def _upright(rgb: Image.Image, image: Image.Image, kinds: list[str]) -> Image.Im
 
 
 def _several_frames(image: Image.Image) -> bool:
-    """Whether there is more than the first frame, which is the one taken. Moves on in the file."""
+    """Return True if there are frames after the first, the one that is used. Advances in the file."""
     try:
         return getattr(image, "n_frames", 1) > 1
     except Exception:  # a later frame is damaged; the first is not

@@ -1,31 +1,33 @@
-"""How images are written: one set of options for every kind of source."""
+"""Options of writing a data set, the same for every kind of source."""
 
 from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from PIL import ImageColor
 
 from mrmae_ds.errors import UserError
 
-MAX_SIDE = 8192  # FFCV keeps sides in 16 bits, and an image must fit into a page of the file
+MAX_SIDE = 8192  # FFCV stores sides in 16 bits, and an image must fit into a page of the file
 
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """Checked when made; UserError names the option that is out of range.
+    """Options of image conversion, recorded in the sidecar.
 
     Attributes:
-        max_side: larger images are reduced to this many pixels on the longer side. quality: of the JPEGs, 1..100.
-        workers: processes; None: the cores this process may use, 8 at most.
-        max_bad: how many images may be left out because they cannot be read: an int is a number, a float a share
-            of the set, rounded up; 0: none.
-        max_pixels: images of more pixels are not decoded, and count as bad. A worker needs up to 14 bytes
-            for each, 22 where they are of 32 bits.
-        background: color shown through transparent pixels, as Pillow names colors.
-        timeout_s: that a worker may spend on one image, seconds.
+        max_side: larger images are reduced to this many pixels on the longer side.
+        quality: of the JPEGs, 1 to 100.
+        workers: number of processes; None is the number of available cores, at most 8.
+        max_bad: limit of unreadable images, which are left out: an int is a number, a float a share of the set,
+            rounded up; 0 allows none.
+        max_pixels: images of more pixels are not decoded and count as unreadable. A worker needs up to 14 bytes per
+            pixel, 22 for 32-bit pixels.
+        background: color behind transparent pixels, as Pillow names colors.
+        timeout_s: limit for one image in a worker, seconds.
     """
 
     max_side: int = 512
@@ -37,6 +39,11 @@ class WriteOptions:
     timeout_s: float = 300
 
     def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            UserError: naming the option that is out of range.
+        """
         if not 1 <= self.max_side <= MAX_SIDE or not 1 <= self.quality <= 100:
             raise UserError(
                 f"max_side must be in 1..{MAX_SIDE} and quality in 1..100, not {self.max_side} and {self.quality}"
@@ -53,17 +60,40 @@ class WriteOptions:
             raise UserError(f"background must be a color (white, #808080), not {self.background!r}") from None
 
     @property
-    def processes(self) -> int:
-        """How many workers that makes."""
+    def num_workers(self) -> int:
+        """Number of worker processes."""
         return min(len(os.sched_getaffinity(0)), 8) if self.workers is None else self.workers
 
     def bad_limit(self, count: int) -> int:
-        """How many of ``count`` images may be left out."""
+        """Return the number of unreadable images allowed among ``count``."""
         return math.ceil(self.max_bad * count) if isinstance(self.max_bad, float) else self.max_bad
 
 
+@dataclass(frozen=True)
+class Output:
+    """The train.beton and val.beton of a data set.
+
+    Attributes:
+        folder: in which both are written; created if missing.
+        name: of the data set, as tables show it; None is the source's.
+        options: of the conversion.
+        train_count: size of a class-balanced subset for training, at most; None is all images.
+        val_count: the same for validation.
+    """
+
+    folder: Path
+    name: str | None = None
+    options: WriteOptions = field(default_factory=WriteOptions)
+    train_count: int | None = None
+    val_count: int | None = None
+
+
 def parse_max_bad(text: str) -> int | float:
-    """``10`` is a number, ``0.01`` and ``1%`` are shares. Raises ValueError for anything else."""
+    """Parse ``10`` as a number, ``0.01`` and ``1%`` as shares.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if text.endswith("%"):
         return float(text[:-1]) / 100
     return float(text) if "." in text else int(text)

@@ -1,4 +1,4 @@
-"""Images that are left out: the list of them, for people and for the sidecar."""
+"""Report of the images that were left out of a data set."""
 
 from __future__ import annotations
 
@@ -12,36 +12,42 @@ from pathlib import Path
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 
-_LISTED = 20  # lines of a list in an error
+_MAX_LINES = 20  # of a list in an error
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that is left out: its row in the source, what it is called there, and why."""
+    """An image that was left out.
+
+    Attributes:
+        row: in the source.
+        name: in the source.
+        reason: one line.
+    """
 
     row: int
     name: str
     reason: str
 
 
-def listed(head: str, lines: Sequence[str]) -> str:
-    """A message about many things: the first lines, and how many more there are."""
-    more = [f"and {len(lines) - _LISTED:,} more"] if len(lines) > _LISTED else []
-    return "\n  ".join([head, *lines[:_LISTED], *more])
+def format_list(head: str, lines: Sequence[str]) -> str:
+    """Return a message of ``head``, the first lines, and the number of further ones."""
+    more = [f"and {len(lines) - _MAX_LINES:,} more"] if len(lines) > _MAX_LINES else []
+    return "\n  ".join([head, *lines[:_MAX_LINES], *more])
 
 
 def report_path(beton: Path) -> Path:
-    """``train.beton`` -> ``train.beton.skipped.csv``."""
+    """Return the path of a .beton's report, ``train.beton.skipped.csv``."""
     return beton.with_name(beton.name + ".skipped.csv")
 
 
 def printable(name: str) -> str:
-    """A file's name that can be written as UTF-8, whatever bytes it is made of."""
+    """Return a file name with the bytes that are not UTF-8 escaped."""
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def write_report(beton: Path, skipped: Sequence[Skipped]) -> None:
-    """Write the list beside the .beton, or remove an older one where nothing was left out."""
+    """Write the report beside the .beton, or remove an older one if no image was left out."""
     path = report_path(beton)
     if not skipped:
         path.unlink(missing_ok=True)
@@ -53,11 +59,11 @@ def write_report(beton: Path, skipped: Sequence[Skipped]) -> None:
     write_text(path, text.getvalue())
 
 
-def too_many(beton: Path, skipped: Sequence[Skipped], seen: int, count: int, limit: int) -> UserError:
-    """The error for more bad images than ``limit``, after ``seen`` of ``count`` were looked at."""
-    looked = "" if seen == count else f" (stopped after {seen:,})"
+def too_many(beton: Path, skipped: Sequence[Skipped], num_read: int, count: int, limit: int) -> UserError:
+    """Return the error for more than ``limit`` unreadable images among the first ``num_read`` of ``count``."""
+    stopped = "" if num_read == count else f" (stopped after {num_read:,})"
     head = (
-        f"{beton}: {len(skipped):,} of {count:,} images cannot be read{looked}, more than the {limit:,} that "
-        f"--max-bad allows; mend or remove them ({report_path(beton).name} lists all), or raise --max-bad:"
+        f"{beton}: {len(skipped):,} of {count:,} images cannot be read{stopped}, more than the {limit:,} that "
+        f"--max-bad allows; repair or remove them ({report_path(beton).name} lists all), or raise --max-bad:"
     )
-    return UserError(listed(head, [f"{entry.name}: {entry.reason}" for entry in skipped]))
+    return UserError(format_list(head, [f"{entry.name}: {entry.reason}" for entry in skipped]))

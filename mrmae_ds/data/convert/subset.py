@@ -1,4 +1,4 @@
-"""Choosing samples by class, reproducibly."""
+"""Reproducible choice of samples by class."""
 
 from __future__ import annotations
 
@@ -8,35 +8,38 @@ from mrmae_ds.data.types import IntArray
 
 
 def balanced_subset(labels: IntArray, count: int) -> IntArray:
-    """The rows of ``count`` samples, spread over the classes as evenly as the classes allow.
+    """Choose ``count`` samples, spread over the classes as evenly as their sizes allow.
 
-    Which samples of a class are taken is scattered, and depends on nothing but the labels and ``count``; a
-    smaller subset is part of a larger one.
+    The choice within a class is scattered and depends on the labels and ``count`` only; a smaller subset is part of a
+    larger one.
 
     Args:
         labels: int64 [N], not negative.
-        count: 0..N.
+        count: 0 to N.
 
-    Returns int64 [count], ascending.
+    Returns:
+        The rows, int64 [count], ascending.
     """
     if not 0 <= count <= len(labels):
         raise ValueError(f"cannot take {count} of {len(labels)} samples")
     scattered = np.argsort(np.random.Philox(key=0).random_raw(len(labels)), kind="stable")
     by_class = scattered[np.argsort(labels[scattered], kind="stable")]
     first_of_class = np.searchsorted(labels[by_class], labels[by_class])
-    turn = np.arange(len(labels)) - first_of_class  # this sample is the turn-th of its class
-    return np.sort(by_class[np.argsort(turn, kind="stable")[:count]])
+    position = np.arange(len(labels)) - first_of_class  # of each sample in its class
+    return np.sort(by_class[np.argsort(position, kind="stable")[:count]])
 
 
 def split_off(labels: IntArray, fraction: float) -> tuple[IntArray, IntArray]:
-    """Divide a set in two, the same ``fraction`` of every class going to the second part.
+    """Divide a data set in two, moving the same ``fraction`` of every class to the second part.
 
-    At least one sample of every class goes to each part, where the class has two or more.
+    Of a class with two samples or more, at least one goes to each part.
 
     Args:
-        labels: int64 [N], not negative. fraction: between 0 and 1.
+        labels: int64 [N], not negative.
+        fraction: between 0 and 1.
 
-    Returns the rows of the first and of the second part, ascending.
+    Returns:
+        The rows of the first and of the second part, int64, ascending.
     """
     second = []
     for label in np.unique(labels):

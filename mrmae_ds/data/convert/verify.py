@@ -1,4 +1,4 @@
-"""Looking into a .beton: what it holds, and whether every image in it can be decoded."""
+"""Inspection of a .beton: its description, and a check that every image can be decoded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
-from mrmae_ds.data.convert.skipped import listed, report_path
+from mrmae_ds.data.convert.skipped import format_list, report_path
 from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
@@ -24,19 +24,26 @@ _CHUNK = 256  # samples decoded at a time
 def verify_beton(path: str | Path) -> BetonInfo:
     """Check a .beton thoroughly: size, checksum, labels, row numbers, images of each class, every image decoded.
 
-    Raises UserError that lists what is wrong.
+    Args:
+        path: the .beton.
+
+    Returns:
+        Its description.
+
+    Raises:
+        UserError: listing the faults.
     """
     info = check_beton(path)
     if file_sha256(info.path) != info.sha256:
-        raise UserError(f"{path}: has not the SHA-256 in its sidecar, so it has changed: copy or write it again")
+        raise UserError(f"{path}: its SHA-256 differs from its sidecar's, so it changed: copy or write it again")
     problems = list(_problems(info))
     if problems:
-        raise UserError(listed(f"{path}: {len(problems)} bad samples or counts; write it again:", problems))
+        raise UserError(format_list(f"{path}: {len(problems)} bad samples or counts; write it again:", problems))
     return info
 
 
 def _problems(info: BetonInfo) -> Iterator[str]:
-    """One line for each thing that is not as it should be."""
+    """Yield one line for each fault."""
     file = BetonFile(info)
     labels, rows = file.labels, np.arange(info.num_samples)
     strange = (labels < 0) | (labels >= info.num_classes)
@@ -53,12 +60,12 @@ def _problems(info: BetonInfo) -> Iterator[str]:
             wrong = dict(_sizes(file, chunk))
             undamaged = np.array([row for row in chunk.tolist() if row not in wrong], dtype=np.int64)
             wrong |= {int(row): "damaged JPEG" for row in _damaged(file, undamaged)}
-            yield from (f"sample {row}: {what}" for row, what in sorted(wrong.items()))
+            yield from (f"sample {row}: {fault}" for row, fault in sorted(wrong.items()))
             progress.update(len(chunk))
 
 
 def _sizes(file: BetonFile, rows: IntArray) -> Iterator[tuple[int, str]]:
-    """The samples whose JPEG has another size than the file's table says, or is none."""
+    """Yield the samples whose JPEG's size differs from the file's table, or that are no JPEG."""
     for row in rows.tolist():
         height, width = file.table[row, 2:].tolist()
         try:
@@ -70,14 +77,14 @@ def _sizes(file: BetonFile, rows: IntArray) -> Iterator[tuple[int, str]]:
 
 
 def _damaged(file: BetonFile, rows: IntArray) -> list[int]:
-    """The samples that cannot be decoded to the last pixel.
+    """Return the samples that cannot be decoded to the last pixel.
 
-    FFCV's decoder is asked where it is installed, since it takes the JPEG library's warnings for errors. Pillow finds
-    less, but a file that has its checksum has not changed since each image was encoded.
+    FFCV's decoder is used where it is installed, because it treats the JPEG library's warnings as errors. Pillow
+    detects less damage, but a file with the right checksum has not changed since its images were encoded.
     """
     if len(rows) == 0:
         return []
-    from mrmae_ds.data.loaders.build import check_backend  # imported late: `describe_beton` needs no torch
+    from mrmae_ds.data.loaders.build import check_backend  # late: `describe_beton` needs no torch
 
     try:
         check_backend("ffcv")
@@ -97,9 +104,10 @@ def _decodes(jpeg: bytes) -> bool:
 
 
 def describe_beton(path: str | Path) -> str:
-    """A few lines for a person: what a .beton holds, from its sidecar.
+    """Return a description of a .beton for the terminal, a few lines, from its sidecar.
 
-    Raises UserError.
+    Raises:
+        UserError: if the file or its sidecar is missing or damaged.
     """
     info = check_beton(path)
     sidecar: dict[str, Any] = read_sidecar(path)
@@ -108,7 +116,7 @@ def describe_beton(path: str | Path) -> str:
         f"{info.path}: {info.name}, {info.num_samples:,} images, {info.num_classes} classes ({names}), "
         f"{info.size / 1e6:.1f} MB",
         f"  source    {info.source}",
-        f"  images  JPEG quality {info.quality}, longer side at most {info.max_side} pixels"
+        f"  images    JPEG quality {info.quality}, longer side at most {info.max_side} pixels"
         + _listing(", ", sidecar.get("converted")),
         f"  written   {sidecar.get('written', 'unknown')} with "
         + ", ".join(f"{name} {number}" for name, number in sidecar["versions"].items()),
@@ -116,12 +124,12 @@ def describe_beton(path: str | Path) -> str:
     ]
     counts = sidecar.get("class_counts")
     if counts:
-        lines[0] += f", {min(counts):,} to {max(counts):,} images a class"
+        lines[0] += f", {min(counts):,} to {max(counts):,} images per class"
     if sidecar.get("cpu_seconds"):
         rates = [info.num_samples / sidecar[key] for key in ("seconds", "cpu_seconds")]
         lines.append(
-            f"  speed     {rates[0]:,.0f} images/s with {sidecar['workers']} workers, {rates[1]:,.0f} a second of "
-            f"one core's time, {info.size / info.num_samples:,.0f} bytes an image"
+            f"  speed     {rates[0]:,.0f} images/s with {sidecar['workers']} workers, {rates[1]:,.0f} per "
+            f"core-second, {info.size / info.num_samples:,.0f} bytes per image"
         )
     if sidecar.get("ignored"):
         lines.append(f"  ignored   files that are no images: {_listing('', sidecar['ignored'])}")
@@ -132,4 +140,4 @@ def describe_beton(path: str | Path) -> str:
 
 
 def _listing(start: str, counts: dict[str, int] | None) -> str:
-    return start + ", ".join(f"{count:,} {what}" for what, count in counts.items()) if counts else ""
+    return start + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) if counts else ""

@@ -1,4 +1,4 @@
-"""Images to .beton: whole or not at all, nothing undecodable stored, and no hanging."""
+"""Conversion of an image data set to a .beton: atomic, without undecodable images, and without hanging."""
 
 from __future__ import annotations
 
@@ -29,30 +29,29 @@ from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_re
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, replacing, write_text
 
-_ENOUGH = 1000  # bad images beyond the limit, after which the rest is not looked at
+_ENOUGH = 1000  # unreadable images beyond the limit, after which the rest is not read
 _RECORDED = ("numpy", "pillow", "mrmae_ds")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ImageDataset(Protocol):
-    """What can be written: any indexed sequence of (image, label), for example a torchvision data set.
+    """Indexed sequence of (image, label), for example a torchvision data set.
 
-    Two optional methods: ``name(index) -> str`` tells where an image comes from, for messages;
-    ``label(index) -> int`` tells a label without reading the image, so that a class whose images are all bad is
-    told from one that was empty.
+    Two methods are optional: ``name(index) -> str`` is the origin of an image, for messages; ``label(index) -> int`` is
+    its label without reading it, which distinguishes a class whose images are all unreadable from an empty one.
     """
 
     def __len__(self) -> int:
-        """How many samples."""
+        """Return the number of samples."""
         ...
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        """An image of any mode, and its label in 0..classes-1. May raise: the image then counts as bad."""
+        """Return an image of any mode and its label in 0..classes-1. If it raises, the image counts as unreadable."""
         ...
 
 
 class _Encoded(NamedTuple):
-    """What a worker makes of an image. ``kinds``: what was odd about it."""
+    """An image as it is stored; ``kinds`` are the conversions that it needed."""
 
     jpeg: bytes
     width: int
@@ -63,7 +62,7 @@ class _Encoded(NamedTuple):
 
 @dataclass
 class _Tally:
-    """What has been written so far."""
+    """Counts of what was written."""
 
     class_counts: list[int]
     kinds: Counter[str] = field(default_factory=Counter)
@@ -83,23 +82,28 @@ def write_beton(
     origin: Mapping[str, Any] | None = None,
     ignored: Mapping[str, int] | None = None,
 ) -> BetonInfo:
-    """Write images as JPEGs into a .beton (``beton_file`` says what is in it), and a sidecar.
+    """Write images as JPEGs into a .beton, and its sidecar.
 
-    Every image is fully decoded and made RGB (``images.to_rgb``), once. Those that cannot be are left out and
-    listed in the sidecar and beside it, up to ``options.max_bad``. The file appears under its name when it is whole;
-    what was there before stays until then. The same images give the same bytes, whatever the number of workers.
+    Every image is decoded completely and converted to RGB (``images.to_rgb``). Unreadable ones are left out and listed
+    in the sidecar and in a report beside it, up to ``options.max_bad``. The file appears under its name when it is
+    complete; an older one stays until then. The same images give the same bytes with any number of workers.
 
     Args:
-        path: the .beton; its folder is made.
-        options: see there.
+        dataset: the images.
+        path: the .beton; its folder is created if missing.
+        options: of the conversion.
         class_names: in the order of the labels.
-        name: of the data set, as tables show it. source: what the images are, in words.
-        origin: how to open the source again, for ``verify --source``; see ``sources.open_origin``.
-        ignored: files of the source that are no images, by extension; for the record.
+        name: of the data set, as tables show it.
+        source: description of the images.
+        origin: arguments that open the source again, for ``verify --source`` (``compare.open_origin``).
+        ignored: number of files of the source that are no images, by extension; for the record.
+
+    Returns:
+        The written data set.
 
     Raises:
-        UserError: for an empty set, a label without a class, more bad images than allowed, a class that has lost
-            all of its images, a worker that died or is stuck (naming the image), a full disk.
+        UserError: for an empty set, a label without a class, more unreadable images than allowed, a class without
+            readable images, a worker that died or is stuck (naming the image), a full disk.
     """
     path, options = Path(path), options or WriteOptions()
     if len(dataset) == 0:
@@ -109,14 +113,14 @@ def write_beton(
             tally = _write_images(dataset, path, partial, options, class_names)
             _check_classes(dataset, path, tally, class_names)
             sidecar = {
-                **_described(partial, tally, options, class_names),
+                **_describe(partial, tally, options, class_names),
                 "name": name,
                 "source": source,
                 "origin": origin,
                 "ignored": dict(ignored or {}),
             }
             write_report(path, tally.skipped)
-            # At no point does a .beton stand beside the sidecar of another.
+            # A .beton never stands beside the sidecar of another.
             sidecar_path(path).unlink(missing_ok=True)
         write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
     return check_beton(path)
@@ -125,14 +129,14 @@ def write_beton(
 def _write_images(
     dataset: ImageDataset, path: Path, partial: Path, options: WriteOptions, class_names: Sequence[str]
 ) -> _Tally:
-    """Convert all images and write the good ones to ``partial``."""
+    """Convert all images and write the readable ones to ``partial``."""
     count, limit = len(dataset), options.bad_limit(len(dataset))
     tally = _Tally([0] * len(class_names))
     began, cpu_began = time.monotonic(), _cpu_seconds()
     results = map_in_order(
         _Converter(dataset, options),
         count,
-        workers=options.processes,
+        workers=options.num_workers,
         timeout_s=options.timeout_s,
         name=lambda row: _name(dataset, row),
     )
@@ -146,7 +150,7 @@ def _write_images(
             jpeg, width, height, label, kinds = result
             if not 0 <= label < len(class_names):
                 classes = f"there are {len(class_names)} classes, labels from 0"
-                raise UserError(f"{_name(dataset, row)}: has the label {label}, but {classes}")
+                raise UserError(f"{_name(dataset, row)}: its label is {label}, but {classes}")
             tally.class_counts[label] += 1
             tally.kinds.update(kinds)
             if len(tally.skipped) <= limit:
@@ -159,20 +163,20 @@ def _write_images(
 
 
 def _cpu_seconds() -> float:
-    """Of this process and those of its children that have ended."""
+    """Return the CPU time of this process and of its children that have ended."""
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names: Sequence[str]) -> dict[str, Any]:
-    """What the sidecar says of a written file."""
+def _describe(partial: Path, tally: _Tally, options: WriteOptions, class_names: Sequence[str]) -> dict[str, Any]:
+    """Return the sidecar's description of a written file."""
     return {
         "format": SIDECAR_FORMAT,
         "num_samples": sum(tally.class_counts),
         "class_names": list(class_names),
         "class_counts": tally.class_counts,
         **asdict(options),
-        "workers": options.processes,
+        "workers": options.num_workers,
         "size": partial.stat().st_size,
         "sha256": file_sha256(partial),
         "tables_sha256": tables_sha256(np.memmap(partial, dtype=np.uint8, mode="r").view(np.ndarray)),
@@ -186,13 +190,13 @@ def _described(partial: Path, tally: _Tally, options: WriteOptions, class_names:
 
 
 class _Converter:
-    """What the workers run: a row of the data set to what is stored of it, or to the reason why it is not."""
+    """Function of the workers: a row of the data set to the stored image, or to the reason why it is unreadable."""
 
     def __init__(self, dataset: ImageDataset, options: WriteOptions) -> None:
         self.dataset, self.options = dataset, options
 
     def __call__(self, row: int) -> _Encoded | str:
-        """Never raises."""
+        """Convert one image; never raises."""
         options = self.options
         try:
             with pixel_limit(options.max_pixels):
@@ -212,46 +216,46 @@ class _Converter:
 
 
 def _name(dataset: ImageDataset, row: int) -> str:
-    """Where a sample comes from, as far as the data set can tell."""
+    """Return the origin of a sample, if the data set has names."""
     name = getattr(dataset, "name", None)
     return printable(name(row)) if name is not None else f"sample {row}"
 
 
 def _check_classes(dataset: ImageDataset, path: Path, tally: _Tally, class_names: Sequence[str]) -> None:
-    """Raises UserError if a class has lost all of its images."""
+    """Check that every class has kept an image; raises UserError otherwise."""
     if not tally.skipped:
         return
     label = getattr(dataset, "label", None)
     if label is None:
-        lost = {place for place, count in enumerate(tally.class_counts) if count == 0}
+        affected = {place for place, count in enumerate(tally.class_counts) if count == 0}
     else:
-        lost = {label(entry.row) for entry in tally.skipped}
-    names = [class_names[place] for place in sorted(lost) if tally.class_counts[place] == 0]
+        affected = {label(entry.row) for entry in tally.skipped}
+    names = [class_names[place] for place in sorted(affected) if tally.class_counts[place] == 0]
     if names:
         write_report(path, tally.skipped)
         first = tally.skipped[0]
         raise UserError(
             f"{path}: no image of the class {', '.join(names[:10])} can be read ({first.name}: {first.reason}); "
-            "mend them or leave the class out"
+            "repair them or remove the class"
         )
 
 
 @contextmanager
 def _disk_errors(path: Path) -> Iterator[None]:
-    """What the system says of the disk that is written to, as an error of the user's."""
+    """Convert OSErrors of the disk that is written to."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise UserError(
-                f"{path}: the disk is full ({error.strerror}); nothing half-written was left: free some space, "
-                "or write elsewhere"
+                f"{path}: the disk is full ({error.strerror}), no partial file is left; free some space or "
+                "write elsewhere"
             ) from error
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
 def _versions() -> Iterator[tuple[str, str]]:
-    """The versions of what shaped the file."""
+    """Yield the versions of the packages that shaped the file."""
     for package in _RECORDED:
         try:
             yield package, version(package)

@@ -7,6 +7,7 @@ import gzip
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ import pytest
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.convert.fashion_mnist import FashionMNIST, find_files, read_idx
 from mrmae_ds.data.convert.folder import open_folder, scan, write_folder
-from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.subset import balanced_subset, split_off
 from mrmae_ds.data.convert.verify import describe_beton
 from mrmae_ds.errors import UserError
@@ -86,16 +87,16 @@ def test_validation_is_split_off_where_there_is_none(tmp_path: Path, below: str)
 
 def test_folders_are_written(tmp_path: Path) -> None:
     _tree(tmp_path / "in", {"a": 10, "b": 6})
-    options = WriteOptions(max_side=30, workers=1)
-    written = write_folder(tmp_path / "in", tmp_path / "out", options, val_fraction=0.5, train_count=6)
+    output = Output(tmp_path / "out", options=WriteOptions(max_side=30, workers=1))
+    written = write_folder(tmp_path / "in", replace(output, train_count=6), val_fraction=0.5)
     assert [(info.path.name, info.num_samples, info.class_names) for info in written] == [
         ("train.beton", 6, ("a", "b")),
         ("val.beton", 8, ("a", "b")),
     ]
     assert [label for _, label, _ in stored_jpegs(written[0].path)] == [0, 0, 0, 1, 1, 1]
-    assert write_folder(tmp_path / "in", tmp_path / "out", val_fraction=0.5, val_count=9)[1].num_samples == 8
+    assert write_folder(tmp_path / "in", replace(output, val_count=9), val_fraction=0.5)[1].num_samples == 8
     with pytest.raises(UserError, match=r"the val count must be at least 1, not 0"):
-        write_folder(tmp_path / "in", tmp_path / "out", val_fraction=0.5, val_count=0)
+        write_folder(tmp_path / "in", replace(output, val_count=0), val_fraction=0.5)
 
 
 def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_a_class_folder_may_hold_anything(tmp_path: Path) -> None:
     assert found.ignored == {".txt": 1, ".jpg": 1, "no extension": 1}
     for name in ("02.png", "03.png", "04.png"):
         photograph().resize((40, 50)).save(folder / name)
-    info, _ = write_folder(tmp_path / "in", tmp_path / "out", WriteOptions(max_bad=1), val_fraction=0.5)
+    info, _ = write_folder(tmp_path / "in", Output(tmp_path / "out", options=WriteOptions(max_bad=1)), val_fraction=0.5)
     assert "ignored   files that are no images: 1 .jpg, 1 .txt, 1 no extension" in describe_beton(info.path)
 
 

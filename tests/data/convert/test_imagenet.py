@@ -12,9 +12,9 @@ import pytest
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.convert.compare import compare_with_source
 from mrmae_ds.data.convert.folder import ImageFolder
-from mrmae_ds.data.convert.imagenet import open_imagenet, write_imagenet
+from mrmae_ds.data.convert.imagenet import ImageNetSource, open_imagenet, write_imagenet
 from mrmae_ds.data.convert.imagenet_labels import read_class_names, read_synsets
-from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.errors import UserError
 from tests.support.jpegs import stored_jpegs
 from tests.support.sample_data import photograph
@@ -55,7 +55,7 @@ def flat(tmp_path: Path) -> Path:
 
 def _opened(source: Path, **options: Path) -> ImageFolder:
     """The validation set, checked against what is expected; see the rest for training."""
-    train, val, wnids = open_imagenet(source, allow_partial=True, **options)
+    train, val, wnids = open_imagenet(ImageNetSource(source, allow_partial=True, **options))
     assert wnids == SORTED
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     assert all(Path(train.name(row)).parent.name == SORTED[label] for row, label in enumerate(train.labels))
@@ -111,7 +111,7 @@ def test_sorted_validation_images_are_taken_as_they_are(tmp_path: Path) -> None:
     assert (val.labels.tolist(), _numbers(val)) == ([0, 0, 1, 2, 2], [2, 3, 4, 1, 5])
     (source / "val" / "n00000001").mkdir()
     with pytest.raises(UserError, match=r"train/ and val/ differ in the classes n00000001"):
-        open_imagenet(source, allow_partial=True)
+        open_imagenet(ImageNetSource(source, allow_partial=True))
 
 
 def test_kaggles_archive_is_taken_as_it_unpacks(tmp_path: Path) -> None:
@@ -123,34 +123,35 @@ def test_kaggles_archive_is_taken_as_it_unpacks(tmp_path: Path) -> None:
 def test_files_can_be_named(flat: Path, tmp_path: Path) -> None:
     (tmp_path / "truth.txt").write_text("1\n17\n17\n2\n1\n")
     with pytest.raises(UserError, match=r"truth\.txt: holds the devkit's class numbers; pass --synsets map_clsloc"):
-        open_imagenet(flat, val_labels=tmp_path / "truth.txt", allow_partial=True)
+        open_imagenet(ImageNetSource(flat, val_labels=tmp_path / "truth.txt", allow_partial=True))
     (tmp_path / "synsets.txt").write_text(SYNSETS)
     val = _opened(flat, val_labels=tmp_path / "truth.txt", synsets=tmp_path / "synsets.txt")
     assert val.labels.tolist() == LABELS
 
 
 def test_the_published_counts_are_expected(
-    flat: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    flat: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _kaggle(flat)
-    found = "3 of 1,000 classes, 6 of 1,281,167 training, 5 of 50,000 validation images"
-    message = f"not ImageNet-1K as published: {found}"
+    counts = "3 of 1,000 classes, 6 of 1,281,167 training images, 5 of 50,000 validation images"
+    message = f"not ImageNet-1K as published: {counts}"
     with pytest.raises(UserError, match=f"{message}; unpack it again, or pass --allow-partial"):
-        open_imagenet(flat)
-    open_imagenet(flat, allow_partial=True)
-    assert f"warning: {flat}: {message}" in capsys.readouterr().err
+        open_imagenet(ImageNetSource(flat))
+    open_imagenet(ImageNetSource(flat, allow_partial=True))
+    assert caplog.messages == [f"{flat}: {message}"]
+    caplog.clear()
     for name, count in (("IMAGENET_CLASSES", 3), ("IMAGENET_TRAIN_SAMPLES", 6), ("IMAGENET_EVAL_SAMPLES", 5)):
         monkeypatch.setattr(f"mrmae_ds.data.convert.imagenet.{name}", count)
-    open_imagenet(flat)
-    assert capsys.readouterr().err == ""
+    open_imagenet(ImageNetSource(flat))
+    assert caplog.messages == []
     (flat / "train" / FOX / f"{FOX}_9.JPEG").write_bytes(b"one more")
     with pytest.raises(UserError, match=r"not ImageNet-1K as published: 7 of 6 training images;"):
-        open_imagenet(flat)
+        open_imagenet(ImageNetSource(flat))
 
 
 def test_labels_that_do_not_fit_are_errors(flat: Path) -> None:
     with pytest.raises(UserError, match=r"holds no class folders, so the labels are needed: put LOC_val_solution\.csv"):
-        open_imagenet(flat)
+        open_imagenet(ImageNetSource(flat))
     labels = flat / "labels.txt"
 
     def fails(text: str, message: str, synsets: str | None = None) -> None:
@@ -159,7 +160,7 @@ def test_labels_that_do_not_fit_are_errors(flat: Path) -> None:
             (flat / "synsets.txt").write_text(synsets)
         named = flat / "synsets.txt" if synsets is not None else None
         with pytest.raises(UserError, match=message):
-            open_imagenet(flat, val_labels=labels, synsets=named)
+            open_imagenet(ImageNetSource(flat, val_labels=labels, synsets=named))
 
     fails("\n".join(VAL[:4]), r"labels\.txt: has no label of ILSVRC2012_val_00000005\.JPEG")
     fails("\n".join([*VAL[:4], "n01440764"]), r"_00000005\.JPEG is of n01440764, of which train/ has no folder")
@@ -170,22 +171,22 @@ def test_labels_that_do_not_fit_are_errors(flat: Path) -> None:
     with pytest.raises(UserError, match=r"meta\.mat: a MATLAB file; data/README\.md"):
         read_synsets(flat / "meta.mat")
     with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read as text"):
-        open_imagenet(flat, val_labels=flat / "nowhere.txt")
+        open_imagenet(ImageNetSource(flat, val_labels=flat / "nowhere.txt"))
 
 
 def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no train/; expected .*/train/n01440764/"):
-        open_imagenet(tmp_path)
+        open_imagenet(ImageNetSource(tmp_path))
     _train(tmp_path)
     with pytest.raises(UserError, match=r"val: no such folder; unpack ILSVRC2012_img_val\.tar there"):
-        open_imagenet(tmp_path)
+        open_imagenet(ImageNetSource(tmp_path))
     (tmp_path / "val").mkdir()
     _ids(tmp_path)
     with pytest.raises(UserError, match=r"val: no images ILSVRC2012_val_\*\.JPEG"):
-        open_imagenet(tmp_path)
+        open_imagenet(ImageNetSource(tmp_path))
     _image(tmp_path / "train" / "cats" / "1.JPEG", 1)
     with pytest.raises(UserError, match=r"train: cats is no WordNet id .* data/folder\.py"):
-        open_imagenet(tmp_path)
+        open_imagenet(ImageNetSource(tmp_path))
 
 
 def test_images_of_other_classes_are_left_out_of_a_part(flat: Path) -> None:
@@ -193,9 +194,9 @@ def test_images_of_other_classes_are_left_out_of_a_part(flat: Path) -> None:
     for path in (flat / "train" / FOX).iterdir():
         path.unlink()
     (flat / "train" / FOX).rmdir()
-    _, val, wnids = open_imagenet(flat, allow_partial=True)
+    _, val, wnids = open_imagenet(ImageNetSource(flat, allow_partial=True))
     assert (wnids, _numbers(val), val.labels.tolist()) == ([TERRIER, SETTER], [2, 3, 4], [0, 0, 1])
-    assert val.ignored == {"of classes that train/ has not": 2}
+    assert val.ignored == {"of classes that train/ lacks": 2}
 
 
 def test_classes_can_have_readable_names(tmp_path: Path) -> None:
@@ -218,7 +219,7 @@ def test_it_is_written_and_compares_with_its_source(flat: Path, tmp_path: Path) 
     damaged = flat / "val" / "ILSVRC2012_val_00000002.JPEG"
     damaged.write_bytes(damaged.read_bytes()[:-100])
     options = WriteOptions(workers=1, max_bad=1)
-    train, val = write_imagenet(flat, tmp_path / "out", options, allow_partial=True)
+    train, val = write_imagenet(ImageNetSource(flat, allow_partial=True), Output(tmp_path / "out", options=options))
     assert (train.name, train.class_names, train.num_samples) == ("ImageNet-1K", tuple(SORTED), 6)
     assert [label for _, label, _ in stored_jpegs(val.path)] == [2, 0, 1, 2]
     assert compare_with_source(val.path, flat, 100) > 30

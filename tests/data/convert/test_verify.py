@@ -15,7 +15,7 @@ from PIL import Image
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.convert.compare import compare, compare_with_source, psnr
 from mrmae_ds.data.convert.folder import ImageFolder, open_folder, write_folder
-from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.verify import verify_beton
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
@@ -64,7 +64,7 @@ def test_a_changed_byte_is_found(beton: Path) -> None:
     with pytest.raises(UserError, match="SHA-256"):
         verify_beton(beton)
     beton.write_bytes(content[:-1])
-    with pytest.raises(UserError, match="cut off"):
+    with pytest.raises(UserError, match="truncated"):
         check_beton(beton)
 
 
@@ -143,7 +143,7 @@ def tree(tmp_path: Path) -> Path:
 def written(tree: Path, tmp_path: Path) -> Path:
     """The tree's train.beton."""
     options = WriteOptions(max_side=64, quality=80, workers=1, max_bad=1)
-    return write_folder(tree, tmp_path / "out", options, val_fraction=0.25, train_count=10)[0].path
+    return write_folder(tree, Output(tmp_path / "out", options=options, train_count=10), val_fraction=0.25)[0].path
 
 
 def test_stored_images_are_those_of_the_source(written: Path, tree: Path) -> None:
@@ -193,5 +193,5 @@ def test_any_data_set_can_be_compared(beton: Path, tree: Path) -> None:
 
     with pytest.raises(UserError, match="holds 16 images, the source 6"):
         compare(beton, Fewer(), count=16)
-    with pytest.raises(UserError, match=r"names no folder of images.*mrmae_ds\.data\.compare\.compare"):
+    with pytest.raises(UserError, match=r"names no folder of images.*mrmae_ds\.data\.convert\.compare\.compare"):
         compare_with_source(beton, tree, count=1)

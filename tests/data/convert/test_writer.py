@@ -178,7 +178,7 @@ def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path) -> None:
 
 def test_a_label_without_a_class_is_an_error_however_many_may_be_bad(tmp_path: Path) -> None:
     options = replace(OPTIONS, max_bad=1.0)
-    with pytest.raises(UserError, match=r"image-1: has the label 1, but there are 1 classes, labels from 0"):
+    with pytest.raises(UserError, match=r"image-1: its label is 1, but there are 1 classes, labels from 0"):
         write_beton(Opened([_small] * 2), tmp_path / "x.beton", options, **ABOUT | {"class_names": ["a"]})
     assert list(tmp_path.iterdir()) == []
 
@@ -211,7 +211,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("mrmae_ds.data.beton.file_writer.BetonWriter.append", full)
-    with pytest.raises(UserError, match=r"x\.beton: the disk is full \(No space left on device\); nothing half"):
+    with pytest.raises(UserError, match=r"x\.beton: the disk is full \(No space left on device\), no partial file"):
         write_beton(Opened([_small] * 5), tmp_path / "x.beton", OPTIONS, **ABOUT)
     assert verify_beton(tmp_path / "x.beton") == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
