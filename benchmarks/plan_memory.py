@@ -154,10 +154,10 @@ def toy(config: Any, device: Any) -> None:
     import torch
 
     from mrmae_ds.models.cvit import CViT
+    from mrmae_ds.models.encoders import init_classifier
     from mrmae_ds.models.sizes import CViTSpec
     from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.param_groups import adamw, finetune_groups
-    from mrmae_ds.weights.load import init_classifier
 
     model = CViT(CViTSpec((16, 16, 32), (1, 1, 1), 2, patches=(4, 2, 2)), 32, 10)
     init_classifier(model)

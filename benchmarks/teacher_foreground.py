@@ -200,7 +200,7 @@ def run(recipes: list[Path], images: list[Annotated]) -> list[dict[str, Any]]:
                     "sha256": teacher.sha256,
                     "pixels": teacher.image_size,
                     "precision": str(teacher.dtype).removeprefix("torch."),
-                    **teacher.facts,
+                    **teacher.details,
                 }
             else:
                 row |= {"source": "closeness to the center", "pixels": recipe.model.image_size}

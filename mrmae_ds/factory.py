@@ -7,10 +7,10 @@ from collections.abc import Callable
 from mrmae_ds.config.recipe import DataConfig, Recipe, TeacherConfig
 from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import num_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.teachers import Teacher, build_teacher
-from mrmae_ds.weights.load import build_encoder
 
 TeacherBuilder = Callable[[str, TeacherConfig, DataConfig, int, tuple[int, int]], Teacher]
 

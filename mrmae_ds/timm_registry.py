@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -21,7 +21,6 @@ from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
 from mrmae_ds.weights.formats import TensorFile, unwrap
 from mrmae_ds.weights.identify import identify
-from mrmae_ds.weights.matching import fit_positions
 
 FIELDS = [field.name for field in fields(CViTSpec)]
 PREFIX = "encoder."
@@ -63,6 +62,9 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     Raises:
         UserError: if its rows are no square grid and not as many as the model's.
     """
+    from mrmae_ds.models.cvit import CViT
+    from mrmae_ds.weights.load import fit_pos_embed
+
     tensors = unwrap(state_dict)
     found = identify(TensorFile(Path("the file"), "pickle", tensors))
     if found.family != "cvit":
@@ -70,7 +72,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     ours = {full.removeprefix(PREFIX): name for name, full in found.names.items() if full.startswith(PREFIX)}
     encoder = {name: tensors[original] for name, original in ours.items() if name != "cls_token"}
     if "pos_embed" in encoder:
-        encoder["pos_embed"] = fit_positions(encoder["pos_embed"], found, model, "the file")
+        encoder["pos_embed"] = fit_pos_embed(encoder["pos_embed"], found, cast(CViT, model), "the file")
     return encoder
 
 
@@ -79,7 +81,7 @@ def _build(
 ) -> nn.Module:
     """A model with fine-tuning's initialization if it has a head; ``device`` and ``dtype`` as timm's models take."""
     from mrmae_ds.models.cvit import CViT
-    from mrmae_ds.weights.load import init_classifier
+    from mrmae_ds.models.encoders import init_classifier
 
     model = CViT(spec, **settings)
     if model.num_classes:

@@ -151,7 +151,8 @@ def test_finetuning_starts_from_the_encoder_and_beats_chance(finetuned: Path, mr
 
 def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspace) -> None:
     """Top-1 again from the exported file, image by image, without DeepSpeed."""
-    from mrmae_ds.weights.load import build_encoder, read_metadata, read_tensors, spec_from_metadata
+    from mrmae_ds.models.encoders import build_encoder
+    from mrmae_ds.weights.model_file import read_metadata, read_tensors, spec_from_metadata
 
     path = finetuned / "model.safetensors"
     metadata = read_metadata(path)

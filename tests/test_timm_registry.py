@@ -15,7 +15,7 @@ from timm.models import get_model_input_config, get_pretrained_cfg
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.cvit import CViT
-from mrmae_ds.models.pos_embed import resize_positions
+from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec
 from mrmae_ds.timm_registry import checkpoint_filter_fn
 from tests.fixtures import load_reference, part
@@ -173,7 +173,7 @@ def test_a_file_of_another_input_size_and_more_channels(tmp_path: Path) -> None:
     saved, path = narrow(num_classes=10, img_size=64), tmp_path / "model.safetensors"
     save_file(saved.state_dict(), path)
     model = pretrained(path, **NARROW, img_size=(48, 96), num_classes=10, in_chans=6)
-    assert torch.equal(model.pos_embed, resize_positions(saved.pos_embed, (4, 4), (3, 6)))
+    assert torch.equal(model.pos_embed, resize_pos_embed(saved.pos_embed, (4, 4), (3, 6)))
     # timm repeats the colors' kernels and keeps their sum: an image given twice gives what the image gave.
     model.set_input_size(64)
     with torch.no_grad():

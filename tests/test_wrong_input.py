@@ -29,8 +29,9 @@ def _engine(path: Path, **changes: object) -> Path:
 
 def _write_teacher(folder: Path) -> Path:
     """A stage folder as a pre-training leaves it: a ViT with 8x8 tokens at 32 pixels."""
+    from mrmae_ds.models.encoders import build_encoder
     from mrmae_ds.models.sizes import ViTSpec
-    from mrmae_ds.weights.load import build_encoder, encoder_metadata, save_weights
+    from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 
     encoder = build_encoder(ViTSpec(32, 1, 2, patch=4), 32)
     folder.mkdir()

@@ -18,7 +18,7 @@ from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.weights.export import input_statistics
 from mrmae_ds.weights.formats import read_tensor_file, verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity, identify, nearest_architecture
-from mrmae_ds.weights.load import MODEL_FILE
+from mrmae_ds.weights.model_file import MODEL_FILE
 
 FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle, no code in it", "torchscript": "TorchScript archive"}
 # Of a released file's command line, what says how it was trained.

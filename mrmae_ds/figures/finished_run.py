@@ -12,26 +12,17 @@ from mrmae_ds.config.files import describe_errors
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.pretrain import Encoder, PretrainModel
+from mrmae_ds.models.encoders import Encoder, build_encoder
+from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.records.record import RunRecord
-from mrmae_ds.weights.load import (
-    MODEL_FILE,
-    build_encoder,
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import (
     find_weights,
-    load_encoder,
     read_metadata,
     read_tensors,
+    run_folder_name,
     spec_from_metadata,
 )
-
-
-def run_name(path: Path, stage: str) -> str | None:
-    """The name of the run folder in which a stage's model file lies, None for a file elsewhere.
-
-    Two seeds of a recipe share its name, so the folder's is what tells runs apart.
-    """
-    place = path.resolve().parent
-    return place.parent.name if path.name == MODEL_FILE and place.name == stage else None
 
 
 @dataclass(frozen=True)
@@ -118,7 +109,7 @@ class ShownRun:
     @property
     def name(self) -> str:
         """The run folder's name; of a file elsewhere, the recipe's."""
-        return run_name(self.path, self.metadata["stage"]) or self.recipe.name
+        return run_folder_name(self.path, self.metadata["stage"]) or self.recipe.name
 
     @property
     def data(self) -> str:

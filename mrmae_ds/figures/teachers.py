@@ -16,9 +16,9 @@ from mrmae_ds.config.sections import TeacherConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import attention_grid
 from mrmae_ds.figures.select_images import choose_images
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.teachers import Teacher, build_teacher
-from mrmae_ds.weights.load import build_encoder
 
 _USUAL = 8
 _AT_ONCE = 8  # images through a teacher
@@ -46,7 +46,7 @@ def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:
         "size": f"{count / 1e6:.2f} M parameters in {str(teacher.dtype).removeprefix('torch.')}",
         "tokens": f"{teacher.grid[0]}x{teacher.grid[1]} of width {teacher.width}, features {config.features}",
         "input": f"{teacher.image_size} pixels, mean {_numbers(teacher.mean)}, std {_numbers(teacher.std)}",
-        **teacher.facts,
+        **teacher.details,
     }
     width = max(map(len, lines))
     body = "\n".join(f"  {topic:{width}}  {words}" for topic, words in lines.items())
@@ -88,7 +88,7 @@ def draw_teachers(
         out,
         captions=chosen.captions,
         title=f"{recipe.name}: where its teachers look",
-        legend=[*(f"{name}: {teacher.facts['importance']}." for name, teacher in teachers.items()), *how],
+        legend=[*(f"{name}: {teacher.details['importance']}." for name, teacher in teachers.items()), *how],
     )
     return told
 

@@ -23,7 +23,7 @@ from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.objectives import PIXELS, patchify, unpatchify
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.teachers import build_teacher
-from mrmae_ds.teachers.base import importance_words
+from mrmae_ds.teachers.base import describe_importance
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
 
 IMAGES = "images"
@@ -163,7 +163,7 @@ def _teach(run: ShownRun, pixels: Tensor, looks: _Looks, seed: int) -> _Mask:
             _tell(f"drawn without teacher {name}, which cannot be loaded any more: {error}")
             continue
         given = torch.cat([teacher(part).importance for part in pixels.split(_AT_ONCE)])
-        looks.add(f"{_TEACHER}{name}\n{short_source(config.source)}", given, grid, teacher.facts["importance"])
+        looks.add(f"{_TEACHER}{name}\n{short_source(config.source)}", given, grid, teacher.details["importance"])
         if name == stage.masking.teacher:
             importance = given
     mode = stage.masking.mode
@@ -185,7 +185,7 @@ def _study(run: ShownRun, label: str, pixels: Tensor, looks: _Looks, mask: _Mask
     model = run.load()
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     images = (pixels - torch.tensor(run.mean).view(1, 3, 1, 1)) / torch.tensor(run.std).view(1, 3, 1, 1)
-    words = importance_words(encoder.num_prefix_tokens > 0)
+    words = describe_importance(encoder.num_prefix_tokens > 0)
     importance = torch.cat([encoder_attention(encoder, part)[1] for part in images.split(_AT_ONCE)])
     looks.add(label, importance, encoder.grid, words)
     if not isinstance(model, PretrainModel) or mask is None:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan, run_blocks
 from mrmae_ds.models.layers import ConvBlock, PatchEmbed
-from mrmae_ds.models.masking import VisibleSet
-from mrmae_ds.models.pos_embed import resize_positions, sincos_positions
+from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
+from mrmae_ds.models.pos_embed import resize_pos_embed, sincos_pos_embed
 from mrmae_ds.models.sizes import CViTSpec, ImageSize, height_width, token_grid
 
 POOLS = ("avg", "max", "avgmax", "")
@@ -51,6 +51,7 @@ class CViT(nn.Module):
     """
 
     num_prefix_tokens = 0
+    cls_token: Tensor | None = None
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class CViT(nn.Module):
         self.patch_embed3 = PatchEmbed(c2, c3, p3)
         self.patch_embed4 = nn.Linear(c3, c3)
         bare = num_classes == 0 and not global_pool
-        self.pos_embed = nn.Parameter(sincos_positions(c3, self.grid), requires_grad=not bare)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(c3, self.grid), requires_grad=not bare)
         conv = [
             nn.ModuleList(ConvBlock(dim, ratio, next(rates)) for _ in range(depth))
             for dim, depth, ratio in zip(spec.dims[:2], spec.depths[:2], spec.mlp_ratios[:2], strict=True)
@@ -102,6 +103,11 @@ class CViT(nn.Module):
         return self.blocks3
 
     @property
+    def token_projection(self) -> nn.Conv2d:
+        """Return the convolution that makes the tokens of the transformer stage."""
+        return self.patch_embed3.proj
+
+    @property
     def fusable_stages(self) -> tuple[tuple[int, int], ...]:
         """(channels, cells per token side) of each convolutional stage that multi-layer fusion can take."""
         _, p2, p3 = self.spec.patches
@@ -109,7 +115,7 @@ class CViT(nn.Module):
 
     def forward(
         self, images: Tensor, visible: VisibleSet | None = None, taps: tuple[int, ...] = ()
-    ) -> Tensor | dict[str, Tensor | list[Tensor]]:
+    ) -> Tensor | VisibleFeatures:
         """Classify [B, 3, H, W] (logits [B, classes]), or encode visible tokens for pre-training.
 
         Both go through one ``forward`` because ZeRO-3 gathers a module's parameters when it is called.
@@ -203,15 +209,17 @@ class CViT(nn.Module):
             UserError: for an unknown pooling.
         """
         like = next(self.parameters())
-        width, new = self.head_hidden_size, {"device": like.device, "dtype": like.dtype}
+        width, device, dtype = self.head_hidden_size, like.device, like.dtype
         if global_pool is not None:
             if global_pool not in POOLS:
                 raise UserError(f"global_pool: {global_pool!r} is unknown; CViT has {', '.join(map(repr, POOLS))}")
             if bool(global_pool) != isinstance(self.fc_norm, nn.LayerNorm):
-                self.fc_norm = (NORM(width, **new) if global_pool else nn.Identity()).train(self.training)
+                self.fc_norm = (NORM(width, device=device, dtype=dtype) if global_pool else nn.Identity()).train(
+                    self.training
+                )
             self.global_pool = global_pool
         self.num_classes = num_classes
-        head = nn.Linear(width, num_classes, **new) if num_classes > 0 else nn.Identity()
+        head = nn.Linear(width, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
         self.head = head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -241,7 +249,7 @@ class CViT(nn.Module):
         grid, old = token_grid(self.spec, img_size), self.grid
         self.img_size, self.grid = height_width(img_size), grid
         if self.num_stages == len(STAGES) and grid != old:
-            resized = resize_positions(self.pos_embed.detach(), old, grid)
+            resized = resize_pos_embed(self.pos_embed.detach(), old, grid)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         # Where timm keeps the size that it built the model for.
         traits: dict[str, Any] = getattr(self, "_traits", {})
@@ -266,9 +274,7 @@ class CViT(nn.Module):
         x = run_blocks(self.blocks3, x, self.checkpointing.transformer)
         return x.unflatten(1, self.grid)
 
-    def _forward_visible(
-        self, images: Tensor, visible: VisibleSet, taps: tuple[int, ...]
-    ) -> dict[str, Tensor | list[Tensor]]:
+    def _forward_visible(self, images: Tensor, visible: VisibleSet, taps: tuple[int, ...]) -> VisibleFeatures:
         """The encoding half of :meth:`forward`: [B, 3, H, W] to ``tokens`` [B, K, C3] and what lies below them."""
         self._check_size(images)
         x = visible.take_blocks(images.permute(0, 2, 3, 1))

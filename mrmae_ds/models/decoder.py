@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import run_blocks
 from mrmae_ds.models.masking import VisibleSet
-from mrmae_ds.models.pos_embed import sincos_positions
+from mrmae_ds.models.pos_embed import sincos_pos_embed
 from mrmae_ds.schema import Section
 
 
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         self.checkpoint_every = 0
         self.embed = nn.Linear(encoder_dim, spec.dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.dim))
-        self.pos_embed = nn.Parameter(sincos_positions(spec.dim, grid, num_prefix_tokens), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(spec.dim, grid, num_prefix_tokens), requires_grad=False)
         norm = partial(nn.LayerNorm, eps=1e-6)
         self.blocks = nn.ModuleList(
             Block(spec.dim, spec.num_heads, spec.mlp_ratio, qkv_bias=True, norm_layer=norm) for _ in range(spec.depth)

@@ -11,7 +11,7 @@ neighbor) without the arithmetic on cells that nothing reads.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -66,6 +66,20 @@ class VisibleSet:
         full = blocks.new_zeros(batch, rows * columns, s, s, channels).scatter(1, index, blocks)
         full = full.reshape(batch, rows, columns, s, s, channels).transpose(2, 3)
         return full.reshape(batch, rows * s, columns * s, channels)
+
+
+class VisibleFeatures(TypedDict):
+    """Output of an encoder for visible tokens, P prefix tokens first where there are any.
+
+    Attributes:
+        tokens: [B, P + K, C] after the last block, before any norm.
+        stages: [B, K, s, s, c] after each convolutional stage; empty for a plain ViT.
+        blocks: [B, P + K, C] after each transformer block that was requested.
+    """
+
+    tokens: Tensor
+    stages: list[Tensor]
+    blocks: list[Tensor]
 
 
 def choose_visible(

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sincos_positions(dim: int, grid: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
+def sincos_pos_embed(dim: int, grid: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
     """MAE's position embedding, float32 [1, prefix_tokens + rows*columns, dim].
 
     The first half of the channels encodes the column (x), the second half the row (y), each as [sin | cos] of
@@ -29,7 +29,7 @@ def sincos_positions(dim: int, grid: tuple[int, int], prefix_tokens: int = 0) ->
     return torch.cat([torch.zeros(prefix_tokens, dim, dtype=torch.float64), tokens]).float()[None]
 
 
-def resize_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
+def resize_pos_embed(positions: Tensor, old: tuple[int, int], new: tuple[int, int], prefix_tokens: int = 0) -> Tensor:
     """Positions [1, prefix_tokens + old rows*columns, C] for another grid: bicubic, align_corners=False, in float32.
 
     Prefix tokens (a class token) keep theirs.

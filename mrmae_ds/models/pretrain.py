@@ -11,15 +11,12 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
-from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import Decoder, DecoderSpec
+from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.models.layers import PatchConv
-from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
 from mrmae_ds.models.objectives import PIXELS, Objective, objective_loss, patchify, total_loss
-from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.schema import Section
-
-Encoder = CViT | MaskedViT
 
 
 class FusionSpec(Section):
@@ -73,7 +70,7 @@ class Fusion(nn.Module):
         )
         self.norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
 
-    def forward(self, features: dict[str, Tensor | list[Tensor]]) -> Tensor:
+    def forward(self, features: VisibleFeatures) -> Tensor:
         """The encoder's output for visible tokens (see :meth:`CViT.forward`) to the latent [B, P + K, C]."""
         x = features["tokens"]
         for stage in self.spec.stages:
@@ -152,10 +149,9 @@ class PretrainModel(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        last_patch = self.encoder.patch_embed3 if isinstance(self.encoder, CViT) else self.encoder.patch_embed
-        weight = last_patch.proj.weight.data
+        weight = self.encoder.token_projection.weight.data
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-        if self.encoder.num_prefix_tokens:
+        if self.encoder.cls_token is not None:
             nn.init.normal_(self.encoder.cls_token, std=0.02)
         if self.decoder is not None:
             nn.init.normal_(self.decoder.mask_token, std=0.02)

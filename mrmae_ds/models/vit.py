@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan, run_blocks
-from mrmae_ds.models.masking import VisibleSet
-from mrmae_ds.models.pos_embed import resize_positions, sincos_positions
+from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
+from mrmae_ds.models.pos_embed import resize_pos_embed, sincos_pos_embed
 from mrmae_ds.models.sizes import ImageSize, ViTSpec, height_width, token_grid
 
 POOLS = ("avg", "token")
@@ -66,16 +66,21 @@ class MaskedViT(VisionTransformer):
         self.grid = grid
         self.stride = spec.stride
         self.checkpointing = CheckpointPlan()
-        self.pos_embed = nn.Parameter(sincos_positions(spec.dim, grid, 1), requires_grad=num_classes > 0)
+        self.pos_embed = nn.Parameter(sincos_pos_embed(spec.dim, grid, 1), requires_grad=num_classes > 0)
 
     @property
     def transformer_blocks(self) -> nn.Sequential:
         """The blocks, first to last."""
         return self.blocks
 
+    @property
+    def token_projection(self) -> nn.Conv2d:
+        """Return the convolution that makes the tokens."""
+        return self.patch_embed.proj
+
     def forward(
         self, images: Tensor, visible: VisibleSet | None = None, taps: tuple[int, ...] = ()
-    ) -> Tensor | dict[str, Tensor | list[Tensor]]:
+    ) -> Tensor | VisibleFeatures:
         """Classify [B, 3, H, W], or encode the visible tokens; see :meth:`CViT.forward`.
 
         In the latter case every tensor is [B, 1 + K, C]: the class token comes first.
@@ -114,7 +119,7 @@ class MaskedViT(VisionTransformer):
         old, self.grid = self.grid, token_grid(self.spec, img_size)
         self.patch_embed.set_input_size(img_size=height_width(img_size))
         if self.grid != old:
-            resized = resize_positions(self.pos_embed.detach(), old, self.grid, self.num_prefix_tokens)
+            resized = resize_pos_embed(self.pos_embed.detach(), old, self.grid, self.num_prefix_tokens)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def _class_token(self, patches: Tensor) -> Tensor:

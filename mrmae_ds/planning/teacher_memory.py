@@ -8,7 +8,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.teachers import Teacher
-from mrmae_ds.teachers.placement.units import OffloadLayout, count_bytes, lay_out, split, tensors_of
+from mrmae_ds.teachers.placement.offload_units import (
+    OffloadLayout,
+    count_bytes,
+    offload_layout,
+    split_units,
+    tensors_of,
+)
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class TeacherWeights:
 
     Attributes:
         total: bytes of all. largest: of the largest unit. rest: of what belongs to no unit.
-        layout: see :func:`~mrmae_ds.teachers.placement.units.lay_out`.
+        layout: see :func:`~mrmae_ds.teachers.placement.offload_units.offload_layout`.
     """
 
     total: int
@@ -46,10 +52,10 @@ class TeacherWeights:
     @classmethod
     def of(cls, teacher: Teacher) -> TeacherWeights:
         """Those of a teacher whose tensors are fake ones of the CPU."""
-        units = [count_bytes(tensors_of(unit)) for unit in split(teacher.network)]
+        units = [count_bytes(tensors_of(unit)) for unit in split_units(teacher.network)]
         total = count_bytes(tensors_of(teacher))
         with FakeTensorMode(allow_non_fake_inputs=True):
-            layout = lay_out(teacher)
+            layout = offload_layout(teacher)
         return cls(total, max(units, default=0), total - sum(units), layout)
 
     def placed(self, placement: PlacementConfig, world: int) -> Placed:

@@ -23,11 +23,11 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.imagenet import IMAGENET_CLASSES
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.profiling.meta_teachers import build_meta_teacher
-from mrmae_ds.weights.load import build_encoder
 
 
 @dataclass(frozen=True)

@@ -13,16 +13,16 @@ from torch import Tensor, nn
 
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.teachers import Teacher, check_grid
-from mrmae_ds.teachers.base import LibraryTeacher, TokenReader, importance_words
+from mrmae_ds.teachers.base import LibraryTeacher, TokenReader, describe_importance
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
 from mrmae_ds.teachers.sources.clip import TowerReader
 from mrmae_ds.teachers.sources.clip_loading import NO_TEXT
 from mrmae_ds.teachers.sources.timm import create_network
 from mrmae_ds.teachers.sources.timm_readers import timm_reader
-from mrmae_ds.weights.load import build_encoder, find_weights, read_metadata, spec_from_metadata
+from mrmae_ds.weights.model_file import find_weights, read_metadata, spec_from_metadata
 
 # Images on the meta device have no values to normalize.
 NO_STATISTICS = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
@@ -37,7 +37,7 @@ def build_meta_teacher(
         UserError: naming the key, for a model that the library does not have, a run that does not exist, or a grid that
             differs from the student's.
     """
-    options = TeacherOptions.of(name, config, data, student_size, student_grid)
+    options = TeacherOptions.from_config(name, config, data, student_size, student_grid)
     builders: dict[str, Callable[[TeacherOptions], tuple[nn.Module, TokenReader]]] = {
         "checkpoint": _checkpoint,
         "clip": _clip,
@@ -78,9 +78,9 @@ def _timm(options: TeacherOptions) -> tuple[nn.Module, TokenReader]:
 class _CheckpointReader:
     def __init__(self, encoder: Encoder) -> None:
         self.grid, self.width = encoder.grid, encoder.embed_dim
-        self.importance = importance_words(encoder.num_prefix_tokens > 0)
+        self.importance = describe_importance(encoder.num_prefix_tokens > 0)
 
-    def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, network: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
         return encoder_attention(network, images)
 
 

@@ -1,4 +1,4 @@
-"""What every teacher is: frozen, in eval mode, with its own input statistics and precision.
+"""Base classes of frozen teachers, and the attention that serves as patch importance.
 
 Shape legend: B images, L patch tokens in raster order, C the teacher's width.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -20,55 +21,83 @@ from mrmae_ds.teachers.options import TeacherOptions
 
 
 class TeacherOutput(NamedTuple):
-    """``tokens`` float32 [B, L, C] and ``importance`` float32 [B, L], not negative."""
+    """Targets of a batch.
+
+    Attributes:
+        tokens: patch features, float32 [B, L, C].
+        importance: non-negative weight of each patch, float32 [B, L].
+    """
 
     tokens: Tensor
     importance: Tensor
 
 
+@dataclass(frozen=True)
+class TeacherSpec:
+    """Properties of a teacher that follow from its weights and options.
+
+    Attributes:
+        grid: rows and columns of the patch tokens.
+        width: channels C of the tokens.
+        image_size: side of the input in pixels; other images are resized (bicubic) to it.
+        mean: per-channel mean that its input is normalized with, of pixels in [0, 1].
+        std: per-channel standard deviation, likewise.
+        dtype: of weights and arithmetic.
+        sha256: hex digest of the weights.
+        details: decisions made while the teacher was built, in words, by topic (``importance``, ``GELU``, ...).
+    """
+
+    grid: tuple[int, int]
+    width: int
+    image_size: int
+    mean: Rgb
+    std: Rgb
+    dtype: torch.dtype
+    sha256: str
+    details: Mapping[str, str] = field(default_factory=dict)
+
+
 class Teacher(nn.Module, ABC):
     """A frozen network that turns images into targets.
 
-    Not part of the student, never in an optimizer or a checkpoint. ``train()`` has no effect.
+    A teacher has its own input statistics and precision, and stays in eval mode. It is not part of the student, and
+    never in an optimizer or a checkpoint.
 
     Attributes:
-        grid: rows and columns of its patch tokens.
-        width: C.
-        sha256: of its weights file.
-        image_size: side of its input in pixels; other images are resized (bicubic) to it.
-        facts: what was found out or decided while it was built, in words, by topic (``importance``, ``GELU``, ...).
+        network: the module that holds the weights.
+        grid: rows and columns of the patch tokens.
+        width: channels C of the tokens.
+        image_size: side of the input in pixels.
+        dtype: of weights and arithmetic.
+        sha256: hex digest of the weights.
+        details: decisions made while the teacher was built and placed, in words, by topic.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        *,
-        grid: tuple[int, int],
-        width: int,
-        image_size: int,
-        mean: tuple[float, float, float],
-        std: tuple[float, float, float],
-        dtype: torch.dtype,
-        sha256: str,
-        facts: Mapping[str, str] | None = None,
-    ) -> None:
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, spec: TeacherSpec) -> None:
         super().__init__()
-        self.network = network.to(dtype)
-        self.grid, self.width, self.image_size = grid, width, image_size
-        self.dtype, self.sha256, self.facts = dtype, sha256, dict(facts or {})
-        # Not views: what they are views of would outlive forget_weights.
-        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1).clone(), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1).clone(), persistent=False)
+        self.network = network.to(spec.dtype)
+        self.grid, self.width, self.image_size = spec.grid, spec.width, spec.image_size
+        self.dtype, self.sha256, self.details = spec.dtype, spec.sha256, dict(spec.details)
+        # Cloned, because the base tensor of a view would outlive free_weights.
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1).clone(), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1).clone(), persistent=False)
         self.requires_grad_(False)
         super().train(False)
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stays in eval mode whatever is asked."""
+        """Do nothing: a teacher is always in eval mode."""
         return self
 
     @torch.no_grad()
     def forward(self, pixels: Tensor) -> TeacherOutput:
-        """Targets of images: float [B, 3, H, W] in 0 to 1, as they were decoded (no normalization)."""
+        """Compute the targets of images.
+
+        Args:
+            pixels: decoded, not normalized images in [0, 1], float [B, 3, H, W].
+        """
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
             pixels = F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
@@ -80,39 +109,44 @@ class Teacher(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
 
-    def forget_weights(self) -> None:
-        """Free the memory of all weights, whoever else holds the network. What is known of the teacher stays."""
+    def free_weights(self) -> None:
+        """Free the memory of all weights, even if the network is referenced elsewhere; all attributes stay."""
         for tensor in [*self.parameters(), *self.buffers()]:
             tensor.data = tensor.data.new_empty(0)
         self.network = nn.Identity()
 
 
 class TokenReader(Protocol):
-    """How tokens and importance are read off a kind of network.
+    """Function that extracts tokens and importance from one kind of network.
 
     Attributes:
-        grid, width: of the tokens. importance: what it is, in words.
+        grid: rows and columns of the tokens.
+        width: channels C of the tokens.
+        importance: description of the importance, in words.
     """
 
     grid: tuple[int, int]
     width: int
     importance: str
 
-    def __call__(self, network: nn.Module, images: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    # Any: each reader names the kind of network that it was built for.
+    def __call__(self, network: Any, images: Tensor, /) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         ...
 
 
 class LibraryTeacher(Teacher):
-    """A network of a library, and what reads it.
+    """A network from a library together with the reader of its tokens.
 
     Args:
-        network: with its weights. reader: of its tokens.
-        options: the recipe's.
-        statistics: the weights' own mean and std, which the options may replace.
-        sha256: of the weights. facts: besides what the importance is.
+        network: the network with its weights.
+        reader: extracts tokens and importance from ``network``.
+        options: options from the recipe.
+        statistics: mean and std of the weights, unless the options replace them.
+        sha256: hex digest of the weights.
+        details: decisions to record besides the description of the importance.
     """
 
     def __init__(
@@ -122,24 +156,26 @@ class LibraryTeacher(Teacher):
         options: TeacherOptions,
         statistics: tuple[Rgb, Rgb],
         sha256: str,
-        facts: Mapping[str, str],
+        details: Mapping[str, str],
     ) -> None:
         mean, std = options.statistics or statistics
         super().__init__(
             network,
-            grid=reader.grid,
-            width=reader.width,
-            image_size=options.image_size,
-            mean=mean,
-            std=std,
-            dtype=options.dtype,
-            sha256=sha256,
-            facts={"importance": reader.importance, **facts},
+            TeacherSpec(
+                grid=reader.grid,
+                width=reader.width,
+                image_size=options.image_size,
+                mean=mean,
+                std=std,
+                dtype=options.dtype,
+                sha256=sha256,
+                details={"importance": reader.importance, **details},
+            ),
         )
         self.reader = reader
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Teacher.encode`."""
+        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         return self.reader(self.network, images)
 
 
@@ -154,19 +190,23 @@ def class_attention(
     q_norm: nn.Module | None = None,
     k_norm: nn.Module | None = None,
 ) -> Tensor:
-    """Attention of the class token to the patches, mean over heads: one row instead of the whole matrix.
+    """Compute the class token's attention to the patches, averaged over heads.
+
+    Only the needed row of the attention matrix is computed.
 
     Args:
-        x: the attention layer's input (after its norm), [B, prefix + L, C].
-        qkv_weight: [3D, C] of D channels over all heads; qkv_bias: [3D] or None.
+        x: input of the attention layer (after its norm), [B, prefix + L, C].
+        qkv_weight: projection to queries, keys and values, [3D, C] with D channels over all heads.
+        qkv_bias: its bias [3D], or None.
         num_heads: heads of the layer.
-        prefix: tokens before the patches.
-        from_class: the first of them is the class token. If not, or without any prefix, the mean over the patches'
-            queries is returned instead: the attention each patch receives.
-        q_norm, k_norm: of queries and keys, per head, where the layer has them.
+        prefix: number of tokens before the patches.
+        from_class: the first prefix token is the class token. If False, or without any prefix, the mean over the
+            patches' queries is returned instead: the attention that each patch receives.
+        q_norm: norm of the queries per head, where the layer has one.
+        k_norm: norm of the keys per head, where the layer has one.
 
     Returns:
-        float32 [B, L].
+        Attention to each patch, float32 [B, L].
     """
     dim = qkv_weight.shape[0] // 3
     queries = x[:, :1] if prefix and from_class else x[:, prefix:]
@@ -178,26 +218,35 @@ def class_attention(
     return attention.mean(dim=(1, 2))[:, prefix:]
 
 
+def describe_importance(has_class: bool) -> str:
+    """Describe the result of :func:`class_attention` with or without a class token."""
+    what = "class token to patches" if has_class else "received by each patch on average (there is no class token)"
+    return f"last block's attention, {what}"
+
+
 def check_tiles(patch: int, image_size: int, key: str) -> None:
-    """Check that patches of a side cover an image of a side; libraries leave the rest of it out without a word.
+    """Check that patches tile the image; libraries would silently ignore the remaining pixels.
+
+    Args:
+        patch: side of a patch in pixels.
+        image_size: side of the image in pixels.
+        key: recipe key of the teacher, for errors.
 
     Raises:
-        UserError: naming the recipe key and the sizes next to it that would do.
+        UserError: naming the recipe key and the nearest sizes that fit.
     """
     if image_size % patch:
         below = image_size // patch * patch
         near = f"{below} or {below + patch}" if below else str(patch)
-        raise UserError(f"{key}.image_size: patches of {patch} do not tile {image_size} pixels; {near} would do")
-
-
-def importance_words(has_class: bool) -> str:
-    """What :func:`class_attention` is, for people."""
-    what = "class token to patches" if has_class else "what each patch gets on average (there is no class token)"
-    return f"last block's attention, {what}"
+        raise UserError(f"{key}.image_size: patches of {patch} do not tile {image_size} pixels; use {near}")
 
 
 class LastBlockInput:
-    """Keeps the input of a block during one forward: ``with LastBlockInput(block) as seen: ...; seen.x``."""
+    """Context manager that captures the input of a block: ``with LastBlockInput(block) as captured: ...; captured.x``.
+
+    Attributes:
+        x: the block's input [B, N, C] in the last forward inside the context.
+    """
 
     def __init__(self, block: nn.Module) -> None:
         self.block = block
@@ -215,7 +264,7 @@ class LastBlockInput:
 
 
 def tensors_sha256(network: nn.Module) -> str:
-    """Hex sha256 over names and bytes of all tensors, for weights that did not come from a named file."""
+    """Return the hex SHA-256 over names and bytes of all tensors, for weights that are not a local file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())

@@ -1,4 +1,4 @@
-"""What every kind of teacher is told, taken from its section of the recipe."""
+"""Options of a teacher, taken from its section of the recipe."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mrmae_ds.imagenet import Rgb
 
 @dataclass(frozen=True)
 class TeacherOptions:
-    """How to build a teacher; see :class:`~mrmae_ds.config.recipe.TeacherConfig` for the keys.
+    """Options for building a teacher; :class:`~mrmae_ds.config.recipe.TeacherConfig` documents the recipe keys.
 
     Attributes:
-        key: the recipe key to name in errors, ``teachers.NAME``.
-        source: the model's name in its library, or a path.
+        key: recipe key to name in errors, ``teachers.NAME``.
+        source: name of the model in its library, or a path.
         image_size: side of the teacher's input in pixels.
-        student_grid: rows and columns of the student's tokens, on which the teacher's must lie.
-        weights: a tag or local file; None takes those that the source names.
-        features: of the last block.
-        stage: of a network with feature maps, 0-based; None takes the deepest on the student's grid.
-        position_resize: how a position embedding gets to another grid; None decides by the model.
-        quickgelu: what the recipe says of CLIP weights that do not say it themselves.
-        statistics: mean and std of its input (of pixels in 0 to 1); None takes the model's own.
+        student_grid: rows and columns of the student's tokens, which the teacher's must match.
+        weights: tag or local file; None uses the weights that the source names.
+        features: features of the last block.
+        stage: stage of a network with feature maps, 0-based; None uses the deepest one on the student's grid.
+        position_resize: method for resizing the position embedding; None decides by the model.
+        quickgelu: the recipe's statement about CLIP weights that do not record their GELU.
+        statistics: mean and std of the input (of pixels in [0, 1]); None uses the model's own.
         dtype: of weights and arithmetic.
     """
 
@@ -42,10 +42,18 @@ class TeacherOptions:
     dtype: torch.dtype = torch.bfloat16
 
     @classmethod
-    def of(
+    def from_config(
         cls, name: str, config: TeacherConfig, data: DataConfig, student_size: int, student_grid: tuple[int, int]
     ) -> TeacherOptions:
-        """The options of a recipe's section; arguments as in :func:`~mrmae_ds.teachers.build_teacher`."""
+        """Return the options of a recipe section.
+
+        Args:
+            name: key under ``teachers`` in the recipe.
+            config: the recipe section of that key.
+            data: the recipe's data section.
+            student_size: side of the student's input in pixels.
+            student_grid: rows and columns of the student's token grid.
+        """
         statistics = None
         if config.statistics == "student":
             statistics = (data.mean, data.std)

@@ -20,7 +20,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.training.engine.build import gather_state
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus
-from mrmae_ds.weights.load import MODEL_FILE, save_weights
+from mrmae_ds.weights.model_file import MODEL_FILE, save_weights
 
 FOLDER = "captures"
 FILE = "capture.json"

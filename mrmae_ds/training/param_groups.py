@@ -12,7 +12,7 @@ from timm.models import group_parameters
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.encoders import Encoder
 
 ParamGroups = list[dict[str, Any]]
 MakeOptimizer = Callable[[ParamGroups, bool], Optimizer]  # groups, and whether to use a fused implementation

@@ -30,7 +30,7 @@ from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.perf_metrics import GIB, PerfMeter, peak_memory
 from mrmae_ds.training.run_logger import RunLogger, export_metadata
 from mrmae_ds.training.step_sync import StepSync
-from mrmae_ds.weights.load import MODEL_FILE, save_weights
+from mrmae_ds.weights.model_file import MODEL_FILE, save_weights
 
 
 def run_stage(job: PreparedStage) -> None:

@@ -29,7 +29,7 @@ from mrmae_ds.records.sections import (
 )
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
-from mrmae_ds.weights.load import encoder_metadata
+from mrmae_ds.weights.model_file import encoder_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def new_record(job: PreparedStage, parameters: Parameters, device: Any) -> RunRe
                 kind=recipe.teachers[name].kind,
                 source=recipe.teachers[name].source,
                 sha256=teacher.sha256,
-                facts=teacher.facts,
+                facts=teacher.details,
             )
             for name, teacher in job.task.teachers.items()
         },

@@ -10,19 +10,14 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.figures.finished_run import run_name
-from mrmae_ds.models.decoder import DecoderSpec
-from mrmae_ds.models.objectives import Objective
-from mrmae_ds.models.pretrain import Encoder, FusionSpec, PretrainModel
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.weights.identify import nearest_architecture
-from mrmae_ds.weights.load import (
+from mrmae_ds.weights.model_file import (
     MODEL_FILE,
-    build_classifier,
-    build_encoder,
     find_weights,
     read_metadata,
     read_tensors,
+    run_folder_name,
     save_weights,
     size_from_metadata,
     spec_from_metadata,
@@ -85,7 +80,7 @@ def export_run(source: Path, layout: Layout = "timm", out: Path | None = None, f
     target = _target(path, metadata, layout, out, force)
     save_weights(target, tensors, metadata)
     if layout == "safetensors":
-        return Exported(target, f"from mrmae_ds.weights.export import load_model; model = load_model({str(target)!r})")
+        return Exported(target, f"from mrmae_ds.weights.load import load_model; model = load_model({str(target)!r})")
     modules = "mrmae_ds, timm" if metadata["family"] == "cvit" else "timm"
     line = f"import {modules}; model = timm.create_model({call}, checkpoint_path={str(target)!r})"
     return Exported(target, line, notes)
@@ -113,39 +108,6 @@ def input_statistics(metadata: Mapping[str, Any]) -> str:
         return ""
     mean, std = (" ".join(f"{value:g}" for value in metadata[key]) for key in ("mean", "std"))
     return f"RGB in 0 to 1, less the mean {mean}, divided by {std}"
-
-
-def load_model(path: Path | str) -> Encoder | PretrainModel:
-    """The model of a weights file of this project, whole and in eval mode: a classifier, or a pre-training.
-
-    Raises:
-        UserError: if it is another file, or an encoder that was exported for timm.
-    """
-    path = Path(path)
-    metadata, tensors = read_metadata(path), read_tensors(path)
-    if metadata["kind"] not in ("classifier", "pretrain"):
-        raise UserError(f"{path}: holds an encoder for timm: {metadata.get('create_model', 'see mrmae check')}")
-    try:
-        model = _built(metadata, tensors)
-    except (KeyError, RuntimeError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"{path}: its tensors are not those that its metadata tells of ({first})") from None
-    return model.eval()
-
-
-def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder | PretrainModel:
-    """The model that a weights file is of, with its tensors. Raises what torch raises if they are another's."""
-    if metadata["kind"] == "classifier":
-        classifier = build_classifier(metadata)
-        classifier.load_state_dict(tensors)
-        return classifier
-    recipe = metadata["recipe"]
-    stage = recipe["stages"]["pretrain"]
-    objectives = {name: Objective.model_validate(values) for name, values in stage["objectives"].items()}
-    fusion = FusionSpec.model_validate(recipe["model"]["fusion"])
-    decoder = DecoderSpec.model_validate(recipe["model"]["decoder"])
-    encoder = build_encoder(spec_from_metadata(metadata), size_from_metadata(metadata))
-    return PretrainModel.of_tensors(encoder, fusion, decoder, objectives, tensors)
 
 
 def _finished(source: Path) -> Path:
@@ -194,7 +156,7 @@ def _bare_note(metadata: Mapping[str, Any]) -> str:
 
 def _target(source: Path, metadata: Mapping[str, Any], layout: Layout, out: Path | None, force: bool) -> Path:
     stage = metadata.get("stage", metadata["kind"])
-    run = run_name(source, stage) or metadata.get("recipe", {}).get("name", source.stem)
+    run = run_folder_name(source, stage) or metadata.get("recipe", {}).get("name", source.stem)
     name = f"{run}-{stage}{'-timm' if layout == 'timm' else ''}{SUFFIX}"
     target = Path(name) if out is None else out / name if out.is_dir() else out
     if target.suffix != SUFFIX:

@@ -1,135 +1,63 @@
-"""Weights of this project in and out: one safetensors file that says what it holds.
-
-The metadata entry ``mrmae`` is JSON: kind (``pretrain`` or ``classifier``), encoder spec, image size, pooling, classes,
-input statistics, and whatever the writer adds (recipe, step, metrics).
-"""
+"""Load weights of any origin into this project's models: match names, resize position embeddings, report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import replacing
-from mrmae_ds.models.cvit import CViT
-from mrmae_ds.models.objectives import PIXELS
-from mrmae_ds.models.pretrain import Encoder, PretrainModel
-from mrmae_ds.models.sizes import FAMILIES, CViTSpec, EncoderSpec, ImageSize, make_spec
-from mrmae_ds.models.vit import MaskedViT
+from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import Encoder, build_encoder
+from mrmae_ds.models.objectives import PIXELS, Objective
+from mrmae_ds.models.pos_embed import resize_pos_embed
+from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
+from mrmae_ds.models.sizes import FAMILIES, EncoderSpec
 from mrmae_ds.weights.formats import read_tensor_file
-from mrmae_ds.weights.identify import METADATA_KEY, PIXEL_HEAD, decoder_sizes, identify, size_differences
-from mrmae_ds.weights.matching import LoadReport, check_encoder, match_tensors
-
-MODEL_FILE = "model.safetensors"
-
-
-def build_encoder(
-    spec: EncoderSpec,
-    image_size: ImageSize,
-    num_classes: int = 0,
-    drop_path_rate: float = 0.0,
-    pool: str = "avg",
-) -> Encoder:
-    """The encoder of a spec.
-
-    Args:
-        spec: of a CViT or a plain ViT.
-        image_size: pixels, one side of a square or (height, width).
-        num_classes: of the classifier; 0 builds the bare encoder of pre-training.
-        drop_path_rate: stochastic depth of the last block.
-        pool: what a classifier's head sees: ``avg``, or what :class:`~mrmae_ds.models.cvit.CViT` and
-            :class:`~mrmae_ds.models.vit.MaskedViT` have besides.
-
-    Raises:
-        ConfigError: if the patches do not tile ``image_size``. or for a pooling that the encoder does not have.
-    """
-    if isinstance(spec, CViTSpec):
-        return CViT(spec, image_size, num_classes, drop_path_rate, global_pool=pool if num_classes else "")
-    return MaskedViT(spec, image_size, num_classes, drop_path_rate, pool)
+from mrmae_ds.weights.identify import (
+    FAMILY_TITLES,
+    PIXEL_HEAD,
+    WeightIdentity,
+    decoder_sizes,
+    identify,
+    size_differences,
+    spec_sizes,
+)
+from mrmae_ds.weights.model_file import (
+    build_classifier,
+    read_metadata,
+    read_tensors,
+    size_from_metadata,
+    spec_from_metadata,
+)
 
 
-def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None = None) -> Encoder:
-    """The classifier that a weights file's metadata tells of, for its own or another input size; random weights.
+@dataclass
+class LoadReport:
+    """What became of a file's tensors: names loaded, resized, missing from the file, unexpected in it."""
 
-    Raises:
-        ConfigError: if the patches do not tile ``image_size``.
-    """
-    spec, size = spec_from_metadata(metadata), image_size or size_from_metadata(metadata)
-    return build_encoder(spec, size, metadata["num_classes"], pool=metadata.get("pool", "avg"))
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        def listed(label: str, names: list[str]) -> str:
+            shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+            return f"{label} {len(names)}" + (f" ({shown})" if names else "")
 
-def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
-    """What is needed to build the encoder again, but for its classes."""
-    height, width = (side * encoder.stride for side in encoder.grid)
-    pool = {"pool": encoder.global_pool} if encoder.num_classes else {}
-    return {
-        "family": "cvit" if isinstance(encoder, CViT) else "vit",
-        "spec": asdict(encoder.spec),
-        "image_size": height if height == width else [height, width],
-        **pool,
-    }
-
-
-def spec_from_metadata(metadata: Mapping[str, Any]) -> EncoderSpec:
-    """The spec that :func:`encoder_metadata` wrote."""
-    return make_spec(FAMILIES[metadata["family"]], metadata["spec"], "weights file")
-
-
-def size_from_metadata(metadata: Mapping[str, Any]) -> ImageSize:
-    """The input size that :func:`encoder_metadata` wrote: pixels of a square's side, or (height, width)."""
-    size = metadata["image_size"]
-    return size if isinstance(size, int) else tuple(size)
-
-
-def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a weights file in one step, so that a partial one never passes for whole."""
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        save_file(contiguous, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
-
-
-def find_weights(source: Path, key: str) -> Path:
-    """The weights file of a stage folder, or ``source`` itself if it is a file.
-
-    Raises:
-        UserError: naming ``key`` and what is missing.
-    """
-    path = source / MODEL_FILE if source.is_dir() else source
-    if not path.is_file():
-        what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
-        raise UserError(
-            f"{key}: {source} {what}; run that stage first, or name a stage folder (runs/NAME/STAGE) or a model file"
+        return "; ".join(
+            [
+                f"loaded {len(self.loaded)} tensors",
+                listed("resized", self.resized),
+                listed("missing", self.missing),
+                listed("not used", self.unexpected),
+            ]
         )
-    return path
-
-
-def read_metadata(path: Path) -> dict[str, Any]:
-    """The ``mrmae`` metadata of a weights file.
-
-    Raises:
-        UserError: if it is not a weights file of this project.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
-    if METADATA_KEY not in metadata:
-        raise UserError(f"{path}: a safetensors file, but not one written by this project (no 'mrmae' metadata)")
-    return json.loads(metadata[METADATA_KEY])
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a weights file, on the CPU."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
 
 
 def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
@@ -205,20 +133,120 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
     return report
 
 
-def init_classifier(model: Encoder) -> None:
-    """Fine-tuning's initialization (MAE, MCMAE): trunc_normal 0.02 for linear layers, positions and the class token,
-    2e-5 for the head.
+def load_model(path: Path | str) -> Encoder | PretrainModel:
+    """The model of a weights file of this project, whole and in eval mode: a classifier, or a pre-training.
 
-    Loading a pre-trained encoder replaces all of it but the head.
+    Raises:
+        UserError: if it is another file, or an encoder that was exported for timm.
     """
-    nn.init.trunc_normal_(model.pos_embed, std=0.02)
-    if model.num_prefix_tokens:
-        nn.init.trunc_normal_(model.cls_token, std=0.02)
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-    head = model.head
-    assert isinstance(head, nn.Linear)
-    nn.init.trunc_normal_(head.weight, std=2e-5)
+    path = Path(path)
+    metadata, tensors = read_metadata(path), read_tensors(path)
+    if metadata["kind"] not in ("classifier", "pretrain"):
+        raise UserError(f"{path}: holds an encoder for timm: {metadata.get('create_model', 'see mrmae check')}")
+    try:
+        model = _built(metadata, tensors)
+    except (KeyError, RuntimeError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"{path}: its tensors are not those that its metadata tells of ({first})") from None
+    return model.eval()
+
+
+def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder | PretrainModel:
+    """The model that a weights file is of, with its tensors. Raises what torch raises if they are another's."""
+    if metadata["kind"] == "classifier":
+        classifier = build_classifier(metadata)
+        classifier.load_state_dict(tensors)
+        return classifier
+    recipe = metadata["recipe"]
+    stage = recipe["stages"]["pretrain"]
+    objectives = {name: Objective.model_validate(values) for name, values in stage["objectives"].items()}
+    fusion = FusionSpec.model_validate(recipe["model"]["fusion"])
+    decoder = DecoderSpec.model_validate(recipe["model"]["decoder"])
+    encoder = build_encoder(spec_from_metadata(metadata), size_from_metadata(metadata))
+    return PretrainModel.of_tensors(encoder, fusion, decoder, objectives, tensors)
+
+
+def check_encoder(found: WeightIdentity, wanted: EncoderSpec, where: str) -> None:
+    """Refuse a file whose encoder is not ``wanted``; ``where`` names the file, for errors.
+
+    Raises:
+        UserError: naming every size that differs.
+    """
+    family = next(name for name, kind in FAMILIES.items() if isinstance(wanted, kind))
+    if found.family != family:
+        raise UserError(f"{where}: holds {found.title}, but the recipe's model is a {FAMILY_TITLES[family]}")
+    if found.extras:
+        raise UserError(
+            f"{where}: holds a ViT with more than the plain one has ({', '.join(found.extras[:6])}), which would "
+            "compute something else here; it can be a teacher (kind: timm)"
+        )
+    if differences := size_differences(found.sizes, spec_sizes(wanted)):
+        raise UserError(
+            f"{where}: another encoder than the recipe's: {'; '.join(differences)}; "
+            "take another file, or set model.arch and model.overrides to this one's sizes"
+        )
+
+
+def match_tensors(
+    tensors: Mapping[str, Tensor],
+    found: WeightIdentity,
+    own: Mapping[str, Tensor],
+    encoder: Encoder,
+    where: str,
+    prefix: str = "",
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """A file's tensors that ``own`` takes, by its names, positions resized; and what became of each.
+
+    Args:
+        tensors: by the file's names.
+        found: what the file is.
+        own: the model's; its names are those of a pre-training model that start with ``prefix``, without it.
+        encoder: whose class token and grid the positions must fit.
+        where: names the file, for errors.
+        prefix: of the names in a pre-training model.
+
+    Raises:
+        UserError: for a tensor of another shape, but for a head's, which is left out.
+    """
+    report, incoming = LoadReport(), {}
+    for name, tensor in tensors.items():
+        full = found.names.get(name, "")
+        ours = full.removeprefix(prefix)
+        if not full.startswith(prefix) or ours not in own:
+            report.unexpected.append(name)
+            continue
+        if full == "encoder.pos_embed":
+            fitted = fit_pos_embed(tensor, found, encoder, where)
+            if fitted.shape != tensor.shape:
+                report.resized.append(ours)
+            tensor = fitted
+        if tensor.shape != own[ours].shape:
+            if not full.startswith(("encoder.head.", "heads.")):
+                raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[ours].shape)}")
+            report.unexpected.append(name)
+            continue
+        incoming[ours] = tensor
+        report.loaded.append(ours)
+    report.missing = [name for name in own if name not in incoming]
+    return incoming, report
+
+
+def fit_pos_embed(positions: Tensor, found: WeightIdentity, encoder: Encoder, where: str) -> Tensor:
+    """A file's positions [1, rows, C] for the encoder's class token, or lack of one, and its grid.
+
+    Raises:
+        UserError: if the rows are those of no grid that is known.
+    """
+    wanted = encoder.num_prefix_tokens
+    if found.grid is None:
+        if tuple(positions.shape[1:2]) == tuple(encoder.pos_embed.shape[1:2]):
+            return positions
+        raise UserError(
+            f"{where}: pos_embed is {tuple(positions.shape)}: its rows are no square grid, and the model's are "
+            f"{encoder.grid[0]} x {encoder.grid[1]}"
+        )
+    if found.prefix_rows > wanted:
+        positions = positions[:, found.prefix_rows :]
+    elif found.prefix_rows < wanted:  # a class token without a position is one whose position is zero
+        positions = torch.cat([positions.new_zeros(1, wanted, positions.shape[2]), positions], dim=1)
+    return resize_pos_embed(positions, found.grid, encoder.grid, wanted)

@@ -14,12 +14,14 @@ from torch import nn
 from mrmae_ds.cli.inspect import describe, usage
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import CViTSpec
 from mrmae_ds.records.sections import Schedule
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, EngineLayout, FileEntry, Manifest, RunIdentity
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.identify import identify
-from mrmae_ds.weights.load import MODEL_FILE, build_encoder, load_encoder
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import MODEL_FILE
 from tests.fixtures import load_reference, part
 from tests.support.processes import REPOSITORY
 from tests.support.records import make_record

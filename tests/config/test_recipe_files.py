@@ -16,12 +16,12 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line
 from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.tables.paper import TABLES, PaperRow
-from mrmae_ds.weights.load import build_encoder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "ds_configs"

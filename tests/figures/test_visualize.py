@@ -19,7 +19,12 @@ from mrmae_ds.figures import plots as figures
 from mrmae_ds.figures.image_grid import GridRow
 from mrmae_ds.figures.visualize import show_run, show_runs
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.weights.load import MODEL_FILE, read_metadata, read_tensors, save_weights
+from mrmae_ds.weights.model_file import (
+    MODEL_FILE,
+    read_metadata,
+    read_tensors,
+    save_weights,
+)
 from tests.support.jpegs import stored_jpegs
 from tests.support.record_runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretraining
 from tests.support.sample_data import Photographs, photograph

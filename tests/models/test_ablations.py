@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
-from mrmae_ds.weights.load import build_encoder
 from tests.support.reference import random_noise
 
 VIT = ViTSpec(16, 4, 4, patch=4)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan, run_blocks
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
-from mrmae_ds.weights.load import build_encoder
 from tests.support.reference import perturb, pixel_objective, random_images, random_noise
 
 CVIT = CViTSpec((8, 12, 16), (2, 2, 3), 4, patches=(2, 2, 1))

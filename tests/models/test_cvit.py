@@ -14,11 +14,11 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
-from mrmae_ds.models.pos_embed import resize_positions
+from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec
-from mrmae_ds.weights.load import build_encoder
 from tests.fixtures import load_json
 from tests.support import dense
 from tests.support.reference import perturb, pixel_model, random_images, random_noise
@@ -184,7 +184,7 @@ def test_dropout_before_the_head_in_training_only() -> None:
 def test_another_input_size() -> None:
     model = classifier(64).eval()
     other = classifier((48, 96)).eval()
-    other.load_state_dict({**model.state_dict(), "pos_embed": resize_positions(model.pos_embed, (4, 4), (3, 6))})
+    other.load_state_dict({**model.state_dict(), "pos_embed": resize_pos_embed(model.pos_embed, (4, 4), (3, 6))})
     model.set_input_size((48, 96))
     assert (model.grid, model.img_size, model.pos_embed.requires_grad) == ((3, 6), (48, 96), True)
     images = torch.randn(2, 3, 48, 96)

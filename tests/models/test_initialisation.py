@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder, init_classifier
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
-from mrmae_ds.weights.load import build_encoder, init_classifier
 from tests.support.reference import pixel_objective
 
 CVIT = CViTSpec((16, 24, 32), (2, 1, 3), 4)

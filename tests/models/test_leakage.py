@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, encoder_spec
-from mrmae_ds.weights.load import build_encoder
 from tests.support.reference import perturb, pixel_objective, random_images, random_noise
 
 MIMIC = Objective(target="clip", tap="encoder", tokens="visible", normalize="layer_norm", weight=0.5)

@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from mrmae_ds.models.pos_embed import resize_positions, sincos_positions
+from mrmae_ds.models.pos_embed import resize_pos_embed, sincos_pos_embed
 from tests.fixtures import load_json
 
 REFERENCE = load_json("positions")
@@ -18,7 +18,7 @@ REFERENCE = load_json("positions")
 def test_sincos_equals_maes(name: str) -> None:
     dim, side, prefix = (int(number) for number in re.findall(r"\d+", name))
     expected = REFERENCE["sincos"][name]
-    positions = sincos_positions(dim, (side, side), prefix)
+    positions = sincos_pos_embed(dim, (side, side), prefix)
     assert positions.dtype == torch.float32
     assert list(positions.shape) == [1, *expected["shape"]]
     assert positions.double().sum().item() == pytest.approx(expected["sum"], abs=1e-6 * positions.numel())
@@ -28,7 +28,7 @@ def test_sincos_equals_maes(name: str) -> None:
 
 
 def test_columns_come_first_on_a_grid_that_is_not_square() -> None:
-    positions = sincos_positions(8, (2, 3))
+    positions = sincos_pos_embed(8, (2, 3))
     for row in range(2):
         for column in range(3):
             expected = []
@@ -40,14 +40,14 @@ def test_columns_come_first_on_a_grid_that_is_not_square() -> None:
 
 def test_width_must_be_a_multiple_of_four() -> None:
     with pytest.raises(ValueError, match="multiple of 4, got 6"):
-        sincos_positions(6, (2, 2))
+        sincos_pos_embed(6, (2, 2))
 
 
 @pytest.mark.parametrize("name", list(REFERENCE["resized"]))
 def test_resized_equals_the_authors(name: str) -> None:
     dim, old, new = (int(number) for number in re.findall(r"\d+", name))
     expected = REFERENCE["resized"][name]
-    resized = resize_positions(sincos_positions(dim, (old, old)), (old, old), (new, new))
+    resized = resize_pos_embed(sincos_pos_embed(dim, (old, old)), (old, old), (new, new))
     assert list(resized.shape) == expected["shape"]
     assert resized.double().sum().item() == pytest.approx(expected["sum"], abs=1e-6 * resized.numel())
     assert resized.double().abs().sum().item() == pytest.approx(expected["abs_sum"], abs=1e-6 * resized.numel())
@@ -56,14 +56,14 @@ def test_resized_equals_the_authors(name: str) -> None:
 
 
 def test_same_grid_is_left_alone() -> None:
-    positions = sincos_positions(16, (3, 3))
-    assert resize_positions(positions, (3, 3), (3, 3)) is positions
+    positions = sincos_pos_embed(16, (3, 3))
+    assert resize_pos_embed(positions, (3, 3), (3, 3)) is positions
 
 
 def test_resizing_keeps_rows_and_columns_apart() -> None:
     grid_map = torch.arange(4.0)[:, None, None].expand(4, 4, 2).clone()  # grows downwards, constant along a row
     grid_map[..., 1] = torch.arange(4.0)  # grows to the right, constant down a column
-    resized = resize_positions(grid_map.reshape(1, 16, 2), (4, 4), (8, 2)).reshape(8, 2, 2)
+    resized = resize_pos_embed(grid_map.reshape(1, 16, 2), (4, 4), (8, 2)).reshape(8, 2, 2)
     assert torch.allclose(resized[:, 0, 0], resized[:, 1, 0], atol=1e-5)
     assert torch.allclose(resized[:, :, 1], resized[:1, :, 1].expand(8, 2), atol=1e-5)
     assert (resized[1:, 0, 0] > resized[:-1, 0, 0]).all()
@@ -71,10 +71,10 @@ def test_resizing_keeps_rows_and_columns_apart() -> None:
 
 def test_prefix_tokens_keep_their_positions() -> None:
     positions = torch.randn(1, 2 + 4, 8)
-    resized = resize_positions(positions, (2, 2), (3, 5), prefix_tokens=2)
+    resized = resize_pos_embed(positions, (2, 2), (3, 5), prefix_tokens=2)
     assert torch.equal(resized[:, :2], positions[:, :2])
-    assert torch.equal(resized[:, 2:], resize_positions(positions[:, 2:], (2, 2), (3, 5)))
+    assert torch.equal(resized[:, 2:], resize_pos_embed(positions[:, 2:], (2, 2), (3, 5)))
 
 
 def test_resizing_keeps_the_precision_of_its_input() -> None:
-    assert resize_positions(torch.randn(1, 4, 8).bfloat16(), (2, 2), (4, 4)).dtype == torch.bfloat16
+    assert resize_pos_embed(torch.randn(1, 4, 8).bfloat16(), (2, 2), (4, 4)).dtype == torch.bfloat16

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
-from mrmae_ds.weights.load import build_encoder
 from tests.support.reference import perturb, random_images, random_noise
 
 CVIT = CViTSpec((16, 24, 32), (1, 1, 2), 4)

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel, masked_pixels
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
-from mrmae_ds.weights.load import build_encoder
 from tests.support.reference import perturb, pixel_objective, random_images, random_noise
 
 CVIT = CViTSpec((8, 12, 16), (1, 1, 3), 4, patches=(2, 2, 1))

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.weights.load import encoder_metadata, load_encoder, save_weights
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from tests.fixtures import part
 from tests.support.reference import MCMAE, authors_name, our_name, reference_mae, reference_mcmae
 

@@ -11,9 +11,9 @@ from torch import nn
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, ViTSpec, encoder_spec, make_spec, token_grid
-from mrmae_ds.weights.load import build_encoder
 from tests.support.reference import pixel_model
 
 

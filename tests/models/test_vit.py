@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.masking import choose_visible
-from mrmae_ds.models.pos_embed import resize_positions
+from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.sizes import ImageSize, ViTSpec
 from mrmae_ds.models.vit import MaskedViT
 from tests.support import dense
@@ -104,7 +104,7 @@ def test_checkpointing_recomputes_every_block() -> None:
 def test_another_input_size() -> None:
     model = build(num_classes=5)
     other = build(num_classes=5, size=(12, 24))
-    positions = resize_positions(model.pos_embed[:, 1:], (4, 4), (3, 6))
+    positions = resize_pos_embed(model.pos_embed[:, 1:], (4, 4), (3, 6))
     other.load_state_dict({**model.state_dict(), "pos_embed": torch.cat([model.pos_embed[:, :1], positions], dim=1)})
     model.set_input_size((12, 24))
     images = torch.randn(2, 3, 12, 24)

@@ -18,11 +18,11 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.profiling.flops import Flops, StageCost, count_training, flop_counter, recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line, gpu_hours
-from mrmae_ds.weights.load import build_encoder
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 NONE = CheckpointPlan()

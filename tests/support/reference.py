@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.models.objectives import Objective
-from mrmae_ds.models.pretrain import Encoder, FusionSpec, PretrainModel
+from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
 from mrmae_ds.models.vit import MaskedViT
 from tests.fixtures import part

@@ -18,7 +18,7 @@ from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training import run as stage
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.loop import train
-from mrmae_ds.weights.load import encoder_metadata, save_weights
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from tests.support.jobs import ALONE
 from tests.support.sample_data import write_sample_beton
 

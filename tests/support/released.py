@@ -12,7 +12,7 @@ import timm
 import torch
 from torch import Tensor
 
-from mrmae_ds.models.pos_embed import sincos_positions
+from mrmae_ds.models.pos_embed import sincos_pos_embed
 from mrmae_ds.weights.formats import TensorFile
 from tests.fixtures import load_json, part
 from tests.support.reference import perturb
@@ -48,7 +48,7 @@ def file_of(shapes: Mapping[str, Iterable[int] | Tensor], metadata: dict[str, st
 def mcmae_state(reference: dict[str, Tensor]) -> dict[str, Tensor]:
     """mcmae.npz's pre-training weights as released; the decoder's positions, which are fixed, hold noise."""
     return {
-        "pos_embed": sincos_positions(32, (14, 14)),
+        "pos_embed": sincos_pos_embed(32, (14, 14)),
         "decoder_pos_embed": torch.randn(1, 196, 32, generator=torch.Generator().manual_seed(0)),
         **part(reference, "state/"),
     }
@@ -57,7 +57,7 @@ def mcmae_state(reference: dict[str, Tensor]) -> dict[str, Tensor]:
 def mae_state(reference: dict[str, Tensor]) -> dict[str, Tensor]:
     """mae.npz's pre-training weights as released; the decoder's positions, which are fixed, hold noise."""
     return {
-        "pos_embed": sincos_positions(32, (4, 4), 1),
+        "pos_embed": sincos_pos_embed(32, (4, 4), 1),
         "decoder_pos_embed": torch.randn(1, 17, 16, generator=torch.Generator().manual_seed(0)),
         **part(reference, "state/"),
     }

@@ -24,15 +24,15 @@ from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import MaskingConfig, PlacementConfig, PretrainConfig
 from mrmae_ds.distributed.process_group import end_process_group, start_process_group
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher, place_teacher
-from mrmae_ds.teachers.placement.units import split
+from mrmae_ds.teachers.placement.offload_units import split_units
 from mrmae_ds.training.engine.build import build_engine, gather_state, set_lr
 from mrmae_ds.training.param_groups import adamw
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.pretrain import PretrainTask
-from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import make_batch, pretrain_config
 from tests.support.placed import TEACHERS, bytes_present, timm_network, weights_of
 from tests.support.sample_teachers import pixels_of
@@ -80,7 +80,7 @@ def targets(build: Callable[[Path], Teacher], placement: PlacementConfig, folder
         "peak": placed.peak_resident_bytes,
         "all": bytes_present(plain),
         "buffers": sum(buffer.nbytes for buffer in plain.buffers()),
-        "unit": max(bytes_present(unit) for unit in split(plain.network)),
+        "unit": max(bytes_present(unit) for unit in split_units(plain.network)),
         "left": left,
         "gone": engine() is None and network() is None,
         "stack": len(parameter_offload.FWD_MODULE_STACK) - stack,

@@ -12,6 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from mrmae_ds.figures import style
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.records.record import summarize_finetuning
 from mrmae_ds.records.sections import Hardware, Member, Operations, Parameters, Results
@@ -22,7 +23,6 @@ from mrmae_ds.tables.latex import escape, to_latex
 from mrmae_ds.tables.markdown import to_markdown
 from mrmae_ds.tables.paper import TABLES
 from mrmae_ds.tables.write import build_table
-from mrmae_ds.weights.load import build_encoder
 from tests.support.records import make_pretraining, make_run, make_tuned
 
 WHOLE = {"dataset": "ImageNet-1K", "classes": 1000, "samples": 1_281_167, "eval_samples": 50_000}

@@ -10,7 +10,7 @@ import torchvision.transforms.functional as tvf
 from timm.layers import attention as timm_attention
 from torch import Tensor, nn
 
-from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention
+from mrmae_ds.teachers.base import LastBlockInput, Teacher, TeacherSpec, class_attention
 from tests.fixtures import load_reference
 from tests.support.sample_teachers import MEAN, STD, normalize, pixels_of
 
@@ -21,9 +21,7 @@ class Mirror(Teacher):
     def __init__(self, dtype: torch.dtype = torch.float32, mean: tuple[float, ...] = tuple(MEAN)) -> None:
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
-        super().__init__(
-            network, grid=(8, 3), width=8, image_size=8, mean=mean, std=tuple(STD), dtype=dtype, sha256="none"
-        )
+        super().__init__(network, TeacherSpec((8, 3), 8, 8, mean, tuple(STD), dtype, sha256="none"))
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         self.seen = images

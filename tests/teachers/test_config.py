@@ -17,7 +17,7 @@ def config(**keys: Any) -> TeacherConfig:
 @pytest.mark.parametrize("value", [True, False, None])
 def test_quickgelu_is_the_one_key_that_may_be_true_or_false(value: bool | None) -> None:
     assert config(kind="clip", weights="file.pt", quickgelu=value).quickgelu is value
-    with pytest.raises(ValidationError, match=r"\.image_size: expected a value, got true"):
+    with pytest.raises(ValidationError, match=r"image_size: expected a value, got true"):
         config(kind="clip", image_size=True)
 
 
@@ -34,7 +34,7 @@ def test_quickgelu_is_the_one_key_that_may_be_true_or_false(value: bool | None) 
 )
 def test_a_key_without_effect_is_refused(kind: str, keys: dict[str, Any]) -> None:
     (key,) = keys
-    with pytest.raises(ValidationError, match=rf"\.{key}: has no effect on kind {kind}"):
+    with pytest.raises(ValidationError, match=rf"{key}: has no effect on kind {kind}"):
         config(kind=kind, **keys)
 
 
@@ -49,7 +49,7 @@ def test_statistics_are_given_whole_and_once() -> None:
     assert config(kind="timm", mean=half, std=half).std == half
     with pytest.raises(ValidationError, match="give both mean and std"):
         config(kind="timm", mean=half)
-    with pytest.raises(ValidationError, match=r"\.mean: statistics: student"):
+    with pytest.raises(ValidationError, match=r"mean: statistics: student"):
         config(kind="timm", mean=half, std=half, statistics="student")
     with pytest.raises(ValidationError, match="greater than 0"):
         config(kind="timm", mean=half, std=(0.5, 0.0, 0.5))

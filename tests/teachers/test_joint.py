@@ -14,13 +14,15 @@ from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.config.stages import MaskingConfig
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher, build_teacher
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.pretrain import PretrainTask
-from mrmae_ds.weights.load import MODEL_FILE, build_encoder, load_encoder
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import MODEL_FILE
 from tests.support.jobs import make_batch, pretrain_config
 from tests.support.reference import perturb
 from tests.support.sample_teachers import MEAN, STD, VIT, normalize, save_run

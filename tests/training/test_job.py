@@ -13,7 +13,7 @@ from mrmae_ds.factory import build_pretraining
 from mrmae_ds.records.sections import Parameters, Results
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.run_logger import new_record
-from mrmae_ds.weights.load import encoder_metadata, save_weights
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from tests.support.jobs import ALONE
 from tests.support.records import make_record
 from tests.support.sample_data import write_sample_beton

@@ -14,12 +14,12 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, ViTSpec
 from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.training.param_groups import finetune_groups, pretrain_groups
-from mrmae_ds.weights.load import build_encoder
 
 EXPECTED = json.loads((Path(__file__).parent / "parameter_groups.json").read_text())
 BASE = ARCHITECTURES["cvit_base"]

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import MaskingConfig
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers.base import Teacher
@@ -22,7 +23,6 @@ from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.perf_metrics import GIB, PerfMeter, device_peak, peak_memory, utilization
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.pretrain import PretrainTask
-from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import make_batch, pretrain_config
 
 CPU = torch.device("cpu")

@@ -37,7 +37,7 @@ def test_no_teacher_is_built_for_a_stage_that_asks_none(
     def refuse(kind: str, *_: object) -> None:
         raise AssertionError(f"a {kind} was built")
 
-    monkeypatch.setattr("mrmae_ds.teachers._build", refuse)
+    monkeypatch.setattr("mrmae_ds.teachers.build._build", refuse)
     defined = ("teachers.mae={kind: checkpoint, source: nowhere}", *images)
     tasks = [
         _task("finetune", RECIPE, tmp_path, *defined, "stages.finetune.init=scratch"),
@@ -67,7 +67,7 @@ def test_a_task_that_is_released_has_no_weights_and_gives_no_losses(
     with pytest.raises(RuntimeError, match="released"):
         task.losses(task.model, batch, key)
     task.release()
-    assert task.teachers["mae"].facts["placement"] == kind  # for the record of a run that failed
+    assert task.teachers["mae"].details["placement"] == kind  # for the record of a run that failed
 
 
 def test_a_stage_gives_its_teachers_memory_back_when_it_ends_and_when_it_fails(tmp_path: Path) -> None:

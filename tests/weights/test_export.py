@@ -15,17 +15,22 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, ImageSize, ViTSpec
 from mrmae_ds.records.sections import GitState, Schedule
-from mrmae_ds.weights.export import Exported, Layout, export_run, load_model, timm_call
-from mrmae_ds.weights.load import (
+from mrmae_ds.weights.export import (
+    Exported,
+    Layout,
+    export_run,
+    timm_call,
+)
+from mrmae_ds.weights.load import load_encoder, load_model
+from mrmae_ds.weights.model_file import (
     MODEL_FILE,
-    build_encoder,
     encoder_metadata,
-    load_encoder,
     read_metadata,
     read_tensors,
     save_weights,

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import ARCHITECTURES, EncoderSpec, ViTSpec, encoder_spec
 from mrmae_ds.weights.identify import identify, nearest_architecture
-from mrmae_ds.weights.load import build_encoder
 from tests.support.reference import MCMAE, pixel_model
 from tests.support.released import file_of, released_shapes, tiny_vit, without_decoder
 

@@ -13,24 +13,21 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
-from mrmae_ds.models.pos_embed import resize_positions
+from mrmae_ds.models.encoders import build_encoder, init_classifier
+from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ImageSize, ViTSpec
-from mrmae_ds.weights.load import (
+from mrmae_ds.weights.load import LoadReport, load_encoder, load_pretrained
+from mrmae_ds.weights.model_file import (
     MODEL_FILE,
     build_classifier,
-    build_encoder,
     encoder_metadata,
     find_weights,
-    init_classifier,
-    load_encoder,
-    load_pretrained,
     read_metadata,
     read_tensors,
     save_weights,
     spec_from_metadata,
 )
-from mrmae_ds.weights.matching import LoadReport
 from tests.support.reference import perturb, pixel_model
 
 CVIT = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))
@@ -132,7 +129,7 @@ def test_a_classifier_is_built_again(spec: EncoderSpec, pool: str, size: ImageSi
     other = build_classifier(read_metadata(path), 24)
     assert load_encoder(other, path).resized == ["pos_embed"]
     prefix = other.num_prefix_tokens
-    positions = resize_positions(saved["pos_embed"][:, prefix:], model.grid, (6, 6))
+    positions = resize_pos_embed(saved["pos_embed"][:, prefix:], model.grid, (6, 6))
     assert torch.equal(other.pos_embed[:, prefix:], positions)
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
 from mrmae_ds.models.vit import MaskedViT
-from mrmae_ds.weights.load import build_encoder, load_encoder, load_pretrained
+from mrmae_ds.weights.load import load_encoder, load_pretrained
 from tests.fixtures import part
 from tests.support import dense
 from tests.support.reference import MAE, MCMAE, pixel_model, pixel_objective, random_images

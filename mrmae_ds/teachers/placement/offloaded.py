@@ -1,7 +1,8 @@
-"""``step`` and ``stream``: weights stay in host memory and are copied to the device when they are needed.
+"""Offloaded teachers (``step`` and ``stream``): weights stay in host memory and are copied to the device on demand.
 
-Only towards the device: the host's copy never changes, so what was used is dropped. On CUDA the host's copy is pinned
-and copies run on a stream of their own, beside what computes. Without CUDA a copy is a copy, within the same memory.
+Copies go only from host to device: the host copy never changes, so used weights are simply dropped. On CUDA the host
+copy is pinned, and copies run on their own stream, concurrently with computation. Without CUDA a copy stays within host
+memory.
 """
 
 from __future__ import annotations
@@ -15,23 +16,28 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
-from mrmae_ds.teachers.placement.build import PlacedTeacher
-from mrmae_ds.teachers.placement.units import lay_out
+from mrmae_ds.teachers.placement.base import PlacedTeacher
+from mrmae_ds.teachers.placement.offload_units import offload_layout
 
-# Where each tensor begins in its unit's memory: no kernel wants more.
+# Alignment in bytes of each tensor in its unit's memory; no kernel needs more.
 ALIGNMENT = 256
 
 
 class Bundle:
-    """Some of a module's tensors: one piece of host memory, and while they are needed one of the device's.
+    """A group of tensors in one buffer of host memory, and in one of device memory while they are needed.
 
-    The tensors keep their identity (their ``data`` is exchanged). While they are away they are empty, so that a use
-    that nobody foresaw fails instead of computing something else.
+    The tensors keep their identity (their ``data`` is exchanged). While they are offloaded they are empty, so that an
+    unforeseen use raises instead of computing something else.
 
     Args:
-        tensors: on the CPU; they are away when this returns.
-        device: where they are needed.
-        stream: of the copies; None copies without one.
+        tensors: tensors on the CPU; they are offloaded when the constructor returns.
+        device: device that they are copied to.
+        stream: CUDA stream of the copies; None copies synchronously.
+
+    Attributes:
+        num_bytes: size of the buffer.
+        master: the host buffer, uint8 [num_bytes].
+        working: the device buffer, or None while the tensors are offloaded.
     """
 
     def __init__(self, tensors: Sequence[Tensor], device: torch.device, stream: torch.cuda.Stream | None) -> None:
@@ -50,8 +56,8 @@ class Bundle:
         self.drop()
 
     def fetch(self) -> None:
-        """Begin to copy the tensors to the device. Call :meth:`wait` before they are used."""
-        # Allocated by the stream that computes: what it frees later it may use again at once.
+        """Start copying the tensors to the device; call :meth:`wait` before using them."""
+        # Allocated on the compute stream, which can reuse the memory as soon as it frees it.
         self.working = torch.empty(self.num_bytes, dtype=torch.uint8, device=self.device)
         if self.stream is None:
             self.working.copy_(self.master)
@@ -64,13 +70,13 @@ class Bundle:
             tensor.data = view
 
     def wait(self) -> None:
-        """Let what computes from now on wait for the copy."""
+        """Make the compute stream wait for the copy."""
         if self.arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self.arrived)
             self.arrived = None
 
     def drop(self) -> None:
-        """Free the device's memory, after what already uses it."""
+        """Free the device buffer once pending work no longer uses it."""
         self.wait()
         for tensor in self.tensors:
             tensor.data = torch.empty(0, dtype=tensor.dtype, device=self.device)
@@ -84,26 +90,26 @@ class Bundle:
 
 
 class OffloadedTeacher(PlacedTeacher):
-    """Weights on the device only for a call, or only for as long as their unit runs.
+    """A teacher whose weights are on the device only during a call, or only while their unit runs.
 
     Args:
-        name: the teacher's in the recipe.
-        teacher: on the CPU.
-        device: of this process.
-        ahead: units that are copied while one computes, after which its weights are dropped (``stream``); None copies
-            all of them when a call begins, in the order in which they run, and drops them when it ends (``step``).
+        name: key under ``teachers`` in the recipe.
+        teacher: the teacher, on the CPU.
+        device: device of this rank.
+        ahead: number of units to prefetch while one computes; each unit is dropped after it ran (``stream``). None
+            copies all units at the start of a call, in execution order, and drops them at its end (``step``).
 
     Raises:
-        UserError: if the teacher cannot be tried on the CPU.
+        UserError: if the teacher does not run on the CPU.
     """
 
     def __init__(self, name: str, teacher: Teacher, device: torch.device, ahead: int | None) -> None:
         super().__init__(teacher)
         try:
-            layout = lay_out(teacher)
+            layout = offload_layout(teacher)
         except RuntimeError as error:
             raise UserError(
-                f"stages.pretrain.placement.{name}: the teacher does not run on the CPU, where it is tried to see when "
+                f"stages.pretrain.placement.{name}: the teacher does not run on the CPU, which is needed to trace when "
                 f"it uses which weights ({' '.join(str(error).split())}); use device or sharded, or "
                 f"teachers.{name}.precision: fp32"
             ) from None
@@ -116,9 +122,9 @@ class OffloadedTeacher(PlacedTeacher):
         self.units = [Bundle(unit.tensors, device, stream) for unit in layout.units]
         self.position = 0
         self.handles = []
-        for number, unit in enumerate(layout.units):
-            self.handles.append(unit.module.register_forward_pre_hook(partial(self._before, number)))
-            self.handles.append(unit.module.register_forward_hook(partial(self._after, number)))
+        for index, unit in enumerate(layout.units):
+            self.handles.append(unit.module.register_forward_pre_hook(partial(self._before, index)))
+            self.handles.append(unit.module.register_forward_hook(partial(self._after, index)))
 
     def _targets(self, pixels: Tensor) -> TeacherOutput:
         try:
@@ -131,24 +137,24 @@ class OffloadedTeacher(PlacedTeacher):
             for bundle in (self.rest, *self.units):
                 self._drop(bundle)
 
-    def _before(self, number: int, *_: Any) -> None:
-        self._fetch(self.units[number])
-        self.units[number].wait()
-        if number in self.order[self.position :]:
-            self.position = self.order.index(number, self.position) + 1
+    def _before(self, index: int, *_: Any) -> None:
+        self._fetch(self.units[index])
+        self.units[index].wait()
+        if index in self.order[self.position :]:
+            self.position = self.order.index(index, self.position) + 1
         self._fetch_next()
 
-    def _after(self, number: int, *_: Any) -> None:
-        if self.ahead is not None and not self.held[number] and number not in self._coming():
-            self._drop(self.units[number])
+    def _after(self, index: int, *_: Any) -> None:
+        if self.ahead is not None and not self.held[index] and index not in self._upcoming():
+            self._drop(self.units[index])
 
-    def _coming(self) -> tuple[int, ...]:
-        """The units that run next, as far as they are copied ahead."""
+    def _upcoming(self) -> tuple[int, ...]:
+        """Return the indices of the next units to prefetch."""
         return self.order[self.position :][: self.ahead]
 
     def _fetch_next(self) -> None:
-        for number in self._coming():
-            self._fetch(self.units[number])
+        for index in self._upcoming():
+            self._fetch(self.units[index])
 
     def _fetch(self, bundle: Bundle) -> None:
         if bundle.working is None:
@@ -161,12 +167,12 @@ class OffloadedTeacher(PlacedTeacher):
             self._count(-bundle.num_bytes)
 
     def release(self) -> None:
-        """See :class:`PlacedTeacher`."""
+        """Free the memory of the weights on host and device; the teacher's attributes stay."""
         for handle in self.handles:
             handle.remove()
         for bundle in (self.rest, *self.units):
             self._drop(bundle)
         self.rest, self.units, self.handles = Bundle((), self.rest.device, None), [], []
         super().release()
-        if self.pinned and hasattr(torch.accelerator, "empty_host_cache"):  # torch would keep the pinned memory
+        if self.pinned and hasattr(torch.accelerator, "empty_host_cache"):  # torch caches pinned memory
             torch.accelerator.empty_host_cache()

@@ -1,8 +1,8 @@
-"""``sharded``: a teacher's weights divided among the processes, each module's gathered while it runs.
+"""Sharded teachers: weights partitioned over ranks, each module's gathered while it runs.
 
-By a DeepSpeed ZeRO-3 engine of its own, without an optimizer and with a configuration of its own: two engines in a
-process are independent as long as they share no dictionary. What DeepSpeed keeps for the whole process is left as the
-student's engine set it (``memory_efficient_linear``), or undone at the end.
+Each teacher has its own DeepSpeed ZeRO-3 engine with its own configuration and no optimizer: two engines in a process
+are independent as long as they share no dictionary. DeepSpeed's process-wide state stays as the student's engine set it
+(``memory_efficient_linear``), or is restored at the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import gc
 import shutil
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -24,48 +24,62 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
-from mrmae_ds.teachers.placement.build import PlacedTeacher
-from mrmae_ds.teachers.placement.units import count_bytes, split
+from mrmae_ds.teachers.placement.base import PlacedTeacher
+from mrmae_ds.teachers.placement.offload_units import count_bytes, split_units
 
-# Calls in which the most that is gathered is looked for: DeepSpeed gathers ahead from the second or third on, and all
-# later ones are alike.
-WATCHED_CALLS = 4
+# Number of calls in which the peak of gathered bytes is measured: DeepSpeed prefetches from the second or third call
+# on, and all later calls are alike.
+MEASURED_CALLS = 4
 
 
-class _Whole(nn.Module):
-    """A teacher's network, so that all that happens in a call happens inside a module that DeepSpeed knows.
+class _ZeroParameter(nn.Parameter):
+    """Type of a parameter that DeepSpeed partitioned; never instantiated.
 
-    Readers use weights beside the modules that own them (the class token, the last block's attention); DeepSpeed
-    gathers those for the module that is running, which without this would be none.
+    Attributes:
+        ds_tensor: this rank's shard.
+        ds_status: whether the whole parameter is gathered.
+        ds_numel: number of values of the whole parameter.
+    """
+
+    ds_tensor: Tensor
+    ds_status: ZeroParamStatus
+    ds_numel: int
+
+
+class _TeacherModule(nn.Module):
+    """Module around a whole teacher, so that everything in a call happens inside a module that DeepSpeed hooks.
+
+    Readers use weights outside the modules that own them (the class token, the last block's attention). DeepSpeed
+    gathers such weights for the module that is running, and without this wrapper no module would be.
     """
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
         self.network = teacher.network
-        self.ask = [teacher]  # not a submodule: its statistics stay as they are
+        self.teacher = [teacher]  # in a list, so that it is not a submodule: its statistics are not partitioned
 
     def forward(self, pixels: Tensor) -> TeacherOutput:
-        return self.ask[0](pixels)
+        return self.teacher[0](pixels)
 
 
 class ShardedTeacher(PlacedTeacher):
-    """One n-th of the weights on each of n processes.
+    """A teacher with 1/N of its weights on each of N ranks.
 
     Args:
-        name: the teacher's in the recipe.
-        teacher: on the CPU, with the same weights everywhere (rank 0's are taken).
-        placement: the recipe's.
-        device: of this process.
+        name: key under ``teachers`` in the recipe.
+        teacher: the teacher on the CPU, with equal weights on all ranks (rank 0's are used).
+        placement: the recipe's placement.
+        device: device of this rank.
 
     Raises:
-        UserError: if the weights cannot be offloaded to files here.
+        UserError: if weights cannot be offloaded to files on this machine.
     """
 
     def __init__(self, name: str, teacher: Teacher, placement: PlacementConfig, device: torch.device) -> None:
         super().__init__(teacher)
         self.offloads = placement.offload is not None
         config = zero_config(teacher, placement, device)
-        self.folder = None
+        self.folder: Path | None = None
         if placement.offload == "nvme":
             self.folder = _folder(name, placement)
             config["zero_optimization"]["offload_param"]["nvme_path"] = str(self.folder)
@@ -73,65 +87,65 @@ class ShardedTeacher(PlacedTeacher):
             buffer.data = buffer.data.to(device)
         self.buffer_bytes = count_bytes(list(teacher.buffers()))
         self.parameters = list(teacher.parameters())
-        whole = _Whole(teacher).eval()
-        # One after another, so that the device never holds all of them.
-        deepspeed.zero.Init(module=whole, config_dict_or_path=config, dtype=teacher.dtype, mem_efficient_linear=False)
-        self.calls_to_watch = WATCHED_CALLS
-        # Before DeepSpeed's own hooks, which release what was gathered.
-        self.handles = [module.register_forward_hook(self._look) for module in whole.modules()]
-        self.engine, *_ = deepspeed.initialize(model=whole, config=config)
+        module = _TeacherModule(teacher).eval()
+        # Partitioned one parameter at a time, so that the device never holds all of them.
+        deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=teacher.dtype, mem_efficient_linear=False)
+        self.calls_to_measure = MEASURED_CALLS
+        # Registered before DeepSpeed's own hooks, which release the gathered parameters.
+        self.handles = [part.register_forward_hook(self._measure) for part in module.modules()]
+        self.engine, *_ = deepspeed.initialize(model=module, config=config)
         self.engine.eval()
-        # No backward follows. Left in place these hooks hand each module new tensor objects, and attention whose query,
-        # key and value are not the same object computes by another kernel: targets that differ in the last bits.
+        # No backward follows. These hooks would pass new tensor objects to each module, and attention whose query, key
+        # and value are not the same object uses another kernel, so that targets would differ in the last bits.
         for handle in self.engine.optimizer.backward_hooks:
             handle.remove()
-        self._look()
+        self._measure()
 
-    @torch.no_grad()  # also around DeepSpeed's hooks, which by this know that no backward follows
+    @torch.no_grad()  # also around DeepSpeed's hooks, which infer from it that no backward follows
     def _targets(self, pixels: Tensor) -> TeacherOutput:
         output = self.engine(pixels)
         if self.handles:
-            self.calls_to_watch -= 1
-            if not self.calls_to_watch:
-                self._stop_watching()
-            self._look()
+            self.calls_to_measure -= 1
+            if not self.calls_to_measure:
+                self._stop_measuring()
+            self._measure()
         return output
 
-    def _look(self, *_: Any) -> None:
+    def _measure(self, *_: Any) -> None:
         now = self.buffer_bytes
-        gathers = self.offloads or dist.get_world_size() > 1  # else the only share is the whole
-        for parameter in self.parameters:
+        gathers = self.offloads or dist.get_world_size() > 1  # otherwise the only shard is the whole parameter
+        for parameter in cast("list[_ZeroParameter]", self.parameters):  # zero.Init added the attributes
             if not self.offloads:
                 now += parameter.ds_tensor.nbytes
             if gathers and parameter.ds_status != ZeroParamStatus.NOT_AVAILABLE:
                 now += parameter.ds_numel * parameter.element_size()
         self._count(now - self.resident_bytes)
 
-    def _stop_watching(self) -> None:
+    def _stop_measuring(self) -> None:
         for handle in self.handles:
             handle.remove()
         self.handles = []
 
     def release(self) -> None:
-        """See :class:`PlacedTeacher`."""
+        """Free the memory of the weights, the engine and its files; the teacher's attributes stay."""
         if self.released:
             return
-        self._stop_watching()
-        whole = self.engine.module
+        self._stop_measuring()
+        module = self.engine.module
         self.engine.destroy()
-        _forget_module(whole)
+        _remove_references(module)
         for parameter in self.parameters:
-            vars(parameter).clear()  # what DeepSpeed hung on it: its share, and what reads it from a file
+            vars(parameter).clear()  # DeepSpeed's attributes: the shard, and the reader of its file
         super().release()
         self.parameters = []
-        del self.engine, whole
+        del self.engine, module
         gc.collect()  # the engine, its hooks and the modules refer to each other
         if self.folder is not None:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _forget_module(module: nn.Module) -> None:
-    """DeepSpeed keeps what it has seen: in a list that never shrinks, and in the cache of a decorated method."""
+def _remove_references(module: nn.Module) -> None:
+    """Remove DeepSpeed's global references to a module: a list that never shrinks and the cache of a method."""
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [entry for entry in stack if entry is not module]
     for method in vars(PartitionedParameterCoordinator).values():
@@ -141,14 +155,20 @@ def _forget_module(module: nn.Module) -> None:
 
 
 def zero_config(teacher: Teacher, placement: PlacementConfig, device: torch.device) -> dict[str, Any]:
-    """The configuration of a teacher's engine; for nvme its files' folder is still missing."""
-    units = [list(unit.parameters()) for unit in split(teacher.network)]
+    """Return the DeepSpeed configuration of a teacher's engine; for nvme the caller adds the folder of the files.
+
+    Args:
+        teacher: the teacher, not yet partitioned.
+        placement: the recipe's placement.
+        device: device of this rank.
+    """
+    units = [list(unit.parameters()) for unit in split_units(teacher.network)]
     largest = max(sum(p.numel() for p in unit) for unit in units)
     zero: dict[str, Any] = {
         "stage": 3,
-        # Everything is divided: what is below the default's 100,000 values would stay whole.
+        # Partition everything: by default parameters below 100,000 values stay whole.
         "stage3_param_persistence_threshold": 0,
-        # One unit computes, one is gathered ahead.
+        # One unit computes, one is prefetched.
         "stage3_prefetch_bucket_size": largest,
         "stage3_max_live_parameters": 2 * largest,
         "memory_efficient_linear": False,
@@ -156,7 +176,7 @@ def zero_config(teacher: Teacher, placement: PlacementConfig, device: torch.devi
     if placement.offload:
         zero["offload_param"] = {"device": placement.offload, "pin_memory": device.type == "cuda"}
     if placement.offload == "nvme":
-        # Host memory for the tensors of three units: one computes, one is gathered, one is read.
+        # Host buffers for the tensors of three units: one computes, one is gathered, one is read.
         shares = [-(-p.numel() // dist.get_world_size()) for p in teacher.parameters()]
         zero["offload_param"] |= {"buffer_size": max(shares), "buffer_count": 3 * max(map(len, units))}
     return {
@@ -169,11 +189,12 @@ def zero_config(teacher: Teacher, placement: PlacementConfig, device: torch.devi
 
 
 def _folder(name: str, placement: PlacementConfig) -> Path:
-    """A folder of this process alone for the files of one teacher: DeepSpeed empties the one that it is given.
+    """Create a folder for this rank and teacher; DeepSpeed empties the folder that it is given.
 
     Raises:
-        UserError: if there cannot be one, or DeepSpeed could not use it.
+        UserError: if the folder cannot be created, or DeepSpeed cannot use it.
     """
+    # Imported late: importing the op builders probes the machine's compilers and CUDA.
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     key = f"stages.pretrain.placement.{name}"

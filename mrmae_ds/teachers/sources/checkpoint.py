@@ -1,49 +1,56 @@
-"""A run of this project as a teacher (the demo's; DMAE distils from MAE the same way)."""
+"""A checkpoint of this project as a teacher (as in the demo; DMAE distills from MAE the same way)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch.nn.functional as F
+from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
-from mrmae_ds.models.pretrain import Encoder
-from mrmae_ds.teachers.base import LastBlockInput, Teacher, class_attention, importance_words
+from mrmae_ds.models.encoders import Encoder, build_encoder
+from mrmae_ds.teachers.base import LastBlockInput, Teacher, TeacherSpec, class_attention, describe_importance
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.weights.load import (
-    build_encoder,
-    find_weights,
-    load_encoder,
-    read_metadata,
-    read_tensors,
-    spec_from_metadata,
-)
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import find_weights, read_metadata, read_tensors, spec_from_metadata
 
 
 def encoder_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Patch tokens after the last block [B, L, C], and its attention [B, L], of normalized images.
+    """Compute an encoder's patch tokens and the attention of its last block.
 
-    The attention is the class token's where there is one, else what each patch receives on average.
+    Args:
+        encoder: the encoder.
+        images: normalized images [B, 3, H, W].
+
+    Returns:
+        Patch tokens after the last block [B, L, C], and attention [B, L]: the class token's to the patches if there is
+        one, otherwise the mean attention that each patch receives.
     """
-    block, prefix = encoder.transformer_blocks[-1], encoder.num_prefix_tokens
-    with LastBlockInput(block) as seen:
+    block: Block = encoder.transformer_blocks[-1]
+    prefix = encoder.num_prefix_tokens
+    with LastBlockInput(block) as captured:
         tokens = encoder.forward_features(images)
     attn = block.attn
-    importance = class_attention(block.norm1(seen.x), attn.qkv.weight, attn.qkv.bias, attn.num_heads, prefix)
+    importance = class_attention(block.norm1(captured.x), attn.qkv.weight, attn.qkv.bias, attn.num_heads, prefix)
     return tokens[:, prefix:], importance
 
 
 class CheckpointTeacher(Teacher):
-    """An encoder that this project trained; its source is a run's stage folder or model file.
+    """An encoder trained by this project; its source is a run's stage folder or a model file.
 
-    ``raw`` features are the last block's; ``ln_post`` applies the norm that pre-training put after it. The position
-    embedding is resized for another input than it was trained at, the statistics are those it was trained with.
+    ``raw`` features are those of the last block; ``ln_post`` applies the norm that pre-training put after it. The
+    position embedding is resized if the input differs from that of training; the default statistics are those of
+    training.
 
     Raises:
-        UserError: for a missing or foreign file, or ``proj`` features, which it does not have.
+        UserError: for a file that is missing or of another project, or for features that it does not have (``proj``).
     """
+
+    network: Encoder
+    norm_weight: Tensor
+    norm_bias: Tensor
 
     def __init__(self, options: TeacherOptions) -> None:
         path = find_weights(Path(options.source), f"{options.key}.source")
@@ -55,25 +62,27 @@ class CheckpointTeacher(Teacher):
         mean, std = options.statistics or (tuple(metadata["mean"]), tuple(metadata["std"]))
         super().__init__(
             encoder,
-            grid=encoder.grid,
-            width=encoder.embed_dim,
-            image_size=options.image_size,
-            mean=mean,
-            std=std,
-            dtype=options.dtype,
-            sha256=file_sha256(path),
-            facts={"importance": importance_words(encoder.num_prefix_tokens > 0)},
+            TeacherSpec(
+                grid=encoder.grid,
+                width=encoder.embed_dim,
+                image_size=options.image_size,
+                mean=mean,
+                std=std,
+                dtype=options.dtype,
+                sha256=file_sha256(path),
+                details={"importance": describe_importance(encoder.num_prefix_tokens > 0)},
+            ),
         )
         if features == "ln_post":
             tensors = read_tensors(path)
             for name in ("weight", "bias"):
-                # A copy: what the file gives is a view of all of it.
+                # Copied, because safetensors returns views of the whole file.
                 tensor = tensors[f"fusion.norm.{name}"].to(options.dtype, copy=True)
                 self.register_buffer(f"norm_{name}", tensor, persistent=False)
         self.features = features
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """See :meth:`Teacher.encode`."""
+        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         tokens, importance = encoder_attention(self.network, images)
         if self.features == "ln_post":
             tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)

@@ -1,4 +1,4 @@
-"""CLIP's image tower as a teacher, by open_clip."""
+"""CLIP image towers as teachers, loaded by open_clip."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mrmae_ds.teachers.base import (
     LibraryTeacher,
     check_tiles,
     class_attention,
-    importance_words,
+    describe_importance,
     tensors_sha256,
 )
 from mrmae_ds.teachers.options import TeacherOptions
@@ -24,16 +24,17 @@ from mrmae_ds.teachers.sources.timm_readers import TimmReader, timm_reader
 
 
 class ClipTeacher(LibraryTeacher):
-    """Patch tokens of the tower's last block, and its attention.
+    """A CLIP image tower: patch tokens of its last block, and that block's attention.
 
     The source is open_clip's model name, with or without ``-quickgelu``: the weights decide which GELU is computed. The
-    weights are a pretrained tag (``openai``) or a local file, OpenAI's archives included; a source that names files
-    itself (``hf-hub:``, ``local-dir:``) takes none. Features are ``raw``, ``ln_post``, or ``proj`` (ln_post, then the
-    projection to the joint space). open_clip resizes the position embedding for another input than the tower's own.
+    weights are a pretrained tag (``openai``) or a local file, including OpenAI's archives; a source that names its
+    files itself (``hf-hub:``, ``local-dir:``) takes none. Features are ``raw``, ``ln_post``, or ``proj`` (ln_post, then
+    the projection to the joint space). open_clip resizes the position embedding if the input size differs from the
+    tower's.
 
     Raises:
-        UserError: for an unknown name, unreadable weights, a GELU that cannot be told, or features that the tower does
-            not have.
+        UserError: for an unknown name, unreadable weights, an undetermined GELU, or features that the tower does not
+            have.
     """
 
     def __init__(self, options: TeacherOptions) -> None:
@@ -42,14 +43,14 @@ class ClipTeacher(LibraryTeacher):
         sha256 = file_sha256(weights) if weights and weights.is_file() else tensors_sha256(tower.visual)
         reader = tower_reader(tower.visual, options)
         network = tower.visual.trunk if isinstance(tower.visual, TimmModel) else tower.visual
-        super().__init__(network, reader, options, tower.statistics, sha256, _facts(tower, options))
+        super().__init__(network, reader, options, tower.statistics, sha256, _details(tower, options))
 
 
 class TowerReader:
-    """Tokens and attention of open_clip's own vision transformer.
+    """Reader of the tokens and attention of open_clip's own vision transformer.
 
     Raises:
-        UserError: for features that it does not have, or attention that open_clip itself cannot run.
+        UserError: for features that it does not have, or an attention layer that is not supported.
     """
 
     def __init__(self, visual: VisionTransformer, options: TeacherOptions) -> None:
@@ -60,19 +61,19 @@ class TowerReader:
                 f"have no {self.features}; use raw"
             )
         if getattr(visual.transformer.resblocks[-1].attn, "logit_scale", None) is not None:
-            raise UserError(f"{options.key}.source: {options.source} has cosine attention, which is not read")
+            raise UserError(f"{options.key}.source: {options.source} has cosine attention, which is not supported")
         check_tiles(visual.patch_size[0], options.image_size, options.key)
-        # Where the class token is not what the tower gives, nothing trained its attention.
+        # If the tower does not output its class token, that token's attention was not trained.
         self.has_class = visual.pool_type == "tok" and visual.attn_pool is None
-        self.importance = importance_words(self.has_class)
+        self.importance = describe_importance(self.has_class)
         self.grid: tuple[int, int] = visual.grid_size
         self.width: int = visual.output_dim if self.features == "proj" else visual.conv1.out_channels
 
-    def __call__(self, visual: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def __call__(self, visual: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         last = len(visual.transformer.resblocks) - 1
         block = visual.transformer.resblocks[last]
-        with LastBlockInput(block) as seen:
+        with LastBlockInput(block) as captured:
             tokens = visual.forward_intermediates(
                 images,
                 indices=[last],
@@ -84,7 +85,7 @@ class TowerReader:
             tokens = tokens @ visual.proj
         attn = block.attn
         importance = class_attention(
-            block.ln_1(seen.x),
+            block.ln_1(captured.x),
             attn.in_proj_weight,
             attn.in_proj_bias,
             attn.num_heads,
@@ -97,26 +98,26 @@ class TowerReader:
 
 
 def tower_reader(visual: nn.Module, options: TeacherOptions) -> TowerReader | TimmReader:
-    """The reader of an image tower; a :class:`TimmModel`'s reads its ``trunk``.
+    """Return the reader of an image tower; that of a :class:`TimmModel` reads its ``trunk``.
 
     Raises:
-        UserError: naming the recipe key: a tower or features that cannot be read.
+        UserError: naming the recipe key, if the tower or the features are not supported.
     """
     if isinstance(visual, TimmModel):
         if options.features == "proj":
             raise UserError(
-                f"{options.key}.features: {options.source} projects its pooled output only; use raw or ln_post"
+                f"{options.key}.features: {options.source} projects only its pooled output; use raw or ln_post"
             )
         return timm_reader(visual.trunk, options)
     if not isinstance(visual, VisionTransformer):
-        raise UserError(f"{options.key}.source: the image tower of {options.source} is no ViT; choose a ViT-* model")
+        raise UserError(f"{options.key}.source: the image tower of {options.source} is not a ViT; choose a ViT-* model")
     if options.stage is not None:
-        raise UserError(f"{options.key}.stage: {options.source} is a ViT, whose last block is taken; remove the key")
+        raise UserError(f"{options.key}.stage: {options.source} is a ViT, whose last block is used; remove the key")
     return TowerReader(visual, options)
 
 
-def _facts(tower: ClipTower, options: TeacherOptions) -> dict[str, str]:
-    facts = {"GELU": tower.gelu_words}
+def _details(tower: ClipTower, options: TeacherOptions) -> dict[str, str]:
+    details = {"GELU": tower.gelu_origin}
     if options.statistics is None:
-        facts["statistics"] = tower.statistics_words
-    return facts
+        details["statistics"] = tower.statistics_origin
+    return details

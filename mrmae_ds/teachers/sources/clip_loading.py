@@ -1,4 +1,4 @@
-"""open_clip's image towers with their weights: from a tag, a repository or folder, or a local file of any format."""
+"""Load open_clip image towers: weights from a tag, a hub repository or folder, or a local file of any format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import open_clip
 from open_clip.convert import convert_state_dict
 from open_clip.model import resize_pos_embed
 from open_clip.timm_model import TimmModel
-from torch import Tensor, nn
+from open_clip.transformer import VisionTransformer
+from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
@@ -19,32 +20,39 @@ from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.gelu import OPEN_CLIP_CONFIG, Gelu, gelu_of_file
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file
 
-# A text tower is never used; the smallest there is stands in for it.
+# The text tower is never used; open_clip requires one, so it is as small as possible.
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 _QUICK_NAME = "-quickgelu"
 
 
 @dataclass(frozen=True)
 class ClipTower:
-    """An image tower with its weights, and what was decided: its mean and std, and why these and this GELU."""
+    """An image tower with its weights.
 
-    visual: nn.Module
+    Attributes:
+        visual: the tower.
+        statistics: mean and std of its input, of pixels in [0, 1].
+        statistics_origin: source of the statistics, in words.
+        gelu_origin: its GELU and the evidence for it, in words.
+    """
+
+    visual: VisionTransformer | TimmModel
     statistics: tuple[Rgb, Rgb]
-    statistics_words: str
-    gelu_words: str
+    statistics_origin: str
+    gelu_origin: str
 
 
 def load_clip_tower(options: TeacherOptions) -> ClipTower:
-    """The image tower that a recipe names, on the CPU in float32.
+    """Load the image tower that a recipe names, on the CPU in float32.
 
     Raises:
-        UserError: naming the recipe key: an unknown name or tag, a file that is not the model's, a GELU that cannot be
-            told or is not what the recipe says.
+        UserError: naming the recipe key, for an unknown name or tag, a file of another model, or a GELU that is
+            undetermined or contradicts the recipe.
     """
     key, source, weights = options.key, options.source, options.weights
     named_files = source.startswith(("hf-hub:", "local-dir:"))
     if named_files and weights is not None:
-        raise UserError(f"{key}.weights: {source} names its files itself; remove the key, or give a model's name")
+        raise UserError(f"{key}.weights: {source} names its files itself; remove the key, or name a model as source")
     if not named_files and weights is None:
         raise UserError(f"{key}.weights: a CLIP teacher needs a tag (openai) or a local file")
     try:
@@ -62,7 +70,7 @@ def load_clip_tower(options: TeacherOptions) -> ClipTower:
         return _from_tag(options, name, tag, config) if tag else _from_file(options, name, config)
     except UserError:
         raise
-    except Exception as error:  # open_clip, the hub client and torch each raise their own kinds
+    except Exception as error:  # open_clip, the hub client and torch raise exceptions of their own
         raise UserError(
             f"{key}: open_clip model {source!r} with weights {weights!r} could not be loaded "
             f"({type(error).__name__}: {' '.join(str(error).split())}); check both names, or give a local file as "
@@ -71,26 +79,24 @@ def load_clip_tower(options: TeacherOptions) -> ClipTower:
 
 
 def _from_named_files(options: TeacherOptions, config: dict[str, Any]) -> ClipTower:
-    where, gelu = f"{OPEN_CLIP_CONFIG} of {options.source}", None
+    where = f"{OPEN_CLIP_CONFIG} of {options.source}"
+    gelu = None
     if not _is_timm(config):
-        gelu = _agreed(Gelu(bool(config.get("quick_gelu", False)), where), options)
+        gelu = _resolve_gelu(Gelu(bool(config.get("quick_gelu", False)), where), options)
     model = open_clip.create_model(options.source, force_image_size=options.image_size, require_pretrained=True)
-    return _tower(
-        model.visual, gelu, config, (*_preprocessing(model.visual), f"{OPEN_CLIP_CONFIG} of {options.source}")
-    )
+    return _tower(model.visual, gelu, config, (*_preprocessing(model.visual), where))
 
 
 def _from_tag(options: TeacherOptions, name: str, tag: dict[str, Any], config: dict[str, Any]) -> ClipTower:
-    where, gelu, extra = f"open_clip's entry for {options.weights}", None, {}
+    where = f"open_clip's entry for {options.weights}"
+    gelu, extra = None, {}
     if not _is_timm(config):
-        gelu = _agreed(Gelu(bool(tag.get("quick_gelu", False)), where), options)
+        gelu = _resolve_gelu(Gelu(bool(tag.get("quick_gelu", False)), where), options)
         extra = {"force_quick_gelu": True} if gelu.quick else {"quick_gelu": False}
     model = open_clip.create_model(
         name, pretrained=options.weights, force_image_size=options.image_size, require_pretrained=True, **extra
     )
-    return _tower(
-        model.visual, gelu, config, (*_preprocessing(model.visual), f"open_clip's entry for {options.weights}")
-    )
+    return _tower(model.visual, gelu, config, (*_preprocessing(model.visual), where))
 
 
 def _from_file(options: TeacherOptions, name: str, config: dict[str, Any]) -> ClipTower:
@@ -102,7 +108,7 @@ def _from_file(options: TeacherOptions, name: str, config: dict[str, Any]) -> Cl
         )
     file = read_tensor_file(path, f"{options.key}.weights")
     is_timm = _is_timm(config)
-    gelu = None if is_timm else _agreed(gelu_of_file(file), options)
+    gelu = None if is_timm else _resolve_gelu(gelu_of_file(file), options)
     vision = dict(config["vision_cfg"])
     vision |= {"timm_model_pretrained": False} if is_timm else {"image_size": options.image_size}
     model = open_clip.CLIP(
@@ -114,26 +120,28 @@ def _from_file(options: TeacherOptions, name: str, config: dict[str, Any]) -> Cl
     return _tower(model.visual, gelu, config, _statistics_of_file(path, name))
 
 
-def _tower(visual: nn.Module, gelu: Gelu | None, config: dict[str, Any], statistics: tuple[Rgb, Rgb, str]) -> ClipTower:
+def _tower(
+    visual: VisionTransformer | TimmModel, gelu: Gelu | None, config: dict[str, Any], statistics: tuple[Rgb, Rgb, str]
+) -> ClipTower:
     mean, std, where = statistics
     words = str(gelu) if gelu else f"as timm's {config['vision_cfg']['timm_model_name']} has it"
     return ClipTower(visual, (mean, std), where, words)
 
 
-def _preprocessing(visual: nn.Module) -> tuple[Rgb, Rgb]:
-    """What open_clip noted of a model that it loaded itself."""
+def _preprocessing(visual: VisionTransformer | TimmModel) -> tuple[Rgb, Rgb]:
+    """Return the mean and std that open_clip stored in a model that it loaded itself."""
     return tuple(visual.preprocess_cfg["mean"]), tuple(visual.preprocess_cfg["std"])
 
 
-def _agreed(evidence: Gelu | None, options: TeacherOptions) -> Gelu:
-    """The GELU by evidence, or by the recipe where there is none."""
+def _resolve_gelu(evidence: Gelu | None, options: TeacherOptions) -> Gelu:
+    """Return the GELU by evidence, or by the recipe if there is no evidence."""
     given = options.quickgelu
     if evidence is None:
         if given is None:
             raise UserError(
-                f"{options.key}.quickgelu: {options.weights} does not say which GELU it was trained with, and features "
-                "of the wrong one look right; say true (OpenAI's weights and those tuned from them) or false, or put "
-                f"its {OPEN_CLIP_CONFIG} beside it"
+                f"{options.key}.quickgelu: {options.weights} does not record the GELU that it was trained with, and "
+                "the wrong one silently changes the features; set true (OpenAI's weights and those tuned from them) or "
+                f"false, or put its {OPEN_CLIP_CONFIG} beside it"
             )
         return Gelu(given, "the recipe")
     if given is not None and given != evidence.quick:
@@ -149,30 +157,32 @@ def _is_timm(config: dict[str, Any]) -> bool:
 
 
 def _load_tower(model: open_clip.CLIP, file: TensorFile, options: TeacherOptions) -> None:
-    """The file's image tower into the model's; every tensor of each must be in the other."""
+    """Load the file's image tower into the model's; their tensors must have the same names and shapes."""
     exact = {name: tensor.float() for name, tensor in file.tensors.items()}
     state: dict[str, Tensor] = convert_state_dict(model, exact)
     tower = {name: tensor for name, tensor in state.items() if name.startswith("visual.")}
     if not tower and "conv1.weight" in state:
         tower = {f"visual.{name}": tensor for name, tensor in state.items()}
     resize_pos_embed(tower, model)
-    own = {f"visual.{name}": tensor.shape for name, tensor in model.visual.state_dict().items()}
+    expected = {f"visual.{name}": tensor.shape for name, tensor in model.visual.state_dict().items()}
     problems = {
-        "it lacks": sorted(own.keys() - tower.keys()),
-        "the model has no": sorted(tower.keys() - own.keys()),
-        "of another shape is": sorted(name for name in own.keys() & tower.keys() if own[name] != tower[name].shape),
+        "it lacks": sorted(expected.keys() - tower.keys()),
+        "the model has no": sorted(tower.keys() - expected.keys()),
+        "of another shape is": sorted(
+            name for name in expected.keys() & tower.keys() if expected[name] != tower[name].shape
+        ),
     }
-    found = [f"{what} {names[0]} ({len(names)} such tensors)" for what, names in problems.items() if names]
-    if found:
+    listed = [f"{what} {names[0]} ({len(names)} such tensors)" for what, names in problems.items() if names]
+    if listed:
         raise UserError(
-            f"{options.key}.weights: {file.path} is not a file of {options.source}: {'; '.join(found)}; name the model "
-            "that it was saved from"
+            f"{options.key}.weights: {file.path} is not a file of {options.source}: {'; '.join(listed)}; set source to "
+            "the model that it was saved from"
         )
     model.visual.load_state_dict({name.removeprefix("visual."): tensor for name, tensor in tower.items()})
 
 
 def _statistics_of_file(path: Path, name: str) -> tuple[Rgb, Rgb, str]:
-    """A file of weights does not hold its statistics: mean, std, and where they were found."""
+    """Return mean, std and their origin for a weights file, which does not contain them."""
     beside = path.parent / OPEN_CLIP_CONFIG
     if beside.is_file():
         cfg = json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg", {})
@@ -183,4 +193,8 @@ def _statistics_of_file(path: Path, name: str) -> tuple[Rgb, Rgb, str]:
     if len(known) == 1:
         ((mean, std),) = known
         return mean, std, f"all of open_clip's weights of {name}"
-    return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, "OpenAI's, assumed: the file does not say"
+    return (
+        open_clip.OPENAI_DATASET_MEAN,
+        open_clip.OPENAI_DATASET_STD,
+        "OpenAI's, assumed: the file has none",
+    )

@@ -1,6 +1,6 @@
-"""Which GELU a file of CLIP weights was trained with: OpenAI's approximation x * sigmoid(1.702 x), or the true one.
+"""Determine the GELU of CLIP weights: OpenAI's approximation x * sigmoid(1.702 x), or the exact one.
 
-The two give other features from the same weights, no shape differs, and nothing fails. So it is never taken from a
+With the wrong GELU the features differ, although no shape does and nothing fails. Therefore it is never inferred from a
 model's name alone.
 """
 
@@ -16,14 +16,19 @@ import torch
 from mrmae_ds.errors import UserError
 from mrmae_ds.weights.formats import TensorFile
 
-# What OpenAI's archives and the state dicts taken from them hold beside the weights.
+# Entries of OpenAI's archives, and of state dicts taken from them, besides the weights.
 OPENAI_SCALARS = {"input_resolution", "context_length", "vocab_size"}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 @dataclass(frozen=True)
 class Gelu:
-    """``quick``: QuickGELU. ``why``: by what evidence, in words."""
+    """A GELU and the evidence for it.
+
+    Attributes:
+        quick: True for QuickGELU, False for the exact GELU.
+        why: the evidence, in words.
+    """
 
     quick: bool
     why: str
@@ -33,36 +38,38 @@ class Gelu:
 
 
 def gelu_of_file(file: TensorFile) -> Gelu | None:
-    """What a file of weights, or the configuration beside it, says; None if they say nothing.
+    """Return the GELU recorded in a weights file or in the configuration beside it; None if neither records one.
 
     Raises:
         UserError: if they contradict each other.
     """
-    found = [evidence for evidence in (_of_archive(file), _of_scalars(file), _of_config(file.path)) if evidence]
-    if len({evidence.quick for evidence in found}) > 1:
-        listed = "; ".join(map(str, found))
-        raise UserError(f"{file.path}: contradictory about its GELU ({listed}); move the file that does not belong")
-    return found[0] if found else None
+    evidence = [gelu for gelu in (_from_archive(file), _from_scalars(file), _from_config(file.path)) if gelu]
+    if len({gelu.quick for gelu in evidence}) > 1:
+        listed = "; ".join(map(str, evidence))
+        raise UserError(
+            f"{file.path}: contradictory evidence for its GELU ({listed}); remove the file that does not belong to it"
+        )
+    return evidence[0] if evidence else None
 
 
-def _of_archive(file: TensorFile) -> Gelu | None:
+def _from_archive(file: TensorFile) -> Gelu | None:
     if file.format != "torchscript":
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch: TorchScript is deprecated
+        warnings.simplefilter("ignore")  # torch's deprecation of TorchScript
         archive = torch.jit.load(str(file.path), map_location="cpu")
-    # A traced module keeps its constants beside its code; the graph shows both.
+    # A traced module stores constants separately from its code; the graph contains both.
     graph = str(getattr(archive, "visual", archive).inlined_graph)
     if "1.702" in graph:
         return Gelu(True, "the archive's code")
     return Gelu(False, "the archive's code") if "gelu" in graph else None
 
 
-def _of_scalars(file: TensorFile) -> Gelu | None:
+def _from_scalars(file: TensorFile) -> Gelu | None:
     return Gelu(True, "OpenAI's scalars in the file") if file.tensors.keys() >= OPENAI_SCALARS else None
 
 
-def _of_config(path: Path) -> Gelu | None:
+def _from_config(path: Path) -> Gelu | None:
     config = path.parent / OPEN_CLIP_CONFIG
     if not config.is_file():
         return None
@@ -70,7 +77,7 @@ def _of_config(path: Path) -> Gelu | None:
         content = json.loads(config.read_text(encoding="utf-8"))
         model = content.get("model_cfg", content)
         if "timm_model_name" in model["vision_cfg"]:
-            return None  # such a tower's GELU is timm's affair
+            return None  # timm defines the GELU of such a tower
         return Gelu(bool(model.get("quick_gelu", False)), f"{OPEN_CLIP_CONFIG} beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config}: not an open_clip configuration ({type(error).__name__}: {error})") from None

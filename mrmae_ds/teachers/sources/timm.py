@@ -1,13 +1,17 @@
-"""Any timm model with tokens or feature maps as a teacher: DINO, DINOv2, DINOv3, a convolutional network, ..."""
+"""timm models with patch tokens or feature maps as teachers: DINO, DINOv2, DINOv3, a convolutional network, ..."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
+import torch.nn.functional as F
 from timm.layers import QuickGELU
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
@@ -16,17 +20,19 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.teachers.base import LibraryTeacher, tensors_sha256
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.sources.dino_pos_embed import resize_like_dino
 from mrmae_ds.teachers.sources.gelu import gelu_of_file
-from mrmae_ds.teachers.sources.timm_readers import timm_reader
+from mrmae_ds.teachers.sources.timm_readers import TimmNetwork, timm_reader
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file
+
+# DINO's guard against rounding when a position embedding is resized.
+DINO_OFFSET = 0.1
 
 
 class TimmTeacher(LibraryTeacher):
-    """A timm model: patch tokens of a ViT's last block and its attention, or a stage's feature map and its norm.
+    """A timm model: patch tokens of a ViT's last block with its attention, or a stage's feature map with its norm.
 
-    The source is timm's model name, with the tag of its weights if they come from the hub; weights are a local file
-    (.safetensors, .pt, .pth, .bin) of any precision.
+    The source is timm's model name, including the tag of the weights if they come from the hub. Weights are a local
+    file (.safetensors, .pt, .pth, .bin) of any precision.
 
     Raises:
         UserError: for an unknown name, unreadable weights, or a model that does not fit the student's grid.
@@ -35,25 +41,39 @@ class TimmTeacher(LibraryTeacher):
     def __init__(self, options: TeacherOptions) -> None:
         if options.features == "proj":
             raise UserError(f"{options.key}.features: timm models have no projection; use raw or ln_post")
-        network, missing, facts = load_timm(options)
+        loaded = load_timm(options)
+        network = loaded.network
         sha256 = file_sha256(Path(options.weights)) if options.weights else tensors_sha256(network)
         reader = timm_reader(network, options)
-        # What pruning took away is not needed, so a file may lack it.
-        lacking = [name for name in missing if name in network.state_dict()]
-        if lacking:
+        # The file may lack tensors that pruning removed, because they are not needed.
+        missing = [name for name in loaded.missing if name in network.state_dict()]
+        if missing:
             raise UserError(
-                f"{options.key}.weights: {options.weights} is not a file of {options.source}: it lacks {len(lacking)} "
-                f"of its tensors, first {lacking[0]}"
+                f"{options.key}.weights: {options.weights} is not a file of {options.source}: it lacks {len(missing)} "
+                f"of its tensors, first {missing[0]}"
             )
         config = network.pretrained_cfg
-        super().__init__(network, reader, options, (tuple(config["mean"]), tuple(config["std"])), sha256, facts)
+        statistics = tuple(config["mean"]), tuple(config["std"])
+        super().__init__(network, reader, options, statistics, sha256, loaded.details)
 
 
-def load_timm(options: TeacherOptions) -> tuple[nn.Module, list[str], dict[str, str]]:
-    """Build a timm model without head, with the hub's weights or a local file's.
+@dataclass(frozen=True)
+class LoadedNetwork:
+    """A timm model with its weights.
 
-    Returns:
-        The model; names that the file lacks, which timm would leave random without a word; what was decided.
+    Attributes:
+        network: the model, without head.
+        missing: names of tensors that the file lacks, which timm would silently leave at random values.
+        details: decisions made while loading, by topic.
+    """
+
+    network: TimmNetwork
+    missing: list[str] = field(default_factory=list)
+    details: dict[str, str] = field(default_factory=dict)
+
+
+def load_timm(options: TeacherOptions) -> LoadedNetwork:
+    """Build a timm model without head, with weights from the hub or from a local file.
 
     Raises:
         UserError: naming the recipe key.
@@ -61,67 +81,106 @@ def load_timm(options: TeacherOptions) -> tuple[nn.Module, list[str], dict[str, 
     key, source = options.key, options.source
     file = read_tensor_file(Path(options.weights), f"{key}.weights") if options.weights else None
     try:
-        if _resize_like_dino(options):
+        if _use_dino_resize(options):
             return _load(options, file, dino=True)
         if file is not None:
             return _load(options, file, dino=False)
         network = create_network(source, options.image_size, pretrained=True)
     except UserError:
         raise
-    except Exception as error:  # timm, the hub client and torch each raise their own kinds
+    except Exception as error:  # timm, the hub client and torch raise exceptions of their own
         raise UserError(
             f"{key}: timm model {source!r} could not be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); check the name, or give a local file as {key}.weights where no hub is "
-            "in reach"
+            f"{' '.join(str(error).split())}); check the name, or give a local file as {key}.weights if the hub cannot "
+            "be reached"
         ) from None
     _check_gelu(network, None, options)
-    return network, [], {}
+    return LoadedNetwork(network)
 
 
-def _load(
-    options: TeacherOptions, file: TensorFile | None, *, dino: bool
-) -> tuple[nn.Module, list[str], dict[str, str]]:
-    """The tensors of ``file``, or of the hub for None, in a network of the wanted input size."""
+def _load(options: TeacherOptions, file: TensorFile | None, *, dino: bool) -> LoadedNetwork:
+    """Load the tensors of ``file`` (of the hub if None) into a network of the required input size."""
     tensors = create_network(options.source, None, pretrained=True).state_dict() if file is None else file.tensors
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     network = create_network(options.source, options.image_size, pretrained=False)
     if file is not None:
         _check_gelu(network, file, options)
-    facts = _resize_positions(state, network, options, dino)
+    details = _resize_pos_embed(state, network, options, dino)
     filter_fn = _checkpoint_filter(network)
     state = filter_fn(state, network) if filter_fn else state
-    loaded = network.load_state_dict(state, strict=False)
-    # A head that is not asked for may be in the file; a block, or a part of one, that the model lacks may not.
+    result = network.load_state_dict(state, strict=False)
+    # The file may have a head, which is not needed; it must not have blocks, or parts of them, that the model lacks.
     known = {name.split(".")[0] for name in network.state_dict().keys() & state.keys() if "." in name}
-    foreign = [name for name in loaded.unexpected_keys if name.split(".")[0] in known]
+    foreign = [name for name in result.unexpected_keys if name.split(".")[0] in known]
     if foreign:
         raise UserError(
-            f"{options.key}.weights: {options.weights} is not a file of {options.source}: {len(foreign)} of its "
-            f"tensors have no place there, first {foreign[0]}"
+            f"{options.key}.weights: {options.weights} is not a file of {options.source}: the model lacks "
+            f"{len(foreign)} of its tensors, first {foreign[0]}"
         )
-    return network, [name for name in loaded.missing_keys if not name.endswith("num_batches_tracked")], facts
+    missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
+    return LoadedNetwork(network, missing, details)
 
 
-def _resize_positions(
-    state: dict[str, Tensor], network: nn.Module, options: TeacherOptions, dino: bool
+def _resize_pos_embed(
+    state: dict[str, Tensor], network: TimmNetwork, options: TeacherOptions, dino: bool
 ) -> dict[str, str]:
-    """Resize ``state``'s positions to the network's grid if DINO's way is wanted; timm's filter does the rest."""
-    positions, wanted = state.get("pos_embed"), getattr(network, "pos_embed", None)
-    if positions is None or wanted is None:
+    """Resize the position embedding in ``state`` if DINO's method is used, and describe the resizing.
+
+    With timm's method its checkpoint filter does the resizing.
+    """
+    pos_embed, wanted = state.get("pos_embed"), getattr(network, "pos_embed", None)
+    if pos_embed is None or wanted is None:
         if options.position_resize == "dino":
             raise UserError(f"{options.key}.position_resize: {options.source} has no position embedding to resize")
         return {}
-    if positions.shape == wanted.shape:
+    if pos_embed.shape == wanted.shape:
         return {}
     prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
     if dino:
-        state["pos_embed"] = resize_like_dino(positions, prefix, network.patch_embed.grid_size)
+        state["pos_embed"] = resize_pos_embed_dino(pos_embed, prefix, network.patch_embed.grid_size)
     how = "as in DINO's own code (bicubic, offset 0.1)" if dino else "as timm does (bicubic, antialias)"
-    return {"positions": f"{positions.shape[1] - prefix} resized to {wanted.shape[1] - prefix}, {how}"}
+    return {"position embedding": f"{pos_embed.shape[1] - prefix} resized to {wanted.shape[1] - prefix}, {how}"}
 
 
-def create_network(source: str, image_size: int | None, *, pretrained: bool) -> nn.Module:
-    """A timm model without head; None takes its own input size. What timm raises is not caught."""
+def resize_pos_embed_dino(pos_embed: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """Resize a ViT's position embedding as DINO and DINOv2 do, in float32.
+
+    Bicubic without antialias, with coordinates scaled by (new + 0.1) / old instead of new / old; the published results
+    of the weights include this guard against rounding. (DINOv2's models with registers use no offset and antialias,
+    which is what timm does.)
+
+    Args:
+        pos_embed: position embedding [1, prefix + n*n, C].
+        prefix: number of rows before the patches' (class token, registers).
+        grid: rows and columns of the new grid.
+
+    Returns:
+        Position embedding [1, prefix + rows*columns, C], of the dtype of ``pos_embed``.
+
+    Raises:
+        ValueError: if the patches' rows do not form a square grid.
+    """
+    side = math.isqrt(pos_embed.shape[1] - prefix)
+    if side * side != pos_embed.shape[1] - prefix:
+        raise ValueError(f"{pos_embed.shape[1] - prefix} position embeddings do not form a square grid")
+    if (side, side) == grid:
+        return pos_embed
+    patches = pos_embed[:, prefix:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    scale = ((grid[0] + DINO_OFFSET) / side, (grid[1] + DINO_OFFSET) / side)
+    resized = F.interpolate(patches, scale_factor=scale, mode="bicubic", antialias=False)
+    assert resized.shape[2:] == grid
+    resized = resized.permute(0, 2, 3, 1).flatten(1, 2).to(pos_embed.dtype)
+    return torch.cat([pos_embed[:, :prefix], resized], dim=1)
+
+
+def create_network(source: str, image_size: int | None, *, pretrained: bool) -> TimmNetwork:
+    """Create a timm model without head; exceptions of timm are not caught.
+
+    Args:
+        source: timm's model name.
+        image_size: side of the input in pixels; None uses the model's default.
+        pretrained: load the weights from the hub.
+    """
     options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
     if image_size is None:
         return timm.create_model(source, **options)
@@ -130,34 +189,37 @@ def create_network(source: str, image_size: int | None, *, pretrained: bool) -> 
     except TypeError as error:
         if "img_size" not in str(error):
             raise
-        return timm.create_model(source, **options)  # a convolutional network takes any size
+        return timm.create_model(source, **options)  # a convolutional network accepts any size
 
 
-def _checkpoint_filter(network: nn.Module) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
-    """The function by which timm turns this family's foreign files into its own names and sizes."""
+def _checkpoint_filter(network: TimmNetwork) -> Callable[[dict[str, Tensor], nn.Module], dict[str, Tensor]] | None:
+    """Return timm's function that converts original checkpoints of this family to its names and sizes, if any."""
     name = network.pretrained_cfg.get("architecture", "")
     modules = [type(network).__module__]
     if is_model(name):
         modules.insert(0, model_entrypoint(name).__module__)
-    found = (getattr(sys.modules[module], "checkpoint_filter_fn", None) for module in modules)
-    return next((function for function in found if function is not None), None)
+    filters = (getattr(sys.modules[module], "checkpoint_filter_fn", None) for module in modules)
+    return next((function for function in filters if function is not None), None)
 
 
-def _resize_like_dino(options: TeacherOptions) -> bool:
+def _use_dino_resize(options: TeacherOptions) -> bool:
     if options.position_resize is not None:
         return options.position_resize == "dino"
     name, _, tag = options.source.partition(".")
     return tag == "dino" or ("dinov2" in name and "_reg" not in name)
 
 
-def _check_gelu(network: nn.Module, file: TensorFile | None, options: TeacherOptions) -> None:
-    """CLIP's weights under a timm name: timm has a name for each GELU, and only notes when it is the wrong one."""
+def _check_gelu(network: TimmNetwork, file: TensorFile | None, options: TeacherOptions) -> None:
+    """Check the GELU of CLIP weights under a timm name.
+
+    timm has separate names for models with either GELU, but loads the wrong weights with no more than a note.
+    """
     notes = " ".join(network.pretrained_cfg.get("notes") or ())
-    found = gelu_of_file(file) if file is not None else None
+    gelu = gelu_of_file(file) if file is not None else None
     if file is None and "natively QuickGELU" in notes:
         quick, why = True, "timm's note on them"
-    elif found is not None:
-        quick, why = found.quick, found.why
+    elif gelu is not None:
+        quick, why = gelu.quick, gelu.why
     else:
         return
     if any(isinstance(module, QuickGELU) for module in network.modules()) != quick:

@@ -1,35 +1,71 @@
-"""How tokens and importance are read out of a timm network: from a ViT's last block, or from a stage's feature map.
+"""Read tokens and importance from a timm network: from a ViT's last block, or from a stage's feature map.
 
 Shape legend: B images, L patch tokens in raster order, P prefix tokens (class, registers), N = P + L, C width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.teachers.base import LastBlockInput, check_tiles, class_attention, importance_words
+from mrmae_ds.teachers.base import LastBlockInput, check_tiles, class_attention, describe_importance
 from mrmae_ds.teachers.options import TeacherOptions
 
 
-class WholeAttention:
-    """Keeps a layer's attention matrix [B, heads, N, N] during one forward; the layer's fused path must be off."""
+# Types of timm's modules, which are not annotated themselves: the attributes that are used here, and nothing else. They
+# are never instantiated.
+class TimmAttention(nn.Module):
+    """Attention layer of a block of tokens."""
 
-    def __init__(self, attn: nn.Module) -> None:
+    qkv: nn.Linear
+    num_heads: int
+    q_norm: nn.Module
+    k_norm: nn.Module
+    attn_drop: nn.Module
+    fused_attn: bool
+
+
+class TimmBlock(nn.Module):
+    """Block of a network of tokens."""
+
+    norm1: nn.Module
+    attn: TimmAttention
+
+
+class TimmNetwork(nn.Module):
+    """A timm model without head; ``blocks`` and ``num_prefix_tokens`` only where it consists of blocks of one grid."""
+
+    pretrained_cfg: Mapping[str, Any]
+    feature_info: Sequence[Mapping[str, Any]]
+    forward_intermediates: Callable[..., list[Tensor]]
+    prune_intermediate_layers: Callable[..., list[int]]
+    patch_embed: Any
+    blocks: Sequence[TimmBlock]
+    num_prefix_tokens: int
+
+
+class AttentionMatrix:
+    """Context manager that captures a layer's attention matrix; the layer's fused path must be off.
+
+    Attributes:
+        weights: attention [B, heads, N, N] of the last forward inside the context, or None before one.
+    """
+
+    def __init__(self, attn: TimmAttention) -> None:
         self.attn = attn
         self.weights: Tensor | None = None
 
-    def __enter__(self) -> WholeAttention:
+    def __enter__(self) -> AttentionMatrix:
         self.handle = self.attn.attn_drop.register_forward_pre_hook(self._keep)
         return self
 
     def _keep(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """The dropout's input is the matrix [B, heads, N, N]."""
+        """Keep the dropout's input, which is the matrix [B, heads, N, N]."""
         self.weights = inputs[0]
 
     def __exit__(self, *_: object) -> None:
@@ -37,56 +73,56 @@ class WholeAttention:
 
 
 class BlockReader:
-    """Tokens of a ViT's last block, and that block's attention.
+    """Reader of the tokens of a ViT's last block and of that block's attention.
 
-    Where the layer is timm's plain one, a row of the attention is computed beside it; any other (rotary or relative
-    positions, grouped heads, ...) computes its whole matrix itself, unfused, and is overheard.
+    For timm's plain attention layer, one row of the attention is computed beside the layer. Any other layer (rotary or
+    relative positions, grouped heads, ...) is run unfused, and its attention matrix is captured by a forward hook.
 
     Args:
-        network: with ``blocks`` of one grid, each with an ``attn``; pruned to what is needed.
+        network: model with ``blocks`` of one grid, each with an ``attn``; it is pruned to the needed parts.
         options: ``ln_post`` features apply the final norm.
 
     Raises:
-        NotThisKind: if the last block's attention is not one between N tokens.
+        UnsupportedNetworkError: if the last block's attention is not between N tokens.
     """
 
-    def __init__(self, network: nn.Module, options: TeacherOptions) -> None:
+    def __init__(self, network: TimmNetwork, options: TeacherOptions) -> None:
         self.normalized = options.features == "ln_post"
-        self.prefix: int = network.num_prefix_tokens
+        self.prefix = network.num_prefix_tokens
         self.has_class = self.prefix > 0 and getattr(network, "cls_token", None) is not None
-        self.importance = importance_words(self.has_class)
+        self.importance = describe_importance(self.has_class)
         block = network.blocks[-1]
         self.plain = type(block) is vision_transformer.Block and type(block.attn) is vision_transformer.Attention
         block.attn.fused_attn = block.attn.fused_attn and self.plain
         size = options.image_size
-        with torch.no_grad(), WholeAttention(block.attn) as seen:
+        with torch.no_grad(), AttentionMatrix(block.attn) as captured:
             tokens = self._tokens(network, torch.zeros(1, 3, size, size), "NCHW")
         self.grid, self.width = (tokens.shape[2], tokens.shape[3]), tokens.shape[1]
-        if not self.plain and not _is_softmax(seen.weights, self.prefix + self.grid[0] * self.grid[1]):
-            raise NotThisKind
+        if not self.plain and not _is_softmax(captured.weights, self.prefix + self.grid[0] * self.grid[1]):
+            raise UnsupportedNetworkError
         check_tiles(network.feature_info[-1]["reduction"], size, options.key)
         network.prune_intermediate_layers(1, prune_norm=not self.normalized, prune_head=True)
 
-    def _tokens(self, network: nn.Module, images: Tensor, output_fmt: str) -> Tensor:
-        """The last block's patch tokens of [B, 3, H, W]: [B, L, C] as ``NLC``, [B, C, rows, columns] as ``NCHW``."""
+    def _tokens(self, network: TimmNetwork, images: Tensor, output_fmt: str) -> Tensor:
+        """Return the last block's patch tokens of images: [B, L, C] for ``NLC``, [B, C, rows, columns] for ``NCHW``."""
         return network.forward_intermediates(
             images, indices=1, norm=self.normalized, output_fmt=output_fmt, intermediates_only=True
         )[-1]
 
-    def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def __call__(self, network: TimmNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         block = network.blocks[-1]
         attn = block.attn
         if not self.plain:
-            with WholeAttention(attn) as seen:
+            with AttentionMatrix(attn) as matrix:
                 tokens = self._tokens(network, images, "NLC")
-            assert seen.weights is not None
-            rows = seen.weights[:, :, :1] if self.has_class else seen.weights[:, :, self.prefix :]
+            assert matrix.weights is not None
+            rows = matrix.weights[:, :, :1] if self.has_class else matrix.weights[:, :, self.prefix :]
             return tokens, rows.float().mean(dim=(1, 2))[:, self.prefix :]
-        with LastBlockInput(block) as seen_input:
+        with LastBlockInput(block) as captured:
             tokens = self._tokens(network, images, "NLC")
         importance = class_attention(
-            block.norm1(seen_input.x),
+            block.norm1(captured.x),
             attn.qkv.weight,
             attn.qkv.bias,
             attn.num_heads,
@@ -99,18 +135,18 @@ class BlockReader:
 
 
 class MapReader:
-    """One stage's feature map as tokens, and its L2 norm over channels as importance.
+    """Reader of one stage's feature map as tokens, with its L2 norm over channels as importance.
 
     Args:
-        network: with ``forward_intermediates``; pruned to what is needed.
-        options: the stage, or the grid that it must have.
+        network: model with ``forward_intermediates``; it is pruned to the needed parts.
+        options: name the stage, or the grid that it must have.
 
     Raises:
-        UserError: if no stage has the student's grid, or the named one does not exist, or a stride does not tile the
+        UserError: if no stage has the student's grid, the named stage does not exist, or its stride does not tile the
             image.
     """
 
-    def __init__(self, network: nn.Module, options: TeacherOptions) -> None:
+    def __init__(self, network: TimmNetwork, options: TeacherOptions) -> None:
         if options.features != "raw":
             raise UserError(f"{options.key}.features: a feature map of {options.source} is raw; use raw")
         size = options.image_size
@@ -125,8 +161,8 @@ class MapReader:
         self.grid, self.width = (chosen.shape[2], chosen.shape[3]), chosen.shape[1]
         network.prune_intermediate_layers([self.stage], prune_norm=True, prune_head=True)
 
-    def __call__(self, network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def __call__(self, network: TimmNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
         features = network.forward_intermediates(
             images, indices=[self.stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
         )[-1]
@@ -135,52 +171,59 @@ class MapReader:
 
 
 def _is_softmax(weights: Tensor | None, tokens: int) -> bool:
-    """Whether these are shares of attention between all tokens, [B, heads, N, N] (not between channels, or signed)."""
+    """Return True if these are attention weights between all tokens, [B, heads, N, N].
+
+    Attention between channels, or with signed weights, is not.
+    """
     if weights is None or weights.shape[2:] != (tokens, tokens):
         return False
-    if weights.is_meta:  # a plan is made of shapes
+    if weights.is_meta:  # planning runs on shapes without values
         return True
     sums = weights.sum(-1)
     return bool((weights >= 0).all()) and torch.allclose(sums, torch.ones_like(sums), atol=1e-4)
 
 
-class NotThisKind(Exception):
-    """The network is not what a reader reads."""
+class UnsupportedNetworkError(Exception):
+    """Raised when a network's architecture is not supported by a reader."""
 
 
 TimmReader = BlockReader | MapReader
 
 
 def timm_reader(network: nn.Module, options: TeacherOptions) -> TimmReader:
-    """The reader of a timm network, which is put in eval mode, tried on one image, and pruned.
+    """Return the reader of a timm network; the network is put in eval mode, run on one image, and pruned.
 
     Raises:
-        UserError: naming the recipe key: an input size or a grid that does not fit, or nothing to read.
+        UserError: naming the recipe key, if the input size or the grid does not fit, or the network has no features.
     """
+    network = cast(TimmNetwork, network)  # its attributes are checked below
     network.eval()
     if not hasattr(network, "forward_intermediates"):
-        raise UserError(f"{options.key}.source: timm gives no features of {options.source}; choose another model")
+        raise UserError(f"{options.key}.source: timm returns no features of {options.source}; choose another model")
     if _has_blocks_of_tokens(network):
         if options.stage is not None:
             raise UserError(
-                f"{options.key}.stage: {options.source} has no stages but blocks of one grid, and the last is taken; "
+                f"{options.key}.stage: {options.source} has no stages but blocks of one grid, and the last is used; "
                 "remove the key"
             )
         try:
-            return _tried(BlockReader, network, options)
-        except NotThisKind:
+            return _make_reader(BlockReader, network, options)
+        except UnsupportedNetworkError:
             pass
-    return _tried(MapReader, network, options)
+    return _make_reader(MapReader, network, options)
 
 
-def _tried(kind: Callable[[nn.Module, TeacherOptions], Any], network: nn.Module, options: TeacherOptions) -> Any:
+Reader = TypeVar("Reader", BlockReader, MapReader)
+
+
+def _make_reader(reader: type[Reader], network: TimmNetwork, options: TeacherOptions) -> Reader:
     try:
-        return kind(network, options)
+        return reader(network, options)
     except (AssertionError, RuntimeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(
-            f"{options.key}.image_size: {options.source} does not take {options.image_size} pixels "
+            f"{options.key}.image_size: {options.source} does not accept {options.image_size} pixels "
             f"({' '.join(str(error).split())})"
         ) from None
 
@@ -198,16 +241,16 @@ def _choose_stage(grids: list[tuple[int, int]], options: TeacherOptions) -> int:
     listed = ", ".join(
         f"{stage} {rows}x{columns} (stride {size / rows:.3g})" for stage, (rows, columns) in enumerate(grids)
     )
-    shown = f"the stages of {options.source} at {size} pixels are {listed}"
+    stages = f"the stages of {options.source} at {size} pixels are {listed}"
     if options.stage is not None and options.stage >= len(grids):
-        raise UserError(f"{options.key}.stage: no stage {options.stage}; {shown}")
+        raise UserError(f"{options.key}.stage: no stage {options.stage}; {stages}")
     fitting = [stage for stage, grid in enumerate(grids) if grid == wanted]
     if options.stage is not None:
         fitting = [stage for stage in fitting if stage == options.stage]
     if not fitting:
         what = "no stage has" if options.stage is None else f"stage {options.stage} does not have"
         raise UserError(
-            f"{options.key}: {what} the student's {wanted[0]}x{wanted[1]} grid; {shown}. Set {options.key}.image_size "
+            f"{options.key}: {what} the student's {wanted[0]}x{wanted[1]} grid; {stages}. Set {options.key}.image_size "
             f"to {wanted[0]} times the stride of the stage you want"
         )
     return fitting[-1]

@@ -39,7 +39,8 @@ from mrmae_ds.training.evaluation.base import EvalContext, Scores
 from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run_logger import identity
 from mrmae_ds.training.tasks.base import Normalize
-from mrmae_ds.weights.load import build_classifier, find_weights, load_encoder, read_metadata
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import build_classifier, find_weights, read_metadata
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import KnnConfig
 from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.distributed.process_group import sum_over_ranks
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator, Scores
 
 Features = Callable[[Tensor], Tensor]

@@ -26,7 +26,7 @@ from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.records.sections import Design, Operations, Parameters
 from mrmae_ds.teachers import Teacher, build_teacher

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import FinetuneConfig, ProbeConfig
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.encoders import Encoder, build_encoder, init_classifier
 from mrmae_ds.training.evaluation.accuracy import AccuracyEvaluator
 from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.tasks.base import Task
-from mrmae_ds.weights.load import build_encoder, find_weights, init_classifier, load_encoder
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import find_weights
 
 ClassifierConfigT = TypeVar("ClassifierConfigT", FinetuneConfig, ProbeConfig)
 

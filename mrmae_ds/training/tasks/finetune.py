@@ -19,7 +19,7 @@ from mrmae_ds.config.stages import FinetuneConfig
 from mrmae_ds.data.loaders.augment import AugmentSettings, SampleErasing
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.teachers import build_teacher
 from mrmae_ds.training.param_groups import ParamGroups, adamw, finetune_groups
 from mrmae_ds.training.tasks.base import MicroBatchKey

@@ -27,7 +27,7 @@ from mrmae_ds.config.stages import ProbeConfig
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
-from mrmae_ds.models.pretrain import Encoder
+from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.profiling.flops import count_forward
 from mrmae_ds.records.sections import Operations
 from mrmae_ds.teachers import build_teacher

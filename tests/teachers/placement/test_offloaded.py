@@ -13,8 +13,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher
+from mrmae_ds.teachers.base import TeacherSpec
+from mrmae_ds.teachers.placement.offload_units import offload_layout, split_units
 from mrmae_ds.teachers.placement.offloaded import ALIGNMENT, OffloadedTeacher
-from mrmae_ds.teachers.placement.units import lay_out, split
 from tests.support.placed import RGB, TEACHERS, bytes_present, timm_network, watched, weights_of
 from tests.support.sample_teachers import pixels_of
 
@@ -68,7 +69,7 @@ def test_what_is_present_and_when(name: str, tmp_path: Path) -> None:
         assert placed.resident_bytes == bytes_present(teacher), kind
         resident[kind] = placed.resident_bytes, max(seen)
     assert resident["device"] == (everything, everything)
-    idle = sum(tensor.nbytes for tensor in lay_out(plain).idle)
+    idle = sum(tensor.nbytes for tensor in offload_layout(plain).idle)
     assert resident["step"] == (0, everything - idle) and idle < everything / 20
     assert resident["stream"][0] == 0 and resident["stream"][1] < everything * 0.8
 
@@ -185,7 +186,7 @@ def test_all_memory_is_back_after_the_last_use(kind: str) -> None:
     assert all(storage.expired() for storage in storages)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in network.modules())
     assert placed.resident_bytes == 0
-    assert teacher.grid == (4, 4) and teacher.facts["placement"] == kind
+    assert teacher.grid == (4, 4) and teacher.details["placement"] == kind
     placed.release()
     with pytest.raises(RuntimeError, match="released"):
         placed(pixels_of(1, 64))
@@ -205,7 +206,7 @@ def test_a_teacher_that_the_cpu_cannot_run_is_an_error_that_says_what_to_do() ->
 
 @pytest.mark.parametrize("name", ["clip", "dino", "own-vit"])
 def test_the_last_block_is_held_because_its_attention_is_read_beside_it(name: str, tmp_path: Path) -> None:
-    layout = lay_out(TEACHERS[name](tmp_path))
+    layout = offload_layout(TEACHERS[name](tmp_path))
     assert [unit.held for unit in layout.units] == [False] * (len(layout.units) - 1) + [True]
     assert layout.order == tuple(range(len(layout.units)))
 
@@ -213,18 +214,18 @@ def test_the_last_block_is_held_because_its_attention_is_read_beside_it(name: st
 def test_every_weight_is_in_one_place(tmp_path: Path) -> None:
     for build in TEACHERS.values():
         teacher = build(tmp_path)
-        layout = lay_out(teacher)
+        layout = offload_layout(teacher)
         parts = [*(tensor for unit in layout.units for tensor in unit.tensors), *layout.rest, *layout.idle]
         assert sorted(map(id, parts)) == sorted(map(id, weights_of(teacher)))
 
 
 def test_units_are_blocks_where_there_are_some_and_children_elsewhere(tmp_path: Path) -> None:
-    kinds = {name: [type(m).__name__ for m in split(build(tmp_path).network)] for name, build in TEACHERS.items()}
+    kinds = {name: [type(m).__name__ for m in split_units(build(tmp_path).network)] for name, build in TEACHERS.items()}
     assert kinds["clip"].count("ResidualAttentionBlock") == 4
     assert kinds["eva"].count("EvaBlock") == 4
     assert kinds["own-cvit"].count("ConvBlock") == 2 and kinds["own-cvit"].count("Block") == 4
     assert kinds["resnet"] == ["Sequential", "BatchNorm2d", "BasicBlock", "BasicBlock", "Bottleneck"]
-    stages = split(timm_network("regnetx_002").network)  # its stages are no lists
+    stages = split_units(timm_network("regnetx_002").network)  # its stages are no lists
     assert [type(m).__name__ for m in stages] == ["ConvNormAct", "RegStage", "RegStage", *["Bottleneck"] * 4]
 
 
@@ -247,8 +248,7 @@ class OddTeacher(Teacher):
 
     def __init__(self) -> None:
         torch.manual_seed(0)
-        settings = {"mean": RGB[0], "std": RGB[1], "dtype": torch.float32, "sha256": "0"}
-        super().__init__(Shared(), grid=(4, 4), width=3, image_size=4, **settings)
+        super().__init__(Shared(), TeacherSpec((4, 4), 3, 4, RGB[0], RGB[1], torch.float32, sha256="0"))
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = self.network(images.flatten(2).transpose(1, 2))
@@ -257,7 +257,7 @@ class OddTeacher(Teacher):
 
 def test_a_block_that_runs_twice_comes_twice_and_a_shared_weight_stays() -> None:
     teacher, pixels = OddTeacher(), pixels_of(2, 4)
-    layout = lay_out(teacher)
+    layout = offload_layout(teacher)
     assert layout.order == (0, 1, 0, 2)
     assert any(tensor is teacher.network.blocks[0][0].weight for tensor in layout.rest)
     assert torch.equal(_placed(teacher, "stream")(pixels).tokens, OddTeacher()(pixels).tokens)

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
-from mrmae_ds.weights.load import MODEL_FILE, build_encoder, load_encoder
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import MODEL_FILE
 from tests.support.sample_teachers import CVIT, MEAN, STD, VIT, normalize, options, pixels_of, save_run, timm_attention
 
 BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])

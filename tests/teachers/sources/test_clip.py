@@ -157,7 +157,7 @@ def test_a_tower_pooled_by_averaging_has_no_trained_class_token(tmp_path: Path) 
     expected, attention = tower_by_hand(visual, pixels_of(2, 64))
     torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, attention[:, 1:, 1:].mean(1), atol=1e-6, rtol=1e-5)
-    assert "on average" in teacher.facts["importance"]
+    assert "on average" in teacher.details["importance"]
 
 
 def test_normed_queries_and_keys(tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_a_tower_of_timms_without_class_token(side: int, tmp_path: Path) -> None
         torch.testing.assert_close(tokens, visual.trunk.forward_features(images), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, attention.mean(1), atol=1e-6, rtol=1e-4)
     assert (teacher.grid, teacher.width) == ((side // 16, side // 16), 48)
-    assert teacher.facts["GELU"] == "as timm's mrmae_test_clip_tower has it"
-    with pytest.raises(UserError, match=r"clip.features: mrmae-test-siglip projects its pooled output only"):
+    assert teacher.details["GELU"] == "as timm's mrmae_test_clip_tower has it"
+    with pytest.raises(UserError, match=r"clip.features: mrmae-test-siglip projects only its pooled output"):
         build(tmp_path / "siglip.safetensors", "mrmae-test-siglip", features="proj")
     with pytest.raises(UserError, match=r"clip.quickgelu: mrmae-test-siglip is a timm tower"):
         build(tmp_path / "siglip.safetensors", "mrmae-test-siglip", quickgelu=False)
@@ -248,7 +248,7 @@ def test_openais_archive_is_read_and_tells_its_gelu(tmp_path: Path) -> None:
         expected, attention = tower_by_hand(visual, pixels_of(2, 64))
         torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(importance, attention[:, 0, 1:], atol=1e-6, rtol=1e-5)
-        assert teacher.facts["GELU"] == "QuickGELU, by the archive's code"
+        assert teacher.details["GELU"] == "QuickGELU, by the archive's code"
     with pytest.raises(UserError, match=r"clip.quickgelu: false in the recipe, but the weights are of QuickGELU"):
         build(tmp_path / "ViT-B-16.pt", quickgelu=False)
 
@@ -256,7 +256,7 @@ def test_openais_archive_is_read_and_tells_its_gelu(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
 def test_an_archive_whose_code_and_scalars_disagree_is_refused(tmp_path: Path) -> None:
     save_openai_archive(tmp_path / "a.pt", quick_gelu=False)
-    with pytest.raises(UserError, match=r"a.pt: contradictory about its GELU"):
+    with pytest.raises(UserError, match=r"a.pt: contradictory evidence for its GELU"):
         build(tmp_path / "a.pt")
 
 
@@ -324,12 +324,12 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_does_not_say_needs_the_recipes_word(tmp_path: Path) -> None:
     save_model(tmp_path / "clip.pt")
     for source in ("mrmae-test", "mrmae-test-quickgelu"):  # the name does not count
-        with pytest.raises(UserError, match=r"teachers.clip.quickgelu: .*clip.pt does not say which GELU"):
+        with pytest.raises(UserError, match=r"teachers.clip.quickgelu: .*clip.pt does not record the GELU"):
             build(tmp_path / "clip.pt", source)
         assert gelus(build(tmp_path / "clip.pt", source, quickgelu=True)) == {QuickGELU}
         plain = build(tmp_path / "clip.pt", source, quickgelu=False)
         assert gelus(plain) == {nn.GELU}
-        assert plain.facts["GELU"] == "GELU, by the recipe"
+        assert plain.details["GELU"] == "GELU, by the recipe"
 
 
 @pytest.mark.parametrize("quick", [True, False])
@@ -361,7 +361,7 @@ def test_a_tag_decides_whatever_the_name(source: str) -> None:
     openai, laion = build("openai", source), build("laion", source)
     assert gelus(openai) == {QuickGELU}
     assert gelus(laion) == {nn.GELU}
-    assert openai.facts["GELU"] == "QuickGELU, by open_clip's entry for openai"
+    assert openai.details["GELU"] == "QuickGELU, by open_clip's entry for openai"
     assert laion.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     assert laion.std.flatten().tolist() == [0.25, 0.25, 0.25]
     assert openai.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
@@ -434,19 +434,19 @@ def test_statistics_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     teacher = build(tmp_path / "clip.pt", quickgelu=True)
     assert teacher.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
     assert teacher.std.flatten().tolist() == pytest.approx(CLIP_STD)
-    assert teacher.facts["statistics"] == "OpenAI's, assumed: the file does not say"
+    assert teacher.details["statistics"] == "OpenAI's, assumed: the file has none"
     known = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "mrmae-test", {"a": known, "b": known})
     teacher = build(tmp_path / "clip.pt", quickgelu=True)
     assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    assert teacher.facts["statistics"] == "all of open_clip's weights of mrmae-test"
+    assert teacher.details["statistics"] == "all of open_clip's weights of mrmae-test"
     config = {"model_cfg": config_of("mrmae-test"), "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     teacher = build(tmp_path / "clip.pt")
     assert teacher.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     given = build(tmp_path / "clip.pt", statistics=((0.1, 0.1, 0.1), (2.0, 2.0, 2.0)))
     assert given.std.flatten().tolist() == [2.0, 2.0, 2.0]
-    assert "statistics" not in given.facts
+    assert "statistics" not in given.details
 
 
 def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
@@ -461,7 +461,7 @@ def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=rf"teachers.*{match}"):
             build(weights and tmp_path / weights, source, quickgelu=True)
-    with pytest.raises(UserError, match=r"clip.image_size: patches of 16 do not tile 70 pixels; 64 or 80"):
+    with pytest.raises(UserError, match=r"clip.image_size: patches of 16 do not tile 70 pixels; use 64 or 80"):
         build(tmp_path / "clip.pt", quickgelu=True, image_size=70)
     with pytest.raises(UserError, match=r"clip.stage: mrmae-test is a ViT"):
         build(tmp_path / "clip.pt", quickgelu=True, stage=1)
@@ -469,7 +469,7 @@ def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "match"),
-    [("mrmae-test-resnet", "is no ViT; choose a ViT-"), ("mrmae-test-cosine", "has cosine attention")],
+    [("mrmae-test-resnet", "is not a ViT; choose a ViT-"), ("mrmae-test-cosine", "has cosine attention")],
 )
 def test_towers_that_cannot_be_read(source: str, match: str, tmp_path: Path) -> None:
     save_model(tmp_path / "clip.pt", source)

@@ -88,5 +88,5 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
 def test_contradictions_are_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)} | SCALARS, tmp_path / "a.pt")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": {}}}))
-    with pytest.raises(UserError, match=r"a.pt: contradictory about its GELU \(QuickGELU, by OpenAI's.*; GELU, by o"):
+    with pytest.raises(UserError, match=r"a.pt: contradictory evidence for its GELU .*QuickGELU, by OpenAI.*; GELU, "):
         told(tmp_path / "a.pt")

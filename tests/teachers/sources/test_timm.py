@@ -79,7 +79,7 @@ def test_tokens_and_importance_are_timms(features: str, tmp_path: Path) -> None:
     torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, attention.mean(1)[:, 0, 1:], atol=1e-6, rtol=1e-5)
     assert (teacher.grid, teacher.width) == ((4, 4), 48)
-    assert teacher.facts["importance"] == "last block's attention, class token to patches"
+    assert teacher.details["importance"] == "last block's attention, class token to patches"
 
 
 def test_last_block_of_the_authors_dino(tmp_path: Path) -> None:
@@ -121,8 +121,8 @@ def test_positions_are_resized_as_timm_does(tmp_path: Path) -> None:
     assert teacher.grid == (6, 6)
     model.set_input_size(img_size=96)
     torch.testing.assert_close(teacher.network.pos_embed, model.pos_embed)
-    assert "as timm does" in teacher.facts["positions"]
-    assert "positions" not in build(tmp_path / "weights.pt").facts
+    assert "as timm does" in teacher.details["position embedding"]
+    assert "position embedding" not in build(tmp_path / "weights.pt").details
 
 
 @pytest.mark.parametrize(
@@ -140,7 +140,7 @@ def test_dinos_own_resize_is_taken_for_its_models_and_where_it_is_asked_for(
     teacher = build(tmp_path / "weights.pt", source, image_size=96, **keys)
     torch.testing.assert_close(teacher.network.pos_embed[:, 1:], resized[0].permute(1, 2, 0).reshape(1, 36, 48))
     assert torch.equal(teacher.network.pos_embed[:, :1], model.pos_embed[:, :1])
-    assert "as in DINO's own code" in teacher.facts["positions"]
+    assert "as in DINO's own code" in teacher.details["position embedding"]
     library = build(tmp_path / "weights.pt", source, image_size=96, position_resize="library")
     assert not torch.allclose(library.network.pos_embed, teacher.network.pos_embed, atol=1e-3)
 
@@ -222,7 +222,7 @@ def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match=r"teachers.dino.weights: .*broken.pt: not a readable file"):
         build(tmp_path / "broken.pt")
-    with pytest.raises(UserError, match=r"teachers.dino.image_size: patches of 16 do not tile 60 pixels; 48 or 64"):
+    with pytest.raises(UserError, match=r"teachers.dino.image_size: patches of 16 do not tile 60 pixels; use 48 or 64"):
         build(tmp_path / "weights.pt", image_size=60)
     with pytest.raises(UserError, match=r"teachers.dino.stage: mrmae_test_vit has no stages"):
         build(tmp_path / "weights.pt", stage=1)
@@ -239,7 +239,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lacks 1 of its tensors, first blocks.1.attn.qkv.weight"):
         build(tmp_path / "partial.pt")
     save_model(tmp_path / "deeper.pt", depth=4)
-    with pytest.raises(UserError, match=r"12 of its tensors have no place there, first blocks.3.norm1.weight"):
+    with pytest.raises(UserError, match=r"the model lacks 12 of its tensors, first blocks.3.norm1.weight"):
         build(tmp_path / "deeper.pt")
 
 

@@ -165,7 +165,7 @@ def test_no_stage_on_the_grid_lists_them() -> None:
 def test_an_input_that_is_not_tiled_is_refused_even_if_the_grid_is_right(name: str) -> None:
     size = {} if name.startswith("eff") else SMALL | {"img_size": 60}
     grid = (4, 4) if name.startswith("eff") else (3, 3)
-    with pytest.raises(UserError, match=r"teachers.t.image_size: patches of 16 do not tile 60 pixels; 48 or 64 would"):
+    with pytest.raises(UserError, match=r"teachers.t.image_size: patches of 16 do not tile 60 pixels; use 48 or 64"):
         timm_reader(network_of(name, **size), options("t", name, image_size=60, student_grid=grid))
 
 
@@ -181,5 +181,5 @@ def test_attention_between_channels_is_none_between_patches() -> None:
 
 
 def test_a_network_without_features_is_refused() -> None:
-    with pytest.raises(UserError, match=r"teachers.t.source: timm gives no features of name"):
+    with pytest.raises(UserError, match=r"teachers.t.source: timm returns no features of name"):
         timm_reader(nn.Linear(2, 2), options("t", "name"))

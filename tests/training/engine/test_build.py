@@ -13,6 +13,7 @@ from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel, set_checkpointing
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
@@ -23,7 +24,6 @@ from mrmae_ds.training.engine.build import (
     set_lr,
 )
 from mrmae_ds.training.param_groups import adamw, pretrain_groups
-from mrmae_ds.weights.load import build_encoder
 
 SPEC = ViTSpec(16, 2, 2, patch=8)
 PLAN = CheckpointPlan(conv_stages=3, transformer=2, decoder=1)

@@ -15,12 +15,18 @@ from torch import nn
 
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.evaluation.evaluate import Evaluation, log_mean_softmax, prepare_evaluation, score
 from mrmae_ds.training.job import TrainArgs
-from mrmae_ds.weights.load import build_encoder, encoder_metadata, read_metadata, save_weights, spec_from_metadata
+from mrmae_ds.weights.model_file import (
+    encoder_metadata,
+    read_metadata,
+    save_weights,
+    spec_from_metadata,
+)
 from tests.support.jobs import ALONE
 from tests.support.loaders import open_loader
 from tests.support.processes import finish, rank_processes

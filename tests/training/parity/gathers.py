@@ -12,11 +12,11 @@ from torch import nn
 
 from mrmae_ds.config.files import merge, read_json
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
-from mrmae_ds.weights.load import build_encoder
 from tests.training.parity.job import REPOSITORY
 
 IMAGE = 56

@@ -14,7 +14,7 @@ from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
-from mrmae_ds.weights.load import encoder_metadata, save_weights
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from tests.support.sample_data import write_sample_beton
 from tests.training.parity.cases import (
     BETAS,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import MaskingConfig, PretrainConfig
 from mrmae_ds.models.decoder import DecoderSpec
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
@@ -19,7 +20,6 @@ from mrmae_ds.teachers import Teacher
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.finetune import FinetuneTask
 from mrmae_ds.training.tasks.pretrain import PretrainTask
-from mrmae_ds.weights.load import build_encoder
 from tests.support.jobs import finetune_config, make_batch, pretrain_config
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.4)

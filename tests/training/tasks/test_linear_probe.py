@@ -17,19 +17,14 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import LarsConfig, ProbeConfig
 from mrmae_ds.data.loaders.crop import CropSettings
+from mrmae_ds.models.encoders import build_encoder, init_classifier
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.schedule import lr_at_epoch
 from mrmae_ds.training.tasks.linear_probe import LinearClassifier, ProbeTask
-from mrmae_ds.weights.load import (
-    build_encoder,
-    init_classifier,
-    load_encoder,
-    read_metadata,
-    read_tensors,
-    spec_from_metadata,
-)
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import read_metadata, read_tensors, spec_from_metadata
 from tests.support.loaders import open_loader
 from tests.support.processes import finish, rank_processes, run
 from tests.support.sample_data import write_sample_beton

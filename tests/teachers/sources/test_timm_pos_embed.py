@@ -1,4 +1,4 @@
-"""DINO's resize of positions against the bicubic formula in plain loops."""
+"""DINO's resize of pos_embed against the bicubic formula in plain loops."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mrmae_ds.teachers.sources.dino_pos_embed import resize_like_dino
+from mrmae_ds.teachers.sources.timm import resize_pos_embed_dino
 
 
 def weight(distance: float) -> float:
@@ -20,13 +20,13 @@ def weight(distance: float) -> float:
 
 @pytest.mark.parametrize(("old", "new"), [(5, 3), (4, 7), (6, 6)])
 @pytest.mark.parametrize("prefix", [0, 1, 2])
-def test_bicubic_with_the_scale_of_the_authors(old: int, new: int, prefix: int) -> None:
+def test_equals_the_bicubic_formula_with_the_authors_scale(old: int, new: int, prefix: int) -> None:
     generator = torch.Generator().manual_seed(old)
-    positions = torch.randn(1, prefix + old * old, 2, generator=generator)
-    found = resize_like_dino(positions, prefix, (new, new))
-    assert torch.equal(found[:, :prefix], positions[:, :prefix])
+    pos_embed = torch.randn(1, prefix + old * old, 2, generator=generator)
+    resized = resize_pos_embed_dino(pos_embed, prefix, (new, new))
+    assert torch.equal(resized[:, :prefix], pos_embed[:, :prefix])
     if old == new:
-        assert torch.equal(found, positions)
+        assert torch.equal(resized, pos_embed)
         return
     scale = (new + 0.1) / old
 
@@ -39,13 +39,13 @@ def test_bicubic_with_the_scale_of_the_authors(old: int, new: int, prefix: int) 
         for column in range(new):
             for channel in range(2):
                 expected = sum(
-                    wy * wx * positions[0, prefix + y * old + x, channel].item()
+                    wy * wx * pos_embed[0, prefix + y * old + x, channel].item()
                     for y, wy in taps(row)
                     for x, wx in taps(column)
                 )
-                assert found[0, prefix + row * new + column, channel].item() == pytest.approx(expected, abs=1e-4)
+                assert resized[0, prefix + row * new + column, channel].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_positions_that_are_no_square_are_refused() -> None:
-    with pytest.raises(ValueError, match="7 position embeddings are no square grid"):
-        resize_like_dino(torch.zeros(1, 8, 2), 1, (3, 3))
+def test_refuses_a_grid_that_is_not_square() -> None:
+    with pytest.raises(ValueError, match="7 position embeddings do not form a square grid"):
+        resize_pos_embed_dino(torch.zeros(1, 8, 2), 1, (3, 3))

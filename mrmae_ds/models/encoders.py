@@ -1,0 +1,55 @@
+"""Encoders by their spec: CViT or plain ViT, bare for pre-training or with a head; initialization for fine-tuning."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ImageSize
+from mrmae_ds.models.vit import MaskedViT
+
+Encoder = CViT | MaskedViT
+
+
+def build_encoder(
+    spec: EncoderSpec,
+    image_size: ImageSize,
+    num_classes: int = 0,
+    drop_path_rate: float = 0.0,
+    pool: str = "avg",
+) -> Encoder:
+    """The encoder of a spec.
+
+    Args:
+        spec: of a CViT or a plain ViT.
+        image_size: pixels, one side of a square or (height, width).
+        num_classes: of the classifier; 0 builds the bare encoder of pre-training.
+        drop_path_rate: stochastic depth of the last block.
+        pool: what a classifier's head sees: ``avg``, or what :class:`~mrmae_ds.models.cvit.CViT` and
+            :class:`~mrmae_ds.models.vit.MaskedViT` have besides.
+
+    Raises:
+        ConfigError: if the patches do not tile ``image_size``. or for a pooling that the encoder does not have.
+    """
+    if isinstance(spec, CViTSpec):
+        return CViT(spec, image_size, num_classes, drop_path_rate, global_pool=pool if num_classes else "")
+    return MaskedViT(spec, image_size, num_classes, drop_path_rate, pool)
+
+
+def init_classifier(model: Encoder) -> None:
+    """Fine-tuning's initialization (MAE, MCMAE): trunc_normal 0.02 for linear layers, positions and the class token,
+    2e-5 for the head.
+
+    Loading a pre-trained encoder replaces all of it but the head.
+    """
+    nn.init.trunc_normal_(model.pos_embed, std=0.02)
+    if model.cls_token is not None:
+        nn.init.trunc_normal_(model.cls_token, std=0.02)
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    head = model.head
+    assert isinstance(head, nn.Linear)
+    nn.init.trunc_normal_(head.weight, std=2e-5)

@@ -1,0 +1,116 @@
+"""Weights of this project in and out: one safetensors file that says what it holds.
+
+The metadata entry ``mrmae`` is JSON: kind (``pretrain`` or ``classifier``), encoder spec, image size, pooling, classes,
+input statistics, and whatever the writer adds (recipe, step, metrics).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.files import replacing
+from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.encoders import Encoder, build_encoder
+from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, ImageSize, make_spec
+from mrmae_ds.weights.identify import METADATA_KEY
+
+MODEL_FILE = "model.safetensors"
+
+
+def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None = None) -> Encoder:
+    """The classifier that a weights file's metadata tells of, for its own or another input size; random weights.
+
+    Raises:
+        ConfigError: if the patches do not tile ``image_size``.
+    """
+    spec, size = spec_from_metadata(metadata), image_size or size_from_metadata(metadata)
+    return build_encoder(spec, size, metadata["num_classes"], pool=metadata.get("pool", "avg"))
+
+
+def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
+    """What is needed to build the encoder again, but for its classes."""
+    height, width = (side * encoder.stride for side in encoder.grid)
+    pool = {"pool": encoder.global_pool} if encoder.num_classes else {}
+    return {
+        "family": "cvit" if isinstance(encoder, CViT) else "vit",
+        "spec": asdict(encoder.spec),
+        "image_size": height if height == width else [height, width],
+        **pool,
+    }
+
+
+def spec_from_metadata(metadata: Mapping[str, Any]) -> EncoderSpec:
+    """The spec that :func:`encoder_metadata` wrote."""
+    return make_spec(FAMILIES[metadata["family"]], metadata["spec"], "weights file")
+
+
+def size_from_metadata(metadata: Mapping[str, Any]) -> ImageSize:
+    """The input size that :func:`encoder_metadata` wrote: pixels of a square's side, or (height, width)."""
+    size = metadata["image_size"]
+    return size if isinstance(size, int) else tuple(size)
+
+
+def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write a weights file in one step, so that a partial one never passes for whole."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(contiguous, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
+
+
+def find_weights(source: Path, key: str) -> Path:
+    """The weights file of a stage folder, or ``source`` itself if it is a file.
+
+    Raises:
+        UserError: naming ``key`` and what is missing.
+    """
+    path = source / MODEL_FILE if source.is_dir() else source
+    if not path.is_file():
+        what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
+        raise UserError(
+            f"{key}: {source} {what}; run that stage first, or name a stage folder (runs/NAME/STAGE) or a model file"
+        )
+    return path
+
+
+def run_folder_name(path: Path, stage: str) -> str | None:
+    """Return the name of the run folder that holds a stage's model file, or None for a file elsewhere.
+
+    Seeds of a recipe share the recipe's name, so only the folder's name distinguishes the runs.
+
+    Args:
+        path: model file, ``runs/NAME/STAGE/model.safetensors`` if it lies in a run.
+        stage: name of the stage that wrote it.
+    """
+    folder = path.resolve().parent
+    return folder.parent.name if path.name == MODEL_FILE and folder.name == stage else None
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The ``mrmae`` metadata of a weights file.
+
+    Raises:
+        UserError: if it is not a weights file of this project.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file: {error}") from None
+    if METADATA_KEY not in metadata:
+        raise UserError(f"{path}: a safetensors file, but not one written by this project (no 'mrmae' metadata)")
+    return json.loads(metadata[METADATA_KEY])
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a weights file, on the CPU."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
