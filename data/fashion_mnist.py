@@ -9,23 +9,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from mrmae_ds.cli.data import report, run_script
+from mrmae_ds.cli.data import report
+from mrmae_ds.cli.parser import CommandParser, run_command
 from mrmae_ds.data.convert.fashion_mnist import write_fashion_mnist
 from mrmae_ds.data.convert.options import Output
 
 
 def _run(args: argparse.Namespace) -> None:
-    output = Output(Path(args.out), train_count=args.train_count, val_count=args.val_count)
+    output = Output(Path(args.out), train_count=args.num_train_images, val_count=args.num_val_images)
     report(write_fashion_mnist(output, args.source))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = CommandParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument(
         "--source", default="auto", metavar="DIR",
         help="folder with the four idx-ubyte.gz files; auto: Debian's dataset-fashion-mnist, else a download",
     )  # fmt: skip
-    parser.add_argument("--train-count", type=int, metavar="N", help="class-balanced subset; default: all 60,000")
-    parser.add_argument("--val-count", type=int, metavar="N", help="class-balanced subset; default: all 10,000")
-    sys.exit(run_script(_run, parser.parse_args()))
+    parser.add_argument("--num-train-images", type=int, metavar="N", help="class-balanced subset; default: all 60,000")
+    parser.add_argument("--num-val-images", type=int, metavar="N", help="class-balanced subset; default: all 10,000")
+    sys.exit(run_command(_run, parser.parse_args()))

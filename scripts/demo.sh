@@ -33,7 +33,7 @@ fetch_fashion_mnist() {
     { "${sudo[@]}" apt-get update -qq && "${sudo[@]}" apt-get install -y -qq dataset-fashion-mnist; } >/dev/null 2>&1 || true
 }
 
-counts=(--train-count 3200 --val-count 2000)
+counts=(--num-train-images 3200 --num-val-images 2000)
 overrides=()
 if [ -n "$data" ]; then
     name=demo_$(basename "$data")

@@ -14,7 +14,7 @@ data=datasets/toy seeds=${SEEDS:-0 1}
 jobs=${JOBS:-$(python -c 'import os, torch; print(1 if torch.cuda.device_count() else len(os.sched_getaffinity(0)))')}
 
 if [ ! -f $data/val.beton.json ]; then
-    mrmae data write "$images" --out $data --name "$name" --train-count 7680
+    mrmae data write "$images" --out $data --name "$name" --num-train-images 7680
 fi
 ln -sfn "$teacher" $data/teacher.safetensors
 

@@ -48,10 +48,10 @@ def main(argv: list[str]) -> int:
 
 
 def _start(train_arguments: list[str], args: argparse.Namespace) -> None:
+    from mrmae_ds.cli.train import parse_arguments
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.pipeline.slurm_restarts import record_start, resume_option, status_prefix
     from mrmae_ds.training.job import TrainArgs
-    from train import parse_arguments
 
     train = parse_arguments(train_arguments)
     options = TrainArgs(train.ds_config, train.stage, train.recipe, train.run)

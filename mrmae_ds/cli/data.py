@@ -5,52 +5,45 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
+from mrmae_ds.cli.parser import CommandParser
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.options import Output, WriteOptions, parse_max_bad
 from mrmae_ds.data.convert.skipped import report_path
-from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.errors import UserError
 
-Command = Callable[[argparse.Namespace], None]
-Subparsers = Any  # type of add_subparsers' result, which has no public name
+SUMMARY = "convert images to .beton files, and check them"
 
 
-def add_data_commands(commands: Subparsers) -> None:
-    """Add the parsers of ``write``, ``imagenet``, ``info`` and ``verify``, with ``run_command`` as a default."""
-    for name, add, run, summary in (
+def add_arguments(parser: CommandParser) -> None:
+    """Add the subcommands ``write``, ``imagenet``, ``info`` and ``verify``."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, add, run_subcommand, summary in (
         ("write", add_folder_arguments, run_folder, "convert a tree of images, a folder per class, to .beton files"),
         ("imagenet", add_imagenet_arguments, run_imagenet, "convert ImageNet-1K to .beton files"),
         ("info", _add_info_arguments, _run_info, "describe a .beton"),
         ("verify", _add_verify_arguments, _run_verify, "check the checksum of a .beton and decode every image"),
     ):
-        parser = commands.add_parser(name, help=summary, description=summary)
-        add(parser)
-        parser.set_defaults(run_command=run)
+        subparser = commands.add_parser(name, help=summary, description=summary)
+        add(subparser)
+        subparser.set_defaults(run_data_command=run_subcommand)
 
 
-def run_script(run: Command, args: argparse.Namespace) -> int:
-    """Run a command. Return the exit status: 0, or 2 after printing the message of a UserError."""
-    configure_logging()
-    try:
-        run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+def run(args: argparse.Namespace) -> None:
+    """Run the subcommand."""
+    args.run_data_command(args)
 
 
 def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every source of images has."""
     default = WriteOptions()
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
-    parser.add_argument("--train-count", type=int, metavar="N", help="at most N, class-balanced; default: all")
-    parser.add_argument("--val-count", type=int, metavar="N", help="at most N, class-balanced; default: all")
+    parser.add_argument("--num-train-images", type=int, metavar="N", help="at most N, class-balanced; default: all")
+    parser.add_argument("--num-val-images", type=int, metavar="N", help="at most N, class-balanced; default: all")
     parser.add_argument(
         "--max-side", type=int, default=default.max_side, metavar="PIXELS",
         help="reduce the longer side to this; default: %(default)s",
@@ -81,7 +74,7 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 def _output(args: argparse.Namespace) -> Output:
     names = ("max_side", "quality", "workers", "max_bad", "max_pixels", "background", "timeout_s")
     options = WriteOptions(**{name: getattr(args, name) for name in names})
-    return Output(Path(args.out), args.name, options, args.train_count, args.val_count)
+    return Output(Path(args.out), args.name, options, args.num_train_images, args.num_val_images)
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,36 +1,36 @@
-"""``mrmae plan`` on the command line."""
+"""``mrmae plan``: resources that a recipe needs on a cluster."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+
+from mrmae_ds.cli.parser import CommandParser, add_recipe_options
+
+SUMMARY = "estimate a recipe's memory, network traffic, hours and images/s on a cluster, without data or weights"
 
 
-def add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add ``plan`` to ``mrmae``."""
-    summary = "what a recipe needs on a cluster: memory, network, hours, images/s; nothing is read or trained"
-    parser = commands.add_parser("plan", help=summary, description=summary)
-    parser.set_defaults(run_command=_plan)
+def add_arguments(parser: CommandParser) -> None:
+    """Add the command's arguments."""
+    add_recipe_options(parser)
     add = parser.add_argument
-    add("--ds_config", type=Path, required=True, help="engine config; its recipe lies beside it")
-    add("--gpus", type=int, required=True, help="in all, one process each")
-    add("--gpu", metavar="KEY", help="which: h100-80, a100-40, ...; an unknown one lists them")
-    add("--gpus-per-node", type=int, help="default: 8")
-    add("--stage", choices=("pretrain", "finetune"), help="default: every stage of the recipe that trains")
-    add("--recipe", type=Path, help="another recipe")
-    add("--num-images", type=int, help="of the training set; default: ImageNet-1K's 1,281,167")
-    add("--classes", type=int, help="of the data set; default: ImageNet-1K's 1,000")
-    add("--network", type=float, metavar="GB/S", help="of each GPU to other nodes, one way; default: 50 (400 Gb/s)")
-    add("--mfu", type=float, metavar="SHARE", help="of the peak that the counted operations reach; default: 0.35")
-    add("--tflops", type=float, help="what a GPU sustains, instead of --mfu")
-    add("--memory", type=float, metavar="GIB", help="of a GPU, as torch reports it, for a card not in the table")
-    add("--peak", type=float, metavar="TFLOPS", help="its dense bf16 peak")
-    add("--micro-batch", type=int, metavar="N", help="instead of the engine config's")
-    add("--loader", type=float, metavar="IMAGES/S", help="what the loader of a node delivers, if you know it")
-    add("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    add("--gpus", type=int, required=True, help="total number of GPUs, one rank each")
+    add("--gpu", metavar="KEY", help="type of GPU: h100-80, a100-40, ...; an unknown key lists all")
+    add("--gpus-per-node", type=int, metavar="N", help="GPUs per node; default: 8")
+    add("--stage", choices=("pretrain", "finetune"), help="stage to plan; default: every training stage of the recipe")
+    add("--num-images", type=int, metavar="N", help="number of training images; default: ImageNet-1K's 1,281,167")
+    add("--classes", type=int, metavar="N", help="number of classes; default: ImageNet-1K's 1,000")
+    add("--network", type=float, metavar="GB/S", help="one-way bandwidth per GPU to other nodes; default: 50")
+    add("--mfu", type=float, metavar="SHARE", help="model FLOPs utilization, a share of the peak; default: 0.35")
+    add("--tflops", type=float, metavar="TFLOPS", help="sustained TFLOP/s of one GPU, instead of --mfu")
+    add("--memory", type=float, metavar="GIB", help="memory of a GPU as torch reports it, for a type without a key")
+    add("--peak", type=float, metavar="TFLOPS", help="dense bf16 peak of a GPU, for a type without a key")
+    add("--micro-batch", type=int, metavar="N", help="micro-batch, instead of the engine config's")
+    add("--loader", type=float, metavar="IMAGES/S", help="measured throughput of the loader of one node")
+    parser.add_overrides()
 
 
-def _plan(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
+    """Print the plan."""
     from mrmae_ds.planning.plan import Request, describe_plan
 
     given = {name: value for name, value in vars(args).items() if value is not None and name != "run_command"}

@@ -1,21 +1,23 @@
-"""The command line of ``mrmae replay``."""
+"""``mrmae replay``: repetition of a captured step."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-SUMMARY = "run a step again that training skipped because a loss or a gradient was not finite"
+from mrmae_ds.cli.parser import CommandParser
+
+SUMMARY = "repeat a step that training skipped because a loss or a gradient was not finite"
 
 
-def add_replay_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of the command."""
+def add_arguments(parser: CommandParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("capture", type=Path, metavar="CAPTURE", help="RUN/STAGE/captures/step_N")
-    parser.add_argument("--device", help="to compute on, cpu or cuda; default: cuda where there is one")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
 
 
-def run_replay(args: argparse.Namespace) -> None:
-    """Print what came of it. Raises UserError."""
+def run(args: argparse.Namespace) -> None:
+    """Print the result of the repetition."""
     import torch
 
     from mrmae_ds.training.replay import describe, replay

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from mrmae_ds.cli.parser import CommandParser
 from mrmae_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,10 +22,9 @@ SUMMARY = "run the missing training jobs behind a table, on Slurm or on this mac
 TFLOPS = 200.0
 
 
-def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the command's arguments; :func:`run_submit` runs it."""
+def add_arguments(parser: CommandParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("pipeline", type=Path, help="pipeline file, pipelines/NAME.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="recipe values to replace in every run")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: runs")
     parser.add_argument(
         "--seeds", type=_seeds, metavar="0,1", help="seeds to run every recipe with; default: the recipe's own"
@@ -48,9 +48,10 @@ def add_submit_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="'OPTIONS'",
         help="sbatch options of every Slurm job: '--time=24:00:00 ...'",
     )
+    parser.add_overrides("recipe values to replace in every run")
 
 
-def run_submit(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Start the missing jobs of a pipeline.
 
     Raises:

@@ -3,14 +3,17 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from mrmae_ds.cli.main import build_parser, main
+from mrmae_ds.cli.main import COMMANDS, build_parser, main
+from mrmae_ds.cli.train import STAGES, parse_arguments
 from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.config.stages import StageName
 from tests.support.processes import REPOSITORY, Finished, run
 from tests.support.records import make_record
 from tests.weights.test_export import CVIT, classifier_run
@@ -62,7 +65,7 @@ def test_bad_input_is_one_line_and_status_2(
     assert str(tmp_path) in err
 
 
-def test_the_table_is_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_and_writes_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_record(top1=81.25).write(_folder(tmp_path / "runs" / "tiny" / "finetune"))
     assert main(["table", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     out = capsys.readouterr().out
@@ -72,7 +75,7 @@ def test_the_table_is_printed_and_written(tmp_path: Path, capsys: pytest.Capture
         assert path.stat().st_size > 0 and str(path) in out
 
 
-def test_the_papers_tables_are_asked_for_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_selects_tables_of_paper_by_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_record(top1=81.25).write(_folder(tmp_path / "runs" / "tiny" / "finetune"))
     assert main(["table", "--paper", "3", "--paper", "5", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.count("# ") >= 4
@@ -82,7 +85,7 @@ def test_the_papers_tables_are_asked_for_by_number(tmp_path: Path, capsys: pytes
         main(["table", "--paper", "2", str(tmp_path / "runs")])
 
 
-def test_the_table_goes_into_the_first_folder_by_default(tmp_path: Path) -> None:
+def test_writes_table_to_first_folder_by_default(tmp_path: Path) -> None:
     make_record().write(_folder(tmp_path / "runs" / "a" / "finetune"))
     make_record(seed=1).write(_folder(tmp_path / "more" / "a" / "finetune"))
     assert main(["table", str(tmp_path / "runs"), str(tmp_path / "more")]) == 0
@@ -90,7 +93,7 @@ def test_the_table_goes_into_the_first_folder_by_default(tmp_path: Path) -> None
     assert not (tmp_path / "more" / "table.md").exists()
 
 
-def test_the_printed_line_loads_an_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_printed_line_loads_export(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     classifier_run(tmp_path / "run", CVIT)
     out = tmp_path / "out.safetensors"
     for layout in ("timm", "safetensors"):
@@ -108,7 +111,7 @@ def test_the_printed_line_loads_an_export(tmp_path: Path, capsys: pytest.Capture
     assert main(["export", str(tmp_path / "run"), "--out", str(out), "--force"]) == 0
 
 
-def test_manifests_are_read_without_deepspeed() -> None:
+def test_reads_manifests_without_deepspeed() -> None:
     code = "import sys, mrmae_ds.training.checkpoint.folder; print('deepspeed' in sys.modules)"
     assert run([sys.executable, "-c", code], LIMIT_S).stdout == "False\n"
 
@@ -118,15 +121,74 @@ def _folder(path: Path) -> Path:
     return path
 
 
-COMMANDS = ["", "table", "show", "export", "check", "data", "data info", "data verify"]
+HELP = ["", *COMMANDS, "data info", "data imagenet", "data verify", "data write"]
 
 
-@pytest.mark.parametrize("command", [text.split() for text in COMMANDS], ids=COMMANDS)
-def test_every_command_explains_itself(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", [text.split() for text in HELP], ids=HELP)
+def test_every_command_has_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([*command, "--help"])
     assert caught.value.code == 0
     assert "usage: mrmae" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_imports_no_torch(command: str) -> None:
+    code = f"""
+import sys
+from mrmae_ds.cli.main import main
+try:
+    main({[*command.split(), "--help"]})
+except SystemExit:
+    print([name for name in ("torch", "timm", "deepspeed", "matplotlib") if name in sys.modules])
+"""
+    assert run([sys.executable, "-c", code], LIMIT_S).stdout.endswith("\n[]\n")
+
+
+def test_package_runs_as_module() -> None:
+    finished = run([sys.executable, "-m", "mrmae_ds", "check", "nowhere"], LIMIT_S)
+    assert (finished.status, finished.stdout) == (2, "")
+    assert finished.stderr == "error: nowhere: no such file or folder\n"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_prints_completion_script(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--print-completion", shell])
+    assert caught.value.code == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS) and "--num-images" in script
+    if shell == "bash":
+        (tmp_path / "mrmae.bash").write_text(script)
+        assert run(["bash", "-n", tmp_path / "mrmae.bash"], LIMIT_S).status == 0
+
+
+RECIPE_COMMANDS = {
+    "train": [["--ds_config", "x.json"], ["--stage", "finetune"]],
+    "plan": [["--ds_config", "x.json"], ["--gpus", "8"]],
+    "cost": [["--ds_config", "x.json"], ["--gpus", "8"]],
+    "submit": [["pipeline.yaml"], ["--only", "a"], ["--seeds", "0,1"]],
+    "teachers": [["recipe.yaml"], ["--images", "a.jpg", "b.jpg"], ["--seed", "1"]],
+}
+
+
+@pytest.mark.parametrize("command", RECIPE_COMMANDS)
+def test_overrides_may_be_anywhere(command: str) -> None:
+    parts = RECIPE_COMMANDS[command]
+    expected = vars(build_parser().parse_args([command, *chain(*parts)]))
+    assert expected.pop("overrides") == []
+    for place in range(len(parts) + 1):
+        line = [*parts[:place], ["seed=1", "model.overrides.dims=[8, 16]"], *parts[place:], ["data.train=/x/y=z.beton"]]
+        args = vars(build_parser().parse_args([command, *chain(*line)]))
+        assert args.pop("overrides") == ["seed=1", "model.overrides.dims=[8, 16]", "data.train=/x/y=z.beton"]
+        assert args == expected
+
+
+def test_values_and_files_with_equals_sign_are_no_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("seed=1").touch()
+    args = build_parser().parse_args(["teachers", "r.yaml", "--out", "a=b", "--images", "seed=1", "seed=2", "c.jpg"])
+    assert (args.out, args.images, args.overrides) == (Path("a=b"), ["seed=1", "c.jpg"], ["seed=2"])
 
 
 @pytest.mark.parametrize(
@@ -144,14 +206,14 @@ def test_every_command_explains_itself(command: list[str], capsys: pytest.Captur
     ],
     ids=" ".join,
 )
-def test_a_wrong_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_command_line_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         build_parser().parse_args(arguments)
     assert caught.value.code == 2
     assert "usage: mrmae" in capsys.readouterr().err
 
 
-def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_version(capsys: pytest.CaptureFixture[str]) -> None:
     from mrmae_ds import __version__
 
     with pytest.raises(SystemExit) as caught:
@@ -160,7 +222,7 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"mrmae_ds {__version__}\n"
 
 
-def test_the_installed_command(tmp_path: Path) -> None:
+def test_installed_command(tmp_path: Path) -> None:
     done = run([Path(sys.executable).parent / "mrmae", "data", "info", tmp_path / "x.beton"], LIMIT_S)
     assert done.status == 2
     assert done.stderr.startswith("error: ") and "x.beton" in done.stderr and "Traceback" not in done.stderr
@@ -180,7 +242,7 @@ def test_print_config_prints_the_resolved_recipe_and_the_engine_config(tmp_path:
     assert json.loads(engine_text) == json.loads((REPOSITORY / CONFIG).read_text())
 
 
-def test_print_config_lets_deepspeed_judge_its_sections(tmp_path: Path) -> None:
+def test_print_config_validates_deepspeed_sections(tmp_path: Path) -> None:
     content = json.loads((REPOSITORY / CONFIG).read_text())
     content["zero_optimization"]["overlap_com"] = True
     (tmp_path / "engine.json").write_text(json.dumps(content))
@@ -189,7 +251,7 @@ def test_print_config_lets_deepspeed_judge_its_sections(tmp_path: Path) -> None:
     assert "zero_optimization.overlap_com" in done.stderr and "did you mean 'overlap_comm'?" in done.stderr
 
 
-def test_print_config_of_another_recipe_names_what_is_wrong() -> None:
+def test_print_config_of_other_recipe_names_wrong_key() -> None:
     recipe = "ds_configs/baselines/mae_tiny.yaml"
     done = _train("--ds_config", CONFIG, "--recipe", recipe, "--print-config", "stages.pretrain.epoch=3")
     assert done.status == 2
@@ -206,22 +268,41 @@ def test_print_config_of_another_recipe_names_what_is_wrong() -> None:
         (["--ds_config", CONFIG, "--epochs", "3"], "--epochs"),
     ],
 )
-def test_a_wrong_command_line_of_train(
-    arguments: list[str], part: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    from train import parse_arguments
-
+def test_wrong_command_line_of_train(arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_arguments(arguments)
     assert caught.value.code == 2
     assert part in capsys.readouterr().err
 
 
-def test_overrides_may_stand_anywhere_and_the_launchers_rank_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(REPOSITORY))
-    from train import parse_arguments
-
+def test_train_accepts_local_rank_of_launcher() -> None:
     args = parse_arguments(["--local_rank=1", "--ds_config", CONFIG, "seed=1", "--stage", "finetune", "size=S"])
     assert (args.overrides, args.stage, args.resume, args.run) == (["seed=1", "size=S"], "finetune", "auto", None)
     assert (args.dry_run, args.print_config, args.ds_config) == (False, False, Path(CONFIG))
+
+
+def test_train_has_all_stages() -> None:
+    assert get_args(StageName) == STAGES
+
+
+def test_mrmae_train_is_train_py_in_any_directory(tmp_path: Path) -> None:
+    config = REPOSITORY / CONFIG
+    arguments = ["seed=7", "--ds_config", config, "--stage", "finetune", "--print-config", "size=Small"]
+    script = run([sys.executable, REPOSITORY / "train.py", *arguments], LIMIT_S, cwd=tmp_path)
+    command = run(["mrmae", "train", *arguments], LIMIT_S, cwd=tmp_path)
+    assert (command.status, command.stderr) == (0, "")
+    assert command == script and "\nseed: 7\n" in command.stdout and "\nsize: Small\n" in command.stdout
+
+
+def test_mrmae_train_exits_with_status_of_train(tmp_path: Path) -> None:
+    finished = run(["mrmae", "train", "--ds_config", "nowhere.json"], LIMIT_S, cwd=tmp_path)
+    assert (finished.status, finished.stdout) == (2, "")
+    assert finished.stderr.startswith("error: ") and "nowhere.json" in finished.stderr
+
+
+@pytest.mark.parametrize(
+    "script", ["train.py", "data/fashion_mnist.py", "data/folder.py", "data/imagenet.py", "slurm/restarts.py"]
+)
+def test_scripts_run_in_any_directory(script: str, tmp_path: Path) -> None:
+    finished = run([sys.executable, REPOSITORY / script, "--help"], LIMIT_S, cwd=tmp_path)
+    assert finished.status == 0 and "usage: " in finished.stdout, finished.stderr

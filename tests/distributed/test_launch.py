@@ -220,8 +220,8 @@ class Watch:
         if name == "torch":
             print("threads when torch is imported:", os.environ.get("OMP_NUM_THREADS"))
 sys.meta_path.insert(0, Watch())
-import train
-train.main(["--ds_config", "no such file"])
+from mrmae_ds.cli.main import main
+main(["train", "--ds_config", "no such file"])
 """
     given = {name: value for name, value in os.environ.items() if name not in {*SET_BY_US, *LAUNCHERS}}
     environment = given | LAUNCHED | {"LOCAL_SIZE": "8"}

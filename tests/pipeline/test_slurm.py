@@ -75,7 +75,7 @@ def test_submits_every_job_with_its_dependencies(
 
 
 def test_submitted_arguments_are_parsed_by_train_py(slurm: FakeSlurm, tmp_path: Path) -> None:
-    from train import parse_arguments
+    from mrmae_ds.cli.train import parse_arguments
 
     _submit(tmp_path)
     for _, arguments in _by_name(slurm).values():

@@ -83,7 +83,7 @@ def _signal(losses: Losses, number: str = "15") -> Losses:
 
 if __name__ == "__main__":  # python tests/support/faults.py FAULT -- ARGUMENTS OF train.py
     sys.path.insert(0, os.getcwd())
-    import train
+    from mrmae_ds.cli import train
 
     train.prepare_environment()
     install(sys.argv[1])

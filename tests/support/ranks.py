@@ -114,7 +114,7 @@ def _rank(argv: list[str], values: dict[str, str], log: Path, fault: str) -> Non
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # as a shell leaves them
         signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
     os.environ.update(values)
-    import train
+    from mrmae_ds.cli import train
     from tests.support import faults
 
     if fault:

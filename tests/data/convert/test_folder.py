@@ -205,11 +205,11 @@ def test_fashion_mnist_is_padded_rgb(idx_files: Path) -> None:
 
 def test_the_fashion_mnist_script_takes_a_folder(idx_files: Path) -> None:
     out = idx_files / "out"
-    done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--train-count", "20")
+    done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--num-train-images", "20")
     assert done.returncode == 0, done.stderr
     assert "train.beton: Fashion-MNIST, 20 images, 10 classes" in done.stdout
     assert "val.beton: Fashion-MNIST, 20 images, 10 classes" in done.stdout
-    done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--val-count", "21")
+    done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--num-val-images", "21")
     assert (done.returncode, done.stderr.strip()) == (2, "error: the val count must be in 1..20, not 21")
 
 

@@ -231,7 +231,7 @@ def test_the_script(flat: Path, tmp_path: Path) -> None:
     command = [sys.executable, ROOT / "data" / "imagenet.py", flat, "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 2 and "error: " in done.stderr and "--allow-partial" in done.stderr
-    more = ["--allow-partial", "--class-names", flat / "names.txt", "--train-count", "3", "--workers", "1"]
+    more = ["--allow-partial", "--class-names", flat / "names.txt", "--num-train-images", "3", "--workers", "1"]
     done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert "train.beton: ImageNet-1K, 3 images, 3 classes (terrier, setter, kit fox)" in done.stdout

@@ -1,0 +1,108 @@
+"""Argument parser of all commands: recipe overrides may be anywhere on the command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+from mrmae_ds.distributed.logs import configure_logging
+from mrmae_ds.errors import UserError
+
+OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+# How the completion scripts that shtab writes complete a path.
+_COMPLETE_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+
+
+class Command(Protocol):
+    """Interface of the modules in this package that hold a command.
+
+    Attributes:
+        SUMMARY: what the command does, for ``--help``.
+    """
+
+    SUMMARY: str
+
+    def add_arguments(self, parser: CommandParser, /) -> None:
+        """Add the command's arguments to its parser. It must not import torch, so that ``--help`` is fast."""
+
+    def run(self, args: argparse.Namespace, /) -> None:
+        """Run the command.
+
+        Raises:
+            UserError: for bad input; the command line prints the message and exits with status 2.
+            SystemExit: with another exit status.
+        """
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Parser that accepts ``key.path=value`` overrides before, between and after other arguments.
+
+    ``parse_intermixed_args`` does not support subcommands, and an option with several values, as in
+    ``--images a.jpg seed=1``, would take the override for a value. So overrides are removed before the other arguments
+    are parsed: arguments of that form, unless an option takes exactly this one as its value or a file of this name
+    exists.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._takes_overrides = False
+        self._single_valued: set[str] = set()
+        super().__init__(*args, **kwargs)
+
+    def add_overrides(self, help: str = "recipe values to replace") -> None:
+        """Add the positional argument ``overrides``, a list of strings. Call it after all other arguments."""
+        self._takes_overrides = True
+        self.add_argument("overrides", nargs="*", metavar="key.path=value", help=help)
+
+    def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
+        """Add an argument; see :meth:`argparse.ArgumentParser.add_argument`."""
+        action = super().add_argument(*names, **kwargs)
+        if action.nargs is None:
+            self._single_valued.update(action.option_strings)
+        if action.type is Path:
+            setattr(action, "complete", _COMPLETE_FILES)  # noqa: B010  (an attribute that shtab reads)
+        return action
+
+    def parse_known_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse arguments; see :meth:`argparse.ArgumentParser.parse_known_args`."""
+        words = list(sys.argv[1:] if args is None else args)
+        if not self._takes_overrides:
+            return super().parse_known_args(words, namespace)
+        overrides: list[str] = []
+        others: list[str] = []
+        for previous, word in zip(["", *words], words, strict=False):
+            is_override = OVERRIDE.match(word) and previous not in self._single_valued and not Path(word).exists()
+            (overrides if is_override else others).append(word)
+        namespace, unknown = super().parse_known_args(others, namespace)
+        namespace.overrides = [*overrides, *namespace.overrides]
+        return namespace, unknown
+
+
+def add_recipe_options(parser: CommandParser) -> None:
+    """Add ``--ds_config`` and ``--recipe``."""
+    parser.add_argument("--ds_config", type=Path, required=True, help="engine config, ds_configs/NAME.json")
+    parser.add_argument(
+        "--recipe", type=Path, help="recipe; default: the YAML of the same name beside the engine config"
+    )
+
+
+def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Run a command.
+
+    Args:
+        run: the command.
+        args: its arguments.
+
+    Returns:
+        The exit status: 0, or 2 after the message of a UserError was printed.
+    """
+    configure_logging()
+    try:
+        run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,0 +1,122 @@
+"""``mrmae train`` and ``train.py``: training of one stage of a recipe, or evaluation of fine-tuned models."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from mrmae_ds.cli.parser import CommandParser, add_recipe_options
+from mrmae_ds.distributed.launch import Launch, prepare_environment
+from mrmae_ds.distributed.logs import configure_logging
+
+if TYPE_CHECKING:
+    from mrmae_ds.training.job import TrainArgs
+
+SUMMARY = "train one stage of a recipe, or evaluate a fine-tuned model; one rank per process, like train.py"
+# Names in config.stages.StageName, which cannot be imported before the environment is prepared: it imports torch.
+STAGES = ("pretrain", "finetune", "probe", "evaluate")
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the command's arguments, and those that the deepspeed launcher passes."""
+    add_recipe_options(parser)
+    parser.add_argument("--stage", choices=STAGES, default="pretrain", help="stage to run; default: %(default)s")
+    parser.add_argument("--run", type=Path, help="folder of the run; default: runs/NAME")
+    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="run two real steps, print time and memory, write nothing"
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and engine config")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK has it too
+    parser.add_overrides()
+
+
+def run(args: argparse.Namespace) -> NoReturn:
+    """Train and end the process with the status of :func:`train`."""
+    end_process(train(args))
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line of ``train.py``."""
+    parser = CommandParser(description=SUMMARY)
+    add_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run ``train.py``; see :func:`train`."""
+    return train(parse_arguments(argv))
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train or evaluate.
+
+    The environment is prepared before the first import of torch, which reads it.
+
+    Returns:
+        The exit status: 0; 1 for a failure; 2 for bad input; 75 if a signal stopped the stage after a checkpoint.
+    """
+    launch, started = None, False
+    try:
+        launch = prepare_environment()
+        configure_logging(launch)
+        from mrmae_ds.config.engine import validate_sections
+        from mrmae_ds.training.job import TrainArgs, load_configs
+
+        options = TrainArgs(
+            ds_config=args.ds_config,
+            stage=args.stage,
+            recipe=args.recipe,
+            run=args.run,
+            resume=args.resume,
+            overrides=tuple(args.overrides),
+            dry_run=args.dry_run,
+        )
+        if args.print_config:
+            recipe, engine_config = load_configs(options)
+            validate_sections(engine_config)
+            if launch.rank == 0:
+                print(f"# recipe {recipe.hash(args.stage)}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
+                print(json.dumps(engine_config.as_written(), indent=2))
+            return 0
+        prepare = _prepare_evaluation if args.stage == "evaluate" else _prepare_training
+        work = prepare(options, launch)
+        started = True
+        work()
+        return 0
+    except Exception as error:
+        from mrmae_ds.distributed.exit_status import report_exit
+
+        return report_exit(error, launch, started)
+
+
+def end_process(status: int) -> NoReturn:
+    """End the process without running the interpreter's shutdown.
+
+    A library's thread that outlives the interpreter can abort a process whose work is done, and a finished job would
+    count as failed.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _prepare_training(options: TrainArgs, launch: Launch) -> Callable[[], None]:
+    from mrmae_ds.training.job import prepare_stage
+
+    job = prepare_stage(options, launch)
+    from mrmae_ds.training.run import dry_run, run_stage
+
+    return partial(dry_run if options.dry_run else run_stage, job)
+
+
+def _prepare_evaluation(options: TrainArgs, launch: Launch) -> Callable[[], None]:
+    from mrmae_ds.training.evaluation.evaluate import prepare_evaluation, run_evaluation
+
+    return partial(run_evaluation, prepare_evaluation(options, launch))
