@@ -1,4 +1,4 @@
-"""The one place that imports ffcv: cheaply, without side effects, and with a clear error if it is missing."""
+"""Import of ffcv without side effects, and with a clear error if it is missing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mrmae_ds.errors import UserError
 
 @contextmanager
 def keep_torch_threads() -> Iterator[None]:
-    """Undo what ffcv does to torch's number of threads: it sets its own, at import and at each epoch."""
+    """Restore torch's number of threads, which ffcv changes at import and at each epoch."""
     before = torch.get_num_threads()
     try:
         yield
@@ -24,11 +24,12 @@ def keep_torch_threads() -> Iterator[None]:
 def import_ffcv() -> None:
     """Import ffcv, after which its modules can be imported as usual.
 
-    Numba's compiler is off meanwhile: ffcv fills a typed dictionary at import, which takes 2.6 seconds
-    compiled and none as a plain one. The threading layer is set to TBB unless ``NUMBA_THREADING_LAYER`` says
-    otherwise: with ``workqueue`` a second live loader aborts the process, and ``omp`` kills forked children.
+    Numba's compiler is disabled meanwhile: ffcv fills a typed dictionary at import, which takes 2.6 seconds compiled
+    and none as a plain one. The threading layer is TBB unless ``NUMBA_THREADING_LAYER`` is set: with ``workqueue`` a
+    second live loader aborts the process, and ``omp`` kills forked children.
 
-    Raises UserError where ffcv, or TBB, is missing.
+    Raises:
+        UserError: if ffcv or TBB is missing.
     """
     try:
         import numba
@@ -45,7 +46,7 @@ def import_ffcv() -> None:
             numba.config.DISABLE_JIT = before
     except ImportError as error:
         raise UserError(
-            f"the FFCV reader needs ffcv, numba and tbb ({error}): install the system packages "
+            f"the ffcv backend needs ffcv, numba and tbb ({error}): install the system packages "
             "libopencv-dev, libturbojpeg0-dev and pkg-config, then pip install 'mrmae_ds[ffcv]'"
         ) from error
     except ValueError as error:

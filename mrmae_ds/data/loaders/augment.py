@@ -1,7 +1,7 @@
-"""Fine-tuning's augmentation by timm's code, with all randomness from each sample's key.
+"""Augmentation of fine-tuning by timm's code, with all randomness derived from each sample's key.
 
-timm draws from Python's and numpy's global generators. Both are seeded from the sample's key before each image, so
-what an image becomes does not depend on threads, processes, ranks or restarts.
+timm draws from Python's and numpy's global generators. Both are seeded by the sample's key before each image, so the
+result does not depend on threads, processes, ranks or restarts.
 
 Shapes: B samples, S image size.
 """
@@ -23,33 +23,42 @@ from torch import Tensor
 from mrmae_ds.data.loaders.crop import splitmix64
 from mrmae_ds.data.types import UIntArray
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import Rgb
 
 _POLICY_FORM = re.compile(r"rand(-((m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3aw?)))*")
-# What a sample's key is used for beside its box and flip.
+# Uses of a sample's key besides its box and flip.
 _POLICY, _ERASING = 0x706F6C69, 0x65726173
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """RandAugment by timm's configuration string (``rand-m9-mstd0.5-inc1``).
+    """Settings of RandAugment.
 
     Attributes:
-        policy: timm's string. mean: the color, 0 to 1, that fills what a shift or rotation uncovers.
+        policy: timm's configuration string (``rand-m9-mstd0.5-inc1``).
+        mean: color, 0 to 1, of the area that a shift or rotation uncovers.
     """
 
     policy: str
-    mean: tuple[float, float, float]
+    mean: Rgb
 
 
 class Augment:
-    """RandAugment of single images; cheap to build, to be built in the process that uses it."""
+    """RandAugment of single images, to be built in the process that uses it.
+
+    Args:
+        settings: policy and fill color.
+        size: S, pixels.
+
+    Raises:
+        UserError: if the policy is invalid.
+    """
 
     def __init__(self, settings: AugmentSettings, size: int) -> None:
-        """size: S, pixels. Raises UserError if timm does not understand the policy."""
-        if not _POLICY_FORM.fullmatch(settings.policy):  # timm passes over what it does not know
+        if not _POLICY_FORM.fullmatch(settings.policy):  # timm ignores unknown parts
             raise UserError(
-                f"rand_augment: {settings.policy!r} is no RandAugment policy of timm; it is like rand-m9-mstd0.5-inc1, "
-                "of the parts m, n, p, mstd, mmax, inc (each with a number) and tweights, t3a or t3aw"
+                f"rand_augment: {settings.policy!r} is not a RandAugment policy of timm; expected a form like "
+                "rand-m9-mstd0.5-inc1, of parts m, n, p, mstd, mmax, inc (each with a number), tweights, t3a, t3aw"
             )
         fill = tuple(min(255, round(255 * value)) for value in settings.mean)
         parameters = {"translate_const": int(size * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
@@ -59,29 +68,41 @@ class Augment:
                 operation.aug_fn = _posterize
 
     def __call__(self, image: Image.Image, key: int) -> Image.Image:
-        """One image, RGB, to another of its size."""
+        """Augment one RGB image; its size stays."""
         seed_generators(key, _POLICY)
         return self._transform(image)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """timm's, which at its highest magnitude keeps no bit at all; Pillow 12 refuses that, earlier ones gave black."""
+    """Apply timm's posterize, which keeps 0 bits at its highest magnitude: black before Pillow 12, which refuses it."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class SampleErasing:
-    """timm's random erasing, filled with noise, of normalized images, a sample at a time.
+    """timm's random erasing of normalized images, filled with noise, a sample at a time.
 
-    Where and whether depends on the sample's key alone, the noise also on the kind of device.
+    The area depends on the sample's key alone, the noise also on the kind of device.
+
+    Args:
+        probability: of erasing in an image.
+        device: of the images.
     """
 
     def __init__(self, probability: float, device: torch.device) -> None:
         self._erase = RandomErasing(probability, mode="pixel", device=str(device))
 
     def __call__(self, images: Tensor, keys: UIntArray) -> Tensor:
-        """Erase in place. images: float [B, 3, S, S]. keys: uint64 [B]. Moves torch's global generators."""
+        """Erase in place; changes the state of torch's global generators.
+
+        Args:
+            images: float [B, 3, S, S].
+            keys: uint64 [B], of the samples.
+
+        Returns:
+            ``images``.
+        """
         for image, key in zip(images, keys.tolist(), strict=True):
             torch.manual_seed(seed_generators(key, _ERASING))
             self._erase(image)
@@ -89,7 +110,15 @@ class SampleErasing:
 
 
 def seed_generators(key: int, purpose: int) -> int:
-    """Seed Python's and numpy's global generators; returns the 63-bit seed."""
+    """Seed Python's and numpy's global generators.
+
+    Args:
+        key: of the sample.
+        purpose: constant that separates the uses of a key.
+
+    Returns:
+        The 63-bit seed.
+    """
     mixed = splitmix64(np.array([key], dtype=np.uint64) ^ np.uint64(purpose))
     seed = int(mixed[0]) >> 1
     random.seed(seed)

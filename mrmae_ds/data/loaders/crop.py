@@ -1,8 +1,8 @@
-"""Crop boxes and flips as pure functions of (seed, epoch, sample): no generator, no state, no thread in them.
+"""Crop boxes and flips as pure functions of (seed, epoch, sample), without a generator or other state.
 
-FFCV draws its crops from numba's per-thread generators, so the same seed gives other pixels with another
-number of threads or ranks and after a restart. Here every draw is a hash of what it is for, which makes the
-augmentation the same in any process that asks for it. Plain numpy, vectorized over the B samples of a batch.
+FFCV draws its crops from numba's per-thread generators, so the same seed gives different pixels with another number of
+threads or ranks and after a restart. Here every draw is a hash of its purpose, so that the augmentation is the same in
+any process. Plain numpy, vectorized over the B samples of a batch.
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ _FLIP_DRAW = 4 * _TRIES
 
 @dataclass(frozen=True)
 class CropSettings:
-    """How a training sample is cut out of its image.
+    """Random crop and flip of a training image.
 
     Attributes:
-        scale: bounds of the box's share of the image's area. No default: pre-training and fine-tuning
-            differ.
+        scale: bounds of the box's share of the image's area. No default: pre-training and fine-tuning differ.
         ratio: bounds of the box's width over its height.
         flip: probability of mirroring left to right.
     """
@@ -50,7 +49,7 @@ class CropSettings:
 
 
 def splitmix64(state: UIntArray) -> UIntArray:
-    """The output function of SplitMix64 (Steele, Lea and Flood 2014): bijective on 64 bits; any shape."""
+    """Apply the output function of SplitMix64 (Steele, Lea and Flood 2014), bijective on 64 bits; any shape."""
     z = state + _GOLDEN
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -58,20 +57,29 @@ def splitmix64(state: UIntArray) -> UIntArray:
 
 
 def sample_keys(seed: int, epoch: int, indices: IntArray) -> UIntArray:
-    """The 64-bit key of each sample in one epoch, uint64 [B]: all randomness about a sample is a function of it."""
+    """Return the 64-bit key of each sample in one epoch, of which all its randomness is a function.
+
+    Args:
+        seed: not negative.
+        epoch: not negative.
+        indices: rows of the samples in the data set, int64 [B].
+
+    Returns:
+        uint64 [B].
+    """
     key = splitmix64(np.array([seed], dtype=np.uint64))
     key = splitmix64(key ^ np.uint64(epoch))
     return splitmix64(key ^ indices.astype(np.uint64))
 
 
 def _uniform(keys: UIntArray, draw: int) -> FloatArray:
-    """The ``draw``-th number of each stream, uniform in [0, 1) with 53 random bits, [B]."""
+    """Return the ``draw``-th number of each stream, uniform in [0, 1) with 53 random bits, [B]."""
     state = keys + splitmix64(np.array([draw], dtype=np.uint64))
     return (splitmix64(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def _largest_centered(heights: IntArray, widths: IntArray, ratio: tuple[float, float]) -> IntArray:
-    """The largest centered boxes with width over height within ``ratio``, [B, 4]: top, left, height, width."""
+    """Return the largest centered boxes with width over height within ``ratio``, [B, 4]: top, left, height, width."""
     too_narrow = widths < ratio[0] * heights
     too_wide = widths > ratio[1] * heights
     box_heights = np.where(too_narrow, np.rint(widths / ratio[0]), heights).astype(np.int64).clip(1, heights)
@@ -82,17 +90,21 @@ def _largest_centered(heights: IntArray, widths: IntArray, ratio: tuple[float, f
 def random_boxes(
     heights: IntArray, widths: IntArray, indices: IntArray, *, seed: int, epoch: int, crop: CropSettings
 ) -> IntArray:
-    """Random resized crops and flips, by torchvision's rule (``RandomResizedCrop.get_params``).
+    """Draw random resized crops and flips by torchvision's rule (``RandomResizedCrop.get_params``).
 
     Ten tries of an area uniform in ``crop.scale`` times the image's and an aspect ratio log-uniform in
     ``crop.ratio``; where none fits, the largest centered box whose ratio is within the bounds.
 
     Args:
-        heights, widths: sizes of the stored images in pixels, int64 [B].
+        heights: of the stored images, pixels, int64 [B].
+        widths: of the stored images, pixels, int64 [B].
         indices: rows of the samples in the data set, int64 [B].
-        seed, epoch: not negative.
+        seed: not negative.
+        epoch: not negative.
+        crop: bounds and flip probability.
 
-    Returns int64 [B, 5]: top, left, box height, box width (pixels, inside the image), 1 if mirrored.
+    Returns:
+        int64 [B, 5]: top, left, box height, box width (pixels, inside the image), 1 if mirrored.
     """
     keys = sample_keys(seed, epoch, indices)
     boxes = np.empty((len(indices), 5), dtype=np.int64)
@@ -109,8 +121,8 @@ def random_boxes(
         fits = (box_heights > 0) & (box_heights <= heights) & (box_widths > 0) & (box_widths <= widths)
         tops = (down * (heights - box_heights + 1)).astype(np.int64)
         lefts = (across * (widths - box_widths + 1)).astype(np.int64)
-        found = searching & fits
-        boxes[found, :4] = np.stack([tops, lefts, box_heights, box_widths], axis=1)[found]
+        accepted = searching & fits
+        boxes[accepted, :4] = np.stack([tops, lefts, box_heights, box_widths], axis=1)[accepted]
         searching &= ~fits
         if not searching.any():
             break
@@ -118,15 +130,18 @@ def random_boxes(
 
 
 def resize_and_corner(sides: IntArray, short_sides: IntArray, image_size: int) -> tuple[IntArray, IntArray]:
-    """MAE's evaluation along one axis: resize the short side to ``image_size / 0.875``, cut the center.
+    """Apply MAE's evaluation along one axis: resize the short side to ``image_size / 0.875``, crop the center.
 
     Above 224 pixels the short side is resized to ``image_size`` itself. Rounding is torchvision's (``Resize``,
     ``CenterCrop``).
 
     Args:
-        sides: of the images along the axis, pixels, int64 [B]. short_sides: the smaller of both axes.
+        sides: of the images along the axis, pixels, int64 [B].
+        short_sides: the smaller of both axes, pixels, int64 [B].
+        image_size: pixels.
 
-    Returns the sides after resizing, and where the cut begins in the resized image, both int64 [B].
+    Returns:
+        The sides after resizing, and the start of the crop in the resized image, both int64 [B].
     """
     short = int(image_size / 0.875) if image_size <= 224 else image_size
     resized = short * sides // short_sides
@@ -134,12 +149,15 @@ def resize_and_corner(sides: IntArray, short_sides: IntArray, image_size: int) -
 
 
 def center_boxes(heights: IntArray, widths: IntArray, image_size: int) -> FloatArray:
-    """What evaluation looks at (``resize_and_corner``), in pixels of the stored images; never mirrored.
+    """Return the boxes of evaluation (``resize_and_corner``) in the stored images; never mirrored.
 
     Args:
-        heights, widths: sizes of the stored images in pixels, int64 [B].
+        heights: of the stored images, pixels, int64 [B].
+        widths: of the stored images, pixels, int64 [B].
+        image_size: pixels.
 
-    Returns float64 [B, 5]: top, left, height, width (pixels, not whole ones), 0.
+    Returns:
+        float64 [B, 5]: top, left, height, width (pixels, fractional), 0.
     """
     short = np.minimum(heights, widths)
     boxes = np.zeros((len(heights), 5))

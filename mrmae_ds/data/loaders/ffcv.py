@@ -135,7 +135,7 @@ class FFCVLoader:
             The copy as [B, 3, H, W] and, if it may still be in progress, the event that marks its end.
         """
         if self._copies is None:
-            # numpy's copy: torch's would wake OpenMP's threads, which then spin for longer than it takes.
+            # By numpy: torch's copy would wake OpenMP's threads, which then spin for longer than the copy takes.
             return torch.from_numpy(images.copy()).to(self.settings.device).permute(0, 3, 1, 2), None
         host = torch.from_numpy(images)
         compute = torch.cuda.current_stream(self.settings.device)

@@ -35,12 +35,12 @@ from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
 
 @dataclass(frozen=True)
 class Decoded:
-    """One batch as it lies in FFCV's ring of buffers: to be copied before the next one is asked for.
+    """One batch in FFCV's ring of buffers, to be copied before the next one is requested.
 
     Attributes:
         images: uint8 [B, S, S, 3].
-        failed: rows of the file whose JPEG is damaged, int64; their pixels mean nothing.
-        error: what else went wrong. An exception in FFCV's thread would leave its consumer waiting for ever.
+        failed: rows of the file whose JPEG is damaged, int64; their pixels are undefined.
+        error: any other failure. An exception in FFCV's thread would leave its consumer waiting forever.
     """
 
     images: ImageArray | None
@@ -49,16 +49,20 @@ class Decoded:
 
 
 class BoxDecoder(SimpleRGBImageDecoder):
-    """Decoder for an ``RGBImageField`` in JPEG mode, output square.
+    """Decoder for an ``RGBImageField`` in JPEG mode, with square output.
+
+    Args:
+        size: S, pixels.
+        file: the data set.
+        threads: T.
 
     Attributes:
-        boxes: (heights, widths, rows) -> [B, 5], as ``crop.py`` makes them. Set before each epoch.
-        beyond: whether they are cut out after resizing (``jpeg_kernel.decode``).
-        torch_threads: what torch's number of threads is to be in FFCV's thread.
+        boxes: function of (heights, widths, rows) to boxes [B, 5] (``crop``), set before each epoch.
+        beyond: True crops after resizing (``jpeg_kernel.decode``).
+        torch_threads: torch's number of threads in FFCV's thread.
     """
 
     def __init__(self, size: int, file: BetonFile, threads: int) -> None:
-        """size: S, pixels; threads: T."""
         super().__init__()
         self.size = size
         self.table, self.checksums = file.table, file.checksums
@@ -70,12 +74,12 @@ class BoxDecoder(SimpleRGBImageDecoder):
         weakref.finalize(self, jpeg_kernel.free_scratch, self._scratch).atexit = False
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, AllocationQuery]:
-        """FFCV asks for the output's shape and for the memory of one sample."""
+        """Return the output's shape and the memory of one sample to FFCV."""
         shape, dtype = (self.size, self.size, 3), np.dtype("u1")
         return replace(previous_state, jit_mode=True, shape=shape, dtype=dtype), AllocationQuery(shape, dtype)
 
     def generate_code(self) -> Callable[..., Decoded]:
-        """FFCV asks for the function to call on each batch."""
+        """Return the function that FFCV calls on each batch."""
 
         def decode(rows: IntArray, images: ImageArray, _metadata: Any, storage: tuple[Any, ...]) -> Decoded:
             try:
@@ -98,9 +102,16 @@ class BoxDecoder(SimpleRGBImageDecoder):
 
 
 def damaged_rows(file: BetonFile, rows: IntArray) -> IntArray:
-    """Decode samples as training does. Returns those whose JPEG is damaged, int64.
+    """Find damaged JPEGs by decoding them as training does.
 
-    Unlike Pillow, the decoder takes the JPEG library's warnings (a stretch of bad data) for errors.
+    Unlike Pillow, this decoder treats the JPEG library's warnings (a stretch of bad data) as errors.
+
+    Args:
+        file: the data set.
+        rows: samples to decode, int64.
+
+    Returns:
+        The samples whose JPEG is damaged, int64.
     """
     boxes = np.zeros((len(rows), 5))
     boxes[:, 2:4] = file.table[rows, 2:4]
@@ -117,7 +128,7 @@ def damaged_rows(file: BetonFile, rows: IntArray) -> IntArray:
 
 
 def build_stock_loader(path: Path, decoder: BoxDecoder, *, batch_size: int, threads: int) -> Loader:
-    """An FFCV ``Loader`` of the images alone. It compiles nothing: ``decoder`` brings a compiled function."""
+    """Build FFCV's ``Loader`` of the images alone, without compilation: ``decoder`` has a compiled function."""
     enabled = Compiler.is_enabled
     Compiler.set_enabled(False)
     try:

@@ -1,14 +1,14 @@
-"""JPEG to a resized, mirrored part of it, compiled by numba: decoding that holds no random state and no GIL.
+"""Numba kernel that decodes a JPEG and crops, resizes and mirrors it, without random state and without the GIL.
 
-FFCV compiles its numba functions anew for every ``Loader`` in every process and can keep none of them on disk, because
-the addresses of its C functions are baked into them. Here the C functions (libturbojpeg's, which FFCV is linked with)
-are named by symbol, so numba keeps ``decode`` in its on-disk cache, and one version serves training and evaluation, any
-number of threads, any epoch and any seed. Everything it calls must be in this file: the cache notices changes of this
-file only.
+FFCV compiles its numba functions again for every ``Loader`` in every process and cannot cache them on disk, because the
+addresses of its C functions are compiled in. Here the C functions (of libturbojpeg, which FFCV is linked with) are
+referenced by symbol, so numba caches ``decode`` on disk, and one version serves training and evaluation, any number of
+threads, any epoch and any seed. All that it calls must be in this file, because the cache detects changes of this file
+only. Only ``ffcv_decoder`` uses it; ``data.backend: pillow`` in a recipe reads the same boxes without it.
 
-libturbojpeg gives the planes of luma and chroma as they are stored, chroma at half the resolution. They are resized
-first and made RGB afterwards, which is the same up to rounding and chroma's interpolation, and touches a third of the
-numbers. Resizing is Pillow's bicubic with antialiasing, in integers: the same on every machine.
+libturbojpeg returns the planes of luma and chroma as they are stored, chroma at half the resolution. They are resized
+first and converted to RGB afterwards, which equals the opposite order up to rounding and chroma's interpolation, and
+processes a third of the numbers. Resizing is Pillow's antialiased bicubic, in integers: the same on every machine.
 
 Shapes: B samples in a batch, S output size, N samples in the file, T threads, K taps of the filter.
 """
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from ffcv.libffcv import lib
 from numba import njit, prange, types
 
-from mrmae_ds.data.loaders.crop import FloatArray, IntArray
+from mrmae_ds.data.types import FloatArray, ImageArray, IntArray, UIntArray
 
 for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
     llvmlite.binding.add_symbol(f"mrmae_{_name}", ctypes.cast(getattr(lib, _name), ctypes.c_void_p).value)
@@ -42,37 +42,43 @@ _read_planes = types.ExternalFunction(
 
 DAMAGED = 1  # see ``decode``
 _YCBCR = 1  # libturbojpeg's number of the color space
-# How much wider and higher a chroma sample is than a luma one, by libturbojpeg's number of the subsampling:
-# 4:4:4, 4:2:2, 4:2:0, gray (which is not of three planes), 4:4:0, 4:1:1.
+# Width and height of a chroma sample in luma samples, by libturbojpeg's number of the subsampling: 4:4:4, 4:2:2,
+# 4:2:0, gray (which has no chroma planes), 4:4:0, 4:1:1.
 _WIDER, _HIGHER = (1, 2, 2, 0, 1, 4), (1, 1, 2, 0, 2, 1)
 _PADDING = 4  # planes are padded to whole chroma samples
 _ONE = 1 << 14  # a weight of 1
-_BETWEEN = 6  # fractional bits of a value between the passes
+_BETWEEN = 6  # fractional bits between the passes
 _HALF = 1 << 13
 _MIDDLE = 128 << _BETWEEN  # chroma of gray
 _PRIME, _BLOCK = 65521, 4096  # Adler-32's modulus; bytes whose sums fit into 32 bits
 
 
 class Scratch(NamedTuple):
-    """What T threads work in; nothing in it outlives an image.
+    """Memory of T threads; no content outlives an image.
 
     Attributes:
-        handles: uint64 [T], libturbojpeg's decoders. header: int32 [T, 4]. pointers: uint64 [T, 3].
+        handles: uint64 [T], libturbojpeg's decoders.
+        header: int32 [T, 4], width, height, subsampling and color space.
+        pointers: uint64 [T, 3], addresses of the planes.
         planes: uint8 [T, bytes of the largest image].
-        rows: int32 [T, largest side or S]. columns: int32 [T, 3, S]. pixels: uint8 [T, 3, S].
-        reduced: int16 [T, 3, largest side + K, S], planes after the first pass, transposed; what is beyond their end
-            meets weights of 0.
-        firsts: int64 [T, 4, S], weights: int16 [T, 4, S, K]: of the axes, luma's and chroma's, down and across.
+        rows: int32 [T, largest side or S].
+        columns: int32 [T, 3, S].
+        pixels: uint8 [T, 3, S].
+        reduced: int16 [T, 3, largest side + K, S], planes after the first pass, transposed; the part beyond their end
+            is multiplied by weights of 0.
+        firsts: int64 [T, 4, S], first input sample of each output, for luma down, luma across, chroma down, chroma
+            across.
+        weights: int16 [T, 4, S, K], of the same axes.
         kernel: float64 [T, K].
     """
 
-    handles: npt.NDArray[np.uint64]
+    handles: UIntArray
     header: npt.NDArray[np.int32]
-    pointers: npt.NDArray[np.uint64]
-    planes: npt.NDArray[np.uint8]
+    pointers: UIntArray
+    planes: ImageArray
     rows: npt.NDArray[np.int32]
     columns: npt.NDArray[np.int32]
-    pixels: npt.NDArray[np.uint8]
+    pixels: ImageArray
     reduced: npt.NDArray[np.int16]
     firsts: IntArray
     weights: npt.NDArray[np.int16]
@@ -80,7 +86,16 @@ class Scratch(NamedTuple):
 
 
 def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
-    """For images of a table (see ``decode``) and S = ``size``. ``free_scratch`` gives the decoders back."""
+    """Allocate the memory of the threads.
+
+    Args:
+        table: of the images; see ``decode``.
+        size: S, pixels.
+        threads: T.
+
+    Returns:
+        The memory; ``free_scratch`` releases its decoders.
+    """
     init = lib.tjInitDecompress
     init.restype = ctypes.c_void_p
     handles = [init() for _ in range(threads)]
@@ -105,14 +120,14 @@ def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
 
 
 def free_scratch(scratch: Scratch) -> None:
-    """Give libturbojpeg's decoders back."""
+    """Release libturbojpeg's decoders."""
     for handle in scratch.handles.tolist():
         lib.tjDestroy(ctypes.c_void_p(handle))
 
 
 @njit(nogil=True)
 def _cubic(x):  # type: ignore[no-untyped-def]
-    """Keys's cubic with a = -0.5, Pillow's BICUBIC."""
+    """Evaluate Keys's cubic with a = -0.5, Pillow's BICUBIC."""
     x = abs(x)
     if x < 1:
         return (1.5 * x - 2.5) * x * x + 1
@@ -123,15 +138,20 @@ def _cubic(x):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _weigh(begin, length, low, high, mirrored, firsts, weights, kernel):  # type: ignore[no-untyped-def]
-    """The filter along one axis: Pillow's ``precompute_coeffs``, in integers whose sum is exactly 1.
+    """Compute the filter along one axis: Pillow's ``precompute_coeffs``, in integers whose sum is exactly 1.
 
     Args:
-        begin, length: of the box in samples of the plane, floats. low, high: the samples that may be used.
-        mirrored: whether the last output comes first.
-        firsts: int64 [S], weights: int16 [S, K], written: the first sample used, and the weight of each.
+        begin: start of the box in samples of the plane, float.
+        length: of the box in samples of the plane, float.
+        low: first sample that may be used.
+        high: end of the samples that may be used.
+        mirrored: True puts the last output first.
+        firsts: int64 [S], written: the first sample of each output.
+        weights: int16 [S, K], written: the weight of each sample.
         kernel: float64 [K], overwritten.
 
-    Returns the taps in use, an even number; the first sample in use and the one after the last.
+    Returns:
+        The number of taps in use, even; the first sample in use and the one after the last.
     """
     size = firsts.size
     scale = length / size
@@ -160,17 +180,24 @@ def _weigh(begin, length, low, high, mirrored, firsts, weights, kernel):  # type
 
 @njit(nogil=True)
 def _reduce_rows(plane, firsts, weights, taps, left, right, row, reduced):  # type: ignore[no-untyped-def]
-    """The first pass: filter down the columns ``left`` to ``right`` of a plane.
+    """Filter down the columns ``left`` to ``right`` of a plane, the first pass.
 
     Args:
-        plane: uint8 [height, width]. row: int32, overwritten. reduced: int16 [.., S], written: [column, output row].
+        plane: uint8 [height, width].
+        firsts: int64 [S], first row of each output.
+        weights: int16 [S, K].
+        taps: number of taps in use.
+        left: first column.
+        right: end of the columns.
+        row: int32 [largest side], overwritten.
+        reduced: int16 [columns, S], written: [column, output row].
     """
     sums = row[: right - left]
-    last = plane.shape[0] - 1  # of a weight that is 0, any sample will do
+    last = plane.shape[0] - 1  # a sample with a weight of 0 may be any
     for output in range(firsts.size):
         sums[:] = 1 << (13 - _BETWEEN)
         for tap in range(0, taps, 2):
-            # Typed, so that the compiler makes vectors of 32-bit numbers; two taps at a time are the fastest.
+            # Typed, so that the compiler vectorizes 32-bit numbers; two taps at a time are the fastest.
             one, other = np.int32(weights[output, tap]), np.int32(weights[output, tap + 1])
             first = firsts[output] + tap
             above, below = plane[min(first, last), left:right], plane[min(first + 1, last), left:right]
@@ -182,7 +209,7 @@ def _reduce_rows(plane, firsts, weights, taps, left, right, row, reduced):  # ty
 
 @njit(nogil=True)
 def _reduce_column(reduced, first, weights, taps, column):  # type: ignore[no-untyped-def]
-    """The second pass, of one output column: ``column`` int32 [S], written, with ``_BETWEEN`` fractional bits."""
+    """Filter one output column, the second pass: ``column`` int32 [S], written, with ``_BETWEEN`` fractional bits."""
     column[:] = _HALF
     for tap in range(taps):
         weight, values = np.int32(weights[tap]), reduced[first + tap]
@@ -200,7 +227,7 @@ def _byte(value):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _to_rgb(columns, pixels):  # type: ignore[no-untyped-def]
-    """JFIF's YCbCr [3, S] to RGB [3, S]; weights of 14 bits."""
+    """Convert JFIF's YCbCr [3, S] to RGB [3, S], with weights of 14 bits."""
     luma, blue, red = columns[0], columns[1], columns[2]
     r, g, b = pixels[0], pixels[1], pixels[2]
     for y in range(r.size):
@@ -213,11 +240,16 @@ def _to_rgb(columns, pixels):  # type: ignore[no-untyped-def]
 
 @njit(nogil=True)
 def _resize(planes, sides, box, beyond, image, scratch, thread):  # type: ignore[no-untyped-def]
-    """Resize a box of three planes, and make it RGB.
+    """Resize a box of three planes and convert it to RGB.
 
     Args:
-        planes: luma, Cb, Cr, uint8 [height, width], padded to whole chroma samples. sides: height and width without
-            padding. box, beyond, image: see ``decode``.
+        planes: luma, Cb, Cr, uint8 [height, width], padded to whole chroma samples.
+        sides: height and width without padding.
+        box: float64 [5]; see ``decode``.
+        beyond: see ``decode``.
+        image: uint8 [S, S, 3], written.
+        scratch: memory of the threads.
+        thread: index of this thread.
     """
     firsts, weights = scratch.firsts[thread], scratch.weights[thread]
     reduced, columns, pixels = scratch.reduced[thread], scratch.columns[thread], scratch.pixels[thread]
@@ -228,10 +260,10 @@ def _resize(planes, sides, box, beyond, image, scratch, thread):  # type: ignore
             begin, length, side = box[axis], box[axis + 2], float(sides[axis])
             low, high = (0.0, side) if beyond else (begin, begin + length)
             mirrored = axis == 1 and box[4] != 0
-            way = 2 * plane + axis
-            used[way] = _weigh(
+            index = 2 * plane + axis
+            used[index] = _weigh(
                 begin / step, length / step, int(low) // step, math.ceil(high / step), mirrored,
-                firsts[way], weights[way], scratch.kernel[thread],
+                firsts[index], weights[index], scratch.kernel[thread],
             )  # fmt: skip
     for plane in range(3):
         down, across = (0, 1) if plane == 0 else (2, 3)
@@ -252,7 +284,7 @@ def _resize(planes, sides, box, beyond, image, scratch, thread):  # type: ignore
 
 @njit(nogil=True)
 def _adler32(content):  # type: ignore[no-untyped-def]
-    """zlib's checksum of bytes, uint8 [n], by sums that the compiler makes vectors of."""
+    """Compute zlib's Adler-32 of bytes, uint8 [n], by sums that the compiler vectorizes."""
     one, two = 1, 0
     for start in range(0, content.size, _BLOCK):
         block = content[start : start + _BLOCK]
@@ -268,18 +300,18 @@ def _adler32(content):  # type: ignore[no-untyped-def]
 
 @njit(parallel=True, nogil=True, cache=True)
 def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status):  # type: ignore[no-untyped-def]
-    """Decode, cut, resize and mirror B samples on T threads.
+    """Decode, crop, resize and mirror B samples on T threads.
 
     Args:
         file: uint8 [bytes], the whole .beton, mapped.
         table: int64 [N, 4]: offset and length of each JPEG in ``file``, its height and width.
-        checksums: int64 [N], Adler-32 of each JPEG; -1 where it is not known.
-        rows: int64 [B], which samples.
+        checksums: int64 [N], Adler-32 of each JPEG; -1 where it is unknown.
+        rows: int64 [B], the samples.
         boxes: float64 [B, 5]: top, left, height, width (pixels of the stored image), 1 if mirrored.
-        beyond: whether pixels outside of a box count in the filter at its border, as they do when an image is resized
-            and then cut; otherwise it is as when the box is cut out and then resized.
+        beyond: True includes pixels outside the box in the filter at its border, as resizing before cropping does;
+            False excludes them, as cropping before resizing does.
         images: uint8 [B, S, S, 3], written.
-        scratch: see :class:`Scratch`.
+        scratch: memory of the threads.
         status: int32 [B], written: 0, or ``DAMAGED``.
     """
     threads = scratch.handles.size

@@ -1,9 +1,8 @@
-"""The second backend: Pillow in worker processes, bicubic and antialiased like torchvision's transforms.
+"""Pillow backend: worker processes, with bicubic antialiased resizing like torchvision's transforms.
 
-It shares the order, the boxes and the flips with the FFCV backend, so that both show a model the same part of the same
-image, and the filter too; they differ in that Pillow interpolates chroma before it resizes it, and in rounding.
-Slower; used where FFCV cannot be installed, as the oracle of tests, and for evaluation by the very code that published
-accuracies were measured with.
+Order, boxes, flips and filter are those of the FFCV backend, so that both yield the same part of the same image; they
+differ in rounding, and in that Pillow interpolates chroma before it resizes it. Slower; for machines without FFCV, as
+the reference of tests, and for evaluation by the code that published accuracies were measured with.
 
 Shapes: B micro-batch, S image size.
 """
@@ -32,25 +31,30 @@ Key = tuple[int, int]  # epoch and row
 
 
 class Source(Protocol):
-    """Where images come from: labels and rows known without decoding, int64 [N]."""
+    """Origin of the images.
+
+    Attributes:
+        labels: int64 [N].
+        indices: row of each sample in the data set, int64 [N].
+    """
 
     labels: IntArray
     indices: IntArray
 
     def image(self, row: int) -> Image.Image:
-        """One sample, RGB."""
+        """Return one sample, RGB."""
         ...
 
 
 class BetonSource:
-    """The JPEGs of a .beton."""
+    """JPEGs of a .beton."""
 
     def __init__(self, file: BetonFile) -> None:
         self.file = file
         self.labels, self.indices = file.labels, file.indices
 
     def image(self, row: int) -> Image.Image:
-        """See :class:`Source`."""
+        """Return one sample, RGB."""
         image = Image.open(io.BytesIO(self.file.jpeg(row)))
         image.load()
         return image
@@ -99,7 +103,7 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
 
 
 class _Batches:
-    """The keys of the batches of one epoch, as DataLoader asks for them; set before each epoch."""
+    """Batch sampler of DataLoader: the keys of one epoch's batches, set before each epoch."""
 
     def __init__(self) -> None:
         self.epoch = 0

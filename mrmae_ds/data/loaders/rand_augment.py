@@ -1,7 +1,7 @@
-"""RandAugment behind the FFCV backend: worker processes change the decoded images in shared memory.
+"""RandAugment after the FFCV backend: worker processes change the decoded images in shared memory.
 
-timm's RandAugment works on Pillow images and with global generators, so it needs processes; decoding stays with
-FFCV's threads. While one batch is used, the next ones are being worked on.
+timm's RandAugment needs processes because it uses Pillow images and global generators; FFCV's threads decode. The next
+batches are augmented while one is used.
 
 Shapes: B micro-batch, S image size.
 """
@@ -26,8 +26,8 @@ from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, Loader, LoaderSetting
 from mrmae_ds.data.loaders.worker import become_worker
 from mrmae_ds.data.types import ImageArray, UIntArray
 
-_AHEAD = 2  # batches worked on while one is used
-_CHUNKS = 2  # pieces of a batch for each process: the last one to finish has little left to do
+_AHEAD = 2  # batches in progress while one is used
+_CHUNKS = 2  # pieces of a batch per process: small ones balance the load at its end
 
 
 class _Pending(NamedTuple):

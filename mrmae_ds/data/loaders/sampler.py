@@ -1,5 +1,6 @@
-"""Which samples are seen when, as pure functions: nothing to save, and nothing that depends on how a run is
-spread.
+"""Deterministic sampling as pure functions of (seed, epoch, index).
+
+There is no sampler state to save, and the result does not depend on the number of ranks.
 
 Letters: N samples in the set, G global batch (samples an optimizer step), b micro-batch, A micro-steps a
 step, W ranks; G = b * A * W.
@@ -14,9 +15,10 @@ from mrmae_ds.errors import UserError
 
 
 def steps_per_epoch(num_samples: int, global_batch: int) -> int:
-    """Whole optimizer steps in an epoch, N // G; what is left over sits out this epoch.
+    """Return the number of whole optimizer steps in an epoch, N // G; the remainder is dropped (drop_last).
 
-    Raises UserError if the set is smaller than one global batch.
+    Raises:
+        UserError: if the set is smaller than one global batch.
     """
     if global_batch < 1:
         raise UserError(f"the global batch must be at least 1, not {global_batch}")
@@ -29,11 +31,10 @@ def steps_per_epoch(num_samples: int, global_batch: int) -> int:
 
 
 def epoch_permutation(num_samples: int, seed: int, epoch: int) -> IntArray:
-    """The order of one training epoch, a permutation of 0..N-1, int64 [N].
+    """Return the order of one training epoch, a permutation of 0..N-1, int64 [N].
 
-    Sorting Philox's raw output, which numpy keeps the same for good, and not ``Generator.permutation``, which
-    it may
-    change between releases: a run can be resumed under another numpy.
+    Philox's raw output is sorted instead of calling ``Generator.permutation``, because numpy guarantees only the former
+    across releases: a run can be resumed under another numpy.
     """
     keys = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_samples)
     return np.argsort(keys, kind="stable")
@@ -49,12 +50,25 @@ def train_order(
     world_size: int,
     rank: int,
 ) -> IntArray:
-    """The samples of one rank in one training epoch, int64 [steps * A, b], a row a micro-step.
+    """Return the samples of one rank in one training epoch.
 
-    Step s, micro-step m, rank r takes ``order[s*G + m*W*b + r*b :][:b]``, so the G samples of a step are the
-    same whatever W, A and b are.
+    Rank r takes ``order[s*G + m*W*b + r*b :][:b]`` in micro-step m of step s, so the G samples of a step are the same
+    for all W, A and b.
 
-    Raises UserError if the set is smaller than one global batch.
+    Args:
+        num_samples: N.
+        seed: of the permutation.
+        epoch: not negative.
+        micro_batch: b.
+        accumulation: A.
+        world_size: W.
+        rank: r.
+
+    Returns:
+        Rows in the data set, int64 [steps * A, b], one row per micro-step.
+
+    Raises:
+        UserError: if the set is smaller than one global batch.
     """
     global_batch = micro_batch * accumulation * world_size
     steps = steps_per_epoch(num_samples, global_batch)
@@ -63,13 +77,22 @@ def train_order(
 
 
 def eval_order(num_samples: int, *, batch: int, world_size: int, rank: int) -> tuple[IntArray, BoolArray]:
-    """The samples of one rank in an evaluation: each sample once over all ranks, as many batches on every
-    rank.
+    """Return the samples of one rank in an evaluation.
 
-    Returns (rows, valid): int64 and bool [ceil(N / (W * b)), b]. Where ``valid`` is False the row is a repeat
-    that fills the batch and is not to be counted.
+    Each sample occurs once over all ranks, and every rank has the same number of batches.
 
-    Raises UserError if there is no sample.
+    Args:
+        num_samples: N.
+        batch: b.
+        world_size: W.
+        rank: this rank.
+
+    Returns:
+        Rows in the data set and validity, int64 and bool [ceil(N / (W * b)), b]. Where it is False, the row repeats a
+        sample to fill the batch and does not count.
+
+    Raises:
+        UserError: if there is no sample.
     """
     if num_samples < 1:
         raise UserError("the data set to evaluate on is empty")

@@ -1,8 +1,8 @@
-"""What a process is that only prepares images: one thread, and no will of its own.
+"""Set-up of data-loading worker processes: single-threaded, ignoring stop signals, and ending with their parent.
 
-A signal to stop goes to all processes of a terminal or of a Slurm step. Training answers it by a checkpoint after the
-step, for which it still needs its images; so the processes that prepare them pay no heed. They end when told, or with
-the process that began them, whatever ended it.
+A stop signal goes to all processes of a terminal or of a Slurm step. Training saves a checkpoint after the current
+step, for which it still needs images, so the workers ignore the signal. They end with the process that started them,
+whatever ended it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def become_worker() -> None:
-    """To be called first in such a process."""
+    """Set up this process; call it first in a worker."""
     torch.set_num_threads(1)
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, int(signal.SIGKILL))
-    if os.getppid() != parent:  # it ended in between
+    if os.getppid() != parent:  # the parent has ended meanwhile
         os._exit(1)
-    began = multiprocessing.parent_process()
-    if began is not None and began.pid != parent:
-        # A fork server is the parent, and lives as long as its children do.
-        threading.Thread(target=_end_with, args=(began,), daemon=True).start()
+    starter = multiprocessing.parent_process()
+    if starter is not None and starter.pid != parent:
+        # The parent is a fork server, which lives as long as its children.
+        threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
 
 
 def _end_with(process: BaseProcess) -> None:

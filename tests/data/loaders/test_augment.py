@@ -133,7 +133,7 @@ def test_a_dead_worker_is_an_error_and_not_a_wait(betons: tuple[Path, Path]) -> 
 
 @pytest.mark.parametrize("policy", ["auto", "rand-m9-tnonsense", "rand-mx"])
 def test_a_wrong_policy_is_an_error(betons: tuple[Path, Path], policy: str) -> None:
-    with pytest.raises(UserError, match=f"rand_augment: '{policy}' is no RandAugment policy"):
+    with pytest.raises(UserError, match=f"rand_augment: '{policy}' is not a RandAugment policy"):
         _loader(betons[0], augment=AugmentSettings(policy, (0.5, 0.5, 0.5)))
 
 
