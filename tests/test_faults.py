@@ -247,11 +247,11 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(small_disk: Path, runs: Sma
     assert_same(stage, undisturbed)
 
 
-# ---- processes that fail
+# ---- ranks that fail
 
 
 def _ends_soon(runs: SmallRuns, name: str, fault: str, *more: str) -> Ranks:
-    """Both processes end with 1, the one that did not fail itself soon after the one that did."""
+    """Run a fault after which both ranks must exit with 1."""
     ranks = runs.launch(name, *more, fault=fault)
     assert ranks.wait(LIMIT_S) == [1, 1], ranks.text()
     assert _record(runs.folder / name)["status"] == "failed"
@@ -259,31 +259,31 @@ def _ends_soon(runs: SmallRuns, name: str, fault: str, *more: str) -> Ranks:
 
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_exception_on_one_process_ends_all_and_is_told_last(rank: int, runs: SmallRuns) -> None:
+def test_an_exception_on_one_rank_ends_all_and_is_printed_last(rank: int, runs: SmallRuns) -> None:
     ranks = _ends_soon(runs, f"error {rank}", f"error:rank={rank},step=5,micro=1")
     own, other = ranks.text(rank), ranks.text(1 - rank)
     assert own.rstrip().endswith("ValueError: the fault of this test") and own.count("Traceback") == 1
-    assert other.rstrip().endswith(f"rank {1 - rank}: ending, because rank {rank} failed")
+    assert other.rstrip().endswith(f"warning: exiting because rank {rank} failed")
     assert "Traceback" not in other
     assert ranks.logs[rank].stat().st_mtime_ns >= ranks.logs[1 - rank].stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("how", ["freeze", pytest.param("sleep", marks=pytest.mark.slow)])
-def test_a_process_that_gets_no_further_is_told_with_the_stacks_of_all(how: str, runs: SmallRuns) -> None:
-    """``freeze`` holds the interpreter, so that none of the process's own threads could tell."""
+def test_a_hang_ends_all_ranks_with_the_stacks_of_all(how: str, runs: SmallRuns) -> None:
+    """``freeze`` holds the interpreter, so that none of the rank's own threads can report it."""
     name = f"stuck {how}"
-    ranks = runs.launch(name, "watchdog.timeout_minutes=0.2", fault=f"{how}:rank=1,step=5")
+    ranks = runs.launch(name, "watchdog.timeout_minutes=0.5", fault=f"{how}:rank=1,step=5")
     statuses = ranks.wait(LIMIT_S) if how == "sleep" else _wait_for_rank_0(ranks)
     assert statuses[0] == 1 and (how == "freeze" or statuses == [1, 1]), ranks.text()
     text = ranks.text()
     assert "---- rank 0, process" in text and "---- rank 1, process" in text
-    assert f"in _{how}" in text, "the stuck process's stacks"
-    assert "in train" in text and "got no further for" in text
+    assert f"in _{how}" in text, "the stacks of the hung rank"
+    assert "in train" in text and "made no progress for" in text
     assert _record(runs.folder / name)["status"] == "failed"
 
 
 def _wait_for_rank_0(ranks: Ranks) -> list[int]:
-    """A process that holds its interpreter cannot end itself; a launcher does, when another has ended."""
+    """A rank that holds its interpreter is ended by a launcher, when another rank has ended."""
     ranks.processes[0].join(LIMIT_S)
     code = ranks.processes[0].exitcode
     ranks.kill()

@@ -1,7 +1,7 @@
-"""Agreeing over the processes: what one of them saw, all of them know, and all of them raise together.
+"""Collective operations on Python objects, and errors that all ranks raise together.
 
-An error that only one process raises leaves the others waiting for it in their next collective operation. So whatever
-can fail on one process alone (a disk, a file) is caught there, told to all, and raised by all.
+An error that only one rank raises leaves the others waiting in their next collective operation. So whatever can fail on
+one rank alone (a disk, a file) is caught there, shared, and raised on all ranks.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ MAX_SHOWN = 4
 
 
 def gather(value: T) -> list[T]:
-    """Every process's value, by rank, on every process. The values are pickled; keep them small."""
+    """Return every rank's value, by rank, on every rank. The values are pickled; keep them small."""
     values: list[T | None] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values  # type: ignore[return-value]
 
 
 def broadcast_object(value: T) -> T:
-    """Rank 0's value, on every process."""
+    """Return rank 0's value, on every rank."""
     values: list[T] = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
 
 
-def raise_on_all_ranks(error: str | None, what: str = "") -> None:
-    """Raise on every process if any of them has an error. All must call it.
+def raise_on_all_ranks(error: str | None, prefix: str = "") -> None:
+    """Raise on every rank if any of them has an error. All ranks must call it.
 
     Args:
-        error: this process's, None if it has none.
-        what: said before the errors.
+        error: this rank's message, None if it has none.
+        prefix: of the exception's message.
 
     Raises:
-        CollectiveError: the same on every process, with each different error and the ranks that had it.
+        CollectiveError: the same on every rank, with each different error and the ranks that had it.
     """
     ranks: dict[str, list[int]] = {}
     for rank, message in enumerate(gather(error)):
@@ -47,11 +47,11 @@ def raise_on_all_ranks(error: str | None, what: str = "") -> None:
     if not ranks:
         return
     everywhere = len(next(iter(ranks.values()))) == dist.get_world_size()
-    told = [message if everywhere else f"{_named(who)}: {message}" for message, who in ranks.items()]
-    more = f" (and {len(told) - MAX_SHOWN} more)" if len(told) > MAX_SHOWN else ""
-    raise CollectiveError(what + "; ".join(told[:MAX_SHOWN]) + more)
+    lines = [message if everywhere else f"{_name(group)}: {message}" for message, group in ranks.items()]
+    more = f" (and {len(lines) - MAX_SHOWN} more)" if len(lines) > MAX_SHOWN else ""
+    raise CollectiveError(prefix + "; ".join(lines[:MAX_SHOWN]) + more)
 
 
-def _named(ranks: list[int]) -> str:
+def _name(ranks: list[int]) -> str:
     listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return f"rank{'s' * (len(ranks) > 1)} {listed}"

@@ -1,6 +1,6 @@
-"""Where this process stands among the others, whoever started it, and what its environment must hold.
+"""Rank, local rank and world size from deepspeed, torchrun or srun; required environment variables.
 
-Imports neither torch nor DeepSpeed, because some of what it sets is read when those are imported.
+Imports neither torch nor DeepSpeed, because they read some of these variables when they are imported.
 """
 
 from __future__ import annotations
@@ -16,7 +16,14 @@ from mrmae_ds.errors import UserError
 
 @dataclass(frozen=True)
 class Launch:
-    """Rank, rank on this node, number of processes, and processes on this node."""
+    """Position of this process in the job.
+
+    Attributes:
+        rank: of this process, 0 to world_size - 1.
+        local_rank: rank on this node.
+        world_size: number of ranks.
+        local_size: number of ranks on this node.
+    """
 
     rank: int
     local_rank: int
@@ -25,13 +32,13 @@ class Launch:
 
 
 def prepare_environment() -> Launch:
-    """Find rank and size and export them as torch expects; set defaults that must precede the imports.
+    """Read rank and world size, export them as torch expects, and set defaults that must precede the imports.
 
     Understands the deepspeed launcher and torchrun (RANK, LOCAL_RANK, WORLD_SIZE), srun (SLURM_PROCID,
-    SLURM_LOCALID, SLURM_NTASKS) and plain ``python`` (one process).
+    SLURM_LOCALID, SLURM_NTASKS) and plain ``python`` (one rank).
 
     Raises:
-        UserError: if the launcher's variables are incomplete or are no numbers.
+        UserError: if the launcher's variables are incomplete or not numbers.
     """
     env = os.environ
     if "RANK" not in env and "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1:
@@ -91,14 +98,14 @@ def _export_slurm(env: os._Environ[str]) -> None:
             "environment: under srun, MASTER_ADDR must name the first node; slurm/train.sbatch finds it, or by hand: "
             'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n1)'
         )
-    # Below the ports that a system hands out by itself (from 32768); another one when the job is started again, for
-    # a process of the start before may still hold the last one.
+    # Below the ports that the system assigns (from 32768). A requeued job uses another one, because a process of the
+    # start before may still hold the last one.
     job, restart = _number(env, "SLURM_JOB_ID", 0), _number(env, "SLURM_RESTART_COUNT", 0)
     env.setdefault("MASTER_PORT", str(10000 + (job + 1009 * restart) % 20000))
 
 
 def _tasks_per_node(env: os._Environ[str]) -> list[int]:
-    """Processes on each node of the step, in the nodes' order, from Slurm's short form: 4(x2),3 is 4, 4, 3."""
+    """Return the tasks on each node of the step, in the nodes' order, from Slurm's short form: 4(x2),3 is 4, 4, 3."""
     counts: list[int] = []
     for part in filter(None, env.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -109,9 +116,9 @@ def _tasks_per_node(env: os._Environ[str]) -> list[int]:
 
 
 def _set_defaults(env: os._Environ[str], launch: Launch) -> None:
-    # The environment's own folder: the shared default mixes builds of different DeepSpeed versions.
+    # In the virtual environment: the shared default folder mixes builds of different DeepSpeed versions.
     env.setdefault("TORCH_EXTENSIONS_DIR", str(Path(sys.prefix) / "torch_extensions"))
-    # DeepSpeed builds its CPU op with ninja, which lives beside this interpreter even if .venv is not activated.
+    # DeepSpeed builds its CPU op with ninja, which lies beside this interpreter even if .venv is not activated.
     bin_dir = str(Path(sys.executable).parent)
     if bin_dir not in env.get("PATH", "").split(os.pathsep):
         env["PATH"] = bin_dir + os.pathsep + env.get("PATH", "")

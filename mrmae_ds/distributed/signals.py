@@ -1,4 +1,4 @@
-"""Being asked to stop: signals are noted, and acted upon between two optimizer steps, by all processes together."""
+"""Graceful shutdown: SIGTERM, SIGUSR1 and SIGINT set a flag that all ranks act on at the next optimizer step."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and SIGINT while it is entered; ``received`` is the number of the first, 0 before.
+    """Records stop signals while it is entered. Only the main thread may enter.
 
-    A second SIGINT (Ctrl-C again) ends the process at once, as without this. Only the main thread may enter.
+    A second SIGINT (Ctrl-C again) ends the process at once.
+
+    Attributes:
+        received: number of the first signal, 0 before.
     """
 
     def __init__(self) -> None:
@@ -35,5 +38,5 @@ class StopSignals:
             signal.raise_signal(signal.SIGINT)
         if not self.received:
             self.received = number
-            # Not print: a handler may interrupt one.
+            # Neither print nor logging: this handler may interrupt one of them.
             os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())

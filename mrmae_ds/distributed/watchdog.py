@@ -1,13 +1,14 @@
-"""Seeing that a job whose processes cannot go on ends, soon, and says why.
+"""Watchdog: abort the job with an explanation when a rank fails, dies or hangs.
 
-A process that fails leaves the others waiting in a collective operation, for half an hour or for good. So each process
-has a thread that looks, twice a second,
+A rank that fails leaves the others waiting in a collective operation, for half an hour or for good. So each rank has
+threads that check, twice a second,
 
-* whether another one has told of a failure, through the process group's store: then this one ends,
-* whether one on this node has ended without a word (killed, out of memory): then it tells of that,
-* whether this process has got on within the limit: if not, all processes write down where they are, and the job fails.
+* the process group's store: if another rank has reported a failure, this rank exits,
+* the other ranks of this node: if one has died without a report (killed, out of memory), this rank reports it,
+* this rank's progress: if there was none within the timeout, all ranks dump their stacks, and the job fails.
 
-The first failure is printed last: who failed first waits until the others have gone silent.
+The first failure is printed last: the rank that failed first waits until the others have stopped printing.
+docs/checkpoints.md lists the failures that nothing else notices.
 """
 
 from __future__ import annotations
@@ -21,40 +22,40 @@ from functools import partial
 
 from mrmae_ds.distributed.failure_store import Failure, FailureStore
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.distributed.stack_dump import StackDump
+from mrmae_ds.distributed.local_ranks import LocalRanks
 from mrmae_ds.errors import RaisedOnAllRanks
 
 FAILED_STATUS = 1
 POLL_S = 0.5
 RECORD_S = 2.0  # for rank 0 to close its record
-NEWS_S = 2.0  # that an error which another process's end may have caused waits for news of that
+NEWS_S = 2.0  # an error that another rank's death may have caused waits this long for a report of that
 
 
 class Watchdog:
-    """Watches this process and its fellows while it is entered, which all ranks must do together.
+    """Watches this rank and the others while it is entered, which all ranks must do together.
 
     Args:
-        launch: this process.
-        limit_s: without :meth:`beat`, after which the process counts as stuck.
+        launch: this rank.
+        timeout_s: without :meth:`beat`, after which the rank counts as hung.
 
     Attributes:
-        on_failure: called when the job fails, whoever failed; rank 0 closes its record.
+        on_failure: called when the job fails, whichever rank failed; rank 0 closes its record.
     """
 
-    def __init__(self, launch: Launch, limit_s: float) -> None:
-        self.launch, self.limit_s = launch, limit_s
+    def __init__(self, launch: Launch, timeout_s: float) -> None:
+        self.launch, self.timeout_s = launch, timeout_s
         self.on_failure: Callable[[], None] = lambda: None
-        self._last, self._doing = time.monotonic(), "starting"
+        self._last, self._activity = time.monotonic(), "starting"
         self._closed = threading.Event()
-        self._ending = threading.Lock()
+        self._exiting = threading.Lock()
 
     def __enter__(self) -> Watchdog:
-        self._stacks = StackDump(self.launch, self.limit_s)
-        self._board = FailureStore(self.launch)
+        self._local = LocalRanks(self.launch, self.timeout_s)
+        self._store = FailureStore(self.launch)
         self.beat("starting")
-        # Two threads: asking the store may take long where it has just gone.
-        looks = (self._look_around, self._look_at_board)
-        self._threads = [threading.Thread(target=self._watch, args=(look,), daemon=True) for look in looks]
+        # Two threads: a request to the store may take long when it has just been lost.
+        checks = (self._check_node, self._check_store)
+        self._threads = [threading.Thread(target=self._watch, args=(check,), daemon=True) for check in checks]
         for thread in self._threads:
             thread.start()
         return self
@@ -65,86 +66,89 @@ class Watchdog:
         self._closed.set()
         for thread in self._threads:
             thread.join()
-        self._stacks.close()
+        self._local.close()
 
-    def beat(self, doing: str) -> None:
-        """The process gets on; ``doing`` says what it is at now."""
-        self._last, self._doing = time.monotonic(), doing
-        self._stacks.postpone(self._last)
+    def beat(self, activity: str) -> None:
+        """Report progress.
 
-    # ---- this process's own failure, in the main thread
+        Args:
+            activity: for the message if it is the last one.
+        """
+        self._last, self._activity = time.monotonic(), activity
+        self._local.postpone_last_resort(self._last)
+
+    # ---- this rank's own failure, in the main thread
 
     def _fail(self, error: BaseException) -> None:
-        """Tell the others; returns when they are silent, if this was the first failure, and else does not return."""
+        """Report an exception. Return when the others are quiet if it is the job's first failure; else exit."""
         if isinstance(error, RuntimeError) and self.launch.world_size > 1:
-            time.sleep(NEWS_S)  # a broken connection: the thread hears of the reason, and ends this process
-        with self._ending:
+            time.sleep(NEWS_S)  # a broken connection: a thread reads the cause, and ends this process
+        with self._exiting:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
-            if not self._board.tell(Failure(self.launch.rank, text)):
-                self._leave()
+            if not self._store.report(Failure(self.launch.rank, text)):
+                self._exit_quietly()
             self._close_record()
-            self._board.wait_for_silence()
+            self._store.wait_until_quiet()
             self._closed.set()
 
     # ---- the threads
 
-    def _watch(self, look: Callable[[], Callable[[], None] | None]) -> None:
-        """Look twice a second; what is found ends the process, once."""
+    def _watch(self, check: Callable[[], Callable[[], None] | None]) -> None:
+        """Check twice a second; the first finding ends the process."""
         while not self._closed.wait(POLL_S):
-            end = look()
-            with self._ending:
+            end = check()
+            with self._exiting:
                 if end is not None and not self._closed.is_set():
                     end()
 
-    def _look_around(self) -> Callable[[], None] | None:
-        """At the processes of this node, and at how long ago this one got on."""
-        if dead := self._stacks.neighbors.dead():
-            rank, pid = dead
-            self._board.note_end(rank)
-            text = f"rank {rank} (process {pid}) ended without a word: killed, or out of memory"
-            return partial(self._first, Failure(rank, text), ended=1)
+    def _check_node(self) -> Callable[[], None] | None:
+        """Check the other ranks of this node, and this rank's progress."""
+        if dead := self._local.dead():
+            self._store.note_death(dead.rank)
+            text = f"rank {dead.rank} (process {dead.pid}) died without reporting an error: killed, or out of memory"
+            return partial(self._lead, Failure(dead.rank, text), dead=1)
         idle = time.monotonic() - self._last
-        if idle > self.limit_s:
-            text = f"rank {self.launch.rank} got no further for {idle:.0f} s, at: {self._doing}"
-            return partial(self._first, Failure(self.launch.rank, text, stuck=True))
+        if idle > self.timeout_s:
+            text = f"rank {self.launch.rank} made no progress for {idle:.0f} s, at: {self._activity}"
+            return partial(self._lead, Failure(self.launch.rank, text, hung=True))
         return None
 
-    def _look_at_board(self) -> Callable[[], None] | None:
-        """At what other processes have told."""
-        if failure := self._board.read():
+    def _check_store(self) -> Callable[[], None] | None:
+        """Check the reports of other ranks."""
+        if failure := self._store.read():
             return partial(self._follow, failure)
-        if self._board.lost:
-            time.sleep(2 * POLL_S)  # if its process is on this node, the other thread has seen its end by now
+        if self._store.lost:
+            time.sleep(2 * POLL_S)  # if its process was on this node, the other thread has found its death by now
             text = "the process that holds the job's store, rank 0 or its launcher, has ended"
-            return partial(self._first, Failure(0, text))
+            return partial(self._lead, Failure(0, text))
         return None
 
-    def _first(self, failure: Failure, ended: int = 0) -> None:
-        """Tell of what this thread has found, unless another one was first; print it last; end."""
-        if not self._board.tell(failure):
-            self._follow(self._board.read() or failure)
-        if failure.stuck:
-            self._stacks.dump()
+    def _lead(self, failure: Failure, dead: int = 0) -> None:
+        """Report what this thread has found, unless another rank was first; print it last; exit."""
+        if not self._store.report(failure):
+            self._follow(self._store.read() or failure)
+        if failure.hung:
+            self._local.dump_stacks()
         self._close_record()
-        self._board.wait_for_silence(ended)
-        print(f"error: {failure.text}", file=sys.stderr, flush=True)
+        self._store.wait_until_quiet(dead)
+        self._print(f"error: {failure.text}")
         os._exit(FAILED_STATUS)
 
     def _follow(self, failure: Failure) -> None:
-        """End because another process has failed."""
-        if failure.stuck:
-            self._stacks.dump()
-        print(f"rank {self.launch.rank}: ending, because rank {failure.rank} failed", file=sys.stderr, flush=True)
-        self._leave()
+        """Exit because another rank has failed."""
+        if failure.hung:
+            self._local.dump_stacks()
+        self._print(f"warning: exiting because rank {failure.rank} failed")
+        self._exit_quietly()
 
-    def _leave(self) -> None:
-        """Fall silent, let the first one speak, and end."""
+    def _exit_quietly(self) -> None:
+        """Stop printing, leave the first to fail time to print, and exit."""
         self._close_record()
-        self._board.fall_silent()
+        self._store.keep_quiet()
         os._exit(FAILED_STATUS)
 
     def _close_record(self) -> None:
-        """Not waited for beyond a limit: the file system may be what all are waiting for."""
+        """Close the record, within a limit: the file system may be what all ranks are waiting for."""
         closing = threading.Thread(target=self._try_to_close, daemon=True)
         closing.start()
         closing.join(RECORD_S)
@@ -153,4 +157,9 @@ class Watchdog:
         try:
             self.on_failure()
         except Exception as error:
-            print(f"rank {self.launch.rank}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+            self._print(f"warning: {type(error).__name__}: {error}")
+
+    def _print(self, text: str) -> None:
+        """Print to stderr. Not by logging: the main thread may hang while it holds the lock of a log handler."""
+        prefix = f"[rank {self.launch.rank}] " if self.launch.rank else ""
+        print(f"{prefix}{text}", file=sys.stderr, flush=True)

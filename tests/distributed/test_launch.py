@@ -25,7 +25,7 @@ SLURM = {
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """An environment without launchers; what the code sets in it is taken back afterwards."""
+    """Environment without launchers; restored afterwards."""
     for name in {*SET_BY_US, *LAUNCHERS, *(name for name in os.environ if name.startswith("SLURM_"))}:
         monkeypatch.setenv(name, "to be restored")
         monkeypatch.delenv(name)
@@ -40,7 +40,7 @@ def _set(environment: pytest.MonkeyPatch, values: dict[str, str]) -> None:
         environment.setenv(name, value)
 
 
-def test_plain_python_is_one_process(environment: pytest.MonkeyPatch) -> None:
+def test_plain_python_is_one_rank(environment: pytest.MonkeyPatch) -> None:
     assert prepare_environment() == Launch(rank=0, local_rank=0, world_size=1, local_size=1)
     assert {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")} == {
         "RANK": "0",
@@ -55,7 +55,7 @@ LAUNCHED = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "16", "MASTER_ADDR": "
 
 
 @pytest.mark.parametrize("local", [{"LOCAL_SIZE": "8"}, {"LOCAL_WORLD_SIZE": "8"}], ids=["deepspeed", "torchrun"])
-def test_the_launchers_variables_are_taken(environment: pytest.MonkeyPatch, local: dict[str, str]) -> None:
+def test_reads_the_variables_of_the_launcher(environment: pytest.MonkeyPatch, local: dict[str, str]) -> None:
     _set(environment, LAUNCHED | local)
     assert prepare_environment() == Launch(rank=9, local_rank=1, world_size=16, local_size=8)
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("node0", "29500")
@@ -63,12 +63,12 @@ def test_the_launchers_variables_are_taken(environment: pytest.MonkeyPatch, loca
     assert os.environ["OMP_NUM_THREADS"] == "1"
 
 
-def test_the_launcher_is_believed_before_slurm(environment: pytest.MonkeyPatch) -> None:
+def test_prefers_the_launcher_to_slurm(environment: pytest.MonkeyPatch) -> None:
     _set(environment, SLURM | LAUNCHED | {"LOCAL_SIZE": "8"})
     assert prepare_environment() == Launch(rank=9, local_rank=1, world_size=16, local_size=8)
 
 
-def test_srun(environment: pytest.MonkeyPatch) -> None:
+def test_reads_the_variables_of_srun(environment: pytest.MonkeyPatch) -> None:
     _set(environment, SLURM)
     assert prepare_environment() == Launch(rank=5, local_rank=1, world_size=8, local_size=4)
     exported = {name: os.environ[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")}
@@ -76,8 +76,8 @@ def test_srun(environment: pytest.MonkeyPatch) -> None:
     assert os.environ["MASTER_PORT"] == "13456"
 
 
-def test_sruns_port_is_below_those_that_the_system_gives_away(environment: pytest.MonkeyPatch) -> None:
-    """Linux hands out ports from 32768 to whoever asks for none; jobs that share a node have ports of their own."""
+def test_chooses_a_port_below_those_that_the_system_assigns(environment: pytest.MonkeyPatch) -> None:
+    """Linux assigns ports from 32768; jobs that share a node use different ports."""
     ports = set()
     for job in (1, 2, 19_999, 20_000, 987_654_321):
         _set(environment, SLURM | {"SLURM_JOB_ID": str(job)})
@@ -88,7 +88,7 @@ def test_sruns_port_is_below_those_that_the_system_gives_away(environment: pytes
     assert len(ports) == 5 and min(ports) >= 1024 and max(ports) < 32768
 
 
-def test_a_job_that_is_started_again_has_another_port(environment: pytest.MonkeyPatch) -> None:
+def test_a_requeued_job_uses_another_port(environment: pytest.MonkeyPatch) -> None:
     _set(environment, SLURM | {"SLURM_RESTART_COUNT": "1"})
     prepare_environment()
     assert os.environ["MASTER_PORT"] not in ("", "13456")
@@ -96,7 +96,7 @@ def test_a_job_that_is_started_again_has_another_port(environment: pytest.Monkey
 
 @pytest.mark.parametrize(("node", "expected"), [("0", 4), ("1", 4), ("2", 3)])
 def test_srun_with_unequal_nodes(environment: pytest.MonkeyPatch, node: str, expected: int) -> None:
-    """The step's own count is taken, not the option that another job may have left in the environment."""
+    """Uses the step's count, not the option that another job may have left in the environment."""
     step = {"SLURM_STEP_TASKS_PER_NODE": "4(x2),3", "SLURM_NODEID": node, "SLURM_NTASKS_PER_NODE": "8"}
     _set(environment, SLURM | step | {"SLURM_NTASKS": "11"})
     assert prepare_environment().local_size == expected
@@ -110,13 +110,13 @@ def test_srun_on_one_node_needs_no_address(environment: pytest.MonkeyPatch) -> N
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_a_nodes_tasks_that_are_no_number(environment: pytest.MonkeyPatch) -> None:
+def test_rejects_a_number_of_tasks_that_is_not_a_number(environment: pytest.MonkeyPatch) -> None:
     _set(environment, SLURM | {"SLURM_STEP_TASKS_PER_NODE": "4(x"})
     with pytest.raises(UserError, match=r"SLURM_STEP_TASKS_PER_NODE.*4\(x"):
         prepare_environment()
 
 
-def test_srun_keeps_a_port_that_was_chosen(environment: pytest.MonkeyPatch) -> None:
+def test_keeps_a_port_that_was_set(environment: pytest.MonkeyPatch) -> None:
     _set(environment, SLURM | {"MASTER_PORT": "31000"})
     prepare_environment()
     assert os.environ["MASTER_PORT"] == "31000"
@@ -128,7 +128,7 @@ def test_srun_with_one_gpu_bound_to_each_task(environment: pytest.MonkeyPatch) -
     assert prepare_environment().local_rank == 0
 
 
-def test_srun_without_the_first_nodes_name_is_told_how_to_find_it(environment: pytest.MonkeyPatch) -> None:
+def test_explains_a_missing_master_address_under_srun(environment: pytest.MonkeyPatch) -> None:
     _set(environment, SLURM)
     environment.delenv("MASTER_ADDR")
     environment.setenv("SLURM_STEP_TASKS_PER_NODE", "4(x2)")
@@ -136,19 +136,19 @@ def test_srun_without_the_first_nodes_name_is_told_how_to_find_it(environment: p
         prepare_environment()
 
 
-def test_one_task_of_slurm_is_one_process(environment: pytest.MonkeyPatch) -> None:
+def test_one_slurm_task_is_one_rank(environment: pytest.MonkeyPatch) -> None:
     _set(environment, {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"})
     assert prepare_environment() == Launch(0, 0, 1, 1)
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_an_allocation_without_srun_is_one_process(environment: pytest.MonkeyPatch) -> None:
+def test_an_allocation_without_srun_is_one_rank(environment: pytest.MonkeyPatch) -> None:
     _set(environment, {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"})
     assert prepare_environment() == Launch(0, 0, 1, 1)
 
 
 @pytest.mark.parametrize("given", [("RANK",), ("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "WORLD_SIZE"), ("WORLD_SIZE",)])
-def test_incomplete_variables(environment: pytest.MonkeyPatch, given: tuple[str, ...]) -> None:
+def test_rejects_incomplete_variables(environment: pytest.MonkeyPatch, given: tuple[str, ...]) -> None:
     _set(environment, dict.fromkeys(given, "1"))
     missing = [name for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE") if name not in given]
     with pytest.raises(UserError) as caught:
@@ -158,34 +158,34 @@ def test_incomplete_variables(environment: pytest.MonkeyPatch, given: tuple[str,
 
 @pytest.mark.parametrize("name", ["RANK", "LOCAL_RANK", "WORLD_SIZE"])
 @pytest.mark.parametrize("value", ["", "two", "1.0"])
-def test_what_is_no_number(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_rejects_a_launcher_variable_that_is_no_number(environment: pytest.MonkeyPatch, name: str, value: str) -> None:
     _set(environment, LAUNCHED | {name: value})
     with pytest.raises(UserError, match="whole number"):
         prepare_environment()
 
 
 @pytest.mark.parametrize("name", ["SLURM_PROCID", "SLURM_LOCALID"])
-def test_a_slurm_variable_that_is_no_number(environment: pytest.MonkeyPatch, name: str) -> None:
+def test_rejects_a_slurm_variable_that_is_not_a_number(environment: pytest.MonkeyPatch, name: str) -> None:
     _set(environment, SLURM | {name: "x"})
     with pytest.raises(UserError, match="whole number"):
         prepare_environment()
 
 
 @pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_JOB_ID"])
-def test_another_slurm_variable_that_is_no_number(environment: pytest.MonkeyPatch, name: str) -> None:
+def test_rejects_other_slurm_variables_that_are_not_numbers(environment: pytest.MonkeyPatch, name: str) -> None:
     _set(environment, SLURM | {name: "x"})
     with pytest.raises(UserError):
         prepare_environment()
 
 
 @pytest.mark.parametrize("wrong", [{"RANK": "16"}, {"RANK": "-1"}, {"WORLD_SIZE": "0", "RANK": "0", "LOCAL_RANK": "0"}])
-def test_a_rank_outside_of_the_world(environment: pytest.MonkeyPatch, wrong: dict[str, str]) -> None:
+def test_rejects_a_rank_outside_of_the_world(environment: pytest.MonkeyPatch, wrong: dict[str, str]) -> None:
     _set(environment, LAUNCHED | wrong)
     with pytest.raises(UserError):
         prepare_environment()
 
 
-def test_defaults_that_must_precede_the_imports(environment: pytest.MonkeyPatch) -> None:
+def test_sets_defaults_that_must_precede_the_imports(environment: pytest.MonkeyPatch) -> None:
     prepare_environment()
     assert Path(os.environ["TORCH_EXTENSIONS_DIR"]) == Path(sys.prefix) / "torch_extensions"
     assert os.environ["NUMBA_THREADING_LAYER"] == "tbb"
@@ -194,7 +194,7 @@ def test_defaults_that_must_precede_the_imports(environment: pytest.MonkeyPatch)
     assert os.environ["PATH"].count(str(Path(sys.executable).parent)) == 1
 
 
-def test_what_the_user_set_is_left_alone(environment: pytest.MonkeyPatch) -> None:
+def test_keeps_what_the_user_set(environment: pytest.MonkeyPatch) -> None:
     chosen = {"TORCH_EXTENSIONS_DIR": "/x", "NUMBA_THREADING_LAYER": "workqueue", "OMP_NUM_THREADS": "3"}
     _set(environment, chosen | LAUNCHED | {"LOCAL_SIZE": "8"})
     prepare_environment()
@@ -202,7 +202,7 @@ def test_what_the_user_set_is_left_alone(environment: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize("module", ["mrmae_ds.distributed.launch", "mrmae_ds.cli.main", "train"])
-def test_the_module_imports_nothing_heavy(module: str) -> None:
+def test_imports_nothing_heavy(module: str) -> None:
     heavy = ("torch", "timm", "deepspeed", "numba")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(
@@ -211,8 +211,8 @@ def test_the_module_imports_nothing_heavy(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_torch_finds_the_environment_prepared() -> None:
-    """It reads OMP_NUM_THREADS when it is imported, and the command line's own modules import it."""
+def test_prepares_the_environment_before_torch_is_imported() -> None:
+    """torch reads OMP_NUM_THREADS when it is imported, which the command line's modules do."""
     code = """
 import os, sys
 class Watch:

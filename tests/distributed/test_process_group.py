@@ -28,20 +28,20 @@ class FakeAccelerator:
         ("cuda", 1, 3, torch.device("cuda", 0)),  # each task of srun sees the one GPU that is bound to it
     ],
 )
-def test_the_device_of_a_process(
+def test_chooses_the_device_of_a_rank(
     name: str, count: int, local_rank: int, expected: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mrmae_ds.distributed.process_group.get_accelerator", lambda: FakeAccelerator(name, count))
     assert choose_device(Launch(local_rank, local_rank, 8, 4)) == expected
 
 
-def test_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mrmae_ds.distributed.process_group.get_accelerator", lambda: FakeAccelerator("cuda", 2))
-    with pytest.raises(UserError, match=r"4 processes on this node but only 2 GPUs; start 2 processes a node"):
+    with pytest.raises(UserError, match=r"4 ranks on this node but only 2 GPUs; start 2 ranks per node"):
         choose_device(Launch(2, 2, 4, 4))
 
 
-def test_more_processes_than_gpus_is_told_by_every_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_rank_rejects_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mrmae_ds.distributed.process_group.get_accelerator", lambda: FakeAccelerator("cuda", 2))
     with pytest.raises(UserError, match="2 GPUs"):
         choose_device(Launch(0, 0, 4, 4))

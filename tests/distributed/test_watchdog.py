@@ -1,4 +1,4 @@
-"""Who tells of a failure, who follows, and in which order they speak: two monitors in two processes."""
+"""Failure reports between two ranks: who reports, who follows, and in which order they print."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.distributed.local_ranks import _born
+from mrmae_ds.distributed.local_ranks import _start_time
 from tests.support.processes import free_port
 from tests.support.ranks import fork_server
 
@@ -19,7 +19,7 @@ LIMIT_S = 60
 
 
 def _rank(rank: int, port: int, log: Path, act: Callable[[int], None], limit_s: float) -> None:
-    """A process of two, watched while it acts."""
+    """One of two ranks, watched while it acts."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     handle = os.open(log, os.O_WRONLY | os.O_CREAT)
     os.dup2(handle, 1)
@@ -32,9 +32,9 @@ def _rank(rank: int, port: int, log: Path, act: Callable[[int], None], limit_s: 
     dist.init_process_group("gloo", rank=rank, world_size=2)
     status = 0
     try:
-        with Watchdog(Launch(rank, rank, 2, 2), limit_s) as monitor:
-            monitor.on_failure = lambda: print("the record is closed", flush=True)
-            monitor.beat("acting")
+        with Watchdog(Launch(rank, rank, 2, 2), limit_s) as watchdog:
+            watchdog.on_failure = lambda: print("the record is closed", flush=True)
+            watchdog.beat("acting")
             act(rank)
         dist.barrier()
     except Exception as error:
@@ -44,7 +44,7 @@ def _rank(rank: int, port: int, log: Path, act: Callable[[int], None], limit_s: 
 
 
 def _run(act: Callable[[int], None], tmp_path: Path, limit_s: float = 100) -> tuple[list[int | None], list[str]]:
-    """Exit statuses and what was printed, by rank."""
+    """Run both ranks; return exit statuses and output, by rank."""
     context = fork_server()
     port, logs = free_port(), [tmp_path / f"{rank}.log" for rank in range(2)]
     processes = [context.Process(target=_rank, args=(rank, port, logs[rank], act, limit_s)) for rank in range(2)]
@@ -78,8 +78,8 @@ def _killed_on_1(rank: int) -> None:
     time.sleep(100)
 
 
-def _fail_because_the_other_died(rank: int) -> None:
-    """As a broken connection would be told, at once."""
+def _fail_because_the_other_rank_died(rank: int) -> None:
+    """Raise what a broken connection raises, at once."""
     if rank == 0:
         time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
@@ -88,91 +88,91 @@ def _fail_because_the_other_died(rank: int) -> None:
 
 
 def _fail_on_1_while_the_disk_hangs(rank: int) -> None:
-    """Closing the record never comes back: neither process waits for it."""
+    """Closing the record never returns; no rank waits for it."""
     from mrmae_ds.distributed.watchdog import Watchdog
 
     Watchdog._try_to_close = lambda self: time.sleep(100)  # type: ignore[method-assign]
     _fail_on_1(rank)
 
 
-def _raise_together(rank: int) -> None:
+def _raise_on_both(rank: int) -> None:
     from mrmae_ds.errors import CollectiveError
 
-    raise CollectiveError("all of us")
+    raise CollectiveError("on all ranks")
 
 
-def _stuck_on_0(rank: int) -> None:
+def _hang_on_0(rank: int) -> None:
     time.sleep(100)
 
 
-def test_nothing_happens(tmp_path: Path) -> None:
+def test_prints_nothing_without_a_failure(tmp_path: Path) -> None:
     assert _run(_nothing, tmp_path) == ([0, 0], ["", ""])
 
 
-def test_the_first_to_fail_raises_when_the_other_is_silent(tmp_path: Path) -> None:
+def test_the_first_to_fail_raises_once_the_other_is_quiet(tmp_path: Path) -> None:
     statuses, texts = _run(_fail_on_1, tmp_path)
     assert statuses == [1, 3]
     assert texts == [
-        "rank 0: ending, because rank 1 failed\nthe record is closed\n",
+        "warning: exiting because rank 1 failed\nthe record is closed\n",
         "the record is closed\nraised: the first cause\n",
     ]
 
 
-def test_a_record_that_cannot_be_closed_keeps_nobody(tmp_path: Path) -> None:
+def test_waits_for_no_record_that_cannot_be_closed(tmp_path: Path) -> None:
     statuses, texts = _run(_fail_on_1_while_the_disk_hangs, tmp_path)
     assert statuses == [1, 3] and texts[1] == "raised: the first cause\n"
 
 
-def test_a_killed_process_is_missed_by_one_that_does_not_talk_to_it(tmp_path: Path) -> None:
+def test_reports_a_killed_rank_outside_of_collective_operations(tmp_path: Path) -> None:
     statuses, (text, _) = _run(_killed_on_1, tmp_path)
     assert statuses == [1, -signal.SIGKILL]
     assert text.rstrip().splitlines()[-1].startswith("error: rank 1 (process ")
 
 
-def test_a_broken_connection_is_not_the_first_cause(tmp_path: Path) -> None:
-    statuses, (_, text) = _run(_fail_because_the_other_died, tmp_path)
+def test_reports_the_death_behind_a_broken_connection(tmp_path: Path) -> None:
+    statuses, (_, text) = _run(_fail_because_the_other_rank_died, tmp_path)
     assert statuses == [-signal.SIGKILL, 1]
     assert "raised: " not in text
-    assert text.rstrip().splitlines()[-1].startswith("error: rank 0 (process ")
-    assert "ended without a word: killed, or out of memory" in text
+    assert text.rstrip().splitlines()[-1].startswith("[rank 1] error: rank 0 (process ")
+    assert "died without reporting an error: killed, or out of memory" in text
 
 
-def test_what_all_raise_needs_nobody_to_be_told(tmp_path: Path) -> None:
+def test_does_not_delay_what_all_ranks_raise(tmp_path: Path) -> None:
     began = time.monotonic()
-    assert _run(_raise_together, tmp_path) == ([3, 3], ["raised: all of us\n"] * 2)
+    assert _run(_raise_on_both, tmp_path) == ([3, 3], ["raised: on all ranks\n"] * 2)
     assert time.monotonic() - began < LIMIT_S
 
 
-def test_who_gets_no_further_is_told_with_the_stacks_of_all(tmp_path: Path) -> None:
-    statuses, texts = _run(_stuck_on_0, tmp_path, limit_s=2)
+def test_reports_a_hang_with_the_stacks_of_all_ranks(tmp_path: Path) -> None:
+    statuses, texts = _run(_hang_on_0, tmp_path, limit_s=2)
     together = "".join(texts)
     assert statuses == [1, 1]
-    assert together.count("in _stuck_on_0") == 2 and together.count("---- rank") == 2
-    assert together.count("error: rank ") == 1 and "got no further for 2 s, at: acting" in together
+    assert together.count("in _hang_on_0") == 2 and together.count("---- rank") == 2
+    assert together.count("error: rank ") == 1 and "made no progress for 2 s, at: acting" in together
 
 
-def test_a_process_is_known_by_its_birth() -> None:
-    own = _born(os.getpid())
-    assert own is not None and _born(os.getpid()) == own
+def test_knows_a_process_by_its_start_time() -> None:
+    own = _start_time(os.getpid())
+    assert own is not None and _start_time(os.getpid()) == own
     pid = os.fork()
     if pid == 0:
         os._exit(0)
     time.sleep(0.2)
-    assert _born(pid) is None, "a process that has ended, though nobody has asked how"
+    assert _start_time(pid) is None, "a zombie: it has ended, but is not reaped"
     os.waitpid(pid, 0)
-    assert _born(pid) is None
+    assert _start_time(pid) is None
     assert sys.platform == "linux"
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
-def test_the_store_ends_with_rank_0_unless_a_launcher_has_it(torchrun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loses_the_store_with_rank_0_unless_torchrun_has_it(torchrun: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from mrmae_ds.distributed.failure_store import FailureStore
 
     if torchrun:
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-    board = FailureStore.__new__(FailureStore)
-    board.lost = False
-    board.note_end(1)
-    assert not board.lost
-    board.note_end(0)
-    assert board.lost != torchrun
+    store = FailureStore.__new__(FailureStore)
+    store.lost = False
+    store.note_death(1)
+    assert not store.lost
+    store.note_death(0)
+    assert store.lost != torchrun

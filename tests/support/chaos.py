@@ -139,7 +139,7 @@ class Chaos:
 
 
 def stacks(pid: int) -> str:
-    """Where a watched process is, by its own means; see mrmae_ds/distributed/stack_dump.py."""
+    """Where a watched process is, by its own means; see mrmae_ds/distributed/local_ranks.py."""
     try:
         os.kill(pid, signal.SIGUSR2)
         time.sleep(1)

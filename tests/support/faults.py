@@ -1,6 +1,6 @@
-"""Faults to put into a process of train.py, by name: what could happen on one rank, at one step.
+"""Faults to inject into a rank of train.py, by name, at one step.
 
-A fault is written ``NAME:key=value,...``; ``rank`` and ``step`` say where and when, ``micro`` which micro-batch (0).
+A fault is written ``NAME:key=value,...``; ``rank``, ``step`` and ``micro`` (micro-batch, 0) say where and when.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Losses = dict[str, Tensor]
 
 
 def install(fault: str) -> None:
-    """Put a fault into this process, before it trains."""
+    """Inject a fault into this rank before it trains."""
     name, _, text = fault.partition(":")
     settings = dict(pair.split("=") for pair in text.split(",") if pair)
     rank, step, micro = (int(settings.pop(key, 0)) for key in ("rank", "step", "micro"))
@@ -43,17 +43,17 @@ def _wrap(task: Any, change: Callable[[Losses, Any], Losses]) -> None:
 
 
 def _nan_loss(losses: Losses) -> Losses:
-    """A loss that is not a number, and so are its gradients."""
+    """Make the loss NaN, and thereby its gradients."""
     return {**losses, "loss": losses["loss"] * math.nan}
 
 
 def _nan_shift(losses: Losses) -> Losses:
-    """A loss that is not a number, with gradients that are fine: nothing but the loss itself tells."""
+    """Make the loss NaN while its gradients stay finite."""
     return {**losses, "loss": losses["loss"] + math.nan}
 
 
 def _nan_gradient(losses: Losses) -> Losses:
-    """A fine loss whose gradient is not a number."""
+    """Make the gradient NaN while the loss stays finite."""
     loss = losses["loss"] * 1.0
     loss.register_hook(lambda gradient: gradient * math.nan)
     return {**losses, "loss": loss}
@@ -64,19 +64,21 @@ def _error(losses: Losses) -> Losses:
 
 
 def _sleep(losses: Losses) -> Losses:
-    """Gets no further; other threads of the process do."""
+    """Hang, while other threads of the process run."""
     time.sleep(3600)
     return losses
 
 
 def _freeze(losses: Losses) -> Losses:
-    """Gets no further, and holds the interpreter: no other thread of the process runs any more."""
-    ctypes.PyDLL(None).sleep(3600)
+    """Hang while holding the interpreter, so that no other thread of the process runs."""
+    libc, mutex = ctypes.PyDLL(None), ctypes.create_string_buffer(64)
+    for _ in range(2):  # a deadlock that no signal interrupts
+        libc.pthread_mutex_lock(mutex)
     return losses
 
 
 def _signal(losses: Losses, number: str = "15") -> Losses:
-    """Is told to stop, with all processes that it began, as by a terminal or by Slurm."""
+    """Send a stop signal to this rank and its child processes, as a terminal or Slurm does."""
     os.killpg(0, signal.Signals(int(number)))
     return losses
 

@@ -1,4 +1,4 @@
-"""Running train.py in several processes, with a hard limit, ending whatever was started by its id."""
+"""Run train.py in several processes with a hard time limit; every process is ended by its id."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Finished:
-    """How a process ended: exit status, and what it wrote."""
+    """Exit status and output of a process."""
 
     status: int
     stdout: str
@@ -25,14 +25,14 @@ class Finished:
 
 
 def free_port() -> int:
-    """A TCP port that nothing listens on."""
+    """Return a free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment for a run on the CPU, without a launcher's variables."""
+    """Return this process's environment for a run on the CPU, without a launcher's variables."""
     ignored = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {k: v for k, v in os.environ.items() if k not in ignored and not k.startswith("SLURM_")}
     path = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
@@ -74,7 +74,7 @@ def rank_processes(
     program: Sequence[str] = ("train.py",),
     cwd: Path = REPOSITORY,
 ) -> list[subprocess.Popen[str]]:
-    """train.py as ``world_size`` processes, told their rank as torchrun or srun does; the caller ends them.
+    """train.py as ``world_size`` processes, with the variables of torchrun or srun; the caller ends them.
 
     ``start`` names the ranks that are really started; None is all. ``program`` is what Python runs, in the repository
     or in ``cwd``.
@@ -89,7 +89,7 @@ def rank_processes(
 
 
 def finish(processes: Sequence[subprocess.Popen[str]], limit_s: float) -> list[Finished]:
-    """Wait for all; kill all of them if one takes longer than the limit."""
+    """Wait for all processes; kill all if one exceeds the limit."""
     deadline = time.monotonic() + limit_s
     try:
         outputs = [p.communicate(timeout=max(0.1, deadline - time.monotonic())) for p in processes]
@@ -104,7 +104,7 @@ def finish(processes: Sequence[subprocess.Popen[str]], limit_s: float) -> list[F
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """End a process and what it started, by its process group's id."""
+    """Kill a process and its children, by its process group's id."""
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

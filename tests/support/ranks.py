@@ -1,6 +1,6 @@
-"""Processes of train.py that start at once: forked from a server that has imported everything.
+"""Ranks of train.py that start immediately: forked from a server that has imported everything.
 
-What they run is train.py's ``main``, with the environment and the working directory that a launcher would give them.
+They run train.py's ``main``, with the environment and the working directory that a launcher would set.
 """
 
 from __future__ import annotations
@@ -31,13 +31,18 @@ PRELOADED = [
 
 @dataclass
 class Ranks:
-    """The ranks of one run; ``logs`` are what they print, stdout and stderr together."""
+    """Ranks of one run.
+
+    Attributes:
+        processes: by rank.
+        logs: files with stdout and stderr of each rank.
+    """
 
     processes: list[BaseProcess]
     logs: list[Path]
 
     def wait(self, limit_s: float = 120) -> list[int]:
-        """Their exit statuses, negative for a signal; all are killed if it takes longer than the limit."""
+        """Return exit statuses, negative for a signal; kill all ranks if they exceed the limit."""
         deadline = time.monotonic() + limit_s
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
@@ -48,7 +53,7 @@ class Ranks:
         return [process.exitcode if process.exitcode is not None else 0 for process in self.processes]
 
     def kill(self) -> None:
-        """End them, and what they started, at once."""
+        """Kill all ranks and their children."""
         for process in self.processes:
             if process.is_alive() and process.pid is not None:
                 try:
@@ -59,17 +64,17 @@ class Ranks:
             process.join()
 
     def alive(self) -> bool:
-        """Whether all of them run."""
+        """Return True if all ranks run."""
         return all(process.is_alive() for process in self.processes)
 
     def text(self, rank: int | None = None) -> str:
-        """What was printed by a rank, or by all."""
+        """Return the output of a rank, or of all."""
         logs = self.logs if rank is None else [self.logs[rank]]
         return "\n".join(log.read_text(errors="replace") for log in logs if log.exists())
 
 
 def fork_server() -> ForkServerContext:
-    """Where processes come from that have everything imported; started when first asked for."""
+    """Return the server that forks processes with everything imported; started at the first call."""
     context = multiprocessing.get_context("forkserver")
     if forkserver._forkserver._forkserver_address is None:  # type: ignore[attr-defined]
         before = dict(os.environ)
@@ -86,7 +91,7 @@ def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault:
 
     Args:
         arguments: of train.py.
-        folder: for what they print.
+        folder: for the logs.
         fault: see :mod:`tests.support.faults`.
     """
     server = fork_server()
@@ -96,7 +101,7 @@ def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault:
     for rank in range(world_size):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
         log = folder / f"rank{rank}.log"
-        log.unlink(missing_ok=True)  # an earlier run's, if this one is killed before it has written a word
+        log.unlink(missing_ok=True)  # of an earlier run: this one may be killed before it writes
         argv = [str(argument) for argument in arguments]
         process = server.Process(target=_rank, args=(argv, address | ranks, log, fault))
         process.start()

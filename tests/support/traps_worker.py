@@ -1,4 +1,4 @@
-"""What two processes under ZeRO-3 see: ``python -m tests.support.traps_worker FOLDER`` writes FOLDER/rankN.json."""
+"""Traps of ZeRO-3 on two ranks: ``python -m tests.support.traps_worker FOLDER`` writes FOLDER/rankN.json."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ GATHERS: dict[str, tuple[dict[str, Any], int]] = {
 
 
 class Branches(nn.Module):
-    """Two layers, of which one can be left out."""
+    """Two layers, one of which can be omitted."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -69,7 +69,7 @@ GUARDS = {
     ),
     # processes
     "one that gets no further": Guard(
-        "distributed/watchdog.py", "if idle > self.limit_s:", "if False:", _faults("further")
+        "distributed/watchdog.py", "if idle > self.timeout_s:", "if False:", _faults("hang")
     ),
     "an exception on one process": Guard(
         "distributed/watchdog.py",
@@ -79,9 +79,9 @@ GUARDS = {
     ),
     "a process that is killed": Guard(
         "distributed/watchdog.py",
-        "if dead := self._stacks.neighbors.dead():",
+        "if dead := self._local.dead():",
         "if dead := None:",
-        ("tests/distributed/test_watchdog.py", "-k", "killed_process"),
+        ("tests/distributed/test_watchdog.py", "-k", "killed_rank"),
     ),
     "a signal to one process": Guard(
         "training/loop.py",

@@ -1,13 +1,14 @@
-"""From a model to a DeepSpeed engine, in one place and one order.
+"""Building the DeepSpeed engine of a model, in one place and one order.
 
-    1. build the model whole, on the CPU, from the same seed on every rank (not under zero.Init: every size fits)
+    1. build the full model on the CPU, from the same seed on every rank (not under zero.Init: every size fits)
     2. load weights, freeze, build parameter groups by name
     3. set activation checkpointing
-    4. compile blocks, if wanted
+    4. compile blocks, if the engine config says so
     5. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
-    6. watch that every trainable parameter gets a gradient
+    6. check in every backward pass that every trainable parameter gets a gradient
 
-Steps 1 and 2 are the stage's (training/job.py), the others are :func:`build_engine`.
+Steps 1 and 2 belong to the task (:mod:`mrmae_ds.training.tasks`), the others to :func:`build_engine`. Model files hold
+no distributed code.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ def build_engine(
     """Wrap a model for training.
 
     Args:
-        model: on the CPU, weights loaded, frozen where wanted.
+        model: on the CPU, weights loaded, frozen parameters marked.
         groups: every trainable parameter once, each group with ``lr_scale``.
         make_optimizer: function of the groups and of whether to use a fused implementation.
         config: the engine config.
-        accumulation: micro-batches a step.
-        device: of this process.
+        accumulation: micro-batches per step.
+        device: of this rank.
 
     Raises:
         ValueError: if the groups are not exactly the trainable parameters.
@@ -61,8 +62,8 @@ def build_engine(
     set_checkpointing(model, config.checkpointing)
     if config.compile_blocks:
         compile_blocks(model)
-    # The rate is written before every step (set_lr). torch's AdamW needs no compiler, DeepSpeed's does; the
-    # fused one is also the one to have on the CPU, where the states may be offloaded to.
+    # The learning rate is written before every step (set_lr). torch's AdamW needs no compiler, DeepSpeed's does; the
+    # fused one is also the faster one on the CPU, where the states may be offloaded to.
     fused = device.type == "cuda" or config.offloads_optimizer
     optimizer = make_optimizer(groups, fused)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
@@ -71,16 +72,16 @@ def build_engine(
 
 
 def check_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
-    """``leaf_module.classes`` names classes of the model; DeepSpeed passes over a misspelled one.
+    """Check that ``leaf_module.classes`` names classes of the model; DeepSpeed ignores a misspelled one.
 
-    ``Block`` and ``ConvBlock`` need not be there: the same engine config runs a plain ViT, which has no ``ConvBlock``.
+    ``Block`` and ``ConvBlock`` may be missing: the same engine config runs a plain ViT, which has no ``ConvBlock``.
 
     Raises:
-        UserError: with the classes that could be meant.
+        UserError: naming the model's block classes.
     """
     blocks = {kind.__name__ for kind in (Block, ConvBlock)}
-    there = {type(module).__name__ for module in model.modules()} | blocks
-    unknown = [name for name in config.leaf_module_classes if name.rpartition(".")[2] not in there]
+    classes = {type(module).__name__ for module in model.modules()} | blocks
+    unknown = [name for name in config.leaf_module_classes if name.rpartition(".")[2] not in classes]
     if unknown:
         raise UserError(
             f"{config.path}: zero_optimization.leaf_module.classes: the model has no {', '.join(unknown)}; its blocks "
@@ -89,29 +90,29 @@ def check_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Let torch compile every transformer and convolution block, at its first call.
+    """Compile every transformer and convolution block with torch, at its first call.
 
-    Blocks and no more: DeepSpeed's hooks on a whole model break the graph at every layer, those of a leaf block
-    lie outside it. Shapes are fixed: encoder and decoder have other numbers of tokens, and a graph that became
-    dynamic between forward and its recomputation would save other tensors. A block that is not one graph is an error.
+    Only blocks: DeepSpeed's hooks on a full model break the graph at every layer, those of a leaf block lie outside it.
+    Shapes are fixed: encoder and decoder have different numbers of tokens, and a graph that became dynamic between
+    forward and its recomputation would save other tensors. A block that is not one graph is an error.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block | ConvBlock)]
-    # Blocks share their code, and each rate of drop path, precision and mode is a graph of its own.
+    # Blocks share their code, and each drop path rate, precision and mode is a graph of its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
     for block in blocks:
         block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
 
 
-def set_lr(engine: deepspeed.DeepSpeedEngine, rate: float) -> None:
-    """Write ``rate`` times each group's ``lr_scale``."""
+def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:
+    """Set each parameter group's learning rate to ``lr`` times its ``lr_scale``."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate * group["lr_scale"]
+        group["lr"] = lr * group["lr_scale"]
 
 
 def gather_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
-    """The whole float32 model state on rank 0's CPU, an empty dictionary elsewhere. All ranks must call it.
+    """Return the full float32 model state on rank 0's CPU, an empty dictionary elsewhere. All ranks must call it.
 
-    One module at a time, so that no GPU ever holds the whole model because of it.
+    Gathers one module at a time, so that no GPU ever holds the full model.
     """
     keep = dist.get_rank() == 0
     state: dict[str, Tensor] = {}
@@ -132,7 +133,7 @@ def gather_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
 
 
 def _fp32_masters(engine: deepspeed.DeepSpeedEngine) -> Any:
-    """How to read a parameter at full precision: its fp32 master where the model itself is bf16."""
+    """Return a function that reads a parameter at full precision: its fp32 master if the model is bf16."""
     if engine.bfloat16_enabled() and engine.zero_optimization_stage() > 0:
         from deepspeed.utils import safe_get_full_fp32_param
 

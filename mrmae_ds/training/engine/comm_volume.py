@@ -1,4 +1,4 @@
-"""How many bytes a process gathers, counted where DeepSpeed hands an all-gather to the communication library.
+"""Communication volume: bytes and calls of the all-gathers that DeepSpeed issues.
 
 Sizes are known on the host, so counting never waits for the device.
 """
@@ -17,16 +17,14 @@ _counting: list[GatherCounter] = []
 
 
 class GatherCounter:
-    """Counts the all-gathers that DeepSpeed issues in this process, those of every engine in it.
+    """Counts the all-gathers of every engine in this process.
 
-    That is: parameters in forward, recomputation and backward under ZeRO-3, updated parameters after the step under
-    ZeRO-1 and 2, and whatever else is gathered (an export, a teacher divided among the processes). ``bytes`` is the
-    size of what is gathered; of W processes each receives (W - 1) / W of it over its links. A process alone gathers
-    nothing.
+    These are: parameters in forward, recomputation and backward under ZeRO-3, updated parameters after the step under
+    ZeRO-1 and 2, and whatever else is gathered (an export, a sharded teacher). With one rank nothing is gathered.
 
     Attributes:
-        bytes: since :meth:`install`.
-        calls: how many all-gathers.
+        bytes: size of the gathered tensors since :meth:`install`; each of W ranks receives (W - 1) / W of it.
+        calls: number of all-gathers.
     """
 
     def __init__(self) -> None:
@@ -34,19 +32,19 @@ class GatherCounter:
         self.calls = 0
 
     def install(self, engine: deepspeed.DeepSpeedEngine) -> None:
-        """Begin to count. ``engine`` is asked for so that DeepSpeed's backend exists."""
+        """Start counting. ``engine`` is a parameter because DeepSpeed's backend exists once an engine does."""
         _hook(comm.comm.cdb)
         if self not in _counting:
             _counting.append(self)
 
     def close(self) -> None:
-        """Stop counting; the counts stay. Without effect on a counter that does not count."""
+        """Stop counting; the counts stay. No effect on a counter that is not installed."""
         if self in _counting:
             _counting.remove(self)
 
 
 def _hook(backend: Any) -> None:
-    """Let a backend's gathers tell the counters; the hooks stay, and cost nothing when nobody counts."""
+    """Wrap a backend's gathers to update the counters; the wrappers stay, and cost nothing without counters."""
 
     def hooked(name: str, argument: str) -> Any:
         gather = getattr(backend, name)

@@ -1,8 +1,8 @@
-"""Losses and gradients that are not finite: seen on the device, and kept from the weights.
+"""Non-finite losses and gradients: detected on the device, and kept from the weights.
 
-DeepSpeed 0.19.8 passes over a step whose gradient norm is not finite without a word, looks only at gradients, and does
-not look at all without ZeRO. So the loop looks itself, at losses and gradients, before the step
-(:mod:`mrmae_ds.training.step_sync`), and takes none that is bad on any rank.
+DeepSpeed 0.19.8 skips a step whose gradient norm is not finite without a message, checks only gradients, and checks
+nothing without ZeRO. So the loop itself checks losses and gradients before the step
+(:mod:`mrmae_ds.training.step_sync`), and skips every step that is not finite on any rank.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from torch import Tensor
 
 
 def any_nonfinite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    """1.0 if a value among the tensors is NaN or infinite, else 0.0; a float32 scalar on ``device``, not waited for.
+    """Return 1.0 if a value of the tensors is NaN or infinite, else 0.0: a float32 scalar on ``device``.
 
-    Sums of magnitudes are looked at, which overflow float32 for gradients that no step could use either.
+    The host does not wait. Sums of magnitudes are checked, which overflow float32 only for gradients that no step could
+    use either.
     """
     some = [tensor.detach() for tensor in tensors if tensor.numel()]
     if not some:
@@ -30,9 +31,9 @@ def any_nonfinite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
 
 
 def local_gradients(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
-    """The gradients that this rank's step would use: its partition under ZeRO, all of them without.
+    """Return the gradients that this rank's step would use: its partition under ZeRO, all of them without ZeRO.
 
-    To be called after the backward of a step's last micro-batch; the tensors are the engine's own.
+    Call it after the backward pass of a step's last micro-batch; the tensors are the engine's own.
     """
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 0:
@@ -51,16 +52,16 @@ def _offloads(optimizer: Any) -> bool:
 
 
 def skip_step(engine: deepspeed.DeepSpeedEngine) -> None:
-    """Pass the step's last micro-batch without an update: weights and optimizer states stay as they are.
+    """End the step's last micro-batch without an update: weights and optimizer states stay as they are.
 
-    The engine's counters go on. All ranks must call it, in place of ``engine.step()``.
+    The engine's counters advance. All ranks must call it, in place of ``engine.step()``.
 
     Raises:
-        RuntimeError: if DeepSpeed took the step all the same.
+        RuntimeError: if DeepSpeed took the step nevertheless.
     """
     if engine.zero_optimization_stage() == 0:
         for parameter in engine.module.parameters():
-            parameter.grad = None  # AdamW passes over parameters without a gradient
+            parameter.grad = None  # AdamW skips parameters without a gradient
         engine.step()
         engine.skipped_steps += 1
         return
@@ -71,14 +72,14 @@ def skip_step(engine: deepspeed.DeepSpeedEngine) -> None:
     else:
         for gradient in local_gradients(engine):
             gradient.fill_(math.nan)
-    # DeepSpeed looks at the norm, finds it is none, and clears everything as after an overflow. With bf16 parameters
-    # under ZeRO-1 and 2 it looks only if the engine config asks it to.
-    asked = {"check_grad_overflow": True, "compute_grad_norm": True}
-    before = {name: getattr(optimizer, name) for name in asked if hasattr(optimizer, name)}
+    # DeepSpeed checks the norm, finds it NaN, and clears everything as after an overflow. With bf16 parameters under
+    # ZeRO-1 and 2 it checks only if the engine config says so.
+    required = {"check_grad_overflow": True, "compute_grad_norm": True}
+    before = {name: getattr(optimizer, name) for name in required if hasattr(optimizer, name)}
     for name in before:
-        setattr(optimizer, name, asked[name])
+        setattr(optimizer, name, required[name])
     engine.step()
     for name, value in before.items():
         setattr(optimizer, name, value)
     if engine.was_step_applied():
-        raise RuntimeError("DeepSpeed took a step that was not to be taken; its weights are no longer those of before")
+        raise RuntimeError("DeepSpeed took a step that had to be skipped; the weights have changed")

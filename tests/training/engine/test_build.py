@@ -38,7 +38,7 @@ def _model(tap: str) -> PretrainModel:
     return PretrainModel(build_encoder(SPEC, 32), FusionSpec(), decoder, {"pixels": objective}, {})
 
 
-def test_the_groups_must_be_the_trainable_parameters() -> None:
+def test_rejects_groups_that_are_not_the_trainable_parameters() -> None:
     model = nn.Linear(2, 2)
     own = [model.weight, model.bias]
     for params in ([model.weight], [*own, model.bias], [*own, nn.Parameter(torch.zeros(1))], []):
@@ -47,7 +47,7 @@ def test_the_groups_must_be_the_trainable_parameters() -> None:
             build_engine(model, groups, adamw((0.9, 0.95)), CONFIG, 1, torch.device("cpu"))
 
 
-def test_frozen_parameters_must_not_be_in_them() -> None:
+def test_rejects_frozen_parameters_in_groups() -> None:
     model = _model("decoder")
     groups = pretrain_groups(model, 0.05)
     groups[0]["params"].append(model.encoder.pos_embed)
@@ -55,7 +55,7 @@ def test_frozen_parameters_must_not_be_in_them() -> None:
         build_engine(model, groups, adamw((0.9, 0.95)), CONFIG, 1, torch.device("cpu"))
 
 
-def test_the_checkpointing_plan_reaches_encoder_and_decoder() -> None:
+def test_sets_checkpointing_of_encoder_and_decoder() -> None:
     model = _model("decoder")
     set_checkpointing(model, CONFIG.checkpointing)
     assert model.encoder.checkpointing == PLAN
@@ -72,7 +72,7 @@ def _leaves(*classes: str) -> EngineConfig:
     return replace(CONFIG, leaf_module_classes=classes)
 
 
-def test_leaf_modules_that_do_not_exist_are_named() -> None:
+def test_names_leaf_modules_that_do_not_exist() -> None:
     model = _model("decoder")
     # A plain ViT has no ConvBlock, and the config of its size names it all the same.
     for classes in ((), ("Block", "ConvBlock"), ("timm.models.vision_transformer.Block",), ("Decoder",)):
@@ -83,7 +83,7 @@ def test_leaf_modules_that_do_not_exist_are_named() -> None:
         build_engine(model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), _leaves("Blok"), 1, torch.device("cpu"))
 
 
-def test_blocks_alone_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[nn.Module] = []
 
     def compile(forward: Any, dynamic: bool, fullgraph: bool) -> Any:
@@ -103,7 +103,7 @@ def test_blocks_alone_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {id(block) for block in compiled} == {id(block) for block in expected} and len(compiled) == 5
 
 
-def test_the_rate_of_each_group_is_scaled() -> None:
+def test_scales_the_learning_rate_of_each_group() -> None:
     class Engine:
         optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=9.0)
 

@@ -39,7 +39,7 @@ def _gather(elements: int, dtype: torch.dtype = torch.float32) -> Any:
     return comm.all_gather_into_tensor(torch.zeros(elements, dtype=dtype), torch.zeros(1, dtype=dtype), async_op=True)
 
 
-def test_it_counts_what_is_gathered_in_its_own_type(backend: FakeBackend) -> None:
+def test_counts_gathers_in_their_own_type(backend: FakeBackend) -> None:
     counter = GatherCounter()
     counter.install(None)
     assert _gather(10) == "handle"
@@ -50,7 +50,7 @@ def test_it_counts_what_is_gathered_in_its_own_type(backend: FakeBackend) -> Non
     assert backend.arrived == [((10,), True), ((6,), True), (2, False)]
 
 
-def test_counters_begin_and_end_in_any_order(backend: FakeBackend) -> None:
+def test_counters_start_and_stop_in_any_order(backend: FakeBackend) -> None:
     first, second = GatherCounter(), GatherCounter()
     first.install(None)
     first.install(None)  # without effect

@@ -27,23 +27,23 @@ def watched() -> FakeEngine:
     return engine
 
 
-def test_a_loss_of_every_parameter_passes(watched: FakeEngine) -> None:
+def test_accepts_a_loss_of_every_parameter(watched: FakeEngine) -> None:
     for _ in range(3):
         watched.backward(watched.module.loss("first", "second"))
     gradient = watched.module.first.weight.grad
     assert gradient is not None and gradient.tolist() == [[1.5, 1.5]]  # three halves: it went through to the engine
 
 
-def test_a_parameter_that_got_no_gradient_is_named(watched: FakeEngine) -> None:
+def test_names_a_parameter_without_gradient(watched: FakeEngine) -> None:
     watched.backward(watched.module.loss("first", "second"))
     # Its gradient of the micro-batch before is still there; what counts is this one.
-    with pytest.raises(RuntimeError, match=r"no gradient reached second\.weight: .*freeze what is not to be trained"):
+    with pytest.raises(RuntimeError, match=r"no gradient reached second\.weight: .*freeze parameters that are"):
         watched.backward(watched.module.loss("first"))
     with pytest.raises(RuntimeError, match=r"no gradient reached first\.weight, second\.weight: "):
         watched.backward(torch.ones(1, requires_grad=True).sum())
 
 
-def test_of_many_some_are_named() -> None:
+def test_names_some_of_many() -> None:
     engine = FakeEngine(nn.Sequential(*(nn.Linear(1, 1) for _ in range(4))), accumulation=1)
     watch_gradients(engine)
     with pytest.raises(RuntimeError, match=r"reached 0\.weight, 0\.bias, 1\.weight, 1\.bias, 2\.weight and 3 more:"):

@@ -154,7 +154,7 @@ def test_without_the_guard_the_weights_move(case: str, bad: str) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_gradients_that_are_looked_at_are_all_of_them(case: str) -> None:
+def test_checks_all_gradients(case: str) -> None:
     engine = _engine(*CASES[case])
     engine.backward(engine(make_batch(4).images))
     engine.step()
@@ -167,7 +167,7 @@ def test_the_gradients_that_are_looked_at_are_all_of_them(case: str) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_one_value_among_many_is_seen(value: float) -> None:
+def test_finds_one_value_among_many(value: float) -> None:
     tensors = [torch.ones(3), torch.ones(5, 7, dtype=torch.bfloat16), torch.empty(0), torch.full((2,), -1e30)]
     assert any_nonfinite(tensors, CPU) == 0
     tensors[1][2, 3] = value

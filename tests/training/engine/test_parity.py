@@ -1,7 +1,7 @@
-"""What the scaled engines compute is what one plain torch process computes.
+"""Parity: scaled engines compute the same as one plain torch process.
 
-``python benchmarks/parity.py`` prints the whole matrix. Here are the engines that differ most, in one start of one
-process and one of two; the whole matrix is slow.
+``python benchmarks/parity.py`` prints the complete matrix. Here are the engines that differ most, in one start of one
+rank and one of two; the complete matrix is slow.
 """
 
 from __future__ import annotations
@@ -79,13 +79,13 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compare:
 
 
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
-def test_an_engine_trains_as_one_plain_process(case: Case, compared: Compare) -> None:
+def test_an_engine_trains_like_one_plain_process(case: Case, compared: Compare) -> None:
     found = compared(case)
     assert found.within(TOLERANCE[case.precision]), found
 
 
-def test_the_comparison_sees_what_goes_wrong() -> None:
-    """A loss, a norm or a weight that is off or no number is outside every tolerance; a key's bias is not."""
+def test_the_comparison_detects_errors() -> None:
+    """A wrong or NaN loss, norm or weight is outside every tolerance; a key's bias is not."""
 
     def trace(loss: float = 1.0, norm: float = 1.0, weight: float = 1.0, bias: int | None = None) -> Trace:
         qkv = torch.ones(6)
@@ -106,7 +106,7 @@ def test_the_comparison_sees_what_goes_wrong() -> None:
         assert not difference(trace(bias=index), exact).within(loosest)
 
 
-def test_the_whole_matrix_is_whole() -> None:
+def test_the_matrix_is_complete() -> None:
     assert len(matrix()) == 4 * 2 * 2 * 2 * (4 + 1)
     names = [case.name for case in [*matrix(), *beside_the_matrix()]]
     assert len(set(names)) == len(names)
@@ -116,7 +116,7 @@ def test_the_whole_matrix_is_whole() -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_offloading_to_nvme(world_size: int, tmp_path: Path) -> None:
-    """Needs libaio; the first time DeepSpeed compiles its reads and writes, for minutes."""
+    """Needs libaio; DeepSpeed first compiles its I/O operations, for minutes."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible():
@@ -132,7 +132,7 @@ def test_offloading_to_nvme(world_size: int, tmp_path: Path) -> None:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_compiled_blocks(world_size: int, tmp_path: Path) -> None:
-    """Inductor compiles C++ for minutes here."""
+    """Inductor compiles C++ for minutes."""
     cases = compiled_cases(world_size)
     compare = _comparison(cases, tmp_path, limit_s=1500)
     for case in cases:
@@ -142,7 +142,7 @@ def test_compiled_blocks(world_size: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-def test_the_whole_matrix(tmp_path: Path) -> None:
+def test_the_complete_matrix(tmp_path: Path) -> None:
     cases = [*matrix(), *beside_the_matrix()]
     compare = _comparison(cases, tmp_path, limit_s=2500)
     found = {case.name: (compare(case), TOLERANCE[case.precision]) for case in cases}

@@ -1,7 +1,7 @@
-"""Traps of ZeRO on two processes; each of these fails without the guard that it is about.
+"""Traps of ZeRO on two ranks; each test fails without its guard.
 
-Others are tested where their guard is: gradient clipping that is left out, unknown keys and parameter groups of a
-partitioned model in test_engine_config.py and test_optimizer.py, weight decay under every stage in test_parity.py.
+Other traps are tested with their guard: missing gradient clipping and unknown keys in tests/config/test_engine.py,
+parameter groups of a partitioned model in test_param_groups.py, weight decay under every stage in test_parity.py.
 """
 
 from __future__ import annotations
@@ -33,32 +33,30 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
-    """What each of two processes found."""
+    """Results of each of two ranks."""
     ended = finish(rank_processes(2, folder, program=("-m", "tests.support.traps_worker")), 400)
     assert [process.status for process in ended] == [0, 0], ended[0].stderr[-4000:] + ended[1].stderr[-4000:]
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_a_parameter_without_gradient_is_not_moved_by_its_last_one(ranks: list[dict[str, Any]]) -> None:
-    """The first half is why there is a guard: should DeepSpeed mend it, both can go."""
-    for found in ranks:
-        assert found["unwatched"]["1"] == found["unwatched"]["2"] == 0
-        assert found["unwatched"]["3"] == pytest.approx(RATE, rel=1e-4)
-        for message in found["watched"].values():
+def test_a_parameter_without_gradient_is_not_moved_by_its_previous_one(ranks: list[dict[str, Any]]) -> None:
+    """The first half shows why the guard exists: if DeepSpeed fixes this, both can go."""
+    for results in ranks:
+        assert results["unwatched"]["1"] == results["unwatched"]["2"] == 0
+        assert results["unwatched"]["3"] == pytest.approx(RATE, rel=1e-4)
+        for message in results["watched"].values():
             assert "no gradient reached sometimes.weight: " in message
 
 
 def test_all_ranks_run_the_same_modules_whatever_paths_are_dropped(ranks: list[dict[str, Any]]) -> None:
-    first, second = (found["modules"] for found in ranks)
+    first, second = (results["modules"] for results in ranks)
     assert first == second
     # Three steps; forward and recomputation, of which the transformer's second block has none.
     expected = dict.fromkeys(BLOCKS, 6) | {"blocks3.1": 3}
     assert {name: first.count(name) for name in BLOCKS} == expected
 
 
-def test_an_evaluation_of_unequal_shares_ends_and_counts_each_image_once(
-    ranks: list[dict[str, Any]], folder: Path
-) -> None:
+def test_evaluates_unequal_shares_counting_each_image_once(ranks: list[dict[str, Any]], folder: Path) -> None:
     job = prepare(Case("finetune", 0, False, 1, 1), folder, ALONE)
     context = EvalContext(job.recipe, job.engine_config, ALONE, torch.device("cpu"), 10, lambda activity: None)
     model, reader = job.task.model.eval(), context.loader(job.task.image_size)
@@ -71,21 +69,21 @@ def test_an_evaluation_of_unequal_shares_ends_and_counts_each_image_once(
                     labels.append(label)
     assert len(labels) == 9
     outputs, targets = torch.cat(logits).double(), torch.stack(labels)
-    for found in ranks:
-        results = found["evaluation"]
+    for results in ranks:
+        results = results["evaluation"]
         assert results["eval_samples"] == 9
         assert results["top1"] == pytest.approx(100 * (outputs.argmax(1) == targets).double().mean().item())
         assert results["loss"] == pytest.approx(torch.nn.functional.cross_entropy(outputs, targets).item(), rel=1e-6)
 
 
-def test_torchs_linear_is_left_alone(ranks: list[dict[str, Any]]) -> None:
-    assert all(found["linear"] for found in ranks)
+def test_leaves_linear_of_torch_alone(ranks: list[dict[str, Any]]) -> None:
+    assert all(results["linear"] for results in ranks)
 
 
-def test_huge_gathers_its_model_once_a_micro_batch(ranks: list[dict[str, Any]]) -> None:
-    for found in ranks:
-        steady = {name: {step["models"] for step in steps[2:]} for name, steps in found["gathers"].items()}
+def test_huge_gathers_its_model_once_per_micro_batch(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        steady = {name: {step["models"] for step in steps[2:]} for name, steps in results["gathers"].items()}
         for name, expected in {"huge": 1, "autocast": 1, "accumulation": 2, "released": 2}.items():
             for models in steady[name]:
-                # A parameter that the processes do not share evenly is padded.
+                # A parameter that the ranks cannot share evenly is padded.
                 assert expected <= models < 1.001 * expected, (name, steady[name])

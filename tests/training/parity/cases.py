@@ -1,4 +1,4 @@
-"""What is compared: the matrix, how an engine of it is configured, and how equal is equal."""
+"""Cases of the parity matrix, their engine configs, and the tolerances of the comparison."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Words that tell it from the others, fit for a file's name."""
+        """Unique name, usable as a file name."""
         parts = [self.stage, f"zero{self.zero}", f"W{self.world_size}", f"A{self.accumulation}"]
         parts += ["checkpointing"] if self.checkpointing else []
         parts += [self.precision] if self.precision != "fp32" else []
@@ -104,7 +104,7 @@ class Case:
         return (1, 1) if whole else (self.world_size, self.accumulation)
 
     def engine_config(self) -> dict[str, Any]:
-        """The engine config, as it would be in a file."""
+        """The engine config as in a file."""
         config = {
             "train_micro_batch_size_per_gpu": GLOBAL_BATCH // (self.world_size * self.accumulation),
             "gradient_clipping": self.clipping,
@@ -136,7 +136,7 @@ def matrix() -> list[Case]:
 
 
 def beside_the_matrix() -> list[Case]:
-    """What the matrix does not cross: clipping, both kinds of bfloat16, offloading to the host, hpZ."""
+    """Return cases beside the matrix: clipping, both kinds of bfloat16, offloading to the host, hpZ."""
     cpu = {"device": "cpu"}
     optimizer, both = {"offload_optimizer": cpu}, {"offload_optimizer": cpu, "offload_param": cpu}
     cases: list[Case] = []
@@ -206,7 +206,7 @@ class Difference:
     weights: float
 
     def within(self, bound: Difference) -> bool:
-        """Whether no value is above that of ``bound``."""
+        """Return True if no value exceeds that of ``bound``."""
         return self.loss <= bound.loss and self.norm <= bound.norm and self.weights <= bound.weights
 
 
@@ -237,7 +237,7 @@ def difference(found: Trace, expected: Trace) -> Difference:
 
 
 def _relative(found: list[float], expected: list[float]) -> float:
-    """The largest; not a number if any is not."""
+    """Return the largest value; NaN if any is NaN."""
     if not found:
         return 0.0
     ours, theirs = torch.tensor(found, dtype=torch.float64), torch.tensor(expected, dtype=torch.float64)

@@ -1,4 +1,7 @@
-"""Engines one after another in one process group: ``python -m tests.training.parity.engine FOLDER`` is a rank of it."""
+"""Train with one engine after another in one process group.
+
+``python -m tests.training.parity.engine FOLDER`` is one rank.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much ZeRO-3 gathers for Huge: its structure with narrow layers, its engine config with thresholds as narrow."""
+"""Gather volume of Huge under ZeRO-3: its structure with narrow layers and accordingly scaled thresholds."""
 
 from __future__ import annotations
 

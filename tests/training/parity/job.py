@@ -1,4 +1,4 @@
-"""The job that both sides train: real images, a teacher, the tiny recipe with everything that draws at random."""
+"""Job that both sides train: real images, a teacher, the tiny recipe with everything that draws at random."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
 
 
 def prepare(case: Case, folder: Path, launch: Launch) -> PreparedStage:
-    """What train.py does before it starts a process group."""
+    """Do what train.py does before it starts a process group."""
     path = folder / f"{case.name}-{launch.rank}.json"
     path.write_text(json.dumps(case.engine_config()))
     settings = overrides(case, folder)

@@ -1,4 +1,4 @@
-"""One process, one loop, no DeepSpeed."""
+"""Reference training: one process, one loop, no DeepSpeed."""
 
 from __future__ import annotations
 
