@@ -1,21 +1,21 @@
-"""What a safe checkpoint costs: saving and resuming, ours and DeepSpeed's own, side by side.
+"""Cost of a safe checkpoint: saving and resuming, ours and DeepSpeed's own, side by side.
 
     python benchmarks/checkpoint.py --parameters 60 --processes 2 --out benchmarks/results/checkpoint_cpu.json
 
-A ZeRO-3 engine over so many million parameters (linear layers; only the number of bytes matters), float32, AdamW, with
-its optimizer states. In every repeat each way of saving and of resuming is timed once, in turn, by the slowest process:
+A ZeRO-3 engine over this many million parameters (linear layers; only the number of bytes matters), float32, AdamW,
+with its optimizer states. In every repeat each way of saving and resuming is timed once, in turn, by the slowest rank:
 
     deepspeed save            engine.save_checkpoint: no flush to the disk, no checksum, in place
-    deepspeed save, flushed   the same, and then each process flushes its files (fsync), as a save that is to outlive
-                              a power cut must
-    save                      ours: written, checksummed, flushed, committed by a rename, an older one removed
-    background: standstill    ours in the background: until training goes on
-    background: committed     until it is whole, when nothing else is computed meanwhile
+    deepspeed save, flushed   the same, and then each rank flushes its files (fsync), which a save needs to survive
+                              a power failure
+    save                      ours: write, checksum, flush, commit by a rename, remove an older one
+    background: standstill    ours in the background: until training continues
+    background: committed     until it is committed, if nothing else is computed meanwhile
     deepspeed resume          engine.load_checkpoint
     resume                    ours: every file read and its checksum compared, then loaded
 
-and what is agreed on before every optimizer step (:mod:`mrmae_ds.training.step_sync`): its reduction, the look at the
-gradients, and the note for the watchdog. Files are read from the page cache, where they have just been written.
+and the reduction of status flags before every optimizer step (:mod:`mrmae_ds.training.step_sync`), the check of the
+gradients included, and the watchdog's heartbeat. Files are read from the page cache, where they have just been written.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ WIDTH = 1024
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parameters", type=float, default=60, help="millions")
-    parser.add_argument("--processes", type=int, help="default: one a GPU, or 2 on the CPU")
+    parser.add_argument("--processes", type=int, help="default: one per GPU, or 2 on the CPU")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the temporary folder's")
     parser.add_argument("--out", type=Path, help="JSON file")
@@ -53,7 +53,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build(layers: int) -> Any:
-    """An engine whose optimizer has states."""
+    """Build an engine whose optimizer has states."""
     import deepspeed
     import torch
     from torch import nn
@@ -76,7 +76,7 @@ def build(layers: int) -> Any:
 
 
 def step(engine: Any, boundary: Any = None) -> float:
-    """An optimizer step; seconds that were spent on agreeing."""
+    """Take an optimizer step; return the seconds spent on the reduction of flags."""
     import torch
     import torch.distributed as dist
 
@@ -84,7 +84,7 @@ def step(engine: Any, boundary: Any = None) -> float:
     engine.backward(loss)
     spent = 0.0
     if boundary is not None:
-        dist.barrier()  # not the other process's lag
+        dist.barrier()  # excludes the other rank's lag
         boundary.micros = [type("Micro", (), {"losses": {"loss": loss.detach()}})]
         began = time.perf_counter()
         boundary.agree(engine)
@@ -94,7 +94,7 @@ def step(engine: Any, boundary: Any = None) -> float:
 
 
 def timed(work: Callable[[], Any]) -> float:
-    """Seconds that the slowest process needs."""
+    """Return the seconds of the slowest rank."""
     import torch.distributed as dist
 
     dist.barrier()
@@ -106,7 +106,7 @@ def timed(work: Callable[[], Any]) -> float:
 
 
 def flushed_save(engine: Any, folder: Path) -> None:
-    """DeepSpeed's, each file flushed by who wrote it."""
+    """Save with DeepSpeed, each file flushed by the rank that wrote it."""
     import torch.distributed as dist
 
     engine.save_checkpoint(str(folder), tag="step", save_latest=False)
@@ -117,7 +117,7 @@ def flushed_save(engine: Any, folder: Path) -> None:
 
 
 def run_rank(settings: dict[str, Any]) -> None:
-    """One process; rank 0 prints the result."""
+    """Run one rank; rank 0 prints the result."""
     from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
@@ -148,7 +148,7 @@ Note = Callable[[str, float], None]
 
 
 def _save(folder: Path, engine: Any, note: Note) -> None:
-    """Each way of saving, once."""
+    """Time each way of saving once."""
     import torch.distributed as dist
 
     from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
@@ -201,21 +201,21 @@ def _resume(folder: Path, engine: Any, launch: Any, note: Note) -> Any:
 
 
 def _note_steps(engine: Any, launch: Any, note: Note) -> None:
-    """What is done in every step, fifty times."""
+    """Time the work of every step fifty times."""
     from mrmae_ds.distributed.watchdog import Watchdog
     from mrmae_ds.training.step_sync import StepSync
 
     boundary = StepSync()
-    with Watchdog(launch, 3600) as monitor:
+    with Watchdog(launch, 3600) as watchdog:
         for _ in range(50):
-            note("agreement before a step", step(engine, boundary))
+            note("reduction of flags before a step", step(engine, boundary))
             began = time.perf_counter()
-            monitor.beat("a step")
-            note("note for the watchdog", time.perf_counter() - began)
+            watchdog.beat("a step")
+            note("heartbeat", time.perf_counter() - began)
 
 
 def run(args: argparse.Namespace, accelerator: str, processes: int) -> dict[str, Any]:
-    """Start the processes and wait for them."""
+    """Start the ranks and wait for them."""
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         job = Path(folder) / "job.json"
         layers = round(args.parameters * 1e6 / WIDTH**2)
@@ -227,9 +227,9 @@ def run(args: argparse.Namespace, accelerator: str, processes: int) -> dict[str,
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown: the median and the range of each, and what it is of DeepSpeed's own."""
+    """Return Markdown: the median and range of each, and the ratio to DeepSpeed's own."""
     own = {"save": "deepspeed save", "background: standstill": "deepspeed save", "resume": "deepspeed resume"}
-    lines = ["| | median s | least | most | of DeepSpeed's own |", "|---|---|---|---|---|"]
+    lines = ["| | median s | minimum | maximum | relative to DeepSpeed's |", "|---|---|---|---|---|"]
     medians = {name: statistics.median(values) for name, values in result["times"].items()}
     for name, values in result["times"].items():
         share = f"{medians[name] / medians[own[name]]:.2f}" if name in own else ""

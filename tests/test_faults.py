@@ -24,7 +24,7 @@ from mrmae_ds.cli.main import main as mrmae
 from mrmae_ds.errors import StopRequested
 from mrmae_ds.training.checkpoint.folder import list_checkpoints, step_of
 from mrmae_ds.training.replay import describe, replay
-from tests.support.chaos import Chaos, whole
+from tests.support.chaos import Chaos, newest_complete_step
 from tests.support.processes import environment, free_port, run
 from tests.support.ranks import Ranks
 from tests.support.small_runs import STEPS, SmallRuns, assert_same, curve, leftovers
@@ -99,7 +99,7 @@ def test_a_run_that_is_killed_again_and_again(chaos: Chaos) -> None:
 
 def test_a_signal_to_one_process_saves_and_stops_all(stopped: Path, runs: SmallRuns) -> None:
     """It came between two micro-batches; that step was finished first, and nothing of it is lost."""
-    assert step_of(_newest(stopped)) == whole(stopped / "pretrain") == STOPPED_AT
+    assert step_of(_newest(stopped)) == newest_complete_step(stopped / "pretrain") == STOPPED_AT
     record = _record(stopped)
     assert (record["status"], record["schedule"]["steps_done"]) == ("stopped", STOPPED_AT)  # type: ignore[index]
     assert record["ended"] is not None
@@ -238,7 +238,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(small_disk: Path, runs: Sma
     assert "No space left on device; free space there" in ranks.text(0), ranks.text()
     assert "was not saved, the earlier ones are as they were" in ranks.text(0)
     stage = small_disk / "run" / "pretrain"
-    newest = whole(stage)
+    newest = newest_complete_step(stage)
     assert newest in (2, 4) and not leftovers(stage)
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     ranks = runs.launch(small_disk / "run", keep)

@@ -1,14 +1,14 @@
-"""Kill a training again and again, and see that what it computes is what it would have computed undisturbed.
+"""Chaos test: kill a training run repeatedly, and check that it computes the same as an undisturbed one.
 
     python -m tests.support.chaos --kills 100 --out /somewhere
 
-A run of two processes under ZeRO-3 (MAE on small images, float32, two micro-batches a step, a checkpoint every second
-step) is killed by SIGKILL at random moments, most of them while a checkpoint is being written, and started again by the
-same command, until it finishes; then another one, until there were enough kills. After each kill the newest checkpoint
-must be whole and no older than before. At the end of each run the logged lines and the final weights must be those of
-an undisturbed run, bit by bit.
+A run of two ranks under ZeRO-3 (MAE on small images, float32, two micro-batches per step, a checkpoint every second
+step) is killed by SIGKILL at random moments, most of them while a checkpoint is being written. The same command
+restarts it until it finishes; then another run follows, until there were enough kills. After each kill the newest
+checkpoint must be complete and no older than before. At the end of each run the logged lines and the final weights must
+equal those of an undisturbed run, bit by bit.
 
-Most kills hit both processes at once. Some hit one alone: then the other must end by itself, soon, and not with 0.
+Most kills hit both ranks at once. Some hit one rank: then the other must exit soon by itself, with a nonzero status.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from tests.support.ranks import Ranks
 from tests.support.small_runs import STEPS, SmallRuns, assert_same, leftovers
 
 WORLD_SIZE = 2
-ALONE_EVERY = 8  # one kill in so many hits one process alone
-ALONE_LIMIT_S = 30.0  # within which the other must have ended
+ALONE_EVERY = 8  # one kill in this many hits a single rank
+ALONE_LIMIT_S = 30.0  # within which the other rank must have exited
 
 
 class Chaos:
-    """A folder with data, the undisturbed run, and the runs that are killed.
+    """Folder with data, the undisturbed run, and the killed runs.
 
     Args:
-        folder: for all of it.
-        seed: of the moments.
+        folder: for everything.
+        seed: of the random moments.
         more: further recipe values (``checkpoint.async_save=true``).
     """
 
@@ -49,19 +49,19 @@ class Chaos:
         self.moments: Counter[str] = Counter()
         self.undisturbed = self.runs.stage("undisturbed")
 
-    def say(self, text: str) -> None:
-        """Print a line now."""
+    def log(self, text: str) -> None:
+        """Print a line, flushed."""
         print(text, flush=True)
 
     def reference(self) -> None:
-        """The undisturbed run."""
+        """Run without kills, for comparison."""
         began = time.monotonic()
         statuses = self.runs.launch("undisturbed").wait(300)
         assert statuses == [0] * WORLD_SIZE, statuses
-        self.say(f"undisturbed run: {STEPS} steps, {time.monotonic() - began:.1f} s")
+        self.log(f"undisturbed run: {STEPS} steps, {time.monotonic() - began:.1f} s")
 
     def rounds(self, kills: int) -> None:
-        """Kill so many times; every run that is begun is brought to its end and compared."""
+        """Kill this many times; every run is brought to its end and compared."""
         done, number = 0, 0
         while done < kills:
             number += 1
@@ -77,20 +77,20 @@ class Chaos:
                 done, here = done + 1, here + 1
             assert_same(self.runs.stage(name), self.undisturbed)
             assert not leftovers(self.runs.stage(name)), leftovers(self.runs.stage(name))
-            self.say(f"run {number}: killed {here} times; its {STEPS} steps and its weights are the undisturbed run's")
+            self.log(f"run {number}: killed {here} times; its {STEPS} steps and its weights are the undisturbed run's")
             shutil.rmtree(self.runs.folder / name)
 
     def kill(self, ranks: Ranks, stage: Path, number: int) -> bool:
-        """Kill a run at a random moment; False if it finished before."""
-        before = whole(stage)
+        """Kill a run at a random moment; return False if it finished before."""
+        before = newest_complete_step(stage)
         in_a_save = self.random.random() < 0.7
         if in_a_save:
             saves, deadline = self.random.randint(1, 4), time.monotonic() + 120
-            seen: set[str] = set()
-            while ranks.alive() and len(seen) < saves:
+            staging: set[str] = set()
+            while ranks.alive() and len(staging) < saves:
                 assert time.monotonic() < deadline, ranks.text()
                 with contextlib.suppress(FileNotFoundError):  # a fresh start sets the folder aside
-                    seen |= {path.name for path in (stage / "checkpoints").glob(".saving-*")}
+                    staging |= {path.name for path in (stage / "checkpoints").glob(".saving-*")}
                 time.sleep(0.001)
             pause = self.random.random() ** 2 * 0.15
         else:
@@ -103,11 +103,11 @@ class Chaos:
             ranks.kill()
         else:
             self._kill_one(ranks)
-            moment += ", one process alone"
-        after = whole(stage)
-        assert after >= before, f"the newest whole checkpoint was of step {before} and is of step {after}"
+            moment += ", a single rank"
+        after = newest_complete_step(stage)
+        assert after >= before, f"the newest complete checkpoint was of step {before} and is of step {after}"
         self.moments[moment] += 1
-        self.say(f"kill {number}: {moment}; newest checkpoint of step {after}, {before} before")
+        self.log(f"kill {number}: {moment}; newest checkpoint of step {after}, {before} before")
         return True
 
     def _sleep(self, pause: float, ranks: Ranks) -> None:
@@ -133,27 +133,27 @@ class Chaos:
         ranks.kill()
 
     def summary(self, kills: int) -> str:
-        """What happened, by moment."""
+        """Return the number of kills by moment."""
         rows = [f"  {count:4}  {moment}" for moment, count in self.moments.most_common()]
         return "\n".join([f"{kills} kills, at these moments:", *rows])
 
 
 def stacks(pid: int) -> str:
-    """Where a watched process is, by its own means; see mrmae_ds/distributed/local_ranks.py."""
+    """Return the stacks of a watched process, written by its own handler; see mrmae_ds/distributed/local_ranks.py."""
     try:
         os.kill(pid, signal.SIGUSR2)
         time.sleep(1)
         names = [path for path in Path(f"/proc/{pid}/fd").iterdir() if "memfd:stacks" in os.readlink(path)]
         state = Path(f"/proc/{pid}/status").read_text().splitlines()[2]
     except OSError:
-        return f"process {pid} has ended by now"
+        return f"process {pid} has ended"
     return f"process {pid}, {state}:\n" + "\n".join(name.read_text() for name in names)
 
 
-def whole(stage: Path) -> int:
-    """The step of the newest checkpoint that is whole by an independent look; 0 if there is none.
+def newest_complete_step(stage: Path) -> int:
+    """Return the step of the newest checkpoint, verified independently of the package; 0 if there is none.
 
-    Every committed checkpoint must be whole, not the newest alone.
+    Every committed checkpoint must be complete, not only the newest.
     """
     newest = 0
     for folder in (stage / "checkpoints").glob("step_*"):
@@ -166,7 +166,7 @@ def whole(stage: Path) -> int:
 
 
 def describe(stage: Path) -> str:
-    """What the run is at, by the folder of its checkpoints, which changes while it is looked at."""
+    """Describe the current phase of a run by its checkpoint folder, which changes while it is read."""
     for _ in range(5):
         with contextlib.suppress(FileNotFoundError):
             return _describe(stage)
@@ -195,19 +195,19 @@ def _describe(stage: Path) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """See the module."""
+    """Run the chaos test."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--out", type=Path, required=True, help="a folder for data, runs and logs")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="checkpoint.async_save=true, ...")
     args = parser.parse_args(argv)
     began = time.monotonic()
     chaos = Chaos(args.out, args.seed, tuple(args.overrides))
     chaos.reference()
     chaos.rounds(args.kills)
-    chaos.say(chaos.summary(args.kills))
-    chaos.say(f"{time.monotonic() - began:.0f} s")
+    chaos.log(chaos.summary(args.kills))
+    chaos.log(f"{time.monotonic() - began:.0f} s")
     return 0
 
 

@@ -1,6 +1,6 @@
-"""Runs of a few seconds: MAE on small images, two processes, ZeRO-3, float32, two micro-batches a step.
+"""Runs of a few seconds: MAE on small images, two ranks, ZeRO-3, float32, two micro-batches per step.
 
-Twenty-four steps in three epochs, a checkpoint every second step. What two of them computed is compared bit by bit.
+Twenty-four steps in three epochs, a checkpoint every second step. Two runs are compared bit by bit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tests.support.ranks import Ranks, start
 from tests.support.sample_data import write_sample_beton
 
-# Of a line, what depends on how fast the machine is, or on when the process began.
+# Values of a line that depend on the machine's speed, or on when the process started.
 SPEEDS = {"images_per_s", "data_wait", "peak_memory_gib", "gather_gib", "tflops", "mfu"}
 ENGINE = {
     "train_micro_batch_size_per_gpu": 2,
@@ -44,7 +44,7 @@ SETTINGS = (
 
 
 class SmallRuns:
-    """A folder with data and runs, ``FOLDER/NAME/pretrain``; ``more`` are recipe values for all of them."""
+    """Folder with data and runs, ``FOLDER/NAME/pretrain``; ``more`` are recipe values for all runs."""
 
     def __init__(self, folder: Path, more: tuple[str, ...] = ()) -> None:
         self.folder, self.more = folder, more
@@ -53,29 +53,29 @@ class SmallRuns:
         (folder / "engine.json").write_text(json.dumps(ENGINE))
 
     def arguments(self, name: str | Path, *more: str) -> list[str | Path]:
-        """The command line of train.py for a run in ``FOLDER/NAME``, or in another folder."""
+        """Return the command line of train.py for a run in ``FOLDER/NAME``, or in another folder."""
         data = (f"data.train={self.folder / 'train.beton'}", f"data.val={self.folder / 'val.beton'}")
         command = ["--ds_config", self.folder / "engine.json", "--recipe", RECIPE, "--run", self.folder / name]
         return [*command, *data, *SETTINGS, *self.more, *more]
 
     def launch(self, name: str | Path, *more: str, world_size: int = 2, fault: str = "") -> Ranks:
-        """Start a run, or go on with it: the same command."""
+        """Start or resume a run, by the same command."""
         logs = self.folder / "logs" / Path(name).name
         return start(world_size, self.arguments(name, *more), logs, fault)
 
     def stage(self, name: str | Path, stage: str = "pretrain") -> Path:
-        """The stage's folder of a run."""
+        """Return a run's folder of a stage."""
         return self.folder / name / stage
 
 
 def curve(stage: Path) -> list[dict[str, float]]:
-    """The logged lines without what depends on speed; read without the project's own reader."""
+    """Return the logged lines without speeds; read without the package's own reader."""
     lines = [json.loads(text) for text in (stage / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in SPEEDS} for line in lines]
 
 
 def assert_same(ours: Path, theirs: Path) -> None:
-    """Two stages computed the same, bit by bit: every line, every weight, every result."""
+    """Assert that two stages computed the same, bit by bit: every line, every weight, every result."""
     assert curve(ours) == curve(theirs)
     mine, other = load_file(ours / "model.safetensors"), load_file(theirs / "model.safetensors")
     assert mine.keys() == other.keys()
@@ -87,5 +87,5 @@ def assert_same(ours: Path, theirs: Path) -> None:
 
 
 def leftovers(stage: Path) -> list[str]:
-    """Hidden files and folders, of a stage and of its checkpoints."""
+    """Return hidden files and folders of a stage and of its checkpoints."""
     return sorted(path.name for path in [*stage.iterdir(), *(stage / "checkpoints").iterdir()] if path.name[0] == ".")

@@ -1,10 +1,10 @@
-"""Take the guards out, one at a time, and see that the test of each fails without it.
+"""Mutation check: remove each guard, and check that its test fails.
 
     python -m tests.support.without_guards [NAME ...] [--list]
 
-Works on a copy of the tracked files in a temporary folder: the text of a guard is replaced by what would stand there if
-nobody had thought of it, the tests named beside it are run, and at least one of them must fail. Before that they must
-pass with all guards in place. Fails (status 1) if a test passes without its guard. Takes minutes.
+Works on a copy of the tracked files in a temporary folder: the text of a guard is replaced by the code without it, its
+tests are run, and at least one of them must fail. With all guards in place they must pass. The exit status is 1 if a
+test passes without its guard. Takes minutes.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ LIMIT_S = 600.0
 
 @dataclass(frozen=True)
 class Guard:
-    """What a guard is against, and how to take it out.
+    """A guard, and its replacement.
 
     Attributes:
         path: of the file below ``mrmae_ds``.
-        guard: text that stands there once.
-        without: what is put in its place.
+        guard: text that occurs there once.
+        without: text that replaces it.
         tests: arguments of pytest.
     """
 
@@ -48,42 +48,40 @@ TRAPS = "tests/training/engine/test_traps.py"
 RESUMING = "tests/training/checkpoint/test_resume.py"
 UNIVERSAL = ("tests/training/checkpoint/test_universal.py", "-k", "resumes_two_ranks or resumes_any_zero")
 GUARDS = {
-    # what is not finite
-    "a loss that is not finite": Guard(
+    # non-finite steps
+    "non-finite loss": Guard(
         "training/step_sync.py",
         "bad_loss = self.bad_loss()",
         "bad_loss = torch.zeros_like(self.bad_loss())",
         ("tests/training/engine/test_nonfinite.py", "-k", "trace"),
     ),
-    "a gradient that is not finite": Guard(
+    "non-finite gradient": Guard(
         "training/step_sync.py",
         "any_nonfinite(local_gradients(engine), device)",
         "torch.zeros((), device=device)",
         ("tests/training/engine/test_nonfinite.py", "-k", "trace"),
     ),
-    "all skip what one must": Guard(
+    "all ranks skip": Guard(
         "training/step_sync.py", "        dist.all_reduce(flags, dist.ReduceOp.MAX)\n", "", _faults("not_finite")
     ),
-    "nothing but bad steps ends a run": Guard(
+    "only bad steps end a run": Guard(
         "training/loop.py", "if state.bad_in_row >= MAX_BAD_STEPS:", "if False:", _faults("bad_batches")
     ),
-    # processes
-    "one that gets no further": Guard(
-        "distributed/watchdog.py", "if idle > self.timeout_s:", "if False:", _faults("hang")
-    ),
-    "an exception on one process": Guard(
+    # ranks
+    "a hung rank": Guard("distributed/watchdog.py", "if idle > self.timeout_s:", "if False:", _faults("hang")),
+    "an exception on one rank": Guard(
         "distributed/watchdog.py",
         "if error is not None and not isinstance(error, RaisedOnAllRanks):",
         "if False:",
         ("tests/distributed/test_watchdog.py", "-k", "first_to_fail"),
     ),
-    "a process that is killed": Guard(
+    "a killed rank": Guard(
         "distributed/watchdog.py",
         "if dead := self._local.dead():",
         "if dead := None:",
         ("tests/distributed/test_watchdog.py", "-k", "killed_rank"),
     ),
-    "a signal to one process": Guard(
+    "a signal to one rank": Guard(
         "training/loop.py",
         "if verdict.signal and state.step < schedule.total_steps:",
         "if False:",
@@ -102,7 +100,7 @@ GUARDS = {
         'problems = ""',
         ("tests/training/checkpoint/test_run_dir.py", "-k", "truncated"),
     ),
-    "what one finds wrong is wrong for all": Guard(
+    "a problem on one rank is shared": Guard(
         "training/checkpoint/resume.py",
         "reports = gather((identity, problems))",
         "reports = [(identity, problems)]",
@@ -120,13 +118,13 @@ GUARDS = {
         'return RunStart("fresh", (), tuple(damaged))',
         _faults("no_whole"),
     ),
-    "newer ones are set aside": Guard(
+    "newer checkpoints are set aside": Guard(
         "training/checkpoint/resume.py",
         "            _set_aside_newer_checkpoints(checkpoint, stage_dir)\n",
         "",
         (RESUMING, "-k", "passes_over or sets_newer"),
     ),
-    "a failed write is told by all": Guard(
+    "a failed write is shared": Guard(
         "training/checkpoint/save.py",
         "first, error = dist.get_rank() == 0, written.error",
         "first, error = dist.get_rank() == 0, None",
@@ -144,14 +142,14 @@ GUARDS = {
         "if differences := []:",
         _faults("other_images"),
     ),
-    # going on
+    # resuming
     "random states": Guard(
         "training/checkpoint/train_state.py",
         '    restore_random_state(own["random"], device)\n',
         "",
         (RESUMING, "-k", "restores_counters"),
     ),
-    "the place in an epoch": Guard(
+    "the position in an epoch": Guard(
         "training/loop.py",
         "reader.epoch(epoch, within * schedule.accumulation)",
         "reader.epoch(epoch)",
@@ -163,10 +161,10 @@ GUARDS = {
         "resume_step=10**9 if start else None",
         _faults("killed_again or mid_epoch"),
     ),
-    "each group its own rate and decay": Guard(
+    "learning rate and decay of each group": Guard(
         "training/checkpoint/universal.py", "    _restore_groups(engine, groups)\n", "", UNIVERSAL
     ),
-    "each parameter its own count of steps": Guard(
+    "step counter of each parameter": Guard(
         "training/checkpoint/universal.py", "    _separate_steps(engine)\n", "", UNIVERSAL
     ),
     "frozen parameters and buffers": Guard(
@@ -176,25 +174,25 @@ GUARDS = {
         UNIVERSAL,
     ),
     # the engine
-    "clipping that is left out": Guard(
+    "missing gradient clipping": Guard(
         "config/engine.py",
         'if "gradient_clipping" not in raw:',
         "if False:",
         ("tests/config/test_engine.py",),
     ),
-    "gradients of parameters without one": Guard(
+    "parameters without gradient": Guard(
         "training/engine/missing_gradients.py",
         "        if missing:\n",
         "        if False:\n",
         (TRAPS, "-k", "without_gradient"),
     ),
-    "decay by the shape of the whole parameter": Guard(
+    "decay by the unsharded shape": Guard(
         "training/param_groups.py",
         'getattr(parameter, "ds_shape", parameter.shape)',
         "parameter.shape",
         ("tests/training/test_param_groups.py",),
     ),
-    "torch's own linear": Guard(
+    "torch's linear": Guard(
         "config/engine_rules.py",
         'if stage == 3 and zero.get("memory_efficient_linear") is not False:',
         "if False:",
@@ -204,7 +202,7 @@ GUARDS = {
 
 
 def copy_of_the_repository(folder: Path) -> Path:
-    """The tracked files, below ``folder``."""
+    """Copy the tracked files to ``folder``."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=REPOSITORY, capture_output=True, check=True, text=True)
     for name in listed.stdout.split("\0"):
         if name and (REPOSITORY / name).is_file():
@@ -214,10 +212,10 @@ def copy_of_the_repository(folder: Path) -> Path:
 
 
 def passes(copy: Path, tests: tuple[str, ...]) -> bool:
-    """Whether the tests pass in the copy.
+    """Return True if the tests pass in the copy.
 
     Raises:
-        RuntimeError: if none of them could be run.
+        RuntimeError: if they could not be run.
     """
     env = environment(PYTHONPATH=str(copy), PYTHONDONTWRITEBYTECODE="1")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
@@ -231,10 +229,10 @@ def passes(copy: Path, tests: tuple[str, ...]) -> bool:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of the guards; default: all")
-    parser.add_argument("--list", action="store_true", help="their names, and no more")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of guards; default: all")
+    parser.add_argument("--list", action="store_true", help="print the names")
     args = parser.parse_args()
     if args.list:
         print("\n".join(GUARDS))

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import deepspeed
 import torch
@@ -215,7 +215,7 @@ def write_shard(path: Path, shard: Any) -> FileEntry:
         hashing = _HashingFile(file)
         try:
             with _without_crc():
-                torch.save(shard, hashing)
+                torch.save(shard, cast(IO[bytes], hashing))  # torch calls write and flush alone
             file.flush()
             os.fsync(file.fileno())
         except Exception as error:
