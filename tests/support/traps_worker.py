@@ -46,7 +46,7 @@ class Branches(nn.Module):
 
 
 def stale_gradients(zero: int, watched: bool, folder: Path, rank: int) -> str | float:
-    """A step with both branches, then one with a single branch: how far the other weight moved, or what was raised.
+    """A step with both branches, then one with a single branch: the distance that the other weight moved, or the error.
 
     Adam that forgets everything moves by the rate, or not at all, where the gradient is 0.
     """
@@ -76,7 +76,7 @@ def stale_gradients(zero: int, watched: bool, folder: Path, rank: int) -> str | 
 
 
 def modules_in_order(folder: Path, launch: Launch) -> list[str]:
-    """The modules that three micro-batches of fine-tuning run, when nearly every path is dropped."""
+    """Return the modules that three micro-batches of fine-tuning run, with nearly every path dropped."""
     job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
     for module in job.task.model.modules():
         if isinstance(module, DropPath):
@@ -93,7 +93,7 @@ def modules_in_order(folder: Path, launch: Launch) -> list[str]:
 
 
 def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
-    """Of nine images in batches of four on two ranks, as fine-tuning evaluates."""
+    """Evaluate nine images in batches of four on two ranks, as fine-tuning does."""
     job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
     engine = _engine(job)
     evaluator = job.task.build_evaluator(
@@ -116,7 +116,7 @@ def _engine(job: Any) -> Any:
 
 
 def main(folder: Path) -> None:
-    """One rank."""
+    """Run one rank."""
     launch = prepare_environment()
     torch.set_num_threads(1)
     start_process_group(choose_device(launch))

@@ -11,20 +11,20 @@ from mrmae_ds.training.engine.comm_volume import GatherCounter
 
 
 class FakeBackend:
-    """What DeepSpeed's communication calls; it notes the shapes that arrive."""
+    """Backend that DeepSpeed's communication calls; records the shapes it receives."""
 
     def __init__(self) -> None:
-        self.arrived: list[Any] = []
+        self.received: list[Any] = []
 
     def is_initialized(self) -> bool:
         return True
 
     def all_gather_into_tensor(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, async_op: bool) -> str:
-        self.arrived.append((tuple(output_tensor.shape), async_op))
+        self.received.append((tuple(output_tensor.shape), async_op))
         return "handle"
 
     def all_gather(self, tensor_list: list[Tensor], tensor: Tensor, group: Any, async_op: bool) -> str:
-        self.arrived.append((len(tensor_list), async_op))
+        self.received.append((len(tensor_list), async_op))
         return "list's handle"
 
 
@@ -47,7 +47,7 @@ def test_counts_gathers_in_their_own_type(backend: FakeBackend) -> None:
     parts = [torch.zeros(3), torch.zeros(3)]
     assert comm.all_gather(parts, torch.zeros(3)) == "list's handle"
     assert (counter.bytes, counter.calls) == (40 + 12 + 24, 3)
-    assert backend.arrived == [((10,), True), ((6,), True), (2, False)]
+    assert backend.received == [((10,), True), ((6,), True), (2, False)]
 
 
 def test_counters_start_and_stop_in_any_order(backend: FakeBackend) -> None:
@@ -65,4 +65,4 @@ def test_counters_start_and_stop_in_any_order(backend: FakeBackend) -> None:
     _gather(1)
     assert (first.calls, second.calls) == (3, 2)
     first.close()
-    assert len(backend.arrived) == 4
+    assert len(backend.received) == 4

@@ -9,7 +9,7 @@ from tests.support.jobs import FakeEngine
 
 
 class Branches(nn.Module):
-    """Two layers, each used only when it is asked for, and a frozen one."""
+    """Two layers, each used only if named, and a frozen one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,9 +52,11 @@ class Case:
     """One engine of the matrix.
 
     Attributes:
-        stage: of the recipe. zero: ZeRO's stage.
+        stage: of the recipe.
+        zero: stage of ZeRO.
         checkpointing: activation checkpointing of every part.
-        accumulation: A. world_size: W.
+        accumulation: A, micro-batches per step.
+        world_size: W, number of ranks.
         precision: of the engine.
         placement: of the teacher, in pre-training.
         clipping: largest norm of the gradient, 0 for any.
@@ -88,10 +90,10 @@ class Case:
 
     @property
     def reference(self) -> str:
-        """The name of the plain run that it must equal.
+        """Name of the plain run that it must equal.
 
-        In pre-training a step's numbers do not depend on how it is cut into parts, but for the rounding of bfloat16; in
-        fine-tuning its random draws do.
+        In pre-training a step's results do not depend on its division into micro-batches, except for the rounding of
+        bfloat16; in fine-tuning the random draws do.
         """
         world_size, accumulation = self.cut
         rest = ("-clipped" if self.clipping else "") + ("-wide" if self.wide else "")
@@ -99,7 +101,7 @@ class Case:
 
     @property
     def cut(self) -> tuple[int, int]:
-        """W and A of the plain run: how it cuts a step into parts."""
+        """W and A of the plain run: its division of a step into micro-batches."""
         whole = self.stage == "pretrain" and self.precision == "fp32"
         return (1, 1) if whole else (self.world_size, self.accumulation)
 
@@ -120,9 +122,9 @@ PLACEMENTS = ("device", "step", "stream", "sharded")
 
 
 def matrix() -> list[Case]:
-    """{ZeRO 0 to 3} x {activation checkpointing} x {accumulation 1, 2} x {1, 2 processes} x {placements}, fp32.
+    """Return {ZeRO 0 to 3} x {activation checkpointing} x {accumulation 1, 2} x {1, 2 ranks} x {placements}, fp32.
 
-    Placements are pre-training's; fine-tuning has no teacher.
+    Placements vary in pre-training; fine-tuning has no teacher.
     """
     stages: list[tuple[Stage, str]] = [*(("pretrain", placement) for placement in PLACEMENTS), ("finetune", "device")]
     return [
@@ -157,14 +159,14 @@ def beside_the_matrix() -> list[Case]:
 
 
 def compiled_cases(world_size: int) -> list[Case]:
-    """``torch.compile`` of every block, under ZeRO-3 with activation checkpointing and without either."""
+    """Return cases with compiled blocks: ZeRO-3 with activation checkpointing, ZeRO-1 without."""
     compiled: dict[str, Any] = {"engine": {"compile": {"blocks": True}}, "label": "compiled"}
     stages: tuple[tuple[Stage, int], ...] = (("pretrain", 3), ("finetune", 3), ("finetune", 1))
     return [Case(stage, zero, zero == 3, 2, world_size, **compiled) for stage, zero in stages]
 
 
 def nvme_cases(folder: Path, world_size: int) -> list[Case]:
-    """Offloading to files in ``folder``, of a model that DeepSpeed swaps: it leaves pieces below a megabyte alone."""
+    """Return cases that offload to files in ``folder``; the model is wide, as DeepSpeed swaps no small tensors."""
     nvme = {"device": "nvme", "nvme_path": str(folder)}
     case = Case("finetune", 3, accumulation=2, world_size=world_size, wide=True)
     sections = {"optimizer": {"offload_optimizer": nvme}, "all": {"offload_optimizer": nvme, "offload_param": nvme}}
@@ -177,10 +179,11 @@ def _offloaded(case: Case, what: str, section: dict[str, Any]) -> Case:
 
 @dataclass
 class Trace:
-    """What a training left behind.
+    """Result of a training run.
 
     Attributes:
-        losses: mean loss of each step. norms: of each step's gradient, where it is known.
+        losses: mean loss of each step.
+        norms: of each step's gradient, where it is known.
         weights: float32, by name, at the end.
         seconds: of the steps.
     """
@@ -193,7 +196,7 @@ class Trace:
 
 @dataclass(frozen=True)
 class Difference:
-    """How far an engine was from the plain process, at the worst step or weight.
+    """Largest differences between an engine and the plain process.
 
     Attributes:
         loss: relative. norm: of the gradient, relative; 0 where the engine does not tell it.

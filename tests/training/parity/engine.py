@@ -48,7 +48,7 @@ class _Recorder:
 
 
 def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
-    """The case's engine in this process group; every rank of it calls this. The weights are rank 0's to have."""
+    """Train the case's engine in this process group; all ranks must call it. Rank 0 returns the weights."""
     job, device = prepare(case, folder, launch), torch.device("cpu")
     task, schedule = job.task, job.schedule
     engine = build_engine(
@@ -66,10 +66,10 @@ def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
 
 
 def run_cases(cases: Iterable[Case], folder: Path, limit_s: float) -> dict[str, Trace]:
-    """All cases, those of as many processes one after another in one start of them; traces by name.
+    """Train all cases, starting the ranks once per world size; return traces by name.
 
     Raises:
-        RuntimeError, TimeoutError: with what was written, if a process failed or took longer.
+        RuntimeError, TimeoutError: with the output, if a rank failed or exceeded the limit.
     """
     by_size: dict[int, list[Case]] = {}
     for case in cases:
@@ -85,7 +85,7 @@ def run_cases(cases: Iterable[Case], folder: Path, limit_s: float) -> dict[str, 
 
 
 def main(folder: Path) -> None:
-    """One rank: every case of FOLDER/cases-W.json in order, each trace written to FOLDER by rank 0."""
+    """Run one rank: every case of FOLDER/cases-W.json in order, each trace written to FOLDER by rank 0."""
     launch = prepare_environment()
     torch.set_num_threads(1)
     start_process_group(choose_device(launch))

@@ -32,10 +32,11 @@ ELEMENTS = (
 
 @dataclass(frozen=True)
 class Gathered:
-    """What one optimizer step gathered.
+    """Gather volume of one optimizer step.
 
     Attributes:
-        models: bytes over those of every parameter once, in the type that it travels in. calls: all-gathers.
+        models: bytes relative to every parameter once, in the type that is sent.
+        calls: number of all-gathers.
     """
 
     models: float
@@ -43,7 +44,7 @@ class Gathered:
 
 
 def huge(narrow: bool) -> PretrainModel:
-    """Huge's pre-training model with a pixel objective and a mimic head; on meta unless ``narrow``."""
+    """Build Huge's pre-training model with a pixel objective and a mimic head; on meta unless ``narrow``."""
     spec = encoder_spec("cvit_huge", NARROW if narrow else None)
     assert isinstance(spec, CViTSpec)
     objectives = {
@@ -59,18 +60,18 @@ def huge(narrow: bool) -> PretrainModel:
 
 
 def elements(model: nn.Module) -> int:
-    """Of all parameters."""
+    """Return the number of elements of all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def travelling_bytes(model: nn.Module, autocast: bool) -> int:
-    """Of every parameter once. DeepSpeed gathers those of ``Linear`` and ``Conv2d`` in autocast's type."""
+def gathered_bytes(model: nn.Module, autocast: bool) -> int:
+    """Return the bytes of every parameter once; DeepSpeed gathers ``Linear`` and ``Conv2d`` in autocast's type."""
     halved = {id(p) for m in model.modules() if type(m) in (nn.Linear, nn.Conv2d) for p in m.parameters(recurse=False)}
     return sum(p.numel() * (2 if autocast and id(p) in halved else 4) for p in model.parameters())
 
 
 def narrow_config(changes: dict[str, Any]) -> dict[str, Any]:
-    """ds_configs/huge.json for the narrow model, in float32, with ``changes`` laid on it before it is narrowed."""
+    """Return ds_configs/huge.json with ``changes``, in float32, its thresholds scaled to the narrow model."""
     config = read_json(REPOSITORY / "ds_configs/huge.json") | {"train_micro_batch_size_per_gpu": 1}
     config.pop("torch_autocast")
     config = merge(config, changes)
@@ -81,7 +82,7 @@ def narrow_config(changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def gathered(changes: dict[str, Any], accumulation: int, folder: Path, rank: int, steps: int = 4) -> list[Gathered]:
-    """What each optimizer step gathered; the first two are DeepSpeed's, to learn the order of the modules."""
+    """Return the volume of each optimizer step; in the first two DeepSpeed records the order of the modules."""
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.engine.comm_volume import GatherCounter
@@ -90,7 +91,7 @@ def gathered(changes: dict[str, Any], accumulation: int, folder: Path, rank: int
     path = folder / f"gathers-{rank}.json"
     path.write_text(json.dumps(narrow_config(changes)))
     config, model = load_engine_config(path), huge(narrow=True)
-    size = travelling_bytes(model, config.zero.autocast)
+    size = gathered_bytes(model, config.zero.autocast)
     engine = build_engine(
         model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), config, accumulation, torch.device("cpu")
     )

@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def write_workspace(folder: Path) -> None:
-    """Images, and a teacher that this project could have trained: a plain ViT with a class token."""
+    """Write images, and a teacher as this project trains it: a plain ViT with a class token."""
     write_sample_beton(folder, train=GLOBAL_BATCH * STEPS_PER_EPOCH, val=9)
     recipe = load_recipe(REPOSITORY / "ds_configs/baselines/mae_tiny.yaml")
     assert recipe.stages.pretrain is not None
@@ -46,7 +46,7 @@ WIDE = "{dims: [64, 128, 512]}"
 
 
 def overrides(case: Case, folder: Path) -> tuple[str, ...]:
-    """Recipe values: short, a real schedule, and everything in fine-tuning that draws at random."""
+    """Return recipe values: a short run, a real schedule, and everything in fine-tuning that draws at random."""
     stage = case.stage
     optimizer = f"{{lr: {LR}, min_lr: {MIN_LR}, warmup_epochs: {WARMUP}, betas: {list(BETAS[stage])}}}"
     ours = {
@@ -78,7 +78,7 @@ def prepare(case: Case, folder: Path, launch: Launch) -> PreparedStage:
 
 
 def batches(job: PreparedStage) -> Iterator[Batch]:
-    """The job's micro-batches of this rank, all epochs."""
+    """Yield the job's micro-batches of this rank, all epochs."""
     reader = job.train_loader(torch.device("cpu"))
     for epoch in range(job.schedule.epochs):
         yield from reader.epoch(epoch)

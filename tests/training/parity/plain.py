@@ -35,9 +35,9 @@ ALONE = Launch(0, 0, 1, 1)
 
 
 def run_plain(case: Case, folder: Path) -> Trace:
-    """What the case must equal: one process, one loop, torch's AdamW; the parts of a step one after the other.
+    """Train the reference of a case: one process, one loop, torch's AdamW; micro-batches one after the other.
 
-    ``bf16`` is the textbook's: a bfloat16 model, float32 masters, gradients that add up in float32.
+    ``bf16`` is the textbook version: a bfloat16 model, float32 master weights, gradients accumulated in float32.
     """
     world_size, accumulation = case.cut
     job = prepare(replace(case, world_size=1, accumulation=1, placement="device", engine={}), folder, ALONE)
@@ -78,7 +78,7 @@ def run_plain(case: Case, folder: Path) -> Trace:
 
 
 def plain_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
-    """A group a parameter: decayed if it is a matrix or a token, layer-decayed in fine-tuning; by the paper's rule."""
+    """Return a group per parameter: weight decay for matrices and tokens, layer decay in fine-tuning."""
     groups = []
     for name, parameter in parameters.items():
         decayed = parameter.ndim > 1 and not (stage == "finetune" and name == "pos_embed")
@@ -93,7 +93,7 @@ def plain_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict
 
 
 def plain_rate(step: int, stage: Stage) -> float:
-    """Linear warm-up over half an epoch, then half a cosine to the floor."""
+    """Return the learning rate: linear warm-up over half an epoch, then half a cosine to the minimum."""
     epoch, last = step / STEPS_PER_EPOCH, EPOCHS[stage]
     if epoch < WARMUP:
         return LR * epoch / WARMUP
