@@ -104,7 +104,7 @@ def test_a_flat_map_is_cold_and_kept_patches_may_be_left_out(tmp_path: Path) -> 
 
 
 def test_fine_grids_are_drawn_smoothly(tmp_path: Path) -> None:
-    """Bicubic by torch, which shares no code with Pillow's."""
+    """Compare with torch's bicubic interpolation, which shares no code with matplotlib's."""
     heat = np.random.default_rng(0).random((1, 14, 14), np.float32)
     figures.attention_grid(_plain(RED, side=224), {"Model": heat}, None, tmp_path / "a.png")
     pixels = _pixels(tmp_path / "a.png")
@@ -113,7 +113,9 @@ def test_fine_grids_are_drawn_smoothly(tmp_path: Path) -> None:
     scaled = torch.from_numpy((heat - heat.min()) / (heat.max() - heat.min()))[:, None]
     smooth = torch.nn.functional.interpolate(scaled, size=(224, 224), mode="bicubic", antialias=True)
     colors = matplotlib.colormaps["inferno"](smooth[0, 0].clamp(0, 1).numpy())[..., :3]
-    np.testing.assert_allclose(cell, 255 * 0.65 * colors + 0.35 * 85, atol=4)
+    # Matplotlib works in 8 bits, which a steep color map enlarges.
+    np.testing.assert_allclose(cell, 255 * 0.65 * colors + 0.35 * 85, atol=10)
+    assert np.abs(cell - (255 * 0.65 * colors + 0.35 * 85)).mean() < 1.5
 
 
 def test_kept_and_removed_patches_make_up_the_image_on_grids_that_do_not_divide() -> None:
