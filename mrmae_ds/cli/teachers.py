@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser
@@ -36,6 +35,5 @@ def run(args: argparse.Namespace) -> None:
     print("\n\n".join(describe_teacher(name, recipe.teachers[name], teacher) for name, teacher in teachers.items()))
     if args.images:
         out = args.out or Path(f"{args.recipe.stem}_teachers.png")
-        if note := draw_teachers(recipe, teachers, args.images, out, seed=args.seed):
-            print(note, file=sys.stderr)
+        draw_teachers(recipe, teachers, args.images, out, seed=args.seed)
         print(f"\n{out}")

@@ -1,4 +1,4 @@
-"""Images of a run: loss curves, reconstructions, attention maps.
+"""Plots of a run: loss curves, grids of reconstructions and of attention maps.
 
 Shapes: N images, 3 colors, H x W pixels, h x w grid of patches.
 """
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
 
     Images: TypeAlias = np.ndarray | torch.Tensor
 
-_SMOOTH_FROM = 200
-HIDDEN = 0.82  # the gray of a patch that the model does not see
+_SMOOTH_FROM = 200  # points
+HIDDEN = 0.82  # gray of an invisible patch
 
 
 def denormalize(images: Images, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
-    """Undo `(x - mean) / std`: images [N, 3, H, W] as the model reads them to colors in [0, 1], clipped,
-    float32."""
+    """Undo `(x - mean) / std` of images [N, 3, H, W] and clip them to [0, 1], in float32."""
     shape = (1, 3, 1, 1)
     colors = _array(images) * np.asarray(std, np.float32).reshape(shape) + np.asarray(mean, np.float32).reshape(shape)
     return np.clip(colors, 0, 1)
@@ -42,7 +41,7 @@ def reconstruction_rows(
     *,
     keep_ratio: float = 0.25,
 ) -> list[GridRow]:
-    """The rows of :func:`reconstruction_grid`, from the top."""
+    """Return the rows of :func:`reconstruction_grid`, from the top."""
     count, _, height, width = _images(original, "original").shape
     results = reconstructed if isinstance(reconstructed, Mapping) else {"Reconstructed": reconstructed}
     grid = []
@@ -67,16 +66,25 @@ def reconstruction_grid(
 ) -> None:
     """Draw rows of images: the original, its visible share, and each reconstruction.
 
-    All are [N, 3, H, W] of colors in [0, 1]; values outside are clipped. `reconstructed` is one of them, or several
-    by their labels. `captions` names the N columns, `legend` is written below. Raises ValueError on shapes that
-    differ.
+    Args:
+        original: [N, 3, H, W] in [0, 1]; values outside are clipped, here and below.
+        masked: visible share, of the same shape.
+        reconstructed: reconstructions of the same shape, one or several by label.
+        out_png: the PNG file.
+        keep_ratio: visible share of the patches, for the label.
+        captions: texts above the N columns.
+        title: text at the top.
+        legend: paragraphs at the bottom.
+
+    Raises:
+        ValueError: if shapes differ.
     """
     rows = reconstruction_rows(original, masked, reconstructed, keep_ratio=keep_ratio)
     draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
 
 
 def attention_rows(images: Images, maps: Mapping[str, Images], visible: Images | None) -> list[GridRow]:
-    """The rows of :func:`attention_grid`, from the top."""
+    """Return the rows of :func:`attention_grid`, from the top."""
     array = _images(images, "images")
     grid = [GridRow("Image", array)]
     gray = np.repeat(array.mean(axis=1, keepdims=True), 3, axis=1)
@@ -102,27 +110,40 @@ def attention_grid(
 ) -> None:
     """Draw attention as in Fig. 3 of the paper: a row of images, a row a model, rows of kept and removed patches.
 
-    `images` [N, 3, H, W] in [0, 1]; each of `maps` [N, h, w], of any grid, drawn over the grayed image and scaled
-    from its own least to its own greatest value; `visible` [N, h, w] is 1 (or True) for patches that are kept,
-    None leaves both rows out. `captions` names the columns, `legend` is written below. Raises ValueError on shapes
-    that do not fit.
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        maps: [N, h, w] of any grid, by label; each map is drawn over the gray image, scaled from its minimum to its
+            maximum.
+        visible: [N, h, w], 1 (or True) for kept patches; None omits the last two rows.
+        out_png: the PNG file.
+        captions: texts above the N columns.
+        title: text at the top.
+        legend: paragraphs at the bottom.
+
+    Raises:
+        ValueError: if shapes do not fit.
     """
     rows = attention_rows(images, maps, visible)
     draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
 
 
 def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
-    """Draw a run's losses over optimizer steps, its learning rate below and, where measured, its top-1
-    accuracy.
+    """Plot a run's losses over optimizer steps, with its learning rate and, if measured, its top-1 accuracy below.
 
-    Reads `metrics.jsonl`. Above 200 points a curve is drawn faint with its running mean on top; steps at
-    which a loss was not finite are marked by red lines. Raises UserError when the run logged no loss.
+    Above 200 points, a curve is drawn faint with its running mean on top. Red lines mark steps with a non-finite loss.
+
+    Args:
+        run_dir: folder with `metrics.jsonl`.
+        out_png: the PNG file.
+
+    Raises:
+        UserError: if the run logged no loss.
     """
     lines = read_metrics(run_dir)
     names = dict.fromkeys(name for line in lines for name in line)
     losses = [name for name in names if name in ("loss",) or name.startswith("loss/") or name.endswith("/loss")]
     if not losses:
-        raise UserError(f"{Path(run_dir) / METRICS_FILE}: no loss was logged; there is nothing to draw")
+        raise UserError(f"{Path(run_dir) / METRICS_FILE}: no loss was logged, so there is nothing to plot")
     panels = [("Loss", losses, 3.0)]
     if "lr" in names:
         panels.append(("Learning rate", ["lr"], 1.0))
@@ -135,8 +156,8 @@ def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
     for panel, (label, series, _) in zip(axes, panels, strict=True):
         _draw_series(panel, lines, series)
         panel.set_ylabel(label, fontsize=10)
-    strange = [line["step"] for line in lines if any(name in line.get("nonfinite", {}) for name in losses)]
-    for index, step in enumerate(strange):
+    nonfinite = [line["step"] for line in lines if any(name in line.get("nonfinite", {}) for name in losses)]
+    for index, step in enumerate(nonfinite):
         once = {"label": "not finite"} if index == 0 else {}
         axes[0].axvline(step, color=style.ALARM, linewidth=0.8, alpha=0.6, **once)
     for panel, (_, series, _) in zip(axes, panels, strict=True):
@@ -154,7 +175,7 @@ def _draw_series(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Sequence
         points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
         steps, values = np.array([p[0] for p in points]), np.array([p[1] for p in points], np.float64)
         color = style.INK if name == "loss" else style.PALETTE[index % len(style.PALETTE)]
-        # A few points (an accuracy an epoch) are marked one by one; many make a line.
+        # A few points (one accuracy per epoch) get markers; many make a line.
         marker = "o" if len(points) <= 30 else ""
         smooth = len(points) > _SMOOTH_FROM and name != "lr"
         axes.plot(
@@ -174,7 +195,7 @@ def _draw_series(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Sequence
 
 
 def _array(values: Images) -> np.ndarray:
-    """Return a float32 array of a NumPy array, or of a tensor on any device, of any precision."""
+    """Convert a NumPy array, or a tensor on any device and of any precision, to float32."""
     if not isinstance(values, np.ndarray):
         values = values.detach().float().cpu().numpy()
     return np.asarray(values, dtype=np.float32)

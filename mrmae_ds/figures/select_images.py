@@ -1,4 +1,4 @@
-"""Which images a run is drawn on: samples of its validation set, or files of the user's, cut as evaluation cuts them.
+"""Select the images of a figure: validation samples or the user's files, cropped as in evaluation.
 
 Shapes: N images, S x S pixels.
 """
@@ -24,65 +24,74 @@ from mrmae_ds.data.loaders.crop import resize_and_corner
 from mrmae_ds.data.loaders.pillow import BetonSource, center_crop
 from mrmae_ds.errors import UserError
 
-MOST = 64  # columns of a figure
+NUM_IMAGES = 8  # default
+MAX_IMAGES = 64  # columns of a figure
 _NUMBER = re.compile(r"[+-]?\d+")
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Whole RGB images of any sizes, and what is written above each: its class's name or its file's."""
+class SelectedImages:
+    """Images of a figure.
+
+    Attributes:
+        images: whole RGB images of any sizes.
+        captions: class or file name of each.
+        note: message to the user about the selection, if any.
+    """
 
     images: tuple[Image.Image, ...]
     captions: tuple[str, ...]
+    note: str | None = None
 
-    def cut(self, view: int, size: int) -> Tensor:
-        """What evaluation at ``view`` pixels sees of each image, at ``size`` pixels: float32 [N, 3, S, S] in 0 to 1.
+    def crop(self, view: int, size: int) -> Tensor:
+        """Crop each image as evaluation at ``view`` pixels does, and resize it to ``size``.
 
-        With ``size`` equal to ``view`` these are evaluation's very pixels. Another ``size`` shows the same part of the
-        image (evaluation itself would cut less off above 224 pixels), so that attention can be compared.
+        With ``size`` equal to ``view``, the pixels are exactly those of evaluation. Another ``size`` shows the same
+        part of the image (evaluation at that size would crop differently above 224 pixels), so that attention can be
+        compared.
+
+        Returns:
+            float32 [N, 3, S, S] in [0, 1].
         """
-        cuts = [center_crop(p, size) if size == view else _resized_view(p, view, size) for p in self.images]
-        return torch.from_numpy(np.stack([np.asarray(cut) for cut in cuts])).permute(0, 3, 1, 2).float() / 255
+        crops = [center_crop(p, size) if size == view else _resized_view(p, view, size) for p in self.images]
+        return torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2).float() / 255
 
 
-def choose_images(val: Path, wanted: Sequence[str], count: int | None, usual: int) -> tuple[Chosen, str | None]:
-    """The images that a command line asks for.
+def select_images(val: Path, names: Sequence[str], count: int | None, default_count: int) -> SelectedImages:
+    """Select the images named on a command line.
 
     Args:
-        val: the .beton of the validation set; read only if images are taken from it.
-        wanted: numbers of samples of ``val``; or image files and folders of them, at any depth; or nothing, which
-            takes samples of ``val``, evenly spaced.
-        count: how many of ``val`` or of the folders; None where each image is named.
-        usual: how many where nothing is said; fewer if there are fewer, or if a figure has not so many columns.
-
-    Returns:
-        The images, and what the user should be told about the choice, if anything.
+        val: .beton file of the validation set, read only if images are taken from it.
+        names: numbers of samples of ``val``; or image files and folders of them, at any depth; or nothing, which
+            selects samples of ``val``, evenly spaced.
+        count: number of images from ``val`` or from the folders; None for the default.
+        default_count: number of images without ``count``; at most those available and ``MAX_IMAGES``.
 
     Raises:
-        UserError: for a number, path or count that cannot be, and for files that are no images.
+        UserError: for an invalid number, path or count, and for files that are not images.
     """
     if count is not None and count < 1:
         raise UserError(f"--num-images: at least 1 image is needed, not {count}")
-    numbers = [_NUMBER.fullmatch(word) is not None for word in wanted]
+    numbers = [_NUMBER.fullmatch(name) is not None for name in names]
     if any(numbers) and not all(numbers):
         raise UserError(
-            f"--images: {wanted[numbers.index(False)]} is no number; give either numbers of the validation set or "
+            f"--images: {names[numbers.index(False)]} is not a number; give either numbers of validation images or "
             "files (./7 for a file named 7)"
         )
-    if not wanted or all(numbers):
-        return _from_validation_set(val, [int(word) for word in wanted], count, usual), None
-    return _from_files([Path(word) for word in wanted], count, usual)
+    if not names or all(numbers):
+        return _from_validation_set(val, [int(name) for name in names], count, default_count)
+    return _from_files([Path(name) for name in names], count, default_count)
 
 
-def _from_validation_set(val: Path, rows: list[int], count: int | None, usual: int) -> Chosen:
+def _from_validation_set(val: Path, rows: list[int], count: int | None, default_count: int) -> SelectedImages:
     try:
         info = check_beton(val)
     except UserError as error:
-        raise UserError(f"{error}; or show other images: --images FILE_OR_FOLDER") from None
+        raise UserError(f"{error}; or select other images: --images FILE_OR_FOLDER") from None
     source = BetonSource(BetonFile(info))
     if rows:
         if count is not None:
-            raise UserError("--num-images: the numbers after --images say how many; leave it out")
+            raise UserError("--num-images: not allowed with numbers after --images; omit it")
         wrong = [row for row in rows if not 0 <= row < info.num_samples]
         if wrong:
             raise UserError(
@@ -90,7 +99,7 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, usual: i
                 f"{info.num_samples - 1}"
             )
     else:
-        rows = _evenly_spaced(info.num_samples, _how_many(count, usual, info.num_samples, str(val)))
+        rows = _evenly_spaced(info.num_samples, _number_to_take(count, default_count, info.num_samples, str(val)))
     _check_columns(len(rows))
     images = []
     for row in rows:
@@ -99,66 +108,66 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, usual: i
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
             raise UserError(f"{val}: damaged image in sample {row} ({error}); copy or write the file again") from None
     captions = [f"{row}: {info.class_names[source.labels[row]]}" for row in rows]
-    return Chosen(tuple(images), tuple(captions))
+    return SelectedImages(tuple(images), tuple(captions))
 
 
-def _from_files(paths: list[Path], count: int | None, usual: int) -> tuple[Chosen, str | None]:
-    files, folders = ([path for path in paths if path.is_dir() is wanted] for wanted in (False, True))
-    told = None
+def _from_files(paths: list[Path], count: int | None, default_count: int) -> SelectedImages:
+    files, folders = ([path for path in paths if path.is_dir() is folder] for folder in (False, True))
+    note = None
     if folders:
-        below = [file for folder in folders for file in _images_below(folder)]
+        available = [file for folder in folders for file in _images_below(folder)]
         where = " and ".join(str(folder) for folder in folders)
-        take = _how_many(count, usual, len(below), where)
-        if count is None and take < len(below):
-            told = f"{take} of the {len(below):,} images of {where}; --num-images takes more"
-        files += [below[row] for row in _evenly_spaced(len(below), take)]
+        take = _number_to_take(count, default_count, len(available), where)
+        if count is None and take < len(available):
+            note = f"using {take} of the {len(available):,} images of {where}; set --num-images for more"
+        files += [available[row] for row in _evenly_spaced(len(available), take)]
     elif count is not None:
-        raise UserError("--num-images: the files after --images say how many; leave it out, or name a folder")
+        raise UserError("--num-images: not allowed with files after --images; omit it, or name a folder")
     _check_columns(len(files))
-    return Chosen(tuple(_open(file) for file in files), tuple(file.name for file in files)), told
+    return SelectedImages(tuple(_open(file) for file in files), tuple(file.name for file in files), note)
 
 
 def _images_below(folder: Path) -> list[Path]:
-    """All image files at any depth, sorted; hidden ones do not count."""
-    found = sorted(
+    """Return all image files at any depth, sorted, without hidden ones."""
+    files = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in EXTENSIONS
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
         and path.is_file()
     )
-    if not found:
+    if not files:
         raise UserError(f"--images: {folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
-    return found
+    return files
 
 
 def _open(path: Path) -> Image.Image:
-    """A file's image, made RGB and upright as the scripts in data/ make it."""
+    """Open an image as RGB and upright, like the conversion to .beton."""
     if not path.exists():
         raise UserError(f"--images: {path}: no such file or folder")
-    usual = WriteOptions()
+    defaults = WriteOptions()
     try:
-        with pixel_limit(usual.max_pixels), open_image(path) as image:
-            return to_rgb(image, max_side=MAX_SIDE, max_pixels=usual.max_pixels, background=usual.background)[0]
+        with pixel_limit(defaults.max_pixels), open_image(path) as image:
+            return to_rgb(image, max_side=MAX_SIDE, max_pixels=defaults.max_pixels, background=defaults.background)[0]
     except Exception as error:  # a damaged file can raise anything
-        why = reason(error, usual.max_pixels)
+        why = reason(error, defaults.max_pixels)
         raise UserError(f"--images: {path}: cannot be read ({why}); remove or replace it") from None
 
 
-def _how_many(count: int | None, usual: int, there: int, where: str) -> int:
-    if count is not None and count > there:
-        raise UserError(f"--num-images: {count} images wanted, but {where} has {there:,}")
-    return min(usual, there, MOST) if count is None else count
+def _number_to_take(count: int | None, default_count: int, available: int, where: str) -> int:
+    if count is not None and count > available:
+        raise UserError(f"--num-images: {count} is more than the {available:,} images of {where}")
+    return min(default_count, available, MAX_IMAGES) if count is None else count
 
 
-def _evenly_spaced(there: int, count: int) -> list[int]:
-    """Sets and folders are mostly sorted by class, so these are images of many classes."""
-    return [(2 * number + 1) * there // (2 * count) for number in range(count)]
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    """Space `count` indices evenly: datasets and folders are mostly sorted by class, so many classes are selected."""
+    return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 
 def _check_columns(count: int) -> None:
-    if count > MOST:
-        raise UserError(f"--images: {count} images are too many for one figure; choose {MOST} or fewer")
+    if count > MAX_IMAGES:
+        raise UserError(f"--images: {count} images are too many for one figure; select {MAX_IMAGES} or fewer")
 
 
 def _resized_view(image: Image.Image, view: int, size: int) -> Image.Image:

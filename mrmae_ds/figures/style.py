@@ -1,5 +1,4 @@
-"""What all figures share: colors, sizes, and writing a PNG in one step. No pyplot, so no state between
-figures."""
+"""Style shared by all figures, and atomic writing of PNGs. Without pyplot, so that figures share no state."""
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ def new_figure(width_in: float, height_in: float, *, constrained: bool = True) -
 
 
 def text_width(text: str, size: float, weight: str = "normal") -> float:
-    """Return the pixels at `DPI` that one line of text of this size in points takes."""
+    """Return the width in pixels at `DPI` of one line of text of this size in points."""
     font = FontProperties(size=size, weight=weight)
     return _renderer().get_text_width_height_descent(text, font, False)[0]
 
@@ -41,7 +40,7 @@ def _renderer() -> RendererAgg:
 
 
 def tidy(axes: Axes) -> None:
-    """Give a panel its light horizontal grid and take away the box around it."""
+    """Give a panel a light horizontal grid and remove its box."""
     axes.grid(axis="y", color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -50,6 +49,6 @@ def tidy(axes: Axes) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write `figure` as a PNG to `path`, in one step."""
+    """Write `figure` as a PNG to `path` atomically."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=DPI)

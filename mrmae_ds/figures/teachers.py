@@ -1,10 +1,11 @@
-"""What a recipe's teachers are, and where they look, before anything is trained.
+"""Preview of a recipe's teachers: architecture summary and attention maps.
 
 Shapes: N images, S x S pixels, L tokens on the student's grid.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,20 +16,21 @@ from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import TeacherConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import attention_grid
-from mrmae_ds.figures.select_images import choose_images
+from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.teachers import Teacher, build_teacher
 
-_USUAL = 8
-_AT_ONCE = 8  # images through a teacher
+logger = logging.getLogger(__name__)
+
+_CHUNK = 8  # images per forward pass, to limit memory
 
 
 def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
-    """Every teacher that a recipe defines, used by a stage or not, by name, on the CPU.
+    """Build every teacher that a recipe defines, used by a stage or not, by name, on the CPU.
 
     Raises:
-        UserError: if there is none, or one cannot be had or does not fit the student's grid.
+        UserError: if there is none, or one cannot be loaded or does not fit the student's grid.
     """
     if not recipe.teachers:
         raise UserError(f"recipe {recipe.name} has no teachers")
@@ -38,7 +40,7 @@ def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
 
 
 def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:
-    """A paragraph of text: what the teacher is, and what was decided while it was built."""
+    """Describe a teacher and the decisions made while it was built, as a paragraph of text."""
     weights = f", weights {config.weights}" if config.weights else ""
     count = sum(parameter.numel() for parameter in teacher.network.parameters())
     lines = {
@@ -49,35 +51,34 @@ def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:
         **teacher.details,
     }
     width = max(map(len, lines))
-    body = "\n".join(f"  {topic:{width}}  {words}" for topic, words in lines.items())
+    body = "\n".join(f"  {topic:{width}}  {value}" for topic, value in lines.items())
     return f"{name}: {config.kind} {config.source}{weights}\n{body}"
 
 
 @torch.no_grad()
 def draw_teachers(
-    recipe: Recipe, teachers: dict[str, Teacher], wanted: Sequence[str], out: Path, *, seed: int = 0
-) -> str | None:
-    """Draw images, where each teacher looks, and the patches that the recipe's masking keeps.
+    recipe: Recipe, teachers: dict[str, Teacher], images: Sequence[str], out: Path, *, seed: int = 0
+) -> None:
+    """Draw images, each teacher's attention, and the patches that the recipe's masking keeps.
 
     Args:
-        recipe: whose input size, grid and masking these are.
-        teachers: of :func:`build_teachers`.
-        wanted: image files or folders, or numbers of the recipe's validation set.
+        recipe: with input size, grid and masking.
+        teachers: from :func:`build_teachers`.
+        images: image files or folders, or numbers of the recipe's validation set.
         out: the PNG file.
         seed: of the mask.
-
-    Returns:
-        What the user should be told of the choice of images, if anything.
 
     Raises:
         UserError: for images that cannot be read.
     """
-    chosen, told = choose_images(recipe.data.val, wanted, None, _USUAL)
+    selection = select_images(recipe.data.val, images, None, NUM_IMAGES)
+    if selection.note:
+        logger.info(selection.note)
     size = recipe.model.image_size
-    pixels = chosen.cut(size, size)
+    pixels = selection.crop(size, size)
     importance = {name: _importance(teacher, pixels) for name, teacher in teachers.items()}
     grid = next(iter(teachers.values())).grid
-    visible, how = _keep(recipe, importance, grid, len(pixels), seed)
+    visible, legend = _sample_mask(recipe, importance, grid, len(pixels), seed)
     attention_grid(
         pixels,
         {
@@ -86,38 +87,37 @@ def draw_teachers(
         },
         visible,
         out,
-        captions=chosen.captions,
-        title=f"{recipe.name}: where its teachers look",
-        legend=[*(f"{name}: {teacher.details['importance']}." for name, teacher in teachers.items()), *how],
+        captions=selection.captions,
+        title=f"{recipe.name}: attention of its teachers",
+        legend=[*(f"{name}: {teacher.details['importance']}." for name, teacher in teachers.items()), *legend],
     )
-    return told
 
 
 def short_source(source: str) -> str:
-    """A teacher's source for a label: a library's name as it is, of a path its last two parts."""
+    """Return a teacher's source for a label: a library's name unchanged, or the last two components of a path."""
     return "/".join(source.rstrip("/").split("/")[-2:])
 
 
 def _importance(teacher: Teacher, pixels: Tensor) -> Tensor:
-    """[N, 3, S, S] in 0 to 1 to [N, L]."""
-    return torch.cat([teacher(part).importance for part in pixels.split(_AT_ONCE)])
+    """Return importance [N, L] for pixels [N, 3, S, S] in [0, 1]."""
+    return torch.cat([teacher(part).importance for part in pixels.split(_CHUNK)])
 
 
-def _keep(
+def _sample_mask(
     recipe: Recipe, importance: dict[str, Tensor], grid: tuple[int, int], count: int, seed: int
 ) -> tuple[Tensor | None, list[str]]:
-    """1 for patches that are kept, [N, rows, columns], and how they were chosen; None without a pre-training."""
+    """Return kept patches as 1, [N, rows, columns], with a legend; None without a pre-training."""
     stage = recipe.stages.pretrain
     if stage is None:
         return None, []
     masking = stage.masking
     noise = torch.rand(count, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
-    by = importance.get(masking.teacher or "")
-    visible = choose_visible(noise, grid, masking.keep_ratio, masking.mode, by)
+    scores = importance.get(masking.teacher or "")
+    visible = choose_visible(noise, grid, masking.keep_ratio, masking.mode, scores)
     source = "" if masking.mode == "random" else f", by {masking.teacher}"
-    return 1 - visible.mask.unflatten(1, grid), [f"Patches are kept as the recipe says: {masking.mode}{source}."]
+    return 1 - visible.mask.unflatten(1, grid), [f"Patches are kept by the recipe's masking: {masking.mode}{source}."]
 
 
 def _numbers(values: Tensor) -> str:
-    """A buffer's values, [1, 3, 1, 1], as text."""
+    """Format a buffer's values, [1, 3, 1, 1]."""
     return " ".join(f"{value:.4g}" for value in values.flatten().tolist())

@@ -1,36 +1,50 @@
-"""Images of what runs learned: where students and teachers look (Fig. 3 of the paper), and reconstructions.
+"""Visualize finished runs: attention maps of students and teachers (Fig. 3 of the paper), and reconstructions.
 
 Shapes: N images, S x S pixels, h x w grid of patches, L = h * w.
 """
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from mrmae_ds.config.files import describe_errors
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.figures.finished_run import ShownRun
 from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalize, reconstruction_grid
-from mrmae_ds.figures.select_images import Chosen, choose_images
+from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
 from mrmae_ds.figures.teachers import short_source
+from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.objectives import PIXELS, patchify, unpatchify
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
+from mrmae_ds.records.record import RunRecord
 from mrmae_ds.teachers import build_teacher
 from mrmae_ds.teachers.base import describe_importance
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import (
+    find_weights,
+    read_metadata,
+    read_tensors,
+    run_folder_name,
+    spec_from_metadata,
+)
+
+logger = logging.getLogger(__name__)
 
 IMAGES = "images"
 COMPARED = "compared"
 _TEACHER = "Teacher "
-_USUAL = 8
-_AT_ONCE = 8  # images whose attention is computed together: it takes memory
+_CHUNK = 8  # images per forward pass, to limit memory
 _MODES = {
     "random": "at random",
     "sample": "in proportion to the importance that {} gives them",
@@ -38,16 +52,124 @@ _MODES = {
 }
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished pre-training or fine-tuning on disk.
+
+    Attributes:
+        path: model file.
+        metadata: of the model file.
+        recipe: resolved recipe.
+        kind: ``pretrain`` or ``classifier``.
+        image_size: side of the model's input in pixels.
+        mean: by which the input is normalized.
+        std: by which the input is normalized.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    recipe: Recipe
+    kind: Literal["pretrain", "classifier"]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def open(cls, source: Path) -> FinishedRun:
+        """Read the metadata of a stage folder's model file, or of a model file.
+
+        Raises:
+            UserError: if there is none, or it is not the model file of a finished stage.
+        """
+        path = find_weights(source, "run")
+        metadata = read_metadata(path)
+        try:
+            recipe = Recipe.model_validate(metadata["recipe"])
+            stage, mean, std = metadata["stage"], tuple(metadata["mean"]), tuple(metadata["std"])
+            recipe.stage(stage)
+        except ValidationError as error:
+            raise UserError(describe_errors(error, Recipe, path)) from None
+        except KeyError as error:
+            raise UserError(
+                f"{path}: its metadata lacks {error}, so it is not the model file of a finished stage; name a stage "
+                "folder (runs/NAME/STAGE)"
+            ) from None
+        return cls(path, metadata, recipe, metadata["kind"], metadata["image_size"], mean, std)
+
+    @property
+    def pretraining(self) -> PretrainConfig:
+        """Configuration of the pre-training stage."""
+        stage = self.recipe.stages.pretrain
+        assert stage is not None
+        return stage
+
+    @property
+    def stride(self) -> int:
+        """Side of a patch in pixels."""
+        return spec_from_metadata(self.metadata).stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.stride
+        return side, side
+
+    def load(self) -> PretrainModel | Encoder:
+        """Load the pre-trained model, or a classifier's encoder, in eval mode on the CPU; no teacher is needed.
+
+        Raises:
+            UserError: if the file's tensors do not match its recipe.
+        """
+        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
+        if self.kind == "classifier":
+            load_encoder(encoder, self.path)
+            return encoder.eval()
+        model, stage, tensors = self.recipe.model, self.pretraining, read_tensors(self.path)
+        try:
+            student = PretrainModel.of_tensors(encoder, model.fusion, model.decoder, stage.objectives, tensors)
+        except (KeyError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{self.path}: its tensors do not match its recipe ({first})") from None
+        return student.eval()
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder; for a file elsewhere, of the recipe."""
+        return run_folder_name(self.path, self.metadata["stage"]) or self.recipe.name
+
+    @property
+    def data(self) -> str:
+        """Name of the training data from the run's record, or its file if there is no record."""
+        try:
+            return RunRecord.load(self.path.parent).data.dataset
+        except UserError:
+            return str(self.recipe.data.train)
+
+    def training(self) -> str:
+        """Return epochs and training data: "400 epochs, ImageNet-1K"."""
+        epochs = self.recipe.stage(self.metadata["stage"]).epochs
+        prefix = "" if self.kind == "pretrain" else "fine-tuned "
+        return f"{prefix}{epochs} epoch{'s' * (epochs != 1)}, {self.data}"
+
+    def label(self) -> str:
+        """Return three lines: method, run, training."""
+        return f"{self.recipe.method}\n{self.name}\n{self.training()}"
+
+    def describe(self) -> str:
+        """Return the same and the architecture in one line."""
+        return f"{self.name} ({self.recipe.method}, {self.recipe.model.arch}, {self.training()})"
+
+
 def show_run(stage_dir: Path) -> list[Path]:
-    """Draw what a pre-training that has just ended learned, as its recipe's ``logging.num_images`` says.
+    """Visualize a pre-training that has just ended, on ``logging.num_images`` of its recipe's images.
 
     Returns:
-        The PNG files, in ``stage_dir/images``; none for other stages, or if no images are wanted.
+        The PNG files, in ``stage_dir/images``; none for other stages, or if ``logging.num_images`` is 0.
 
     Raises:
-        UserError: see :func:`show_runs`.
+        UserError: as for :func:`show_runs`.
     """
-    run = ShownRun.open(stage_dir)
+    run = FinishedRun.open(stage_dir)
     return show_runs([stage_dir]) if run.kind == "pretrain" and run.recipe.logging.num_images else []
 
 
@@ -59,18 +181,18 @@ def show_runs(
     seed: int = 0,
     out: Path | None = None,
 ) -> list[Path]:
-    """Draw attention maps of one or several runs on the same images, and reconstructions of those that make any.
+    """Draw attention maps of one or several runs on the same images, and reconstructions where a run predicts pixels.
 
-    The first run says which part of an image is seen and has the validation set. The first pre-training with teachers,
-    or else the first, has the teachers and the mask. A teacher that cannot be loaded is left out, which is told on
-    stderr.
+    The first run determines the crop and the validation set; the first pre-training with teachers, or else the first
+    pre-training, the teachers and the mask. A teacher that cannot be loaded is omitted with a warning.
 
     Args:
         sources: stage folders (runs/NAME/STAGE) or model files, of pre-trainings and fine-tunings.
-        images, count: see :func:`~mrmae_ds.figures.select_images.choose_images`; without a count there are as many
-            as the first run's recipe says (``logging.num_images``), or 8 if it says none.
+        images: numbers of validation images, files or folders (see
+            :func:`~mrmae_ds.figures.select_images.select_images`).
+        count: number of images; None is the first run's ``logging.num_images``, or 8 if that is 0.
         seed: of the mask.
-        out: folder for the files; None is ``images`` beside the first run's weights, for several runs
+        out: folder for the files; None is ``images`` beside the first run's weights, or for several runs
             ``images/compared`` there.
 
     Returns:
@@ -79,70 +201,74 @@ def show_runs(
     Raises:
         UserError: for a run without weights, images that cannot be read, or a folder that cannot be written.
     """
-    runs = [ShownRun.open(source) for source in sources]
+    runs = [FinishedRun.open(source) for source in sources]
     first, labels = runs[0], _labels(runs)
-    chosen, told = choose_images(first.recipe.data.val, images, count, first.recipe.logging.num_images or _USUAL)
-    if told:
-        _tell(told)
+    selection = select_images(first.recipe.data.val, images, count, first.recipe.logging.num_images or NUM_IMAGES)
+    if selection.note:
+        logger.warning(selection.note)
     folder = _folder(runs, out)
     view = first.image_size
     pretrained = [run for run in runs if run.kind == "pretrain"]
     lead = next((run for run in pretrained if run.pretraining.teachers), next(iter(pretrained), None))
-    looks = _Looks({}, {})
-    mask = _teach(lead, chosen.cut(view, lead.image_size), looks, seed) if lead else None
-    rebuilt = {}
+    maps = _AttentionMaps({}, {})
+    mask = _add_teachers(lead, selection.crop(view, lead.image_size), maps, seed) if lead else None
+    reconstructions = {}
     for run, label in zip(runs, labels, strict=True):
-        result = _study(run, label, chosen.cut(view, run.image_size), looks, mask)
+        result = _add_student(run, label, selection.crop(view, run.image_size), maps, mask)
         if result is not None:
-            rebuilt[label] = result
+            reconstructions[label] = result
     written = [folder / "attention.png"]
     attention_grid(
-        chosen.cut(view, view),
-        looks.maps,
+        selection.crop(view, view),
+        maps.maps,
         None if mask is None else 1 - mask.visible.mask.unflatten(1, mask.visible.grid),
         written[0],
-        captions=chosen.captions,
+        captions=selection.captions,
         title=f"Attention of {_title(runs)}",
-        legend=[*looks.legend(), *([f"Patches are kept {mask.how}."] if mask else [])],
+        legend=[*maps.legend(), *([f"Patches are kept {mask.mode}."] if mask else [])],
     )
-    if lead and mask and rebuilt:
+    if lead and mask and reconstructions:
         written.append(folder / "reconstructions.png")
-        makers = [run for run, label in zip(runs, labels, strict=True) if label in rebuilt]
-        _draw_reconstructions(lead, chosen, view, mask, rebuilt, written[-1], _title(makers))
+        shown = [run for run, label in zip(runs, labels, strict=True) if label in reconstructions]
+        pixels = selection.crop(view, lead.image_size)
+        _draw_reconstructions(lead, pixels, selection.captions, mask, reconstructions, written[-1], _title(shown))
     return written
 
 
 @dataclass
-class _Looks:
-    """Maps [N, h, w] by label, in the order of the rows, and what each of them is, in words."""
+class _AttentionMaps:
+    """Maps [N, h, w] with a description, by label, in the order of the rows."""
 
     maps: dict[str, Tensor]
-    words: dict[str, str]
+    descriptions: dict[str, str]
 
-    def add(self, label: str, importance: Tensor, grid: tuple[int, int], words: str) -> None:
-        """A row: ``importance`` is [N, L]."""
-        self.maps[label], self.words[label] = importance.unflatten(1, grid), words
+    def add(self, label: str, importance: Tensor, grid: tuple[int, int], description: str) -> None:
+        """Add a row of ``importance`` [N, L]."""
+        self.maps[label], self.descriptions[label] = importance.unflatten(1, grid), description
 
     def legend(self) -> list[str]:
-        """A sentence for each kind of map."""
+        """Return a sentence for each kind of map."""
         kinds: dict[str, list[str]] = {}
-        for label, words in self.words.items():
+        for label, description in self.descriptions.items():
             method, name, *_ = label.split("\n")
-            kinds.setdefault(words, []).append(method if method.startswith(_TEACHER) else f"{method} {name}")
-        return [f"{', '.join(dict.fromkeys(labels))}: {words}." for words, labels in kinds.items()]
+            kinds.setdefault(description, []).append(method if method.startswith(_TEACHER) else f"{method} {name}")
+        return [f"{', '.join(dict.fromkeys(labels))}: {description}." for description, labels in kinds.items()]
 
 
 class _Mask(NamedTuple):
-    """The visible set, and how it was drawn, in words."""
+    """The visible set, and a description of its sampling."""
 
     visible: VisibleSet
-    how: str
+    mode: str
 
 
 class Reconstruction(NamedTuple):
-    """Images [N, 3, S, S]: predictions in the places of removed patches, and in all places.
+    """A run's predictions of pixels.
 
-    ``standardized``: the model predicts patches without their mean and deviation, and got both from the true patch.
+    Attributes:
+        pasted: images [N, 3, S, S] with predictions in place of the removed patches.
+        alone: predictions of all patches, [N, 3, S, S].
+        standardized: True if patches are predicted without mean and deviation; both are then the true patch's.
     """
 
     pasted: Tensor
@@ -151,8 +277,8 @@ class Reconstruction(NamedTuple):
 
 
 @torch.no_grad()
-def _teach(run: ShownRun, pixels: Tensor, looks: _Looks, seed: int) -> _Mask:
-    """Add the rows of a pre-training's teachers and draw its mask, of pixels [N, 3, S, S] in 0 to 1."""
+def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: int) -> _Mask:
+    """Add the rows of a pre-training's teachers for pixels [N, 3, S, S] in [0, 1], and sample its mask."""
     stage, grid = run.pretraining, run.grid
     importance = None
     for name in stage.teachers:
@@ -160,15 +286,15 @@ def _teach(run: ShownRun, pixels: Tensor, looks: _Looks, seed: int) -> _Mask:
         try:
             teacher = build_teacher(name, config, run.recipe.data, run.image_size, grid)
         except UserError as error:
-            _tell(f"drawn without teacher {name}, which cannot be loaded any more: {error}")
+            logger.warning("drawn without teacher %s, which can no longer be loaded: %s", name, error)
             continue
-        given = torch.cat([teacher(part).importance for part in pixels.split(_AT_ONCE)])
-        looks.add(f"{_TEACHER}{name}\n{short_source(config.source)}", given, grid, teacher.details["importance"])
+        scores = torch.cat([teacher(part).importance for part in pixels.split(_CHUNK)])
+        maps.add(f"{_TEACHER}{name}\n{short_source(config.source)}", scores, grid, teacher.details["importance"])
         if name == stage.masking.teacher:
-            importance = given
+            importance = scores
     mode = stage.masking.mode
     if mode != "random" and importance is None:
-        _tell(f"the mask is drawn at random, not by teacher {stage.masking.teacher}")
+        logger.warning("the mask is sampled at random, not by teacher %s", stage.masking.teacher)
         mode = "random"
     noise = torch.rand(len(pixels), grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
     visible = choose_visible(noise, grid, stage.masking.keep_ratio, mode, importance)
@@ -176,27 +302,28 @@ def _teach(run: ShownRun, pixels: Tensor, looks: _Looks, seed: int) -> _Mask:
 
 
 @torch.no_grad()
-def _study(run: ShownRun, label: str, pixels: Tensor, looks: _Looks, mask: _Mask | None) -> Reconstruction | None:
-    """Add a student's row of pixels [N, 3, S, S] in 0 to 1, under ``label``.
+def _add_student(
+    run: FinishedRun, label: str, pixels: Tensor, maps: _AttentionMaps, mask: _Mask | None
+) -> Reconstruction | None:
+    """Add a student's row for pixels [N, 3, S, S] in [0, 1].
 
     Returns:
-        What it reconstructs, where it predicts pixels and the mask is one of its grid.
+        Its reconstructions, if it predicts pixels and the mask has its grid.
     """
     model = run.load()
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     images = (pixels - torch.tensor(run.mean).view(1, 3, 1, 1)) / torch.tensor(run.std).view(1, 3, 1, 1)
-    words = describe_importance(encoder.num_prefix_tokens > 0)
-    importance = torch.cat([encoder_attention(encoder, part)[1] for part in images.split(_AT_ONCE)])
-    looks.add(label, importance, encoder.grid, words)
+    importance = torch.cat([encoder_attention(encoder, part)[1] for part in images.split(_CHUNK)])
+    maps.add(label, importance, encoder.grid, describe_importance(encoder.num_prefix_tokens > 0))
     if not isinstance(model, PretrainModel) or mask is None:
         return None
     if encoder.grid != mask.visible.grid:
-        _tell(f"{run.path}: no reconstructions, its grid of patches is not the first pre-training's")
+        logger.warning("%s: no reconstructions, its grid of patches is not the first pre-training's", run.path)
         return None
     try:
         result = reconstruct(model, images, mask.visible)
     except UserError as error:
-        _tell(f"{run.path}: no reconstructions: {error}")
+        logger.warning("%s: no reconstructions: %s", run.path, error)
         return None
     if result is None:
         return None
@@ -205,9 +332,12 @@ def _study(run: ShownRun, label: str, pixels: Tensor, looks: _Looks, mask: _Mask
 
 
 def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet) -> Reconstruction | None:
-    """What a pre-trained model makes of normalized images [N, 3, S, S]; None without a pixel objective.
+    """Reconstruct normalized images [N, 3, S, S] with a pre-trained model.
 
-    Predictions of standardized pixels get back the mean and the deviation of the true patch.
+    Predictions of standardized pixels are given the mean and the deviation of the true patch.
+
+    Returns:
+        The normalized reconstruction; None without a pixel objective.
 
     Raises:
         UserError: if the pixel objective's normalization cannot be undone.
@@ -229,24 +359,23 @@ def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet) -> Re
 
 
 def _draw_reconstructions(
-    lead: ShownRun,
-    chosen: Chosen,
-    view: int,
+    lead: FinishedRun,
+    pixels: Tensor,
+    captions: Sequence[str],
     mask: _Mask,
-    rebuilt: dict[str, Reconstruction],
+    reconstructions: dict[str, Reconstruction],
     path: Path,
     title: str,
 ) -> None:
-    pixels = chosen.cut(view, lead.image_size)
-    if len(rebuilt) == 1:
-        only = next(iter(rebuilt.values()))
+    if len(reconstructions) == 1:
+        only = next(iter(reconstructions.values()))
         rows = {"Reconstructed": only.pasted, "Output alone": only.alone}
     else:
-        rows = {f"Reconstructed\n{label}": parts.pasted for label, parts in rebuilt.items()}
-    legend = ["Reconstructed: the visible patches as they are, the removed ones as predicted."]
-    if len(rebuilt) == 1:
-        legend.append("Output alone: what the decoder says everywhere, also of visible patches.")
-    if any(parts.standardized for parts in rebuilt.values()):
+        rows = {f"Reconstructed\n{label}": parts.pasted for label, parts in reconstructions.items()}
+    legend = ["Reconstructed: visible patches unchanged, removed ones as predicted."]
+    if len(reconstructions) == 1:
+        legend.append("Output alone: the decoder's prediction of all patches, also the visible ones.")
+    if any(parts.standardized for parts in reconstructions.values()):
         legend.append(
             "Patches are predicted without their mean and contrast (normalize: standardize); both are the true patch's."
         )
@@ -256,14 +385,14 @@ def _draw_reconstructions(
         rows,
         path,
         keep_ratio=lead.pretraining.masking.keep_ratio,
-        captions=chosen.captions,
+        captions=captions,
         title=f"Reconstructions by {title}",
         legend=legend,
     )
 
 
-def _labels(runs: Sequence[ShownRun]) -> list[str]:
-    """The rows' labels: method, run, training; numbered where runs share all of these."""
+def _labels(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the rows' labels (method, run, training), numbered where they are equal."""
     labels: list[str] = []
     for run in runs:
         label, number = run.label(), 2
@@ -273,19 +402,15 @@ def _labels(runs: Sequence[ShownRun]) -> list[str]:
     return labels
 
 
-def _title(runs: Sequence[ShownRun]) -> str:
+def _title(runs: Sequence[FinishedRun]) -> str:
     return runs[0].describe() if len(runs) == 1 else f"{len(runs)} runs on the same images"
 
 
-def _folder(runs: Sequence[ShownRun], out: Path | None) -> Path:
+def _folder(runs: Sequence[FinishedRun], out: Path | None) -> Path:
     beside = runs[0].path.parent / IMAGES
     folder = out or (beside if len(runs) == 1 else beside / COMPARED)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out: {folder} cannot be made a folder ({error.strerror}); name another") from None
+        raise UserError(f"--out: cannot create folder {folder} ({error.strerror}); name another") from None
     return folder
-
-
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)

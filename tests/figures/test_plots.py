@@ -10,8 +10,7 @@ import torch
 from PIL import Image
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.figures import plots as figures
-from mrmae_ds.figures import style
+from mrmae_ds.figures import plots, style
 from mrmae_ds.records.metrics import MetricsWriter
 
 RED, GREEN, BLUE = (255, 0, 0), (0, 255, 0), (0, 0, 255)
@@ -23,8 +22,7 @@ def _pixels(path: Path) -> np.ndarray:
 
 
 def _box(pixels: np.ndarray, color: tuple[int, int, int]) -> tuple[int, int, int, int]:
-    """Return top, left, bottom, right (exclusive) of the pixels of exactly this color, all of which fill
-    it."""
+    """Return top, left, bottom, right (exclusive) of the box that the pixels of this color fill."""
     rows, columns = np.nonzero((pixels == color).all(axis=-1))
     top, left, bottom, right = rows.min(), columns.min(), rows.max() + 1, columns.max() + 1
     assert len(rows) == (bottom - top) * (right - left)
@@ -37,12 +35,10 @@ def _plain(color: tuple[int, int, int], count: int = 1, side: int = 32) -> np.nd
 
 
 @pytest.mark.parametrize("side", [32, 224, 448])
-def test_reconstruction_rows_stand_in_order(tmp_path: Path, side: int) -> None:
+def test_reconstruction_rows_are_in_order(tmp_path: Path, side: int) -> None:
     path = tmp_path / "images" / "r.png"
     masked = torch.from_numpy(_plain(GREEN, side=side))
-    figures.reconstruction_grid(
-        _plain(RED, side=side), masked, _plain(BLUE, side=side), path, title="T", captions=["c"]
-    )
+    plots.reconstruction_grid(_plain(RED, side=side), masked, _plain(BLUE, side=side), path, title="T", captions=["c"])
     boxes = [_box(_pixels(path), color) for color in (RED, GREEN, BLUE)]
     assert boxes[0][2] < boxes[1][0] and boxes[1][2] < boxes[2][0]
     assert len({(left, right) for _, left, _, right in boxes}) == 1
@@ -51,10 +47,10 @@ def test_reconstruction_rows_stand_in_order(tmp_path: Path, side: int) -> None:
     assert (bottom - top, right - left) == {32: (192, 192), 224: (224, 224), 448: (256, 256)}[side]
 
 
-def test_small_pixels_stay_square_and_in_place(tmp_path: Path) -> None:
+def test_small_pixels_are_square_and_in_place(tmp_path: Path) -> None:
     originals = _plain((0, 0, 0), count=2)
     originals[1, :, 3, 30] = (0, 1, 0)  # second image, row 3, column 30
-    figures.reconstruction_grid(originals, _plain(BLUE, 2), _plain(RED, 2), tmp_path / "r.png")
+    plots.reconstruction_grid(originals, _plain(BLUE, 2), _plain(RED, 2), tmp_path / "r.png")
     pixels = _pixels(tmp_path / "r.png")
     top, left, bottom, right = _box(pixels, GREEN)
     assert (bottom - top, right - left) == (6, 6)
@@ -65,9 +61,9 @@ def test_small_pixels_stay_square_and_in_place(tmp_path: Path) -> None:
     assert np.nonzero((pixels == BLUE).all(axis=-1))[1].max() + 1 - right == (32 - 31) * 6
 
 
-def test_reconstructions_outside_the_range_are_clipped(tmp_path: Path) -> None:
+def test_clips_reconstructions_outside_the_range(tmp_path: Path) -> None:
     far = np.stack([np.full((32, 32), value, np.float32) for value in (1.7, -0.4, math.nan)])[None]
-    figures.reconstruction_grid(_plain(GREEN), _plain(BLUE), far, tmp_path / "r.png")
+    plots.reconstruction_grid(_plain(GREEN), _plain(BLUE), far, tmp_path / "r.png")
     _box(_pixels(tmp_path / "r.png"), RED)
 
 
@@ -77,7 +73,7 @@ def test_attention_shows_hot_patches_and_kept_patches(tmp_path: Path) -> None:
     visible = np.zeros((1, 4, 4), bool)
     visible[0, 3, 0] = True
     path = tmp_path / "a.png"
-    figures.attention_grid(_plain(RED), {"Model": torch.from_numpy(heat)}, visible, path)
+    plots.attention_grid(_plain(RED), {"Model": torch.from_numpy(heat)}, visible, path)
     pixels = _pixels(path)
     red = (pixels == RED).all(axis=-1)
     rows, columns = np.nonzero(red)
@@ -95,18 +91,18 @@ def test_attention_shows_hot_patches_and_kept_patches(tmp_path: Path) -> None:
     assert (hot[0].min(), hot[0].max() + 1, hot[1].min(), hot[1].max() + 1) == (48, 96, 96, 144)
 
 
-def test_a_flat_map_is_cold_and_kept_patches_may_be_left_out(tmp_path: Path) -> None:
+def test_a_constant_map_is_uniform_and_kept_patches_are_optional(tmp_path: Path) -> None:
     flat = np.full((1, 2, 2), 0.5, np.float32)
-    figures.attention_grid(_plain(RED), {"Flat": flat}, None, tmp_path / "a.png")
+    plots.attention_grid(_plain(RED), {"Flat": flat}, None, tmp_path / "a.png")
     pixels = _pixels(tmp_path / "a.png")
     _, left, bottom, right = _box(pixels, RED)
     assert len(np.unique(pixels[bottom + 20 : bottom + 150, left:right].reshape(-1, 3), axis=0)) == 1
 
 
-def test_fine_grids_are_drawn_smoothly(tmp_path: Path) -> None:
+def test_fine_grids_are_interpolated(tmp_path: Path) -> None:
     """Compare with torch's bicubic interpolation, which shares no code with matplotlib's."""
     heat = np.random.default_rng(0).random((1, 14, 14), np.float32)
-    figures.attention_grid(_plain(RED, side=224), {"Model": heat}, None, tmp_path / "a.png")
+    plots.attention_grid(_plain(RED, side=224), {"Model": heat}, None, tmp_path / "a.png")
     pixels = _pixels(tmp_path / "a.png")
     _, left, bottom, right = _box(pixels, RED)
     cell = pixels[bottom + 8 : bottom + 8 + 224, left:right]
@@ -120,7 +116,7 @@ def test_fine_grids_are_drawn_smoothly(tmp_path: Path) -> None:
 
 def test_kept_and_removed_patches_make_up_the_image_on_grids_that_do_not_divide() -> None:
     visible = np.array([[[1, 0, 0], [0, 0, 0], [0, 0, 1]]])
-    _, kept, removed = figures.attention_rows(_plain(RED, side=8), {}, visible)
+    _, kept, removed = plots.attention_rows(_plain(RED, side=8), {}, visible)
     assert (kept.label, removed.label) == ("Kept (22 %)", "Removed (78 %)")
     is_red = [(row.images[0, 0] == 1) & (row.images[0, 1] == 0) for row in (kept, removed)]
     expected = np.zeros((8, 8), bool)
@@ -130,42 +126,42 @@ def test_kept_and_removed_patches_make_up_the_image_on_grids_that_do_not_divide(
     assert (is_red[0] == expected).all() and (is_red[1] == ~expected).all()
 
 
-def test_several_reconstructions_stand_below_each_other(tmp_path: Path) -> None:
+def test_several_reconstructions_are_stacked(tmp_path: Path) -> None:
     several = {"MAE": _plain(BLUE), "MR-MAE\ntiny": _plain((255, 0, 255))}
-    rows = figures.reconstruction_rows(_plain(RED), _plain(GREEN), several, keep_ratio=0.5)
+    rows = plots.reconstruction_rows(_plain(RED), _plain(GREEN), several, keep_ratio=0.5)
     assert [row.label for row in rows] == ["Original", "Visible (50 %)", "MAE", "MR-MAE\ntiny"]
     assert [tuple(row.images[0, :, 0, 0]) for row in rows] == [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1)]
 
 
-def test_words_stay_on_the_page_and_mean_themselves(tmp_path: Path) -> None:
+def test_text_stays_on_the_page_and_is_not_math(tmp_path: Path) -> None:
     """A mistake in TeX between dollar signs would raise; a margin that text ran into would not be white."""
     words = "a long sentence about $\\frac{ of " * 12
     path = tmp_path / "r.png"
     texts = {"title": words, "captions": ["a caption far wider than its image"], "legend": [words, words]}
     label = "Model\nwith a second line that is longer than the first"
-    figures.attention_grid(_plain(RED), {label: np.eye(4)[None]}, None, path, **texts)
+    plots.attention_grid(_plain(RED), {label: np.eye(4)[None]}, None, path, **texts)
     pixels = _pixels(path)
     assert pixels.shape[1] == 900
     for margin in (pixels[:, :8], pixels[:, -8:], pixels[:8], pixels[-8:]):
         assert (margin == 255).all()
 
 
-def test_denormalize_undoes_the_models_input() -> None:
+def test_denormalize_inverts_normalization() -> None:
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     colors = torch.rand(2, 3, 4, 4, dtype=torch.float64)
     normalized = (colors - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-    np.testing.assert_allclose(figures.denormalize(normalized, mean, std), colors.numpy(), atol=1e-6)
-    assert figures.denormalize(torch.full((1, 3, 1, 1), 99.0, dtype=torch.bfloat16), mean, std).max() == 1
+    np.testing.assert_allclose(plots.denormalize(normalized, mean, std), colors.numpy(), atol=1e-6)
+    assert plots.denormalize(torch.full((1, 3, 1, 1), 99.0, dtype=torch.bfloat16), mean, std).max() == 1
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (0, 3, 32, 32)])
-def test_wrong_shapes_are_named(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_names_wrong_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[N, 3, H, W\]"):
-        figures.reconstruction_grid(np.zeros(shape), np.zeros(shape), np.zeros(shape), tmp_path / "r.png")
+        plots.reconstruction_grid(np.zeros(shape), np.zeros(shape), np.zeros(shape), tmp_path / "r.png")
     with pytest.raises(ValueError, match=r"Model: expected \[1, h, w\]"):
-        figures.attention_grid(_plain(RED), {"Model": np.zeros((2, 4, 4))}, None, tmp_path / "a.png")
+        plots.attention_grid(_plain(RED), {"Model": np.zeros((2, 4, 4))}, None, tmp_path / "a.png")
     with pytest.raises(ValueError, match="Reconstructed: shape"):
-        figures.reconstruction_grid(_plain(RED), _plain(RED), _plain(RED, side=16), tmp_path / "r.png")
+        plots.reconstruction_grid(_plain(RED), _plain(RED), _plain(RED, side=16), tmp_path / "r.png")
 
 
 def _colors(path: Path) -> set[tuple[int, ...]]:
@@ -177,23 +173,23 @@ def _rgb(name: str) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("steps", [3, 300])
-def test_loss_curves_draw_every_series(tmp_path: Path, steps: int) -> None:
+def test_loss_curves_plot_every_series(tmp_path: Path, steps: int) -> None:
     run = tmp_path / "tiny" / "pretrain"
     with MetricsWriter(run) as writer:
         for step in range(1, steps + 1):
             numbers = {"loss": 1 / step, "loss/mimic": 2 / step, "loss/pixels": 0.5 / step, "lr": 1e-3}
             writer.write(step, numbers | ({"val/top1": 50.0} if step == 2 else {}))
     path = run / "images" / "loss.png"
-    figures.loss_curves(run, path)
+    plots.loss_curves(run, path)
     assert {_rgb(style.INK), _rgb(style.PALETTE[1]), _rgb(style.PALETTE[2])} <= _colors(path)
     with Image.open(path) as image:
         assert image.size[0] == 8 * style.DPI
 
 
-def test_loss_curves_survive_a_run_that_ends_in_nan(tmp_path: Path) -> None:
+def test_loss_curves_of_a_run_that_ends_in_nan(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"loss": math.nan})
-    figures.loss_curves(tmp_path, tmp_path / "loss.png")
+    plots.loss_curves(tmp_path, tmp_path / "loss.png")
     assert (tmp_path / "loss.png").stat().st_size > 0
 
 
@@ -201,4 +197,4 @@ def test_loss_curves_need_a_loss(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer:
         writer.write(1, {"lr": 0.1})
     with pytest.raises(UserError, match="no loss was logged"):
-        figures.loss_curves(tmp_path, tmp_path / "loss.png")
+        plots.loss_curves(tmp_path, tmp_path / "loss.png")

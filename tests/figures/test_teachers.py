@@ -1,4 +1,4 @@
-"""``mrmae teachers``: what a recipe's teachers are, and where they look."""
+"""Tests of ``mrmae teachers``."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def images(tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_what_the_teachers_are_is_printed(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_each_teacher(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["teachers", str(recipe), "teachers.net.precision=fp32", "teachers.net.statistics=student"]) == 0
     out, err = capsys.readouterr()
     own, net = out.rstrip().split("\n\n")
@@ -96,24 +96,22 @@ def _expected(recipe: Path, images: list[Path]) -> tuple[Tensor, dict[str, Tenso
     return pixels, {name: teacher(pixels).importance.reshape(-1, 8, 8) for name, teacher in teachers.items()}
 
 
-def test_images_maps_and_kept_patches_are_drawn(
-    recipe: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_draws_images_maps_and_kept_patches(recipe: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[Any, ...]] = []
     monkeypatch.setattr(teacher_preview, "attention_grid", lambda *args, **kwargs: drawn.append((*args, kwargs)))
     out = recipe.parent / "out.png"
     assert main(["teachers", str(recipe), "--images", *map(str, images), "--out", str(out)]) == 0
-    (found, maps, visible, path, named) = drawn[0]
+    (drawn_pixels, maps, visible, path, texts) = drawn[0]
     pixels, importance = _expected(recipe, images)
-    assert path == out and named["captions"] == ("first.png", "second.png", "third.png")
-    torch.testing.assert_close(found, pixels)
+    assert path == out and texts["captions"] == ("first.png", "second.png", "third.png")
+    torch.testing.assert_close(drawn_pixels, pixels)
     assert list(maps) == [f"own\n{recipe.parent.name}/run", "net\ntest_resnet"]
     for drawn_map, name in zip(maps.values(), importance, strict=True):
         torch.testing.assert_close(drawn_map, importance[name])
     for image in range(3):
         kept = {int(i) for i in visible[image].flatten().nonzero()}
         assert kept == set(np.argsort(importance["own"][image].flatten().numpy())[-16:].tolist())
-    assert "topk, by own" in named["legend"][-1]
+    assert "topk, by own" in texts["legend"][-1]
 
 
 def test_the_figure_is_written_and_overrides_may_follow_the_images(
@@ -141,7 +139,7 @@ def test_the_figure_is_written_and_overrides_may_follow_the_images(
         (["--images", "3"], "absent.beton"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(
+def test_mistakes_are_reported_in_one_line_with_status_2(
     arguments: list[str], error: str, recipe: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["teachers", str(recipe), *arguments]) == 2

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures import plots as figures
 from mrmae_ds.figures.image_grid import GridRow
+from mrmae_ds.figures.select_images import SelectedImages
 from mrmae_ds.figures.visualize import show_run, show_runs
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.weights.model_file import (
@@ -31,7 +33,7 @@ from tests.support.sample_data import Photographs, photograph
 from tests.support.sample_teachers import normalize, timm_attention
 
 SIDE, GRID, COUNT = 16, 4, 16
-ATTENDED = "last block's attention, what each patch gets on average (there is no class token)"
+ATTENDED = "last block's attention, received by each patch on average (there is no class token)"
 GUIDE = "Teacher guide\nmae/pretrain"
 FROM_CLASS = "last block's attention, class token to patches"
 
@@ -173,7 +175,7 @@ def test_reconstructions_are_denormalized(how: str, val: Path, pages: dict[str, 
     np.testing.assert_allclose(page.rows["Reconstructed"].images[0], pasted, atol=1e-5)
 
 
-def test_several_runs_see_the_same_images(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
+def test_draws_several_runs_on_the_same_images(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
     larger = make_recipe(val, "MCMAE", CVIT, 2 * SIDE, None)
     model = save_pretraining(tmp_path / "larger", larger)
     # Of the three pre-trainings the last has a teacher, and so the mask.
@@ -208,47 +210,45 @@ def test_several_runs_see_the_same_images(runs: Runs, pages: dict[str, Page], va
     assert page.labels == ["Original", "Visible (25 %)", f"Reconstructed\n{labels[0]}", f"Reconstructed\n{labels[2]}"]
 
 
-def test_a_run_of_another_grid_is_said_to_reconstruct_nothing(
-    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_warns_of_a_run_with_another_grid(
+    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_pretraining(tmp_path / "larger", make_recipe(val, "MCMAE", CVIT, 2 * SIDE, None))
     show_runs([runs.mrmae, tmp_path / "larger" / "pretrain"], ["0"], out=tmp_path)
     assert pages["reconstructions.png"].labels[2:] == ["Reconstructed", "Output alone"]
     assert pages["reconstructions.png"].title == "Reconstructions by mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
-    told = capsys.readouterr().err
-    assert str(tmp_path / "larger") in told and "no reconstructions" in told and told.count("\n") == 1
+    (message,) = caplog.messages
+    assert str(tmp_path / "larger") in message and "no reconstructions" in message
 
 
-def test_the_same_part_of_an_image_above_224_pixels(val: Path) -> None:
+def test_crops_the_same_part_above_224_pixels(val: Path) -> None:
     """Evaluation at 256 sees the whole short side, at 224 seven eighths of it: a run at 256 is given these too."""
-    from mrmae_ds.figures.select_images import Chosen
-
     across, down = np.meshgrid(np.arange(400), np.arange(320))
     ramp = np.stack([across * 255 / 399, down * 255 / 319, 0 * across], axis=-1)
-    chosen = Chosen((Image.fromarray(np.rint(ramp).astype(np.uint8)),), ("ramp",))
-    small, large = (chosen.cut(224, size)[0, :2] for size in (224, 256))
+    selection = SelectedImages((Image.fromarray(np.rint(ramp).astype(np.uint8)),), ("ramp",))
+    small, large = (selection.crop(224, size)[0, :2] for size in (224, 256))
     for pixels in (small, large):
         left, right = pixels[0, 100, 0] * 400, pixels[0, 100, -1] * 400
         top, bottom = pixels[1, 0, 100] * 320, pixels[1, -1, 100] * 320
         # 280 of the 320 pixels of the short side are seen.
         assert [left, right, top, bottom] == pytest.approx([60, 340, 20, 300], abs=2)
-    assert chosen.cut(256, 256)[0, 1, 0, 100] * 320 == pytest.approx(0, abs=2)
+    assert selection.crop(256, 256)[0, 1, 0, 100] * 320 == pytest.approx(0, abs=2)
 
 
-def test_classifiers_alone_have_neither_teacher_nor_mask(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+def test_classifiers_have_neither_teacher_nor_mask(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
     assert show_runs([runs.finetuned], ["1"], out=tmp_path) == [tmp_path / "attention.png"]
     assert pages["attention.png"].labels == ["Image", "MR-MAE\nmrmae\nfine-tuned 2 epochs, photographs"]
     assert pages["attention.png"].legend == [f"MR-MAE mrmae: {ATTENDED}."]
 
 
-def test_runs_with_equal_labels_are_numbered(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+def test_numbers_runs_with_equal_labels(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
     show_runs([runs.mae, runs.mae], ["1"], out=tmp_path)
     label = "MAE\nmae\n4 epochs, photographs"
     assert pages["attention.png"].labels[1:3] == [label, f"{label} (2)"]
     assert pages["attention.png"].legend[-1] == "Patches are kept at random."
 
 
-def test_the_seed_is_the_masks(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+def test_the_seed_determines_the_mask(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
     kept = []
     for seed in (0, 0, 1):
         show_runs([runs.mae], ["3"], seed=seed, out=tmp_path)
@@ -256,7 +256,7 @@ def test_the_seed_is_the_masks(runs: Runs, pages: dict[str, Page], tmp_path: Pat
     assert (kept[0] == kept[1]).all() and (kept[0] != kept[2]).any()
 
 
-def test_the_default_is_evenly_spaced_images(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
+def test_selects_evenly_spaced_images_by_default(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
     show_runs([runs.mae], out=tmp_path)
     assert [caption.split(":")[0] for caption in pages["attention.png"].captions] == ["2", "8", "13"]
     show_runs([runs.mae], count=COUNT, out=tmp_path)
@@ -268,8 +268,9 @@ def test_the_default_is_evenly_spaced_images(runs: Runs, pages: dict[str, Page],
 
 
 def test_files_and_folders(
-    runs: Runs, pages: dict[str, Page], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: Runs, pages: dict[str, Page], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.INFO)
     upright = photograph().crop((100, 100, 190, 160))
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
@@ -283,15 +284,16 @@ def test_files_and_folders(
     expected = evaluated_image(upright)
     show_runs([runs.mae], [str(folder), str(folder / "a.png")], out=tmp_path)
     page = pages["attention.png"]
-    assert page.captions == ["a.png", "a.png", "c.png", "d.png"]  # the named one, and as many as are usual
-    assert f"3 of the 4 images of {folder}" in capsys.readouterr().err
+    assert page.captions == ["a.png", "a.png", "c.png", "d.png"]  # the named one, and the default number
+    assert f"3 of the 4 images of {folder}" in caplog.messages[-1]
+    caplog.clear()
     for image in page.rows["Image"].images:
         np.testing.assert_array_equal(image, expected.numpy())
     show_runs([runs.mae], [str(folder)], count=1, out=tmp_path)
     assert pages["attention.png"].captions == ["c.png"]
     show_runs([runs.mae], [str(folder / "a.png")] * 4, out=tmp_path)
     assert pages["attention.png"].captions == ["a.png"] * 4
-    assert capsys.readouterr().err == ""
+    assert caplog.messages == []
 
 
 def test_no_validation_set_is_needed_for_files(pages: dict[str, Page], tmp_path: Path) -> None:
@@ -303,8 +305,8 @@ def test_no_validation_set_is_needed_for_files(pages: dict[str, Page], tmp_path:
         show_runs([tmp_path / "moved" / "pretrain"])
 
 
-def test_a_teacher_that_is_gone_is_left_out_and_told(
-    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_omits_a_missing_teacher_with_a_warning(
+    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     recipe = make_recipe(val, "MR-MAE", CVIT, SIDE, tmp_path / "gone")
     model = save_pretraining(tmp_path / "orphan", recipe)
@@ -315,7 +317,7 @@ def test_a_teacher_that_is_gone_is_left_out_and_told(
     heat = pages["attention.png"].rows[label].heat
     assert heat is not None
     np.testing.assert_allclose(heat, scaled_attention(model, normalize(evaluated_page(val), MEAN, STD)), atol=1e-4)
-    lines = capsys.readouterr().err.splitlines()
+    lines = caplog.messages
     assert "drawn without teacher guide" in lines[0] and "gone" in lines[0]
     assert "at random, not by teacher guide" in lines[1] and len(lines) == 2
     assert pages["attention.png"].legend[-1] == "Patches are kept at random."
@@ -325,7 +327,7 @@ def evaluated_page(val: Path) -> Tensor:
     return evaluated(val, 4)[None]
 
 
-def test_the_command_writes_the_chosen_image(
+def test_command_draws_the_selected_images(
     runs: Runs, val: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["show", str(runs.mrmae), str(runs.mae), "--images", "10", "7", "--out", str(tmp_path)]) == 0
@@ -350,14 +352,14 @@ def _find(page: np.ndarray, block: np.ndarray) -> tuple[int, int]:
     raise AssertionError("the image is not on the page")
 
 
-def test_images_go_beside_the_first_run(runs: Runs, pages: dict[str, Page]) -> None:
+def test_writes_beside_the_first_run(runs: Runs, pages: dict[str, Page]) -> None:
     assert show_run(runs.mrmae)[0] == runs.mrmae / "images" / "attention.png"
     assert len(pages["attention.png"].captions) == 3
     # A comparison must not overwrite the run's own images.
     assert show_runs([runs.mrmae, runs.mae])[0] == runs.mrmae / "images" / "compared" / "attention.png"
 
 
-def test_training_draws_no_classifier_and_nothing_where_none_is_wanted(runs: Runs, val: Path, tmp_path: Path) -> None:
+def test_draws_nothing_for_classifiers_and_without_images(runs: Runs, val: Path, tmp_path: Path) -> None:
     assert show_run(runs.finetuned) == []
     recipe = make_recipe(val, "MAE", VIT, SIDE, None)
     save_pretraining(
@@ -370,28 +372,28 @@ def test_training_draws_no_classifier_and_nothing_where_none_is_wanted(runs: Run
 MISTAKES = {
     "number beyond the end": (["--images", "3", "16"], "has no image 16; its 16 images are numbered 0 to 15"),
     "negative number": (["--images", "-1"], "has no image -1"),
-    "number and file": (["--images", "3", "{0}/x.jpg"], "x.jpg is no number"),
+    "number and file": (["--images", "3", "{0}/x.jpg"], "x.jpg is not a number"),
     "no such file": (["--images", "{0}/none.jpg"], "none.jpg: no such file or folder"),
     "not an image": (["--images", "{0}/notes.txt"], "notes.txt: cannot be read (no image"),
     "torn image": (["--images", "{0}/torn.jpg"], "torn.jpg: cannot be read"),
     "empty folder": (["--images", "{0}/empty"], "empty holds no images"),
     "no images": (["--num-images", "0"], "--num-images: at least 1"),
-    "more than there are": (["--num-images", "17"], "17 images wanted, but"),
+    "more than there are": (["--num-images", "17"], "17 is more than the 16 images of"),
     "count of numbers": (
         ["--images", "1", "--num-images", "1"],
-        "--num-images: the numbers after --images say how many",
+        "--num-images: not allowed with numbers after --images",
     ),
     "count of files": (
         ["--images", "{0}/x.jpg", "--num-images", "1"],
-        "--num-images: the files after --images say how many",
+        "--num-images: not allowed with files after --images",
     ),
-    "too many": (["--images", *["0"] * 65], "65 images are too many for one figure; choose 64 or fewer"),
-    "no folder": (["--out", "{0}/notes.txt"], "notes.txt cannot be made a folder"),
+    "too many": (["--images", *["0"] * 65], "65 images are too many for one figure; select 64 or fewer"),
+    "no folder": (["--out", "{0}/notes.txt"], "cannot create folder {0}/notes.txt"),
 }
 
 
 @pytest.mark.parametrize("case", MISTAKES)
-def test_one_clear_error(case: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_reports_one_clear_error(case: str, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photograph().save(tmp_path / "x.jpg")
     (tmp_path / "torn.jpg").write_bytes((tmp_path / "x.jpg").read_bytes()[:20_000])
     (tmp_path / "notes.txt").write_text("no image")
@@ -399,10 +401,10 @@ def test_one_clear_error(case: str, runs: Runs, tmp_path: Path, capsys: pytest.C
     arguments, expected = MISTAKES[case]
     assert main(["show", str(runs.mae), *(argument.format(tmp_path) for argument in arguments)]) == 2
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and expected in err
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and expected.format(tmp_path) in err
 
 
-def test_files_that_are_no_run(runs: Runs, val: Path, tmp_path: Path) -> None:
+def test_rejects_files_that_are_not_runs(runs: Runs, val: Path, tmp_path: Path) -> None:
     path = runs.mae / MODEL_FILE
     tensors, metadata = read_tensors(path), read_metadata(path)
     save_weights(tmp_path / "bare", tensors, {name: metadata[name] for name in metadata if name != "recipe"})
@@ -413,5 +415,5 @@ def test_files_that_are_no_run(runs: Runs, val: Path, tmp_path: Path) -> None:
         show_runs([tmp_path / "newer"])
     less = {name: tensor for name, tensor in tensors.items() if name != "decoder.mask_token"}
     save_weights(tmp_path / "less", less, metadata)
-    with pytest.raises(UserError, match=r"less: its tensors are not those of its recipe"):
+    with pytest.raises(UserError, match=r"less: its tensors do not match its recipe"):
         show_runs([tmp_path / "less"], ["0"], out=tmp_path)
