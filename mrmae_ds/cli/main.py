@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mrmae_ds import __version__
-from mrmae_ds.cli import check, cost, data, export, plan, replay, show, submit, table, teachers, train
+from mrmae_ds.cli import check, cost, data, export, migrate, plan, replay, show, submit, table, teachers, train
 from mrmae_ds.cli.parser import Command, CommandParser, run_command
 
 COMMANDS: dict[str, Command] = {
@@ -18,6 +18,7 @@ COMMANDS: dict[str, Command] = {
     "export": export,
     "check": check,
     "replay": replay,
+    "migrate": migrate,
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from mrmae_ds.config.renamed import refuse_renamed
 from mrmae_ds.errors import ConfigError, UserError
 
 
@@ -33,6 +34,7 @@ def read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
     raw = read_yaml(path)
+    refuse_renamed(raw, path)
     parent = raw.pop("extends", None)
     if parent is None:
         return raw

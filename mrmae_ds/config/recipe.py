@@ -9,8 +9,6 @@ removes a key.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -18,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from mrmae_ds.config.files import apply_overrides, describe_errors, read_extended
+from mrmae_ds.config.renamed import refuse_renamed, values_hash
 from mrmae_ds.config.run_names import shorten_sources
 from mrmae_ds.config.sections import (
     CheckpointConfig,
@@ -149,8 +148,7 @@ class Recipe(Section):
 
         Runs that differ in their seed alone share it.
         """
-        kept = self.counted(stage)
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+        return values_hash(self.counted(stage))
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -163,6 +161,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: naming file, key and nearest known key.
     """
+    refuse_renamed(apply_overrides({}, overrides or [], path), path, source="override")
     raw = apply_overrides(read_extended(path), overrides or [], path)
     try:
         return Recipe.model_validate(raw)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mrmae_ds.config.files import describe_errors
 from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.renamed import rename_keys
 from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalize, reconstruction_grid
@@ -84,7 +85,7 @@ class FinishedRun:
         path = find_weights(source, "run")
         metadata = read_metadata(path)
         try:
-            recipe = Recipe.model_validate(metadata["recipe"])
+            recipe = Recipe.model_validate(rename_keys(metadata["recipe"]))
             stage, mean, std = metadata["stage"], tuple(metadata["mean"]), tuple(metadata["std"])
             recipe.stage(stage)
         except ValidationError as error:

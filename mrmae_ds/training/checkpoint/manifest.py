@@ -113,11 +113,14 @@ class Manifest(_Section):
         """Bytes of all files."""
         return sum(entry.size for entry in self.files.values())
 
+    def to_text(self) -> str:
+        """Return the file's text, with the content's checksum."""
+        content = self.model_dump(mode="json")
+        return json.dumps({"format": FORMAT, "sha256": _digest(content), "content": content}, indent=1)
+
     def write(self, folder: Path) -> None:
         """Write ``folder/manifest.json`` and flush it."""
-        content = self.model_dump(mode="json")
-        text = {"format": FORMAT, "sha256": _digest(content), "content": content}
-        write_text(folder / MANIFEST, json.dumps(text, indent=1))
+        write_text(folder / MANIFEST, self.to_text())
 
 
 def read_manifest(checkpoint: Path) -> Manifest:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
 from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.renamed import refuse_renamed
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
@@ -107,12 +109,15 @@ def no_complete_checkpoint(stage_dir: Path, damaged: list[str]) -> str:
 def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, current: RunIdentity) -> RunIdentity:
     """Return the identity of the recorded run; what a record does not hold is taken from ``current``."""
     path = stage_dir / RECIPE_FILE
-    recipe = {}
+    recipe: dict[str, Any] = {}
     if path.is_file() and record.recipe_hash != current.recipe_hash:
         try:
-            recipe = Recipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).counted(stage)
-        except (ValueError, yaml.YAMLError):  # of an earlier version of this project
-            recipe = {}
+            written = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (ValueError, yaml.YAMLError):
+            written = {}
+        refuse_renamed(written, stage_dir)
+        with contextlib.suppress(ValueError):  # of an earlier version of this project
+            recipe = Recipe.model_validate(written).counted(stage)
     trains = stage != "evaluate"
     return RunIdentity(
         recipe_hash=record.recipe_hash,
@@ -125,6 +130,7 @@ def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, current: Run
 
 
 def _check_same(before: RunIdentity, current: RunIdentity, path: Path) -> None:
+    refuse_renamed(before.recipe, path)
     if differences := before.differences(current):
         raise UserError(f"{path}: of another run; changed since: {'; '.join(differences)}. {FIX}")
 

@@ -1,0 +1,153 @@
+"""Rewrite recipes, pipeline files and run folders of earlier versions with the present keys (``mrmae migrate``).
+
+Rewritten are YAML files, and of run folders ``record.json``, ``captures/*/capture.json`` and the checkpoints'
+``manifest.json``; ``pictures/`` becomes ``images/``. Weights are left as they are: records, teachers and checkpoints
+identify a model.safetensors by its SHA-256, and whatever reads the recipe in its metadata renames the keys itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from mrmae_ds.config.files import describe_errors, read_json, read_yaml
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.renamed import former_hash, rename_in_text, rename_keys, values_hash
+from mrmae_ds.errors import UserError
+from mrmae_ds.files import write_text
+from mrmae_ds.records.record import RECORD_FILE
+from mrmae_ds.training.checkpoint.manifest import MANIFEST, read_manifest
+from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
+from mrmae_ds.training.nonfinite_capture import FILE as CAPTURE_FILE
+
+_YAML = (".yaml", ".yml")
+_OLD_IMAGES, _IMAGES = "pictures", "images"
+# Indentation of the JSON files that hold hashes of recipes.
+_INDENTS = {RECORD_FILE: 2, CAPTURE_FILE: 1}
+
+
+def migrate(paths: Iterable[Path], dry_run: bool = False) -> tuple[list[str], list[str]]:
+    """Rewrite files and run folders, each file in one step; a second call changes nothing.
+
+    Args:
+        paths: YAML files, run folders, or folders that hold them at any depth.
+        dry_run: report the changes only.
+
+    Returns:
+        A line for each change, and a message for each file that could not be read or rewritten.
+
+    Raises:
+        UserError: for a path that does not exist.
+    """
+    files = list(_files(paths))
+    hashes: dict[str, str] = {}
+    texts: dict[Path, str] = {}
+    problems = []
+    for path in files:
+        if path.name == RECORD_FILE and (path.parent / RECIPE_FILE).is_file():
+            try:
+                hashes |= _renamed_hash(path)
+            except UserError as error:
+                problems.append(str(error))
+    for path in files:
+        try:
+            texts[path] = _rewritten(path, hashes)
+        except UserError as error:
+            problems.append(str(error))
+    done = []
+    for path, text in texts.items():
+        if text != path.read_text(encoding="utf-8"):
+            done.append(f"{'would rewrite' if dry_run else 'rewritten'}: {path}")
+            if not dry_run:
+                write_text(path, text)
+    for folder in (path.parent for path in files if path.name == RECORD_FILE):
+        old, new = folder / _OLD_IMAGES, folder / _IMAGES
+        if old.is_dir() and not new.exists():
+            done.append(f"{'would rename' if dry_run else 'renamed'}: {old} -> {new}")
+            if not dry_run:
+                old.rename(new)
+    return done, problems
+
+
+def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_file():
+            yield path
+            continue
+        if not path.is_dir():
+            raise UserError(f"{path}: no such file or folder")
+        for folder, below, names in os.walk(path):
+            # Hidden folders are not the user's, but for an earlier run that a fresh start set aside.
+            below[:] = sorted(name for name in below if not name.startswith(".") or name.endswith(".previous"))
+            yield from (Path(folder, name) for name in sorted(names) if _is_ours(Path(folder, name)))
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix not in _YAML:
+        return path.name in (RECORD_FILE, MANIFEST, CAPTURE_FILE)
+    try:
+        keys = set(read_yaml(path))
+    except UserError:  # some other project's YAML
+        return False
+    return keys <= {*Recipe.model_fields, "extends", "record"} or {"name", "runs"} <= keys
+
+
+def _renamed_hash(record: Path) -> dict[str, str]:
+    """Return the former and the present hash of a run's stage, if they differ."""
+    path = record.parent / RECIPE_FILE
+    stage = read_json(record).get("stage")
+    try:
+        recipe = Recipe.model_validate(rename_keys(read_yaml(path)))
+        counted = recipe.counted(stage)
+    except ValidationError as error:
+        raise UserError(describe_errors(error, Recipe, path)) from None
+    except AttributeError:
+        raise UserError(f"{record}: no such stage: {stage!r}") from None
+    before, now = former_hash(counted), recipe.hash(stage)
+    return {} if before == now else {before: now}
+
+
+def _rewritten(path: Path, hashes: dict[str, str]) -> str:
+    """Return the present form of a file's text."""
+    text = path.read_text(encoding="utf-8")
+    if path.name == MANIFEST:
+        return _manifest_text(path, text)
+    if path.name in _INDENTS:
+        content = read_json(path)
+        renamed = _with_hashes(content, hashes)
+        if renamed == content:
+            return text
+        ending = "\n" if text.endswith("\n") else ""
+        return json.dumps(renamed, indent=_INDENTS[path.name], ensure_ascii=False) + ending
+    if path.suffix not in _YAML:
+        raise UserError(f"{path}: neither YAML nor a file of a run; name a recipe, a pipeline file or a folder")
+    try:
+        return rename_in_text(text)
+    except (UserError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def _with_hashes(value: Any, hashes: dict[str, str], key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {name: _with_hashes(below, hashes, name) for name, below in value.items()}
+    if isinstance(value, list):
+        return [_with_hashes(below, hashes) for below in value]
+    return hashes.get(value, value) if key == "recipe_hash" else value
+
+
+def _manifest_text(path: Path, text: str) -> str:
+    manifest = read_manifest(path.parent)
+    identity = manifest.identity
+    recipe = rename_keys(identity.recipe)
+    if recipe == identity.recipe:
+        return text
+    if values_hash(identity.recipe) != identity.recipe_hash:
+        raise UserError(f"{path}: its recipe is not the one of its hash {identity.recipe_hash}")
+    identity = identity.model_copy(update={"recipe": recipe, "recipe_hash": values_hash(recipe)})
+    return manifest.model_copy(update={"identity": identity}).to_text()
