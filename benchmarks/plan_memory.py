@@ -212,29 +212,30 @@ def engine_json(settings: Configuration, on_cpu: bool) -> dict[str, Any]:
 
 
 def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[str, float]:
-    """The planner's bytes at the fullest moment of each part of a step."""
+    """Return the planner's peak bytes of the phases that are measured."""
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.imagenet import IMAGENET_CLASSES
-    from mrmae_ds.planning.estimate import count_stage
-    from mrmae_ds.planning.peak_memory import moments
+    from mrmae_ds.planning.fake_step import build_meta_task
+    from mrmae_ds.planning.peak_memory import phase_peaks
+    from mrmae_ds.planning.stage import count_stage
     from mrmae_ds.planning.zero_memory import ZeroMemory
     from mrmae_ds.profiling.flops import recipe_cost
 
     config = load_engine_config(engine_file)
     recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings.size}.yaml", list(settings.overrides))
     (cost,) = [cost for cost in recipe_cost(recipe, config.checkpointing) if cost.stage == settings.stage]
-    stage = count_stage(recipe, config, cost, IMAGENET_CLASSES, on_cpu=on_cpu)
-    zero = config.zero
-    engine = ZeroMemory(stage.census(zero), zero, settings.ranks, settings.accumulation, on_cpu)
-    placed = {name: each.placed(stage.placements[name], settings.ranks) for name, each in stage.teachers.items()}
-    parts: dict[str, float] = {}
-    for moment in moments(engine, stage.simulation.timeline, placed, settings.micro_batch):
-        # Teachers are asked in what is measured as forward, gradients reduced late in what is measured as backward.
-        part = {"reduction of gradients": "backward"}.get(moment.name, moment.name)
-        part = "forward" if part.startswith("teacher ") else part
-        parts[part] = max(parts.get(part, 0.0), moment.total)
-    return parts
+    task = build_meta_task(recipe, cost.stage, config, IMAGENET_CLASSES)
+    stage = count_stage(task, config, cost, on_cpu=on_cpu)
+    engine = ZeroMemory(stage.count_parameters(config.zero), config.zero, settings.ranks, settings.accumulation, on_cpu)
+    teachers = {n: weights.placed(task.placements[n], settings.ranks) for n, weights in stage.teachers.items()}
+    peaks: dict[str, float] = {}
+    for phase in phase_peaks(engine, stage.timeline, teachers, settings.micro_batch):
+        # Measurements include teacher calls in forward, and the gradient reduction in backward.
+        name = {"gradient reduction": "backward"}.get(phase.name, phase.name)
+        name = "forward" if name.startswith("teacher ") else name
+        peaks[name] = max(peaks.get(name, 0.0), phase.total)
+    return peaks
 
 
 def measure(settings: Configuration, engine_file: Path, folder: Path, on_cpu: bool, limit: float) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""``mrmae plan``: resources that a recipe needs on a cluster."""
+"""``mrmae plan``: memory, and estimates of time and communication."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 
 from mrmae_ds.cli.parser import CommandParser, add_recipe_options
 
-SUMMARY = "estimate a recipe's memory, network traffic, hours and images/s on a cluster, without data or weights"
+SUMMARY = "plan a training job: memory, and estimates of hours, communication and loader throughput"
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -31,7 +31,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the plan."""
-    from mrmae_ds.planning.plan import Request, describe_plan
+    from mrmae_ds.planning.plan import PlanRequest, describe_plan
 
     given = {name: value for name, value in vars(args).items() if value is not None and name != "run_command"}
-    print(describe_plan(Request(**given)))
+    print(describe_plan(PlanRequest(**given)))

@@ -1,1 +1,1 @@
-"""What a recipe will cost, told before anything is submitted."""
+"""Plan memory, time and communication of a recipe before anything is submitted: ``mrmae plan``."""

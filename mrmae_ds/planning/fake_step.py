@@ -1,11 +1,10 @@
-"""One micro-batch of a stage, as the real task runs it, on modules without weights."""
+"""Run a micro-batch of a stage's real task on fake tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,64 +17,61 @@ from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.models.pretrain import set_checkpointing
-from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace
+from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace_timeline
 from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.training.tasks.base import MicroBatchKey, Task
 from mrmae_ds.training.tasks.build import build_task
 
 
-@dataclass(frozen=True)
-class Simulation:
-    """A stage's task, its modules without weights, and the memory of one micro-batch.
-
-    Attributes:
-        task: model and teachers.
-        timeline: memory over the phases ``teacher NAME``, ``targets``, ``forward`` and ``backward``.
-    """
-
-    task: Task[Any]
-    timeline: Timeline
-
-
-def simulate(
+def build_meta_task(
     recipe: Recipe,
     stage_name: TrainStageName,
     config: EngineConfig,
     num_classes: int,
-    *,
-    on_cpu: bool = False,
     teacher_builder: TeacherBuilder = build_meta_teacher,
-) -> Simulation:
-    """Build a stage and run a micro-batch of it.
+) -> Task[Any]:
+    """Build the task of a stage on the meta device.
 
     Args:
-        recipe: no file that it names is read, but for a teacher that is a run of this project.
+        recipe: the files that it names are not read, except a teacher that is a run of this project.
         stage_name: one of its training stages.
-        config: whose precision and checkpointing hold.
-        num_classes: of the data set.
-        on_cpu: types are those of autocast on the CPU, not on CUDA.
-        teacher_builder: gives teachers on the meta device.
+        config: engine config.
+        num_classes: number of classes of the data set.
+        teacher_builder: builds teachers on the meta device.
 
     Raises:
-        UserError: as :func:`~mrmae_ds.factory.build_pretraining`.
+        UserError: as :func:`~mrmae_ds.training.tasks.build.build_task`.
     """
     with torch.device("meta"):
-        task = build_task(recipe, stage_name, config, num_classes, teacher_builder=teacher_builder)
+        return build_task(recipe, stage_name, config, num_classes, teacher_builder=teacher_builder)
+
+
+def trace_micro_batch(task: Task[Any], config: EngineConfig, *, on_cpu: bool = False) -> Timeline:
+    """Run a micro-batch of a task on fake tensors.
+
+    Args:
+        task: on the meta device; its tensors are replaced by fake ones.
+        config: engine config; its precision and activation checkpointing are applied.
+        on_cpu: use autocast's dtypes of the CPU instead of CUDA's.
+
+    Returns:
+        Memory over the phases ``teacher NAME``, ``targets``, ``forward`` and ``backward``.
+    """
     with FakeTensorMode():
         make_fake(task.model, config.model_dtype)
         for teacher in task.teachers.values():
             make_fake(teacher)
         task.normalize.to(torch.device("cpu"))
         set_checkpointing(task.model, config.checkpointing)
-        timeline = trace(lambda num_images: _run(task, config, num_images, on_cpu))
-    return Simulation(task, timeline)
+        return trace_timeline(lambda num_images: _run(task, config, num_images, on_cpu))
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replace parameters and buffers of the meta device by fake ones of the CPU, on which autocast works.
+    """Replace parameters and buffers on the meta device by fake ones on the CPU, which support autocast.
 
     Args:
-        dtype: of floating-point parameters and buffers; None keeps them.
+        module: modified in place.
+        dtype: dtype of floating-point parameters and buffers; None keeps theirs.
     """
     made: dict[int, Tensor] = {}
 
@@ -88,12 +84,14 @@ def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
         return made[id(tensor)]
 
     for part in module.modules():
-        for held in (part._parameters, part._buffers):
-            held.update({name: fake(tensor) for name, tensor in held.items() if tensor is not None})
+        for name, parameter in part._parameters.items():
+            part._parameters[name] = None if parameter is None else cast(nn.Parameter, fake(parameter))
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else fake(buffer)
 
 
 class _Engine:
-    """What a task calls in DeepSpeed's engine's place: the model, under the config's autocast."""
+    """Replacement of DeepSpeed's engine: calls the model under the config's autocast."""
 
     def __init__(self, model: nn.Module, autocast: bool, recorder: TensorRecorder) -> None:
         self.model, self.autocast, self.recorder = model, autocast, recorder
@@ -104,13 +102,8 @@ class _Engine:
             return self.model(*inputs)
 
 
-def _run(
-    task: Task[Any],
-    config: EngineConfig,
-    num_images: int,
-    on_cpu: bool,
-) -> TensorRecorder:
-    """One micro-batch, forward and backward."""
+def _run(task: Task[Any], config: EngineConfig, num_images: int, on_cpu: bool) -> TensorRecorder:
+    """Run forward and backward of a micro-batch."""
     recorder = TensorRecorder([task.model, *task.teachers.values()])
     engine: Any = _Engine(task.model, config.zero.autocast, recorder)
     key = MicroBatchKey(seed=0, step=0, index=0, rank=0, world_size=1, micro_batch=num_images)

@@ -1,4 +1,4 @@
-"""A model's parameters as the engine sees them: how many, in which order they run, which travel in bf16."""
+"""Parameter counts of a model: by group, by communicated dtype and by gather unit."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """Elements of a model's parameters.
+    """Number of elements of a model's parameters.
 
     Attributes:
-        modules: as ZeRO-3 sees them.
-        trainable, frozen: of all parameters.
-        low: of all, those that travel in bf16.
-        trainable_low: of the trainable ones, those that travel in bf16.
-        encoder: of the encoder, with its head in fine-tuning.
-        largest: of the largest parameter.
-        groups: trainable elements of each of the optimizer's groups.
+        modules: the modules as ZeRO-3 gathers them.
+        trainable: trainable elements.
+        frozen: frozen elements.
+        low: elements communicated in bf16.
+        trainable_low: trainable elements communicated in bf16.
+        encoder: elements of the encoder, with its head in fine-tuning.
+        largest: elements of the largest parameter.
+        groups: trainable elements of each optimizer group.
     """
 
     modules: GatherUnit
@@ -37,24 +38,24 @@ class ParameterCounts:
 
     @property
     def total(self) -> int:
-        """All elements."""
+        """Number of all elements."""
         return self.trainable + self.frozen
 
 
-def parameter_counts(model: nn.GatherUnit, zero: ZeroSettings, groups: Iterable[int]) -> ParameterCounts:
+def count_parameters(model: nn.Module, zero: ZeroSettings, groups: Iterable[int]) -> ParameterCounts:
     """Count a model's parameters.
 
     Args:
-        model: whose values do not matter.
-        zero: says what a unit is, and which modules' parameters travel in bf16.
-        groups: elements of each of the optimizer's groups.
+        model: on any device, also fake or meta.
+        zero: determines the gather units and the modules whose parameters are communicated in bf16.
+        groups: elements of each optimizer group.
     """
     low = {id(p) for module in model.modules() if zero.travels_low(module) for p in module.parameters(recurse=False)}
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     return ParameterCounts(
-        modules=_see(model, zero, low),
+        modules=_gather_unit(model, zero, low),
         low=sum(p.numel() for p in parameters if id(p) in low),
         trainable=sum(p.numel() for p in trainable),
         frozen=sum(p.numel() for p in parameters if not p.requires_grad),
@@ -65,15 +66,15 @@ def parameter_counts(model: nn.GatherUnit, zero: ZeroSettings, groups: Iterable[
     )
 
 
-def _see(module: nn.GatherUnit, zero: ZeroSettings, low: set[int]) -> GatherUnit:
-    """A module and those that run inside it; the models here run them in the order in which they hold them."""
+def _gather_unit(module: nn.Module, zero: ZeroSettings, low: set[int]) -> GatherUnit:
+    """Convert a module and those inside it. The models of this project run them in the order of registration."""
     leaf = zero.is_leaf(module)
     own = tuple(GatheredParam(p.numel(), id(p) in low, p.requires_grad) for p in module.parameters(recurse=leaf))
-    return GatherUnit(own, leaf, () if leaf else tuple(_see(child, zero, low) for child in _called(module)))
+    return GatherUnit(own, leaf, () if leaf else tuple(_gather_unit(child, zero, low) for child in _called(module)))
 
 
-def _called(module: nn.GatherUnit) -> Iterator[nn.GatherUnit]:
-    """The children with parameters; of those that only hold modules, which nobody calls, what they hold."""
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the children with parameters; containers, whose forward is not called, are replaced by their children."""
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.ModuleDict | nn.Sequential):
             yield from _called(child)

@@ -1,4 +1,4 @@
-"""The memory of a stage: of a GPU at the fullest moment of a step, and of a node."""
+"""Peak memory of a rank's device over the phases of a step."""
 
 from __future__ import annotations
 
@@ -6,60 +6,67 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mrmae_ds.planning.activation_trace import Timeline
-from mrmae_ds.planning.teacher_memory import Placed
+from mrmae_ds.planning.teacher_memory import TeacherBytes
 from mrmae_ds.planning.zero_memory import Items, ZeroMemory
 
-SAVED, WORKING, TEACHERS = "activations kept for backward", "working memory", "teachers' weights"
+SAVED, WORKING, TEACHERS = "activations saved for backward", "temporaries", "teacher weights"
 
 
 @dataclass(frozen=True)
-class Moment:
-    """What is on a device at a moment of a step, in bytes, by what it is for."""
+class PhasePeak:
+    """Device memory at the peak of a phase.
+
+    Attributes:
+        name: name of the phase.
+        items: bytes by component.
+    """
 
     name: str
     items: Items
 
     @property
     def total(self) -> float:
-        """Bytes of all."""
+        """Bytes of all components."""
         return sum(self.items.values())
 
 
-def fullest(engine: ZeroMemory, timeline: Timeline, teachers: Mapping[str, Placed], images: int) -> Moment:
-    """The moment of a step at which the most is on the device.
+def step_peak(memory: ZeroMemory, timeline: Timeline, teachers: Mapping[str, TeacherBytes], images: int) -> PhasePeak:
+    """Return the phase with the highest peak of a step.
 
     Args:
-        engine: the student in its engine.
-        timeline: of a micro-batch.
-        teachers: by name; a call of one is the phase ``teacher NAME``.
-        num_images: of a micro-batch.
+        memory: the student in its engine.
+        timeline: activations of a micro-batch.
+        teachers: weights by name; the call of a teacher is the phase ``teacher NAME``.
+        images: micro-batch size.
     """
-    return max(moments(engine, timeline, teachers, images), key=lambda moment: moment.total)
+    return max(phase_peaks(memory, timeline, teachers, images), key=lambda phase: phase.total)
 
 
-def moments(engine: ZeroMemory, timeline: Timeline, teachers: Mapping[str, Placed], images: int) -> Iterator[Moment]:
-    """The fullest moment of each part of a step; arguments as for :func:`fullest`."""
-    idle = {TEACHERS: sum(placed.idle for placed in teachers.values())}
-    always = _sum(engine.standing(), idle)
-    before = _sum(always, engine.carried())
-    for name, placed in teachers.items():
+def phase_peaks(
+    memory: ZeroMemory, timeline: Timeline, teachers: Mapping[str, TeacherBytes], images: int
+) -> Iterator[PhasePeak]:
+    """Yield the peak of each phase of a step; arguments as for :func:`step_peak`."""
+    idle = {TEACHERS: sum(weights.idle for weights in teachers.values())}
+    always = _sum(memory.persistent(), idle)
+    before = _sum(always, memory.accumulated())
+    for name, weights in teachers.items():
         phase = f"teacher {name}"
-        called = _sum(before, {TEACHERS: placed.calling - placed.idle, WORKING: timeline.peak(images, phase)})
-        yield Moment(phase, called)
+        extra = {TEACHERS: weights.calling - weights.idle, WORKING: timeline.peak(images, phase)}
+        yield PhasePeak(phase, _sum(before, extra))
     saved = timeline.saved(images)
-    most = timeline.peak(images, "targets", "forward")
-    kept = min(saved, most)
-    yield Moment("forward", _sum(before, engine.in_forward(), {SAVED: kept, WORKING: most - kept}))
-    where = timeline.where("backward")
-    living = timeline.living(images)[where]
-    beside = engine.in_backward(timeline.gradients[where])
-    peak = int((living + sum(beside.values())).argmax())
-    kept = min(saved, living[peak])
-    there = {name: float(series[peak]) for name, series in beside.items()}
-    yield Moment("backward", _sum(before, there, {SAVED: kept, WORKING: float(living[peak]) - kept}))
-    if late := engine.in_reduction():
-        yield Moment("reduction of gradients", _sum(always, late))
-    yield Moment("update", _sum(always, engine.in_update()))
+    peak = timeline.peak(images, "targets", "forward")
+    kept = min(saved, peak)
+    yield PhasePeak("forward", _sum(before, memory.in_forward(), {SAVED: kept, WORKING: peak - kept}))
+    backward = timeline.in_phases("backward")
+    live = timeline.live_bytes(images)[backward]
+    series = memory.in_backward(timeline.gradients[backward])
+    at = int((live + sum(series.values())).argmax())
+    kept = min(saved, live[at])
+    items = {name: float(values[at]) for name, values in series.items()}
+    yield PhasePeak("backward", _sum(before, items, {SAVED: kept, WORKING: float(live[at]) - kept}))
+    if reduction := memory.in_reduction():
+        yield PhasePeak("gradient reduction", _sum(always, reduction))
+    yield PhasePeak("update", _sum(always, memory.in_update()))
 
 
 def _sum(*several: Items) -> Items:

@@ -1,4 +1,4 @@
-"""What a teacher's weights take, on the device and on the host, by where a recipe places them."""
+"""Memory of a teacher's weights on the device and on the host, by placement."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from mrmae_ds.teachers.placement.offload_units import (
 
 
 @dataclass(frozen=True)
-class Placed:
-    """Bytes of a teacher's weights, of one process.
+class TeacherBytes:
+    """Bytes of a teacher's weights per rank.
 
     Attributes:
-        idle: on the device between calls. calling: during one.
-        host: in the host's memory, pinned. disk: in files.
-        copied: to the device, for one batch. gathered: from other processes, for one batch.
+        idle: on the device between calls.
+        calling: on the device during a call.
+        host: in pinned host memory.
+        disk: in files.
+        copied: from the host to the device, per batch.
+        gathered: from other ranks, per batch.
     """
 
     idle: float
@@ -37,11 +40,13 @@ class Placed:
 
 @dataclass(frozen=True)
 class TeacherWeights:
-    """A teacher's weights and the order in which its parts run.
+    """Sizes of a teacher's weights.
 
     Attributes:
-        total: bytes of all. largest: of the largest unit. rest: of what belongs to no unit.
-        layout: see :func:`~mrmae_ds.teachers.placement.offload_units.offload_layout`.
+        total: bytes of all weights.
+        largest: bytes of the largest offload unit.
+        rest: bytes outside the units.
+        layout: the offload units in the order in which they run.
     """
 
     total: int
@@ -51,38 +56,38 @@ class TeacherWeights:
 
     @classmethod
     def of(cls, teacher: Teacher) -> TeacherWeights:
-        """Those of a teacher whose tensors are fake ones of the CPU."""
+        """Measure a teacher whose tensors are fake CPU tensors."""
         units = [count_bytes(tensors_of(unit)) for unit in split_units(teacher.network)]
         total = count_bytes(tensors_of(teacher))
         with FakeTensorMode(allow_non_fake_inputs=True):
             layout = offload_layout(teacher)
         return cls(total, max(units, default=0), total - sum(units), layout)
 
-    def placed(self, placement: PlacementConfig, world: int) -> Placed:
-        """Where they are under a placement, with so many processes."""
+    def placed(self, placement: PlacementConfig, world_size: int) -> TeacherBytes:
+        """Return the bytes under a placement, with this many ranks."""
         if placement.kind == "device":
-            return Placed(self.total, self.total)
+            return TeacherBytes(self.total, self.total)
         if placement.kind == "sharded":
-            share = self.total / world
-            # One unit computes, one is gathered ahead; a process alone gathers nothing.
-            moving = self.rest + 2 * self.largest if world > 1 or placement.offload else 0.0
-            gathered = float(self.total) if world > 1 else 0.0
+            share = self.total / world_size
+            # One unit computes while the next is gathered; a single rank gathers nothing.
+            moving = self.rest + 2 * self.largest if world_size > 1 or placement.offload else 0.0
+            gathered = float(self.total) if world_size > 1 else 0.0
             if placement.offload is None:
-                return Placed(share, share + moving, gathered=gathered)
+                return TeacherBytes(share, share + moving, gathered=gathered)
             on_host = placement.offload == "cpu"
-            host, disk = (share, 0.0) if on_host else (3 * self.largest / world, share)
-            return Placed(0.0, moving, host, disk, copied=share, gathered=gathered)
+            host, disk = (share, 0.0) if on_host else (3 * self.largest / world_size, share)
+            return TeacherBytes(0.0, moving, host, disk, copied=share, gathered=gathered)
         used = count_bytes(self.layout.rest) + sum(count_bytes(unit.tensors) for unit in self.layout.units)
         calling = used if placement.kind == "step" else self._streaming()
-        return Placed(0.0, calling, host=used, copied=used)
+        return TeacherBytes(0.0, calling, host=used, copied=used)
 
     def _streaming(self) -> int:
-        """The most there is while one unit runs and the next one is copied; one that is used later stays."""
+        """Return the peak while one unit runs and the next is copied; units that are used again stay on the device."""
         sizes = [count_bytes(unit.tensors) for unit in self.layout.units]
-        most, stayed, order = 0, set[int](), self.layout.order
+        peak, kept, order = 0, set[int](), self.layout.order
         for position, number in enumerate(order):
-            here = stayed | {number} | set(order[position + 1 : position + 2])
-            most = max(most, sum(sizes[unit] for unit in here))
+            present = kept | {number} | set(order[position + 1 : position + 2])
+            peak = max(peak, sum(sizes[unit] for unit in present))
             if self.layout.units[number].held:
-                stayed.add(number)
-        return count_bytes(self.layout.rest) + most
+                kept.add(number)
+        return count_bytes(self.layout.rest) + peak

@@ -1,4 +1,4 @@
-"""Living bytes of stacks small enough to count by hand, and autocast's types against CUDA's own."""
+"""Live bytes of small stacks against formulas, and autocast's dtypes against CUDA's."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch.utils.checkpoint import checkpoint
 
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.sizes import CViTSpec
-from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace
+from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace_timeline
 
 WIDTH, HIDDEN, DEPTH = 8, 32, 3
 
 
 class Block(nn.Module):
-    """Two linear layers without bias and a sigmoid, whose output is all that its backward needs."""
+    """Two linear layers without bias and a sigmoid, whose backward needs its output only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,23 +27,23 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks, checkpointed or not."""
+    """Blocks, optionally checkpointed."""
 
-    def __init__(self, again: bool = False) -> None:
+    def __init__(self, checkpointed: bool = False) -> None:
         super().__init__()
-        self.again = again
+        self.checkpointed = checkpointed
         self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if self.again else block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointed else block(x)
         return x
 
 
-def timeline(again: bool = False, autocast: bool = False) -> Timeline:
-    """Of ``Stack`` on images of WIDTH numbers."""
+def timeline(checkpointed: bool = False, autocast: bool = False) -> Timeline:
+    """Trace ``Stack`` on images of WIDTH numbers."""
     with FakeTensorMode():
-        model = Stack(again)
+        model = Stack(checkpointed)
 
         def run(images: int) -> TensorRecorder:
             recorder = TensorRecorder([model])
@@ -59,51 +59,51 @@ def timeline(again: bool = False, autocast: bool = False) -> Timeline:
                 handle.remove()
             return recorder
 
-        return trace(run)
+        return trace_timeline(run)
 
 
 ROW, INNER = WIDTH * 4, HIDDEN * 4  # bytes of an image's activation in float32, outside and inside a block
 WEIGHTS = 2 * WIDTH * HIDDEN * 4  # of a block
 
 
-def test_what_is_saved_is_counted_once_and_is_linear_in_images() -> None:
-    told = timeline()
-    # The first input and each block's output, the next one's input; inside, the sigmoid's output, which the sigmoid
-    # and the layer after it both save.
-    assert told.saved(10) == 10 * ((1 + DEPTH) * ROW + DEPTH * INNER)
-    # In the last block the sigmoid's input is still there when its output is.
-    assert told.peak(10, "forward") == 10 * (DEPTH * ROW + (DEPTH + 1) * INNER)
-    assert told.peak(1000, "forward") == 100 * told.peak(10, "forward")
+def test_saved_tensors_are_counted_once_and_scale_with_images() -> None:
+    trace = timeline()
+    # The first input and each block's output, the input of the next; inside, the sigmoid's output, which is saved by
+    # both the sigmoid and the layer after it.
+    assert trace.saved(10) == 10 * ((1 + DEPTH) * ROW + DEPTH * INNER)
+    # In the last block, the sigmoid's input is still live when its output is.
+    assert trace.peak(10, "forward") == 10 * (DEPTH * ROW + (DEPTH + 1) * INNER)
+    assert trace.peak(1000, "forward") == 100 * trace.peak(10, "forward")
 
 
-def test_parameters_and_their_gradients_are_not_among_it() -> None:
-    told = timeline()
-    assert told.gradients[-1] == DEPTH * 2 * WIDTH * HIDDEN
-    assert told.gradients[told.where("forward")].max() == 0
-    # One image is next to nothing beside the weights: a weight's gradient is there until it is handed over, no more.
-    assert WEIGHTS // 2 <= told.peak(1, "backward") < WEIGHTS
-    assert told.living(1)[-1] < WEIGHTS // 2 + 4 * ROW
+def test_parameters_and_their_gradients_are_not_counted() -> None:
+    trace = timeline()
+    assert trace.gradients[-1] == DEPTH * 2 * WIDTH * HIDDEN
+    assert trace.gradients[trace.in_phases("forward")].max() == 0
+    # One image is small compared to the weights: a weight's gradient is live until the hook frees it.
+    assert WEIGHTS // 2 <= trace.peak(1, "backward") < WEIGHTS
+    assert trace.live_bytes(1)[-1] < WEIGHTS // 2 + 4 * ROW
 
 
-def test_checkpointing_keeps_inputs_and_computes_one_block_at_a_time_again() -> None:
-    again, plain = timeline(again=True), timeline()
-    assert again.saved(1000) == 1000 * (1 + DEPTH) * ROW
-    # A block's inside while it is computed again: the sigmoid's input and output.
-    assert again.peak(1000, "backward") >= 1000 * ((1 + DEPTH) * ROW + 2 * INNER)
-    assert again.peak(1000, "backward") < plain.peak(1000, "backward")
+def test_checkpointing_keeps_inputs_and_recomputes_block_by_block() -> None:
+    checkpointed, plain = timeline(checkpointed=True), timeline()
+    assert checkpointed.saved(1000) == 1000 * (1 + DEPTH) * ROW
+    # A block's activations while it is recomputed: the sigmoid's input and output.
+    assert checkpointed.peak(1000, "backward") >= 1000 * ((1 + DEPTH) * ROW + 2 * INNER)
+    assert checkpointed.peak(1000, "backward") < plain.peak(1000, "backward")
 
 
-def test_autocast_halves_activations_and_keeps_casts_of_the_weights() -> None:
-    told = timeline(autocast=True)
-    # The caller's input in float32 and its cast; outputs in bf16; casts of the weights, but for the first: no gradient
-    # goes to the input.
+def test_autocast_halves_activations_and_keeps_casted_weights() -> None:
+    trace = timeline(autocast=True)
+    # The input in float32 and its cast; outputs in bf16; casts of the weights except the first, because the input needs
+    # no gradient.
     activations = 10 * (ROW + ((1 + DEPTH) * ROW + DEPTH * INNER) // 2)
-    assert told.saved(10) == activations + (DEPTH * WEIGHTS - WEIGHTS // 2) // 2
-    # Until autocast ends, its cache has all of them.
-    assert told.peak(10, "forward") == activations + DEPTH * WEIGHTS // 2
+    assert trace.saved(10) == activations + (DEPTH * WEIGHTS - WEIGHTS // 2) // 2
+    # Until autocast ends, its cache holds all casts.
+    assert trace.peak(10, "forward") == activations + DEPTH * WEIGHTS // 2
 
 
-def test_a_run_that_depends_on_the_number_of_images_is_refused() -> None:
+def test_operations_that_depend_on_the_batch_size_are_refused() -> None:
     def run(images: int) -> TensorRecorder:
         recorder = TensorRecorder([])
         with recorder:
@@ -111,12 +111,12 @@ def test_a_run_that_depends_on_the_number_of_images_is_refused() -> None:
                 torch.empty(1)
         return recorder
 
-    with pytest.raises(RuntimeError, match="other operations"), FakeTensorMode():
-        trace(run)
+    with pytest.raises(RuntimeError, match="depend on the micro-batch size"), FakeTensorMode():
+        trace_timeline(run)
 
 
 def output_types(device: str) -> list[tuple[str, torch.dtype]]:
-    """The type of every module's output in a forward pass under autocast."""
+    """Return the dtype of every module's output in a forward pass under autocast."""
     types: list[tuple[str, torch.dtype]] = []
     with FakeTensorMode():
         model = CViT(CViTSpec((16, 16, 32), (1, 1, 1), 2, patches=(4, 2, 2)), 32, 10, drop_path_rate=0.1)
@@ -135,7 +135,7 @@ def output_types(device: str) -> list[tuple[str, torch.dtype]]:
             with CudaPolicy(), torch.autocast("cpu", torch.bfloat16):
                 model(images)
             return types
-        # torch.autocast("cuda") switches itself off where there is no GPU; its parts do not.
+        # torch.autocast("cuda") disables itself without a GPU; the functions that it calls do not.
         torch.set_autocast_enabled("cuda", True)
         torch.set_autocast_dtype("cuda", torch.bfloat16)
         torch.autocast_increment_nesting()
@@ -148,5 +148,5 @@ def output_types(device: str) -> list[tuple[str, torch.dtype]]:
     return types
 
 
-def test_types_are_those_of_autocast_on_cuda() -> None:
+def test_dtypes_equal_those_of_autocast_on_cuda() -> None:
     assert output_types("cpu") == output_types("cuda")

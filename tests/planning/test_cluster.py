@@ -1,4 +1,4 @@
-"""Times of collectives by hand, and what travels in a step."""
+"""Times of collectives against formulas, and the transfers of a step."""
 
 from __future__ import annotations
 
@@ -7,107 +7,113 @@ from dataclasses import replace
 import pytest
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.planning.cluster import CALL_S, LINK_SHARE, NODE_S, Cluster, check_cluster
-from mrmae_ds.planning.teacher_memory import Placed
-from mrmae_ds.planning.traffic import offload_flows, student_flows, teacher_flow
+from mrmae_ds.planning.estimates.cluster import Cluster, check_cluster
+from mrmae_ds.planning.estimates.constants import CONSTANTS
+from mrmae_ds.planning.estimates.traffic import offload_transfers, student_transfers, teacher_transfer
+from mrmae_ds.planning.teacher_memory import TeacherBytes
 from mrmae_ds.planning.zero_memory import ZeroMemory
 from mrmae_ds.profiling.gpus import Gpu
-from tests.planning.test_zero_memory import CENSUS, FLOAT32, KEEP
+from tests.planning.test_zero_memory import COUNTS, FLOAT32, KEEP
 
 # 100 GB/s in a node, 10 to the host.
-GPU = Gpu("made up", (), 42.0, 100.0, 100.0, 10.0)
-ONE_NODE = Cluster(GPU, gpus=4, per_node=4, network_gbs=5.0, sustained=1e12)
+GPU = Gpu("test", (), 42.0, 100.0, 100.0, 10.0)
+ONE_NODE = Cluster(GPU, gpus=4, gpus_per_node=4, network_gbs=5.0, sustained=1e12)
 TWO_NODES = replace(ONE_NODE, gpus=8)
 
 
-def test_in_a_node_each_gpu_gets_what_the_others_have() -> None:
-    moved = 3 / 4 * 1e9 / 100e9 / LINK_SHARE
-    latency = 2 * (CALL_S + NODE_S)
+def test_collectives_within_a_node() -> None:
+    moved = 3 / 4 * 1e9 / 100e9 / CONSTANTS.link_share
+    latency = 2 * (CONSTANTS.call_s + CONSTANTS.node_s)
     assert ONE_NODE.collective_s(1e9, 2) == pytest.approx(moved + latency)
     assert ONE_NODE.collective_s(1e9, 2, reduce=True) == pytest.approx(2 * moved + latency)
 
 
-def test_between_nodes_their_links_are_used_together() -> None:
-    # Half of it comes from the other node, over four links of 5 GB/s.
-    assert TWO_NODES.collective_s(1e9, 0) == pytest.approx(0.5e9 / 20e9 / LINK_SHARE)
+def test_collectives_between_nodes_use_all_links() -> None:
+    # Half of the data comes from the other node, over four links of 5 GB/s.
+    assert TWO_NODES.collective_s(1e9, 0) == pytest.approx(0.5e9 / 20e9 / CONSTANTS.link_share)
     assert TWO_NODES.collective_s(1e9, 0, in_node=True) == pytest.approx(ONE_NODE.collective_s(1e9, 0))
 
 
-def test_one_gpu_waits_for_nobody() -> None:
-    assert ONE_NODE.of(1).collective_s(1e9, 100) == 0
-    assert student_flows(ZeroMemory(CENSUS, FLOAT32, 1), ONE_NODE.of(1)) == []
+def test_single_gpu_has_no_collectives() -> None:
+    assert ONE_NODE.with_gpus(1).collective_s(1e9, 100) == 0
+    assert student_transfers(ZeroMemory(COUNTS, FLOAT32, 1), ONE_NODE.with_gpus(1)) == []
 
 
-def test_what_fits_is_less_than_what_a_card_has() -> None:
-    assert ONE_NODE.usable == pytest.approx((42 - 2) * 2**30 * 0.95)
+def test_usable_memory_is_below_the_total() -> None:
+    assert ONE_NODE.usable_memory == pytest.approx((42 - 2) * 2**30 * 0.95)
 
 
 @pytest.mark.parametrize(
     ("gpus", "per_node", "message"),
-    [(0, 8, "--gpus must"), (8, 0, "--gpus-per-node must"), (12, 8, "--gpus 12 .* take 8 or 16")],
+    [(0, 8, "--gpus must"), (8, 0, "--gpus-per-node must"), (12, 8, "--gpus 12 .* use 8 or 16")],
 )
-def test_nodes_that_cannot_be(gpus: int, per_node: int, message: str) -> None:
+def test_invalid_nodes_are_refused(gpus: int, per_node: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_cluster(gpus, per_node)
 
 
-def flows(stage: int, accumulation: int = 1, autocast: bool = False) -> dict[str, float]:
+def transfer_sizes(stage: int, accumulation: int = 1, autocast: bool = False) -> dict[str, float]:
     zero = replace(FLOAT32, stage=stage, autocast=autocast, overlap=stage == 3)
-    engine = ZeroMemory(CENSUS, zero, 4, accumulation)
-    return {flow.name: flow.size for flow in student_flows(engine, ONE_NODE)}
+    engine = ZeroMemory(COUNTS, zero, 4, accumulation)
+    return {transfer.name: transfer.size for transfer in student_transfers(engine, ONE_NODE)}
 
 
-def test_bytes_of_a_step_by_stage() -> None:
-    assert flows(0) == {"gradients, all-reduced": 4 * 1000}
-    assert flows(1) == flows(2) == {"gradients, all-reduced": 4 * 1000, "updated parameters, gathered": 4 * 1000}
-    assert flows(3) == {"parameters, gathered": 4 * 1024, "gradients, reduce-scattered": 4 * 1000}
+def test_bytes_per_step_by_stage() -> None:
+    assert transfer_sizes(0) == {"all-reduce of gradients": 4 * 1000}
+    assert (
+        transfer_sizes(1)
+        == transfer_sizes(2)
+        == {"all-reduce of gradients": 4 * 1000, "gather of updated parameters": 4 * 1000}
+    )
+    assert transfer_sizes(3) == {"gather of parameters": 4 * 1024, "reduce-scatter of gradients": 4 * 1000}
 
 
-def test_stages_2_and_3_send_with_every_micro_batch() -> None:
-    assert flows(1, 2) == flows(1) and flows(0, 2) == flows(0)
-    assert flows(2, 2)["gradients, all-reduced"] == 2 * 4 * 1000
-    assert flows(2, 2)["updated parameters, gathered"] == 4 * 1000
-    assert flows(3, 2) == {name: 2 * size for name, size in flows(3).items()}
+def test_stages_2_and_3_communicate_every_micro_batch() -> None:
+    assert transfer_sizes(1, 2) == transfer_sizes(1) and transfer_sizes(0, 2) == transfer_sizes(0)
+    assert transfer_sizes(2, 2)["all-reduce of gradients"] == 2 * 4 * 1000
+    assert transfer_sizes(2, 2)["gather of updated parameters"] == 4 * 1000
+    assert transfer_sizes(3, 2) == {name: 2 * size for name, size in transfer_sizes(3).items()}
 
 
-def test_autocast_sends_most_in_bf16() -> None:
+def test_autocast_communicates_in_bf16() -> None:
     sent = 2 * 600 + 4 * 400
-    assert flows(3, autocast=True) == {
-        "parameters, gathered": sent + 4 * 24,
-        "gradients, reduce-scattered": sent,
+    assert transfer_sizes(3, autocast=True) == {
+        "gather of parameters": sent + 4 * 24,
+        "reduce-scatter of gradients": sent,
     }
-    # ZeRO-1's parameters are float32, and so they are gathered.
-    assert flows(1, autocast=True) == {"gradients, all-reduced": sent, "updated parameters, gathered": 4 * 1000}
+    # ZeRO-1 gathers its parameters in float32.
+    expected = {"all-reduce of gradients": sent, "gather of updated parameters": 4 * 1000}
+    assert transfer_sizes(1, autocast=True) == expected
 
 
-def test_stage_3_hides_what_it_sends_and_stage_1_does_not() -> None:
-    for stage, hidden in {1: False, 3: True}.items():
-        engine = ZeroMemory(CENSUS, replace(FLOAT32, stage=stage, overlap=stage == 3), 4)
-        assert {flow.hidden for flow in student_flows(engine, ONE_NODE)} == {hidden}
+def test_stage_3_overlaps_communication_and_stage_1_does_not() -> None:
+    for stage, overlapped in {1: False, 3: True}.items():
+        engine = ZeroMemory(COUNTS, replace(FLOAT32, stage=stage, overlap=stage == 3), 4)
+        assert {transfer.overlapped for transfer in student_transfers(engine, ONE_NODE)} == {overlapped}
 
 
-def test_hpz_gathers_once_between_nodes_and_then_in_each() -> None:
+def test_hpz_gathers_once_between_nodes_and_then_within() -> None:
     zero = replace(FLOAT32, max_reuse=0, max_live=0, prefetch_bucket=0, hpz=4)
-    sent = student_flows(ZeroMemory(CENSUS, zero, 8), TWO_NODES)
-    assert [flow.size for flow in sent] == [4 * 1024, 4 * 1024, 4 * 1000]
+    sent = student_transfers(ZeroMemory(COUNTS, zero, 8), TWO_NODES)
+    assert [transfer.size for transfer in sent] == [4 * 1024, 4 * 1024, 4 * 1000]
     assert sent[1].seconds < sent[0].seconds
 
 
-def test_offloading_goes_over_the_bus_and_back() -> None:
+def test_offloading_copies_to_the_host_and_back() -> None:
     zero = replace(FLOAT32, offload_param="cpu", offload_optimizer="cpu", max_live=KEEP)
-    parameters, states, update = offload_flows(ZeroMemory(CENSUS, zero, 4), ONE_NODE)
+    parameters, states, update = offload_transfers(ZeroMemory(COUNTS, zero, 4), ONE_NODE)
     assert parameters.size == 4 * 1024 / 4
     assert states.size == (4 + 4) * 250
-    assert states.seconds == pytest.approx(2000 / 10e9 / LINK_SHARE) and not states.hidden
+    assert states.seconds == pytest.approx(2000 / 10e9 / CONSTANTS.link_share) and not states.overlapped
     assert update.size == 28 * 250
 
 
-def test_a_teachers_copies_run_beside_its_computing() -> None:
-    placed = Placed(0, 1e9, copied=7e9)
-    copying = 2 * 7e9 / 10e9 / LINK_SHARE
-    flow = teacher_flow("clip", placed, ONE_NODE, batches=2, computing_s=0.5)
-    assert flow is not None
-    assert (flow.size, flow.seconds) == (14e9, pytest.approx(copying - 0.5))
-    hidden = teacher_flow("clip", placed, ONE_NODE, batches=2, computing_s=10)
-    assert hidden is not None and hidden.seconds == 0
-    assert teacher_flow("clip", Placed(1e9, 1e9), ONE_NODE, 2, 0.5) is None
+def test_teacher_copies_overlap_its_computation() -> None:
+    placed = TeacherBytes(0, 1e9, copied=7e9)
+    copying = 2 * 7e9 / 10e9 / CONSTANTS.link_share
+    transfer = teacher_transfer("clip", placed, ONE_NODE, micro_batches=2, compute_s=0.5)
+    assert transfer is not None
+    assert (transfer.size, transfer.seconds) == (14e9, pytest.approx(copying - 0.5))
+    overlapped = teacher_transfer("clip", placed, ONE_NODE, micro_batches=2, compute_s=10)
+    assert overlapped is not None and overlapped.seconds == 0
+    assert teacher_transfer("clip", TeacherBytes(1e9, 1e9), ONE_NODE, 2, 0.5) is None

@@ -1,4 +1,4 @@
-"""Teachers' weights by placement, as benchmarks/teacher_placement.py measured them on real teachers."""
+"""Memory of teachers by placement, against measurements of benchmarks/teacher_placement.py on real teachers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ TEACHERS = {
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, TeacherWeights]:
-    found = {}
+    weights = {}
     for name, (kind, source) in TEACHERS.items():
         config = TeacherConfig.model_validate({"kind": kind, "source": source})
         teacher = build_meta_teacher("t", config, DataConfig(train=Path("a"), val=Path("b")), 224, (16, 16))
         with FakeTensorMode():
             make_fake(teacher)
-        found[name] = TeacherWeights.of(teacher)
-    return found
+        weights[name] = TeacherWeights.of(teacher)
+    return weights
 
 
 def rows() -> list[dict[str, Any]]:
@@ -39,12 +39,12 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['teacher']} {row['placement']} {row['processes']}")
-def test_as_much_as_was_measured(row: dict[str, Any], weights: dict[str, TeacherWeights]) -> None:
+def test_equals_measurements(row: dict[str, Any], weights: dict[str, TeacherWeights]) -> None:
     kind, _, offload = row["placement"].partition(", offload")
     placement = PlacementConfig.model_validate({"kind": kind, "offload": "cpu" if offload else None})
     placed = weights[row["teacher"]].placed(placement, row["processes"])
     assert weights[row["teacher"]].total == row["weights"]
     assert placed.idle == pytest.approx(row["between"], rel=1e-3, abs=1000)
-    # DeepSpeed gathers ahead by whole parameters, so a little further than one unit.
+    # DeepSpeed prefetches whole parameters, slightly more than one unit.
     assert placed.calling == pytest.approx(row["peak"], rel=0.15 if kind == "sharded" else 1e-3)
     assert placed.host == (0 if kind == "device" or (kind == "sharded" and not offload) else placed.copied)

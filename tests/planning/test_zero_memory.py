@@ -1,4 +1,4 @@
-"""States, gradients and buckets by hand: bytes of an element as the ZeRO paper counts them, on a model of 1,000."""
+"""States, gradients and buckets against bytes per element of the ZeRO paper, on a model of 1,000 elements."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
-from mrmae_ds.planning.parameters import ParameterCounts, parameter_counts
+from mrmae_ds.planning.parameters import ParameterCounts, count_parameters
 from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
 from mrmae_ds.planning.zero_memory import ZeroMemory
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # 1,000 trainable elements, 600 of which travel in bf16, and 24 frozen ones; two groups for the optimizer.
-CENSUS = ParameterCounts(
+COUNTS = ParameterCounts(
     modules=GatherUnit(
         children=(
             GatherUnit((GatheredParam(600, low=True), GatheredParam(24, trainable=False)), leaf=True),
@@ -39,38 +39,38 @@ KEEP = 10**9
 FLOAT32 = ZeroSettings(stage=3, autocast=False, bf16=False, reduce_bucket=100, max_live=KEEP, max_reuse=KEEP)
 
 
-def engine(world: int = 4, accumulation: int = 1, on_cpu: bool = False, **settings: Any) -> ZeroMemory:
-    return ZeroMemory(CENSUS, replace(FLOAT32, **settings), world, accumulation, on_cpu)
+def engine(world_size: int = 4, accumulation: int = 1, on_cpu: bool = False, **settings: Any) -> ZeroMemory:
+    return ZeroMemory(COUNTS, replace(FLOAT32, **settings), world_size, accumulation, on_cpu)
 
 
 def test_without_zero_every_process_has_everything() -> None:
-    assert engine(stage=0).standing() == {"parameters": 4 * 1024, "optimizer states": 8 * 1000}
+    assert engine(stage=0).persistent() == {"parameters": 4 * 1024, "optimizer states": 8 * 1000}
     # Gradients come as backward goes on.
     held = engine(stage=0).in_backward(np.array([0, 400, 1000]))
     assert held["gradients"].tolist() == [0, 4 * 400, 4 * 1000]
     assert engine(stage=0).in_reduction() == {"gradients": 4000, "gradients being reduced": 4000}
-    assert engine(stage=0, world=1).in_reduction()["gradients being reduced"] == 0
+    assert engine(stage=0, world_size=1).in_reduction()["gradients being reduced"] == 0
 
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_stages_1_and_2_divide_masters_and_states(stage: int) -> None:
     quarter = {"float32 masters": 4 * 250, "optimizer states": 8 * 250}
-    assert engine(stage=stage).standing() == {"parameters": 4 * 1024, **quarter}
+    assert engine(stage=stage).persistent() == {"parameters": 4 * 1024, **quarter}
 
 
 def test_stage_1_holds_whole_gradients_and_stage_2_a_share() -> None:
-    finished = np.array([1000])
-    assert engine(stage=1).in_backward(finished)["gradients"].tolist() == [4 * 1000]
-    assert engine(stage=2).in_backward(finished)["gradients"].tolist() == [4 * 250]
-    assert engine(stage=1, accumulation=2).carried() == {"gradients": 4 * 1000}
-    assert engine(stage=2, accumulation=2).carried() == {"gradients": 4 * 250}
-    assert engine(stage=1).carried() == engine(stage=3, accumulation=2).carried() == {}
+    completed = np.array([1000])
+    assert engine(stage=1).in_backward(completed)["gradients"].tolist() == [4 * 1000]
+    assert engine(stage=2).in_backward(completed)["gradients"].tolist() == [4 * 250]
+    assert engine(stage=1, accumulation=2).accumulated() == {"gradients": 4 * 1000}
+    assert engine(stage=2, accumulation=2).accumulated() == {"gradients": 4 * 250}
+    assert engine(stage=1).accumulated() == engine(stage=3, accumulation=2).accumulated() == {}
     # Two buffers where communication overlaps.
-    assert engine(stage=2, overlap=True).in_backward(finished)["reduce buckets"].tolist() == [2 * 4 * 100]
+    assert engine(stage=2, overlap=True).in_backward(completed)["reduce buckets"].tolist() == [2 * 4 * 100]
 
 
 def test_stage_3_divides_everything() -> None:
-    assert engine().standing() == {
+    assert engine().persistent() == {
         "parameters": 4 * 1024 / 4,
         "reduce buckets": 4 * 100,
         "gradients": 4 * 250,
@@ -79,32 +79,32 @@ def test_stage_3_divides_everything() -> None:
     }
     assert engine().in_forward()["gathered parameters"] == 4 * 1024
     there = engine().in_backward(np.array([0, 399, 400, 1000]))["gathered parameters"]
-    # The second module has been used when its 400 gradients are finished; it is the first that backward comes to.
+    # The second module has been used when its 400 gradients are completed; it is the first that backward comes to.
     assert there.tolist() == [4 * 1024, 4 * 1024, 4 * 624, 4 * 624]
-    assert engine(world=1).in_forward() == {}
+    assert engine(world_size=1).in_forward() == {}
 
 
 def test_a_full_bucket_is_copied_and_gloo_copies_it_again() -> None:
-    finished = np.array([0, 99, 100, 1000])
-    assert engine().in_backward(finished)["gradients being reduced"].tolist() == [0, 0, 400, 400]
-    assert engine(on_cpu=True).in_backward(finished)["gradients being reduced"].tolist() == [0, 0, 800, 800]
+    completed = np.array([0, 99, 100, 1000])
+    assert engine().in_backward(completed)["gradients being reduced"].tolist() == [0, 0, 400, 400]
+    assert engine(on_cpu=True).in_backward(completed)["gradients being reduced"].tolist() == [0, 0, 800, 800]
 
 
 def test_autocast_gathers_in_two_types_and_so_has_two_buckets() -> None:
     both = engine(autocast=True)
-    assert both.standing()["reduce buckets"] == (2 + 4) * 100
+    assert both.persistent()["reduce buckets"] == (2 + 4) * 100
     # What has arrived in bf16 becomes float32 again, which autocast casts where it computes.
     assert both.in_forward()["gathered parameters"] == 4 * 1024
     assert both.in_forward()["parameters arriving"] == 2 * 600 + 4 * 424
 
 
 def test_bf16_has_half_the_parameters_and_float32_gradients() -> None:
-    states = engine(bf16=True).standing()
+    states = engine(bf16=True).persistent()
     assert (states["parameters"], states["gradients"], states["reduce buckets"]) == (2 * 1024 / 4, 4 * 250, 2 * 100)
     assert states["float32 masters"] + states["optimizer states"] == 12 * 250
     # ZeRO-1 accumulates them whole.
     one = engine(stage=1, bf16=True)
-    assert one.standing()["gradients"] == 4 * 1000
+    assert one.persistent()["gradients"] == 4 * 1000
     assert one.in_backward(np.array([1000]))["gradients"].tolist() == [2 * 1000]
 
 
@@ -117,7 +117,7 @@ def test_the_update_copies_the_gradients_of_a_group() -> None:
 
 def test_offloading_moves_states_to_the_host() -> None:
     away = engine(offload_optimizer="cpu", offload_param="cpu")
-    assert away.standing() == {"parameters": 0, "reduce buckets": 400}
+    assert away.persistent() == {"parameters": 0, "reduce buckets": 400}
     assert away.on_host() == {
         "parameters": 4 * 1024 / 4,
         "gradients": (4 + 4) * 250,
@@ -128,16 +128,16 @@ def test_offloading_moves_states_to_the_host() -> None:
     assert disk.on_host() == {"gradients": 8 * 250}
     assert engine().on_host() == {}
     # A process alone gathers what is on its host, too.
-    assert engine(world=1, offload_param="cpu").in_forward()["gathered parameters"] == 4 * 1024
+    assert engine(world_size=1, offload_param="cpu").in_forward()["gathered parameters"] == 4 * 1024
 
 
 def test_hpz_keeps_a_second_copy_in_each_node() -> None:
-    assert engine(hpz=2).standing()["hpZ copy of the parameters"] == 4 * 1024 / 2
+    assert engine(hpz=2).persistent()["hpZ copy of the parameters"] == 4 * 1024 / 2
 
 
 def test_more_processes_never_need_more() -> None:
     for stage in range(4):
-        totals = [sum(engine(world, stage=stage).standing().values()) for world in (2, 4, 8, 64, 1024)]
+        totals = [sum(engine(world_size, stage=stage).persistent().values()) for world_size in (2, 4, 8, 64, 1024)]
         assert totals == sorted(totals, reverse=True)
 
 
@@ -184,11 +184,11 @@ class Derived(nn.Linear):
 def test_which_modules_travel_in_bf16(tmp_path: Path) -> None:
     base = read(tmp_path)
     model = nn.Sequential(nn.Linear(2, 3), Derived(3, 5), nn.LayerNorm(5))
-    census = parameter_counts(model, base, [1])
-    assert census.low == census.trainable_low == 2 * 3 + 3
-    assert census.total == 9 + 20 + 10
+    counts = count_parameters(model, base, [1])
+    assert counts.low == counts.trainable_low == 2 * 3 + 3
+    assert counts.total == 9 + 20 + 10
     named = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": [f"{__name__}.Derived"]}
-    assert parameter_counts(model, read(tmp_path, torch_autocast=named), [1]).low == 3 * 5 + 5
+    assert count_parameters(model, read(tmp_path, torch_autocast=named), [1]).low == 3 * 5 + 5
     named["lower_precision_safe_modules"] = ["torch.nn.Lineal"]
     with pytest.raises(UserError, match=r"lower_precision_safe_modules: there is no class torch\.nn\.Lineal"):
         read(tmp_path, torch_autocast=named)

@@ -1,0 +1,116 @@
+"""Human-readable recommendations for a plan."""
+
+from __future__ import annotations
+
+from mrmae_ds.config.zero import ZeroSettings
+from mrmae_ds.planning.estimates.constants import CONSTANTS
+from mrmae_ds.planning.estimates.step import StepEstimate, estimate_step, largest_fitting
+from mrmae_ds.planning.peak_memory import SAVED
+from mrmae_ds.planning.stage import CountedStage, with_placement
+from mrmae_ds.profiling.gpus import GIB
+
+
+def advise(stage: CountedStage, step: StepEstimate, zero: ZeroSettings, loader_rate: float | None) -> list[str]:
+    """Return recommendations, most important first.
+
+    Args:
+        stage: the stage.
+        step: estimate with the engine config's settings.
+        zero: these settings.
+        loader_rate: images/s that a node's loader delivers; None if unknown.
+    """
+    advice = [
+        *_micro_batch(stage, step, zero),
+        *_zero(stage, step, zero),
+        *_teachers(stage, step, zero),
+        *_time(step, loader_rate),
+    ]
+    return advice or ["no bottleneck found: the job fits, and neither the loader nor communication limits it"]
+
+
+def _micro_batch(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) -> list[str]:
+    best = largest_fitting(stage, zero, step.cluster)
+    if best is None:
+        smallest = estimate_step(stage, zero, step.cluster, min(stage.micro_batches(step.cluster.gpus))).memory
+        activations = smallest.peak.items.get(SAVED, 0.0)
+        fix = (
+            "checkpoint more blocks"
+            if activations > smallest.peak.total / 2
+            else "partition or offload more of the states"
+        )
+        return [f"micro-batch {smallest.micro_batch} does not fit either; {fix}"]
+    current, largest = step.memory.micro_batch, best.memory.micro_batch
+    setting = f"train_micro_batch_size_per_gpu {largest}"
+    accumulation = f"accumulation becomes {best.memory.zero.accumulation}"
+    if not step.fits:
+        return [f"micro-batch {current} does not fit; {setting} does, and {accumulation}"]
+    advice = []
+    if largest > current:
+        advice.append(f"{setting} fits too: larger matrices, fewer collectives; {accumulation}")
+    recomputed = sum(part.recomputed for part in stage.cost.parts.values()) / stage.cost.per_image
+    if recomputed > CONSTANTS.threshold and step.free_memory > step.cluster.usable_memory / 2:
+        advice.append(
+            f"{recomputed:.0%} of the operations are recomputed, while {step.free_memory / GIB:.0f} GiB per GPU are "
+            "free: try less activation_checkpointing"
+        )
+    return advice
+
+
+def _zero(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) -> list[str]:
+    advice, micro_batch = [], step.memory.micro_batch
+    if zero.offload_optimizer or zero.offload_param:
+        resident = estimate_step(stage, zero.at_stage(zero.stage), step.cluster, micro_batch)
+        if resident.fits:
+            advice.append(f"without offloading it would fit too, in {resident.memory.peak.total / GIB:.1f} GiB")
+    if zero.stage == 0 or step.cluster.gpus == 1:
+        return advice
+    if zero.stage == 3:
+        one = estimate_step(stage, zero.at_stage(1), step.cluster, micro_batch)
+        if one.fits:
+            shorter = (
+                one.waiting_share is not None
+                and step.waiting_share is not None
+                and one.waiting_share < step.waiting_share
+            )
+            ending = ", and steps would wait less" if shorter else ""
+            advice.append(f"ZeRO-1 would fit: it gathers no parameters during computation{ending}")
+    elif not step.fits:
+        three = estimate_step(stage, zero.at_stage(3), step.cluster, micro_batch)
+        advice.append(f"ZeRO-3 {'would fit' if three.fits else 'would not fit either'}")
+    gathers, total = step.memory.zero.gathers, step.memory.zero.counts.total
+    if gathers.gathered > (1 + CONSTANTS.threshold) * total:
+        extra = zero.param_bytes * (total - gathers.forward) / GIB
+        advice.append(
+            f"parameters are gathered {gathers.gathered / total:.2f} times per micro-batch; "
+            f"stage3_max_live_parameters and stage3_max_reuse_distance of {3 * total:.1e} reduce that to once, for "
+            f"{extra:.1f} GiB per GPU"
+        )
+    return advice
+
+
+def _teachers(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) -> list[str]:
+    if step.fits or not any(weights.idle for weights in step.memory.teachers.values()):
+        return []
+    placements = with_placement(stage.task.placements, "step")
+    offloaded = estimate_step(stage, zero, step.cluster, step.memory.micro_batch, placements)
+    freed = (step.memory.peak.total - offloaded.memory.peak.total) / GIB
+    return [f"placement: step frees {freed:.1f} GiB per GPU"] if freed >= 0.05 else []
+
+
+def _time(step: StepEstimate, loader_rate: float | None) -> list[str]:
+    advice = []
+    share = step.waiting_share
+    if share is not None and share > CONSTANTS.threshold:
+        longest = max(step.transfers, key=lambda transfer: transfer.seconds)
+        fix = "" if longest.local else ", fewer GPUs or a faster network"
+        advice.append(
+            f"a step waits {share:.0%} of its time for transfers, mostly for: {longest.name}; a larger micro-batch "
+            f"with less accumulation{fix} would reduce that"
+        )
+    if (needed := step.node_images_per_s) is not None:
+        sentence = f"the loader must deliver {needed:,.0f} images/s per node"
+        if loader_rate is not None:
+            limit = ", so it is the bottleneck" if loader_rate < needed else ""
+            sentence += f"; it delivers {loader_rate:,.0f}{limit}"
+        advice.append(sentence)
+    return advice

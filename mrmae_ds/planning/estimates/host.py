@@ -1,0 +1,67 @@
+"""Host requirements of a node: RAM, images/s, CPU cores."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.planning.estimates.constants import CONSTANTS
+from mrmae_ds.planning.estimates.step import StepEstimate
+from mrmae_ds.planning.stage import CountedStage
+from mrmae_ds.planning.zero_memory import Items
+from mrmae_ds.profiling.gpus import GIB
+
+RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
+
+
+def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_images: int) -> Items:
+    """Return the bytes of a node's host memory by component; the page cache of the images comes last."""
+    ranks, size = step.cluster.gpus_in_node, stage.task.image_size
+    batch = step.memory.micro_batch * size * size * 3
+    items: Items = {f"{ranks} ranks": ranks * CONSTANTS.process_gib * GIB}
+    items["model during construction (freed before training)"] = ranks * 4.0 * step.memory.zero.counts.total
+    for name, held in step.memory.zero.on_host().items():
+        items[f"{name}, offloaded"] = ranks * held
+    if offloaded := sum(weights.host for weights in step.memory.teachers.values()):
+        items["teacher weights (pinned, per rank)"] = ranks * offloaded
+    if recipe.data.backend == "ffcv":
+        batches = CONSTANTS.ffcv_batches
+        items[f"batches decoded by FFCV ({batches:g} per rank, pinned)"] = ranks * batches * batch
+        threads = recipe.loader.num_workers or 1
+        items["buffers of the decoding threads"] = ranks * threads * 3 * CONSTANTS.image_side**2
+    if stage.task.augment is not None:
+        items["batches in RandAugment (shared)"] = ranks * CONSTANTS.augment_batches * batch
+    items["page cache of the training images"] = num_images * CONSTANTS.image_bytes
+    return items
+
+
+@dataclass(frozen=True)
+class LoaderCost:
+    """CPU cost of a loader, measured by benchmarks/loader.py.
+
+    Attributes:
+        cpu_s_per_1000: CPU seconds per 1,000 images.
+        size: image size in pixels.
+        cpu: name of the CPU.
+    """
+
+    cpu_s_per_1000: float
+    size: int
+    cpu: str
+
+
+def loader_cost(recipe: Recipe, stage: CountedStage, folder: Path = RESULTS) -> LoaderCost | None:
+    """Return the measured cost of the recipe's loader; None if the results of benchmarks/loader.py lack it."""
+    augmented = stage.task.augment is not None
+    contender = f"mrmae_ds, {recipe.data.backend}" + (" + RandAugment" if augmented else " backend")
+    for path in sorted(folder.glob("loader*.json")):
+        result = json.loads(path.read_text())
+        rounds = result.get("rounds")
+        measured = rounds.get(contender) if isinstance(rounds, dict) else None
+        if isinstance(measured, list) and measured:
+            cost = statistics.median(each["cpu_s_per_1000"] for each in measured)
+            return LoaderCost(cost, int(result["settings"]["size"]), str(result["machine"]["cpu"]))
+    return None
