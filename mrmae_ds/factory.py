@@ -1,4 +1,4 @@
-"""From a recipe to the modules of its pre-training, on the CPU: for training, and for planning it."""
+"""Construction of a pre-training's modules from a recipe, on the CPU, for training and planning."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ TeacherBuilder = Callable[[str, TeacherConfig, DataConfig, int, tuple[int, int]]
 def build_pretraining(
     recipe: Recipe, stage: PretrainConfig, teacher_builder: TeacherBuilder = build_teacher
 ) -> tuple[PretrainModel, dict[str, Teacher]]:
-    """The student, freshly initialized, and its teachers by the recipe's names.
+    """Build the student, freshly initialized, and its teachers by name.
 
     Args:
-        recipe: whose model, teachers and data statistics these are.
-        stage: its pre-training.
-        teacher_builder: takes what :func:`~mrmae_ds.teachers.build_teacher` takes; another one builds teachers
-            without their weights.
+        recipe: model, teachers and data statistics.
+        stage: the recipe's pre-training stage.
+        teacher_builder: called as :func:`~mrmae_ds.teachers.build_teacher`, for example to build teachers without
+            weights.
 
     Raises:
         UserError: if the patches do not tile the image, no token would be visible, a fused layer does not exist, or
-            a teacher cannot be had or does not fit.
+            a teacher cannot be loaded or does not fit.
     """
     size = recipe.model.image_size
     encoder = build_encoder(recipe.model.spec(), size)

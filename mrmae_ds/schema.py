@@ -1,4 +1,4 @@
-"""The base of every section of a recipe: strict, immutable."""
+"""Base class of the sections of recipes and pipeline files: strict and immutable."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from mrmae_ds.errors import ConfigError
 
 
 class Section(BaseModel):
-    """A part of a recipe: an unknown key or a wrong type is an error.
+    """Section of a configuration; an unknown key or a wrong type is an error.
 
-    Numbers may be written as strings, because YAML 1.1 reads ``1e-3`` (no dot) as one.
+    Numbers may be written as strings, because YAML 1.1 parses ``1e-3`` (without a dot) as a string.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -20,7 +20,7 @@ class Section(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _true_is_no_number(cls, values: Any) -> Any:
-        """pydantic takes true for 1.0; where a key is not a boolean, one is a mistake."""
+        """Refuse true and false for keys that are not boolean, which pydantic would convert to 1 and 0."""
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
             if isinstance(value, bool) and not (field and bool in (field.annotation, *get_args(field.annotation))):

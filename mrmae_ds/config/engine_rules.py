@@ -1,8 +1,8 @@
-"""What an engine config may say: known keys, and combinations that would be ignored, fail late or go wrong unseen.
+"""Rules of engine configs: known keys, and combinations that would be ignored, fail late or change results silently.
 
-DeepSpeed ignores unknown keys at the top level, and at every level keys that belong to something this project does not
-use. Here each is an error that names the key and the mend. Nothing here imports DeepSpeed; what its own models know is
-asked in :func:`mrmae_ds.config.engine.validate_engine`.
+DeepSpeed ignores unknown keys at the top level, and at every level keys of features that this project does not use.
+Here each is an error that names the key and the fix. Nothing here imports DeepSpeed;
+:func:`mrmae_ds.config.engine.validate_sections` validates with DeepSpeed's own models.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from mrmae_ds.config.files import nearest_key
 from mrmae_ds.config.zero import BFLOAT16, FLOAT32, offload_devices
 from mrmae_ds.errors import UserError
 
-# What DeepSpeed 0.19.8 reads at the top level and has an effect here. The optimizer and the schedule are the recipe's,
-# the global batch too.
+# Top-level keys of DeepSpeed 0.19.8 that have an effect here. Optimizer, schedule and global batch are the recipe's.
 KNOWN_KEYS = frozenset(
     {
         "activation_checkpointing",
@@ -49,7 +48,7 @@ REFUSED_KEYS = {
     "zero_allow_untested_optimizer": "leave it out; AdamW needs no permission",
     "prescale_gradients": "leave it out; bfloat16 has float32's range, so gradients need no scaling",
     "gradient_predivide_factor": "leave it out; bfloat16 has float32's range, so gradients need no scaling",
-    "disable_allgather": "leave it out; this version of DeepSpeed reads it and does nothing",
+    "disable_allgather": "leave it out; it has no effect in this version of DeepSpeed",
 }
 CHECKPOINTING_KEYS = ("conv_stages", "transformer", "decoder")
 COMPILE_KEYS = ("blocks",)
@@ -57,7 +56,7 @@ AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
 BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
 DATA_TYPE_KEYS = ("grad_accum_dtype",)
 
-# DeepSpeed's own activation checkpointing reads these. The blocks here are checkpointed by torch, so none would act.
+# Keys of DeepSpeed's own activation checkpointing. They have no effect, because torch checkpoints the blocks.
 DEEPSPEED_CHECKPOINTING = (
     "partition_activations",
     "cpu_checkpointing",
@@ -83,7 +82,7 @@ _NOT_SUPPORTED = {
     "zero_quantized_weights": "gathers parameters in 8 bits, which changes results; leave it out",
     "zero_quantized_nontrainable_weights": "keeps frozen parameters in 8 bits, which changes results; leave it out",
     "zero_quantized_gradients": "reduces gradients in 4 bits, which changes results; leave it out",
-    "legacy_stage1": "is gone from DeepSpeed; leave it out",
+    "legacy_stage1": "was removed from DeepSpeed; leave it out",
     "cpu_offload": "is an old name; write offload_optimizer",
     "cpu_offload_param": "is an old name; write offload_param",
     "cpu_offload_use_pin_memory": "is an old name; write pin_memory into the offload sections",
@@ -93,7 +92,7 @@ _NOT_SUPPORTED = {
 
 
 def check_keys(path: Path, raw: dict[str, Any]) -> None:
-    """Every key of the top level and of our own sections is known and has an effect.
+    """Check that every key of the top level and of this project's sections is known and has an effect.
 
     Raises:
         UserError: naming the file, the key and the nearest known one or the reason.
@@ -118,7 +117,7 @@ def check_keys(path: Path, raw: dict[str, Any]) -> None:
             if name == "activation_checkpointing" and key in DEEPSPEED_CHECKPOINTING:
                 raise UserError(
                     f"{path}: {name}.{key} would have no effect: blocks are checkpointed by torch, not by DeepSpeed; "
-                    f"leave it out, {', '.join(CHECKPOINTING_KEYS)} say which blocks"
+                    f"leave it out, {', '.join(CHECKPOINTING_KEYS)} select the blocks"
                 )
             if name == "compile" and key == "deepcompile":
                 raise UserError(f"{path}: {name}.{key} is not supported; blocks: true compiles each block by torch")
@@ -127,10 +126,10 @@ def check_keys(path: Path, raw: dict[str, Any]) -> None:
 
 
 def check_precision(path: Path, raw: dict[str, Any]) -> None:
-    """One kind of mixed precision, whose gradients add up in a type that the file names.
+    """Check that at most one kind of mixed precision is enabled, with a stated type of accumulated gradients.
 
     Raises:
-        UserError: naming the key and the mend.
+        UserError: naming the key and the fix.
     """
     bf16, autocast = (raw.get(name, {}) for name in ("bf16", "torch_autocast"))
     for name, section in {"bf16": bf16, "torch_autocast": autocast}.items():
@@ -150,14 +149,14 @@ def check_precision(path: Path, raw: dict[str, Any]) -> None:
             )
         if "communication_data_type" in raw:
             raise UserError(
-                f"{path}: communication_data_type would have no effect: with torch_autocast each gradient travels in "
-                "the type that its layer computes in; leave it out"
+                f"{path}: communication_data_type would have no effect: with torch_autocast each gradient is "
+                "communicated in the type that its layer computes in; leave it out"
             )
     if bf16.get("enabled"):
         if accumulated is None:
             raise UserError(
-                f"{path}: data_types.grad_accum_dtype is required with bf16: left out, DeepSpeed adds gradients up in "
-                'bfloat16; write "data_types": {"grad_accum_dtype": "fp32"}'
+                f"{path}: data_types.grad_accum_dtype is required with bf16: left out, DeepSpeed accumulates gradients "
+                'in bfloat16; write "data_types": {"grad_accum_dtype": "fp32"}'
             )
         if raw.get("zero_optimization", {}).get("stage", 0) == 0:
             raise UserError(
@@ -171,10 +170,10 @@ def check_precision(path: Path, raw: dict[str, Any]) -> None:
 
 
 def check_zero(path: Path, raw: dict[str, Any]) -> None:
-    """The ZeRO section: a stage, the keys that this stage reads, and offloading that can be.
+    """Check the ZeRO section: the stage, keys that have an effect at this stage, and supported offloading.
 
     Raises:
-        UserError: naming the key and the mend.
+        UserError: naming the key and the fix.
     """
     zero = raw.get("zero_optimization", {})
     stage = zero.get("stage", 0)
@@ -204,10 +203,10 @@ def check_zero(path: Path, raw: dict[str, Any]) -> None:
 
 
 def check_compile(path: Path, raw: dict[str, Any]) -> bool:
-    """Whether blocks are compiled.
+    """Return True if blocks are compiled.
 
     Raises:
-        UserError: for a value that is none, and where hooks of ZeRO-3 inside the blocks would break every graph.
+        UserError: for a value that is not boolean, and if hooks of ZeRO-3 inside the blocks would break every graph.
     """
     compiled = raw.get("compile", {}).get("blocks", False)
     if not isinstance(compiled, bool):

@@ -1,4 +1,4 @@
-"""Reading configuration files: YAML and JSON in, one clear error out."""
+"""Reading, merging and validating configuration files, with errors that name file and key."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from mrmae_ds.errors import ConfigError, UserError
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        UserError: if it is missing, is not YAML or holds something else.
+        UserError: if the file is missing, is not YAML or is not a mapping.
     """
     return _parsed(path, parse_yaml)
 
 
 def read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A YAML file laid on the one that it ``extends``, if it names one, and so on; see :func:`merge`.
+    """Read a YAML file and merge it into the file that it ``extends``, if any, recursively.
 
     Raises:
-        UserError: as :func:`read_yaml`, and for a file that extends itself.
+        UserError: as :func:`read_yaml`, for a file that extends itself, and for a renamed key.
     """
     if path.resolve() in seen:
         raise UserError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
@@ -42,17 +42,17 @@ def read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object; see :func:`read_yaml`."""
+    """Read a JSON file that holds an object; raises as :func:`read_yaml`."""
     return _parsed(path, lambda text: json.loads(text, object_pairs_hook=_unique))
 
 
 def parse_yaml(text: str) -> Any:
-    """YAML without duplicate keys; raises ValueError or yaml.YAMLError."""
+    """Parse YAML without duplicate keys; raises ValueError or yaml.YAMLError."""
     return yaml.load(text, Loader=_UniqueKeys)
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys without a word."""
+    """Loader that refuses duplicate keys, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -64,7 +64,7 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     keys = [key for key, _ in pairs]
     twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
     if twice is not None:
-        raise ValueError(f"the key {twice!r} is given twice")
+        raise ValueError(f"duplicate key {twice!r}")
     return dict(pairs)
 
 
@@ -84,7 +84,7 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """``over`` laid on ``base``: mappings merge, other values replace, None removes. Neither is changed."""
+    """Merge ``over`` into a copy of ``base``: mappings are merged, other values replaced, None removes a key."""
     result = dict(base)
     for key, value in over.items():
         if value is None:
@@ -98,10 +98,10 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(raw: dict[str, Any], overrides: Iterable[str], path: Path) -> dict[str, Any]:
-    """``key.path=value`` strings laid on a mapping read from ``path``; values are YAML, ``null`` removes a key.
+    """Apply ``key.path=value`` strings to a mapping read from ``path``; values are YAML, ``null`` removes a key.
 
     Raises:
-        UserError: for a string that is not an assignment, or a path through something that is not a mapping.
+        UserError: for a string that is not an assignment, or a key path through a value that is not a mapping.
     """
     for text in overrides:
         key, sign, value_text = text.partition("=")
@@ -125,7 +125,7 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str], path: Path) -
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], path: Path) -> str:
-    """All problems of a validation, one a line: file, the key's path, what is wrong, the nearest known key."""
+    """Return all problems of a validation, one per line: file, key path, problem, nearest known key."""
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
@@ -146,7 +146,7 @@ def describe_errors(error: ValidationError, model: type[BaseModel], path: Path) 
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
-    """The error text for an unknown key: the closest known one if there is one, else all of them."""
+    """Return the hint for an unknown key: the closest known one if there is one, else all of them."""
     return _nearest(key, list(known))
 
 
@@ -158,14 +158,14 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """Field names of the section at a path, through optional sections and mappings of sections."""
+    """Return the field names of the section at a path, through optional sections and mappings of sections."""
     current: Any = model
     for part in location:
         if isinstance(current, type) and issubclass(current, BaseModel):
             field = current.model_fields.get(str(part))
             current = _unwrapped(field.annotation) if field else None
         elif get_origin(current) in (dict, list, tuple):
-            # The part is an entry's own name or number, whatever fields its section has.
+            # The part is an entry's own name or index, not a field of its section.
             current = _unwrapped([arg for arg in get_args(current) if arg is not Ellipsis][-1])
         else:
             return []
@@ -173,7 +173,7 @@ def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[
 
 
 def _unwrapped(annotation: Any) -> Any:
-    """The one alternative of ``X | None``; anything else as it is."""
+    """Return X for ``X | None``; other annotations unchanged."""
     if get_origin(annotation) in (Union, types.UnionType):
         return next((_unwrapped(arg) for arg in get_args(annotation) if arg is not type(None)), None)
     return annotation

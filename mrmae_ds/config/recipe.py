@@ -1,23 +1,22 @@
-"""The recipe: what is trained, as a strict, typed YAML file.
+"""The recipe: a strict, typed YAML file that defines a training.
 
-Keys are grouped by what they affect: ``model``, ``data``, ``teachers`` and ``stages`` change results (but for
-``stages.pretrain.placement``), ``loader`` only speed; ``logging``,
-``checkpoint`` and ``watchdog`` only what is written and when. A recipe may start from
-another one (``extends: tiny.yaml``) and state the difference: mappings are merged, everything else is replaced, null
-removes a key.
+Keys are grouped by their effect: ``model``, ``data``, ``teachers`` and ``stages`` change results (except
+``stages.pretrain.placement`` and ``.knn``), the sections of :data:`NO_INFLUENCE` do not. A recipe may extend another
+one (``extends: tiny.yaml``) and state the differences: mappings are merged, everything else is replaced, null removes a
+key.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal, overload
+import re
+from pathlib import Path, PurePath
+from typing import Any, Literal, get_args, overload
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from mrmae_ds.config.files import apply_overrides, describe_errors, read_extended
 from mrmae_ds.config.renamed import refuse_renamed, values_hash
-from mrmae_ds.config.run_names import shorten_sources
 from mrmae_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -47,7 +46,14 @@ NO_INFLUENCE = ("loader", "logging", "checkpoint", "watchdog")
 
 
 class Recipe(Section):
-    """A whole recipe. ``method`` and ``size`` are its row and column in the scaling table."""
+    """A complete recipe.
+
+    Attributes:
+        name: of the run folder.
+        method: row of the scaling table.
+        size: column of the scaling table.
+        seed: of initialization, sampling, augmentation and masking.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     method: str
@@ -65,7 +71,9 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
         if PIXELS in self.teachers:
-            raise ConfigError(f"teachers.{PIXELS}", "not a name for a teacher; objectives mean the image by it")
+            raise ConfigError(
+                f"teachers.{PIXELS}", "not a name for a teacher; it is the image as an objective's target"
+            )
         stage = self.stages.pretrain
         if stage is None:
             return self
@@ -109,10 +117,10 @@ class Recipe(Section):
     def stage(self, name: Literal["evaluate"]) -> EvaluateConfig: ...
 
     def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig | ProbeConfig | EvaluateConfig:
-        """The named stage.
+        """Return the named stage.
 
         Raises:
-            UserError: if the recipe does not have it.
+            UserError: if the recipe does not have this stage.
         """
         stage = getattr(self.stages, name)
         if stage is None:
@@ -121,18 +129,17 @@ class Recipe(Section):
         return stage
 
     def to_yaml(self) -> str:
-        """The resolved recipe, every default written out."""
+        """Return the resolved recipe with all defaults."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=110)
 
     def counted(self, stage: StageName | None = None) -> dict[str, Any]:
-        """Everything that changes results but the seed; what :meth:`hash` is taken of.
+        """Return the values that determine results, without the seed; :meth:`hash` hashes them.
 
-        Paths of the data do not count: the data's identity is its checksum, recorded beside this. Nor does where a
-        teacher's weights live, nor a look at the features, nor in which folder of runs, and with which seed, another
-        run lies that it names.
+        Excluded are the data's paths (checksums identify the data), teachers' placement and k-NN evaluation; of other
+        runs that the recipe names, the parent folder and the seed in the name.
 
         Args:
-            stage: count only this stage and the teachers that it names; None counts the whole recipe.
+            stage: include only this stage and its teachers; None includes the whole recipe.
         """
         ignored: dict[str, Any] = dict.fromkeys(("name", "seed", *NO_INFLUENCE), True)
         ignored |= {"data": {"train", "val"}, "stages": {"pretrain": {"placement", "knn"}}}
@@ -141,12 +148,12 @@ class Recipe(Section):
             named = getattr(self.stage(stage), "teachers", ())
             kept["teachers"] = {name: kept["teachers"][name] for name in named}
             kept["stages"] = {stage: kept["stages"][stage]}
-        return shorten_sources(kept)
+        return _shorten_sources(kept)
 
     def hash(self, stage: StageName | None = None) -> str:
-        """12 hex digits that change with anything that :meth:`counted` names.
+        """Return 12 hexadecimal digits of the SHA-256 of :meth:`counted`.
 
-        Runs that differ in their seed alone share it.
+        Runs that differ only in their seed have the same hash.
         """
         return values_hash(self.counted(stage))
 
@@ -167,6 +174,37 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         raise UserError(describe_errors(error, Recipe, path)) from None
+
+
+def run_and_stage(source: str) -> str:
+    """Return ``huge/pretrain`` for ``runs/huge-seed1/pretrain``, and anything else than a stage's folder unchanged."""
+    parts = PurePath(source).parts
+    if len(parts) < 2 or parts[-1] not in get_args(StageName):
+        return source
+    return f"{re.sub(r'-seed[0-9]+$', '', parts[-2])}/{parts[-1]}"
+
+
+def _shorten_sources(values: dict[str, Any]) -> dict[str, Any]:
+    """Shorten every run that a recipe names to RUN/STAGE.
+
+    Runs with different seeds, each initialized from a run with the same seed, then have the same values. Records hold
+    the checksums of the runs' weights.
+    """
+    teachers = {
+        name: teacher | {"source": run_and_stage(teacher["source"])} if teacher["kind"] == "checkpoint" else teacher
+        for name, teacher in values["teachers"].items()
+    }
+    stages = {name: stage and _shorten_stage(stage) for name, stage in values["stages"].items()}
+    return values | {"teachers": teachers, "stages": stages}
+
+
+def _shorten_stage(stage: dict[str, Any]) -> dict[str, Any]:
+    shortened: dict[str, Any] = {}
+    if stage.get("init"):
+        shortened["init"] = run_and_stage(stage["init"])
+    if stage.get("members"):
+        shortened["members"] = [run_and_stage(member) for member in stage["members"]]
+    return stage | shortened
 
 
 def _listed(names: Any) -> str:

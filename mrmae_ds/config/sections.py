@@ -1,4 +1,4 @@
-"""The recipe's sections that all stages share: model, data, teachers, loader, record."""
+"""Sections of the recipe that all stages share: model, data, teachers, loader, logging, checkpoint, watchdog."""
 
 from __future__ import annotations
 
@@ -19,9 +19,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class ModelConfig(Section):
-    """``arch`` names a row of models/sizes.py; ``overrides`` replaces single fields of it.
+    """The student's architecture.
 
-    ``fusion.stages`` is both convolutional stages where a CViT's recipe does not list any, as in MCMAE; [] is none.
+    Attributes:
+        arch: name in models/sizes.py.
+        image_size: side of the input in pixels.
+        overrides: fields of the architecture to replace.
+        fusion: multi-layer fusion; for a CViT, ``stages`` defaults to both convolutional stages, as in MCMAE.
+        decoder: size of the decoder.
     """
 
     arch: str
@@ -33,7 +38,7 @@ class ModelConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _conv_stages_are_fused(cls, values: Any) -> Any:
-        """See the class; a fusion that is no mapping is left for its own check."""
+        """Fill in ``fusion.stages`` of a CViT; a fusion that is not a mapping is left to its own validation."""
         fusion = values.get("fusion", {}) if isinstance(values, dict) else None
         if not isinstance(fusion, dict) or not isinstance(ARCHITECTURES.get(str(values.get("arch"))), CViTSpec):
             return values
@@ -48,18 +53,20 @@ class ModelConfig(Section):
         return self
 
     def spec(self) -> EncoderSpec:
-        """The encoder's size."""
+        """Return the encoder's size."""
         return encoder_spec(self.arch, self.overrides)
 
 
 class DataConfig(Section):
-    """The images, and how they are cut out and normalized.
+    """Data sets, decoding backends and normalization.
 
     Attributes:
-        train, val: .beton files (data/README.md).
-        backend: ``ffcv``, or ``pillow``: slower, the same boxes and filter (data/README.md).
-        eval_backend: of the validation set; null is ``backend``. Published accuracies follow ``pillow``.
-        mean, std: the student's input statistics (of pixels in 0 to 1).
+        train: .beton file of the training set (data/README.md).
+        val: .beton file of the validation set.
+        backend: ``ffcv`` or ``pillow``, which is slower and computes the same crops with the same filter.
+        eval_backend: backend of the validation set; null is ``backend``. Published accuracies follow ``pillow``.
+        mean: the student's input mean per channel, of pixels in 0 to 1.
+        std: the student's input standard deviation per channel.
     """
 
     train: Path
@@ -71,28 +78,30 @@ class DataConfig(Section):
 
     @property
     def val_backend(self) -> Backend:
-        """What reads the validation set."""
+        """Backend that reads the validation set."""
         return self.eval_backend or self.backend
 
 
 class TeacherConfig(Section):
-    """A frozen teacher. Where its weights live while a student is trained is ``stages.pretrain.placement``.
+    """A frozen teacher; ``stages.pretrain.placement`` places its weights.
 
     Attributes:
-        kind: ``checkpoint`` a run of this project, ``clip`` an open_clip tower, ``timm`` any timm model with tokens or
-            feature maps (DINO, DINOv2, a convolutional network).
-        source: a run's stage folder or model file; or the model's name in open_clip or timm (``hf-hub:``,
-            ``local-dir:`` too).
-        weights: for clip and timm: a tag or local file; null takes those that the source names.
+        kind: ``checkpoint`` (a run of this project), ``clip`` (an open_clip vision tower) or ``timm`` (any timm model
+            with tokens or feature maps: DINO, DINOv2, a convolutional network).
+        source: a run's stage folder or model file; for clip and timm the model's name (``hf-hub:`` and ``local-dir:``
+            too).
+        weights: for clip and timm, a tag or a local file; null is the source's own.
         image_size: side of the teacher's input in pixels; null is the student's.
-        features: of the last block: ``raw``, ``ln_post`` after the final norm, ``proj`` also projected (clip).
-        stage: of a network with feature maps, 0-based; null takes the deepest whose grid is the student's.
-        position_resize: of a timm ViT's position embedding to another grid: ``library`` as timm does it, ``dino`` as
-            DINO's and DINOv2's own code; null is ``dino`` for these two (without registers), else ``library``.
-        quickgelu: whether CLIP weights were trained with QuickGELU; only for files that do not say.
-        statistics: whose mean and standard deviation normalize its input.
-        mean, std: its own statistics (of pixels in 0 to 1), where the library's are not those of the weights.
-        precision: of its weights and arithmetic.
+        features: output of the last block (``raw``), after the final norm (``ln_post``), or also projected (``proj``,
+            clip only).
+        stage: stage of a network with feature maps, 0-based; null is the deepest one with the student's grid.
+        position_resize: interpolation of a timm ViT's position embedding: ``library`` as in timm, ``dino`` as in the
+            code of DINO and DINOv2; null is ``dino`` for these two (without registers), else ``library``.
+        quickgelu: CLIP weights were trained with QuickGELU; only for files that do not state it.
+        statistics: normalize the input by the teacher's or the student's mean and standard deviation.
+        mean: mean of the weights' training per channel, of pixels in 0 to 1, if the library's is another.
+        std: standard deviation of the weights' training per channel, if the library's is another.
+        precision: of weights and arithmetic.
     """
 
     kind: Literal["checkpoint", "clip", "timm"]
@@ -150,10 +159,12 @@ class CheckpointConfig(Section):
     """Saving and retention of checkpoints; no influence on results. A signal and the end of the stage save too.
 
     Attributes:
-        every_epochs, every_steps, every_minutes: intervals between two checkpoints; null disables that interval.
+        every_epochs: epochs between two checkpoints; null disables this interval.
+        every_steps: optimizer steps between two checkpoints; null disables this interval.
+        every_minutes: minutes between two checkpoints; null disables this interval.
         keep_last: number of most recent checkpoints to keep.
-        keep_every_epochs, keep_every_steps: checkpoints at these multiples are saved and kept for good; null keeps
-            none.
+        keep_every_epochs: checkpoints at multiples of this epoch are saved and kept for good; null keeps none.
+        keep_every_steps: checkpoints at multiples of this step are saved and kept for good; null keeps none.
         async_save: write from a copy in memory while training continues; training waits only for the copy.
     """
 

@@ -1,4 +1,4 @@
-"""The recipe's stages: what is trained, for how long, at which rate."""
+"""Stages of the recipe: objectives, schedule and augmentation of each."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 # Part of module, metric and folder names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
 PlacementKind = Literal["device", "step", "stream", "sharded"]
-RESERVED_OBJECTIVES = {"loss": "the weighted total is called that", "keys": "torch reserves it"}
+RESERVED_OBJECTIVES = {"loss": "name of the weighted total", "keys": "reserved by torch"}
 
 
 class MaskingConfig(Section):
-    """``keep_ratio`` is the visible share; modes other than random take their importance from ``teacher``."""
+    """Masking of the student's input.
+
+    Attributes:
+        keep_ratio: share of visible tokens.
+        mode: selection of the visible tokens; all modes but ``random`` use the importance that ``teacher`` computes.
+        teacher: name of one of the stage's teachers.
+    """
 
     keep_ratio: float = Field(0.25, gt=0, lt=1)
     mode: MaskingMode = "random"
@@ -32,7 +38,14 @@ class MaskingConfig(Section):
 
 
 class RateConfig(Section):
-    """The schedule: linear warm-up, cosine to ``min_lr``; give ``base_lr`` (times batch/256) or ``lr``."""
+    """Learning-rate schedule: linear warm-up, then cosine to ``min_lr``.
+
+    Attributes:
+        base_lr: peak learning rate for a batch of 256 images, scaled linearly with the batch size.
+        lr: absolute peak learning rate, instead of ``base_lr``.
+        min_lr: learning rate at the end.
+        warmup_epochs: length of the warm-up.
+    """
 
     base_lr: Positive | None = None
     lr: Positive | None = None
@@ -46,19 +59,29 @@ class RateConfig(Section):
         return self
 
     def peak_lr(self, batch_size: int) -> float:
-        """The rate at the end of warm-up."""
+        """Return the learning rate at the end of warm-up."""
         return self.lr if self.lr is not None else (self.base_lr or 0.0) * batch_size / 256
 
 
 class OptimizerConfig(RateConfig):
-    """AdamW and its schedule."""
+    """AdamW and its schedule.
+
+    Attributes:
+        betas: AdamW's.
+        weight_decay: of weights; biases and norms have none.
+    """
 
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
     weight_decay: float = Field(0.05, ge=0)
 
 
 class LarsConfig(RateConfig):
-    """LARS and its schedule. The layer-wise rate is of the weight alone, as in MAE's linear probing."""
+    """LARS and its schedule; the layer-wise rate is computed from the weight alone, as in MAE's linear probing.
+
+    Attributes:
+        momentum: of the gradient.
+        weight_decay: of weights.
+    """
 
     base_lr: Positive | None = 0.1
     warmup_epochs: float = Field(10, ge=0)
@@ -72,7 +95,15 @@ class LarsConfig(RateConfig):
 
 
 class StageConfig(Section):
-    """What all stages have; ``batch_size`` is global, in images per optimizer step."""
+    """Base of the stages that train.
+
+    Attributes:
+        epochs: length of the stage.
+        batch_size: images per optimizer step, over all ranks.
+        optimizer: with its schedule.
+        crop_scale: smallest and largest share of the image's area in a random crop.
+        flip: probability of a horizontal flip.
+    """
 
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
@@ -97,19 +128,19 @@ class StageConfig(Section):
     def _rate_falls(self) -> StageConfig:
         peak = self.optimizer.peak_lr(self.batch_size)
         if self.optimizer.min_lr > peak:
-            raise ConfigError("optimizer.min_lr", f"{self.optimizer.min_lr:g} is above the peak rate {peak:g}")
+            raise ConfigError("optimizer.min_lr", f"{self.optimizer.min_lr:g} is above the peak learning rate {peak:g}")
         return self
 
 
 class PlacementConfig(Section):
-    """Where a frozen teacher's weights live. Its targets are the same wherever that is.
+    """Placement of a frozen teacher's weights; it does not change the targets.
 
     Attributes:
-        kind: ``device`` on the accelerator, all the time; ``step`` there only while targets are computed; ``stream``
-            block by block, one computing while the next is copied; ``sharded`` divided among the processes, each block
-            gathered while it computes. For ``step`` and ``stream`` the weights stay in (pinned) host memory.
-        offload: of ``sharded``: each process's share waits in host memory (``cpu``) or in files (``nvme``).
-        nvme_path: the folder of those files, on a fast disk of the node.
+        kind: ``device`` (resident on the accelerator), ``step`` (offloaded to pinned host memory, copied to the
+            accelerator for each step), ``stream`` (offloaded, copied block by block, overlapped with computation) or
+            ``sharded`` (partitioned over the ranks, each block gathered for its computation).
+        offload: for ``sharded``, location of each rank's share: host memory (``cpu``) or files (``nvme``).
+        nvme_path: folder of these files, on a fast disk of the node.
     """
 
     kind: PlacementKind = "device"
@@ -128,7 +159,7 @@ class PlacementConfig(Section):
         if self.offload is not None and self.kind != "sharded":
             raise ConfigError("offload", f"has no effect on {self.kind} (only on sharded); remove it")
         if (self.nvme_path is None) == (self.offload == "nvme"):
-            raise ConfigError("nvme_path", "offload: nvme needs this folder, and nothing else takes one")
+            raise ConfigError("nvme_path", "required with offload: nvme, and has no effect otherwise")
         return self
 
     def __str__(self) -> str:
@@ -136,14 +167,15 @@ class PlacementConfig(Section):
 
 
 class KnnConfig(Section):
-    """A quick look at a pre-training: the accuracy of its features by their nearest neighbors (DINO's protocol).
+    """k-NN evaluation of the encoder's features during pre-training (DINO's protocol).
 
-    The features of an image are the mean of the encoder's tokens, all of them visible; those of ``samples`` training
-    images, evenly spaced in the set (null: all), vote for each validation image.
+    The features of an image are the mean of the encoder's tokens, all of them visible.
 
     Attributes:
-        every_epochs: how often; the last epoch is always looked at.
-        k: neighbors that vote, each with weight exp(cosine / ``temperature``).
+        every_epochs: epochs between two evaluations; the last epoch is always evaluated.
+        k: number of neighbors that vote, each with weight exp(cosine / ``temperature``).
+        temperature: of these weights.
+        samples: number of training images, evenly spaced in the set; null is all of them.
     """
 
     every_epochs: int = Field(10, ge=1)
@@ -153,15 +185,17 @@ class KnnConfig(Section):
 
 
 class PretrainConfig(StageConfig):
-    """Pre-training: which teachers exist, what is visible, what is learned.
+    """Pre-training: teachers, masking and objectives.
 
     Attributes:
-        init: null is random weights; else a run's stage folder or a file of weights, ours or released, to go on from.
-        teachers: those that are asked, of the recipe's. objectives: the losses, by name.
-        placement: where the teachers' weights live: a word for all (``device``, ``step``, ``stream``, ``sharded``), or
-            by teacher's name a word or a section (:class:`PlacementConfig`); those not named are on the device. It
-            changes speed and memory, never results, and so no hash.
-        knn: null is no such check; nor does it change what is learned.
+        init: initial weights: a run's stage folder or a weights file, of this project or released; null is random.
+        teachers: names of the recipe's teachers that this stage uses.
+        masking: selection of the visible tokens.
+        objectives: losses by name.
+        placement: placement of the teachers' weights: one kind for all (``device``, ``step``, ``stream``,
+            ``sharded``), or by teacher a kind or a section (:class:`PlacementConfig`); others are on the device. It
+            affects speed and memory, not results, and no hash.
+        knn: k-NN evaluation of the features; null disables it. It does not affect training.
     """
 
     optimizer: OptimizerConfig
@@ -176,7 +210,7 @@ class PretrainConfig(StageConfig):
     @model_validator(mode="before")
     @classmethod
     def _placement_of_each(cls, values: Any) -> Any:
-        """Words become sections, and every teacher gets one."""
+        """Expand placement kinds to sections, one for every teacher."""
         if not isinstance(values, dict) or not isinstance(values.get("teachers", ()), list | tuple):
             return values
         given, names = values.get("placement", "device"), values.get("teachers", ())
@@ -207,11 +241,17 @@ class FinetuneConfig(StageConfig):
     """Supervised fine-tuning of the whole encoder.
 
     Attributes:
-        init: ``pretrain`` this run's own pre-training, ``scratch`` none, or a run's stage folder or model file.
-        image_size: null is the model's; the position embedding is resized for another.
-        pool: what the head sees: ``avg`` the mean of the patches, ``token`` the class token (a plain ViT's).
-        rand_augment: timm's RandAugment policy (``rand-m9-mstd0.5-inc1``); null is none.
-        mixup, cutmix: alpha of each; 0 is off. label_smoothing: of labels. random_erasing: probability.
+        init: ``pretrain`` (this run's own pre-training), ``scratch`` (random), or a run's stage folder or model file.
+        image_size: side of the input in pixels; null is the model's. The position embedding is resized to another.
+        pool: input of the head: mean of the patches (``avg``) or class token (``token``, plain ViT only).
+        layer_decay: factor of the learning rate from one layer to the one below it.
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0.
+        rand_augment: timm's RandAugment policy (``rand-m9-mstd0.5-inc1``); null disables it.
+        mixup: alpha; 0 disables it.
+        cutmix: alpha; 0 disables it.
+        label_smoothing: share of the target that is spread over all classes.
+        random_erasing: probability.
+        eval_every_epochs: epochs between two evaluations; the last epoch is always evaluated.
     """
 
     optimizer: OptimizerConfig
@@ -229,18 +269,20 @@ class FinetuneConfig(StageConfig):
 
     @property
     def pairs(self) -> bool:
-        """Whether mixup or cutmix pairs the images of a micro-batch, which must be even then."""
+        """True if mixup or cutmix pairs the images of a micro-batch, which must then be even."""
         return self.mixup > 0 or self.cutmix > 0
 
 
 class ProbeConfig(StageConfig):
-    """Linear probing: the encoder is frozen, a linear classifier learns from its features (MAE's recipe).
+    """Linear probing: a linear classifier trained on the frozen encoder's features (MAE's recipe).
 
     The features are the mean of the patches, normalized by a BatchNorm without parameters whose statistics are those
-    of a micro-batch over all processes.
+    of a micro-batch over all ranks.
 
     Attributes:
-        init: as for fine-tuning. image_size: null is the model's.
+        init: as in :class:`FinetuneConfig`.
+        image_size: side of the input in pixels; null is the model's.
+        eval_every_epochs: epochs between two evaluations; the last epoch is always evaluated.
     """
 
     epochs: int = Field(90, ge=1)
@@ -253,11 +295,11 @@ class ProbeConfig(StageConfig):
 
 
 class EvaluateConfig(Section):
-    """The accuracy of fine-tuned models on the validation set; several are averaged, after their softmax.
+    """Accuracy of fine-tuned models on the validation set; the softmax outputs of several are averaged.
 
     Attributes:
         members: stage folders or model files; null is this run's own fine-tuning.
-        image_size: null is each model's own; the position embedding is resized for another.
+        image_size: side of the input in pixels; null is each model's own. The position embedding is resized to another.
     """
 
     members: tuple[str, ...] | None = Field(None, min_length=1)
@@ -267,12 +309,12 @@ class EvaluateConfig(Section):
     @classmethod
     def _each_once(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if value is not None and len(set(value)) < len(value):
-            raise ValueError("a model is named twice; each counts once")
+            raise ValueError("a model is listed twice")
         return value
 
 
 class StagesConfig(Section):
-    """The stages of the recipe; a recipe trained from scratch has no ``pretrain``."""
+    """Stages of the recipe; a recipe without ``pretrain`` trains from scratch."""
 
     pretrain: PretrainConfig | None = None
     finetune: FinetuneConfig | None = None

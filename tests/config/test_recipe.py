@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.config.recipe import Recipe, load_recipe, run_and_stage
 from mrmae_ds.errors import UserError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -41,6 +41,8 @@ CONTENT: dict[str, Any] = {
         },
     },
 }
+
+HUGE, TINY, SEPARATE = (Path(f"ds_configs/{name}.yaml") for name in ("huge392", "tiny", "ablations/table4_separate"))
 
 
 @pytest.fixture
@@ -270,8 +272,8 @@ IMPOSSIBLE = {
     "stages.pretrain.optimizer.warmup_epochs=-1": ["stages.pretrain.optimizer.warmup_epochs"],
     "stages.pretrain.optimizer.lr=1.0": ["stages.pretrain.optimizer", "exactly one of base_lr", "lr"],
     "stages.pretrain.optimizer.base_lr=null": ["stages.pretrain.optimizer", "exactly one of base_lr"],
-    "stages.pretrain.optimizer.min_lr=4e-4": ["stages.pretrain.optimizer.min_lr: 0.0004", "peak rate 0.0003"],
-    "stages.finetune.optimizer.min_lr=2e-3": ["stages.finetune.optimizer.min_lr", "peak rate 0.001"],
+    "stages.pretrain.optimizer.min_lr=4e-4": ["stages.pretrain.optimizer.min_lr: 0.0004", "peak learning rate 0.0003"],
+    "stages.finetune.optimizer.min_lr=2e-3": ["stages.finetune.optimizer.min_lr", "peak learning rate 0.001"],
     "stages.pretrain.optimizer.base_lr=0": ["stages.pretrain.optimizer.base_lr"],
     "stages.pretrain.crop_scale=[0.5, 1.5]": ["stages.pretrain.crop_scale.1"],
     "stages.pretrain.flip=2": ["stages.pretrain.flip"],
@@ -448,3 +450,38 @@ def test_names_that_look_like_other_values_survive(name: str, tmp_path: Path) ->
 def test_a_recipe_cannot_be_changed(recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 1
+
+
+@pytest.mark.parametrize(
+    ("source", "short"),
+    [
+        ("runs/huge/pretrain", "huge/pretrain"),
+        ("/elsewhere/of/huge-seed12/pretrain", "huge/pretrain"),
+        ("demo/tiny/finetune", "tiny/finetune"),
+        ("pretrain", "pretrain"),
+        ("scratch", "scratch"),
+        ("weights/released.pth", "weights/released.pth"),
+        ("runs/huge-seedling/pretrain", "huge-seedling/pretrain"),
+    ],
+)
+def test_a_stage_is_named_without_its_folder_and_seed(source: str, short: str) -> None:
+    assert run_and_stage(source) == short
+
+
+@pytest.mark.parametrize(
+    ("path", "stage", "key", "same", "other"),
+    [
+        (HUGE, "finetune", "stages.finetune.init", "r/huge-seed1/pretrain", "runs/base/pretrain"),
+        (TINY, "pretrain", "teachers.mae.source", "r/mae_tiny-seed1/pretrain", "runs/tiny/pretrain"),
+        (
+            SEPARATE, "evaluate", "stages.evaluate.members",
+            "[r/table4_dino-seed1/finetune, r/table4_clip-seed1/finetune]",
+            "[runs/table4_clip/finetune, runs/table4_dino/finetune]",
+        ),
+    ],
+)  # fmt: skip
+def test_runs_that_start_from_other_seeds_share_a_hash(path: Path, stage: str, key: str, same: str, other: str) -> None:
+    recipe = load_recipe(path)
+    seeded, different = (load_recipe(path, [f"{key}={value}", "seed=1"]) for value in (same, other))
+    assert recipe.hash(stage) == seeded.hash(stage) and recipe.hash() == seeded.hash()  # type: ignore[arg-type]
+    assert recipe.hash(stage) != different.hash(stage)  # type: ignore[arg-type]
