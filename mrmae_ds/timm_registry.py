@@ -1,10 +1,10 @@
-"""The CViTs as timm models: ``import mrmae_ds``, then ``timm.create_model("cvit_huge", img_size=392, num_classes=10)``.
+"""Register CViTs with timm: after ``import mrmae_ds``, ``timm.create_model("cvit_huge", img_size=392)`` works.
 
-Imported by mrmae_ds/timm_hook.py when timm is. The models themselves are imported when one is built: this module may
-run while they are being imported, because they import timm.
+timm_hook.py imports this module when timm is imported. The models themselves are imported only when one is built: this
+module may run while they are being imported, because they import timm.
 
-Tracing and ``torch.export`` work on these models; TorchScript's compiler and symbolic tracing (``torch.fx``) do not, as
-patches are cut out of any leading dimensions.
+Tracing and ``torch.export`` work on these models. TorchScript's compiler and symbolic tracing (``torch.fx``) do not,
+because patches are cut out of any leading dimensions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PREFIX = "encoder."
 
 
 def _default_cfg(pixels: int = 224) -> dict[str, Any]:
-    """No weights: there is no public file of these models to name."""
+    """Return a default config without weights, because there is no public file of these models."""
     return {
         "num_classes": IMAGENET_CLASSES,
         "input_size": (3, pixels, pixels),
@@ -41,7 +41,7 @@ def _default_cfg(pixels: int = 224) -> dict[str, Any]:
     }
 
 
-# register_model looks them up under this name.
+# register_model looks up this name.
 default_cfgs = generate_default_cfgs(
     {
         "cvit_tiny": _default_cfg(32),
@@ -54,32 +54,37 @@ default_cfgs = generate_default_cfgs(
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A file's tensors as ``model`` names and sizes them; for ``pretrained_cfg_overlay={"file": ...}``.
+    """Convert a file's tensors to the names and sizes of a model; for ``pretrained_cfg_overlay={"file": ...}``.
 
-    Of a pre-training's file, this project's or MCMAE's as released, the encoder is taken, without a class token. The
-    position embedding [1, rows, C] is resized if its grid is not the model's.
+    From a pre-training file, of this project or as released by MCMAE, the encoder is used, without a class token. The
+    position embedding [1, rows, C] is resized if its grid differs from the model's.
+
+    Args:
+        state_dict: tensors of the file by name.
+        model: the CViT.
 
     Raises:
-        UserError: if its rows are no square grid and not as many as the model's.
+        UserError: if the rows of the position embedding do not form a square grid and their number differs from the
+            model's.
     """
     from mrmae_ds.models.cvit import CViT
     from mrmae_ds.weights.load import fit_pos_embed
 
     tensors = unwrap(state_dict)
-    found = identify(TensorFile(Path("the file"), "pickle", tensors))
-    if found.family != "cvit":
+    identity = identify(TensorFile(Path("the file"), "pickle", tensors))
+    if identity.family != "cvit":
         return state_dict
-    ours = {full.removeprefix(PREFIX): name for name, full in found.names.items() if full.startswith(PREFIX)}
+    ours = {full.removeprefix(PREFIX): name for name, full in identity.names.items() if full.startswith(PREFIX)}
     encoder = {name: tensors[original] for name, original in ours.items() if name != "cls_token"}
     if "pos_embed" in encoder:
-        encoder["pos_embed"] = fit_pos_embed(encoder["pos_embed"], found, cast(CViT, model), "the file")
+        encoder["pos_embed"] = fit_pos_embed(encoder["pos_embed"], identity, cast(CViT, model), "the file")
     return encoder
 
 
 def _build(
     spec: CViTSpec, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **settings: Any
 ) -> nn.Module:
-    """A model with fine-tuning's initialization if it has a head; ``device`` and ``dtype`` as timm's models take."""
+    """Build a model, initialized for fine-tuning if it has a head; timm passes ``device`` and ``dtype``."""
     from mrmae_ds.models.cvit import CViT
     from mrmae_ds.models.encoders import init_classifier
 
@@ -104,24 +109,24 @@ def _create(arch: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:
 
 @register_model
 def cvit_tiny(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """CViT-Tiny, stride 4, for images of 32 pixels; see :func:`cvit_base`."""
+    """Create a CViT-Tiny, stride 4, for images of 32 pixels; see :func:`cvit_base`."""
     return _create("cvit_tiny", pretrained, settings)
 
 
 @register_model
 def cvit_small(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """CViT-Small, stride 16; see :func:`cvit_base`."""
+    """Create a CViT-Small, stride 16; see :func:`cvit_base`."""
     return _create("cvit_small", pretrained, settings)
 
 
 @register_model
 def cvit_base(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """CViT-Base, stride 16.
+    """Create a CViT-Base, stride 16.
 
     Args:
-        pretrained: load the weights that ``pretrained_cfg_overlay={"file": ...}`` names.
+        pretrained: load the weights named by ``pretrained_cfg_overlay={"file": ...}``.
         settings: fields of :class:`mrmae_ds.models.sizes.CViTSpec`, arguments of
-            :class:`mrmae_ds.models.cvit.CViT`, and what timm's ``create_model`` takes.
+            :class:`mrmae_ds.models.cvit.CViT`, and arguments of timm's ``create_model``.
 
     Raises:
         UserError: for a field's wrong value, an ``img_size`` that the patches do not tile, an unknown ``global_pool``.
@@ -131,11 +136,11 @@ def cvit_base(pretrained: bool = False, **settings: Any) -> nn.Module:
 
 @register_model
 def cvit_large(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """CViT-Large, stride 16; see :func:`cvit_base`."""
+    """Create a CViT-Large, stride 16; see :func:`cvit_base`."""
     return _create("cvit_large", pretrained, settings)
 
 
 @register_model
 def cvit_huge(pretrained: bool = False, **settings: Any) -> nn.Module:
-    """CViT-Huge, stride 14; see :func:`cvit_base`."""
+    """Create a CViT-Huge, stride 14; see :func:`cvit_base`."""
     return _create("cvit_huge", pretrained, settings)

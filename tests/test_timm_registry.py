@@ -187,7 +187,7 @@ def test_a_file_of_a_rectangle_fits_its_own_shape_only(tmp_path: Path) -> None:
     save_file(saved.state_dict(), path)
     images = torch.randn(1, 3, 32, 48)
     assert torch.equal(pretrained(path, **NARROW, img_size=(32, 48), num_classes=10)(images), saved(images))
-    with pytest.raises(UserError, match=r"the file: pos_embed is \(1, 6, 16\): .* no square grid, .* are 4 x 4"):
+    with pytest.raises(UserError, match=r"the file: pos_embed is \(1, 6, 16\): .* not form a square grid, .* is 4 x 4"):
         pretrained(path, **NARROW, img_size=64, num_classes=10)
 
 

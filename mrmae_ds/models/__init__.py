@@ -1,1 +1,1 @@
-"""Encoders, decoder, pre-training model, weights in and out. No distributed code."""
+"""Encoders, decoder, masking, objectives and the pre-training model, in plain torch without distributed code."""

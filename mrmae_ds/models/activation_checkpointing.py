@@ -1,4 +1,4 @@
-"""Activation checkpointing of a stack of blocks: plain torch, no distributed code."""
+"""Activation checkpointing of a stack of blocks, in plain torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from mrmae_ds.models.masking import VisibleSet
 
 @dataclass
 class CheckpointPlan:
-    """Which blocks of each part recompute their activations in backward: every n-th; 0 none, 1 all."""
+    """Blocks that recompute their activations in backward: every n-th of a part; 0 means none, 1 all.
+
+    Attributes:
+        conv_stages: interval in the convolutional stages.
+        transformer: interval in the encoder's transformer blocks.
+        decoder: interval in the decoder's blocks.
+    """
 
     conv_stages: int = 0
     transformer: int = 0
@@ -27,19 +33,22 @@ def run_blocks(
     visible: VisibleSet | None = None,
     collect: list[Tensor] | None = None,
 ) -> Tensor:
-    """Run blocks in order, [B, ...] to the same shape.
+    """Run blocks in order.
 
     Args:
-        blocks: modules of one tensor, or of a tensor and a visible set.
-        x: the first block's input.
-        every: block i is checkpointed if i is a multiple of this; 0 checkpoints none.
-        visible: handed to every block if given.
-        collect: each block's output is appended to it if given.
+        blocks: modules that take a tensor, or a tensor and a visible set.
+        x: input of the first block, [B, ...].
+        every: block i is checkpointed if i is a multiple of this number; 0 checkpoints none.
+        visible: visible set to pass to every block.
+        collect: list to append each block's output to.
+
+    Returns:
+        Output of the last block, of the shape of ``x``.
     """
     extra = () if visible is None else (visible,)
     for i, block in enumerate(blocks):
         if every and i % every == 0 and block.training:
-            # Non-reentrant: the reentrant kind gives no gradients where no input needs one (the first stage).
+            # Reentrant checkpointing computes no gradients where no input requires one (the first stage).
             x = checkpoint(block, x, *extra, use_reentrant=False)
         else:
             x = block(x, *extra)

@@ -1,8 +1,8 @@
 """CViT: two convolutional stages and a transformer stage; dense for fine-tuning, masked for pre-training.
 
 Shape legend: B images, H x W their pixels, L tokens of the final grid, K visible tokens, C3 the last stage's width.
-Source of the architecture: MCMAE's public code; parameter names are those of its released files. The interface is a
-timm model's, see timm_registry.py.
+The architecture is that of MCMAE's public code, and parameter names are those of its released files. The interface is
+that of a timm model (timm_registry.py registers it).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mrmae_ds.models.sizes import CViTSpec, ImageSize, height_width, token_grid
 
 POOLS = ("avg", "max", "avgmax", "")
 NORM = partial(nn.LayerNorm, eps=1e-6)
-# What each stage owns; pruning a stage removes all of it.
+# Modules and parameters of each stage, which pruning the stage removes.
 STAGES = (
     ("patch_embed1", "blocks1"),
     ("patch_embed2", "blocks2"),
@@ -36,13 +36,13 @@ class CViT(nn.Module):
     """The encoder of MCMAE and MR-MAE.
 
     Args:
-        spec: widths, depths, heads, ratios and patches.
-        img_size: pixels, one side of a square or (height, width); the patches must tile it.
-        num_classes: outputs of the head; 0 gives features.
+        spec: widths, depths, heads, MLP ratios and patches.
+        img_size: input size in pixels, one side of a square or (height, width); the patches must tile it.
+        num_classes: outputs of the head; 0 returns features.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks of all stages.
-        global_pool: over the tokens: ``avg`` (the authors'), ``max`` or ``avgmax``, each followed by ``fc_norm``, or
-            ``""`` for the tokens themselves. The last with no classes is the bare encoder of pre-training: no
-            parameter after the blocks, and a frozen position embedding.
+        global_pool: pooling of the tokens: ``avg`` (the authors'), ``max`` or ``avgmax``, each followed by ``fc_norm``,
+            or ``""`` for no pooling. ``""`` without classes builds the bare encoder for pre-training: no parameters
+            after the blocks, and a frozen position embedding.
         drop_rate: dropout before the head.
         in_chans: channels of the input.
 
@@ -99,7 +99,7 @@ class CViT(nn.Module):
 
     @property
     def transformer_blocks(self) -> nn.ModuleList:
-        """The transformer stage's blocks, first to last."""
+        """Return the blocks of the transformer stage, first to last."""
         return self.blocks3
 
     @property
@@ -109,22 +109,25 @@ class CViT(nn.Module):
 
     @property
     def fusable_stages(self) -> tuple[tuple[int, int], ...]:
-        """(channels, cells per token side) of each convolutional stage that multi-layer fusion can take."""
+        """Return (channels, cells per token side) of each convolutional stage, for multi-layer fusion."""
         _, p2, p3 = self.spec.patches
         return (self.spec.dims[0], p2 * p3), (self.spec.dims[1], p3)
 
     def forward(
         self, images: Tensor, visible: VisibleSet | None = None, taps: tuple[int, ...] = ()
     ) -> Tensor | VisibleFeatures:
-        """Classify [B, 3, H, W] (logits [B, classes]), or encode visible tokens for pre-training.
+        """Classify images, or encode visible tokens for pre-training.
 
-        Both go through one ``forward`` because ZeRO-3 gathers a module's parameters when it is called.
+        Both use one ``forward``, because ZeRO-3 gathers a module's parameters when the module is called.
 
         Args:
-            images: normalized images.
-            visible: if given, only these tokens are computed and a dictionary is returned: ``tokens`` [B, K, C3]
-                before any norm, ``stages`` a list of [B, K, s, s, C], ``blocks`` the outputs of ``taps``.
-            taps: 0-based numbers of transformer blocks whose output [B, K, C3] is wanted too.
+            images: normalized images [B, 3, H, W].
+            visible: visible set, the only tokens that are computed; None classifies.
+            taps: 0-based indices of transformer blocks whose outputs are also returned.
+
+        Returns:
+            Logits [B, classes], or features of the visible tokens: ``tokens`` [B, K, C3] before any norm, ``stages``
+            [B, K, s, s, C] of each convolutional stage, ``blocks`` [B, K, C3] of each tap.
 
         Raises:
             UserError: for images of another size than the model's.
@@ -134,13 +137,18 @@ class CViT(nn.Module):
         return self._forward_visible(images, visible, taps)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the last block, [B, 3, H, W] to [B, L, C3]."""
+        """Compute all tokens after the last block, [B, L, C3], of images [B, 3, H, W]."""
         return self._maps(images, self.num_stages)[-1].flatten(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool, norm, dropout, linear: [B, L, C3] to [B, classes], or [B, C3] before the linear layer.
+        """Apply pooling, norm, dropout and the linear layer.
 
-        With ``global_pool`` ``""`` the tokens stay: [B, L, ...].
+        Args:
+            x: tokens [B, L, C3].
+            pre_logits: leave out the linear layer.
+
+        Returns:
+            Logits [B, classes], or features [B, C3]; without pooling [B, L, ...].
         """
         x = self.head_drop(self.fc_norm(global_pool_nlc(x, self.global_pool, num_prefix_tokens=0)))
         return x if pre_logits else self.head(x)
@@ -154,28 +162,28 @@ class CViT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The outputs of stages, timm's interface.
+        """Return the outputs of stages (timm's interface).
 
         Args:
             x: normalized images [B, 3, H, W].
-            indices: stages, 0 to 2, negative from the end; an int is the last n, None all.
-            norm: must be False: no norm follows a stage.
-            stop_early: compute no stage after the last wanted one.
+            indices: stages 0 to 2, negative from the end; an int selects the last n, None all.
+            norm: must be False, because no norm follows a stage.
+            stop_early: do not compute stages after the last selected one.
             output_fmt: ``NCHW``, ``NHWC`` or ``NLC``.
             intermediates_only: leave out the final tokens.
 
         Returns:
-            The last computed stage's tokens [B, L, C] (after all stages: those of :meth:`forward_features`), and the
-            wanted stages' maps [B, C, h, w] (or as ``output_fmt`` says) in ascending order.
+            Tokens [B, L, C] of the last computed stage (those of :meth:`forward_features` if all are computed), and
+            the maps of the selected stages in ascending order, [B, C, h, w] or as ``output_fmt`` specifies.
 
         Raises:
             UserError: for ``norm``, an unknown format, or images of another size than the model's.
         """
         if norm or output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise UserError(f"norm: {norm}, output_fmt: {output_fmt!r}; CViT has norm=False and NCHW, NHWC or NLC")
-        wanted, last = feature_take_indices(self.num_stages, indices)
+        selected, last = feature_take_indices(self.num_stages, indices)
         maps = self._maps(x, last + 1 if stop_early else self.num_stages)
-        intermediates = [m for i, m in enumerate(maps) if i in wanted]
+        intermediates = [m for i, m in enumerate(maps) if i in selected]
         if output_fmt == "NCHW":
             intermediates = [m.permute(0, 3, 1, 2).contiguous() for m in intermediates]
         elif output_fmt == "NLC":
@@ -185,25 +193,35 @@ class CViT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove the stages after the last wanted one, and the head; the absolute numbers of the wanted ones.
+        """Remove the stages after the last selected one, and the head (timm's interface).
 
-        ``prune_norm`` is timm's and has no effect: no norm follows a stage. The head also goes if its stage does.
+        Args:
+            indices: stages to keep, as in :meth:`forward_intermediates`.
+            prune_norm: no effect, because no norm follows a stage.
+            prune_head: remove the head; it is also removed if its stage is.
+
+        Returns:
+            Absolute indices of the selected stages.
         """
-        wanted, last = feature_take_indices(self.num_stages, indices)
+        selected, last = feature_take_indices(self.num_stages, indices)
         for part in (part for stage in STAGES[last + 1 : self.num_stages] for part in stage):
             delattr(self, part)
         if prune_head or last + 1 < self.num_stages:
             self.num_features = self.head_hidden_size = self.spec.dims[last]
             self.reset_classifier(0, "")
         self.num_stages = last + 1
-        return wanted
+        return selected
 
     def get_classifier(self) -> nn.Module:
-        """The head."""
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head, and a new ``fc_norm`` if pooling comes or goes; None keeps the pooling.
+        """Replace the head, and ``fc_norm`` if pooling is added or removed.
+
+        Args:
+            num_classes: outputs of the new head; 0 removes it.
+            global_pool: pooling, as for the constructor; None keeps the current one.
 
         Raises:
             UserError: for an unknown pooling.
@@ -223,40 +241,44 @@ class CViT(nn.Module):
         self.head = head.train(self.training)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block's activations in backward, or none; ``checkpointing`` sets it by stage."""
+        """Recompute the activations of all blocks in backward, or of none; ``checkpointing`` selects by stage."""
         self.checkpointing = CheckpointPlan(conv_stages=int(enable), transformer=int(enable))
 
     def no_weight_decay(self) -> set[str]:
-        """Parameters without weight decay besides the one-dimensional ones."""
+        """Return the parameters without weight decay besides the one-dimensional ones."""
         return {"pos_embed"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Layers as patterns of names, for timm's layer decay; what matches none is the last layer.
+        """Return the name patterns of layers for timm's layer decay; a name without a match is in the last layer.
 
-        Fine: everything before the transformer's blocks is layer 0 (MCMAE's fine-tuning), each of these blocks is one.
-        Coarse: stages.
+        Args:
+            coarse: one layer per stage. Otherwise layer 0 is everything before the transformer blocks (MCMAE's
+                fine-tuning), and each transformer block is one layer.
         """
         if coarse:
             return {f"stage{i}": rf"^(?:{'|'.join(parts)})(?:\.|$)" for i, parts in enumerate(STAGES, 1)}
         return {"stem": r"^(?:pos_embed|patch_embed|blocks[12]\.)", "blocks": r"^blocks3\.(\d+)\."}
 
     def set_input_size(self, img_size: ImageSize) -> None:
-        """Another input size, pixels or (height, width); the position embedding is resized into a new parameter.
+        """Change the input size; the position embedding is resized into a new parameter.
+
+        Args:
+            img_size: pixels, one side of a square or (height, width).
 
         Raises:
-            UserError: if the patches do not tile it.
+            UserError: if the patches do not tile ``img_size``.
         """
         grid, old = token_grid(self.spec, img_size), self.grid
         self.img_size, self.grid = height_width(img_size), grid
         if self.num_stages == len(STAGES) and grid != old:
             resized = resize_pos_embed(self.pos_embed.detach(), old, grid)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
-        # Where timm keeps the size that it built the model for.
+        # timm stores the size that it built the model for here.
         traits: dict[str, Any] = getattr(self, "_traits", {})
         self._traits = {**traits, "img_size": self.img_size}
 
     def _maps(self, images: Tensor, stages: int) -> list[Tensor]:
-        """The outputs of the first stages, [B, h, w, C] each."""
+        """Compute the outputs of the first stages, [B, h, w, C] each."""
         self._check_size(images)
         x, maps = images.permute(0, 2, 3, 1), []
         for stage in range(stages):
@@ -265,7 +287,7 @@ class CViT(nn.Module):
         return maps
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
-        """One stage, [B, h, w, C] of the stage before to [B, h', w', C']."""
+        """Run one stage: [B, h, w, C] of the previous stage to [B, h', w', C']."""
         if stage == 0:
             return run_blocks(self.blocks1, self.patch_embed1(x), self.checkpointing.conv_stages)
         if stage == 1:
@@ -275,7 +297,7 @@ class CViT(nn.Module):
         return x.unflatten(1, self.grid)
 
     def _forward_visible(self, images: Tensor, visible: VisibleSet, taps: tuple[int, ...]) -> VisibleFeatures:
-        """The encoding half of :meth:`forward`: [B, 3, H, W] to ``tokens`` [B, K, C3] and what lies below them."""
+        """Encode visible tokens, as :meth:`forward` does with a visible set."""
         self._check_size(images)
         x = visible.take_blocks(images.permute(0, 2, 3, 1))
         x1 = run_blocks(self.blocks1, self.patch_embed1(x), self.checkpointing.conv_stages, visible)
@@ -287,7 +309,7 @@ class CViT(nn.Module):
         return {"tokens": x, "stages": [x1, x2], "blocks": [outputs[i] for i in taps]}
 
     def _check_size(self, images: Tensor) -> None:
-        """Raises UserError unless images are [B, C, H, W] of the model's H and W."""
+        """Raise UserError unless images are [B, C, H, W] of the model's H and W."""
         if tuple(images.shape[2:]) != self.img_size:
             raise UserError(
                 f"images: {tuple(images.shape[2:])} pixels, but the model was built for {self.img_size}; "

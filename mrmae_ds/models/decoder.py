@@ -1,4 +1,4 @@
-"""MAE's light decoder: visible tokens and mask tokens to one feature vector a token.
+"""MAE's light decoder: predict one feature vector per token from visible tokens and mask tokens.
 
 Shape legend: B images, P prefix tokens (a class token or none), K visible tokens, L tokens of the grid.
 """
@@ -20,7 +20,14 @@ from mrmae_ds.schema import Section
 
 
 class DecoderSpec(Section):
-    """Width, number of blocks, heads and MLP ratio; the defaults are MAE's."""
+    """Size of the decoder; the defaults are MAE's.
+
+    Attributes:
+        dim: width.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_ratio: hidden width of the MLPs, as a multiple of ``dim``.
+    """
 
     dim: int = Field(512, gt=0, multiple_of=4)
     depth: int = Field(8, ge=1)
@@ -35,13 +42,13 @@ class DecoderSpec(Section):
 
 
 class Decoder(nn.Module):
-    """Linear to the decoder's width, mask tokens filled in, fixed positions, blocks, norm.
+    """MAE's decoder: linear layer, mask tokens, fixed position embedding, blocks, norm (He et al. 2021, section 3).
 
     Args:
-        spec: the decoder's size.
-        encoder_dim: width of the latent that comes in.
+        spec: size of the decoder.
+        encoder_dim: width of the input latent.
         grid: rows and columns of the token grid.
-        num_prefix_tokens: class tokens at the head of the latent.
+        num_prefix_tokens: number of class tokens at the start of the latent.
     """
 
     def __init__(self, spec: DecoderSpec, encoder_dim: int, grid: tuple[int, int], num_prefix_tokens: int) -> None:
@@ -58,12 +65,20 @@ class Decoder(nn.Module):
         self.norm = norm(spec.dim)
 
     def forward(self, latent: Tensor, visible: VisibleSet) -> Tensor:
-        """Features of every token in raster order: [B, P + K, C] to [B, L, D]."""
+        """Compute features of all tokens.
+
+        Args:
+            latent: encoder output [B, P + K, C].
+            visible: visible set of the batch.
+
+        Returns:
+            Features in raster order, [B, L, D].
+        """
         x = self.embed(latent)
         prefix, kept = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
         batch, num_kept, dim = kept.shape
         removed = visible.ids_restore.shape[1] - num_kept
-        # mask_token is fp32 while autocast may have made x bf16.
+        # mask_token is fp32, while x may be bf16 under autocast.
         filler = self.mask_token.to(x.dtype).expand(batch, removed, dim)
         order = visible.ids_restore[..., None].expand(-1, -1, dim)
         tokens = torch.cat([kept, filler], dim=1).gather(1, order)

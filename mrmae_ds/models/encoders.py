@@ -18,18 +18,19 @@ def build_encoder(
     drop_path_rate: float = 0.0,
     pool: str = "avg",
 ) -> Encoder:
-    """The encoder of a spec.
+    """Build the encoder of a spec, with the libraries' default initialization.
 
     Args:
-        spec: of a CViT or a plain ViT.
-        image_size: pixels, one side of a square or (height, width).
-        num_classes: of the classifier; 0 builds the bare encoder of pre-training.
+        spec: size of a CViT or a plain ViT.
+        image_size: input size in pixels, one side of a square or (height, width).
+        num_classes: outputs of the head; 0 builds the bare encoder for pre-training.
         drop_path_rate: stochastic depth of the last block.
-        pool: what a classifier's head sees: ``avg``, or what :class:`~mrmae_ds.models.cvit.CViT` and
-            :class:`~mrmae_ds.models.vit.MaskedViT` have besides.
+        pool: pooling of a classifier: ``avg``, or another that :class:`~mrmae_ds.models.cvit.CViT` or
+            :class:`~mrmae_ds.models.vit.MaskedViT` supports.
 
     Raises:
-        ConfigError: if the patches do not tile ``image_size``. or for a pooling that the encoder does not have.
+        ConfigError: if the patches do not tile ``image_size``.
+        UserError: for a pooling that the encoder does not support.
     """
     if isinstance(spec, CViTSpec):
         return CViT(spec, image_size, num_classes, drop_path_rate, global_pool=pool if num_classes else "")
@@ -37,10 +38,13 @@ def build_encoder(
 
 
 def init_classifier(model: Encoder) -> None:
-    """Fine-tuning's initialization (MAE, MCMAE): trunc_normal 0.02 for linear layers, positions and the class token,
-    2e-5 for the head.
+    """Initialize a classifier for fine-tuning, as MAE and MCMAE do.
 
-    Loading a pre-trained encoder replaces all of it but the head.
+    Truncated normal with std 0.02 for linear layers, position embedding and class token, and 2e-5 for the head. Loading
+    a pre-trained encoder replaces all of these but the head.
+
+    Args:
+        model: encoder with a head.
     """
     nn.init.trunc_normal_(model.pos_embed, std=0.02)
     if model.cls_token is not None:

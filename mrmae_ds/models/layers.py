@@ -1,4 +1,4 @@
-"""Building blocks of the convolutional stages. Channels last throughout: [..., height, width, C].
+"""Building blocks of the convolutional stages, channels last throughout: [..., height, width, C].
 
 Parameter names and shapes are those of the released MCMAE files (1x1 convolutions keep their [out, in, 1, 1]).
 """
@@ -13,9 +13,14 @@ from mrmae_ds.models.masking import VisibleSet
 
 
 class PatchConv(nn.Conv2d):
-    """Convolution with kernel = stride = ``patch``, as one matrix product over patches.
+    """Convolution with kernel = stride = ``patch``, computed as one matrix product over patches.
 
-    Any leading dimensions, so that it serves whole maps and the blocks of visible tokens alike.
+    It accepts any leading dimensions, and so both whole maps and blocks of visible tokens.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        patch: side of the kernel in cells.
     """
 
     def __init__(self, in_channels: int, out_channels: int, patch: int) -> None:
@@ -23,7 +28,7 @@ class PatchConv(nn.Conv2d):
         self.patch = patch
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., S*patch, S*patch, in] to [..., S, S, out]; the two sides may differ."""
+        """Map [..., S*patch, S*patch, in] to [..., S, S, out]; the two sides may differ."""
         *lead, height, width, channels = x.shape
         p = self.patch
         if p > 1:
@@ -41,12 +46,12 @@ class PatchEmbed(nn.Module):
         self.norm = nn.LayerNorm(out_channels, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., S*patch, S*patch, in] to [..., S, S, out]."""
+        """Map [..., S*patch, S*patch, in] to [..., S, S, out]."""
         return F.gelu(self.norm(self.proj(x)))
 
 
 class ConvMlp(nn.Module):
-    """Two 1x1 convolutions with a GELU between, on the channels of [..., C]."""
+    """MLP of two 1x1 convolutions and an exact GELU on the channels of [..., C]."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -54,15 +59,20 @@ class ConvMlp(nn.Module):
         self.fc2 = PatchConv(hidden, dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., C] to the same shape."""
+        """Map [..., C] to the same shape."""
         return self.fc2(F.gelu(self.fc1(x)))
 
 
 class ConvBlock(nn.Module):
     """MCMAE's (masked) convolution block.
 
-    ``x + DropPath(conv2(dw5x5(M * conv1(LN(x)))))``, then ``x + DropPath(MLP(LN(x)))``. The depth-wise
-    convolution is the one operation that mixes cells, so it alone sees the mask M.
+    ``x + DropPath(conv2(dw5x5(M * conv1(LN(x)))))``, then ``x + DropPath(MLP(LN(x)))``. Only the depth-wise convolution
+    mixes cells, so only its input needs the mask M.
+
+    Args:
+        dim: channels C.
+        mlp_ratio: hidden channels of the MLP, as a multiple of ``dim``.
+        drop_path: probability of stochastic depth.
     """
 
     def __init__(self, dim: int, mlp_ratio: float, drop_path: float = 0.0) -> None:
@@ -76,11 +86,11 @@ class ConvBlock(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor, visible: VisibleSet | None = None) -> Tensor:
-        """[B, H, W, C] dense, or the visible blocks [B, K, s, s, C] with their ``visible`` set; same shape out."""
+        """Map to the same shape: a dense map [B, H, W, C], or visible blocks [B, K, s, s, C] given ``visible``."""
         mixed = self.conv1(self.norm1(x))
         if visible is not None:
             mixed = visible.put_blocks(mixed)
-        # A permuted view is a channels-last tensor for the convolution: no copy, and cuDNN's fast path.
+        # The permuted view is a channels-last tensor for the convolution: no copy, and cuDNN's fast path.
         mixed = self.attn(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         if visible is not None:
             mixed = visible.take_blocks(mixed)

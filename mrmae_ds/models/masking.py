@@ -1,11 +1,11 @@
-"""Which tokens the encoder sees, and how that set is laid over every stage's grid.
+"""Choice of the visible tokens, and their mapping to every stage's grid.
 
 Shape legend: B images, L tokens of the final grid (rows * columns, raster order), K visible tokens,
 s cells of a stage per token side, C channels.
 
-Convolutional stages compute visible cells only, as blocks [B, K, s, s, C]: a block is what one token of the final
-grid covers in that stage. This is MCMAE's block-wise multi-scale mask (the final mask repeated by nearest
-neighbor) without the arithmetic on cells that nothing reads.
+Convolutional stages compute visible cells only, as blocks [B, K, s, s, C]: a block is the area that one token of the
+final grid covers in that stage. This is MCMAE's block-wise multi-scale mask (the final mask repeated by nearest
+neighbor), without computing cells that are never used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MaskingMode = Literal["random", "sample", "topk"]
 
 
 def num_visible(num_tokens: int, keep_ratio: float) -> int:
-    """Visible tokens of ``num_tokens``: ``int(L * keep_ratio)``, as in MAE (49 of 196 at 0.25)."""
+    """Return the number of visible tokens, ``int(L * keep_ratio)`` as in MAE (49 of 196 at 0.25)."""
     return int(num_tokens * keep_ratio)
 
 
@@ -29,8 +29,8 @@ class VisibleSet:
     """The visible tokens of a batch.
 
     Attributes:
-        ids_keep: int64 [B, K], token numbers of the visible tokens, in the order in which the encoder holds them.
-        ids_restore: int64 [B, L], for each token its place in [visible | removed].
+        ids_keep: indices of the visible tokens in the encoder's order, int64 [B, K].
+        ids_restore: position of each token in [visible | removed], int64 [B, L].
         grid: rows and columns of the final grid, rows * columns = L.
     """
 
@@ -40,18 +40,18 @@ class VisibleSet:
 
     @property
     def mask(self) -> Tensor:
-        """float32 [B, L]: 1 where a token is removed, 0 where it is visible."""
+        """Return the mask, float32 [B, L]: 1 where a token is removed, 0 where it is visible."""
         return (self.ids_restore >= self.ids_keep.shape[1]).float()
 
     def take(self, tokens: Tensor) -> Tensor:
-        """The visible ones of [B, L, ...] (or [1, L, ...], shared by the batch), as [B, K, ...]."""
+        """Return the visible tokens [B, K, ...] of all tokens [B, L, ...] (or [1, L, ...], shared by the batch)."""
         batch, keep = self.ids_keep.shape
         index = self.ids_keep.reshape(batch, keep, *([1] * (tokens.dim() - 2)))
         tokens = tokens.expand(batch, *tokens.shape[1:])
         return tokens.gather(1, index.expand(batch, keep, *tokens.shape[2:]))
 
     def take_blocks(self, grid_map: Tensor) -> Tensor:
-        """Visible blocks of a stage's map: [B, rows*s, columns*s, C] to [B, K, s, s, C]."""
+        """Return the visible blocks [B, K, s, s, C] of a stage's map [B, rows*s, columns*s, C]."""
         rows, columns = self.grid
         batch, height, _, channels = grid_map.shape
         s = height // rows
@@ -59,7 +59,7 @@ class VisibleSet:
         return self.take(blocks.reshape(batch, rows * columns, s, s, channels))
 
     def put_blocks(self, blocks: Tensor) -> Tensor:
-        """Visible blocks laid out on a map of zeros: [B, K, s, s, C] to [B, rows*s, columns*s, C]."""
+        """Scatter visible blocks [B, K, s, s, C] into a map of zeros [B, rows*s, columns*s, C]."""
         rows, columns = self.grid
         batch, keep, s, _, channels = blocks.shape
         index = self.ids_keep.reshape(batch, keep, 1, 1, 1).expand_as(blocks)
@@ -92,15 +92,16 @@ def choose_visible(
     """Draw the visible set of each image.
 
     Args:
-        noise: uniform in [0, 1), [B, L]; all randomness comes from here.
+        noise: uniform in [0, 1), [B, L]; the only source of randomness.
         grid: rows and columns of the token grid.
         keep_ratio: visible share (the paper's "mask ratio 25 %" is 0.25 here).
-        mode: ``random``: MAE's, the smallest noise is kept. ``sample``: without replacement with probability
-            proportional to importance (MILAN). ``topk``: the most important tokens (the paper's wording).
-        importance: the teacher's class-to-patch attention, [B, L], not negative; unused by ``random``.
+        mode: ``random`` keeps the smallest noise (MAE); ``sample`` draws without replacement with probability
+            proportional to importance (MILAN); ``topk`` keeps the most important tokens (the MR-MAE paper's wording).
+        importance: non-negative importance of each token, the teacher's class-to-patch attention [B, L]; unused by
+            ``random``.
 
     Raises:
-        ValueError: for shapes that do not fit, or a missing importance.
+        ValueError: for shapes that do not match, a missing importance, or a ratio that leaves no token visible.
     """
     rows, columns = grid
     if noise.dim() != 2 or noise.shape[1] != rows * columns:
@@ -113,8 +114,8 @@ def choose_visible(
     elif mode == "sample":
         assert importance is not None
         # Exponential race: the K smallest -log(u)/p are a draw of K without replacement with weights p
-        # (Efraimidis and Spirakis 2006). Clamped below any positive float32, p = 0 comes after every p > 0 and
-        # its draws stay uniform among themselves; float64 has room for the quotient.
+        # (Efraimidis and Spirakis 2006). p is clamped below any positive float32, so that p = 0 comes after every
+        # p > 0 and ties stay uniform; float64 has the range for the quotient.
         tiny = torch.finfo(torch.float32).tiny
         score = -noise.double().clamp_min(tiny).log() / importance.double().clamp_min(1e-60)
     else:

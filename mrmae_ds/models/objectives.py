@@ -1,6 +1,6 @@
-"""Objectives: what is predicted, from where, over which tokens, and how the difference is measured.
+"""Pre-training objectives: target, tap, tokens and distance of each loss.
 
-MAE, MCMAE, MR-MAE and the paper's ablations are mappings of these, not branches in the code.
+MAE, MCMAE, MR-MAE and the paper's ablations are sets of objectives, not branches in the code.
 
 Shape legend: B images, L tokens of the grid, K visible tokens, D width of a target, p pixels of a token's side.
 """
@@ -25,11 +25,11 @@ class Objective(Section):
 
     Attributes:
         target: ``pixels`` (of the student's normalized input) or the name of one of the stage's teachers.
-        tap: where the prediction is read: the fused ``encoder`` latent, or the ``decoder``'s output.
-        tokens: over which tokens the loss is taken. The encoder only has visible ones.
+        tap: source of the prediction: the fused ``encoder`` latent, or the ``decoder``'s output.
+        tokens: tokens that the loss is averaged over. The encoder has visible tokens only.
         loss: per-token distance: ``l2`` mean squared error over channels, ``l2_sum`` its sum over channels
-            (Eq. 2 of the paper to the letter), ``smooth_l1``, or ``cosine`` (1 - cosine similarity).
-        normalize: of the target, per token: ``standardize`` by mean and unbiased variance + 1e-6 (MAE's
+            (Eq. 2 of the MR-MAE paper, literally), ``smooth_l1``, or ``cosine`` (1 - cosine similarity).
+        normalize: per-token normalization of the target: ``standardize`` by mean and unbiased variance + 1e-6 (MAE's
             norm_pix), ``layer_norm`` without affine, ``l2`` to unit length, or ``none``.
         weight: factor in the total.
     """
@@ -49,26 +49,51 @@ class Objective(Section):
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Pixels of each token: [B, 3, H, W] to [B, L, p*p*3], ordered row, column, channel (channel fastest)."""
+    """Cut images into the pixels of each token, as MAE does.
+
+    Args:
+        images: [B, 3, H, W].
+        patch: side p of a token in pixels.
+
+    Returns:
+        Pixels [B, L, p*p*3], ordered row, column, channel (channel fastest).
+    """
     batch, channels, height, width = images.shape
     x = images.reshape(batch, channels, height // patch, patch, width // patch, patch)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, patch * patch * channels)
 
 
 def unpatchify(tokens: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """The inverse of :func:`patchify`: [B, L, p*p*3] to [B, 3, rows*p, columns*p]."""
+    """Invert :func:`patchify`.
+
+    Args:
+        tokens: pixels of each token, [B, L, p*p*3].
+        grid: rows and columns of the token grid.
+        patch: side p of a token in pixels.
+
+    Returns:
+        Images [B, 3, rows*p, columns*p].
+    """
     rows, columns = grid
     x = tokens.reshape(tokens.shape[0], rows, columns, patch, patch, 3)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(tokens.shape[0], 3, rows * patch, columns * patch)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """[...] of half precision to float32; float32 and float64 as they are."""
+    """Convert half precision to float32; float32 and float64 are returned unchanged."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normalize_target(target: Tensor, how: str) -> Tensor:
-    """Normalize each token's target [..., D] in float32 (float64 stays); see :class:`Objective`."""
+    """Normalize the target of each token.
+
+    Args:
+        target: [..., D].
+        how: one of :attr:`Objective.normalize`.
+
+    Returns:
+        Normalized target [..., D]: float32, or float64 if ``target`` is.
+    """
     target = at_least_float32(target)
     if how == "standardize":
         return (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
@@ -80,7 +105,16 @@ def normalize_target(target: Tensor, how: str) -> Tensor:
 
 
 def token_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
-    """Distance of each token in float32 (float64 stays), [..., D] twice to [...]; see :class:`Objective`."""
+    """Compute the distance of prediction and target for each token.
+
+    Args:
+        prediction: [..., D].
+        target: [..., D].
+        loss: one of :attr:`Objective.loss`.
+
+    Returns:
+        Distance [...]: float32, or float64 if an input is.
+    """
     prediction, target = at_least_float32(prediction), at_least_float32(target)
     if loss == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
@@ -91,13 +125,16 @@ def token_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
 
 
 def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible: VisibleSet) -> Tensor:
-    """The mean of one objective over its tokens, a scalar: float32, or float64 if its inputs are.
+    """Compute the mean of one objective over its tokens.
 
     Args:
         spec: the objective.
         prediction: [B, K, D] at the encoder, [B, L, D] at the decoder.
-        target: [B, L, D], not yet normalized.
-        visible: the batch's visible set.
+        target: target before normalization, [B, L, D].
+        visible: visible set of the batch.
+
+    Returns:
+        Scalar: float32, or float64 if an input is.
 
     Raises:
         ValueError: if prediction and target differ in shape.
@@ -116,5 +153,10 @@ def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible:
 
 
 def total_loss(specs: dict[str, Objective], losses: dict[str, Tensor]) -> Tensor:
-    """The weighted sum, a scalar."""
+    """Return the weighted sum of the losses, a scalar.
+
+    Args:
+        specs: objectives by name, with their weights.
+        losses: scalar loss of each objective, by the same names.
+    """
     return torch.stack([spec.weight * losses[name] for name, spec in specs.items()]).sum()

@@ -1,4 +1,4 @@
-"""The pre-training model: encoder, multi-layer fusion, decoder, one linear head an objective.
+"""The pre-training model: encoder, multi-layer fusion, decoder, and one linear head per objective.
 
 Shape legend: B images, P prefix tokens, K visible tokens, L tokens of the grid, C encoder width, D target width.
 """
@@ -20,11 +20,11 @@ from mrmae_ds.schema import Section
 
 
 class FusionSpec(Section):
-    """Which layers are added to the last one before the final norm.
+    """Layers that are added to the last one before the final norm.
 
     Attributes:
-        stages: convolutional stages, 1-based (each through a strided convolution to the encoder's width).
-        blocks: transformer blocks, 0-based; the last one is always there and is not listed.
+        stages: convolutional stages, 1-based, each mapped by a strided convolution to the encoder's width.
+        blocks: transformer blocks, 0-based; the last one is always included and not listed.
     """
 
     stages: tuple[int, ...] = ()
@@ -34,12 +34,21 @@ class FusionSpec(Section):
     @classmethod
     def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(value)) < len(value):
-            raise ValueError(f"each layer is added once, {list(value)} names one twice")
+            raise ValueError(f"each layer can be added only once, but {list(value)} repeats one")
         return value
 
 
 def check_fusion(spec: FusionSpec, num_stages: int, depth: int) -> None:
-    """Raise ConfigError for a layer that an encoder of this many conv stages and transformer blocks does not have."""
+    """Check that all layers of a fusion exist.
+
+    Args:
+        spec: the fusion.
+        num_stages: number of convolutional stages of the encoder.
+        depth: number of its transformer blocks.
+
+    Raises:
+        ConfigError: for a stage or block that the encoder does not have.
+    """
     wrong_stages = [s for s in spec.stages if not 1 <= s <= num_stages]
     if wrong_stages:
         has = f"1 to {num_stages}" if num_stages else "none"
@@ -49,12 +58,16 @@ def check_fusion(spec: FusionSpec, num_stages: int, depth: int) -> None:
         has = f"0 to {depth - 2}" if depth > 1 else "none"
         raise ConfigError(
             "fusion.blocks",
-            f"{wrong_blocks} cannot be listed; this encoder's blocks below its last, which is always there, are {has}",
+            f"{wrong_blocks} cannot be listed; the last block is always included, and the blocks before it are {has}",
         )
 
 
 class Fusion(nn.Module):
-    """Multi-layer fusion: ``norm(last + sum of listed layers)`` on the visible tokens.
+    """Multi-layer fusion of visible tokens, ``norm(last + sum of listed layers)`` (MCMAE's public code).
+
+    Args:
+        spec: the layers.
+        encoder: the encoder that the layers belong to.
 
     Raises:
         ConfigError: for a stage or block that the encoder does not have.
@@ -71,7 +84,7 @@ class Fusion(nn.Module):
         self.norm = nn.LayerNorm(encoder.embed_dim, eps=1e-6)
 
     def forward(self, features: VisibleFeatures) -> Tensor:
-        """The encoder's output for visible tokens (see :meth:`CViT.forward`) to the latent [B, P + K, C]."""
+        """Fuse the encoder's features of visible tokens into the latent [B, P + K, C]."""
         x = features["tokens"]
         for stage in self.spec.stages:
             # [B, K, s, s, c] to [B, K, 1, 1, C]: the convolution's kernel is one token's block.
@@ -82,13 +95,13 @@ class Fusion(nn.Module):
 
 
 class PretrainModel(nn.Module):
-    """Everything that is trained in pre-training; one forward gives every loss.
+    """All modules trained in pre-training; one forward computes all losses.
 
     Args:
-        encoder: built with ``num_classes=0``.
-        fusion: which layers the latent is made of.
-        decoder: its size; not built if no objective taps it.
-        objectives: by name.
+        encoder: encoder built with ``num_classes=0``.
+        fusion: layers to fuse into the latent.
+        decoder: size of the decoder, which is built only if an objective taps it.
+        objectives: objectives by name.
         teacher_dims: width of each teacher's features, by the teacher's name.
     """
 
@@ -125,10 +138,18 @@ class PretrainModel(nn.Module):
         objectives: dict[str, Objective],
         tensors: dict[str, Tensor],
     ) -> PretrainModel:
-        """The model that ``tensors`` were saved of; it needs no teacher, whose width is read off its head's.
+        """Rebuild a saved model; no teacher is needed, because its width is that of its head.
+
+        Args:
+            encoder: encoder built with ``num_classes=0``.
+            fusion: layers to fuse into the latent.
+            decoder: size of the decoder.
+            objectives: objectives by name.
+            tensors: state dict of the saved model.
 
         Raises:
-            KeyError, RuntimeError: if they are another model's.
+            KeyError: if the head of an objective is missing from ``tensors``.
+            RuntimeError: if other tensors are missing, unexpected, or of another shape.
         """
         teacher_dims = {
             spec.target: len(tensors[f"heads.{name}.bias"])
@@ -140,9 +161,9 @@ class PretrainModel(nn.Module):
         return model
 
     def reset_parameters(self) -> None:
-        """MAE's initialization: xavier for linear layers and patch projections, N(0, 0.02) for tokens.
+        """Initialize as MAE does: Xavier uniform for linear layers and the token projection, N(0, 0.02) for tokens.
 
-        Other convolutions keep the framework's default (MCMAE's public code).
+        Other convolutions keep torch's default (MCMAE's public code).
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -157,16 +178,16 @@ class PretrainModel(nn.Module):
             nn.init.normal_(self.decoder.mask_token, std=0.02)
 
     def forward(self, images: Tensor, visible: VisibleSet, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        """All losses of a batch.
+        """Compute all losses of a batch.
 
         Args:
-            images: normalized images [B, 3, H, W], in full precision: pixel targets are made of them.
-            visible: the visible set.
-            targets: features of each teacher [B, L, D] by name.
+            images: normalized images [B, 3, H, W] in full precision, because pixel targets are computed from them.
+            visible: visible set of the batch.
+            targets: features [B, L, D] of each teacher, by name.
 
         Returns:
-            ``loss`` (the weighted total) and each objective's own loss by name, scalars: float32, or float64 where
-            model and input are float64.
+            ``loss`` (the weighted total) and the loss of each objective by name, scalars: float32, or float64 if model
+            and input are float64.
         """
         predictions = self.predict(images, visible)
         targets = {PIXELS: patchify(images, self.encoder.stride), **targets}
@@ -177,24 +198,37 @@ class PretrainModel(nn.Module):
         return {"loss": total_loss(self.objectives, losses), **losses}
 
     def predict(self, images: Tensor, visible: VisibleSet) -> dict[str, Tensor]:
-        """Each objective's prediction by name: [B, K, D] at the encoder, [B, L, D] at the decoder."""
+        """Compute each objective's prediction: [B, K, D] at the encoder, [B, L, D] at the decoder.
+
+        Args:
+            images: normalized images [B, 3, H, W].
+            visible: visible set of the batch.
+
+        Returns:
+            Predictions by the objectives' names.
+        """
         return self.predict_from(self.latent(images, visible), visible)
 
     def predict_from(self, latent: Tensor, visible: VisibleSet) -> dict[str, Tensor]:
-        """What :meth:`predict` makes of the latent [B, P + K, C]."""
+        """Compute the predictions of :meth:`predict` from the latent [B, P + K, C]."""
         taps = {"encoder": latent[:, self.encoder.num_prefix_tokens :]}
         if self.decoder is not None:
             taps["decoder"] = self.decoder(latent, visible)
         return {name: self.heads[name](taps[spec.tap]) for name, spec in self.objectives.items()}
 
     def latent(self, images: Tensor, visible: VisibleSet) -> Tensor:
-        """The fused, normalized visible tokens, prefix tokens first: [B, P + K, C]."""
+        """Compute the fused, normalized visible tokens of images [B, 3, H, W], prefix tokens first: [B, P + K, C]."""
         images = images.to(self.fusion.norm.weight.dtype)
         return self.fusion(self.encoder(images, visible, self.fusion.spec.blocks))
 
 
 def set_checkpointing(model: nn.Module, plan: CheckpointPlan) -> None:
-    """Hand a plan to a pre-training model's encoder and decoder, or to a classifier, which is an encoder."""
+    """Set the activation checkpointing of a model.
+
+    Args:
+        model: pre-training model or classifier (an encoder).
+        plan: blocks to checkpoint.
+    """
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     encoder.checkpointing = plan
     if isinstance(model, PretrainModel) and model.decoder is not None:
@@ -202,7 +236,17 @@ def set_checkpointing(model: nn.Module, plan: CheckpointPlan) -> None:
 
 
 def masked_pixels(images: Tensor, visible: VisibleSet, stride: int, fill: float = 0.0) -> Tensor:
-    """Images [B, 3, H, W] with every removed token's pixels set to ``fill``."""
+    """Overwrite the pixels of removed tokens.
+
+    Args:
+        images: [B, 3, H, W].
+        visible: visible set of the batch.
+        stride: side of a token in pixels.
+        fill: value of the removed pixels.
+
+    Returns:
+        Images [B, 3, H, W].
+    """
     rows, columns = visible.grid
     removed = visible.mask.reshape(-1, 1, rows, columns)
     removed = torch.nn.functional.interpolate(removed, scale_factor=stride, mode="nearest")

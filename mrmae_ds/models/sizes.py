@@ -1,7 +1,7 @@
-"""The model sizes, as data. Nothing else in the project knows a model's width, depth or patch.
+"""Model sizes as data. Widths, depths and patches of the named models are defined here only.
 
 CViT: Base from the authors' public code, Large and Huge from an author's statement, Small from the same family.
-Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. ``tiny`` is ours, for images of 32 or 64 pixels.
+Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. ``tiny`` is this project's, for images of 32 or 64 pixels.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ from mrmae_ds.errors import ConfigError
 
 Count = Annotated[int, Field(gt=0)]
 Ratio = Annotated[float, Field(gt=0)]
-# Pixels: one side of a square, or height and width.
+# Size in pixels: one side of a square, or height and width.
 ImageSize = int | tuple[int, int]
 
 
 @dataclass(frozen=True)
 class CViTSpec:
-    """Two convolutional stages and one transformer stage.
+    """Size of a CViT: two convolutional stages and one transformer stage.
 
-    ``patches`` is the stride of each stage's patch embedding in cells of the stage before it (pixels for the
-    first), so the transformer's grid is the image divided by their product.
+    Attributes:
+        dims: width of each stage.
+        depths: number of blocks of each stage.
+        num_heads: attention heads of the transformer stage.
+        mlp_ratios: hidden width of the MLPs of each stage, as a multiple of its width.
+        patches: stride of each stage's patch embedding in cells of the previous stage (pixels for the first). The
+            transformer's grid is the image divided by their product.
     """
 
     dims: tuple[Count, Count, Count]
@@ -36,18 +41,26 @@ class CViTSpec:
 
     @property
     def stride(self) -> int:
-        """Pixels of one transformer token's side."""
+        """Return the side of a transformer token in pixels."""
         return math.prod(self.patches)
 
     @property
     def embed_dim(self) -> int:
-        """Width of the transformer stage."""
+        """Return the width of the transformer stage."""
         return self.dims[-1]
 
 
 @dataclass(frozen=True)
 class ViTSpec:
-    """MAE's plain vision transformer with a class token."""
+    """Size of MAE's plain vision transformer with a class token.
+
+    Attributes:
+        dim: width.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_ratio: hidden width of the MLPs, as a multiple of ``dim``.
+        patch: side of a patch in pixels.
+    """
 
     dim: Count
     depth: Count
@@ -57,12 +70,12 @@ class ViTSpec:
 
     @property
     def stride(self) -> int:
-        """Pixels of one token's side."""
+        """Return the side of a token in pixels."""
         return self.patch
 
     @property
     def embed_dim(self) -> int:
-        """Width of every block."""
+        """Return the width of the blocks."""
         return self.dim
 
 
@@ -86,10 +99,15 @@ FAMILIES: dict[str, type[CViTSpec] | type[ViTSpec]] = {"cvit": CViTSpec, "vit": 
 
 
 def encoder_spec(arch: str, overrides: dict[str, Any] | None = None, key: str = "overrides") -> EncoderSpec:
-    """The spec of a named architecture, with single fields replaced; ``key`` is where these were given.
+    """Return the spec of a named architecture with some fields replaced.
+
+    Args:
+        arch: name in :data:`ARCHITECTURES`.
+        overrides: new values by field name.
+        key: recipe key of the overrides, for errors.
 
     Raises:
-        ConfigError: for an unknown name or field, or a value that cannot be.
+        ConfigError: for an unknown name or field, or an invalid value.
     """
     if arch not in ARCHITECTURES:
         raise ConfigError("arch", f"{arch!r} is unknown; known are {', '.join(ARCHITECTURES)}")
@@ -102,10 +120,15 @@ def encoder_spec(arch: str, overrides: dict[str, Any] | None = None, key: str = 
 
 
 def make_spec(kind: type[CViTSpec] | type[ViTSpec], values: dict[str, Any], key: str) -> EncoderSpec:
-    """A spec from plain values (lists for tuples), checked.
+    """Validate plain values (lists for tuples) and return them as a spec.
+
+    Args:
+        kind: class of the spec.
+        values: values by field name.
+        key: recipe key of the values, for errors.
 
     Raises:
-        ConfigError: naming ``key`` and the field whose value cannot be.
+        ConfigError: naming ``key`` and the field with an invalid value.
     """
     try:
         spec: EncoderSpec = TypeAdapter(kind).validate_python(values)
@@ -123,7 +146,7 @@ def make_spec(kind: type[CViTSpec] | type[ViTSpec], values: dict[str, Any], key:
 
 
 def height_width(image_size: ImageSize) -> tuple[int, int]:
-    """Height and width in pixels of either form."""
+    """Return height and width in pixels of either form of an image size."""
     if isinstance(image_size, int):
         return image_size, image_size
     height, width = image_size
@@ -131,7 +154,11 @@ def height_width(image_size: ImageSize) -> tuple[int, int]:
 
 
 def token_grid(spec: EncoderSpec, image_size: ImageSize) -> tuple[int, int]:
-    """Rows and columns of the transformer's token grid.
+    """Return rows and columns of the transformer's token grid.
+
+    Args:
+        spec: size of the model.
+        image_size: pixels, one side of a square or (height, width).
 
     Raises:
         ConfigError: if the patches do not tile the image; it names the nearest sizes that fit.

@@ -1,4 +1,4 @@
-"""MAE's plain ViT: timm's VisionTransformer, which can also encode the visible tokens alone.
+"""MAE's plain ViT: timm's VisionTransformer, extended to encode only the visible tokens.
 
 Parameter names are those of MAE's released files. Source of the masked path: He et al. 2021, section 3.
 """
@@ -21,14 +21,15 @@ POOLS = ("avg", "token")
 
 
 class MaskedViT(VisionTransformer):
-    """A ViT with a class token; the same interface as :class:`mrmae_ds.models.cvit.CViT`.
+    """A ViT with a class token and the interface of :class:`mrmae_ds.models.cvit.CViT`.
 
     Args:
-        spec: width, depth, heads, ratio, patch.
-        img_size: pixels, one side of a square or (height, width).
-        num_classes: outputs of the head; 0 builds the bare encoder for pre-training (fixed positions, no norm).
+        spec: width, depth, heads, MLP ratio and patch.
+        img_size: input size in pixels, one side of a square or (height, width).
+        num_classes: outputs of the head; 0 builds the bare encoder for pre-training (frozen position embedding, no
+            final norm).
         drop_path_rate: stochastic depth of the last block.
-        pool: what the head sees: ``avg``, the mean of the patch tokens, then ``fc_norm`` (MAE's fine-tuning), or
+        pool: input of the head: ``avg``, the mean of the patch tokens followed by ``fc_norm`` (MAE's fine-tuning), or
             ``token``, the class token after ``norm`` (MAE's other variant).
 
     Raises:
@@ -58,7 +59,7 @@ class MaskedViT(VisionTransformer):
             num_heads=spec.num_heads,
             mlp_ratio=spec.mlp_ratio,
             fc_norm=bool(num_classes) and pool == "avg",
-            final_norm=bool(num_classes),  # timm makes fc_norm only of a final norm; without classes there is none
+            final_norm=bool(num_classes),  # timm builds fc_norm only with a final norm
             drop_path_rate=drop_path_rate,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
@@ -70,7 +71,7 @@ class MaskedViT(VisionTransformer):
 
     @property
     def transformer_blocks(self) -> nn.Sequential:
-        """The blocks, first to last."""
+        """Return the blocks, first to last."""
         return self.blocks
 
     @property
@@ -81,9 +82,15 @@ class MaskedViT(VisionTransformer):
     def forward(
         self, images: Tensor, visible: VisibleSet | None = None, taps: tuple[int, ...] = ()
     ) -> Tensor | VisibleFeatures:
-        """Classify [B, 3, H, W], or encode the visible tokens; see :meth:`CViT.forward`.
+        """Classify images, or encode visible tokens for pre-training.
 
-        In the latter case every tensor is [B, 1 + K, C]: the class token comes first.
+        Args:
+            images: normalized images [B, 3, H, W].
+            visible: visible set; None classifies.
+            taps: 0-based indices of transformer blocks whose outputs are also returned.
+
+        Returns:
+            Logits [B, classes], or features whose tensors are [B, 1 + K, C]: the class token comes first.
         """
         if visible is None:
             return self.forward_head(self.forward_features(images))
@@ -94,27 +101,32 @@ class MaskedViT(VisionTransformer):
         return {"tokens": x, "stages": [], "blocks": [outputs[i] for i in taps]}
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Class and patch tokens, after ``norm`` if ``pool`` is token: [B, 3, H, W] to [B, 1 + L, C]."""
+        """Compute class and patch tokens [B, 1 + L, C] of images [B, 3, H, W], after ``norm`` if ``pool`` is token."""
         patches = self.patch_embed(images) + self.pos_embed[:, 1:]
         x = torch.cat([self._class_token(patches), patches], dim=1)
         return self.norm(run_blocks(self.blocks, x, self.checkpointing.transformer))
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute every block's activations in backward, or none."""
+        """Recompute the activations of all blocks in backward, or of none."""
         super().set_grad_checkpointing(enable)  # for timm's own forward_intermediates
         self.checkpointing = CheckpointPlan(transformer=int(enable))
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """Layers as patterns of names. ``norm`` is in the last layer (MAE's fine-tuning); timm's ViT differs there."""
+        """Return the name patterns of layers for timm's layer decay.
+
+        ``norm`` is in the last layer, as in MAE's fine-tuning and unlike in timm's ViT.
+        """
         return {"stem": "^(?:cls_token|pos_embed|patch_embed)", "blocks": r"^blocks\.(\d+)\."}
 
     def set_input_size(self, img_size: ImageSize, patch_size: None = None) -> None:
-        """Another input size, pixels or (height, width); the position embedding is resized into a new parameter.
+        """Change the input size; the position embedding is resized into a new parameter.
 
-        ``patch_size`` is timm's and cannot change.
+        Args:
+            img_size: pixels, one side of a square or (height, width).
+            patch_size: must be None; part of timm's interface.
 
         Raises:
-            UserError: if the patch does not tile it.
+            UserError: if the patch does not tile ``img_size``.
         """
         old, self.grid = self.grid, token_grid(self.spec, img_size)
         self.patch_embed.set_input_size(img_size=height_width(img_size))
@@ -123,5 +135,5 @@ class MaskedViT(VisionTransformer):
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
 
     def _class_token(self, patches: Tensor) -> Tensor:
-        """The class token at its position, once an image of ``patches`` [B, ..., C]: [B, 1, C]."""
+        """Return the class token with its position embedding for each image of ``patches`` [B, ..., C]: [B, 1, C]."""
         return (self.cls_token + self.pos_embed[:, :1]).expand(patches.shape[0], -1, -1)

@@ -1,1 +1,1 @@
-"""Weights: loading checkpoints of any origin, identification, export."""
+"""Weights files: identify and load checkpoints of any origin, read and write this project's own, export."""

@@ -1,4 +1,4 @@
-"""A finished run's weights for use elsewhere: the whole model, or a file that timm loads."""
+"""Export a finished run's weights: the whole model, or a file that timm loads."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ from mrmae_ds.weights.model_file import (
     spec_from_metadata,
 )
 
-Layout = Literal["timm", "safetensors"]
-LAYOUTS: tuple[Layout, ...] = ("timm", "safetensors")
+WeightLayout = Literal["timm", "safetensors"]
 SUFFIX = ".safetensors"
 TIMM_VITS = {
     "vit_small": "vit_small_patch16_224",
@@ -43,30 +42,37 @@ TIMM_VIT_FIELDS = {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, the line of Python that loads it, and what its user should know besides."""
+    """An exported file.
+
+    Attributes:
+        path: path of the file.
+        line: line of Python that loads it.
+        notes: remarks for its user.
+    """
 
     path: Path
     line: str
     notes: tuple[str, ...] = ()
 
 
-def export_run(source: Path, layout: Layout = "timm", out: Path | None = None, force: bool = False) -> Exported:
-    """Write a finished run's weights for use elsewhere.
+def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = None, force: bool = False) -> Exported:
+    """Export the weights of a finished run.
 
     Args:
-        source: a stage folder (runs/NAME/STAGE), or its model.safetensors.
-        layout: ``safetensors`` is the whole model; ``timm`` a file that ``timm.create_model`` loads strictly: a
-            classifier, or of a pre-training the bare encoder (for a plain ViT with the norm after its last block).
-        out: a file or folder; None is a file named for the run's folder and its stage in the working directory.
+        source: stage folder (runs/NAME/STAGE) or its model.safetensors.
+        layout: ``safetensors`` exports the whole model. ``timm`` exports a file that ``timm.create_model`` loads
+            strictly: a classifier, or the bare encoder of a pre-training (for a plain ViT with the norm after its last
+            block).
+        out: output file or folder; None writes a file named after run and stage to the working directory.
         force: replace an existing file that this project did not write.
 
     Raises:
-        UserError: if the run has not finished or is no run, or ``out`` must not be written.
+        UserError: if ``source`` is not a finished run, or ``out`` must not be written.
     """
     path = _finished(source)
     metadata = read_metadata(path)
     if "layout" in metadata:
-        raise UserError(f"{path}: is itself an export; name the run's folder or its {MODEL_FILE}")
+        raise UserError(f"{path}: is itself an export; give the run's folder or its {MODEL_FILE}")
     metadata |= {"layout": layout, **_provenance(path)}
     tensors = read_tensors(path)
     statistics = input_statistics(metadata)
@@ -87,7 +93,11 @@ def export_run(source: Path, layout: Layout = "timm", out: Path | None = None, f
 
 
 def timm_call(metadata: Mapping[str, Any]) -> str:
-    """The arguments of ``timm.create_model`` that build the model of a weights file, or a pre-training's encoder."""
+    """Return the arguments of ``timm.create_model`` for the model of a file, or for the encoder of a pre-training.
+
+    Args:
+        metadata: metadata of the model file.
+    """
     sizes = asdict(spec_from_metadata(metadata))
     if metadata["family"] == "cvit":
         name, changes = nearest_architecture("cvit", sizes)
@@ -103,30 +113,34 @@ def timm_call(metadata: Mapping[str, Any]) -> str:
 
 
 def input_statistics(metadata: Mapping[str, Any]) -> str:
-    """How images are normalized for the model of a weights file, in words; "" where it does not say."""
+    """Describe the normalization of a model's input images; "" if the metadata does not record it.
+
+    Args:
+        metadata: metadata of the model file.
+    """
     if "mean" not in metadata or "std" not in metadata:
         return ""
     mean, std = (" ".join(f"{value:g}" for value in metadata[key]) for key in ("mean", "std"))
-    return f"RGB in 0 to 1, less the mean {mean}, divided by {std}"
+    return f"RGB in [0, 1], minus the mean {mean}, divided by {std}"
 
 
 def _finished(source: Path) -> Path:
-    """The weights of a stage folder or file; for a run that is not done, what to do."""
+    """Return the model file of a stage; for an unfinished one, raise UserError with the remedy."""
     if source.is_dir() and not (source / MODEL_FILE).is_file():
         if (source / RECORD_FILE).is_file():
             record = RunRecord.load(source)
             done = f"{record.schedule.steps_done} of {record.schedule.steps} steps, status {record.status}"
             raise UserError(
-                f"{source}: not finished ({done}); {MODEL_FILE} is written at the end. Give its training command "
-                "again, which goes on from the newest checkpoint, then export"
+                f"{source}: not finished ({done}); {MODEL_FILE} is written at the end. Resume it by "
+                "running its training command again, then export"
             )
         if stages := sorted(str(file.parent) for file in source.glob(f"*/{MODEL_FILE}")):
-            raise UserError(f"{source}: holds {len(stages)} finished stages; name one: {', '.join(stages)}")
+            raise UserError(f"{source}: contains {len(stages)} finished stages; choose one: {', '.join(stages)}")
     return find_weights(source, "export")
 
 
 def _provenance(path: Path) -> dict[str, Any]:
-    """The commit and the results of the run that the weights lie in, if they still do."""
+    """Return commit, name and results from the record beside the model file, if there is one."""
     if not (path.parent / RECORD_FILE).is_file():
         return {}
     record = RunRecord.load(path.parent)
@@ -135,7 +149,7 @@ def _provenance(path: Path) -> dict[str, Any]:
 
 
 def _bare(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The encoder of a pre-training by timm's names, which has the final norm for a plain ViT alone."""
+    """Return the encoder of a pre-training by timm's names, with the final norm for a plain ViT only."""
     prefixes = {"encoder.": "", "fusion.norm.": "norm."} if metadata["family"] == "vit" else {"encoder.": ""}
     return {
         new + name.removeprefix(old): tensor
@@ -148,25 +162,25 @@ def _bare(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[st
 def _bare_note(metadata: Mapping[str, Any]) -> str:
     fused = metadata.get("recipe", {}).get("model", {}).get("fusion", {})
     if metadata["family"] == "cvit":
-        return "it gives the tokens of its last block; decoder, fusion and heads are left out"
+        return "it returns the tokens of its last block; decoder, fusion and heads are left out"
     if fused.get("blocks"):
-        return f"its norm follows the last block alone; pre-training added blocks {fused['blocks']} before it"
-    return "it gives the tokens after its norm; decoder and heads are left out"
+        return f"its norm is applied to the last block only; pre-training added blocks {fused['blocks']} before it"
+    return "it returns the tokens after its norm; decoder and heads are left out"
 
 
-def _target(source: Path, metadata: Mapping[str, Any], layout: Layout, out: Path | None, force: bool) -> Path:
+def _target(source: Path, metadata: Mapping[str, Any], layout: WeightLayout, out: Path | None, force: bool) -> Path:
     stage = metadata.get("stage", metadata["kind"])
     run = run_folder_name(source, stage) or metadata.get("recipe", {}).get("name", source.stem)
     name = f"{run}-{stage}{'-timm' if layout == 'timm' else ''}{SUFFIX}"
     target = Path(name) if out is None else out / name if out.is_dir() else out
     if target.suffix != SUFFIX:
-        raise UserError(f"--out: {target} must end in {SUFFIX}, by which timm and others know the format")
+        raise UserError(f"--out: {target} must end in {SUFFIX}, from which timm infers the format")
     if target.exists():
         if target.samefile(source):
-            raise UserError(f"--out: {target} is the run's own file; name another")
+            raise UserError(f"--out: {target} is the run's own file; choose another")
         if not force and not _is_ours(target):
             raise UserError(
-                f"--out: {target} exists and was not written by this project; name another file, or replace it "
+                f"--out: {target} exists and was not written by this project; choose another file, or replace it "
                 "with --force"
             )
     return target

@@ -1,7 +1,7 @@
-"""Files of weights, whoever wrote them, read without running anything that they hold.
+"""Read weights files of any origin without executing code in them.
 
-safetensors, torch's pickles (with ``weights_only``; of all classes only ``argparse.Namespace`` is allowed, because
-MAE's and MCMAE's released files keep their command line in one), and TorchScript archives (OpenAI's CLIP).
+Supported are safetensors, torch pickles (with ``weights_only``; the only allowed class is ``argparse.Namespace``, in
+which the files released by MAE and MCMAE store their command line), and TorchScript archives (OpenAI's CLIP).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 
-# Where a training script's checkpoint keeps its weights, in the order in which they are looked for.
+# Keys of the weights in a training script's checkpoint, in the order of lookup.
 STATE_KEYS = ("model", "state_dict", "module")
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
 
 
 @dataclass(frozen=True)
 class TensorFile:
-    """What a file of weights holds.
+    """Content of a weights file.
 
     Attributes:
-        path: where it was read.
-        format: how it is stored.
-        tensors: by name, on the CPU, prefixes of wrappers removed.
-        metadata: of a safetensors file's header; empty for others.
-        args: the command line that a released file keeps, by option.
-        code: a TorchScript archive's source text; empty for others.
+        path: path of the file.
+        format: storage format.
+        tensors: tensors by name, on the CPU, without prefixes of wrappers.
+        metadata: header metadata of a safetensors file; empty for others.
+        args: command line stored in a released file, by option.
+        code: source text of a TorchScript archive; empty for others.
     """
 
     path: Path
@@ -51,39 +51,39 @@ class TensorFile:
 
 
 def read_tensor_file(path: Path, key: str = "") -> TensorFile:
-    """Read all tensors of a file; its kind is told from its bytes, not its name.
+    """Read all tensors of a file; the format is detected from its bytes, not its name.
 
     Args:
         path: .safetensors, .pt, .pth, .bin, or a TorchScript archive.
-        key: the recipe key that named the file, for errors.
+        key: recipe key that named the file, for errors.
 
     Raises:
-        UserError: if it does not exist, is damaged, holds code, or holds no weights.
+        UserError: if the file does not exist, is damaged, contains code, or contains no weights.
     """
     where = f"{key}: {path}" if key else str(path)
     if not path.is_file():
         raise UserError(f"{where}: no such file")
     try:
         with warnings.catch_warnings():
-            # Of torch: TorchScript is deprecated, and this pickle's protocol is not its usual one.
+            # torch warns that TorchScript is deprecated, and that a pickle's protocol is unusual.
             warnings.simplefilter("ignore")
-            found = _read(path)
-    # What a damaged pickle or archive makes its reader raise has no end: TypeError, struct.error, BadZipFile, ...
+            content = _read(path)
+    # Damaged pickles and archives raise many types of exception: TypeError, struct.error, BadZipFile, ...
     except Exception as error:
         if refused := _code_named_in(path, str(error)):
             raise UserError(
-                f"{where}: a pickle that calls {refused}, and code in a file is never run here; where you trust it, "
-                "open it with the program that wrote it and save its state_dict alone, as safetensors"
+                f"{where}: a pickle that calls {refused}, and code in a file is never executed; if you trust the file, "
+                "open it with the program that wrote it and save only its state_dict, as safetensors"
             ) from None
-        raise UserError(f"{where}: not a readable file of weights, or cut short ({_first_line(error)})") from None
-    if isinstance(found, TensorFile):
-        return found
-    state, args = _state_of(found, where)
+        raise UserError(f"{where}: not a readable weights file, or truncated ({_first_line(error)})") from None
+    if isinstance(content, TensorFile):
+        return content
+    state, args = _state_of(content, where)
     return TensorFile(path, "pickle", unwrap(state), args=args)
 
 
 def _read(path: Path) -> Any:
-    """A safetensors file or TorchScript archive whole, of any other file what ``torch.load`` gives."""
+    """Return the content of a safetensors file or TorchScript archive; of others, the result of ``torch.load``."""
     if _is_safetensors(path):
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
@@ -97,21 +97,23 @@ def _read(path: Path) -> Any:
 
 
 def verify_checksums(path: Path) -> None:
-    """Compare the checksums of a zip archive (torch's files), which reading does not; other files have none.
+    """Verify the checksums of a zip archive (torch's format), which reading does not; other formats have none.
 
     Raises:
-        UserError: naming the entry whose bytes have changed.
+        UserError: naming the damaged entry.
     """
     if not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged:
-        raise UserError(f"{path}: damaged: the checksum of {damaged} in it does not hold; fetch or write it again")
+        raise UserError(
+            f"{path}: damaged: the checksum of its entry {damaged} does not match; download or write the file again"
+        )
 
 
 def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Names without the prefixes that wrappers of modules put before every one of them."""
+    """Remove prefixes that wrappers of modules put before every name."""
     names = dict(tensors)
     while names and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in names)), "")):
         names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
@@ -125,7 +127,7 @@ def _is_safetensors(path: Path) -> bool:
 
 
 def _torchscript_code(path: Path) -> str:
-    """The source text of a TorchScript archive, "" for any other file."""
+    """Return the source text of a TorchScript archive, "" for any other file."""
     if not zipfile.is_zipfile(path):
         return ""
     with zipfile.ZipFile(path) as archive:
@@ -134,7 +136,7 @@ def _torchscript_code(path: Path) -> str:
 
 
 def _code_named_in(path: Path, error: str) -> str:
-    """What a refused pickle wants to call: torch's error names it, or else a plain pickle's text does; "" for none."""
+    """Return the name of a callable in a refused pickle, from torch's error or the pickle's opcodes; "" if none."""
     if refused := re.search(r"GLOBAL ([\w.]+)", error):
         return refused[1]
     called: list[str] = []
@@ -148,15 +150,15 @@ def _code_named_in(path: Path, error: str) -> str:
                     called.append(".".join(strings[-2:]))
                 elif isinstance(argument, str):
                     strings.append(argument)
-    except Exception:  # not a pickle, or cut short
+    except Exception:  # not a pickle, or truncated
         return ""
     return called[0] if called else ""
 
 
 def _state_of(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights in what ``torch.load`` gave, and the command line beside them."""
+    """Return the weights in the result of ``torch.load``, and the command line stored beside them."""
     if not isinstance(content, Mapping):
-        raise UserError(f"{where}: holds a {type(content).__name__}, not a dictionary of tensors")
+        raise UserError(f"{where}: contains a {type(content).__name__}, not a dictionary of tensors")
     args = content.get("args", {})
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     for state in (content, *(content.get(key) for key in STATE_KEYS)):
@@ -165,12 +167,12 @@ def _state_of(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, An
     networks = [str(name) for name, value in content.items() if _is_state(value)]
     if networks:
         raise UserError(
-            f"{where}: holds {len(networks)} sets of weights under names of its own ({', '.join(networks)}); save the "
-            "one that is meant by itself, as safetensors"
+            f"{where}: contains {len(networks)} sets of weights under unknown keys ({', '.join(networks)}); save the "
+            "one to load as a separate safetensors file"
         )
     shown = json.dumps([str(name) for name in list(content)[:8]])
     places = ", ".join(STATE_KEYS)
-    raise UserError(f"{where}: no weights found, neither at the top nor under {places}; it has {shown}")
+    raise UserError(f"{where}: no weights found, neither at the top level nor under {places}; its keys are {shown}")
 
 
 def _is_state(value: Any) -> bool:
@@ -178,7 +180,7 @@ def _is_state(value: Any) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    if isinstance(error, pickle.UnpicklingError):  # torch's text is advice to turn safety off
-        return "no pickle of torch's"
+    if isinstance(error, pickle.UnpicklingError):  # torch's message advises turning safety off
+        return "not a torch pickle"
     sentences = [text for text in re.split(r"\n|\. ", str(error)) if text.strip()]
     return f"{type(error).__name__}: {sentences[0].strip()}" if sentences else type(error).__name__

@@ -1,7 +1,7 @@
-"""What a file of weights is, told from its tensors' names and shapes, and our name for each tensor.
+"""Identify a checkpoint's architecture from its tensor names and shapes, and map them to this project's names.
 
-Sizes are never taken from a file's name: published CViT-Large and -Huge share theirs and differ in depth and MLP ratio.
-The number of heads leaves no trace in any shape; our own files keep it in their metadata.
+Sizes are never inferred from a file's name: the published CViT-Large and CViT-Huge files share theirs and differ in
+depth and MLP ratio. No shape depends on the number of heads; this project's files store it in their metadata.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FAMILY_TITLES = {"cvit": "CViT", "vit": "plain ViT"}
 POOL_TITLES = {"avg": ", mean-pooled", "token": ", on the class token"}
 PIXEL_HEAD = "heads.pixels."
 OUR_PARTS = ("encoder.", "fusion.", "decoder.", "heads.")
-# MCMAE's and MAE's names, by their start, to those of models/pretrain.py; all others are the encoder's.
+# Map from the start of MCMAE's and MAE's names to those of models/pretrain.py; all other names are the encoder's.
 RELEASED_NAMES = (
     (re.compile(r"stage(\d)_output_decode\."), r"fusion.stage_convs.\1."),
     (re.compile(r"norm\."), "fusion.norm."),
@@ -46,22 +46,23 @@ CLIP_PATCHES = (
 
 @dataclass(frozen=True)
 class WeightIdentity:
-    """What a file of weights is.
+    """Identity of a weights file.
 
     Attributes:
-        kind: ``pretrain`` with a decoder, ``classifier`` with a head, ``encoder`` neither.
-        family: ``cvit``, ``vit``, or "" where there is no such encoder.
+        kind: ``pretrain`` with a decoder, ``classifier`` with a head, ``encoder`` with neither, ``clip``, ``unknown``.
+        family: ``cvit``, ``vit``, or "" if there is no such encoder.
         title: the kind in words.
-        ours: written by this project.
-        sizes: fields of the family's spec; ``num_heads`` only where ``ours``.
-        grid: of the position embedding: what our own files say, else a square; None where its rows are none.
-        prefix_rows: rows of the position embedding before the grid's (a class token's).
+        ours: True if written by this project.
+        sizes: fields of the family's spec; ``num_heads`` only if ``ours``.
+        grid: rows and columns of the position embedding: as recorded in this project's files, otherwise a square; None
+            if its rows do not form one.
+        prefix_rows: rows of the position embedding before the grid's (of a class token).
         num_classes: outputs of the head.
-        pool: what the head sees: ``avg`` the mean of the patches, ``token`` the class token; "" without a head, or with
-            one on something else.
-        names: our name in a pre-training model of each tensor that has one, by the file's name.
-        extras: what a ViT has beyond the plain one, so that it computes something else.
-        metadata: what our own files say about themselves.
+        pool: input of the head: ``avg`` the mean of the patches, ``token`` the class token; "" without a head or for
+            any other input.
+        names: names in this project's pre-training model, by the file's names, for tensors that have one.
+        extras: names of tensors that a plain ViT lacks; with them the results differ.
+        metadata: metadata of this project's files.
     """
 
     kind: Kind
@@ -79,10 +80,10 @@ class WeightIdentity:
 
 
 def identify(file: TensorFile) -> WeightIdentity:
-    """What ``file`` is.
+    """Identify a weights file.
 
     Raises:
-        UserError: if it says that this project wrote it, and what it says cannot be read.
+        UserError: if this project wrote the file, but its metadata cannot be read.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in file.tensors.items()}
     try:
@@ -99,13 +100,13 @@ def identify(file: TensorFile) -> WeightIdentity:
             return WeightIdentity(
                 "clip", "", f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}"
             )
-        return WeightIdentity("unknown", "", "no encoder that this project knows")
+        return WeightIdentity("unknown", "", "no encoder supported by this project")
     has_decoder = "decoder.embed.weight" in names.values()  # DINOv2's encoders have a mask token too
-    told: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in shapes else "encoder"
-    kind = metadata.get("kind", told)
-    positions = encoder.get("pos_embed", ())
-    grid, prefix_rows = _grid(positions[1] if len(positions) == 3 else 0, _told_grid(metadata, sizes))
-    pool = metadata.get("pool", _pool(family, shapes) if told == "classifier" else "")
+    inferred: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in shapes else "encoder"
+    kind = metadata.get("kind", inferred)
+    pos_embed = encoder.get("pos_embed", ())
+    grid, prefix_rows = _grid(pos_embed[1] if len(pos_embed) == 3 else 0, _recorded_grid(metadata, sizes))
+    pool = metadata.get("pool", _pool(family, shapes) if inferred == "classifier" else "")
     return WeightIdentity(
         kind=kind,
         family=family,
@@ -114,7 +115,7 @@ def identify(file: TensorFile) -> WeightIdentity:
         sizes=sizes | heads,
         grid=grid,
         prefix_rows=prefix_rows,
-        num_classes=shapes["head.weight"][0] if told == "classifier" else 0,
+        num_classes=shapes["head.weight"][0] if inferred == "classifier" else 0,
         pool=pool,
         names=names,
         extras=_extras(encoder) if family == "vit" else (),
@@ -123,10 +124,13 @@ def identify(file: TensorFile) -> WeightIdentity:
 
 
 def encoder_sizes(shapes: Shapes) -> tuple[str, dict[str, Any]]:
-    """An encoder's family and the fields of its spec that shapes tell; "" and nothing for none of ours.
+    """Infer an encoder's family and the fields of its spec from shapes.
 
     Args:
-        shapes: by the encoder's own parameter names.
+        shapes: shapes by the encoder's own parameter names.
+
+    Returns:
+        Family and sizes; "" and no sizes for an unsupported encoder.
     """
     try:
         if "patch_embed1.proj.weight" in shapes:
@@ -147,7 +151,11 @@ def encoder_sizes(shapes: Shapes) -> tuple[str, dict[str, Any]]:
 
 
 def decoder_sizes(shapes: Shapes) -> dict[str, Any]:
-    """Width, depth and MLP ratio of a decoder by our names in a pre-training model; nothing without one."""
+    """Infer width, depth and MLP ratio of a decoder; empty without a decoder.
+
+    Args:
+        shapes: shapes by the names in this project's pre-training model.
+    """
     if "decoder.embed.weight" not in shapes or not _depth(shapes, "decoder.blocks."):
         return {}
     dim = shapes["decoder.embed.weight"][0]
@@ -155,17 +163,22 @@ def decoder_sizes(shapes: Shapes) -> dict[str, Any]:
     return {"dim": dim, "depth": _depth(shapes, "decoder.blocks."), "mlp_ratio": ratio}
 
 
-def size_differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Where a file's sizes are not the model's, ``depths (2, 2, 23) instead of (2, 2, 11)``."""
+def size_differences(sizes: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """List the sizes of a file that differ from the model's: ``depths (2, 2, 23) instead of (2, 2, 11)``.
+
+    Args:
+        sizes: sizes of the file.
+        expected: sizes of the model.
+    """
     return [
-        f"{key} {_shown(value)} instead of {_shown(wanted[key])}"
-        for key, value in found.items()
-        if _shown(value) != _shown(wanted[key])
+        f"{key} {_format(value)} instead of {_format(expected[key])}"
+        for key, value in sizes.items()
+        if _format(value) != _format(expected[key])
     ]
 
 
 def spec_sizes(spec: EncoderSpec) -> dict[str, Any]:
-    """A spec's fields as :func:`encoder_sizes` would tell them: MLP ratios of whole hidden units."""
+    """Return a spec's fields as :func:`encoder_sizes` infers them: MLP ratios of whole hidden units."""
     values = asdict(spec)
     if "dims" in values:
         pairs = zip(values["dims"], values["mlp_ratios"], strict=True)
@@ -176,13 +189,24 @@ def spec_sizes(spec: EncoderSpec) -> dict[str, Any]:
 def nearest_architecture(
     family: str, sizes: Mapping[str, Any], among: Iterable[str] = tuple(ARCHITECTURES)
 ) -> tuple[str, dict[str, Any]]:
-    """The named architecture of a family that has most of these sizes, and the overrides that make up the rest."""
+    """Find the named architecture that shares most of the given sizes.
+
+    Args:
+        family: ``cvit`` or ``vit``.
+        sizes: fields of the family's spec.
+        among: names of the candidates.
+
+    Returns:
+        Name of the architecture, and overrides for the sizes that differ.
+    """
     candidates = []
     for arch in among:
         spec = ARCHITECTURES[arch]
         if isinstance(spec, FAMILIES[family]):
-            own = spec_sizes(spec)
-            candidates.append((arch, {key: value for key, value in sizes.items() if _shown(value) != _shown(own[key])}))
+            known = spec_sizes(spec)
+            candidates.append(
+                (arch, {key: value for key, value in sizes.items() if _format(value) != _format(known[key])})
+            )
     return min(candidates, key=lambda candidate: len(candidate[1]))
 
 
@@ -192,7 +216,7 @@ def _our_names(names: Iterable[str]) -> dict[str, str]:
         return {name: name for name in names if name.startswith(OUR_PARTS)}
     ours = {name: _renamed(name) for name in names}
     if "head.weight" in ours and "fc_norm.weight" not in ours:
-        # The norm is the classifier's own, before its head, where `fc_norm` would follow the mean of the patches.
+        # This norm is the classifier's own, before its head; `fc_norm` would follow the mean of the patches.
         ours |= {name: f"encoder.{name}" for name in ours if name.startswith("norm.")}
     return ours
 
@@ -218,7 +242,7 @@ def _pool(family: str, names: Iterable[str]) -> str:
     return "token" if family == "vit" else ""
 
 
-def _told_grid(metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[int, int] | None:
+def _recorded_grid(metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[int, int] | None:
     if "image_size" not in metadata:
         return None
     stride = prod(sizes["patches"]) if "patches" in sizes else sizes["patch"]
@@ -226,10 +250,10 @@ def _told_grid(metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[i
     return rows, columns
 
 
-def _grid(rows: int, told: tuple[int, int] | None) -> tuple[tuple[int, int] | None, int]:
-    """The grid of so many position rows, ``told`` or else square, and whether a class token's comes before it."""
-    if told and (prefix := rows - prod(told)) in (0, 1):
-        return told, prefix
+def _grid(rows: int, recorded: tuple[int, int] | None) -> tuple[tuple[int, int] | None, int]:
+    """Return the grid of a position embedding (recorded, otherwise square) and its number of prefix rows, 0 or 1."""
+    if recorded and (prefix := rows - prod(recorded)) in (0, 1):
+        return recorded, prefix
     for prefix in (0, 1):
         side = isqrt(max(rows - prefix, 0))
         if side and side * side == rows - prefix:
@@ -253,8 +277,8 @@ def _title(kind: Kind, family: str, names: Iterable[str], ours: bool, pool: str)
     return f"{title} encoder"
 
 
-def _shown(value: Any) -> str:
-    """4 for 4.0, and tuples for lists."""
+def _format(value: Any) -> str:
+    """Format a size: 4 for 4.0, and tuples for lists."""
     if isinstance(value, (tuple, list)):
-        return "(" + ", ".join(map(_shown, value)) + ")"
+        return "(" + ", ".join(map(_format, value)) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)

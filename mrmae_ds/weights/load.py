@@ -38,7 +38,14 @@ from mrmae_ds.weights.model_file import (
 
 @dataclass
 class LoadReport:
-    """What became of a file's tensors: names loaded, resized, missing from the file, unexpected in it."""
+    """Names of tensors by the outcome of loading a file.
+
+    Attributes:
+        loaded: loaded into the model, by its names.
+        resized: those of them that were resized.
+        missing: tensors of the model that the file lacks.
+        unexpected: tensors of the file that were not used, by its names.
+    """
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
@@ -61,33 +68,31 @@ class LoadReport:
 
 
 def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
-    """Load the encoder that a file holds into ``encoder``, resizing positions to its grid.
+    """Load the encoder in a file into ``encoder``; the position embedding is resized to its grid.
 
     Args:
-        encoder: bare or with a head; a head in the file is loaded only if its shape is the model's and it sees what the
-            model's sees, the mean of the patches or the class token. The norm of a pre-training becomes the norm before
-            the class token's head (MAE's fine-tuning).
-        path: a file of this project, or a released one of MCMAE, MAE or a plain ViT (see :mod:`..foreign`), as
-            safetensors or torch's pickle.
-        key: the recipe key that named the file, for errors.
+        encoder: encoder with or without a head. A head in the file is loaded only if it has the same shape and pooling
+            (mean of the patches or class token) as the model's. The norm of a pre-training becomes the norm before the
+            class token's head (MAE's fine-tuning).
+        path: file of this project, or one released by MCMAE, MAE or for a plain ViT, as safetensors or torch pickle.
+        key: recipe key that named the file, for errors.
 
     Returns:
-        What was loaded, by the encoder's names (``unexpected`` by the file's); ``missing`` is at most the head and
-        the norm before it.
+        Report by the encoder's names; ``missing`` contains at most the head and the norm before it.
 
     Raises:
-        UserError: if the file cannot be read, or its encoder is another one; it names what differs.
+        UserError: if the file cannot be read, or its encoder differs from ``encoder``; it names the differences.
     """
     file, where = read_tensor_file(path, key), f"{key}: {path}" if key else str(path)
-    found = identify(file)
-    check_encoder(found, encoder.spec, where)
-    names = found.names
-    if found.pool != encoder.global_pool:
+    identity = identify(file)
+    check_encoder(identity, encoder.spec, where)
+    names = identity.names
+    if identity.pool != encoder.global_pool:
         names = {name: ours for name, ours in names.items() if not ours.startswith("encoder.head.")}
     if encoder.global_pool == "token":
         names = {name: ours.replace("fusion.norm.", "encoder.norm.") for name, ours in names.items()}
-    found = replace(found, names=names)
-    incoming, report = match_tensors(file.tensors, found, encoder.state_dict(), encoder, where, "encoder.")
+    identity = replace(identity, names=names)
+    incoming, report = match_tensors(file.tensors, identity, encoder.state_dict(), encoder, where, "encoder.")
     if any(not name.startswith(("head.", "fc_norm.", "norm.")) for name in report.missing):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
     encoder.load_state_dict(incoming, strict=False)
@@ -95,38 +100,40 @@ def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
 
 
 def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadReport:
-    """Load all of a pre-training that a file holds: encoder, fusion, decoder, heads.
+    """Load all modules of a pre-training that a file contains: encoder, fusion, decoder, heads.
 
-    A released file's pixel head goes to the first objective that reconstructs pixels at the decoder. The decoder's
-    fixed positions are never taken, the encoder's are resized to its grid.
+    The pixel head of a released file is loaded into the first objective that reconstructs pixels at the decoder. The
+    decoder's fixed position embedding is never loaded; the encoder's is resized to its grid.
 
     Args:
-        model: of any objectives; heads, fusion and decoder that the file lacks keep what they have.
-        path, key: as for :func:`load_encoder`.
+        model: model with any objectives; heads, fusion and decoder that the file lacks keep their values.
+        path: file as for :func:`load_encoder`.
+        key: recipe key that named the file, for errors.
 
     Returns:
-        What was loaded, by the model's names (``unexpected`` by the file's).
+        Report by the model's names.
 
     Raises:
-        UserError: if the file cannot be read, or its encoder or decoder is another one; it names what differs.
+        UserError: if the file cannot be read, or its encoder or decoder differs from the model's; it names the
+            differences.
     """
     file, where = read_tensor_file(path, key), f"{key}: {path}" if key else str(path)
-    found = identify(file)
-    check_encoder(found, model.encoder.spec, where)
-    own = model.state_dict()
-    own.pop("decoder.pos_embed", None)
-    shapes = {ours: tuple(file.tensors[name].shape) for name, ours in found.names.items()}
-    sizes = decoder_sizes({name: tuple(tensor.shape) for name, tensor in own.items()})
+    identity = identify(file)
+    check_encoder(identity, model.encoder.spec, where)
+    state = model.state_dict()
+    state.pop("decoder.pos_embed", None)
+    shapes = {ours: tuple(file.tensors[name].shape) for name, ours in identity.names.items()}
+    sizes = decoder_sizes({name: tuple(tensor.shape) for name, tensor in state.items()})
     if sizes and (differences := size_differences(decoder_sizes(shapes), sizes)):
         raise UserError(
-            f"{where}: another decoder than the recipe's: {'; '.join(differences)}; set model.decoder to it"
+            f"{where}: its decoder differs from the recipe's: {'; '.join(differences)}; change model.decoder"
         )
-    if not found.ours:
+    if not identity.ours:
         pixels = (name for name, spec in model.objectives.items() if (spec.target, spec.tap) == (PIXELS, "decoder"))
         head = f"heads.{next(pixels, '')}."
-        names = {name: ours.replace(PIXEL_HEAD, head) for name, ours in found.names.items()}
-        found = replace(found, names=names)
-    incoming, report = match_tensors(file.tensors, found, own, model.encoder, where)
+        names = {name: ours.replace(PIXEL_HEAD, head) for name, ours in identity.names.items()}
+        identity = replace(identity, names=names)
+    incoming, report = match_tensors(file.tensors, identity, state, model.encoder, where)
     if any(name.startswith("encoder.") and name != "encoder.pos_embed" for name in report.missing):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
     model.load_state_dict(incoming, strict=False)
@@ -134,25 +141,28 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
 
 
 def load_model(path: Path | str) -> Encoder | PretrainModel:
-    """The model of a weights file of this project, whole and in eval mode: a classifier, or a pre-training.
+    """Build the complete model of a model file of this project, in eval mode.
+
+    Returns:
+        A classifier or a pre-training model.
 
     Raises:
-        UserError: if it is another file, or an encoder that was exported for timm.
+        UserError: if it is not a model file, or an encoder exported for timm.
     """
     path = Path(path)
     metadata, tensors = read_metadata(path), read_tensors(path)
     if metadata["kind"] not in ("classifier", "pretrain"):
-        raise UserError(f"{path}: holds an encoder for timm: {metadata.get('create_model', 'see mrmae check')}")
+        raise UserError(f"{path}: contains an encoder for timm: {metadata.get('create_model', 'see mrmae check')}")
     try:
         model = _built(metadata, tensors)
     except (KeyError, RuntimeError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"{path}: its tensors are not those that its metadata tells of ({first})") from None
+        raise UserError(f"{path}: its tensors do not match its metadata ({first})") from None
     return model.eval()
 
 
 def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder | PretrainModel:
-    """The model that a weights file is of, with its tensors. Raises what torch raises if they are another's."""
+    """Build the model of a file and load its tensors; exceptions of torch are not caught."""
     if metadata["kind"] == "classifier":
         classifier = build_classifier(metadata)
         classifier.load_state_dict(tensors)
@@ -166,87 +176,104 @@ def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder |
     return PretrainModel.of_tensors(encoder, fusion, decoder, objectives, tensors)
 
 
-def check_encoder(found: WeightIdentity, wanted: EncoderSpec, where: str) -> None:
-    """Refuse a file whose encoder is not ``wanted``; ``where`` names the file, for errors.
+def check_encoder(identity: WeightIdentity, spec: EncoderSpec, where: str) -> None:
+    """Check that the encoder in a file has the sizes of a spec.
+
+    Args:
+        identity: identity of the file.
+        spec: spec of the model's encoder.
+        where: name of the file, for errors.
 
     Raises:
         UserError: naming every size that differs.
     """
-    family = next(name for name, kind in FAMILIES.items() if isinstance(wanted, kind))
-    if found.family != family:
-        raise UserError(f"{where}: holds {found.title}, but the recipe's model is a {FAMILY_TITLES[family]}")
-    if found.extras:
+    family = next(name for name, kind in FAMILIES.items() if isinstance(spec, kind))
+    if identity.family != family:
+        raise UserError(f"{where}: contains {identity.title}, but the recipe's model is a {FAMILY_TITLES[family]}")
+    if identity.extras:
         raise UserError(
-            f"{where}: holds a ViT with more than the plain one has ({', '.join(found.extras[:6])}), which would "
-            "compute something else here; it can be a teacher (kind: timm)"
+            f"{where}: contains a ViT with tensors that a plain ViT lacks ({', '.join(identity.extras[:6])}), so that "
+            "its results would differ here; use it as a teacher (kind: timm)"
         )
-    if differences := size_differences(found.sizes, spec_sizes(wanted)):
+    if differences := size_differences(identity.sizes, spec_sizes(spec)):
         raise UserError(
-            f"{where}: another encoder than the recipe's: {'; '.join(differences)}; "
-            "take another file, or set model.arch and model.overrides to this one's sizes"
+            f"{where}: its encoder differs from the recipe's: {'; '.join(differences)}; "
+            "use another file, or set model.arch and model.overrides to these sizes"
         )
 
 
 def match_tensors(
     tensors: Mapping[str, Tensor],
-    found: WeightIdentity,
-    own: Mapping[str, Tensor],
+    identity: WeightIdentity,
+    state: Mapping[str, Tensor],
     encoder: Encoder,
     where: str,
     prefix: str = "",
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """A file's tensors that ``own`` takes, by its names, positions resized; and what became of each.
+    """Match checkpoint tensors to model parameters; the position embedding is resized.
 
     Args:
-        tensors: by the file's names.
-        found: what the file is.
-        own: the model's; its names are those of a pre-training model that start with ``prefix``, without it.
-        encoder: whose class token and grid the positions must fit.
-        where: names the file, for errors.
-        prefix: of the names in a pre-training model.
+        tensors: tensors of the file, by its names.
+        identity: identity of the file.
+        state: tensors of the model; their names with ``prefix`` are those in a pre-training model.
+        encoder: encoder of the model.
+        where: name of the file, for errors.
+        prefix: prefix of the model's names in a pre-training model.
+
+    Returns:
+        The matched tensors by the model's names, and the report.
 
     Raises:
-        UserError: for a tensor of another shape, but for a head's, which is left out.
+        UserError: for a tensor of another shape, except those of a head, which are left out.
     """
     report, incoming = LoadReport(), {}
     for name, tensor in tensors.items():
-        full = found.names.get(name, "")
+        full = identity.names.get(name, "")
         ours = full.removeprefix(prefix)
-        if not full.startswith(prefix) or ours not in own:
+        if not full.startswith(prefix) or ours not in state:
             report.unexpected.append(name)
             continue
         if full == "encoder.pos_embed":
-            fitted = fit_pos_embed(tensor, found, encoder, where)
+            fitted = fit_pos_embed(tensor, identity, encoder, where)
             if fitted.shape != tensor.shape:
                 report.resized.append(ours)
             tensor = fitted
-        if tensor.shape != own[ours].shape:
+        if tensor.shape != state[ours].shape:
             if not full.startswith(("encoder.head.", "heads.")):
-                raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(own[ours].shape)}")
+                raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(state[ours].shape)}")
             report.unexpected.append(name)
             continue
         incoming[ours] = tensor
         report.loaded.append(ours)
-    report.missing = [name for name in own if name not in incoming]
+    report.missing = [name for name in state if name not in incoming]
     return incoming, report
 
 
-def fit_pos_embed(positions: Tensor, found: WeightIdentity, encoder: Encoder, where: str) -> Tensor:
-    """A file's positions [1, rows, C] for the encoder's class token, or lack of one, and its grid.
+def fit_pos_embed(pos_embed: Tensor, identity: WeightIdentity, encoder: Encoder, where: str) -> Tensor:
+    """Convert a file's position embedding to the prefix tokens and grid of an encoder.
+
+    Args:
+        pos_embed: position embedding of the file, [1, rows, C].
+        identity: identity of the file.
+        encoder: encoder to fit.
+        where: name of the file, for errors.
+
+    Returns:
+        Position embedding [1, P + L, C] for P prefix tokens and L tokens of the encoder's grid.
 
     Raises:
-        UserError: if the rows are those of no grid that is known.
+        UserError: if the rows form no known grid.
     """
-    wanted = encoder.num_prefix_tokens
-    if found.grid is None:
-        if tuple(positions.shape[1:2]) == tuple(encoder.pos_embed.shape[1:2]):
-            return positions
+    prefix_tokens = encoder.num_prefix_tokens
+    if identity.grid is None:
+        if tuple(pos_embed.shape[1:2]) == tuple(encoder.pos_embed.shape[1:2]):
+            return pos_embed
         raise UserError(
-            f"{where}: pos_embed is {tuple(positions.shape)}: its rows are no square grid, and the model's are "
-            f"{encoder.grid[0]} x {encoder.grid[1]}"
+            f"{where}: pos_embed is {tuple(pos_embed.shape)}: its rows do not form a square grid, and the model's "
+            f"grid is {encoder.grid[0]} x {encoder.grid[1]}"
         )
-    if found.prefix_rows > wanted:
-        positions = positions[:, found.prefix_rows :]
-    elif found.prefix_rows < wanted:  # a class token without a position is one whose position is zero
-        positions = torch.cat([positions.new_zeros(1, wanted, positions.shape[2]), positions], dim=1)
-    return resize_pos_embed(positions, found.grid, encoder.grid, wanted)
+    if identity.prefix_rows > prefix_tokens:
+        pos_embed = pos_embed[:, identity.prefix_rows :]
+    elif identity.prefix_rows < prefix_tokens:  # a class token without a position embedding has a zero one
+        pos_embed = torch.cat([pos_embed.new_zeros(1, prefix_tokens, pos_embed.shape[2]), pos_embed], dim=1)
+    return resize_pos_embed(pos_embed, identity.grid, encoder.grid, prefix_tokens)

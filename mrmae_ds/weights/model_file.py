@@ -1,7 +1,7 @@
-"""Weights of this project in and out: one safetensors file that says what it holds.
+"""This project's model file: safetensors with a metadata entry that describes the model.
 
-The metadata entry ``mrmae`` is JSON: kind (``pretrain`` or ``classifier``), encoder spec, image size, pooling, classes,
-input statistics, and whatever the writer adds (recipe, step, metrics).
+The entry ``mrmae`` is JSON: kind (``pretrain`` or ``classifier``), encoder spec, image size, pooling, classes, input
+statistics, and entries that the writer adds (recipe, step, metrics).
 """
 
 from __future__ import annotations
@@ -27,7 +27,11 @@ MODEL_FILE = "model.safetensors"
 
 
 def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None = None) -> Encoder:
-    """The classifier that a weights file's metadata tells of, for its own or another input size; random weights.
+    """Build the classifier that a model file's metadata describes, with random weights.
+
+    Args:
+        metadata: metadata of the file.
+        image_size: input size in pixels, one side of a square or (height, width); None uses the file's.
 
     Raises:
         ConfigError: if the patches do not tile ``image_size``.
@@ -37,7 +41,7 @@ def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None =
 
 
 def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
-    """What is needed to build the encoder again, but for its classes."""
+    """Return the metadata for rebuilding an encoder, except its number of classes."""
     height, width = (side * encoder.stride for side in encoder.grid)
     pool = {"pool": encoder.global_pool} if encoder.num_classes else {}
     return {
@@ -49,28 +53,38 @@ def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
 
 
 def spec_from_metadata(metadata: Mapping[str, Any]) -> EncoderSpec:
-    """The spec that :func:`encoder_metadata` wrote."""
+    """Return the spec in metadata of :func:`encoder_metadata`."""
     return make_spec(FAMILIES[metadata["family"]], metadata["spec"], "weights file")
 
 
 def size_from_metadata(metadata: Mapping[str, Any]) -> ImageSize:
-    """The input size that :func:`encoder_metadata` wrote: pixels of a square's side, or (height, width)."""
+    """Return the input size in metadata of :func:`encoder_metadata`: pixels of a square's side, or (height, width)."""
     size = metadata["image_size"]
     return size if isinstance(size, int) else tuple(size)
 
 
 def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a weights file in one step, so that a partial one never passes for whole."""
+    """Write a model file atomically.
+
+    Args:
+        path: file to write or replace.
+        tensors: tensors by name, on any device.
+        metadata: JSON-serializable description of the model.
+    """
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(contiguous, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
 
 
 def find_weights(source: Path, key: str) -> Path:
-    """The weights file of a stage folder, or ``source`` itself if it is a file.
+    """Return the model file of a stage folder, or ``source`` itself if it is a file.
+
+    Args:
+        source: stage folder or model file.
+        key: recipe key or option that named it, for errors.
 
     Raises:
-        UserError: naming ``key`` and what is missing.
+        UserError: if the file does not exist.
     """
     path = source / MODEL_FILE if source.is_dir() else source
     if not path.is_file():
@@ -95,10 +109,10 @@ def run_folder_name(path: Path, stage: str) -> str | None:
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
-    """The ``mrmae`` metadata of a weights file.
+    """Return the ``mrmae`` metadata of a model file.
 
     Raises:
-        UserError: if it is not a weights file of this project.
+        UserError: if it is not a model file of this project.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -111,6 +125,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a weights file, on the CPU."""
+    """Return all tensors of a model file by name, on the CPU."""
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)

@@ -119,7 +119,7 @@ def test_our_classifier(tmp_path: Path) -> None:
     assert rows["values"] == f"{sum(sizes):,} in {len(sizes)} tensors"
     assert rows["results"] == "top1 80, eval_samples 10000"
     assert rows["commit"] == COMMIT
-    assert rows["input"] == "RGB in 0 to 1, less the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3"
+    assert rows["input"] == "RGB in [0, 1], minus the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3"
     assert rows["use it"].startswith('timm.create_model("cvit_tiny", ')
     assert rows["use it"].endswith(f"checkpoint_path={str(exported)!r})")
 
@@ -229,7 +229,7 @@ def test_a_changed_bit_is_found(tmp_path: Path) -> None:
     weight = load_reference("mcmae")["finetune/patch_embed4.weight"].numpy().tobytes()
     content[content.index(weight) + 100] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x.pth: damaged: the checksum of x/data/\d+ in it does not hold"):
+    with pytest.raises(UserError, match=r"x.pth: damaged: the checksum of its entry x/data/\d+ does not match"):
         describe(path)
 
 

@@ -86,7 +86,7 @@ def test_weights_that_are_not_there_or_do_not_fit_name_the_key(
 ) -> None:
     with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*nowhere does not exist"):
         _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={tmp_path / 'nowhere'}")
-    with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*model.safetensors: another encoder.*depth"):
+    with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*model.safetensors: its encoder differs.*depth"):
         _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={earlier}", "model.overrides={depth: 2}")
 
 
@@ -105,5 +105,5 @@ def test_the_class_token_can_be_finetuned(data: tuple[str, str], tmp_path: Path,
     job = _prepare(data, tmp_path, "finetune", *options)
     assert job.task.model.global_pool == "token"
     assert "missing 2 (head.weight, head.bias)" in job.task.init_report
-    with pytest.raises(UserError, match=r"stages\.finetune\.init: .*model.safetensors: another encoder.*depth"):
+    with pytest.raises(UserError, match=r"stages\.finetune\.init: .*model.safetensors: its encoder differs.*depth"):
         _prepare(data, tmp_path, "finetune", *options, "model.overrides={depth: 2}")

@@ -23,7 +23,7 @@ from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, EncoderSpec, ImageSiz
 from mrmae_ds.records.sections import GitState, Schedule
 from mrmae_ds.weights.export import (
     Exported,
-    Layout,
+    WeightLayout,
     export_run,
     timm_call,
 )
@@ -97,12 +97,12 @@ def test_a_classifier_for_timm(spec: EncoderSpec, changes: dict[str, bool], tmp_
         assert torch.equal(loaded(images), model(images))
         assert torch.equal(loaded.forward_features(images), model.forward_features(images))
     assert loaded.num_classes == 3
-    assert exported.notes == ("its input is RGB in 0 to 1, less the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3",)
+    assert exported.notes == ("its input is RGB in [0, 1], minus the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3",)
 
 
 @pytest.mark.parametrize(("spec", "pool"), [(VIT, "token"), (VIT, "avg"), (CVIT, "max")])
 @pytest.mark.parametrize("layout", ["timm", "safetensors"])
-def test_other_poolings_and_rectangles(spec: EncoderSpec, pool: str, layout: Layout, tmp_path: Path) -> None:
+def test_other_poolings_and_rectangles(spec: EncoderSpec, pool: str, layout: WeightLayout, tmp_path: Path) -> None:
     model = classifier_run(tmp_path, spec, (24, 32), pool)
     loaded = load_by(export_run(tmp_path, layout, tmp_path / "out.safetensors"))
     images = torch.randn(2, 3, 24, 32)
@@ -244,7 +244,7 @@ def test_what_is_overwritten(tmp_path: Path) -> None:
     export_run(tmp_path, "safetensors", out=out)  # now one of ours
     assert read_metadata(out)["layout"] == "safetensors"
     before = (tmp_path / MODEL_FILE).read_bytes()
-    with pytest.raises(UserError, match=r"--out: .*model.safetensors is the run's own file; name another"):
+    with pytest.raises(UserError, match=r"--out: .*model.safetensors is the run's own file; choose another"):
         export_run(tmp_path, out=tmp_path / MODEL_FILE, force=True)
     assert (tmp_path / MODEL_FILE).read_bytes() == before
     with pytest.raises(UserError, match=r"--out: .*x.pth must end in .safetensors"):
@@ -262,12 +262,12 @@ def test_runs_that_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"export: .*small has not finished .*name a stage folder"):
         export_run(tmp_path / "small")
     classifier_run(tmp_path / "small" / "finetune", CVIT)
-    with pytest.raises(UserError, match=r"small: holds 1 finished stages; name one: .*small/finetune$"):
+    with pytest.raises(UserError, match=r"small: contains 1 finished stages; choose one: .*small/finetune$"):
         export_run(tmp_path / "small")
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         export_run(tmp_path / "nowhere")
     exported = export_run(tmp_path / "small" / "finetune", out=tmp_path / "out.safetensors").path
-    with pytest.raises(UserError, match=r"out.safetensors: is itself an export; name the run's folder"):
+    with pytest.raises(UserError, match=r"out.safetensors: is itself an export; give the run's folder"):
         export_run(exported, out=tmp_path / "again.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
     with pytest.raises(UserError, match=r"foreign.safetensors: .*not one written by this project"):
@@ -281,12 +281,12 @@ def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 def test_files_that_are_no_whole_model(tmp_path: Path) -> None:
     pretraining_run(tmp_path, CVIT)
     encoder = export_run(tmp_path, out=tmp_path / "encoder.safetensors").path
-    with pytest.raises(UserError, match=r"encoder.safetensors: holds an encoder for timm: timm.create_model\("):
+    with pytest.raises(UserError, match=r"encoder.safetensors: contains an encoder for timm: timm.create_model\("):
         load_model(encoder)
     tensors, metadata = read_tensors(tmp_path / MODEL_FILE), read_metadata(tmp_path / MODEL_FILE)
     for lost in ("heads.mimic.bias", "decoder.norm.weight"):
         save_weights(tmp_path / "torn.safetensors", without(tensors, lost), metadata)
-        with pytest.raises(UserError, match=r"torn.safetensors: its tensors are not those that its metadata tells of"):
+        with pytest.raises(UserError, match=r"torn.safetensors: its tensors do not match its metadata"):
             load_model(tmp_path / "torn.safetensors")
     del metadata["recipe"]
     save_weights(tmp_path / "torn.safetensors", tensors, metadata)

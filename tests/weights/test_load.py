@@ -163,24 +163,24 @@ def test_another_architecture_is_refused(tmp_path: Path) -> None:
     path = tmp_path / MODEL_FILE
     save_pretrained(path, CVIT)
     other = CViTSpec((8, 12, 16), (1, 1, 3), 4, patches=(2, 2, 1))
-    with pytest.raises(UserError, match=rf"{path}: another encoder .*: depths \(1, 1, 2\) instead of \(1, 1, 3\);"):
+    with pytest.raises(UserError, match=rf"{path}: its encoder differs .*: depths \(1, 1, 2\) instead of \(1, 1, 3\);"):
         load_encoder(build_encoder(other, 16), path)
-    with pytest.raises(UserError, match=rf"{path}: holds CViT, .*but the recipe's model is a plain ViT"):
+    with pytest.raises(UserError, match=rf"{path}: contains CViT, .*but the recipe's model is a plain ViT"):
         load_encoder(build_encoder(VIT, 16), path)
-    with pytest.raises(UserError, match=rf"{path}: another encoder than the recipe's: num_heads 4 instead of 2;"):
+    with pytest.raises(UserError, match=rf"{path}: its encoder differs from the recipe's: num_heads 4 instead of 2;"):
         load_encoder(build_encoder(replace(CVIT, num_heads=2), 16), path)
 
 
 def test_errors_name_the_recipe_key(tmp_path: Path) -> None:
     path, key = tmp_path / MODEL_FILE, "stages.finetune.init"
     tensors = save_pretrained(path, CVIT)
-    with pytest.raises(UserError, match=rf"^{key}: {path}: another encoder"):
+    with pytest.raises(UserError, match=rf"^{key}: {path}: its encoder differs"):
         load_encoder(build_encoder(replace(CVIT, num_heads=2), 16), path, key)
     with pytest.raises(UserError, match=rf"^{key}: {tmp_path}/none: no such file"):
         load_encoder(build_encoder(CVIT, 16), tmp_path / "none", key)
     decoder = DecoderSpec(dim=32, depth=1, num_heads=4)
     student = pixel_model(build_encoder(CVIT, 16), FusionSpec(), decoder, "none")
-    with pytest.raises(UserError, match=rf"^{key}: {path}: another decoder"):
+    with pytest.raises(UserError, match=rf"^{key}: {path}: its decoder differs"):
         load_pretrained(student, path, key)
     del tensors["encoder.patch_embed4.bias"]
     save_weights(path, tensors, read_metadata(path))

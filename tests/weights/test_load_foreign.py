@@ -113,7 +113,7 @@ def test_positions_of_a_released_file_are_resized(mcmae: dict[str, Tensor], tmp_
 def test_positions_that_are_no_grid_are_refused(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     state = mcmae_state(mcmae) | {"pos_embed": torch.zeros(1, 198, 32)}
     path = write_released(tmp_path / "x.pth", state)
-    with pytest.raises(UserError, match=r"x.pth: pos_embed is \(1, 198, 32\): its rows are no square grid"):
+    with pytest.raises(UserError, match=r"x.pth: pos_embed is \(1, 198, 32\): its rows do not form a square grid"):
         load_encoder(build_encoder(MCMAE, 224), path)
 
 
@@ -229,10 +229,10 @@ def test_a_model_without_decoder_takes_the_rest(mcmae: dict[str, Tensor], tmp_pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"depths": (1, 1, 3)}, r"depths \(1, 1, 2\) instead of \(1, 1, 3\); take"),
-        ({"mlp_ratios": (8, 8, 4)}, r"mlp_ratios \(4, 4, 4\) instead of \(8, 8, 4\); take"),
-        ({"patches": (7, 1, 2)}, r"patches \(4, 2, 2\) instead of \(7, 1, 2\); take"),
-        ({"dims": (16, 24, 64), "depths": (2, 1, 2)}, r"dims .*64\); depths \(1, 1, 2\) instead of \(2, 1, 2\); take"),
+        ({"depths": (1, 1, 3)}, r"depths \(1, 1, 2\) instead of \(1, 1, 3\); use"),
+        ({"mlp_ratios": (8, 8, 4)}, r"mlp_ratios \(4, 4, 4\) instead of \(8, 8, 4\); use"),
+        ({"patches": (7, 1, 2)}, r"patches \(4, 2, 2\) instead of \(7, 1, 2\); use"),
+        ({"dims": (16, 24, 64), "depths": (2, 1, 2)}, r"dims .*64\); depths \(1, 1, 2\) instead of \(2, 1, 2\); use"),
     ],
     ids=str,
 )
@@ -241,10 +241,10 @@ def test_another_size_is_refused_naming_what_differs(
 ) -> None:
     path = write_released(tmp_path / "x.pth", mcmae_state(mcmae))
     encoder = build_encoder(replace(MCMAE, **changes), 224)
-    with pytest.raises(UserError, match=rf"x.pth: another encoder than the recipe's: {message}"):
+    with pytest.raises(UserError, match=rf"x.pth: its encoder differs from the recipe's: {message}"):
         load_encoder(encoder, path)
     model = pixel_model(encoder, FusionSpec(), DECODERS["mcmae"], "none")
-    with pytest.raises(UserError, match=rf"x.pth: another encoder than the recipe's: {message}"):
+    with pytest.raises(UserError, match=rf"x.pth: its encoder differs from the recipe's: {message}"):
         load_pretrained(model, path)
 
 
@@ -263,19 +263,19 @@ def test_another_decoder_is_refused(
     changes: dict[str, Any], message: str, mcmae: dict[str, Tensor], tmp_path: Path
 ) -> None:
     path = write_released(tmp_path / "x.pth", mcmae_state(mcmae))
-    with pytest.raises(UserError, match=rf"x.pth: another decoder than the recipe's: {message}.*set model.decoder"):
+    with pytest.raises(UserError, match=rf"x.pth: its decoder differs from the recipe's: {message}.*model.decoder"):
         load_pretrained(new_model("mcmae", **changes), path)
 
 
 def test_other_families_and_variants_are_refused(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     states: Mapping[str, Mapping[str, Tensor]] = {
-        "holds CViT with its decoder, MCMAE.*but the recipe's model is a plain ViT": mcmae_state(mcmae),
-        r"more than the plain one has \(blocks.\*.ls1.gamma, blocks.\*.ls2.gamma\).*kind: timm": tiny_vit(
+        "contains CViT with its decoder, MCMAE.*but the recipe's model is a plain ViT": mcmae_state(mcmae),
+        r"a plain ViT lacks \(blocks.\*.ls1.gamma, blocks.\*.ls2.gamma\).*kind: timm": tiny_vit(
             init_values=1e-5
         ).state_dict(),
-        "holds CLIP model, image tower 8 wide": {"visual.conv1.weight": torch.zeros(8, 3, 4, 4)},
-        "holds no encoder that this project knows": {"weight": torch.zeros(2)},
+        "contains CLIP model, image tower 8 wide": {"visual.conv1.weight": torch.zeros(8, 3, 4, 4)},
+        "contains no encoder supported by this project": {"weight": torch.zeros(2)},
     }
     for message, state in states.items():
         torch.save(dict(state), path)

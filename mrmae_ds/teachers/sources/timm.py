@@ -128,18 +128,18 @@ def _resize_pos_embed(
 
     With timm's method its checkpoint filter does the resizing.
     """
-    pos_embed, wanted = state.get("pos_embed"), getattr(network, "pos_embed", None)
-    if pos_embed is None or wanted is None:
+    pos_embed, target = state.get("pos_embed"), getattr(network, "pos_embed", None)
+    if pos_embed is None or target is None:
         if options.position_resize == "dino":
             raise UserError(f"{options.key}.position_resize: {options.source} has no position embedding to resize")
         return {}
-    if pos_embed.shape == wanted.shape:
+    if pos_embed.shape == target.shape:
         return {}
     prefix = 0 if getattr(network, "no_embed_class", False) else network.num_prefix_tokens
     if dino:
         state["pos_embed"] = resize_pos_embed_dino(pos_embed, prefix, network.patch_embed.grid_size)
     how = "as in DINO's own code (bicubic, offset 0.1)" if dino else "as timm does (bicubic, antialias)"
-    return {"position embedding": f"{pos_embed.shape[1] - prefix} resized to {wanted.shape[1] - prefix}, {how}"}
+    return {"position embedding": f"{pos_embed.shape[1] - prefix} resized to {target.shape[1] - prefix}, {how}"}
 
 
 def resize_pos_embed_dino(pos_embed: Tensor, prefix: int, grid: tuple[int, int]) -> Tensor:

@@ -237,20 +237,18 @@ def _has_blocks_of_tokens(network: nn.Module) -> bool:
 
 
 def _choose_stage(grids: list[tuple[int, int]], options: TeacherOptions) -> int:
-    size, wanted = options.image_size, options.student_grid
-    listed = ", ".join(
-        f"{stage} {rows}x{columns} (stride {size / rows:.3g})" for stage, (rows, columns) in enumerate(grids)
-    )
+    size, (rows, columns) = options.image_size, options.student_grid
+    listed = ", ".join(f"{stage} {h}x{w} (stride {size / h:.3g})" for stage, (h, w) in enumerate(grids))
     stages = f"the stages of {options.source} at {size} pixels are {listed}"
     if options.stage is not None and options.stage >= len(grids):
         raise UserError(f"{options.key}.stage: no stage {options.stage}; {stages}")
-    fitting = [stage for stage, grid in enumerate(grids) if grid == wanted]
+    fitting = [stage for stage, grid in enumerate(grids) if grid == options.student_grid]
     if options.stage is not None:
         fitting = [stage for stage in fitting if stage == options.stage]
     if not fitting:
         what = "no stage has" if options.stage is None else f"stage {options.stage} does not have"
         raise UserError(
-            f"{options.key}: {what} the student's {wanted[0]}x{wanted[1]} grid; {stages}. Set {options.key}.image_size "
-            f"to {wanted[0]} times the stride of the stage you want"
+            f"{options.key}: {what} the student's {rows}x{columns} grid; {stages}. Set {options.key}.image_size "
+            f"to {rows} times the stride of the required stage"
         )
     return fitting[-1]
