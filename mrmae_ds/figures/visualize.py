@@ -9,36 +9,22 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from mrmae_ds.config.files import describe_errors
-from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.config.renamed import rename_keys
-from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalize, reconstruction_grid
 from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
 from mrmae_ds.figures.teachers import short_source
-from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.masking import VisibleSet, choose_visible
-from mrmae_ds.models.objectives import PIXELS, patchify, unpatchify
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
-from mrmae_ds.records.record import RunRecord
+from mrmae_ds.models.reconstruction import Reconstruction, reconstruct
 from mrmae_ds.teachers import build_teacher
 from mrmae_ds.teachers.base import describe_importance
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
-from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import (
-    find_weights,
-    read_metadata,
-    read_tensors,
-    run_folder_name,
-    spec_from_metadata,
-)
+from mrmae_ds.weights.finished_run import FinishedRun
 
 logger = logging.getLogger(__name__)
 
@@ -51,114 +37,6 @@ _MODES = {
     "sample": "in proportion to the importance that {} gives them",
     "topk": "as those to which {} gives most importance",
 }
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished pre-training or fine-tuning on disk.
-
-    Attributes:
-        path: model file.
-        metadata: of the model file.
-        recipe: resolved recipe.
-        kind: ``pretrain`` or ``classifier``.
-        image_size: side of the model's input in pixels.
-        mean: by which the input is normalized.
-        std: by which the input is normalized.
-    """
-
-    path: Path
-    metadata: dict[str, Any]
-    recipe: Recipe
-    kind: Literal["pretrain", "classifier"]
-    image_size: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @classmethod
-    def open(cls, source: Path) -> FinishedRun:
-        """Read the metadata of a stage folder's model file, or of a model file.
-
-        Raises:
-            UserError: if there is none, or it is not the model file of a finished stage.
-        """
-        path = find_weights(source, "run")
-        metadata = read_metadata(path)
-        try:
-            recipe = Recipe.model_validate(rename_keys(metadata["recipe"]))
-            stage, mean, std = metadata["stage"], tuple(metadata["mean"]), tuple(metadata["std"])
-            recipe.stage(stage)
-        except ValidationError as error:
-            raise UserError(describe_errors(error, Recipe, path)) from None
-        except KeyError as error:
-            raise UserError(
-                f"{path}: its metadata lacks {error}, so it is not the model file of a finished stage; name a stage "
-                "folder (runs/NAME/STAGE)"
-            ) from None
-        return cls(path, metadata, recipe, metadata["kind"], metadata["image_size"], mean, std)
-
-    @property
-    def pretraining(self) -> PretrainConfig:
-        """Configuration of the pre-training stage."""
-        stage = self.recipe.stages.pretrain
-        assert stage is not None
-        return stage
-
-    @property
-    def stride(self) -> int:
-        """Side of a patch in pixels."""
-        return spec_from_metadata(self.metadata).stride
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        side = self.image_size // self.stride
-        return side, side
-
-    def load(self) -> PretrainModel | Encoder:
-        """Load the pre-trained model, or a classifier's encoder, in eval mode on the CPU; no teacher is needed.
-
-        Raises:
-            UserError: if the file's tensors do not match its recipe.
-        """
-        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
-        if self.kind == "classifier":
-            load_encoder(encoder, self.path)
-            return encoder.eval()
-        model, stage, tensors = self.recipe.model, self.pretraining, read_tensors(self.path)
-        try:
-            student = PretrainModel.of_tensors(encoder, model.fusion, model.decoder, stage.objectives, tensors)
-        except (KeyError, RuntimeError) as error:
-            first = str(error).splitlines()[0]
-            raise UserError(f"{self.path}: its tensors do not match its recipe ({first})") from None
-        return student.eval()
-
-    @property
-    def name(self) -> str:
-        """Name of the run folder; for a file elsewhere, of the recipe."""
-        return run_folder_name(self.path, self.metadata["stage"]) or self.recipe.name
-
-    @property
-    def data(self) -> str:
-        """Name of the training data from the run's record, or its file if there is no record."""
-        try:
-            return RunRecord.load(self.path.parent).data.dataset
-        except UserError:
-            return str(self.recipe.data.train)
-
-    def training(self) -> str:
-        """Return epochs and training data: "400 epochs, ImageNet-1K"."""
-        epochs = self.recipe.stage(self.metadata["stage"]).epochs
-        prefix = "" if self.kind == "pretrain" else "fine-tuned "
-        return f"{prefix}{epochs} epoch{'s' * (epochs != 1)}, {self.data}"
-
-    def label(self) -> str:
-        """Return three lines: method, run, training."""
-        return f"{self.recipe.method}\n{self.name}\n{self.training()}"
-
-    def describe(self) -> str:
-        """Return the same and the architecture in one line."""
-        return f"{self.name} ({self.recipe.method}, {self.recipe.model.arch}, {self.training()})"
 
 
 def show_run(stage_dir: Path) -> list[Path]:
@@ -263,20 +141,6 @@ class _Mask(NamedTuple):
     mode: str
 
 
-class Reconstruction(NamedTuple):
-    """A run's predictions of pixels.
-
-    Attributes:
-        pasted: images [N, 3, S, S] with predictions in place of the removed patches.
-        alone: predictions of all patches, [N, 3, S, S].
-        standardized: True if patches are predicted without mean and deviation; both are then the true patch's.
-    """
-
-    pasted: Tensor
-    alone: Tensor
-    standardized: bool
-
-
 @torch.no_grad()
 def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: int) -> _Mask:
     """Add the rows of a pre-training's teachers for pixels [N, 3, S, S] in [0, 1], and sample its mask."""
@@ -330,33 +194,6 @@ def _add_student(
         return None
     pasted, alone = (torch.from_numpy(denormalize(part, run.mean, run.std)) for part in result[:2])
     return Reconstruction(pasted, alone, result.standardized)
-
-
-def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet) -> Reconstruction | None:
-    """Reconstruct normalized images [N, 3, S, S] with a pre-trained model.
-
-    Predictions of standardized pixels are given the mean and the deviation of the true patch.
-
-    Returns:
-        The normalized reconstruction; None without a pixel objective.
-
-    Raises:
-        UserError: if the pixel objective's normalization cannot be undone.
-    """
-    specs = {name: spec for name, spec in model.objectives.items() if (spec.target, spec.tap) == (PIXELS, "decoder")}
-    if not specs:
-        return None
-    name, spec = next(iter(specs.items()))
-    predicted = model.predict(images, visible)[name].float()
-    true = patchify(images, model.encoder.stride)
-    if spec.normalize == "standardize":
-        predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
-    elif spec.normalize != "none":
-        raise UserError(f"objectives.{name}.normalize: {spec.normalize} cannot be undone to show pixels")
-    removed = visible.mask[..., None]
-    parts = (predicted * removed + true * (1 - removed), predicted)
-    pasted, alone = (unpatchify(part, model.encoder.grid, model.encoder.stride) for part in parts)
-    return Reconstruction(pasted, alone, spec.normalize == "standardize")
 
 
 def _draw_reconstructions(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ImageSize
@@ -57,3 +58,23 @@ def init_classifier(model: Encoder) -> None:
     head = model.head
     assert isinstance(head, nn.Linear)
     nn.init.trunc_normal_(head.weight, std=2e-5)
+
+
+def dense_features(encoder: Encoder, images: Tensor) -> Tensor:
+    """Return :func:`mean_features` of all patches, float32 [B, C].
+
+    Args:
+        encoder: bare encoder of a pre-training. Called as a module, because ZeRO-3 gathers its weights at a call.
+        images: normalized images [B, 3, H, W].
+    """
+    return mean_features(encoder(images)[:, encoder.num_prefix_tokens :])
+
+
+def mean_features(tokens: Tensor) -> Tensor:
+    """Return the mean of the patch tokens, normalized as a new ``fc_norm`` would: float32 [B, C].
+
+    Args:
+        tokens: patch tokens [B, L, C].
+    """
+    tokens = tokens.float()
+    return F.layer_norm(tokens.mean(dim=1), tokens.shape[-1:], eps=1e-6)

@@ -21,21 +21,9 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import KnnConfig
 from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.distributed.process_group import sum_over_ranks
-from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator, Scores
 
 Features = Callable[[Tensor], Tensor]
-
-
-def dense_features(encoder: Encoder, images: Tensor) -> Tensor:
-    """Return the mean of the patch tokens, all visible, normalized as a new ``fc_norm`` would: float32 [B, C].
-
-    Args:
-        encoder: bare encoder of a pre-training. Called as a module, because ZeRO-3 gathers its weights at a call.
-        images: normalized images [B, 3, H, W].
-    """
-    tokens = encoder(images)[:, encoder.num_prefix_tokens :].float()
-    return F.layer_norm(tokens.mean(dim=1), tokens.shape[-1:], eps=1e-6)
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, PretrainConfig
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
-from mrmae_ds.models.encoders import Encoder
+from mrmae_ds.models.encoders import Encoder, dense_features
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.records.sections import Design, ObjectiveInfo
 from mrmae_ds.teachers import PlacedTeacher, Teacher, build_teacher, place_teacher
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
-from mrmae_ds.training.evaluation.knn import KnnEvaluator, dense_features
+from mrmae_ds.training.evaluation.knn import KnnEvaluator
 from mrmae_ds.training.param_groups import ParamGroups, adamw, pretrain_groups
 from mrmae_ds.training.tasks.base import MicroBatchKey, Task
 from mrmae_ds.weights.load import load_pretrained

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.config.stages import KnnConfig
-from mrmae_ds.models.encoders import build_encoder
+from mrmae_ds.models.encoders import build_encoder, dense_features
 from mrmae_ds.models.sizes import encoder_spec
-from mrmae_ds.training.evaluation.knn import Bank, dense_features, gather_bank, knn_accuracy, votes
+from mrmae_ds.training.evaluation.knn import Bank, gather_bank, knn_accuracy, votes
 from tests.support.jobs import FakeLoader, make_batch
 
 

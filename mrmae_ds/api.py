@@ -1,0 +1,286 @@
+"""Python API: a recipe's student and teachers as one torch module.
+
+Shape legend: B images, S x S pixels, h x w grid of patches, L = h * w patch tokens, C encoder width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.config.stages import PretrainConfig
+from mrmae_ds.errors import UserError
+from mrmae_ds.factory import build_pretraining
+from mrmae_ds.imagenet import Rgb
+from mrmae_ds.models.encoders import mean_features
+from mrmae_ds.models.masking import VisibleSet, choose_visible
+from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
+from mrmae_ds.models.reconstruction import reconstruct
+from mrmae_ds.teachers import Teacher, build_teacher
+from mrmae_ds.teachers.base import TeacherOutput
+from mrmae_ds.teachers.sources.checkpoint import encoder_attention
+from mrmae_ds.weights.finished_run import FinishedRun
+from mrmae_ds.weights.load import load_pretrained
+from mrmae_ds.weights.model_file import find_weights
+
+
+class Features(NamedTuple):
+    """Features of the encoder with all patches visible.
+
+    Attributes:
+        tokens: patch tokens after the last block, [B, L, C].
+        pooled: layer-normalized mean of the patch tokens, float32 [B, C]; the k-NN evaluation uses it.
+    """
+
+    tokens: Tensor
+    pooled: Tensor
+
+
+class ReconstructedImages(NamedTuple):
+    """Images in 0 to 1, float32 [B, 3, S, S].
+
+    Attributes:
+        masked: the input with removed patches set to gray.
+        reconstruction: the input with removed patches replaced by predictions.
+        prediction: predictions of all patches.
+    """
+
+    masked: Tensor
+    reconstruction: Tensor
+    prediction: Tensor
+
+
+class Attention(NamedTuple):
+    """Attention maps, not negative, float32 [B, h, w].
+
+    Attributes:
+        student: attention of the student's last block: the class token's to the patches if there is one, otherwise the
+            mean attention that each patch receives.
+        teachers: importance that each teacher gives the patches, by the teacher's name.
+    """
+
+    student: Tensor
+    teachers: dict[str, Tensor]
+
+
+class MRMAE(nn.Module):
+    """Pre-training model and frozen teachers of a recipe. It computes what the training loop computes.
+
+    All methods take images [B, 3, S, S], uint8 or float in 0 to 1, on the module's device. Normalization is internal:
+    the recipe's statistics for the student, each teacher's own for the teacher.
+
+    ``parameters()`` and ``state_dict()`` are those of the student. The teachers are frozen, stay in eval mode, and are
+    moved by ``to``.
+
+    Example::
+
+        model = MRMAE.from_recipe("ds_configs/tiny.yaml", ["data.mean=[0.5, 0.5, 0.5]"])
+        losses = model(images)
+        losses["loss"].backward()
+
+    Args:
+        student: encoder, fusion, decoder and heads.
+        teachers: by the recipe's names; empty for a model that computes no losses of teachers.
+        config: the recipe's pre-training stage.
+        mean: mean of the student's input, per channel, of pixels in 0 to 1.
+        std: standard deviation, likewise.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, student: PretrainModel, teachers: Mapping[str, Teacher], config: PretrainConfig, mean: Rgb, std: Rgb
+    ) -> None:
+        super().__init__()
+        self.student = student
+        # Not a submodule: parameters() and state_dict() are those of the student.
+        self.teachers = dict(teachers)
+        self.config = config
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_recipe(cls, recipe: str | Path | Recipe, overrides: Sequence[str] = ()) -> MRMAE:
+        """Build student and teachers on the CPU.
+
+        The student is initialized randomly, by torch's global generator, unless ``stages.pretrain.init`` names weights.
+
+        Args:
+            recipe: recipe file, ``ds_configs/NAME.yaml``, or a loaded recipe.
+            overrides: ``key.path=value`` strings, which replace values of a recipe file.
+
+        Raises:
+            UserError: for an invalid recipe, one without a pre-training stage, or a teacher that cannot be loaded.
+        """
+        if not isinstance(recipe, Recipe):
+            recipe = load_recipe(Path(recipe), list(overrides))
+        elif overrides:
+            raise UserError("overrides apply to a recipe file; pass them to load_recipe")
+        stage = recipe.stages.pretrain
+        if stage is None:
+            raise UserError(f"recipe {recipe.name} has no stage pretrain")
+        student, teachers = build_pretraining(recipe, stage)
+        if stage.init is not None:
+            key = "stages.pretrain.init"
+            load_pretrained(student, find_weights(Path(stage.init), key), key)
+        return cls(student, teachers, stage, recipe.data.mean, recipe.data.std)
+
+    @classmethod
+    def from_run(cls, path: str | Path, teachers: bool = True) -> MRMAE:
+        """Load a finished pre-training, in eval mode on the CPU.
+
+        Args:
+            path: stage folder, ``runs/NAME/pretrain``, or its ``model.safetensors``.
+            teachers: also load the teachers. Without them there are no losses of teachers, no attention maps of
+                teachers, and no masks drawn by their importance.
+
+        Raises:
+            UserError: if the path is not a finished pre-training, or a teacher cannot be loaded.
+        """
+        run = FinishedRun.open(Path(path))
+        student = run.load()
+        if not isinstance(student, PretrainModel):
+            raise UserError(f"{run.path}: a classifier, not a pre-training; mrmae export prints how to load it")
+        stage, recipe = run.pretraining, run.recipe
+        built = {
+            name: build_teacher(name, recipe.teachers[name], recipe.data, run.image_size, student.encoder.grid)
+            for name in (stage.teachers if teachers else ())
+        }
+        return cls(student, built, stage, run.mean, run.std).eval()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images, in pixels: S."""
+        return self.student.encoder.grid[0] * self.student.encoder.stride
+
+    def forward(
+        self, images: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """Compute the losses of a batch.
+
+        Args:
+            images: [B, 3, S, S].
+            noise: uniform in [0, 1), [B, L]; it determines the mask. Default: drawn on the CPU.
+            generator: generator of the default noise; default: torch's global one.
+
+        Returns:
+            ``loss``, the weighted total, and each objective's own loss by name; scalars.
+
+        Raises:
+            UserError: if images have a wrong shape or type, or a teacher is missing.
+        """
+        pixels = self._pixels(images)
+        for name in self.config.teachers:
+            self._require_teacher(name)
+        outputs = self._teach(pixels)
+        visible = self._draw_mask(pixels, outputs, noise, generator)
+        targets = {name: output.tokens for name, output in outputs.items()}
+        return self.student(self._normalize(pixels), visible, targets)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """Compute the encoder's features with all patches visible.
+
+        Args:
+            images: [B, 3, S, S].
+        """
+        encoder = self.student.encoder
+        tokens = encoder(self._inputs(self._pixels(images)))[:, encoder.num_prefix_tokens :]
+        return Features(tokens, mean_features(tokens))
+
+    @torch.no_grad()
+    def reconstruct(
+        self, images: Tensor, *, noise: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> ReconstructedImages:
+        """Remove patches as training does and reconstruct them.
+
+        A model that predicts standardized patches gets back the mean and standard deviation of the true patch.
+
+        Args:
+            images: [B, 3, S, S].
+            noise: as for :meth:`forward`.
+            generator: as for :meth:`forward`.
+
+        Raises:
+            UserError: if the model predicts no pixels.
+        """
+        pixels = self._pixels(images)
+        masking = self.config.masking
+        outputs = {} if masking.mode == "random" else self._teach(pixels, masking.teacher)
+        visible = self._draw_mask(pixels, outputs, noise, generator)
+        result = reconstruct(self.student, self._normalize(pixels), visible)
+        if result is None:
+            raise UserError("the model has no objective that predicts pixels at the decoder")
+        pasted, alone = ((part * self.std + self.mean).clamp(0, 1) for part in (result.pasted, result.alone))
+        masked = masked_pixels(pixels, visible, self.student.encoder.stride, fill=0.5)
+        return ReconstructedImages(masked, pasted, alone)
+
+    @torch.no_grad()
+    def attention(self, images: Tensor) -> Attention:
+        """Compute attention maps of the student and of all teachers.
+
+        Args:
+            images: [B, 3, S, S].
+        """
+        pixels = self._pixels(images)
+        encoder = self.student.encoder
+        _, student = encoder_attention(encoder, self._inputs(pixels))
+        teachers = {name: output.importance for name, output in self._teach(pixels).items()}
+        grid = encoder.grid
+        return Attention(
+            student.float().unflatten(1, grid), {name: values.unflatten(1, grid) for name, values in teachers.items()}
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MRMAE:
+        """Apply a function to all tensors, as ``to`` does, also to those of the teachers."""
+        super()._apply(fn, recurse)
+        for teacher in self.teachers.values():
+            teacher._apply(fn, recurse)
+        return self
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        """Check images and return their pixels in 0 to 1, float32 [B, 3, S, S]."""
+        size = self.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, size, size):
+            raise UserError(f"images have shape {list(images.shape)}, expected [B, 3, {size}, {size}]")
+        if images.dtype == torch.uint8:
+            return images.float() / 255
+        if not images.is_floating_point():
+            raise UserError(f"images are {images.dtype}, expected torch.uint8, or a float type with values in 0 to 1")
+        return images.float()
+
+    def _normalize(self, pixels: Tensor) -> Tensor:
+        """Return the student's input in full precision: pixel targets are computed from it."""
+        return (pixels - self.mean) / self.std
+
+    def _inputs(self, pixels: Tensor) -> Tensor:
+        """Return the encoder's input in the precision of its weights."""
+        return self._normalize(pixels).to(self.student.fusion.norm.weight.dtype)
+
+    def _require_teacher(self, name: str) -> Teacher:
+        if name not in self.teachers:
+            raise UserError(f"teacher {name} is not loaded; use from_run(..., teachers=True)")
+        return self.teachers[name]
+
+    def _teach(self, pixels: Tensor, only: str | None = None) -> dict[str, TeacherOutput]:
+        """Call the teachers, or one of them."""
+        return {name: self._require_teacher(name)(pixels) for name in ([only] if only else self.teachers)}
+
+    def _draw_mask(
+        self,
+        pixels: Tensor,
+        outputs: Mapping[str, TeacherOutput],
+        noise: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> VisibleSet:
+        grid, masking = self.student.encoder.grid, self.config.masking
+        importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
+        if noise is None:
+            noise = torch.rand(len(pixels), grid[0] * grid[1], generator=generator)
+        return choose_visible(noise.to(pixels.device), grid, masking.keep_ratio, masking.mode, importance)

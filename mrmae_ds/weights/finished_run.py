@@ -1,0 +1,128 @@
+"""Finished stages on disk: recipe, input statistics and trained model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import ValidationError
+
+from mrmae_ds.config.files import describe_errors
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.renamed import rename_keys
+from mrmae_ds.config.stages import PretrainConfig
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import Encoder, build_encoder
+from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import find_weights, read_metadata, read_tensors, run_folder_name, spec_from_metadata
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A finished pre-training or fine-tuning on disk.
+
+    Attributes:
+        path: model file.
+        metadata: of the model file.
+        recipe: resolved recipe.
+        kind: ``pretrain`` or ``classifier``.
+        image_size: side of the model's input in pixels.
+        mean: by which the input is normalized.
+        std: by which the input is normalized.
+    """
+
+    path: Path
+    metadata: dict[str, Any]
+    recipe: Recipe
+    kind: Literal["pretrain", "classifier"]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def open(cls, source: Path) -> FinishedRun:
+        """Read the metadata of a stage folder's model file, or of a model file.
+
+        Raises:
+            UserError: if there is none, or it is not the model file of a finished stage.
+        """
+        path = find_weights(source, "run")
+        metadata = read_metadata(path)
+        try:
+            recipe = Recipe.model_validate(rename_keys(metadata["recipe"]))
+            stage, mean, std = metadata["stage"], tuple(metadata["mean"]), tuple(metadata["std"])
+            recipe.stage(stage)
+        except ValidationError as error:
+            raise UserError(describe_errors(error, Recipe, path)) from None
+        except KeyError as error:
+            raise UserError(
+                f"{path}: its metadata lacks {error}, so it is not the model file of a finished stage; name a stage "
+                "folder (runs/NAME/STAGE)"
+            ) from None
+        return cls(path, metadata, recipe, metadata["kind"], metadata["image_size"], mean, std)
+
+    @property
+    def pretraining(self) -> PretrainConfig:
+        """Configuration of the pre-training stage."""
+        stage = self.recipe.stages.pretrain
+        assert stage is not None
+        return stage
+
+    @property
+    def stride(self) -> int:
+        """Side of a patch in pixels."""
+        return spec_from_metadata(self.metadata).stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.stride
+        return side, side
+
+    def load(self) -> PretrainModel | Encoder:
+        """Load the pre-trained model, or a classifier's encoder, in eval mode on the CPU; no teacher is needed.
+
+        Raises:
+            UserError: if the file's tensors do not match its recipe.
+        """
+        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
+        if self.kind == "classifier":
+            load_encoder(encoder, self.path)
+            return encoder.eval()
+        model, stage, tensors = self.recipe.model, self.pretraining, read_tensors(self.path)
+        try:
+            student = PretrainModel.of_tensors(encoder, model.fusion, model.decoder, stage.objectives, tensors)
+        except (KeyError, RuntimeError) as error:
+            first = str(error).splitlines()[0]
+            raise UserError(f"{self.path}: its tensors do not match its recipe ({first})") from None
+        return student.eval()
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder; for a file elsewhere, of the recipe."""
+        return run_folder_name(self.path, self.metadata["stage"]) or self.recipe.name
+
+    @property
+    def data(self) -> str:
+        """Name of the training data from the run's record, or its file if there is no record."""
+        try:
+            return RunRecord.load(self.path.parent).data.dataset
+        except UserError:
+            return str(self.recipe.data.train)
+
+    def training(self) -> str:
+        """Return epochs and training data: "400 epochs, ImageNet-1K"."""
+        epochs = self.recipe.stage(self.metadata["stage"]).epochs
+        prefix = "" if self.kind == "pretrain" else "fine-tuned "
+        return f"{prefix}{epochs} epoch{'s' * (epochs != 1)}, {self.data}"
+
+    def label(self) -> str:
+        """Return three lines: method, run, training."""
+        return f"{self.recipe.method}\n{self.name}\n{self.training()}"
+
+    def describe(self) -> str:
+        """Return the same and the architecture in one line."""
+        return f"{self.name} ({self.recipe.method}, {self.recipe.model.arch}, {self.training()})"
