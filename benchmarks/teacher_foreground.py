@@ -1,12 +1,13 @@
-"""How well a teacher's importance finds the things in images: by COCO's instance masks, before anything is trained.
+"""Measure how well a teacher's importance maps locate foreground objects, by COCO's instance masks.
 
     python benchmarks/teacher_foreground.py --coco FOLDER [--split val2017] [--annotations FILE.json] RECIPE.yaml ...
 
-FOLDER holds ``annotations/instances_SPLIT.json`` and the images in ``SPLIT/`` or ``images/SPLIT/``. For each image,
-cut as the recipe's student sees it (short side to its input size, center), the number is the area under the ROC curve
-of importance against "some annotated thing is here", over pixels: the probability that a foreground pixel lies in a
-patch of more importance than a background pixel, ties counting half. 0.5 is chance. ``center`` is the AUC of closeness
-to the image's center, which photographers make a good guess. Images without foreground or background are left out.
+FOLDER contains ``annotations/instances_SPLIT.json`` and the images in ``SPLIT/`` or ``images/SPLIT/``. Each image is
+cropped as for the recipe's student (short side resized to its input size, center). The result is the area under the ROC
+curve of importance as a classifier of foreground pixels (covered by any annotation): the probability that a foreground
+pixel is in a patch of more importance than a background pixel, ties counting half. 0.5 is chance. ``center`` is the AUC
+of closeness to the image's center, a strong baseline because photographers center their subjects. Images without
+foreground or background are skipped.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class Annotated:
-    """An image file, its height and width, and the segmentations of the things in it, in COCO's formats."""
+    """An image file, its height and width, and the segmentations of its objects, in COCO's formats."""
 
     path: Path
     size: tuple[int, int]
@@ -44,32 +45,38 @@ class Annotated:
 
 
 def read_coco(folder: Path, split: str, annotations: Path | None, count: int | None) -> list[Annotated]:
-    """The first ``count`` images of a split that have annotations, by file name.
+    """Return the first ``count`` annotated images of a split, by file name.
+
+    Args:
+        folder: COCO's folder.
+        split: such as ``val2017``.
+        annotations: JSON file; None is ``annotations/instances_SPLIT.json``.
+        count: None for all.
 
     Raises:
-        UserError: for files that are not there or hold something else.
+        UserError: for files that are missing or invalid.
     """
     path = annotations or folder / "annotations" / f"instances_{split}.json"
-    images = next((place for place in (folder / split, folder / "images" / split) if place.is_dir()), None)
+    images = next((path for path in (folder / split, folder / "images" / split) if path.is_dir()), None)
     if images is None:
-        raise UserError(f"{folder}: neither {split}/ nor images/{split}/ is there; name another --split")
+        raise UserError(f"{folder}: contains neither {split}/ nor images/{split}/; name another --split")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        things: dict[int, list[Any]] = {}
+        segmentations: dict[int, list[Any]] = {}
         for annotation in content["annotations"]:
-            things.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
-        found = [
-            Annotated(images / entry["file_name"], (entry["height"], entry["width"]), tuple(things[entry["id"]]))
+            segmentations.setdefault(annotation["image_id"], []).append(annotation["segmentation"])
+        annotated = [
+            Annotated(images / entry["file_name"], (entry["height"], entry["width"]), tuple(segmentations[entry["id"]]))
             for entry in sorted(content["images"], key=lambda entry: entry["file_name"])
-            if entry["id"] in things
+            if entry["id"] in segmentations
         ]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: no instance annotations of COCO ({type(error).__name__}: {error})") from None
-    return found[:count]
+    return annotated[:count]
 
 
 def foreground(image: Annotated) -> Mask:
-    """Where any annotated thing is, [H, W]."""
+    """Return a mask [H, W] of all annotated objects."""
     height, width = image.size
     canvas = Image.new("1", (width, height))
     mask = np.zeros((height, width), dtype=bool)
@@ -83,7 +90,7 @@ def foreground(image: Annotated) -> Mask:
 
 
 def decode_runs(segmentation: dict[str, Any]) -> Mask:
-    """COCO's run lengths, plain or packed into a string, to a mask [H, W].
+    """Decode COCO's run lengths, plain or packed into a string, to a mask [H, W].
 
     Runs of background and foreground alternate down the columns. A packed run is 5 bits a character, lowest first,
     from "0" on; bit 5 says that more follow, bit 4 of the last is the sign, and from the fourth run on it is the
@@ -107,7 +114,7 @@ def decode_runs(segmentation: dict[str, Any]) -> Mask:
 
 
 def cut(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Image:
-    """Short side to ``size``, then the center square."""
+    """Resize the short side to ``size`` and crop the center square."""
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -115,17 +122,19 @@ def cut(image: Image.Image, size: int, resample: Image.Resampling) -> Image.Imag
 
 
 def shares(mask: Mask, size: int, grid: tuple[int, int]) -> Floats:
-    """How much of each patch of the cut image is foreground, [rows, columns] in 0 to 1."""
+    """Return the share of foreground in each patch of the cropped image, [rows, columns] in [0, 1]."""
     small = np.asarray(cut(Image.fromarray(mask.astype(np.uint8) * 255), size, Image.Resampling.BOX)) / 255
     rows, columns = grid
     return small.reshape(rows, size // rows, columns, size // columns).mean(axis=(1, 3))
 
 
 def area_under_curve(importance: Floats, positive: Floats) -> float | None:
-    """AUC of patches' importance [L] when each holds ``positive`` [L] of foreground and the rest of background.
+    """Compute the AUC of patches' importance [L], given the foreground share ``positive`` [L] of each.
 
-    The rank statistic of Mann and Whitney with weights: ties, and the two parts of one patch, count half. None if
-    there is no foreground or no background.
+    This is the weighted Mann-Whitney statistic: ties, and the two parts of one patch, count half.
+
+    Returns:
+        None if there is no foreground or no background.
     """
     negative = 1 - positive
     if positive.sum() <= 0 or negative.sum() <= 0:
@@ -137,18 +146,18 @@ def area_under_curve(importance: Floats, positive: Floats) -> float | None:
 
 
 def closeness_to_center(grid: tuple[int, int]) -> Floats:
-    """Minus the distance of each patch from the image's center, [rows, columns]."""
+    """Return the negative distance of each patch from the image's center, [rows, columns]."""
     rows, columns = (np.arange(side) - (side - 1) / 2 for side in grid)
     return -np.hypot(rows[:, None], columns[None])
 
 
 def measure(recipe: Recipe, teachers: dict[str, Teacher], images: list[Annotated]) -> dict[str, dict[str, float]]:
-    """AUC of each teacher of a recipe, and of the center, on each image, by the image's name."""
+    """Compute the AUC of each teacher of a recipe, and of the center, by image name."""
     size = recipe.model.image_size
-    found: dict[str, dict[str, float]] = {name: {} for name in [*teachers, "center"]}
+    results: dict[str, dict[str, float]] = {name: {} for name in [*teachers, "center"]}
     grid = next(iter(teachers.values())).grid
     for image, pixels, mask in _opened(images, size):
-        for name, result in found.items():
+        for name, result in results.items():
             teacher = teachers.get(name)
             importance = closeness_to_center(grid)
             if teacher is not None:
@@ -156,7 +165,7 @@ def measure(recipe: Recipe, teachers: dict[str, Teacher], images: list[Annotated
             auc = area_under_curve(importance.ravel(), shares(mask, size, grid).ravel())
             if auc is not None:
                 result[image.path.name] = round(auc, 4)
-    return found
+    return results
 
 
 def _opened(images: list[Annotated], size: int) -> Iterator[tuple[Annotated, torch.Tensor, Mask]]:
@@ -172,7 +181,7 @@ def _opened(images: list[Annotated], size: int) -> Iterator[tuple[Annotated, tor
 
 
 def summary(result: dict[str, float]) -> dict[str, Any]:
-    """Mean over images, its standard error, the median, and how many images counted."""
+    """Return the mean over images, its standard error, the median, and the number of images."""
     values = np.array(list(result.values()))
     if not len(values):
         raise UserError("no image has both foreground and background; name another --split")
@@ -186,7 +195,7 @@ def summary(result: dict[str, float]) -> dict[str, Any]:
 
 
 def run(recipes: list[Path], images: list[Annotated]) -> list[dict[str, Any]]:
-    """A row for each teacher of each recipe, and one for the center."""
+    """Return a row for each teacher of each recipe, and one for the center."""
     rows = []
     for path in recipes:
         recipe = load_recipe(path)
@@ -210,7 +219,7 @@ def run(recipes: list[Path], images: list[Annotated]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Format the rows as Markdown."""
     lines = ["| recipe | teacher | source | pixels | grid | AUC | images |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         auc = f"{row['mean_auc']:.3f}" + (f" ± {row['standard_error']:.3f}" if row["standard_error"] else "")
@@ -220,14 +229,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Parse, measure, print the table, write the JSON; the exit status: 0, or 2 for bad input."""
+    """Measure, print the table and write the JSON; return the exit status, 2 for invalid input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="+", type=Path, metavar="RECIPE.yaml")
     parser.add_argument("--coco", type=Path, required=True, metavar="FOLDER")
     parser.add_argument("--split", default="val2017")
     parser.add_argument("--annotations", type=Path, help="default: FOLDER/annotations/instances_SPLIT.json")
-    parser.add_argument("--num-images", type=int, help="the first images only")
-    parser.add_argument("--out", type=Path, help="JSON of every image's number")
+    parser.add_argument("--num-images", type=int, help="number of images; default: all")
+    parser.add_argument("--out", type=Path, help="JSON file with the AUC of every image")
     args = parser.parse_args(argv)
     try:
         images = read_coco(args.coco, args.split, args.annotations, args.num_images)

@@ -20,14 +20,14 @@ def _ours(table: Table) -> list[Row]:
     return [row for row in table.rows if row.measured]
 
 
-def _place(table: Table, row: Row) -> Row:
-    """The paper's row above one of ours."""
+def _paper_row(table: Table, row: Row) -> Row:
+    """Return the paper's row above one of ours."""
     before = table.rows[: table.rows.index(row)]
     return [other for other in before if other.source == "paper"][-1]
 
 
 @pytest.mark.parametrize("number", [1, 3, 4, 5])
-def test_without_runs_the_papers_rows_stand_as_printed_and_ours_are_blank(number: int) -> None:
+def test_without_runs_the_papers_rows_are_as_printed_and_ours_are_blank(number: int) -> None:
     table, printed = build_table(number, []), TABLES[number]
     papers = [row for row in table.rows if row.source == "paper"]
     assert [{c: cell.value for c, cell in row.cells.items()} for row in papers] == [row.cells for row in printed.rows]
@@ -39,10 +39,10 @@ def test_without_runs_the_papers_rows_stand_as_printed_and_ours_are_blank(number
 
 
 @pytest.mark.parametrize("row", range(1, 8))
-def test_a_run_stands_below_the_row_of_table_3_whose_parts_it_had(row: int) -> None:
+def test_a_run_is_listed_below_the_row_of_table_3_that_it_matches(row: int) -> None:
     table = build_table(3, [make_tuned("any", make_pretraining(row), 77.0)])
     (ours,) = _ours(table)
-    printed = _place(table, ours)
+    printed = _paper_row(table, ours)
     assert printed.method == f"row {row}" and printed.labels == ours.labels
     assert ours.label == f"row {row}, ours: any (200 ep, Fashion-MNIST, chance 10 %)"
     assert ours.cells["FT"].value == 77.0 and ours.cells.keys() == {"FT"}
@@ -50,7 +50,7 @@ def test_a_run_stands_below_the_row_of_table_3_whose_parts_it_had(row: int) -> N
     assert blank == [f"row {n}" for n in range(1, 8) if n != row]
 
 
-def test_parts_that_no_row_has_fill_none_and_are_told() -> None:
+def test_reports_runs_that_match_no_row() -> None:
     mcmae = make_pretraining(7, {})
     assert mcmae.design is not None
     del mcmae.design.objectives["loss1"]
@@ -72,7 +72,7 @@ def test_seeds_share_a_cell_and_recipes_do_not() -> None:
 
 
 @pytest.mark.parametrize("size", ["Small", "Huge-448", "Tiny-Large"])
-def test_other_sizes_of_the_scaling_table_are_passed_over(size: str) -> None:
+def test_skips_other_sizes_of_the_scaling_table(size: str) -> None:
     for kept in ("Base", "Tiny-Base", "Tiny"):
         runs = [make_tuned("a", make_pretraining(), size=size), make_tuned("b", make_pretraining(), size=kept)]
         table = build_table(3, runs)
@@ -80,12 +80,12 @@ def test_other_sizes_of_the_scaling_table_are_passed_over(size: str) -> None:
         assert row.cells["FT"].runs[0][1].size == kept and table.excluded == ()
 
 
-def test_what_was_not_pretrained_is_passed_over() -> None:
+def test_skips_runs_without_pretraining() -> None:
     table = build_table(3, [make_run("scratch", "From scratch", "Base", pretrain=None)])
     assert not _ours(table) and table.excluded == ()
 
 
-def test_table_1_goes_by_what_was_trained_and_says_with_what() -> None:
+def test_table_1_matches_by_method_and_names_backbone_and_supervision() -> None:
     runs = [
         make_tuned("a", make_pretraining(1), 71.0),
         make_tuned("b", make_pretraining(7), 73.0, parameters=Parameters(total=85_374_824, trainable=1, encoder=1)),
@@ -93,7 +93,7 @@ def test_table_1_goes_by_what_was_trained_and_says_with_what() -> None:
     ]
     table = build_table(1, runs)
     mae, mrmae = _ours(table)
-    assert (_place(table, mae).method, _place(table, mrmae).method) == ("MAE", "MR-MAE")
+    assert (_paper_row(table, mae).method, _paper_row(table, mrmae).method) == ("MAE", "MR-MAE")
     assert mae.labels == {"Backbone": "vit_base", "Supervision": "RGB"}
     assert mrmae.labels == {"Backbone": "cvit_base", "Supervision": CLIP}
     assert mrmae.cells["Params (M)"].value == pytest.approx(85.374824) and mrmae.cells["Ratio (%)"].value == 25
@@ -112,7 +112,7 @@ def _evaluated(name: str, *tuned: RunRecord, top1: float) -> Run:
     return Path("runs") / name / "evaluate", record
 
 
-def test_table_4_goes_by_the_teachers() -> None:
+def test_table_4_matches_by_teachers() -> None:
     clip, dino = make_tuned("clip", make_pretraining()), make_tuned("dino", make_pretraining(7, {"t": DINO}))
     runs = [
         clip,
@@ -124,7 +124,7 @@ def test_table_4_goes_by_the_teachers() -> None:
         _evaluated("twice", clip[1], clip[1], top1=87.0),
     ]
     table = build_table(4, runs)
-    assert {row.label.split(": ")[1].split(" (")[0]: _place(table, row).method for row in _ours(table)} == {
+    assert {row.label.split(": ")[1].split(" (")[0]: _paper_row(table, row).method for row in _ours(table)} == {
         "clip": "CLIP",
         "dino": "DINO",
         "joint": "CLIP/DINO (Joint)",
@@ -133,7 +133,7 @@ def test_table_4_goes_by_the_teachers() -> None:
     assert [line.split("/")[1] for line in table.excluded] == ["other", "plain", "twice"]
 
 
-def test_table_5_goes_by_epochs_and_has_rows_for_those_that_the_paper_does_not() -> None:
+def test_table_5_matches_by_epochs_and_adds_rows_for_others() -> None:
     runs = [make_tuned(str(n), make_pretraining(epochs=n)) for n in (400, 100, 30)]
     table = build_table(5, runs)
     places = [(row.label.split(", ours")[0], row.source) for row in table.rows]
@@ -141,10 +141,10 @@ def test_table_5_goes_by_epochs_and_has_rows_for_those_that_the_paper_does_not()
     assert [place[0].split(", paper")[0] for place in places if place[1] == "paper"] == [name for name, _ in paper]
     assert [place[0] for place in places if place[1] == "ours"][-2:] == ["MR-MAE, 30 epochs", "MR-MAE, 100 epochs"]
     (four,) = [row for row in _ours(table) if row.epochs == 400]
-    assert _place(table, four).epochs == 400
+    assert _paper_row(table, four).epochs == 400
 
 
-def test_only_the_whole_of_imagenet_is_on_the_papers_data() -> None:
+def test_only_the_whole_of_imagenet_has_the_papers_name() -> None:
     whole, part = (make_tuned(n, make_pretraining(dataset="ImageNet-1K"), **WHOLE) for n in ("whole", "part"))
     part[1].results.eval_samples = 400
     labels = [row.label for row in _ours(build_table(3, [whole, part]))]

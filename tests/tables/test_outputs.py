@@ -29,7 +29,7 @@ WHOLE = {"dataset": "ImageNet-1K", "classes": 1000, "samples": 1_281_167, "eval_
 
 
 def _known_run(name: str = "a", **fields: object) -> Run:
-    """A fine-tuning of half an hour on four processes whose cost is on record."""
+    """Return a fine-tuning of half an hour on four ranks with recorded cost."""
     values = {
         "hardware": Hardware(device="H100", count=4, world_size=4),
         "wall_seconds": 1800.0,
@@ -48,8 +48,8 @@ def _costs(table: Table) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("table", [3, 6])
-def test_what_each_run_cost_stands_beside_it(table: int) -> None:
-    # 0.5 h x 4 processes = 2 GPU-hours; the pre-training's 30 hours and 2e18 operations are the builder's.
+def test_lists_the_cost_of_each_run(table: int) -> None:
+    # 0.5 h x 4 ranks = 2 GPU-hours; the pre-training's 30 hours and 2e18 operations are the builder's.
     (line,) = _costs(build_table(table, [_known_run()]))
     assert line == ["[1]", "0", "12.3", "2.5", "2,000", "30", "1,000", "2", "321", "H100"]
     text = to_csv(build_table(table, [_known_run()]))
@@ -59,7 +59,7 @@ def test_what_each_run_cost_stands_beside_it(table: int) -> None:
     assert (row["pretrain_images_per_s"], row["finetune_images_per_s"]) == ("1000", "321")
 
 
-def test_what_is_not_known_stays_blank_and_no_pretraining_costs_nothing() -> None:
+def test_unknown_costs_are_blank_and_no_pretraining_costs_zero() -> None:
     unknown = make_tuned("a", make_pretraining(spent=None), wall_seconds=36.0)
     scratch = make_run("b", "From scratch", "Base", pretrain=None, wall_seconds=36.0)
     lines = {line[0]: line[2:-1] for line in _costs(build_table(6, [unknown, scratch]))}
@@ -69,7 +69,7 @@ def test_what_is_not_known_stays_blank_and_no_pretraining_costs_nothing() -> Non
     }
 
 
-def test_an_ensemble_cost_what_its_members_did() -> None:
+def test_the_cost_of_an_ensemble_is_the_sum_over_its_members() -> None:
     members = [
         Member(file="m", sha256=str(n), finetune=summarize_finetuning(_known_run(wall_seconds=1800.0 * n)[1]))
         for n in (1, 2)
@@ -81,7 +81,7 @@ def test_an_ensemble_cost_what_its_members_did() -> None:
     assert line[1:] == ["0+0", "0.000002", "5", "4,000", "60", "1,000", "6", "321", "H100"]
 
 
-def test_a_cells_cost_is_the_mean_over_its_seeds() -> None:
+def test_the_cost_of_a_cell_is_the_mean_over_its_seeds() -> None:
     runs = [_known_run("a"), _known_run("a", seed=1, wall_seconds=3600.0)]
     (row,) = [r for r in csv.DictReader(io.StringIO(to_csv(build_table(3, runs)))) if r["runs"]]
     assert row["finetune_gpu_hours"] == "3" and row["n_seeds"] == "2"
@@ -116,16 +116,16 @@ def test_the_latex_has_the_same_cells(number_: int) -> None:
         ]
 
 
-def test_a_mark_at_the_beginning_of_a_line_is_no_length_of_the_line_break() -> None:
+def test_a_leading_bracket_is_not_the_option_of_a_line_break() -> None:
     text = to_latex(build_table(6, [_known_run()]))
     assert "\n{[}1] & runs/a/finetune" in text and "\n[" not in text
 
 
-def test_latex_is_escaped() -> None:
+def test_escapes_latex() -> None:
     assert escape("50 % of a_b & c # {d} ~ \\") == (r"50 \% of a\_b \& c \# \{d\} \textasciitilde{} \textbackslash{}")
 
 
-def test_the_parameters_of_the_papers_points_are_those_of_the_models() -> None:
+def test_parameters_of_the_papers_points_equal_those_of_the_models() -> None:
     for family, sizes in {"vit": plot_cost.VIT, "cvit": plot_cost.CVIT}.items():
         for column, millions in sizes.items():
             name, _, pixels = column.partition("-")
@@ -141,7 +141,7 @@ def _cost_panels(table: Table, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
     return figures[0].axes
 
 
-def test_the_cost_plot_sets_ours_at_their_cost_and_the_papers_at_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_plot_has_gpu_hours_for_our_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
     run = _known_run(**WHOLE, results=Results(top1=80.0, eval_samples=50_000))
     left, right = _cost_panels(build_table(6, [run]), monkeypatch)
     by_parameters = [box[0] for box in left.containers]
@@ -154,7 +154,7 @@ def test_the_cost_plot_sets_ours_at_their_cost_and_the_papers_at_none(monkeypatc
     assert list(hours.get_xdata()) == [30.0] and "H100" in right.get_xlabel()
 
 
-def test_the_cost_plot_of_other_data_has_its_own_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cost_plot_has_separate_panels_for_other_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = _cost_panels(build_table(6, [_known_run()]), monkeypatch)
     assert [len(panel.containers) for panel in axes] == [3, 0, 1, 1]
     assert not axes[1].axison

@@ -4,7 +4,7 @@ import pytest
 
 from mrmae_ds.tables.paper import TABLES, PaperRow, errata_of
 
-# Taken a second time from the paper's own tables: a line a row, its cells in print order; a dash or N/A is "-".
+# Transcribed a second time from the paper: one line per row, cells in print order; a dash or N/A is "-".
 PRINTED = {
     1: """
         BEiT|ViT-B|88|DALLE|100|300|83.0
@@ -54,7 +54,7 @@ PRINTED = {
         MR-MAE|200|83.6|85.5|86.8|88.0|88.5|-
     """,
 }
-# What each of those cells is; "method" and "epochs" are fields of a row, the rest its labels or numbers.
+# Headings of those cells; "method" and "epochs" are fields of a row, the rest its labels or numbers.
 HEADINGS = {
     1: ("method", "Backbone", "Params (M)", "Supervision", "Ratio (%)", "epochs", "FT"),
     2: ("method", "epochs", "F-Epochs", "AP box", "AP mask", "Params (M)", "FLOPs (T)"),
@@ -88,7 +88,7 @@ def test_rows_without_a_name_are_numbered() -> None:
     assert [row.method for row in TABLES[3].rows] == [f"row {n}" for n in range(1, 8)]
 
 
-def test_the_slips_reach_the_tables_they_touch() -> None:
+def test_errata_are_listed_with_the_tables_they_concern() -> None:
     assert any("Huge-393" in text for text in errata_of(6))
     assert any("85.8" in text and "400" in text for text in errata_of(5))
     assert any("52.7" in text for text in errata_of(5))

@@ -67,7 +67,7 @@ def test_without_runs_our_rows_are_blank() -> None:
     assert all(set(rows[label]) == {""} for label in labels if "ours" in label)
 
 
-def test_our_cells_hold_what_ran_and_nothing_else() -> None:
+def test_our_cells_contain_only_measured_values() -> None:
     runs = [
         make_run("a", "MR-MAE", "Tiny", 71.23),
         make_run("b", "MAE", "Base", 61.0),
@@ -110,7 +110,7 @@ def test_a_finished_run_without_an_accuracy_fills_no_cell() -> None:
     assert table.excluded == ("runs/a/finetune: finished without a top-1 accuracy",)
 
 
-def test_seeds_are_averaged_and_the_newest_of_each_counts() -> None:
+def test_averages_the_newest_run_of_each_seed() -> None:
     runs = [
         make_run("s0-old", top1=10.0, seed=0, day=1),
         make_run("s0", top1=80.0, seed=0, day=2),
@@ -140,7 +140,7 @@ def test_runs_that_differ_in_more_than_the_seed_are_not_averaged(other: dict[str
     assert (cell.value, cell.spread, len(cell.runs)) == (80.0, None, 1)
 
 
-def test_pretraining_lengths_and_data_sets_have_their_own_rows() -> None:
+def test_pretraining_lengths_and_datasets_have_separate_rows() -> None:
     elsewhere = PretrainSummary(method="MR-MAE", epochs=7, dataset="ImageNet-1K")
     runs = [
         make_run("a", top1=70.0, pretrain=100),
@@ -163,7 +163,7 @@ def test_pretraining_lengths_and_data_sets_have_their_own_rows() -> None:
     ]
 
 
-def test_only_the_whole_of_imagenet_is_named_as_the_papers_data() -> None:
+def test_only_the_whole_of_imagenet_has_the_papers_name() -> None:
     whole = scaling_table([make_run("a", size="Base", **WHOLE)])
     assert _ours(whole, "MR-MAE").dataset == IMAGENET
     part = scaling_table([make_run("a", size="Base", **(WHOLE | {"eval_samples": 400}))])
@@ -173,14 +173,14 @@ def test_only_the_whole_of_imagenet_is_named_as_the_papers_data() -> None:
     assert "ImageNet-1K part: 1000 classes, 1,000 training" in _ours(alias, "MR-MAE").label
 
 
-def test_two_parts_of_one_data_set_stay_apart() -> None:
+def test_separates_two_parts_of_one_dataset() -> None:
     table = scaling_table([make_run("a", top1=70.0), make_run("b", "MAE", top1=60.0, samples=600)])
     labels = [row.label for row in table.rows if row.cells and row.source == "ours"]
     assert "600 training" in labels[0]
     assert "60,000 training" in labels[1]
 
 
-def test_every_run_behind_a_cell_is_told() -> None:
+def test_lists_every_run_behind_a_cell() -> None:
     teacher = {"clip": TeacherInfo(kind="clip", source="openai/ViT-B-16")}
     known = PretrainSummary(method="MR-MAE", epochs=20, dataset="Fashion-MNIST", teachers=teacher)
     record = make_record(top1=80.0, seed=3, recipe_hash="0123456789abcdef", init=Init(file="m", pretrain=known))
@@ -194,7 +194,7 @@ def test_every_run_behind_a_cell_is_told() -> None:
     assert "Huge-393" in to_markdown(table)
 
 
-def test_the_csv_holds_every_cell() -> None:
+def test_csv_contains_every_cell() -> None:
     runs = [make_run("s0", top1=80.0), make_run("s1", top1=81.0, seed=1), make_run("b", "MAE", "Base", 61.0)]
     table = scaling_table(runs)
     lines = list(csv.DictReader(io.StringIO(to_csv(table))))
@@ -215,12 +215,12 @@ def test_the_csv_holds_every_cell() -> None:
     assert filled["runs"] == "runs/s0/finetune runs/s1/finetune"
 
 
-def test_a_name_with_a_bar_does_not_break_the_markdown() -> None:
+def test_escapes_a_bar_in_markdown() -> None:
     rows = _markdown_rows(scaling_table([make_run("a", "A|B", top1=70.0)]))
     assert rows["A\\|B, ours (20 ep, Fashion-MNIST, chance 10 %)"][0] == "**70.00** [1]"
 
 
-def test_sizes_of_a_family_of_our_own_have_a_grid_of_their_own() -> None:
+def test_our_own_size_family_has_a_separate_grid() -> None:
     runs = [make_run("a", size="Tiny-Huge-448", top1=60.0), make_run("b", size="Tiny-Small", top1=50.0)]
     runs += [make_run("c", "BEiT", "Tiny-Base", top1=40.0)]
     table = scaling_table(runs)
@@ -251,7 +251,7 @@ def test_families_stay_together_in_the_papers_order() -> None:
     assert table.columns == (*TABLE_6.columns, "Giant", "A-Small", "A-Large", "B-Small")
 
 
-def test_ablations_are_rows_of_their_own_table() -> None:
+def test_excludes_rows_of_other_tables() -> None:
     table = scaling_table([make_run("a", "MR-MAE, Table 3 row 2", "Base")])
     assert not table.measured
     assert table.excluded == ("runs/a/finetune: a row of another table; see mrmae table --paper 3",)
@@ -266,9 +266,7 @@ def _panels(table: Table, monkeypatch: pytest.MonkeyPatch, path: Path) -> dict[s
 
 
 @pytest.mark.parametrize("many", [False, True])
-def test_panels_stand_below_each_other_where_they_would_be_too_wide(
-    many: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stacks_panels_that_would_be_too_wide(many: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [f"Tiny-{size}" for size in TABLE_6.columns] if many else ["Small"]
     methods = ["MAE", "MCMAE", "MR-MAE", "MR-MAE-2"] if many else ["MAE"]
     runs = [make_run(f"{m}{s}", m, s) for m in methods for s in sizes]
@@ -277,7 +275,7 @@ def test_panels_stand_below_each_other_where_they_would_be_too_wide(
     assert places == ([(2, 1, 0, 0), (2, 1, 1, 1)] if many else [(1, 2, 0, 0), (1, 2, 1, 1)])
 
 
-def test_ours_and_the_papers_numbers_share_no_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_datasets_have_a_separate_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = [make_run("a", top1=71.0), make_run("b", size="Small", top1=72.0)]
     panels = _panels(scaling_table(runs), monkeypatch, tmp_path / "t.png")
     assert set(panels) == {IMAGENET, "Fashion-MNIST"}
@@ -291,7 +289,7 @@ def test_ours_and_the_papers_numbers_share_no_panel(tmp_path: Path, monkeypatch:
     assert [tick.get_text() for tick in panels["Fashion-MNIST"].get_xticklabels()] == ["Tiny", "Small"]
 
 
-def test_ours_on_imagenet_join_the_papers_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_imagenet_runs_are_in_the_papers_panel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     panels = _panels(scaling_table([make_run("a", size="Base", **WHOLE)]), monkeypatch, tmp_path / "t.png")
     assert list(panels) == [IMAGENET]
     colors = [to_rgb(box[0].get_color()) for box in panels[IMAGENET].containers]
@@ -301,7 +299,7 @@ def test_ours_on_imagenet_join_the_papers_panel(tmp_path: Path, monkeypatch: pyt
     assert len(faces) == 4
 
 
-def test_write_table_leaves_its_files(tmp_path: Path) -> None:
+def test_write_table_writes_all_files(tmp_path: Path) -> None:
     make_record(top1=71.23).write(tmp_path / "runs" / "tiny" / "finetune")
     table, written = write_table([tmp_path / "runs"], tmp_path / "out")
     assert sorted(written) == sorted((tmp_path / "out").iterdir())
@@ -329,7 +327,7 @@ def _ensemble(folder: str, *tuned: RunRecord | None, top1: float = 90.0, **field
     return Path("runs") / folder / "evaluate", make_record(top1=top1, **values)
 
 
-def test_an_ensemble_has_its_own_row_and_its_members_keep_theirs() -> None:
+def test_an_ensemble_has_a_row_besides_those_of_its_members() -> None:
     teacher = {"dino": TeacherInfo(kind="timm", source="vit.dino")}
     known = PretrainSummary(method="MR-MAE", epochs=20, dataset="Fashion-MNIST", teachers=teacher)
     one, two = make_record(top1=80.0, seed=4), make_record(top1=82.0, seed=5, init=Init(file="m", pretrain=known))
@@ -346,20 +344,20 @@ def test_an_ensemble_has_its_own_row_and_its_members_keep_theirs() -> None:
     assert (filled["finetune_epochs"], filled["seeds"], filled["eval_samples"]) == ("10", "4+5", "10000")
 
 
-def test_an_evaluation_of_one_model_repeats_its_fine_tuning_and_is_passed_over() -> None:
+def test_skips_the_evaluation_of_a_single_model() -> None:
     table = scaling_table([make_run("a", top1=80.0), _ensemble("a", make_record(), top1=80.0)])
     cell = _ours(table, "MR-MAE").cells["Tiny"]
     assert [folder.name for folder, _ in cell.runs] == ["finetune"] and table.excluded == ()
 
 
 @pytest.mark.parametrize("second", [None, make_record(samples=600), make_record(dataset="CIFAR-10")])
-def test_an_ensemble_of_unlike_data_fills_no_cell(second: RunRecord | None) -> None:
+def test_an_ensemble_of_different_data_fills_no_cell(second: RunRecord | None) -> None:
     table = scaling_table([_ensemble("both", make_record(), second)])
     assert _ours(table, "MR-MAE").cells == {}
     assert "runs/both/evaluate: its members were fine-tuned on different or unknown data" in table.excluded[0]
 
 
-def test_ensembles_of_other_seeds_are_averaged_but_not_one_evaluated_twice() -> None:
+def test_averages_ensembles_over_seeds_but_not_over_repeated_evaluations() -> None:
     def pair(seed: int) -> tuple[RunRecord, RunRecord]:
         return make_record(seed=seed), make_record(seed=seed)
 
@@ -369,7 +367,7 @@ def test_ensembles_of_other_seeds_are_averaged_but_not_one_evaluated_twice() -> 
     assert (cell.value, len(cell.runs)) == (85.0, 2)
 
 
-def test_an_ensemble_of_unlike_pretraining_says_so() -> None:
+def test_labels_an_ensemble_of_different_pretraining() -> None:
     runs = [_ensemble("both", make_record(), make_record(method="MAE", pretrain=40), method="Two")]
     (row,) = [row for row in scaling_table(runs).rows if row.cells and row.source == "ours"]
     assert row.label == "Two, ours (different or unknown pre-training, Fashion-MNIST, chance 10 %, 2 models averaged)"

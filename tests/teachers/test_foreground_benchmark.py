@@ -184,7 +184,7 @@ def test_the_command(script: ModuleType, coco: Path, recipe: Path, capsys: pytes
 
 def test_mistakes(script: ModuleType, coco: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, error in (
-        (["--split", "train"], "neither train/ nor images/train/ is there"),
+        (["--split", "train"], "contains neither train/ nor images/train/"),
         (["--split", "val", "--annotations", str(recipe)], "no instance annotations of COCO"),
         (["--split", "val", "--annotations", str(coco / "absent.json")], "absent.json: no instance annotations"),
     ):
