@@ -1,13 +1,13 @@
-"""How fast images arrive: this project's readers beside stock FFCV, torchvision and DALI, on the same images.
+"""Throughput of this project's loaders, stock FFCV, torchvision and DALI on the same images.
 
     python benchmarks/loader.py train.beton [--originals TRAIN_FOLDER] [--rounds 3] [--out loader.json]
 
-Every contender runs in a process of its own, in turn, ``rounds`` times; what is printed is the median over rounds. The
-first epoch (imports, compilation, a cold page cache) is not counted. torchvision and DALI read the very JPEGs of the
-.beton, unpacked into class folders, and torchvision also the files that it was made of, if they are named. All cut
-random boxes of 20 % to 100 % of an image and flip half of them; this project's backends and torchvision cut the same
-boxes. CPU-seconds are those of the whole tree of processes; on a machine that does other work too, they and not the
-images/s are what can be compared. DALI is no dependency: pip install nvidia-dali-cuda120.
+Every contender runs in a process of its own, in turn, ``rounds`` times; the median over rounds is printed. The first
+epoch (imports, compilation, a cold page cache) is not counted. torchvision and DALI read the JPEGs of the .beton,
+unpacked into class folders, and torchvision also the original files, if they are passed. All crop random boxes of 20 %
+to 100 % of an image and flip half of them; this project's backends and torchvision crop the same boxes. CPU-seconds are
+those of the whole process tree; on a machine with other work, compare them and not the images/s. DALI is not a
+dependency: pip install nvidia-dali-cuda120.
 """
 
 from __future__ import annotations
@@ -33,10 +33,15 @@ SCALE = (0.2, 1.0)
 
 @dataclass(frozen=True)
 class Settings:
-    """What every contender is given.
+    """Settings of all contenders.
 
     Attributes:
-        folder: the .beton's JPEGs in class folders. originals: what the .beton was made of, in class folders.
+        beton: the data set.
+        folder: its JPEGs in class folders.
+        originals: the files that it was made from, in class folders.
+        size: image size, pixels.
+        batch: images per batch.
+        workers: threads or processes.
     """
 
     beton: Path
@@ -48,7 +53,7 @@ class Settings:
 
 
 def ours(settings: Settings, backend: str, policy: str | None = None) -> Batches:
-    """This project's loader."""
+    """Build this project's loader."""
     from mrmae_ds.config.sections import DataConfig, LoaderConfig
     from mrmae_ds.data.loaders.augment import AugmentSettings
     from mrmae_ds.data.loaders.base import LoaderRequest, TrainTransform
@@ -65,7 +70,7 @@ def ours(settings: Settings, backend: str, policy: str | None = None) -> Batches
 
 
 def stock_ffcv(settings: Settings) -> Batches:
-    """FFCV as its documentation uses it: its decoder, its order, its compiler; uint8 out, as ours."""
+    """Build FFCV's loader as documented: its decoder, order and compiler; uint8 output, as ours."""
     from ffcv.fields.decoders import IntDecoder, RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
@@ -86,7 +91,7 @@ def stock_ffcv(settings: Settings) -> Batches:
 
 
 def torchvision_folder(settings: Settings, policy: str | None = None, folder: Path | None = None) -> Batches:
-    """torchvision's ImageFolder behind torch's DataLoader: the usual one, with the boxes that ours cuts."""
+    """Build torch's DataLoader of torchvision's ImageFolder, with our crop boxes."""
     import torch
     from torch.utils.data import DataLoader
     from torchvision.datasets import ImageFolder
@@ -120,7 +125,7 @@ def torchvision_folder(settings: Settings, policy: str | None = None, folder: Pa
 
 
 def dali(settings: Settings) -> Batches:
-    """NVIDIA's DALI on the CPU: fused decode and crop, as its ImageNet example."""
+    """Build NVIDIA's DALI on the CPU: fused decoding and cropping, as in its ImageNet example."""
     from nvidia.dali import fn, pipeline_def, types
     from nvidia.dali.plugin.pytorch import DALIGenericIterator
 
@@ -142,7 +147,7 @@ def dali(settings: Settings) -> Batches:
 
 
 def torchvision_originals(settings: Settings) -> Batches:
-    """The same of the images as they were before they were written to the .beton."""
+    """Build ``torchvision_folder`` of the images before their conversion to the .beton."""
     if settings.originals is None:
         raise ValueError("no --originals")
     return torchvision_folder(settings, folder=settings.originals)
@@ -163,36 +168,36 @@ CONTENDERS: dict[str, Callable[[Settings], Batches]] = {
 
 
 def measure(name: str, settings: Settings, images: int) -> dict[str, float]:
-    """One contender in this process: see the keys of what is returned; load: the machine's average over a minute."""
+    """Measure one contender in this process; ``load`` is the machine's one-minute average."""
     import psutil
 
-    began = time.perf_counter()
+    created = time.perf_counter()
     batches = CONTENDERS[name](settings)
     first = None
     for _ in batches(0):
-        first = first or time.perf_counter() - began
+        first = first or time.perf_counter() - created
     own = psutil.Process()
 
     def cpu_seconds() -> float:
         tree = [own, *own.children(recursive=True)]
         return sum(times.user + times.system for times in (process.cpu_times() for process in tree))
 
-    seen, epoch, cpu, start = 0, 1, cpu_seconds(), time.perf_counter()
-    while seen < images:
-        seen += sum(batches(epoch))
+    count, epoch, cpu, start = 0, 1, cpu_seconds(), time.perf_counter()
+    while count < images:
+        count += sum(batches(epoch))
         epoch += 1
     seconds = time.perf_counter() - start
     cpu = cpu_seconds() - cpu
     return {
-        "cpu_s_per_1000": 1000 * cpu / seen,
-        "images_per_s": seen / seconds,
+        "cpu_s_per_1000": 1000 * cpu / count,
+        "images_per_s": count / seconds,
         "first_batch_s": first or 0.0,
         "load": os.getloadavg()[0],
     }
 
 
 def unpack(beton: Path, folder: Path) -> None:
-    """The .beton's JPEGs as FOLDER/LABEL/ROW.jpg."""
+    """Write the .beton's JPEGs as FOLDER/LABEL/ROW.jpg."""
     from mrmae_ds.data.beton.file import BetonFile
     from mrmae_ds.data.beton.sidecar import check_beton
 
@@ -204,7 +209,7 @@ def unpack(beton: Path, folder: Path) -> None:
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]] | str]:
-    """Every contender ``rounds`` times in turn; an error's last line instead of numbers where one does not run."""
+    """Run every contender ``rounds`` times in turn; one that fails gives its error's last line instead of numbers."""
     results: dict[str, list[dict[str, float]] | str] = {}
     command = [sys.executable, __file__, str(args.beton), "--folder", str(folder)]
     command += [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("size", "batch", "workers", "num_images")]
@@ -227,8 +232,8 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
 
 
 def table(results: dict[str, list[dict[str, float]] | str]) -> str:
-    """Markdown: medians over rounds, and the CPU time as a multiple of the first contender's."""
-    lines = ["| reader | CPU-s per 1,000 | ratio | images/s | first batch, s | load |", "|---|---|---|---|---|---|"]
+    """Format medians over rounds as Markdown, with CPU time as a multiple of the first contender's."""
+    lines = ["| loader | CPU-s per 1,000 | ratio | images/s | first batch, s | load |", "|---|---|---|---|---|---|"]
     reference: float | None = None
     for name, rounds in results.items():
         if isinstance(rounds, str):
@@ -241,7 +246,7 @@ def table(results: dict[str, list[dict[str, float]] | str]) -> str:
 
 
 def recorded(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings for the JSON: of paths the names alone, and how many images there are."""
+    """Return the settings for the JSON: paths by name, and the number of images."""
     from mrmae_ds.data.beton.sidecar import check_beton
 
     info = check_beton(args.beton)
@@ -257,9 +262,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels, both sides")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes")
-    parser.add_argument("--num-images", type=int, default=4000, help="measured in each round, at least")
+    parser.add_argument("--num-images", type=int, default=4000, help="minimum per round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--originals", type=Path, help="class folders of the files that the .beton was made of")
+    parser.add_argument("--originals", type=Path, help="class folders of the files that the .beton was made from")
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="these contenders; default: all")
     parser.add_argument("--out", type=Path, help="JSON of all rounds")
     parser.add_argument("--contender", help=argparse.SUPPRESS)

@@ -1,9 +1,9 @@
-"""What decoding costs, part by part: CPU milliseconds an image on one thread, this project's way and FFCV's.
+"""Cost of decoding by parts: CPU milliseconds per image on one thread, of this project's kernel and of FFCV's.
 
     python benchmarks/loader_limits.py train.beton [--size 224] [--rounds 7] [--out loader_limits.json]
 
 The parts are those of libturbojpeg and FFCV's library, called one by one on the same JPEGs, with the boxes of training
-(20 % to 100 % of an image). The least of the rounds counts: other work on the machine can only add to it.
+(20 % to 100 % of an image). The minimum of the rounds counts, because other work on the machine can only add to it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Transform(ctypes.Structure):
 
 
 class Parts:
-    """Each method does one thing to all N images."""
+    """Parts of decoding; each method applies one to all N images."""
 
     def __init__(self, beton: Path, size: int) -> None:
         self.file = BetonFile(check_beton(beton))
@@ -64,35 +64,35 @@ class Parts:
         self.scratch = jpeg_kernel.make_scratch(self.file.table, size, 1)
 
     def huffman(self) -> None:
-        """The coefficients alone."""
+        """Decode the coefficients alone."""
         transform, result, length = Transform(options=NO_OUTPUT), ctypes.c_void_p(), ctypes.c_ulong()
         into = ctypes.byref(result), ctypes.byref(length), ctypes.byref(transform)
         for jpeg in self.jpegs:
             lib.tjTransform(self.transformer, jpeg, ctypes.c_ulong(len(jpeg)), 1, *into, 0)
 
     def planes(self) -> None:
-        """And the inverse DCT: luma and chroma as they are stored."""
+        """Decode to planes: also the inverse DCT, luma and chroma as they are stored."""
         planes = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in self.memory))
         for jpeg in self.jpegs:
             length = ctypes.c_ulong(len(jpeg))
             lib.tjDecompressToYUVPlanes(self.decompressor, jpeg, length, planes, 0, None, 0, 0)
 
     def rgb(self) -> None:
-        """And chroma's interpolation and colors: what FFCV asks for, with the fast inverse DCT."""
+        """Decode to RGB: also chroma's interpolation and colors, with the fast inverse DCT, as FFCV does."""
         memory = ctypes.c_void_p(self.memory.ctypes.data)
         for jpeg in self.jpegs:
             length = ctypes.c_ulong(len(jpeg))
             lib.tjDecompress2(self.decompressor, jpeg, length, memory, 0, 0, 0, 0, FAST_DCT)
 
     def area(self) -> None:
-        """FFCV's resizing of the boxes, by OpenCV."""
+        """Resize the boxes by OpenCV, as FFCV does."""
         source, size = self.memory.ctypes.data, self.images.shape[1]
         sizes = zip(self.heights.tolist(), self.widths.tolist(), self.boxes.tolist(), self.images, strict=True)
         for height, width, (top, left, tall, wide, _), image in sizes:
             lib.resize(0, source, height, width, top, top + tall, left, left + wide, image.ctypes.data, size, size)
 
     def kernel(self) -> None:
-        """All that this project does to an image: checksum, planes, bicubic, colors, mirror."""
+        """Run this project's kernel: checksum, planes, bicubic, colors, mirror."""
         file, boxes = self.file, self.boxes.astype(np.float64)
         jpeg_kernel.decode(
             file.content, file.table, file.checksums, self.rows, boxes, False, self.images, self.scratch, self.status
@@ -100,18 +100,18 @@ class Parts:
 
 
 def least(function: Callable[[], object], rounds: int) -> float:
-    """CPU seconds of this process, in the cheapest of the rounds; one round before them is not counted."""
+    """Return the CPU seconds of the cheapest round, after one warm-up round."""
     function()
     spent = []
     for _ in range(rounds):
-        began = time.process_time()
+        start = time.process_time()
         function()
-        spent.append(time.process_time() - began)
+        spent.append(time.process_time() - start)
     return min(spent)
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds an image."""
+    """Return milliseconds per image."""
     numba.set_num_threads(1)
     parts = Parts(args.beton, args.size)
     count = len(parts.rows)
@@ -119,24 +119,24 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     delivered = count // args.batch * args.batch
     names = ("huffman", "planes", "rgb", "area", "kernel")
     spent = {name: least(getattr(parts, name), args.rounds) / count for name in names}
-    spent["reader"] = least(lambda: sum(batches(1)), args.rounds) / delivered
+    spent["loader"] = least(lambda: sum(batches(1)), args.rounds) / delivered
     return {name: 1000 * seconds for name, seconds in spent.items()}
 
 
 def table(ms: dict[str, float]) -> str:
-    """Markdown: the parts of both ways, which share the first two."""
+    """Format the parts as Markdown; both share the first one."""
     lines = ["| part | this project, ms | FFCV's functions, ms |", "|---|---|---|"]
-    for name, here, there in (
+    for name, ours_ms, ffcv_ms in (
         ("Huffman decoding", ms["huffman"], ms["huffman"]),
         ("inverse DCT", ms["planes"] - ms["huffman"], None),
         ("inverse DCT, chroma's interpolation, colors", None, ms["rgb"] - ms["huffman"]),
         ("checksum, bicubic resizing, colors, mirror", ms["kernel"] - ms["planes"], None),
         ("area resizing", None, ms["area"]),
-        ("order, threads, copy of the batch", ms["reader"] - ms["kernel"], None),
-        ("in all", ms["reader"], ms["rgb"] + ms["area"]),
+        ("order, threads, copy of the batch", ms["loader"] - ms["kernel"], None),
+        ("total", ms["loader"], ms["rgb"] + ms["area"]),
     ):
         lines.append(
-            f"| {name} | " + " | ".join("" if part is None else f"{part:.2f}" for part in (here, there)) + " |"
+            f"| {name} | " + " | ".join("" if part is None else f"{part:.2f}" for part in (ours_ms, ffcv_ms)) + " |"
         )
     return "\n".join(lines)
 

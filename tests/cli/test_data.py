@@ -1,4 +1,4 @@
-"""``mrmae data ...`` as a user types it."""
+"""``mrmae data`` commands."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def test_write_info_and_verify(tree: Path, tmp_path: Path, capsys: pytest.Captur
     out = tmp_path / "out"
     command = ["data", "write", str(tree), "--out", str(out), "--val-fraction", "0.34", "--workers", "1"]
     assert main([*command, "--max-side", "64", "--quality", "85", "--name", "Birds", "--max-bad", "10%"]) == 0
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     train = out / "train.beton"
-    assert f"{train}: Birds, 7 images, 2 classes (finch, wren)" in told.out
-    assert "3 to 4 images per class" in told.out and "7 reduced" in told.out
-    assert f"warning: some images were left out, see {train}.skipped.csv" in told.err
+    assert f"{train}: Birds, 7 images, 2 classes (finch, wren)" in printed.out
+    assert "3 to 4 images per class" in printed.out and "7 reduced" in printed.out
+    assert f"warning: some images were left out, see {train}.skipped.csv" in printed.err
     assert (read_sidecar(train)["max_side"], read_sidecar(train)["quality"]) == (64, 85)
     assert main(["data", "info", str(train)]) == 0
     assert "left out  1 that cannot be read, listed in train.beton.skipped.csv" in capsys.readouterr().out
     assert main(["data", "verify", str(train), "--source", str(tree), "--num-images", "5"]) == 0
-    told = capsys.readouterr()
-    assert f"{train}: 7 images decode, checksum as written" in told.out
-    assert f"{train}: 5 images are those of {tree}, at " in told.out and "dB or more" in told.out
+    printed = capsys.readouterr()
+    assert f"{train}: 7 images decode, checksum as written" in printed.out
+    assert f"{train}: 5 images are those of {tree}, at " in printed.out and "dB or more" in printed.out
 
 
-def test_a_strict_write_fails(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_write_fails_beyond_max_bad(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["data", "write", str(tree), "--out", str(tmp_path / "out"), "--val-fraction", "0.34", "--max-bad", "0"]
     assert main(command) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -62,7 +62,7 @@ def test_a_strict_write_fails(tree: Path, tmp_path: Path, capsys: pytest.Capture
         (["verify", "{}/x.beton", "--num-images", "0"], "--num-images must be at least 1"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(
+def test_user_errors_are_one_line_and_status_2(
     arguments: list[str], message: str, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["data", *(argument.format(tmp_path) for argument in arguments)]) == 2
@@ -71,14 +71,14 @@ def test_mistakes_are_one_line_and_status_2(
 
 
 @pytest.mark.parametrize("text", ["many", "1.5.2", "x%"])
-def test_a_share_that_is_none_is_a_wrong_command_line(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_max_bad_is_a_usage_error(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main(["data", "write", "SRC", "--out", "DIR", "--max-bad", text])
     assert caught.value.code == 2
     assert "--max-bad" in capsys.readouterr().err
 
 
-def test_writing_needs_neither_torch_nor_ffcv(tree: Path, tmp_path: Path) -> None:
+def test_write_imports_neither_torch_nor_ffcv(tree: Path, tmp_path: Path) -> None:
     program = (
         "import sys; from mrmae_ds.cli.main import main; status = main(sys.argv[1:]); "
         "sys.exit(status or ', '.join(name for name in ('torch', 'ffcv', 'cv2', 'timm') if name in sys.modules) or 0)"

@@ -19,7 +19,7 @@ from pathlib import Path
 from mrmae_ds.files import file_sha256
 from tests.support import processes, ranks
 from tests.support.pinned import PINNED, made_by, results, weights_sha256
-from tests.support.sample_data import write_cuttings_beton
+from tests.support.sample_data import write_crops_beton
 from tests.support.small_runs import curve
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +68,7 @@ def record(out: Path, only: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        data = write_cuttings_beton(folder, train=STEPS * BATCH // EPOCHS, val=VALIDATION)
+        data = write_crops_beton(folder, train=STEPS * BATCH // EPOCHS, val=VALIDATION)
         _write(out / "data.json", {path.stem: file_sha256(path) for path in data})
         engine = json.loads((HERE / "engine.json").read_text())
         (folder / "engine.json").write_text(json.dumps(engine))

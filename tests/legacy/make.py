@@ -17,7 +17,7 @@ from pathlib import Path
 from mrmae_ds.files import file_sha256
 from tests.support.pinned import PINNED, made_by, weights_sha256
 from tests.support.processes import environment, finish, rank_processes, run
-from tests.support.sample_data import write_cuttings_beton
+from tests.support.sample_data import write_crops_beton
 from tests.support.small_runs import curve
 
 HERE = Path(__file__).resolve().parent
@@ -39,7 +39,7 @@ def make(code: Path, folder: Path) -> None:
     """All runs, tables and the archive."""
     shutil.copytree(HERE / "recipes", folder / "recipes")
     (folder / "datasets").mkdir()
-    data = write_cuttings_beton(folder / "datasets", TRAIN, VAL)
+    data = write_crops_beton(folder / "datasets", TRAIN, VAL)
     train(code, folder, "mae", "mae")
     for stage in ("pretrain", "finetune", "probe", "evaluate"):
         train(code, folder, "mrmae", "mrmae", stage)

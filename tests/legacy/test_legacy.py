@@ -19,7 +19,7 @@ from mrmae_ds.training.migrate import migrate
 from tests.legacy.make import HERE, TRAIN, VAL
 from tests.support.pinned import PINNED, incomparable, weights_sha256
 from tests.support.processes import REPOSITORY, Finished, environment, finish, rank_processes, run
-from tests.support.sample_data import write_cuttings_beton
+from tests.support.sample_data import write_crops_beton
 from tests.support.small_runs import curve
 
 MADE = json.loads((HERE / "made_by.json").read_text())
@@ -33,7 +33,7 @@ def legacy_runs(folder: Path) -> Path:
         archive.extractall(folder, filter="data")
     shutil.copytree(HERE / "recipes", folder / "recipes")
     (folder / "datasets").mkdir()
-    write_cuttings_beton(folder / "datasets", TRAIN, VAL)
+    write_crops_beton(folder / "datasets", TRAIN, VAL)
     done, problems = migrate([folder / "recipes", folder / "runs"])
     assert done and not problems, problems
     return folder

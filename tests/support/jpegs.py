@@ -1,4 +1,4 @@
-"""The content of a .beton, read without the code under test."""
+"""Content of a .beton, read without the code under test."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8"), ("index", "<i8"), ("adl
 _ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
 
 
-def stored_jpegs(path: Path, sound: bool = True) -> list[tuple[bytes, int, int]]:
-    """(JPEG, label, index) of every sample of a .beton with these three fields and the JPEG's Adler-32.
+def stored_jpegs(path: Path, intact: bool = True) -> list[tuple[bytes, int, int]]:
+    """Return (JPEG, label, index) of every sample of a .beton.
 
-    sound: whether it must be right.
+    Args:
+        path: a file with these three fields and the JPEG's Adler-32.
+        intact: True checks the Adler-32.
     """
     content = path.read_bytes()
     header = np.frombuffer(content, _HEADER, count=1)[0]
@@ -31,9 +33,9 @@ def stored_jpegs(path: Path, sound: bool = True) -> list[tuple[bytes, int, int]]
     sizes = dict(zip(allocations["place"].tolist(), allocations["size"].tolist(), strict=True))
     places = samples["image"]["place"].tolist()
     labels, indices = samples["label"].tolist(), samples["index"].tolist()
-    found = [
+    stored = [
         (content[place : place + sizes[place]], label, index)
         for place, label, index in zip(places, labels, indices, strict=True)
     ]
-    assert not sound or samples["adler32"].tolist() == [zlib.adler32(jpeg) for jpeg, _, _ in found]
-    return found
+    assert not intact or samples["adler32"].tolist() == [zlib.adler32(jpeg) for jpeg, _, _ in stored]
+    return stored

@@ -1,4 +1,4 @@
-"""An image of every odd kind, and what is to become of it."""
+"""One image of every unusual kind, and the expected result of its conversion."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from tests.support.sample_data import photograph
 
-SIZE = (96, 72)  # wider than high, so that a turned image shows
+SIZE = (96, 72)  # wider than high, so that a rotation is visible
 
 
 class Odd(NamedTuple):
-    """``make`` writes the file; ``expected`` is the image, or a part of the reason why there is none."""
+    """``make`` writes the file; ``expected`` is the converted image, or a part of the error."""
 
     make: Callable[[Path], object]
     expected: Image.Image | str
@@ -29,7 +29,7 @@ class Odd(NamedTuple):
 
 
 def plain() -> Image.Image:
-    """The image of which most are made, RGB; smooth, so that libraries' ways of resizing agree on it."""
+    """Return the base image, RGB and smooth, so that libraries resize it alike."""
     small = photograph().crop((60, 40, 460, 340)).resize((24, 18), Image.Resampling.LANCZOS)
     return small.resize(SIZE, Image.Resampling.BICUBIC)
 
@@ -49,12 +49,12 @@ def _encoded(image: Image.Image, format: str, **options: object) -> bytes:
 
 
 def _cmyk() -> Image.Image:
-    """The plain image's colors as ink: without black, complements."""
+    """Return the plain image in CMYK without black, as complements."""
     return Image.merge("CMYK", [*ImageOps.invert(plain()).split(), Image.new("L", SIZE)])
 
 
 def _lab() -> Image.Image:
-    """The plain image in CIE's L*a*b*."""
+    """Return the plain image in CIE L*a*b*."""
     profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
     converted = ImageCms.profileToProfile(plain(), *profiles, outputMode="LAB")
     assert converted is not None
@@ -62,7 +62,7 @@ def _lab() -> Image.Image:
 
 
 def _plain_cmyk_jpeg() -> bytes:
-    """A CMYK JPEG of uninverted values without Adobe's marker."""
+    """Write a CMYK JPEG of uninverted values without Adobe's marker."""
     content = _encoded(_cmyk().point(lambda value: 255 - value), "JPEG", quality=95)
     place = content.index(b"\xff\xee")
     length = 2 + struct.unpack(">H", content[place + 2 : place + 4])[0]
@@ -74,13 +74,13 @@ RAMP_8 = Image.fromarray(np.rint(RAMP / 257).astype(np.uint8)).convert("RGB")
 
 
 def _deep_rgb(path: Path) -> None:
-    """16 bits a channel, by OpenCV: Pillow writes no such files."""
+    """Write 16 bits per channel by OpenCV; Pillow cannot."""
     deep = np.asarray(plain()).astype(np.uint16) * 257
     assert cv2.imwrite(str(path), deep[:, :, ::-1])
 
 
 def _alpha() -> Image.Image:
-    """Opaque in the left half, transparent in the right one."""
+    """Return an alpha channel, opaque in the left half and transparent in the right one."""
     alpha = Image.new("L", SIZE, 0)
     alpha.paste(255, (0, 0, SIZE[0] // 2, SIZE[1]))
     return alpha
@@ -103,7 +103,7 @@ def _palette() -> Image.Image:
 
 
 def _transparent_palette() -> tuple[bytes, Image.Image]:
-    """A palette image in whose right half an entry that is transparent stands; the PNG, and it on white."""
+    """Return a palette PNG with a transparent right half, and the image on white."""
     image = plain().quantize(200)
     image.putpalette((image.getpalette() or []) + [90, 180, 0], "RGB")
     last = len(image.getpalette() or []) // 3 - 1
@@ -112,7 +112,7 @@ def _transparent_palette() -> tuple[bytes, Image.Image]:
 
 
 def _turned(orientation: int) -> bytes:
-    """A JPEG stored such that a viewer who obeys EXIF sees the plain image."""
+    """Write a JPEG that EXIF orientation turns into the plain image."""
     stored = {
         2: [Image.Transpose.FLIP_LEFT_RIGHT],
         3: [Image.Transpose.ROTATE_180],
@@ -135,7 +135,7 @@ def _exif(orientation: int) -> bytes:
 
 
 def _odd_exif(kind: int, value: bytes) -> bytes:
-    """An EXIF record whose orientation is of another type than it should be, by TIFF's number of the type."""
+    """Return an EXIF record whose orientation has the wrong type, by TIFF's number of the type."""
     entry = struct.pack(">HHI", ExifTags.Base.Orientation, kind, 1) + value.ljust(4, b"\0")
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 1) + entry + bytes(4)
 
@@ -152,7 +152,7 @@ def _animated(format: str, **options: object) -> bytes:
 
 
 def _png(size: tuple[int, int], color: int, pixels: bytes, text: bytes = b"") -> bytes:
-    """A PNG of 8 bits as it stands in the file, whatever it claims. text: of a compressed comment."""
+    """Return an 8-bit PNG with any header; ``text`` is a compressed comment."""
     header = struct.pack(">IIBBBBB", *size, 8, color, 0, 0, 0)
     parts = [(b"IHDR", header), (b"zTXt", b"comment\0\0" + zlib.compress(text))]
     chunks = b""
@@ -163,8 +163,11 @@ def _png(size: tuple[int, int], color: int, pixels: bytes, text: bytes = b"") ->
 
 
 def _tiff(pixels: bytes, **changes: int) -> bytes:
-    """A little-endian gray TIFF of 96 x 72 and 8 bits. changes: values of tags, by ``t`` and their number; ``next``:
-    where the next page is said to be."""
+    """Return a little-endian 8-bit gray TIFF of 96 x 72.
+
+    Args:
+        changes: values of tags, by ``t`` and their number; ``next`` is the offset of the next page.
+    """
     tags = {256: SIZE[0], 257: SIZE[1], 258: 8, 259: 1, 262: 1, 273: 122, 277: 1, 278: SIZE[1], 279: len(pixels)}
     following = changes.pop("next", 0)
     tags |= {int(tag[1:]): value for tag, value in changes.items()}
@@ -292,7 +295,7 @@ ODD: dict[str, Odd] = {
 
 
 def make_odd_images(folder: Path) -> None:
-    """Write them all into ``folder``."""
+    """Write all of them into ``folder``."""
     folder.mkdir(parents=True)
     for name, odd in ODD.items():
         odd.make(folder / name)

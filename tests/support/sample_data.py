@@ -17,18 +17,18 @@ SIDE = 32
 
 @cache
 def photograph() -> Image.Image:
-    """A photograph of a person, 512 wide and 600 high, RGB."""
+    """Return a photograph of a person, 512 wide and 600 high, RGB."""
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     with Image.open(path) as image:
         return image.convert("RGB")
 
 
-class Cuttings:
-    """32x32 cuttings of the photograph, overlapping; the label is which tenth of its height they are from."""
+class Crops:
+    """Overlapping 32x32 crops of the photograph; the label is the tenth of its height that a crop starts in."""
 
     def __init__(self, count: int, first: int = 0) -> None:
         across, down = (512 - SIDE) // 8, (600 - SIDE) // 8
-        # A step that shares no factor with the number of cuttings visits all of them, scattered.
+        # A step that shares no factor with the number of crops visits all of them, scattered.
         places = [(first + i) * 1009 % (across * down) for i in range(count)]
         self.corners = [(place % across * 8, place // across * 8) for place in places]
 
@@ -41,21 +41,21 @@ class Cuttings:
 
 
 def sample_sets(train: int, val: int) -> tuple[ImageDataset, ImageDataset]:
-    """A training and a validation set of real 32x32 RGB images in ten classes, without overlap."""
+    """Return disjoint training and validation sets of real 32x32 RGB images in ten classes."""
     folder = debian_folder()
     if folder is None:
-        return Cuttings(train), Cuttings(val, first=train)
+        return Crops(train), Crops(val, first=train)
     return FashionMNIST(folder, "train", train), FashionMNIST(folder, "val", val)
 
 
 def write_sample_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
-    """Write FOLDER/train.beton and FOLDER/val.beton with that many images. Returns both paths."""
+    """Write FOLDER/train.beton and FOLDER/val.beton with these numbers of images; return both paths."""
     return _write_both(folder, sample_sets(train, val))
 
 
-def write_cuttings_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
-    """Write cuttings of the photograph, whatever is installed, so that every machine gets the same bytes."""
-    return _write_both(folder, (Cuttings(train), Cuttings(val, first=train)))
+def write_crops_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
+    """Write crops of the photograph, whatever is installed, so that every machine gets the same bytes."""
+    return _write_both(folder, (Crops(train), Crops(val, first=train)))
 
 
 def _write_both(folder: Path, sets: tuple[ImageDataset, ImageDataset]) -> tuple[Path, Path]:
@@ -67,7 +67,7 @@ def _write_both(folder: Path, sets: tuple[ImageDataset, ImageDataset]) -> tuple[
 
 
 class Photographs:
-    """Cuttings of the photograph in many sizes and shapes, two classes: wide and tall."""
+    """Crops of the photograph of many sizes and shapes in two classes, wide and tall."""
 
     SIZES = ((200, 120), (64, 64), (50, 300), (301, 77), (33, 47), (256, 255), (512, 600), (90, 40))
 

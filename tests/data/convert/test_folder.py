@@ -28,7 +28,7 @@ pytestmark = pytest.mark.timeout(120, method="thread")
 
 
 def _tree(root: Path, classes: dict[str, int]) -> Path:
-    """ROOT/CLASS/*.jpg, so many images each."""
+    """Write ROOT/CLASS/*.jpg with the given counts."""
     for name, count in classes.items():
         (root / name).mkdir(parents=True)
         for i in range(count):
@@ -37,14 +37,14 @@ def _tree(root: Path, classes: dict[str, int]) -> Path:
 
 
 def _script(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of data/ to its end."""
+    """Run a script of data/."""
     return subprocess.run(
         [sys.executable, str(ROOT / "data" / name), *arguments],
         capture_output=True, text=True, timeout=90, check=False,
     )  # fmt: skip
 
 
-def test_balanced_subsets_are_balanced_nested_and_the_same_each_time() -> None:
+def test_balanced_subsets_are_balanced_nested_and_reproducible() -> None:
     labels = np.array([0] * 50 + [1] * 4 + [2] * 30)
     rows = balanced_subset(labels, 30)
     assert rows.tolist() == sorted(set(rows.tolist())) == balanced_subset(labels, 30).tolist()
@@ -57,7 +57,7 @@ def test_balanced_subsets_are_balanced_nested_and_the_same_each_time() -> None:
         balanced_subset(labels, 85)
 
 
-def test_a_fraction_of_every_class_is_split_off() -> None:
+def test_split_takes_a_fraction_of_every_class() -> None:
     labels = np.array([0] * 40 + [1] * 3 + [2] * 10 + [3])
     first, second = split_off(labels, 0.1)
     assert sorted(first.tolist() + second.tolist()) == list(range(54))
@@ -65,7 +65,7 @@ def test_a_fraction_of_every_class_is_split_off() -> None:
     assert second.tolist() == split_off(labels, 0.1)[1].tolist()
 
 
-def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_train_and_val_folders_are_used_unchanged(tmp_path: Path) -> None:
     _tree(tmp_path / "train", {"cat": 4, "ant": 3})
     _tree(tmp_path / "val", {"cat": 1, "ant": 2})
     train, val, names = open_folder(tmp_path, 0.1)
@@ -78,7 +78,7 @@ def test_train_and_val_folders_are_taken_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("below", ["", "train"])
-def test_validation_is_split_off_where_there_is_none(tmp_path: Path, below: str) -> None:
+def test_validation_set_is_split_off_without_val_folder(tmp_path: Path, below: str) -> None:
     _tree(tmp_path / below, {"a": 10, "b": 5})
     train, val, _ = open_folder(tmp_path, 0.2)
     assert (np.bincount(train.labels).tolist(), np.bincount(val.labels).tolist()) == ([8, 4], [2, 1])
@@ -99,7 +99,7 @@ def test_folders_are_written(tmp_path: Path) -> None:
         write_folder(tmp_path / "in", replace(output, val_count=0), val_fraction=0.5)
 
 
-def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
+def test_unexpected_trees_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nowhere: no such folder"):
         open_folder(tmp_path / "nowhere", 0.1)
     (tmp_path / ".hidden").mkdir()
@@ -121,7 +121,7 @@ def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
         open_folder(_tree(tmp_path / "single", {"a": 1}), 0.5)
 
 
-def test_a_class_folder_may_hold_anything(tmp_path: Path) -> None:
+def test_other_files_links_and_subfolders_of_a_class_folder(tmp_path: Path) -> None:
     _tree(tmp_path / "in", {"a": 2, "b": 1})
     folder = tmp_path / "in" / "a"
     (folder / "like.jpg").mkdir()
@@ -134,18 +134,18 @@ def test_a_class_folder_may_hold_anything(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "in" / "b" / "00.jpg").rename(tmp_path / "elsewhere" / "00.jpg")
     (tmp_path / "in" / "b" / "linked").symlink_to(tmp_path / "elsewhere")
-    found = scan(tmp_path / "in", ["a", "b"])
-    assert [Path(found.name(row)).relative_to(tmp_path / "in").as_posix() for row in range(len(found))] == [
+    images = scan(tmp_path / "in", ["a", "b"])
+    assert [Path(images.name(row)).relative_to(tmp_path / "in").as_posix() for row in range(len(images))] == [
         "a/00.jpg", "a/gone.png", "a/like.jpg/01.JPG", "b/linked/00.jpg"
     ]  # fmt: skip
-    assert found.ignored == {".txt": 1, ".jpg": 1, "no extension": 1}
+    assert images.ignored == {".txt": 1, ".jpg": 1, "no extension": 1}
     for name in ("02.png", "03.png", "04.png"):
         photograph().resize((40, 50)).save(folder / name)
     info, _ = write_folder(tmp_path / "in", Output(tmp_path / "out", options=WriteOptions(max_bad=1)), val_fraction=0.5)
     assert "ignored   files that are no images: 1 .jpg, 1 .txt, 1 no extension" in describe_beton(info.path)
 
 
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _tree(tmp_path, {"a": 1})
 
     def refused(folder: str) -> None:
@@ -156,7 +156,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         scan(tmp_path, ["a"])
 
 
-def test_the_folder_script_reports_what_it_wrote(tmp_path: Path) -> None:
+def test_folder_script_reports_the_written_files(tmp_path: Path) -> None:
     source, out = _tree(tmp_path / "in", {"a": 4, "b": 4}), tmp_path / "out"
     done = _script("folder.py", str(source), "--out", str(out), "--val-fraction", "0.25", "--workers", "1")
     assert done.returncode == 0, done.stderr
@@ -183,11 +183,11 @@ def _write_idx(folder: Path, part: str, images: np.ndarray, labels: np.ndarray) 
 
 @pytest.fixture
 def idx_files(tmp_path: Path) -> Path:
-    """The four files of Fashion-MNIST, with 40 and 20 gray cuttings of a photograph in ten classes."""
+    """The four files of Fashion-MNIST, with 40 and 20 gray crops of a photograph in ten classes."""
     gray = np.asarray(photograph().convert("L"))
-    cuttings = np.stack([gray[9 * i : 9 * i + 28, 100:128] for i in range(60)])
-    _write_idx(tmp_path, "train", cuttings[:40], np.arange(40, dtype=np.uint8) % 10)
-    _write_idx(tmp_path, "t10k", cuttings[40:], np.arange(20, dtype=np.uint8) // 2)
+    crops = np.stack([gray[9 * i : 9 * i + 28, 100:128] for i in range(60)])
+    _write_idx(tmp_path, "train", crops[:40], np.arange(40, dtype=np.uint8) % 10)
+    _write_idx(tmp_path, "t10k", crops[40:], np.arange(20, dtype=np.uint8) // 2)
     return tmp_path
 
 
@@ -203,7 +203,7 @@ def test_fashion_mnist_is_padded_rgb(idx_files: Path) -> None:
     assert sorted(label for _, label in (FashionMNIST(idx_files, "train", 10)[i] for i in range(10))) == list(range(10))
 
 
-def test_the_fashion_mnist_script_takes_a_folder(idx_files: Path) -> None:
+def test_fashion_mnist_script_reads_a_folder(idx_files: Path) -> None:
     out = idx_files / "out"
     done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--num-train-images", "20")
     assert done.returncode == 0, done.stderr
@@ -213,7 +213,7 @@ def test_the_fashion_mnist_script_takes_a_folder(idx_files: Path) -> None:
     assert (done.returncode, done.stderr.strip()) == (2, "error: the val count must be in 1..20, not 21")
 
 
-def test_what_is_not_fashion_mnist_is_an_error(idx_files: Path) -> None:
+def test_invalid_fashion_mnist_files_are_errors(idx_files: Path) -> None:
     labels = idx_files / "t10k-labels-idx1-ubyte.gz"
     labels.write_bytes(labels.read_bytes()[:-12])
     with pytest.raises(UserError, match=r"t10k-labels.*not a gzipped idx file"):
@@ -226,7 +226,7 @@ def test_what_is_not_fashion_mnist_is_an_error(idx_files: Path) -> None:
         find_files(str(idx_files), idx_files / "cache")
 
 
-def test_without_any_source_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_fashion_mnist_error_names_the_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def offline(*_: object, **__: object) -> None:
         raise RuntimeError("no network")
 

@@ -1,4 +1,4 @@
-"""ImageNet-1K in the layouts in which it is handed out, three classes of it."""
+"""Three classes of ImageNet-1K in its published layouts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def flat(tmp_path: Path) -> Path:
 
 
 def _opened(source: Path, **options: Path) -> ImageFolder:
-    """The validation set, checked against what is expected; see the rest for training."""
+    """Check the training set and return the validation set."""
     train, val, wnids = open_imagenet(ImageNetSource(source, allow_partial=True, **options))
     assert wnids == SORTED
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
@@ -67,7 +67,7 @@ def _numbers(val: ImageFolder) -> list[int]:
 
 
 def _kaggle(source: Path) -> None:
-    """In another order than the images', as the real one is."""
+    """Write Kaggle's labels, whose order differs from the images', as in the real file."""
     boxes = [f"ILSVRC2012_val_{i + 1:08},{wnid} 85 1 499 272 {wnid} 1 2 3 4" for i, wnid in enumerate(VAL)]
     (source / "LOC_val_solution.csv").write_text("\n".join(["ImageId,PredictionString", *reversed(boxes), ""]))
 
@@ -85,7 +85,7 @@ def _ids(source: Path) -> None:
 
 
 def _caffe(source: Path) -> None:
-    """Places in the sorted ids of 1000 classes; the others come before, between and behind."""
+    """Write Caffe's labels, indices of 1000 sorted ids; the other ids are before, between and after."""
     others = [f"n{number:08}" for number in [*range(1440000, 1440400), *range(3000000, 3000597)]]
     everything = sorted(others + WNIDS)
     numbered = "".join(f"{wnid} {number} name\n" for number, wnid in enumerate(reversed(everything), start=1))
@@ -95,7 +95,7 @@ def _caffe(source: Path) -> None:
 
 
 @pytest.mark.parametrize("labels", [_kaggle, _devkit, _ids, _caffe])
-def test_flat_validation_images_get_their_labels(flat: Path, labels: object) -> None:
+def test_labels_of_flat_validation_images(flat: Path, labels: object) -> None:
     assert callable(labels)
     labels(flat)
     val = _opened(flat)
@@ -103,7 +103,7 @@ def test_flat_validation_images_get_their_labels(flat: Path, labels: object) -> 
     assert _numbers(val) == [1, 2, 3, 4, 5]
 
 
-def test_sorted_validation_images_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_validation_images_in_class_folders(tmp_path: Path) -> None:
     source = _train(tmp_path)
     for place, wnid in enumerate(VAL):
         _image(source / "val" / wnid / f"ILSVRC2012_val_{place + 1:08}.JPEG", place)
@@ -114,13 +114,13 @@ def test_sorted_validation_images_are_taken_as_they_are(tmp_path: Path) -> None:
         open_imagenet(ImageNetSource(source, allow_partial=True))
 
 
-def test_kaggles_archive_is_taken_as_it_unpacks(tmp_path: Path) -> None:
+def test_kaggle_archive_layout(tmp_path: Path) -> None:
     _flat_val(_train(tmp_path / "ILSVRC" / "Data" / "CLS-LOC"))
     _kaggle(tmp_path)
     assert _opened(tmp_path).labels.tolist() == LABELS
 
 
-def test_files_can_be_named(flat: Path, tmp_path: Path) -> None:
+def test_label_files_can_be_passed(flat: Path, tmp_path: Path) -> None:
     (tmp_path / "truth.txt").write_text("1\n17\n17\n2\n1\n")
     with pytest.raises(UserError, match=r"truth\.txt: holds the devkit's class numbers; pass --synsets map_clsloc"):
         open_imagenet(ImageNetSource(flat, val_labels=tmp_path / "truth.txt", allow_partial=True))
@@ -129,7 +129,7 @@ def test_files_can_be_named(flat: Path, tmp_path: Path) -> None:
     assert val.labels.tolist() == LABELS
 
 
-def test_the_published_counts_are_expected(
+def test_other_counts_than_published_are_errors(
     flat: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     _kaggle(flat)
@@ -149,7 +149,7 @@ def test_the_published_counts_are_expected(
         open_imagenet(ImageNetSource(flat))
 
 
-def test_labels_that_do_not_fit_are_errors(flat: Path) -> None:
+def test_labels_that_do_not_match_are_errors(flat: Path) -> None:
     with pytest.raises(UserError, match=r"holds no class folders, so the labels are needed: put LOC_val_solution\.csv"):
         open_imagenet(ImageNetSource(flat))
     labels = flat / "labels.txt"
@@ -174,7 +174,7 @@ def test_labels_that_do_not_fit_are_errors(flat: Path) -> None:
         open_imagenet(ImageNetSource(flat, val_labels=flat / "nowhere.txt"))
 
 
-def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
+def test_unexpected_trees_are_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no train/; expected .*/train/n01440764/"):
         open_imagenet(ImageNetSource(tmp_path))
     _train(tmp_path)
@@ -189,7 +189,7 @@ def test_trees_of_another_shape_are_errors(tmp_path: Path) -> None:
         open_imagenet(ImageNetSource(tmp_path))
 
 
-def test_images_of_other_classes_are_left_out_of_a_part(flat: Path) -> None:
+def test_allow_partial_leaves_out_images_of_other_classes(flat: Path) -> None:
     _kaggle(flat)
     for path in (flat / "train" / FOX).iterdir():
         path.unlink()
@@ -199,7 +199,7 @@ def test_images_of_other_classes_are_left_out_of_a_part(flat: Path) -> None:
     assert val.ignored == {"of classes that train/ lacks": 2}
 
 
-def test_classes_can_have_readable_names(tmp_path: Path) -> None:
+def test_readable_class_names(tmp_path: Path) -> None:
     text = tmp_path / "names.txt"
     text.write_text(f"{FOX} kit fox, Vulpes macrotis\n{SETTER} crane\n{TERRIER} crane\nn01440764 tench\n")
     expected = [f"crane ({TERRIER})", f"crane ({SETTER})", "kit fox"]
@@ -214,7 +214,7 @@ def test_classes_can_have_readable_names(tmp_path: Path) -> None:
         read_class_names(tmp_path / "names.json", SORTED)
 
 
-def test_it_is_written_and_compares_with_its_source(flat: Path, tmp_path: Path) -> None:
+def test_written_files_equal_their_source(flat: Path, tmp_path: Path) -> None:
     _kaggle(flat)
     damaged = flat / "val" / "ILSVRC2012_val_00000002.JPEG"
     damaged.write_bytes(damaged.read_bytes()[:-100])
@@ -225,7 +225,7 @@ def test_it_is_written_and_compares_with_its_source(flat: Path, tmp_path: Path) 
     assert compare_with_source(val.path, flat, 100) > 30
 
 
-def test_the_script(flat: Path, tmp_path: Path) -> None:
+def test_imagenet_script(flat: Path, tmp_path: Path) -> None:
     _devkit(flat)
     (flat / "names.txt").write_text(f"{FOX} kit fox\n{SETTER} setter, dog\n{TERRIER} terrier\n")
     command = [sys.executable, ROOT / "data" / "imagenet.py", flat, "--out", tmp_path / "out"]

@@ -1,4 +1,4 @@
-"""Odd and broken images, through the writer and back out of the reader."""
+"""Unusual and damaged images through the writer and the loader."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _ids(names: list[str]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All odd images as one .beton, in the order of their names."""
+    """All unusual images as one .beton, in the order of their names."""
     root = tmp_path_factory.mktemp("odd")
     make_odd_images(root / "in" / "class")
     options = WriteOptions(quality=97, max_side=MAX_SIDE, max_pixels=MAX_PIXELS, max_bad=len(REFUSED), workers=2)
@@ -50,14 +50,14 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(written: Path) -> dict[str, Image.Image]:
-    """What is stored, by the name of the file."""
+    """Stored images by file name."""
     jpegs = [Image.open(io.BytesIO(content)) for content, _, _ in stored_jpegs(written)]
     return dict(zip(sorted(TAKEN), jpegs, strict=True))
 
 
 @pytest.fixture(scope="module")
 def read_back(written: Path) -> dict[str, torch.Tensor]:
-    """Return what the loader delivers, uint8 [3, 32, 32], by the name of the file."""
+    """Images of the loader, uint8 [3, 32, 32], by file name."""
     loader = open_loader(written, image_size=SIZE, micro_batch=8)
     images = [image for batch in loader.epoch(0) for image in batch.images[batch.valid]]
     loader.close()
@@ -83,7 +83,7 @@ def test_odd_images_are_converted(
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
-def test_all_can_be_trained_on(written: Path, backend: Backend) -> None:
+def test_training_reads_all_converted_images(written: Path, backend: Backend) -> None:
     loader = open_loader(written, backend, crop=CropSettings(scale=(0.2, 1.0)), image_size=SIZE)
     indices = torch.cat([batch.indices for batch in loader.epoch(0)])
     loader.close()
@@ -91,14 +91,14 @@ def test_all_can_be_trained_on(written: Path, backend: Backend) -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_broken_images_are_left_out_with_a_reason(name: str, written: Path) -> None:
+def test_unreadable_images_are_left_out_with_a_reason(name: str, written: Path) -> None:
     (entry,) = [entry for entry in read_sidecar(written)["skipped"] if Path(entry["name"]).name == name]
     assert isinstance(ODD[name].expected, str)
     assert re.search(ODD[name].expected, entry["reason"])
     assert entry["row"] == sorted(ODD).index(name)
 
 
-def test_what_was_left_out_is_listed_beside_the_file(written: Path) -> None:
+def test_report_lists_the_images_left_out(written: Path) -> None:
     with written.with_name("x.beton.skipped.csv").open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file))
     assert sorted(Path(line["name"]).name for line in lines) == sorted(REFUSED)
@@ -106,34 +106,34 @@ def test_what_was_left_out_is_listed_beside_the_file(written: Path) -> None:
     assert listed == read_sidecar(written)["skipped"]
 
 
-def test_the_kinds_are_counted(written: Path) -> None:
+def test_sidecar_counts_conversions(written: Path) -> None:
     expected: dict[str, int] = {}
     for name in TAKEN:
         for kind in ODD[name].kinds:
             expected[kind] = expected.get(kind, 0) + 1
     found = dict(read_sidecar(written)["converted"])
-    # An animated GIF has a palette or not, as Pillow's loading strategy decides.
+    # Pillow's loading strategy decides whether an animated GIF has a palette.
     assert found.pop("palette") in (expected["palette"], expected["palette"] + 1)
     del expected["palette"]
     assert found == expected
 
 
-def test_the_rest_is_a_sound_file(written: Path) -> None:
+def test_converted_file_verifies(written: Path) -> None:
     info = verify_beton(written)
     assert info.num_samples == len(TAKEN)
     assert [index for _, _, index in stored_jpegs(written)] == list(range(len(TAKEN)))
 
 
 @pytest.mark.parametrize("name", ["gray16.png", "gray16.tif", "gray16.pgm", "gray16_big_endian.tif", "floats.tif"])
-def test_sixteen_bits_keep_their_range_and_order(name: str, images: dict[str, Image.Image]) -> None:
+def test_16_bit_values_keep_range_and_order(name: str, images: dict[str, Image.Image]) -> None:
     row = np.asarray(images[name], dtype=int)[:, :, 1].mean(axis=0)
     assert row[0] < 3 and row[-1] > 252
     assert (np.diff(row) > 0).all()
     assert np.abs(row - np.asarray(RAMP_8, dtype=int)[0, :, 1]).max() < 3
 
 
-def test_a_turned_image_stands_upright(images: dict[str, Image.Image]) -> None:
-    """Against the one image and none of its seven other positions."""
+def test_exif_orientation_is_applied(images: dict[str, Image.Image]) -> None:
+    """Compare with the image and its seven other orientations."""
     for way in range(2, 9):
         stored = np.asarray(images[f"turned{way}.jpg"], dtype=float)
         here = np.abs(stored - np.asarray(plain(), dtype=float)).mean()
@@ -141,31 +141,31 @@ def test_a_turned_image_stands_upright(images: dict[str, Image.Image]) -> None:
             assert here * 5 < np.abs(stored - np.asarray(plain().transpose(turn), dtype=float)).mean()
 
 
-def test_ink_has_the_colors_of_the_original(images: dict[str, Image.Image]) -> None:
+def test_cmyk_has_the_colors_of_the_original(images: dict[str, Image.Image]) -> None:
     means = np.asarray(plain(), dtype=float).mean((0, 1))
     for name in ("cmyk_adobe.jpg", "cmyk_plain.jpg", "cmyk.tif"):
         assert np.abs(np.asarray(images[name], dtype=float).mean((0, 1)) - means).max() < 2
 
 
-def test_the_background_can_be_chosen(tmp_path: Path) -> None:
+def test_background_color_option(tmp_path: Path) -> None:
     ODD["rgba.png"].make(tmp_path / "x.png")
     image, kinds = to_rgb(open_image(tmp_path / "x.png"), max_side=512, max_pixels=10**6, background="#0000ff")
     assert image.getpixel((image.width - 1, 5)) == (0, 0, 255)
     assert kinds == ["transparent"]
 
 
-def test_a_large_jpeg_is_decoded_at_a_fraction_of_its_size(tmp_path: Path) -> None:
+def test_large_jpeg_is_decoded_at_reduced_size(tmp_path: Path) -> None:
     large = plain().resize((2400, 1800), Image.Resampling.BICUBIC)
     large.save(tmp_path / "x.jpg", quality=95)
     opened = open_image(tmp_path / "x.jpg")
     image, _ = to_rgb(opened, max_side=300, max_pixels=10**7, background="white")
-    assert opened.size == (600, 450)  # decoded at a quarter, twice what is wanted
+    assert opened.size == (600, 450)  # decoded at a quarter, twice the target
     difference = np.asarray(image, dtype=float) - np.asarray(large.resize((300, 225), Image.Resampling.BICUBIC))
     assert image.size == (300, 225) and np.abs(difference).mean() < 2
 
 
 @pytest.mark.parametrize("name", ["turned6.jpg", "turned.png", "turned.tif"])
-def test_a_turned_image_is_reduced_too(tmp_path: Path, name: str) -> None:
+def test_rotated_image_is_reduced(tmp_path: Path, name: str) -> None:
     ODD[name].make(tmp_path / name)
     image, kinds = to_rgb(open_image(tmp_path / name), max_side=48, max_pixels=10**6, background="white")
     assert image.size == (48, 36) and kinds == ["reduced", *ODD[name].kinds]
@@ -173,7 +173,7 @@ def test_a_turned_image_is_reduced_too(tmp_path: Path, name: str) -> None:
     assert np.abs(np.asarray(image, dtype=float) - expected).mean() < 3
 
 
-def test_an_unreadable_file_is_refused_for_who_may_not_read_it(tmp_path: Path) -> None:
+def test_file_without_read_permission_is_an_error(tmp_path: Path) -> None:
     plain().save(tmp_path / "x.png")
     (tmp_path / "x.png").chmod(0)
     if os.geteuid() == 0:  # root may read anything
@@ -183,7 +183,7 @@ def test_an_unreadable_file_is_refused_for_who_may_not_read_it(tmp_path: Path) -
             open_image(tmp_path / "x.png")
 
 
-def test_the_limit_holds_within_the_block_only(tmp_path: Path) -> None:
+def test_pixel_limit_ends_with_the_block(tmp_path: Path) -> None:
     plain().save(tmp_path / "x.png")
     before = Image.MAX_IMAGE_PIXELS
     ImageFile.LOAD_TRUNCATED_IMAGES = True

@@ -1,4 +1,4 @@
-"""What ``mrmae data verify`` finds, with and without the images that a .beton was made from."""
+"""``mrmae data verify`` with and without the images that a .beton was made from."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def beton(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def without_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where ffcv is not installed."""
+    """Simulate a machine without ffcv."""
 
     def missing() -> None:
         raise UserError("no ffcv")
@@ -46,17 +46,17 @@ def without_ffcv(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _rewrite(path: Path, content: bytes, **changes: Any) -> None:
-    """Another content, with a sidecar that fits it and does not tell the tables' checksum."""
+    """Replace the content, with a matching sidecar that lacks the tables' checksum."""
     path.write_bytes(content)
     sidecar = read_sidecar(path) | {"sha256": file_sha256(path), "tables_sha256": None} | changes
     sidecar_path(path).write_text(json.dumps(sidecar))
 
 
-def test_a_sound_file_passes(beton: Path) -> None:
+def test_intact_file_passes(beton: Path) -> None:
     assert verify_beton(beton) == check_beton(beton)
 
 
-def test_a_changed_byte_is_found(beton: Path) -> None:
+def test_changed_byte_is_detected(beton: Path) -> None:
     content = bytearray(beton.read_bytes())
     content[bytes(content).index(stored_jpegs(beton)[1][0]) + 700] ^= 0xFF
     beton.write_bytes(content)
@@ -70,7 +70,7 @@ def test_a_changed_byte_is_found(beton: Path) -> None:
 
 def _damage(beton: Path, row: int) -> None:
     """Blank the second half of a stored JPEG."""
-    content, jpeg = beton.read_bytes(), stored_jpegs(beton, sound=False)[row][0]
+    content, jpeg = beton.read_bytes(), stored_jpegs(beton, intact=False)[row][0]
     place = content.index(jpeg)
     half = len(jpeg) // 2
     _rewrite(beton, content[: place + half] + bytes(len(jpeg) - half) + content[place + len(jpeg) :])
@@ -84,17 +84,17 @@ def test_undecodable_samples_are_listed(beton: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_ffcv")
-def test_damage_is_found_without_ffcv(beton: Path) -> None:
+def test_damage_is_detected_without_ffcv(beton: Path) -> None:
     verify_beton(beton)
     content, jpeg = beton.read_bytes(), stored_jpegs(beton)[1][0]
-    entry = content.rindex(content.index(jpeg).to_bytes(8, "little"))  # in the table at the end: place, then length
+    entry = content.rindex(content.index(jpeg).to_bytes(8, "little"))  # in the table at the end: offset, then length
     _rewrite(beton, content[: entry + 8] + (len(jpeg) // 2).to_bytes(8, "little") + content[entry + 16 :])
     with pytest.raises(UserError, match=r"1 bad samples .*\n  sample 1: damaged JPEG$"):
         verify_beton(beton)
 
 
-def test_a_size_that_is_not_the_jpegs_is_found(beton: Path) -> None:
-    """Samples 3 and 5 exchange their places in the file and their checksums, and with them their images."""
+def test_swapped_images_are_detected_by_size(beton: Path) -> None:
+    """Exchange offsets and checksums, and so the images, of samples 3 and 5."""
     content = bytearray(beton.read_bytes())
     with_image = {row: bytes(content).index(stored_jpegs(beton)[row][0]).to_bytes(8, "little") for row in (3, 5)}
     table = {row: bytes(content).index(place) for row, place in with_image.items()}
@@ -116,7 +116,7 @@ def test_counts_and_labels_are_compared_with_the_sidecar(beton: Path) -> None:
         verify_beton(beton)
 
 
-def test_psnr_is_opencvs() -> None:
+def test_psnr_equals_opencv() -> None:
     one = photograph().crop((0, 0, 64, 48))
     noise = np.random.default_rng(0).normal(0, 12, (48, 64, 3))
     other = Image.fromarray(np.clip(np.asarray(one) + noise, 0, 255).astype(np.uint8))
@@ -146,7 +146,7 @@ def written(tree: Path, tmp_path: Path) -> Path:
     return write_folder(tree, Output(tmp_path / "out", options=options, train_count=10), val_fraction=0.25)[0].path
 
 
-def test_stored_images_are_those_of_the_source(written: Path, tree: Path) -> None:
+def test_stored_images_equal_their_source(written: Path, tree: Path) -> None:
     assert len(read_sidecar(written)["skipped"]) == 1
     lowest = compare_with_source(written, tree, count=100)
     stored = [Image.open(io.BytesIO(jpeg)) for jpeg, _, _ in stored_jpegs(written)]
@@ -159,7 +159,7 @@ def test_stored_images_are_those_of_the_source(written: Path, tree: Path) -> Non
     assert compare_with_source(written, tree, count=2) >= lowest
 
 
-def test_another_image_is_found(written: Path, tree: Path) -> None:
+def test_different_images_are_detected(written: Path, tree: Path) -> None:
     path = Path(_training(tree).name(2))
     original = path.read_bytes()
     Image.open(path).point(lambda value: value * 0.93).save(path)  # a little darker
@@ -177,7 +177,7 @@ def test_another_image_is_found(written: Path, tree: Path) -> None:
         compare_with_source(written, tree, count=100)
 
 
-def test_any_data_set_can_be_compared(beton: Path, tree: Path) -> None:
+def test_compare_accepts_any_data_set(beton: Path, tree: Path) -> None:
     assert compare(beton, Photographs(), count=16) > 25
 
     class Relabeled(Photographs):

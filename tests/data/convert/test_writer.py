@@ -1,4 +1,4 @@
-"""What is written: the images that were given, whole or not at all, and never a process that hangs."""
+"""Conversion to .beton: content, atomic writing, unreadable images, dead and stuck workers."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ OPTIONS = WriteOptions(max_side=64, workers=2, max_bad=0)
 ABOUT = {"class_names": ["a", "b"], "name": "t", "source": "tests"}
 
 
-class Opened:
-    """A data set of functions that return an image, or do something else; labels alternate."""
+class FunctionDataset:
+    """Data set of functions that return an image or fail; labels alternate."""
 
     def __init__(self, images: Sequence[Callable[[], Image.Image]]) -> None:
         self.images = images
@@ -61,7 +61,7 @@ def _truncated() -> Image.Image:
     return Image.open(io.BytesIO(stream.getvalue()[:-400]))
 
 
-def test_the_images_come_back(photographs: Path) -> None:
+def test_images_are_stored_with_labels_and_rows(photographs: Path) -> None:
     jpegs = stored_jpegs(photographs)
     assert len(jpegs) == len(Photographs()) == check_beton(photographs).num_samples
     for row, (content, label, index) in enumerate(jpegs):
@@ -77,9 +77,9 @@ def test_the_images_come_back(photographs: Path) -> None:
         assert difference.mean() < 4  # JPEG at quality 95, of 255 levels
 
 
-def test_the_sidecar_describes_the_file(tmp_path: Path) -> None:
+def test_sidecar_describes_the_file(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "train.beton"
-    info = write_beton(Opened([_small] * 5), path, OPTIONS, **ABOUT)
+    info = write_beton(FunctionDataset([_small] * 5), path, OPTIONS, **ABOUT)
     assert info == check_beton(path)
     assert (info.num_samples, info.num_classes, info.class_names) == (5, 2, ("a", "b"))
     assert (info.max_side, info.quality, info.name, info.source) == (64, 90, "t", "tests")
@@ -90,16 +90,16 @@ def test_the_sidecar_describes_the_file(tmp_path: Path) -> None:
     assert "5 images, 2 classes (a, b)" in describe_beton(path)
 
 
-def test_the_same_images_give_the_same_bytes(tmp_path: Path) -> None:
+def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
     for workers in (1, 3):
         write_beton(Photographs(), tmp_path / f"{workers}.beton", replace(OPTIONS, workers=workers), **ABOUT)
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
 
 
-def test_no_image_crosses_the_border_of_a_page(tmp_path: Path) -> None:
-    """FFCV reads whole pages, and finds a page by the place of an image's beginning."""
+def test_no_image_crosses_a_page_border(tmp_path: Path) -> None:
+    """FFCV reads whole pages and finds a page by the start of an image."""
     path = tmp_path / "x.beton"
-    write_beton(Opened([photograph] * 30), path, WriteOptions(quality=100, workers=1), **ABOUT)
+    write_beton(FunctionDataset([photograph] * 30), path, WriteOptions(quality=100, workers=1), **ABOUT)
     content = path.read_bytes()
     page = int.from_bytes(content[4:8], "little")
     place, pages = 0, set()
@@ -114,14 +114,14 @@ def _missing() -> Image.Image:
     return Image.open("/nowhere.jpg")
 
 
-def test_too_many_bad_images_end_in_one_error_and_leave_the_old_file(tmp_path: Path) -> None:
+def test_too_many_unreadable_images_are_one_error_and_keep_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "train.beton"
-    before = write_beton(Opened([_small] * 2), path, OPTIONS, **ABOUT)
+    before = write_beton(FunctionDataset([_small] * 2), path, OPTIONS, **ABOUT)
     images = [_small] * 80
     images[3], images[70] = _truncated, _missing
     for max_bad in (0, 1, 0.0125):
         with pytest.raises(UserError) as caught:
-            write_beton(Opened(images), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
+            write_beton(FunctionDataset(images), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
         message = str(caught.value)
         assert f"2 of 80 images cannot be read, more than the {max_bad and 1} that --max-bad allows" in message
         assert "image-3: OSError: " in message and "truncated" in message
@@ -133,11 +133,11 @@ def test_too_many_bad_images_end_in_one_error_and_leave_the_old_file(tmp_path: P
 
 
 @pytest.mark.parametrize("max_bad", [2, 0.0126])
-def test_a_few_bad_images_are_left_out(tmp_path: Path, max_bad: int | float) -> None:
+def test_unreadable_images_within_the_limit_are_left_out(tmp_path: Path, max_bad: int | float) -> None:
     path = tmp_path / "x.beton"
     images = [_small] * 80
     images[3], images[70] = _truncated, _missing
-    info = write_beton(Opened(images), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
+    info = write_beton(FunctionDataset(images), path, replace(OPTIONS, max_bad=max_bad), **ABOUT)
     assert info.num_samples == 78
     expected = [row % 2 for row in range(80) if row not in (3, 70)]
     assert [(label, index) for _, label, index in stored_jpegs(path)] == list(zip(expected, range(78), strict=True))
@@ -146,25 +146,25 @@ def test_a_few_bad_images_are_left_out(tmp_path: Path, max_bad: int | float) -> 
     assert read_sidecar(path)["class_counts"] == [39, 39]
     assert "left out  2 that cannot be read, listed in x.beton.skipped.csv" in describe_beton(path)
     verify_beton(path)
-    write_beton(Opened([_small] * 2), path, OPTIONS, **ABOUT)
+    write_beton(FunctionDataset([_small] * 2), path, OPTIONS, **ABOUT)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
 
 
-def test_a_hopeless_set_is_not_read_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_stops_far_beyond_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mrmae_ds.data.convert.writer._ENOUGH", 50)
     with pytest.raises(UserError, match=r"51 of 4,000 images cannot be read \(stopped after 51\)") as caught:
-        write_beton(Opened([_truncated] * 4000), tmp_path / "x.beton", OPTIONS, **ABOUT)
+        write_beton(FunctionDataset([_truncated] * 4000), tmp_path / "x.beton", OPTIONS, **ABOUT)
     assert str(caught.value).endswith("and 31 more")
     assert len((tmp_path / "x.beton.skipped.csv").read_text().splitlines()) == 52
 
 
-def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path) -> None:
+def test_class_without_readable_images_is_an_error(tmp_path: Path) -> None:
     images = [_small, _truncated] * 3 + [_small]
     with pytest.raises(UserError, match=r"no image of the class b can be read \(image-1: OSError"):
-        write_beton(Opened(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **ABOUT)
+        write_beton(FunctionDataset(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **ABOUT)
 
-    class Labeled(Opened):
-        """The third class is empty from the beginning, and the set can tell."""
+    class Labeled(FunctionDataset):
+        """Data set whose third class is empty, as its labels show."""
 
         def label(self, index: int) -> int:
             return index % 2
@@ -173,54 +173,54 @@ def test_a_class_that_loses_all_its_images_is_an_error(tmp_path: Path) -> None:
     about = ABOUT | {"class_names": ["a", "b", "c"]}
     write_beton(Labeled(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **about)
     with pytest.raises(UserError, match="no image of the class c"):
-        write_beton(Opened(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **about)
+        write_beton(FunctionDataset(images), tmp_path / "x.beton", replace(OPTIONS, max_bad=10), **about)
 
 
-def test_a_label_without_a_class_is_an_error_however_many_may_be_bad(tmp_path: Path) -> None:
+def test_label_without_a_class_is_an_error_at_any_limit(tmp_path: Path) -> None:
     options = replace(OPTIONS, max_bad=1.0)
     with pytest.raises(UserError, match=r"image-1: its label is 1, but there are 1 classes, labels from 0"):
-        write_beton(Opened([_small] * 2), tmp_path / "x.beton", options, **ABOUT | {"class_names": ["a"]})
+        write_beton(FunctionDataset([_small] * 2), tmp_path / "x.beton", options, **ABOUT | {"class_names": ["a"]})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_worker_is_an_error_that_names_the_image(tmp_path: Path) -> None:
+def test_killed_worker_is_an_error_naming_the_image(tmp_path: Path) -> None:
     def killed() -> Image.Image:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
     with pytest.raises(UserError, match=r"image-50: the process that read it ended with exit status -9.*--workers"):
-        write_beton(Opened([_small] * 50 + [killed] + [_small] * 50), tmp_path / "x.beton", OPTIONS, **ABOUT)
+        write_beton(FunctionDataset([_small] * 50 + [killed] + [_small] * 50), tmp_path / "x.beton", OPTIONS, **ABOUT)
     assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
 
 
-def test_a_stuck_worker_is_an_error_that_names_the_image(tmp_path: Path) -> None:
+def test_stuck_worker_is_an_error_naming_the_image(tmp_path: Path) -> None:
     def stuck() -> Image.Image:
         time.sleep(100)
         raise AssertionError
 
     options = replace(OPTIONS, timeout_s=0.5)
     with pytest.raises(UserError, match=r"image-20: not read within 0.5 s \(--timeout\)"):
-        write_beton(Opened([_small] * 20 + [stuck] + [_small] * 5), tmp_path / "x.beton", options, **ABOUT)
+        write_beton(FunctionDataset([_small] * 20 + [stuck] + [_small] * 5), tmp_path / "x.beton", options, **ABOUT)
     assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = write_beton(Opened([_small] * 2), tmp_path / "x.beton", OPTIONS, **ABOUT)
+def test_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = write_beton(FunctionDataset([_small] * 2), tmp_path / "x.beton", OPTIONS, **ABOUT)
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("mrmae_ds.data.beton.file_writer.BetonWriter.append", full)
     with pytest.raises(UserError, match=r"x\.beton: the disk is full \(No space left on device\), no partial file"):
-        write_beton(Opened([_small] * 5), tmp_path / "x.beton", OPTIONS, **ABOUT)
+        write_beton(FunctionDataset([_small] * 5), tmp_path / "x.beton", OPTIONS, **ABOUT)
     assert verify_beton(tmp_path / "x.beton") == before
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.beton", "x.beton.json"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_an_error(tmp_path: Path) -> None:
+def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"file/x\.beton: cannot be written \("):
-        write_beton(Opened([_small]), tmp_path / "file" / "x.beton", OPTIONS, **ABOUT)
+        write_beton(FunctionDataset([_small]), tmp_path / "file" / "x.beton", OPTIONS, **ABOUT)
 
 
 _INTERRUPTED = """
@@ -247,7 +247,7 @@ with _stoppable():
 @pytest.mark.parametrize(
     "number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
 )
-def test_when_the_writer_is_ended_so_are_its_workers(tmp_path: Path, number: int, status: int) -> None:
+def test_workers_end_with_the_writer(tmp_path: Path, number: int, status: int) -> None:
     writer = subprocess.Popen(
         [sys.executable, "-c", _INTERRUPTED, str(tmp_path)], cwd=REPOSITORY, stderr=subprocess.PIPE, text=True
     )
@@ -266,12 +266,12 @@ def test_when_the_writer_is_ended_so_are_its_workers(tmp_path: Path, number: int
         assert left == [] and "Traceback" not in errors
         return
     assert len(left) == 1 and left[0].startswith(".x.beton.") and f".{writer.pid}." in left[0]
-    write_beton(Opened([_small] * 2), tmp_path / "x.beton", OPTIONS, **ABOUT)
+    write_beton(FunctionDataset([_small] * 2), tmp_path / "x.beton", OPTIONS, **ABOUT)
     assert not (tmp_path / left[0]).exists()
 
 
 def _wait_for(condition: Callable[[], bool]) -> None:
-    """Raises TimeoutError after 20 s."""
+    """Wait up to 20 s."""
     deadline = time.monotonic() + 20
     while not condition():
         if time.monotonic() > deadline:
@@ -308,18 +308,18 @@ def test_options_out_of_range_are_errors(change: dict[str, Any], message: str) -
         WriteOptions(**change)
 
 
-def test_shares_are_rounded_up_and_numbers_taken_as_they_are() -> None:
+def test_max_bad_shares_are_rounded_up() -> None:
     texts = {"0": 0, "25": 25, "1%": 1, "0.01": 1, "0.5%": 1, "2%": 2, "1.0": 100, "0.0": 0}
     assert {text: WriteOptions(max_bad=parse_max_bad(text)).bad_limit(100) for text in texts} == texts
     assert WriteOptions(max_bad=0.01).bad_limit(1_281_167) == 12_812
 
 
-def test_an_empty_set_is_an_error(tmp_path: Path) -> None:
+def test_empty_data_set_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="empty"):
-        write_beton(Opened([]), tmp_path / "x.beton", OPTIONS, **ABOUT)
+        write_beton(FunctionDataset([]), tmp_path / "x.beton", OPTIONS, **ABOUT)
 
 
-def test_a_missing_file_names_the_scripts(tmp_path: Path) -> None:
+def test_missing_file_error_names_the_scripts(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"train\.beton: no such file; write it with data/folder\.py"):
         check_beton(tmp_path / "train.beton")
 
@@ -333,9 +333,9 @@ def test_a_missing_file_names_the_scripts(tmp_path: Path) -> None:
         ('{"format": 1}', "lacks num_samples"),
     ],
 )
-def test_a_bad_sidecar_is_an_error(tmp_path: Path, content: str | None, message: str) -> None:
+def test_invalid_sidecar_is_an_error(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "train.beton"
-    write_beton(Opened([_small] * 2), path, OPTIONS, **ABOUT)
+    write_beton(FunctionDataset([_small] * 2), path, OPTIONS, **ABOUT)
     sidecar_path(path).unlink()
     if content is not None:
         sidecar_path(path).write_text(content)

@@ -1,4 +1,4 @@
-"""The loader: the right pixels, the same ones however the work is spread, and nothing left behind."""
+"""The ffcv loader: pixels, independence of threads and ranks, damaged files, and clean-up."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _loader(path: Path, train: bool, **changes: Any) -> Loader:
 
 
 def _digest(batches: Iterable[Batch]) -> str:
-    """One hash of all that the batches hold."""
+    """Return one hash of the batches' content."""
     digest = hashlib.sha256()
     for batch in batches:
         for tensor in (batch.images, batch.labels, batch.indices, batch.valid):
@@ -55,7 +55,7 @@ def _digest(batches: Iterable[Batch]) -> str:
 
 
 def _by_sample(batches: Iterable[Batch]) -> dict[int, bytes]:
-    """The pixels of each sample."""
+    """Return the pixels of each sample."""
     return {
         int(index): image.contiguous().numpy().tobytes()
         for batch in batches
@@ -64,15 +64,15 @@ def _by_sample(batches: Iterable[Batch]) -> dict[int, bytes]:
 
 
 def _distance(image: torch.Tensor, expected: Image.Image) -> float:
-    """Mean difference of an image [3, S, S] from an image, of 255 levels."""
+    """Return the mean difference of an image [3, S, S] from another, of 255 levels."""
     return float(np.abs(image.permute(1, 2, 0).numpy().astype(int) - np.asarray(expected)).mean())
 
 
-def _assert_cut_by(make: Callable[..., Image.Image], image: torch.Tensor) -> None:
-    """The image is what ``make(top, left, bottom, right, mirrored)`` cuts out, and not what is off by a pixel.
+def _assert_crop(make: Callable[..., Image.Image], image: torch.Tensor) -> None:
+    """Check that an image is the crop ``make(top, left, bottom, right, mirrored)``, to the pixel.
 
-    The arguments are what to add to the sides of the right box. Pillow interpolates chroma before it resizes it, the
-    loader does not: hence not nothing.
+    The arguments are added to the sides of the correct box. The difference is not 0 because Pillow interpolates chroma
+    before it resizes it, and the loader does not.
     """
     distance = _distance(image, make())
     assert distance < 1.5
@@ -81,7 +81,7 @@ def _assert_cut_by(make: Callable[..., Image.Image], image: torch.Tensor) -> Non
     assert _distance(image, make(mirrored=True)) > 1.5 * distance
 
 
-def test_batches_are_what_they_promise(betons: tuple[Path, Path]) -> None:
+def test_batch_shapes_types_and_labels(betons: tuple[Path, Path]) -> None:
     loader = _loader(betons[0], train=True)
     assert (loader.num_samples, loader.batches_per_epoch) == (150, 36)
     batches = list(loader.epoch(0))
@@ -99,7 +99,7 @@ def test_batches_are_what_they_promise(betons: tuple[Path, Path]) -> None:
 def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> None:
     crop, jpegs = CropSettings(scale=(0.1, 0.8)), stored_jpegs(photographs)
     loader = _loader(photographs, train=True, image_size=size, crop=crop)
-    turned = 0
+    mirrored_count = 0
     for batch in loader.epoch(3):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
             source_image = Image.open(io.BytesIO(jpegs[index][0]))
@@ -114,13 +114,13 @@ def test_training_pixels_follow_the_crop_rule(photographs: Path, size: int) -> N
                 part = part.resize((size, size), Image.Resampling.BICUBIC)
                 return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip != mirrored else part
 
-            _assert_cut_by(cut, image)
-            turned += box[4]
-    assert 0 < turned < 16
+            _assert_crop(cut, image)
+            mirrored_count += box[4]
+    assert 0 < mirrored_count < 16
 
 
 @pytest.mark.parametrize("size, short", [(96, 109), (256, 256)])
-def test_evaluation_pixels_are_the_center(photographs: Path, size: int, short: int) -> None:
+def test_evaluation_pixels_are_the_center_crop(photographs: Path, size: int, short: int) -> None:
     jpegs = stored_jpegs(photographs)
     for batch in _loader(photographs, train=False, image_size=size).epoch(0):
         for index, image in zip(batch.indices.tolist(), batch.images, strict=True):
@@ -136,7 +136,7 @@ def test_evaluation_pixels_are_the_center(photographs: Path, size: int, short: i
                 part = resized.crop((x + left, y + top, x + size + right, y + size + bottom)).resize((size, size))
                 return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
 
-            _assert_cut_by(cut, image)
+            _assert_crop(cut, image)
 
 
 def test_threads_do_not_change_pixels(betons: tuple[Path, Path], photographs: Path) -> None:
@@ -160,7 +160,7 @@ def test_ranks_share_the_same_steps_and_pixels(betons: tuple[Path, Path]) -> Non
     assert steps(world_size=2, micro_batch=1, accumulation=4) == alone
 
 
-_IN_A_PROCESS = """
+_IN_ANOTHER_PROCESS = """
 import sys
 from pathlib import Path
 from tests.data.loaders.test_build import _digest, _loader
@@ -169,10 +169,10 @@ for path in sys.argv[1:]:
 """
 
 
-def test_a_fresh_process_of_four_threads_sees_the_same(betons: tuple[Path, Path], photographs: Path) -> None:
+def test_another_process_with_four_threads_yields_the_same(betons: tuple[Path, Path], photographs: Path) -> None:
     paths = betons[0], photographs
     done = subprocess.run(
-        [sys.executable, "-c", _IN_A_PROCESS, *map(str, paths)],
+        [sys.executable, "-c", _IN_ANOTHER_PROCESS, *map(str, paths)],
         capture_output=True, text=True, timeout=110, cwd=REPOSITORY, check=False,
         env={**os.environ, "NUMBA_NUM_THREADS": "4"},
     )  # fmt: skip
@@ -181,7 +181,7 @@ def test_a_fresh_process_of_four_threads_sees_the_same(betons: tuple[Path, Path]
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_an_epoch_is_resumed_at_any_batch(betons: tuple[Path, Path], train: bool) -> None:
+def test_epoch_resumes_at_any_batch(betons: tuple[Path, Path], train: bool) -> None:
     loader = _loader(betons[not train], train=train)
     batches = list(loader.epoch(1))
     assert len(batches) == loader.batches_per_epoch
@@ -222,7 +222,7 @@ def test_kept_batches_are_not_overwritten(betons: tuple[Path, Path]) -> None:
     assert len(set(seen)) == len(seen)
 
 
-def test_two_loaders_live_side_by_side(betons: tuple[Path, Path]) -> None:
+def test_two_loaders_run_side_by_side(betons: tuple[Path, Path]) -> None:
     train, val = _loader(betons[0], True, num_workers=2), _loader(betons[1], False, num_workers=2)
     expected = _digest(list(train.epoch(4))[:9]), _digest(list(val.epoch(0))[:9])
     together = [(a, b) for _, a, b in zip(range(9), train.epoch(4), val.epoch(0), strict=False)]
@@ -250,7 +250,7 @@ def test_abandoned_epochs_leave_no_threads(betons: tuple[Path, Path]) -> None:
     assert threading.active_count() == before
 
 
-def test_torchs_threads_are_left_alone(betons: tuple[Path, Path]) -> None:
+def test_torch_threads_are_restored(betons: tuple[Path, Path]) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -260,8 +260,8 @@ def test_torchs_threads_are_left_alone(betons: tuple[Path, Path]) -> None:
         torch.set_num_threads(before)
 
 
-def _altered(beton: Path, folder: Path, place: int) -> Path:
-    """A copy of which one bit is another."""
+def _flip_bit(beton: Path, folder: Path, place: int) -> Path:
+    """Copy a file and flip one bit."""
     path = folder / "train.beton"
     content = bytearray(beton.read_bytes())
     content[place] ^= 1
@@ -272,11 +272,9 @@ def _altered(beton: Path, folder: Path, place: int) -> Path:
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 @pytest.mark.parametrize("where", [0.01, 0.5, 0.97])
-def test_a_bit_that_has_changed_in_an_image_is_an_error(
-    photographs: Path, tmp_path: Path, where: float, backend: str
-) -> None:
+def test_changed_bit_in_an_image_is_an_error(photographs: Path, tmp_path: Path, where: float, backend: str) -> None:
     content, jpeg = photographs.read_bytes(), stored_jpegs(photographs)[6][0]
-    path = _altered(photographs, tmp_path, content.index(jpeg) + int(where * len(jpeg)))
+    path = _flip_bit(photographs, tmp_path, content.index(jpeg) + int(where * len(jpeg)))
     loader = _loader(path, train=False, backend=backend)
     with pytest.raises(UserError, match=r"damaged (JPEG|image) in sample 6"):
         list(loader.epoch(0))
@@ -285,29 +283,25 @@ def test_a_bit_that_has_changed_in_an_image_is_an_error(
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
 @pytest.mark.parametrize("what", ["version", "label", "checksum", "length"])
-def test_a_bit_that_has_changed_in_the_tables_is_an_error(
-    photographs: Path, tmp_path: Path, what: str, backend: str
-) -> None:
-    """The label, row and checksum of a sample lie behind its image's entry; places and lengths at the file's end."""
+def test_changed_bit_in_the_tables_is_an_error(photographs: Path, tmp_path: Path, what: str, backend: str) -> None:
+    """Flip a bit of a sample's entry, or of the table of offsets and lengths at the end of the file."""
     content, (jpeg, label, _) = photographs.read_bytes(), stored_jpegs(photographs)[6]
     place = content.index(jpeg).to_bytes(8, "little")
     entry = content.index(place + b"\0" * 3 + label.to_bytes(8, "little"))
     where = {"version": 0, "label": entry + 11, "checksum": entry + 27, "length": content.rindex(place) + 8}[what]
-    path = _altered(photographs, tmp_path, where)
+    path = _flip_bit(photographs, tmp_path, where)
     with pytest.raises(UserError, match=r"does not hold what its sidecar describes.*copy or write it again"):
         _loader(path, train=False, backend=backend)
 
 
-def test_a_file_cut_off_or_of_another_set_is_an_error(
-    photographs: Path, betons: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_truncated_or_exchanged_file_is_an_error(photographs: Path, betons: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "train.beton"
     for content in (photographs.read_bytes()[:-1], b"", betons[0].read_bytes()):
         path.write_bytes(content)
         shutil.copy(sidecar_path(photographs), sidecar_path(path))
         with pytest.raises(UserError, match=r"has [\d,]+ bytes, its sidecar says|no such file"):
             _loader(path, train=False)
-    # A file of the same size that another run of the writer has made, and a sidecar that is not its own.
+    # A file of the same size from another run of the writer, with the wrong sidecar.
     options = WriteOptions(max_side=256, quality=95, workers=1)
     write_beton(Relabeled(), path, options, class_names=["wide", "tall"], name="other", source="a photograph")
     assert path.stat().st_size == photographs.stat().st_size
@@ -317,14 +311,14 @@ def test_a_file_cut_off_or_of_another_set_is_an_error(
 
 
 class Relabeled(Photographs):
-    """The same images, other labels."""
+    """The same images with other labels."""
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         image, label = super().__getitem__(index)
         return image, 1 - label
 
 
-def test_a_file_of_ffcvs_own_writer_is_read(photographs: Path, tmp_path: Path) -> None:
+def test_reads_files_of_ffcv_writer(photographs: Path, tmp_path: Path) -> None:
     path, images = tmp_path / "train.beton", Photographs()
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField(), "index": IntField()}
     samples = [(np.asarray(images[row][0].resize((60, 44))), images[row][1], row) for row in range(len(images))]
@@ -344,8 +338,8 @@ def test_a_file_of_ffcvs_own_writer_is_read(photographs: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
-def test_what_was_damaged_before_it_was_written_is_an_error(photographs: Path, tmp_path: Path, backend: str) -> None:
-    """Checksums and all fit, the image does not."""
+def test_image_damaged_before_writing_is_an_error(photographs: Path, tmp_path: Path, backend: str) -> None:
+    """Store a truncated JPEG with a matching checksum."""
     path = tmp_path / "train.beton"
     with BetonWriter(path, 2, 256) as file:
         for jpeg in (stored_jpegs(photographs)[0][0], stored_jpegs(photographs)[6][0][:-300]):
@@ -359,7 +353,7 @@ def test_what_was_damaged_before_it_was_written_is_an_error(photographs: Path, t
     loader.close()
 
 
-def test_what_goes_wrong_in_ffcvs_thread_is_raised(betons: tuple[Path, Path]) -> None:
+def test_exception_in_ffcv_thread_is_raised(betons: tuple[Path, Path]) -> None:
     loader = _loader(betons[0], train=True)
     loader._decoder.table = loader._decoder.table[:10]  # type: ignore[attr-defined]
     with pytest.raises(IndexError):
@@ -377,27 +371,12 @@ def test_what_goes_wrong_in_ffcvs_thread_is_raised(betons: tuple[Path, Path]) ->
         ({"num_workers": 5000}, "num_workers is 5000, but"),
     ],
 )
-def test_settings_that_make_no_sense_are_errors(
-    betons: tuple[Path, Path], changes: dict[str, Any], message: str
-) -> None:
+def test_invalid_settings_are_errors(betons: tuple[Path, Path], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         _loader(betons[0], True, **changes)
 
 
-@pytest.mark.parametrize(
-    "values, message",
-    [
-        ({"scale": (0.0, 1.0)}, "crop scale"),
-        ({"scale": (0.2, 1.0), "ratio": (2.0, 1.0)}, "crop ratio"),
-        ({"scale": (0.2, 1.0), "flip": 2.0}, "flip"),
-    ],
-)
-def test_invalid_crop_is_an_error(values: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        CropSettings(**values)
-
-
-def test_a_batch_that_does_not_exist_is_an_error(betons: tuple[Path, Path]) -> None:
+def test_nonexistent_batch_is_an_error(betons: tuple[Path, Path]) -> None:
     with pytest.raises(UserError, match="no batch 37 in epoch 0"):
         _loader(betons[0], train=True).epoch(0, 37)
 
@@ -413,7 +392,7 @@ def test_a_batch_that_does_not_exist_is_an_error(betons: tuple[Path, Path]) -> N
         ({"SLURM_CPUS_PER_TASK": "64"}, 8),
     ],
 )
-def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int) -> None:
+def test_default_num_workers(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int) -> None:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -422,7 +401,7 @@ def test_threads_share_the_cores(monkeypatch: pytest.MonkeyPatch, environment: d
     assert default_num_workers() == threads
 
 
-def test_checking_needs_no_ffcv(betons: tuple[Path, Path]) -> None:
+def test_check_beton_imports_no_ffcv(betons: tuple[Path, Path]) -> None:
     code = (
         "import sys; from mrmae_ds.data.beton.sidecar import check_beton; print(check_beton(sys.argv[1]).num_samples, "
         "'ffcv' in sys.modules, 'numba' in sys.modules)"
@@ -434,7 +413,7 @@ def test_checking_needs_no_ffcv(betons: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_the_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
+def test_cuda_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
     device = torch.device("cuda", 0)
     batches = []
     for batch in _loader(betons[0], train=True, device=device).epoch(0):
@@ -444,7 +423,7 @@ def test_the_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
     assert _digest(batches) == _digest(_loader(betons[0], train=True).epoch(0))
 
 
-def test_a_missing_ffcv_is_named_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_ffcv_is_an_error_naming_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     from mrmae_ds.data.loaders.build import check_backend
 
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)

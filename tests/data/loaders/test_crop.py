@@ -1,8 +1,9 @@
-"""Crop boxes against torchvision's rule written out in plain Python, and against torchvision itself."""
+"""Crop boxes against torchvision's rule in plain Python, and against torchvision itself."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,12 +11,13 @@ import torch
 from torchvision.transforms import RandomResizedCrop, v2
 
 from mrmae_ds.data.loaders.crop import CropSettings, center_boxes, random_boxes, splitmix64
+from mrmae_ds.errors import UserError
 
 _WORD = (1 << 64) - 1
 
 
 def _hash(state: int) -> int:
-    """SplitMix64's output function on Python's integers."""
+    """Apply SplitMix64's output function to Python integers."""
     z = (state + 0x9E3779B97F4A7C15) & _WORD
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
@@ -25,7 +27,7 @@ def _hash(state: int) -> int:
 def expected_box(
     height: int, width: int, index: int, seed: int, epoch: int, crop: CropSettings
 ) -> tuple[int, int, int, int, int]:
-    """One sample's box by torchvision's rule, one float at a time."""
+    """Return one sample's box by torchvision's rule, in scalar arithmetic."""
     key = _hash(_hash(_hash(seed) ^ epoch) ^ index)
 
     def draw(number: int, low: float = 0.0, high: float = 1.0) -> float:
@@ -63,7 +65,7 @@ def test_splitmix64_has_the_published_output() -> None:
         CropSettings((0.9, 1.0), (1.0, 3.0), 1.0),
     ],
 )
-def test_boxes_equal_the_rule_in_plain_python(crop: CropSettings) -> None:
+def test_boxes_equal_plain_python(crop: CropSettings) -> None:
     generator = np.random.default_rng(0)
     sizes = generator.integers(1, 500, (400, 2))
     sizes[:4] = (10, 400), (500, 3), (32, 32), (1, 1)
@@ -76,7 +78,7 @@ def test_boxes_equal_the_rule_in_plain_python(crop: CropSettings) -> None:
     assert boxes.tolist() == [list(box) for box in expected]
 
 
-def test_a_box_depends_on_nothing_but_its_sample() -> None:
+def test_box_depends_only_on_seed_epoch_and_sample() -> None:
     crop, side = CropSettings(scale=(0.2, 1.0)), np.full(50, 32, dtype=np.int64)
     together = random_boxes(side, side, np.arange(50), seed=1, epoch=2, crop=crop)
     alone = random_boxes(side[:1], side[:1], np.array([33]), seed=1, epoch=2, crop=crop)
@@ -87,8 +89,8 @@ def test_a_box_depends_on_nothing_but_its_sample() -> None:
 
 
 @pytest.mark.parametrize("height, width", [(20, 400), (400, 20), (100, 100)])
-def test_where_no_try_fits_the_box_is_torchvisions(height: int, width: int) -> None:
-    # With an area of nearly all and ratios far from the image's, no try can fit.
+def test_fallback_box_equals_torchvision(height: int, width: int) -> None:
+    # No attempt fits an area of nearly the whole image with ratios far from the image's.
     crop = (
         CropSettings(scale=(0.99, 1.0), ratio=(0.75, 4 / 3))
         if height != width
@@ -99,7 +101,7 @@ def test_where_no_try_fits_the_box_is_torchvisions(height: int, width: int) -> N
     assert random_boxes(*sizes, np.array([0]), seed=0, epoch=0, crop=crop)[0, :4].tolist() == list(expected)
 
 
-def test_boxes_are_distributed_as_torchvisions() -> None:
+def test_box_distribution_equals_torchvision() -> None:
     crop, count = CropSettings(scale=(0.2, 1.0)), 4000
     sizes = np.full(count, 180, dtype=np.int64), np.full(count, 240, dtype=np.int64)
     ours = random_boxes(*sizes, np.arange(count), seed=0, epoch=0, crop=crop)
@@ -116,7 +118,7 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
 @pytest.mark.parametrize(
     "height, width, size, box",
     [
-        # 32 / 0.875 = 36.6: resized to 36, of which 32 are cut from the second on.
+        # 32 / 0.875 = 36.6: resized to 36, cropped to 32 from the second pixel on.
         (32, 32, 32, [2 * 32 / 36, 2 * 32 / 36, 32 * 32 / 36, 32 * 32 / 36, 0]),
         (256, 341, 224, [16, 58, 224, 224, 0]),
         # 341 x 256 and corner 58, as torchvision rounds.
@@ -125,19 +127,32 @@ def test_boxes_are_distributed_as_torchvisions() -> None:
         (1, 9, 32, [2 / 36, 146 / 36, 32 / 36, 32 / 36, 0]),
     ],
 )
-def test_evaluation_looks_at_the_center(height: int, width: int, size: int, box: list[float]) -> None:
-    found = center_boxes(np.array([height]), np.array([width]), size)
-    assert found.dtype == np.float64 and found.tolist() == [pytest.approx(box)]
+def test_center_boxes(height: int, width: int, size: int, box: list[float]) -> None:
+    boxes = center_boxes(np.array([height]), np.array([width]), size)
+    assert boxes.dtype == np.float64 and boxes.tolist() == [pytest.approx(box)]
 
 
 @pytest.mark.parametrize("height, width", [(375, 500), (64, 1000), (301, 77), (224, 225)])
 @pytest.mark.parametrize("size", [32, 224, 448])
-def test_evaluation_rounds_like_torchvision(height: int, width: int, size: int) -> None:
+def test_center_boxes_round_like_torchvision(height: int, width: int, size: int) -> None:
     short = int(size / 0.875) if size <= 224 else size
     coordinates = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).double()
     transform = v2.Compose([v2.Resize(short, antialias=False), v2.CenterCrop(size)])
-    seen = transform(coordinates)
+    cropped = transform(coordinates)
     top, left, tall, wide, _ = center_boxes(np.array([height]), np.array([width]), size)[0]
-    # The middle of what is seen, in stored pixels; bilinear interpolation of coordinates is exact inside the image.
-    middle = seen[0].mean().item() + 0.5, seen[1].mean().item() + 0.5
+    # The center of the crop in stored pixels; bilinear interpolation of coordinates is exact inside the image.
+    middle = cropped[0].mean().item() + 0.5, cropped[1].mean().item() + 0.5
     assert (top + tall / 2, left + wide / 2) == pytest.approx(middle, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"scale": (0.0, 1.0)}, "crop scale"),
+        ({"scale": (0.2, 1.0), "ratio": (2.0, 1.0)}, "crop ratio"),
+        ({"scale": (0.2, 1.0), "flip": 2.0}, "flip"),
+    ],
+)
+def test_invalid_crop_is_an_error(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CropSettings(**values)

@@ -1,4 +1,4 @@
-"""What the FFCV backend makes of a JPEG: Pillow's bicubic, to the level where chroma is not interpolated."""
+"""The JPEG kernel against Pillow's bicubic and float64 references."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
 
 pytestmark = pytest.mark.timeout(240, method="thread")
 Box = tuple[float, float, float, float, int]
-# Reduced a little and much, enlarged, thin, of one pixel, turned round.
+# Reduced slightly and strongly, enlarged, thin, single-pixel, mirrored.
 BOXES: list[tuple[Box, int]] = [
     ((0, 0, 301, 203, 0), 64),
     ((7, 30, 250, 101, 1), 224),
@@ -42,14 +42,14 @@ def _image() -> Image.Image:
 
 
 def _gray() -> Image.Image:
-    """Far enough from black and white that the filter's overshoot is not clipped, which Pillow does twice."""
+    """Return an image whose levels keep the filter's overshoot from being clipped, which Pillow does twice."""
     return ImageOps.grayscale(_image()).point(lambda value: 50 + 0.6 * value).convert("RGB")
 
 
 def _decode(
     jpegs: Sequence[bytes], boxes: Sequence[Box], size: int, beyond: bool = False, threads: int = 2
 ) -> tuple[np.ndarray, list[int]]:
-    """Images [B, S, S, 3] and the status of each; their sizes are what Pillow says."""
+    """Return images [B, S, S, 3] and their statuses; sizes are read by Pillow."""
     offsets = np.cumsum([0, *(len(jpeg) for jpeg in jpegs)])
     sides = [Image.open(io.BytesIO(jpeg)).size[::-1] for jpeg in jpegs]
     table = np.array([[offset, len(jpeg), *side] for offset, jpeg, side in zip(offsets, jpegs, sides, strict=False)])
@@ -76,15 +76,15 @@ def _decode_table(
 
 
 def _pillow(image: Image.Image, box: Box, size: int) -> np.ndarray:
-    """Cut out, then resized; [S, S, 3]."""
+    """Crop, then resize; [S, S, 3]."""
     top, left, height, width, mirrored = (int(side) for side in box)
     part = image.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
     return np.asarray(part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part).astype(int)
 
 
 @pytest.mark.parametrize("box, size", BOXES)
-def test_full_chroma_is_resized_as_in_float64(box: Box, size: int) -> None:
-    """Against torch's antialiased bicubic of the decoded YCbCr, and JFIF's formulas."""
+def test_full_chroma_equals_float64_resizing(box: Box, size: int) -> None:
+    """Compare with torch's antialiased bicubic of the decoded YCbCr and JFIF's formulas."""
     jpeg = _jpeg(_image(), quality=90, subsampling="4:4:4")
     (image,), status = _decode([jpeg], [box], size)
     assert status == [0]
@@ -104,8 +104,8 @@ def test_full_chroma_is_resized_as_in_float64(box: Box, size: int) -> None:
 
 @pytest.mark.parametrize("box, size", BOXES)
 @pytest.mark.parametrize("subsampling", ["4:4:4", "4:2:2", "4:2:0"])
-def test_luma_is_pillows(box: Box, size: int, subsampling: str) -> None:
-    """An image without color shows luma alone. Pillow rounds twice, and the filter enlarges the first rounding."""
+def test_luma_equals_pillow(box: Box, size: int, subsampling: str) -> None:
+    """Compare images without color. Pillow rounds twice, and the filter amplifies the first rounding."""
     jpeg = _jpeg(_gray(), quality=90, subsampling=subsampling)
     (image,), status = _decode([jpeg], [box], size)
     assert status == [0]
@@ -114,13 +114,13 @@ def test_luma_is_pillows(box: Box, size: int, subsampling: str) -> None:
 
 @pytest.mark.parametrize("box, size", BOXES)
 @pytest.mark.parametrize("subsampling", ["4:2:2", "4:2:0"])
-def test_colors_differ_by_the_interpolation_of_chroma_alone(box: Box, size: int, subsampling: str) -> None:
+def test_colors_differ_only_by_chroma_interpolation(box: Box, size: int, subsampling: str) -> None:
     jpeg = _jpeg(_image(), quality=90, subsampling=subsampling)
     (image,), _ = _decode([jpeg], [box], size)
     expected = _pillow(Image.open(io.BytesIO(jpeg)).convert("RGB"), box, size)
     assert np.abs(image - expected).mean() < 1
     luma = np.abs((image - expected) @ np.array([0.299, 0.587, 0.114]))
-    # Where Pillow clips a color before it resizes, luma is another.
+    # Luma differs where Pillow clips a color before it resizes.
     assert np.quantile(luma, 0.99) < 1.5
     other = (box[0], box[1], box[2], box[3], 1 - box[4])
     if box[3] > 1:
@@ -128,8 +128,8 @@ def test_colors_differ_by_the_interpolation_of_chroma_alone(box: Box, size: int,
 
 
 @pytest.mark.parametrize("size", [32, 96, 256])
-def test_beyond_the_box_is_what_resizing_before_cutting_sees(size: int) -> None:
-    """The boxes are of images that are resized to 2 * size high, and cut in the middle."""
+def test_beyond_equals_resizing_before_cropping(size: int) -> None:
+    """Resize to a height of 2 * size, and crop the center."""
     jpeg = _jpeg(_gray(), quality=90)
     width = 2 * size * 203 // 301
     left = (width - size) // 2
@@ -138,12 +138,12 @@ def test_beyond_the_box_is_what_resizing_before_cutting_sees(size: int) -> None:
     whole = Image.open(io.BytesIO(jpeg)).resize((width, 2 * size), Image.Resampling.BICUBIC)
     expected = np.asarray(whole.crop((left, size // 2, left + size, size // 2 + size))).astype(int)
     assert np.abs(image - expected).max() <= 2
-    (cut_before,), _ = _decode([jpeg], [box], size)
-    assert np.abs(cut_before - expected).max() > 2
+    (cropped_first,), _ = _decode([jpeg], [box], size)
+    assert np.abs(cropped_first - expected).max() > 2
 
 
 def test_flat_images_stay_flat() -> None:
-    """The weights of each output sum to exactly 1, however many they are."""
+    """The weights of each output sum to exactly 1, for any number of taps."""
     for color in ((255, 255, 255), (0, 0, 0), (200, 30, 90)):
         jpeg = _jpeg(Image.new("RGB", (3000, 17), color), quality=100, subsampling="4:4:4")
         decoded = np.asarray(Image.open(io.BytesIO(jpeg)))[0, 0].astype(int)
@@ -162,7 +162,7 @@ def test_small_images(size: tuple[int, int]) -> None:
     assert np.abs(image - _pillow(Image.open(io.BytesIO(jpeg)), box, 24)).max() <= 2
 
 
-def test_threads_and_neighbors_change_nothing() -> None:
+def test_result_does_not_depend_on_threads_or_batch() -> None:
     sizes = [(203, 301), (20, 31), (400, 90), (64, 64), (301, 203)]
     jpegs = [_jpeg(photograph().resize(size), quality=90) for size in sizes]
     boxes = [(0.0, 0.0, float(height), float(width), place % 2) for place, (width, height) in enumerate(sizes)]
@@ -172,12 +172,12 @@ def test_threads_and_neighbors_change_nothing() -> None:
         assert np.array_equal(images, alone) and status == [0] * 5
 
 
-def test_what_is_no_sound_ycbcr_jpeg_is_damaged() -> None:
-    """And the others of the batch are not."""
+def test_anything_but_an_intact_ycbcr_jpeg_is_damaged() -> None:
+    """The other images of the batch are not affected."""
     sound = _jpeg(_image(), quality=90)
     half = len(sound) // 2
     cases = {
-        "sound": sound,
+        "intact": sound,
         "gray": _jpeg(ImageOps.grayscale(_image()), quality=90),
         "cmyk": _jpeg(_image().convert("CMYK"), quality=90),
         "rgb": _jpeg(_image(), quality=90, keep_rgb=True),
@@ -186,12 +186,12 @@ def test_what_is_no_sound_ycbcr_jpeg_is_damaged() -> None:
         "no jpeg": b"\0" * 300,
         "png": _png(),
         "nothing": b"",
-        "sound again": sound,
+        "intact again": sound,
     }
     offsets = np.cumsum([0, *(len(jpeg) for jpeg in cases.values())])
     table = np.array([[offset, len(jpeg), 301, 203] for offset, jpeg in zip(offsets, cases.values(), strict=False)])
     _, status = _decode_table(b"".join(cases.values()), table, [(0, 0, 301, 203, 0)] * len(cases), 16)
-    expected = [0 if name.startswith("sound") else jpeg_kernel.DAMAGED for name in cases]
+    expected = [0 if name.startswith("intact") else jpeg_kernel.DAMAGED for name in cases]
     assert dict(zip(cases, status, strict=True)) == dict(zip(cases, expected, strict=True))
 
 
@@ -202,15 +202,15 @@ def _png() -> bytes:
 
 
 @pytest.mark.parametrize("side", [(300, 203), (302, 203), (301, 202), (301, 204), (20, 20), (203, 301)])
-def test_a_jpeg_of_another_size_is_damaged(side: tuple[int, int]) -> None:
+def test_jpeg_of_another_size_is_damaged(side: tuple[int, int]) -> None:
     jpeg = _jpeg(_image(), quality=90)
     _, status = _decode_table(jpeg, np.array([[0, len(jpeg), *side]]), [(0, 0, 10, 10, 0)], 16)
     assert status == [jpeg_kernel.DAMAGED]
 
 
 @pytest.mark.parametrize("more", [0, 1, 4095, 4096, 60_000])
-def test_the_checksum_is_zlibs(more: int) -> None:
-    """Of JPEGs of several lengths, by bytes behind their end, which the decoder does not look at."""
+def test_checksum_equals_zlib(more: int) -> None:
+    """Vary the length by bytes after the end of the JPEG, which the decoder ignores."""
     jpeg = _jpeg(_image().resize((20, 30)), quality=90) + b"\xff" * more
     table, box = np.array([[0, len(jpeg), 30, 20]]), [(0, 0, 30, 20, 0)]
     right = zlib.adler32(jpeg)

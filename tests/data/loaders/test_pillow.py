@@ -45,7 +45,7 @@ def _image(jpeg: bytes) -> Image.Image:
 
 
 @pytest.mark.parametrize("size", [32, 224])
-def test_training_pixels_are_torchvisions(photographs: Path, size: int) -> None:
+def test_training_pixels_equal_torchvision(photographs: Path, size: int) -> None:
     jpegs, mirrored = stored_jpegs(photographs), 0
     loader = _loader(photographs, train=True, image_size=size)
     for batch in loader.epoch(3):
@@ -63,7 +63,7 @@ def test_training_pixels_are_torchvisions(photographs: Path, size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [32, 96, 224, 256])
-def test_evaluation_pixels_are_torchvisions(photographs: Path, size: int) -> None:
+def test_evaluation_pixels_equal_torchvision(photographs: Path, size: int) -> None:
     short = size if size > 224 else math.floor(size / 0.875)
     transform = v2.Compose([v2.Resize(short, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])
     jpegs = stored_jpegs(photographs)
@@ -78,7 +78,7 @@ def test_evaluation_pixels_are_torchvisions(photographs: Path, size: int) -> Non
 
 
 def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
-    """How far the backends are apart in each image: mean difference, of 255 levels."""
+    """Return the mean difference of the backends in each image, of 255 levels."""
     first = _loader(path, train, "ffcv", image_size=64)
     second = _loader(path, train, "pillow", image_size=64, seed=other_seed)
     others = {int(i): image for batch in second.epoch(2) for i, image in zip(batch.indices, batch.images, strict=True)}
@@ -91,16 +91,16 @@ def _distances(path: Path, train: bool, other_seed: int = 5) -> list[float]:
 
 
 @pytest.mark.parametrize("train", [True, False])
-def test_both_backends_show_the_same_part_of_the_same_image(photographs: Path, train: bool) -> None:
-    # What remains is how chroma is interpolated: see test_jpeg_kernel.py.
+def test_both_backends_crop_the_same_part(photographs: Path, train: bool) -> None:
+    # The rest is chroma's interpolation: see test_jpeg_kernel.py.
     assert max(_distances(photographs, train)) < 1.5
 
 
-def test_another_part_would_be_seen(photographs: Path) -> None:
+def test_another_crop_would_be_detected(photographs: Path) -> None:
     assert np.median(_distances(photographs, True, other_seed=6)) > 12
 
 
-def test_pixels_do_not_depend_on_processes_ranks_or_where_an_epoch_starts(betons: tuple[Path, Path]) -> None:
+def test_pixels_do_not_depend_on_processes_ranks_or_start_batch(betons: tuple[Path, Path]) -> None:
     whole = _samples(_loader(betons[0], True), 1)
     assert _samples(_loader(betons[0], True, num_workers=2), 1) == whole
     assert _samples(_loader(betons[0], True), 1, start=20) == whole[80:]
@@ -109,7 +109,7 @@ def test_pixels_do_not_depend_on_processes_ranks_or_where_an_epoch_starts(betons
     assert dict(ranks[0] + ranks[1]) == dict(whole)
 
 
-def test_an_epoch_can_be_left_and_another_begun(betons: tuple[Path, Path]) -> None:
+def test_abandoned_epoch_and_new_epoch(betons: tuple[Path, Path]) -> None:
     whole = _samples(_loader(betons[0], True), 1)
     loader = _loader(betons[0], True)
     left = loader.epoch(0)
@@ -123,7 +123,7 @@ def test_an_epoch_can_be_left_and_another_begun(betons: tuple[Path, Path]) -> No
     assert _samples(loader, 1) == whole
 
 
-def test_a_damaged_image_is_named(betons: tuple[Path, Path], tmp_path: Path) -> None:
+def test_damaged_image_is_an_error_naming_the_sample(betons: tuple[Path, Path], tmp_path: Path) -> None:
     copy = tmp_path / "train.beton"
     content = bytearray(betons[0].read_bytes())
     place = content.index(stored_jpegs(betons[0])[7][0])
@@ -134,7 +134,7 @@ def test_a_damaged_image_is_named(betons: tuple[Path, Path], tmp_path: Path) -> 
         _samples(_loader(copy, True))
 
 
-def test_needs_no_ffcv(betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pillow_backend_imports_no_ffcv(betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import mrmae_ds.data.loaders._ffcv as module
 
     def missing() -> None:

@@ -1,4 +1,4 @@
-"""The order of samples: whole, independent of how a run is spread, and exact at awkward counts."""
+"""The order of samples: complete, independent of ranks, and exact at any count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def test_steps_are_whole_global_batches() -> None:
     assert steps_per_epoch(16, 16) == 1
 
 
-def test_a_set_smaller_than_a_global_batch_is_an_error() -> None:
+def test_data_set_smaller_than_a_global_batch_is_an_error() -> None:
     with pytest.raises(UserError, match="15 samples, fewer than one global batch of 16"):
         steps_per_epoch(15, 16)
 
@@ -27,12 +27,12 @@ def test_permutation_is_philox_output_sorted() -> None:
 
 
 def test_permutation_never_changes() -> None:
-    # Typed in: runs are resumed by it, under any version of numpy.
+    # Literal values: resumed runs depend on them, under any version of numpy.
     assert epoch_permutation(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
 
 
 @pytest.mark.parametrize("seed, epoch", [(3, 6), (4, 5), (5, 3)])
-def test_another_epoch_or_seed_is_another_order(seed: int, epoch: int) -> None:
+def test_epoch_and_seed_change_the_order(seed: int, epoch: int) -> None:
     assert (epoch_permutation(200, 3, 5) != epoch_permutation(200, seed, epoch)).mean() > 0.9
 
 
@@ -50,7 +50,7 @@ def test_train_order_follows_the_rule(batch: int, accumulation: int, ranks: int)
         assert mine.tolist() == expected
 
 
-def test_the_samples_of_a_step_do_not_depend_on_the_split() -> None:
+def test_samples_of_a_step_do_not_depend_on_ranks() -> None:
     def steps(batch: int, accumulation: int, ranks: int) -> list[set[int]]:
         shares = [
             train_order(
@@ -74,7 +74,7 @@ def test_the_samples_of_a_step_do_not_depend_on_the_split() -> None:
 
 @pytest.mark.parametrize("count", [1, 3, 7, 16, 17, 33])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_evaluation_takes_each_sample_once(count: int, ranks: int) -> None:
+def test_eval_order_takes_each_sample_once(count: int, ranks: int) -> None:
     shares = [eval_order(count, batch=4, world_size=ranks, rank=rank) for rank in range(ranks)]
     assert len({rows.shape for rows, _ in shares}) == 1
     counted = np.concatenate([rows[valid] for rows, valid in shares])
@@ -82,6 +82,6 @@ def test_evaluation_takes_each_sample_once(count: int, ranks: int) -> None:
     assert all(((rows >= 0) & (rows < count)).all() for rows, _ in shares)
 
 
-def test_evaluating_on_nothing_is_an_error() -> None:
+def test_empty_evaluation_set_is_an_error() -> None:
     with pytest.raises(UserError, match="empty"):
         eval_order(0, batch=4, world_size=1, rank=0)

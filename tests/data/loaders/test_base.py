@@ -1,4 +1,4 @@
-"""Evaluating a part of a data set."""
+"""Evaluation of a part of a data set."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def beton(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _read(beton: Path, samples: int | None, world_size: int = 1, backend: Backend = "pillow") -> list[list[int]]:
-    """The rows that count, by rank."""
+    """Return the valid rows of each rank."""
     ranks = []
     for rank in range(world_size):
         loader = open_loader(beton, backend, image_size=16, world_size=world_size, rank=rank, samples=samples)
@@ -31,22 +31,22 @@ def _read(beton: Path, samples: int | None, world_size: int = 1, backend: Backen
 
 
 @pytest.mark.parametrize("backend", ["pillow", "ffcv"])
-def test_a_part_is_evenly_spaced(beton: Path, backend: Backend) -> None:
+def test_evaluated_part_is_evenly_spaced(beton: Path, backend: Backend) -> None:
     assert _read(beton, 7, backend=backend) == [[0, 7, 14, 21, 28, 35, 42]]
 
 
 @pytest.mark.parametrize("samples", [None, 50, 1000])
-def test_no_more_than_all_are_read(beton: Path, samples: int | None) -> None:
+def test_part_is_limited_to_the_data_set(beton: Path, samples: int | None) -> None:
     assert _read(beton, samples) == [list(range(50))]
 
 
-def test_each_is_read_once_by_any_number_of_processes(beton: Path) -> None:
+def test_part_does_not_depend_on_ranks(beton: Path) -> None:
     (alone,) = _read(beton, 21)
     assert len(set(alone)) == 21 and alone[-1] == 50 * 20 // 21
     for world_size in (2, 3):
         assert sorted(row for rank in _read(beton, 21, world_size) for row in rank) == alone
 
 
-def test_none_is_an_error(beton: Path) -> None:
+def test_empty_part_is_an_error(beton: Path) -> None:
     with pytest.raises(UserError, match="samples must be at least 1, not 0"):
         _read(beton, 0)
