@@ -32,7 +32,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ranks import RanksError, machine, run_ranks, tell
+from ranks import RanksError, machine, report_result, run_ranks
 from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -139,7 +139,7 @@ def run_rank(settings: dict[str, Any]) -> None:
         engine.destroy()
     size = sum(path.stat().st_size for path in list_checkpoints(folder / "foreground")[-1].iterdir())
     if launch.rank == 0:
-        tell({"bytes": size, "times": times})
+        report_result({"bytes": size, "times": times})
     end_process_group()
     os._exit(0)
 

@@ -1,10 +1,10 @@
-"""Which AdamW should step what is offloaded to the host: torch's, its fused one, or DeepSpeed's?
+"""Compare AdamW implementations for optimizer states on the host: torch's, its fused one, DeepSpeed's.
 
     python benchmarks/cpu_adam.py
 
-One flat float32 tensor, as ZeRO-3 keeps a rank's share of a group on the host. The three take turns, so that other work
-on the machine meets all alike; a time is the median. DeepSpeed's is compiled the first time, which takes minutes; where
-it cannot be, its row stays blank.
+One flat float32 tensor, as ZeRO-3 keeps a rank's partition of a group on the host. The three run in turn, so that other
+load on the machine affects all equally; a time is the median. DeepSpeed's is compiled at its first use, which takes
+minutes; if compilation fails, its row stays blank.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ KINDS = {"torch": torchs(fused=False), "torch, fused": torchs(fused=True), "Deep
 
 
 def main() -> None:
-    """Time, compare, print, write."""
+    """Run the benchmark, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--elements", type=int, default=25_000_000)
-    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each")
+    parser.add_argument("--rounds", type=int, default=9, help="timed steps of each implementation")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
@@ -70,7 +70,7 @@ def main() -> None:
     medians = {kind: statistics.median(values) for kind, values in times.items() if values}
     apart = {kind: (p - made["torch"][0]).abs().max().item() for kind, (p, _) in made.items()}
     print(f"{args.elements:,} elements, {args.threads} threads\n")
-    print("| AdamW | ms a step | of torch's | weights apart |\n|---|---|---|---|")
+    print("| AdamW | ms per step | ratio to torch's | difference of weights |\n|---|---|---|---|")
     for kind in KINDS:
         cells = (
             (f"{1e3 * medians[kind]:.0f} | {medians[kind] / medians['torch']:.2f} | {apart[kind]:.1e}")

@@ -1,12 +1,12 @@
-"""What do the engine configs of a size cost: its own (ZeRO-3), -zero1 and -offload, beside each other.
+"""Compare time and memory of the engine configs of a size: its own (ZeRO-3), -zero1 and -offload.
 
     python benchmarks/engine_variants.py small --stage finetune --micro-batch 2
 
-Real optimizer steps on made-up images (benchmarks/train_step.py). For time and gathered bytes the engines live in the
-same processes and take turns, step by step, so that other work on the machine meets all alike; a time is the median, a
-ratio the median over rounds of the ratio to the size's own config. For memory each has processes of its own: the most
-that one had resident, less what it had before the model. On the CPU the device is the host: what -offload keeps off a
-GPU is resident all the same, and moving it costs a copy in memory instead of a bus.
+Real optimizer steps on synthetic images (benchmarks/train_step.py). For time and gathered bytes, all engines run in the
+same processes in turn, step by step, so that other load on the machine affects all equally; a time is the median, and a
+ratio the median over rounds of the ratio to the size's own config. For memory, each config has its own processes: the
+peak resident memory of a rank minus its memory before the model was built. On the CPU the device is the host: states
+that -offload moves off a GPU stay resident, and moving them is a memory copy instead of a PCIe transfer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GIB = 2**30
 
 
 def run_rank(folder: Path) -> None:
-    """One process: an engine of each config in FOLDER/job.json, step by step in turn; rank 0 writes result.json."""
+    """Run one rank: the engines of all configs in FOLDER/job.json, in turn; rank 0 writes result.json."""
     from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
@@ -67,7 +67,7 @@ def run_rank(folder: Path) -> None:
 
 
 class _Run:
-    """A config's engine and its task."""
+    """Engine and task of a config."""
 
     def __init__(self, name: str, job: dict[str, Any], device: Any, launch: Any) -> None:
         import torch
@@ -97,7 +97,7 @@ class _Run:
         self.plan, self.taken = StageSchedule(stage, 0, 1000, 1, job["micro_batch"], launch), 0
 
     def step(self) -> None:
-        """One optimizer step, and its loss on the host."""
+        """Run an optimizer step and copy its loss to the host."""
         from mrmae_ds.training.loop import run_step
         from mrmae_ds.training.meter import Meter
 
@@ -108,7 +108,7 @@ class _Run:
 
 
 def start(names: list[str], args: argparse.Namespace, warmup: int, steps: int) -> dict[str, Any]:
-    """Fresh processes with these configs; what they found."""
+    """Run these configs in new processes and return the results."""
     from tests.support.processes import finish, rank_processes
 
     with tempfile.TemporaryDirectory() as folder:
@@ -121,7 +121,7 @@ def start(names: list[str], args: argparse.Namespace, warmup: int, steps: int) -
 
 
 def summary(names: list[str], together: dict[str, Any], memory: dict[str, float]) -> dict[str, dict[str, float]]:
-    """Numbers of each config, and their ratios to the first one's."""
+    """Return the numbers of each config, and their ratios to the first one's."""
     times, gathered, first = together["times"], together["gathered"], names[0]
     return {
         name: {
@@ -137,15 +137,15 @@ def summary(names: list[str], together: dict[str, Any], memory: dict[str, float]
 
 
 def main() -> None:
-    """Run, print, write."""
+    """Run the benchmark, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="ds_configs/NAME.json, and what there is of its variants")
+    parser.add_argument("name", help="ds_configs/NAME.json and its existing variants")
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
-    parser.add_argument("--micro-batch", type=int, default=2, help="images a process takes at a time")
+    parser.add_argument("--micro-batch", type=int, default=2, help="images per rank and forward pass")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=2, help="rounds before those that are timed")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed rounds")
     parser.add_argument("--steps", type=int, default=9, help="timed rounds")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for one start")
+    parser.add_argument("--limit", type=float, default=1800, help="time limit in seconds of one launch")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -157,7 +157,7 @@ def main() -> None:
     memory = {name: start([name], args, 1, 2)["memory"] for name in names}
     together = start(names, args, args.warmup, args.steps)
     rows = summary(names, together, memory)
-    print("| engine config | s a step | ratio | GiB a process | ratio | GiB gathered a step | ratio |")
+    print("| engine config | s per step | ratio | GiB per rank | ratio | GiB gathered per step | ratio |")
     print("|---|---|---|---|---|---|---|")
     for name, row in rows.items():
         print(f"| {name} | " + " | ".join(f"{value:.2f}" for value in row.values()) + " |")

@@ -1,10 +1,10 @@
-"""How much does ZeRO-3 gather for an optimizer step of Huge, and which key of its engine config decides it?
+"""Measure the parameters that ZeRO-3 gathers per optimizer step of Huge, by engine config.
 
     python benchmarks/gather_volume.py
 
-Two processes on the CPU run a narrow Huge (its stages, depths and patches, layers an eighth to a sixteenth as wide)
-under ds_configs/huge.json with one key changed at a time, its sizes in elements shrunk as the model is. Counted is
-every all-gather that DeepSpeed issues in a step, in units of the model: all parameters once.
+Two CPU ranks run a narrow Huge (its stages, depths and patches; layers of 1/8 to 1/16 of the width) under
+ds_configs/huge.json with one key changed at a time and its sizes scaled like the model. All all-gathers that DeepSpeed
+issues in a step are counted, in multiples of the model's parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 
 def settings(elements: int) -> dict[str, tuple[dict[str, Any], int]]:
-    """Changes to huge.json and accumulation, by what they are called; ``elements`` of the whole Huge."""
+    """Return changes to huge.json and accumulation steps by name; ``elements`` is the parameter count of Huge."""
 
     def zero(**values: Any) -> dict[str, Any]:
         return {"zero_optimization": values}
@@ -54,7 +54,7 @@ def settings(elements: int) -> dict[str, tuple[dict[str, Any], int]]:
 
 
 def run_rank(folder: Path) -> None:
-    """One process: all settings in turn, the result in FOLDER/result.json."""
+    """Run one rank: all settings in turn; the result is written to FOLDER/result.json."""
     from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
@@ -74,9 +74,9 @@ def run_rank(folder: Path) -> None:
 
 
 def main() -> None:
-    """Start the two processes, print the table, write the JSON."""
+    """Run the benchmark on two ranks, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--limit", type=float, default=1800, help="seconds")
+    parser.add_argument("--limit", type=float, default=1800, help="time limit in seconds")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -92,7 +92,7 @@ def main() -> None:
             sys.exit("\n".join(process.stderr[-2000:] for process in ended))
         found = json.loads((Path(folder) / "result.json").read_text())
     print(f"Huge: {elements(huge(narrow=False)):,} parameters; narrow: {elements(huge(narrow=True)):,}\n")
-    print("| engine config | models gathered a step | all-gathers | first step |\n|---|---|---|---|")
+    print("| engine config | models gathered per step | all-gathers | first step |\n|---|---|---|---|")
     for name, steps in found.items():
         print(f"| {name} | {steps[-1]['models']:.2f} | {steps[-1]['calls']} | {steps[0]['models']:.2f} |")
     if args.out:

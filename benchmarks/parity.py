@@ -1,11 +1,11 @@
-"""Does a scaled run compute what one process computes: every engine of the matrix against one plain torch process.
+"""Compare every engine of the parity matrix with a single plain torch process.
 
-    python benchmarks/parity.py                              # the matrix, and bfloat16, clipping, offloading, hpZ
+    python benchmarks/parity.py                              # the matrix, bfloat16, clipping, offloading, hpZ
     python benchmarks/parity.py --compiled --nvme /scratch   # torch.compile of every block; files on a disk
 
-Twenty steps of pre-training and ten of fine-tuning of CViT-Tiny on real images, on the CPU (tests/training/parity).
-A number is the largest relative difference of a step's loss; ! marks one outside the tolerance that it is tested to
-(1e-6 in float32). Where it is run beside other work it takes longer and gives the same numbers.
+Twenty steps of pre-training and ten of fine-tuning of CViT-Tiny on real images, on the CPU (tests/training/parity). A
+number is the largest relative difference of a step's loss; ! marks one that exceeds the tolerance of the tests (1e-6 in
+float32). The numbers do not depend on other load on the machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from tests.training.parity.cases import (  # noqa: E402
 
 
 def compare(cases: list[Case], folder: Path, limit_s: float) -> dict[str, Difference]:
-    """Differences by the case's name."""
+    """Return the differences by name of the case."""
     from tests.training.parity.engine import run_cases
     from tests.training.parity.job import write_workspace
     from tests.training.parity.plain import run_plain
@@ -52,13 +52,13 @@ def compare(cases: list[Case], folder: Path, limit_s: float) -> dict[str, Differ
 
 
 def cell(case: Case, found: dict[str, Difference]) -> str:
-    """The difference of the loss."""
+    """Format the difference of the loss."""
     value = found[case.name]
     return f"{value.loss:.1e}{'' if value.within(TOLERANCE[case.precision]) else ' !'}"
 
 
 def matrix_table(found: dict[str, Difference]) -> str:
-    """Markdown: a row an engine, a column a placement, and fine-tuning."""
+    """Format as Markdown: one row per engine, one column per placement, and fine-tuning."""
     head = ["processes", "ZeRO", "checkpointing", "accumulation", *PLACEMENTS, "finetune"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for world_size in (1, 2):
@@ -74,7 +74,7 @@ def matrix_table(found: dict[str, Difference]) -> str:
 
 
 def other_table(cases: list[Case], found: dict[str, Difference]) -> str:
-    """Markdown: a row a case."""
+    """Format as Markdown: one row per case."""
     lines = ["| engine | loss | gradient norm | weights |", "|---|---|---|---|"]
     for case in cases:
         value = found[case.name]
@@ -83,11 +83,11 @@ def other_table(cases: list[Case], found: dict[str, Difference]) -> str:
 
 
 def main() -> None:
-    """Run, print, write; status 1 if anything is outside its tolerance."""
+    """Run all cases, print the tables, write the JSON; return 1 if any case exceeds its tolerance."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--compiled", action="store_true", help="torch.compile's cases and nothing else")
-    parser.add_argument("--nvme", type=Path, help="a folder on a disk: offloading to it, and nothing else")
-    parser.add_argument("--limit", type=float, default=7200, help="seconds for all engines of as many processes")
+    parser.add_argument("--compiled", action="store_true", help="run only the cases of torch.compile")
+    parser.add_argument("--nvme", type=Path, help="folder on a disk: run only the cases that offload to it")
+    parser.add_argument("--limit", type=float, default=7200, help="time limit in seconds per number of ranks")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     special = [case for size in (1, 2) for case in (compiled_cases(size) if args.compiled else [])]
@@ -100,7 +100,7 @@ def main() -> None:
         print(matrix_table(found), end="\n\n")
     print(other_table(others, found))
     wrong = [case.name for case in cases if not found[case.name].within(TOLERANCE[case.precision])]
-    print(f"\n{len(cases)} engines, {len(wrong)} outside their tolerance {' '.join(wrong)}")
+    print(f"\n{len(cases)} engines, {len(wrong)} exceed their tolerance: {' '.join(wrong)}")
     if args.out:
         write_result(
             args.out,

@@ -1,19 +1,19 @@
-"""Whether the planner's memory is right: its prediction beside the measured peak of real optimizer steps.
+"""Compare the planner's memory with the measured peak of real optimizer steps.
 
     python benchmarks/plan_memory.py                                     # small to large, on the CPU
     python benchmarks/plan_memory.py huge-pretrain --out FILE.json       # 18 GiB of free memory
     python benchmarks/plan_memory.py --gpu small-pretrain base-pretrain  # on GPUs
 
 Each configuration runs in fresh processes: model, teachers (with random weights), objectives, optimizer and engine are
-the real ones at their real sizes, the images noise. On the CPU everything is float32, as the CPU's half precision
-is another library's business.
+the real ones at their real sizes; the images are noise. On the CPU everything is float32, because half precision uses
+other kernels there.
 
-Measured on the CPU is what the kernel says was resident at most (VmHWM, which is reset before each part of a step), so
-it holds everything: tensors, what kernels take for a moment, and Python. From it the resident memory after imports and
-three steps of a toy engine is taken away, so that libraries, compiled kernels and DeepSpeed itself are not counted.
-Blocks of 64 KiB and more come straight from the kernel and go back to it (MALLOC_MMAP_THRESHOLD_), so that freed
-memory is not resident any more. On a GPU it is ``torch.cuda.max_memory_allocated``. Predicted is what ``mrmae plan``
-counts, before its allowances for the context and for fragments. Fails (status 1) if a ratio is off by more than 10 %.
+On the CPU, the measurement is the peak resident memory of the process (VmHWM, reset before each phase of a step), which
+includes tensors, temporaries of kernels, and Python. The resident memory after imports and three steps of a toy engine
+is subtracted, so that libraries, compiled kernels and DeepSpeed itself are not counted. Blocks of 64 KiB and more are
+allocated by mmap (MALLOC_MMAP_THRESHOLD_), so that freed memory leaves the resident set. On a GPU the measurement is
+``torch.cuda.max_memory_allocated``. The prediction is that of ``mrmae plan`` without its allowances for context and
+fragmentation. Exits with status 1 if a ratio is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ranks import run_ranks, tell
+from ranks import report_result, run_ranks
 from result_file import write_result
 from train_step import REPOSITORY, build_task, noise_batches
 
 MIB, GIB = 2**20, 2**30
-STEPS = 3  # DeepSpeed gathers ahead from the third step on
+STEPS = 3  # DeepSpeed prefetches from the third step on
 TOLERANCE = 0.10
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """What one comparison runs: ds_configs/CONFIG.json with some values replaced, and the recipe of SIZE.
+    """A comparison: ds_configs/CONFIG.json with some values replaced, and the recipe of SIZE.
 
     ``changes`` are merged into the JSON's sections; ``overrides`` are the recipe's.
     """
@@ -55,12 +55,12 @@ class Configuration:
     overrides: tuple[str, ...] = ()
 
 
-# Without checkpointing and with it, divided and not, one process and two, fine-tuning and pre-training.
+# With and without checkpointing and partitioning, one rank and two, fine-tuning and pre-training.
 CONFIGURATIONS = {
     "small-pretrain": Configuration("small", "small", "pretrain", 8, ranks=2),
     "base-pretrain": Configuration("base", "base", "pretrain", 8),
     "base-finetune": Configuration("base-zero1", "base", "finetune", 4, accumulation=2),
-    # Small pieces are updated at a time, so that 16 GiB are enough.
+    # Small sub-groups per update, so that 16 GiB are enough.
     "large-pretrain": Configuration(
         "large", "large", "pretrain", 4, changes={"zero_optimization": {"sub_group_size": 50_000_000}}
     ),
@@ -72,14 +72,14 @@ DEFAULT = [name for name in CONFIGURATIONS if not name.startswith("huge")]
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"of {', '.join(CONFIGURATIONS)}; default: all but huge"
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(CONFIGURATIONS)}; default: all except huge"
     )
     parser.add_argument("--gpu", action="store_true", help="on GPUs, with the engine config's precision")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for one configuration")
-    parser.add_argument("--out", type=Path, help="JSON file; rows of other configurations in it are kept")
+    parser.add_argument("--limit", type=float, default=1800, help="time limit in seconds of one configuration")
+    parser.add_argument("--out", type=Path, help="JSON file; its rows of other configurations are kept")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     args.names = args.names or DEFAULT
@@ -89,14 +89,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 class Memory:
-    """What this process has: resident, or allocated on its GPU; ``peak`` since the last ``reset``."""
+    """Memory of this process, resident or allocated on its GPU; ``peak`` since the last ``reset``."""
 
     def __init__(self, device: Any) -> None:
         self.device = device
         self.baseline = 0
 
     def reset(self) -> None:
-        """Begin anew to look for the most."""
+        """Reset the peak."""
         if self.device.type == "cpu":
             Path("/proc/self/clear_refs").write_text("5")
         else:
@@ -105,7 +105,7 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        """Bytes above the baseline."""
+        """Return the bytes above the baseline."""
         if self.device.type == "cpu":
             return self._status("VmHWM") - self.baseline
         import torch
@@ -113,7 +113,7 @@ class Memory:
         return torch.cuda.max_memory_allocated(self.device)
 
     def start(self) -> None:
-        """Count from now on."""
+        """Set the baseline to the current memory."""
         gc.collect()
         if self.device.type == "cpu":
             self.baseline = self._status("VmRSS")
@@ -125,7 +125,7 @@ class Memory:
 
 
 def steps(task: Any, engine: Any, batches: Any, settings: Configuration, rank: int, memory: Memory) -> dict[str, int]:
-    """Run steps; the most of each part of them, in bytes."""
+    """Run steps and return the peak of each phase, in bytes."""
     from mrmae_ds.training.engine.build import set_lr
     from mrmae_ds.training.tasks.base import MicroBatchKey
 
@@ -150,7 +150,7 @@ def steps(task: Any, engine: Any, batches: Any, settings: Configuration, rank: i
 
 
 def toy(config: Any, device: Any) -> None:
-    """Three steps of a small model in the same kind of engine, so that all code that a step needs is loaded."""
+    """Run three steps of a small model in the same kind of engine, so that all code of a step is loaded."""
     import torch
 
     from mrmae_ds.models.cvit import CViT
@@ -169,7 +169,7 @@ def toy(config: Any, device: Any) -> None:
 
 
 def run_rank(job: dict[str, Any]) -> None:
-    """One process; rank 0 prints the result."""
+    """Run one rank; rank 0 reports the result."""
     from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
@@ -195,13 +195,13 @@ def run_rank(job: dict[str, Any]) -> None:
     engine.train()
     most = steps(task, engine, noise_batches(settings.micro_batch, size, device), settings, launch.rank, memory)
     if launch.rank == 0:
-        tell(most)
+        report_result(most)
     end_process_group()
     os._exit(0)
 
 
 def engine_json(settings: Configuration, on_cpu: bool) -> dict[str, Any]:
-    """The engine config of a comparison."""
+    """Return the engine config of a comparison."""
     config = json.loads((REPOSITORY / "ds_configs" / f"{settings.config}.json").read_text())
     config["train_micro_batch_size_per_gpu"] = settings.micro_batch
     for section, values in settings.changes.items():
@@ -239,7 +239,7 @@ def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[st
 
 
 def measure(settings: Configuration, engine_file: Path, folder: Path, on_cpu: bool, limit: float) -> dict[str, int]:
-    """Run a configuration's processes; what rank 0 measured.
+    """Run the ranks of a configuration and return rank 0's measurement.
 
     Raises:
         RanksError: with the end of rank 0's output, if it ended without a result or took too long.
@@ -253,7 +253,7 @@ def measure(settings: Configuration, engine_file: Path, folder: Path, on_cpu: bo
 
 
 def check_room(size: float) -> None:
-    """Raises RuntimeError unless so many bytes and some more are free: the kernel would end some process or other."""
+    """Raise RuntimeError unless enough memory is free: otherwise the kernel would kill a process."""
     import psutil
 
     available = psutil.virtual_memory().available
@@ -262,7 +262,7 @@ def check_room(size: float) -> None:
 
 
 def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure and predict one configuration: MiB of each part of a step, and the ratio of the peaks."""
+    """Measure and predict one configuration: MiB of each phase of a step, and the ratio of the peaks."""
     settings, on_cpu = CONFIGURATIONS[name], not args.gpu
     with tempfile.TemporaryDirectory() as folder:
         engine_file = Path(folder) / "engine.json"
@@ -282,7 +282,7 @@ def compare(name: str, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: predicted / measured MiB of each part, and the ratio of the peaks."""
+    """Format as Markdown: predicted / measured MiB of each phase, and the ratio of the peaks."""
     parts = ("forward", "backward", "update")
     lines = [
         "| configuration | processes x micro-batch | " + " | ".join(f"{part}, MiB" for part in parts) + " | ratio |",

@@ -1,4 +1,4 @@
-"""A benchmark's script as several processes, of which rank 0 tells what it found."""
+"""Run a benchmark's script on several ranks; rank 0 reports the result."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ _RESULT = "RESULT "
 
 
 class RanksError(RuntimeError):
-    """No result came; the message is the end of rank 0's output, or that it took too long."""
+    """Raised without a result; the message is the end of rank 0's output, or the time limit."""
 
 
-def tell(result: dict[str, Any]) -> None:
-    """Rank 0's result, to :func:`run_ranks`, which started it."""
+def report_result(result: dict[str, Any]) -> None:
+    """Pass rank 0's result to :func:`run_ranks`, which started it."""
     print(_RESULT + json.dumps(result), flush=True)
 
 
 def run_ranks(arguments: list[str], processes: int, accelerator: str, limit_s: float, **variables: str) -> Any:
-    """Run a script as so many processes of this machine; end all of them when rank 0 has ended.
+    """Run a script on several ranks of this machine; all are killed when rank 0 has ended.
 
     Args:
         arguments: the script and its arguments.
+        processes: number of ranks.
         accelerator: ``cpu`` or ``cuda``.
-        limit_s: seconds for all of it.
-        variables: more of their environment.
+        limit_s: time limit in seconds.
+        variables: additional environment variables.
 
     Returns:
-        What rank 0 gave :func:`tell`.
+        The result that rank 0 passed to :func:`report_result`.
 
     Raises:
         RanksError: without a result.
     """
     from tests.support.processes import environment, free_port
 
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": accelerator}
-    together |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | variables
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "DS_ACCELERATOR": accelerator}
+    shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)} | variables
     started = [
         subprocess.Popen(
             [sys.executable, *arguments],
-            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **together),
+            env=environment(RANK=str(rank), LOCAL_RANK=str(rank), **shared),
             stdout=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
             stderr=subprocess.STDOUT,
             text=True,
@@ -56,15 +57,15 @@ def run_ranks(arguments: list[str], processes: int, accelerator: str, limit_s: f
         for process in started:
             process.kill()
             process.wait()
-    found = [line for line in output.splitlines() if line.startswith(_RESULT)]
-    if not found:
-        raise RanksError(output.strip()[-4000:] or "rank 0 ended without a word")
-    return json.loads(found[-1].removeprefix(_RESULT))
+    results = [line for line in output.splitlines() if line.startswith(_RESULT)]
+    if not results:
+        raise RanksError(output.strip()[-4000:] or "rank 0 ended without output")
+    return json.loads(results[-1].removeprefix(_RESULT))
 
 
-def machine(wanted: int | None) -> tuple[str, int]:
-    """The accelerator of this machine, and processes: ``wanted``, or one a GPU, or two on the CPU."""
+def machine(requested: int | None) -> tuple[str, int]:
+    """Return the accelerator and the number of ranks: ``requested``, else one per GPU or two on the CPU."""
     import torch
 
     gpus = torch.cuda.device_count()
-    return "cuda" if gpus else "cpu", wanted or gpus or 2
+    return "cuda" if gpus else "cpu", requested or gpus or 2

@@ -1,4 +1,4 @@
-"""The JSON that a benchmark writes: what was found, beside what is needed to find it again."""
+"""JSON result file of a benchmark: the results, and what is needed to reproduce them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 
-def write_result(path: Path, processes: int, device: str, **found: Any) -> None:
-    """Write ``found`` with the command, the commit, the hardware and the versions.
+def write_result(path: Path, processes: int, device: str, **results: Any) -> None:
+    """Write results with the command, the commit, the hardware and the versions.
 
     Args:
-        path: of the JSON, replaced if it is there.
-        processes: that took part. device: ``cpu`` or ``cuda``.
-        found: what the benchmark found.
+        path: JSON file; an existing one is replaced.
+        processes: number of ranks.
+        device: ``cpu`` or ``cuda``.
+        results: results of the benchmark.
     """
     from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
 
@@ -24,6 +25,6 @@ def write_result(path: Path, processes: int, device: str, **found: Any) -> None:
         "commit": git.model_dump() if git else None,
         "hardware": collect_hardware(processes, device).model_dump(),
         "versions": collect_versions(),
-        **found,
+        **results,
     }
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,18 +1,18 @@
-"""What does it cost to keep a frozen teacher's weights off the device: memory and time of every placement.
+"""Measure memory and time of every placement of a frozen teacher's weights.
 
     python benchmarks/teacher_placement.py --dino dinov2_vits14.safetensors --processes 1 2
     python benchmarks/teacher_placement.py --clip ViT-L-14 --processes 1 --batch 2 --out FILE.json
 
-``--dino`` takes a weights file of timm's vit_small_patch14_dinov2, ``--clip`` an open_clip model by name, with random
-weights: neither memory nor time depends on them. Teachers compute in bf16 unless told otherwise, at 224 pixels, on
-noise. In each round every placement is built, called until its plan is settled, timed, and released, one after the
-other, so that the machine's moods meet all of them; ``ratio`` is to ``device`` in the same round, and the median of the
-rounds is told, with the least and the most.
+``--dino`` takes a weights file of timm's vit_small_patch14_dinov2, ``--clip`` the name of an open_clip model, which has
+random weights: neither memory nor time depends on them. Teachers compute on noise at 224 pixels, by default in bf16. In
+each round, every placement is built, warmed up, timed and released in turn, so that other load on the machine affects
+all equally; ``ratio`` is relative to ``device`` in the same round, and the median, minimum and maximum over rounds are
+reported.
 
-``between`` and ``peak`` count weights on the device; on a GPU ``allocated`` is the most that torch had allocated in a
-call, activations included. On a CPU host and device are one memory: a copy to the device is a copy within it, so that
-times say what hooks and copies cost the CPU and nothing of PCIe, and no placement can hide them. There ``cpu_ratio`` is
-the ratio of the process's CPU time, which other processes on the machine disturb less.
+``between`` and ``peak`` count weights on the device; on a GPU, ``allocated`` is torch's peak allocation during a call,
+including activations. On a CPU, host and device share one memory: a copy to the device is a copy within it, so times
+include the CPU cost of hooks and copies but no PCIe transfers, and copies cannot overlap computation. There,
+``cpu_ratio`` is the ratio of the process's CPU time, which other processes affect less.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ ON_CPU = "copies within the memory of a CPU: this says nothing of PCIe, nor of w
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dino", type=Path, metavar="FILE", help="weights of timm's vit_small_patch14_dinov2")
     parser.add_argument("--clip", nargs="*", default=[], metavar="NAME", help="open_clip models, random weights")
     parser.add_argument("--processes", type=int, nargs="+", default=[1])
-    parser.add_argument("--batch", type=int, default=8, help="images a call of each process")
+    parser.add_argument("--batch", type=int, default=8, help="images per call and rank")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--calls", type=int, default=3, help="timed calls of a round; their median counts")
+    parser.add_argument("--calls", type=int, default=3, help="timed calls per round; the median is used")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for a teacher on a number of processes")
-    parser.add_argument("--out", type=Path, help="JSON file; rows of other teachers in it are kept")
+    parser.add_argument("--limit", type=float, default=1800, help="seconds per teacher and number of ranks")
+    parser.add_argument("--out", type=Path, help="JSON file; its rows of other teachers are kept")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not args.rank_of and not (args.dino or args.clip):
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def teacher_builder(kind: str, source: str, precision: str) -> Callable[[], Any]:
-    """How to build a teacher on the CPU, the same each time."""
+    """Return a function that builds the same teacher on the CPU each time."""
     import torch
 
     from mrmae_ds.config.recipe import DataConfig, TeacherConfig
@@ -97,7 +97,7 @@ def teacher_builder(kind: str, source: str, precision: str) -> Callable[[], Any]
 
 
 def measure(build: Callable[[], Any], placement: dict[str, str], pixels: Any, calls: int) -> dict[str, Any]:
-    """One placement in one round. Times are this process's."""
+    """Measurement of one placement in one round, on this rank."""
     import torch
     import torch.distributed as dist
 
@@ -136,7 +136,7 @@ def measure(build: Callable[[], Any], placement: dict[str, str], pixels: Any, ca
 
 
 def run_rank(settings: dict[str, Any]) -> None:
-    """One process; rank 0 writes what it measured to the settings' ``result``."""
+    """Run one rank; rank 0 writes its measurements to the settings' ``result``."""
     from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
@@ -161,11 +161,11 @@ def run_rank(settings: dict[str, Any]) -> None:
 
 
 def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """A row a placement; fails if a target differed."""
+    """Return one row per placement; raise RuntimeError if a target differs."""
     rows = {}
     for name, seen in rounds.items():
         if {entry["sum"] for entry in seen} != {rounds["device"][0]["sum"]}:
-            raise RuntimeError(f"{name}: other targets than on the device")
+            raise RuntimeError(f"{name}: targets differ from those of placement device")
         row = {key: max(e[key] for e in seen) for key in ("weights", "between", "peak", "allocated") if key in seen[0]}
         row["seconds"] = round(statistics.median(entry["seconds"] for entry in seen), 4)
         for key, label in {"seconds": "ratio", "cpu_seconds": "cpu_ratio"}.items():
@@ -176,7 +176,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
 
 
 def run(args: argparse.Namespace, kind: str, source: str, processes: int) -> dict[str, dict[str, Any]]:
-    """Start the processes of one teacher and wait for them; they are ended whatever happens."""
+    """Run the ranks of one teacher; they are killed in any case."""
     from tests.support.processes import environment, free_port
 
     with tempfile.TemporaryDirectory() as folder:
@@ -200,12 +200,12 @@ def run(args: argparse.Namespace, kind: str, source: str, processes: int) -> dic
             for process in started:
                 process.kill()
         if any(process.returncode for process in started):
-            raise RuntimeError(f"{kind} on {processes} processes ended with an error, told above")
+            raise RuntimeError(f"{kind} on {processes} processes failed; see the error above")
         return summary(json.loads(result.read_text()))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Format as Markdown."""
     lines = [
         "| teacher | processes | placement | weights, MB | between | peak | s a batch | ratio | CPU time ratio |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -247,7 +247,7 @@ def main() -> None:
 
 
 def write(args: argparse.Namespace, rows: list[dict[str, Any]], hardware: Any, versions: Any) -> None:
-    """The JSON: these rows, and those that the file has of other teachers or numbers of processes on such a device."""
+    """Write the JSON: these rows, and the file's rows of other teachers or numbers of ranks on the same device."""
     new = {(row["teacher"], row["processes"]) for row in rows}
     earlier = json.loads(args.out.read_text()) if args.out.exists() else {"rows": [], "hardware": hardware}
     same = earlier["hardware"].get("device") == hardware.get("device")

@@ -1,17 +1,17 @@
-"""Does a full-size model train here, how fast, and in how much memory: real optimizer steps on made-up images.
+"""Measure time and memory of real optimizer steps of full-size models on synthetic images.
 
     python benchmarks/train_step.py huge448 --stage finetune --processes 2 --micro-batch 1 --lean     # on a CPU
     python benchmarks/train_step.py small base large huge --micro-batch 16 32 64 128 --out FILE.json  # on GPUs
 
-Names are those of ds_configs/NAME.json, variants (small-zero1) too, and its recipe: model, teachers, objectives,
-optimizer and engine are the real ones, built as training builds them. Teachers have random weights, which changes
-neither time nor memory, and the images are noise made once, so that neither a reader nor a data set is measured.
-Every combination of name and micro-batch runs in fresh processes, one a device (--processes on the CPU). A step is one
-micro-batch; an odd one is fine-tuned on without mixup and cutmix, which pair images.
+Names are those of ds_configs/NAME.json, including variants (small-zero1), and its recipe: model, teachers, objectives,
+optimizer and engine are the real ones, built as in training. Teachers have random weights, which changes neither time
+nor memory, and the images are noise generated once, so that no loader is measured. Every combination of name and
+micro-batch runs in new processes, one per device (--processes on the CPU). A step is one micro-batch; fine-tuning with
+an odd one disables mixup and cutmix, which pair images.
 
-``tflops`` counts what the model needs (forward, backward, teachers), not what checkpointing computes again; ``mfu`` is
-its share of the device's peak, left out for devices whose peak is not known. Memory on the CPU is what the process has
-resident, Python and libraries included; ``before`` is what it had before the model was built.
+``tflops`` counts forward, backward and teachers, but not the recomputation of activation checkpointing; ``mfu`` is its
+share of the device's peak, omitted for devices whose peak is unknown. Memory on the CPU is the resident memory of the
+process, including Python and libraries; ``before`` is that before the model was built.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ranks import RanksError, machine, run_ranks, tell
+from ranks import RanksError, machine, report_result, run_ranks
 from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 GIB = 2**30
-# For a machine with little memory: nothing is kept gathered longer than a block needs it, buffers are small, and so are
-# the pieces that are updated at a time.
+# For a machine with little memory: parameters are released after each block, and buffers and sub-groups are small.
 LEAN = {
     "stage3_max_live_parameters": 30_000_000,
     "stage3_max_reuse_distance": 0,
@@ -44,23 +43,23 @@ LEAN = {
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", help="ds_configs/NAME.json and its recipe")
     parser.add_argument("--stage", choices=("pretrain", "finetune"), default="pretrain")
-    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1], help="images a process takes at a time")
-    parser.add_argument("--processes", type=int, help="default: one a GPU, or 2 on the CPU")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before those that are timed")
-    parser.add_argument("--steps", type=int, default=2, help="timed steps; the median is told")
+    parser.add_argument("--micro-batch", type=int, nargs="+", default=[1], help="images per rank and forward pass")
+    parser.add_argument("--processes", type=int, help="number of ranks; default: one per GPU, or 2 on the CPU")
+    parser.add_argument("--warmup", type=int, default=1, help="untimed steps")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps; the median is reported")
     parser.add_argument("--lean", action="store_true", help=f"ZeRO-3 settings for little memory: {LEAN}")
-    parser.add_argument("--limit", type=float, default=1800, help="seconds for one combination")
+    parser.add_argument("--limit", type=float, default=1800, help="time limit in seconds of one combination")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def random_teacher(*arguments: Any) -> Any:
-    """A teacher as the recipe names it, with random weights: what ``build_teacher`` takes to what it returns."""
+    """Build a teacher of the recipe with random weights; same signature as ``build_teacher``."""
     import torch
 
     from mrmae_ds.profiling.meta_teachers import build_meta_teacher
@@ -76,7 +75,7 @@ def random_teacher(*arguments: Any) -> Any:
 
 
 def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, int]:
-    """The stage's task and the side of its images."""
+    """Return the stage's task and its image size in pixels."""
     from mrmae_ds.imagenet import IMAGENET_CLASSES
     from mrmae_ds.training.tasks.build import build_task as build
 
@@ -85,7 +84,7 @@ def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, i
 
 
 def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
-    """The same made-up batch for ever: ``count`` images of ``size`` pixels."""
+    """Yield the same synthetic batch forever: ``count`` images of ``size`` pixels."""
     import numpy as np
     import torch
 
@@ -104,7 +103,7 @@ def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
 
 
 def run_rank(settings: dict[str, Any]) -> None:
-    """One process of one combination; rank 0 prints the result."""
+    """Run one rank of one combination; rank 0 reports the result."""
     from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
@@ -161,13 +160,13 @@ def run_rank(settings: dict[str, Any]) -> None:
             **noted,
             "before_gib": before / GIB if device.type == "cpu" else 0.0,
         }
-        tell(result)
+        report_result(result)
     end_process_group()
     os._exit(0)
 
 
 def run_combination(args: argparse.Namespace, name: str, micro_batch: int, processes: int) -> dict[str, Any]:
-    """Start the processes of one combination and wait for them; an error's last line where it does not run."""
+    """Run the ranks of one combination; on failure, return the last line of the error."""
     config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
     config["train_micro_batch_size_per_gpu"] = micro_batch
     if args.lean:
@@ -185,7 +184,7 @@ def run_combination(args: argparse.Namespace, name: str, micro_batch: int, proce
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; a cell that was not measured stays blank."""
+    """Format as Markdown; a cell that was not measured stays blank."""
     columns = {
         "config": "{}",
         "micro_batch": "{}",
