@@ -75,7 +75,7 @@ def build(layers: int) -> Any:
     return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
 
 
-def step(engine: Any, boundary: Any = None) -> float:
+def step(engine: Any, step_sync: Any = None) -> float:
     """Take an optimizer step; return the seconds spent on the reduction of flags."""
     import torch
     import torch.distributed as dist
@@ -83,11 +83,11 @@ def step(engine: Any, boundary: Any = None) -> float:
     loss = engine(torch.ones(1, WIDTH, device=engine.device)).square().mean()
     engine.backward(loss)
     spent = 0.0
-    if boundary is not None:
+    if step_sync is not None:
         dist.barrier()  # excludes the other rank's lag
-        boundary.micros = [type("Micro", (), {"losses": {"loss": loss.detach()}})]
+        step_sync.micro_batches = [type("Micro", (), {"losses": {"loss": loss.detach()}})]
         began = time.perf_counter()
-        boundary.agree(engine)
+        step_sync.exchange(engine)
         spent = time.perf_counter() - began
     engine.step()
     return spent
@@ -205,10 +205,10 @@ def _note_steps(engine: Any, launch: Any, note: Note) -> None:
     from mrmae_ds.distributed.watchdog import Watchdog
     from mrmae_ds.training.step_sync import StepSync
 
-    boundary = StepSync()
+    step_sync = StepSync()
     with Watchdog(launch, 3600) as watchdog:
         for _ in range(50):
-            note("reduction of flags before a step", step(engine, boundary))
+            note("reduction of flags before a step", step(engine, step_sync))
             began = time.perf_counter()
             watchdog.beat("a step")
             note("heartbeat", time.perf_counter() - began)

@@ -94,16 +94,17 @@ class _Run:
         self.task.to(device)
         self.engine.train()
         self.batches = noise_batches(job["micro_batch"], size, device)
-        self.plan, self.taken = StageSchedule(stage, 0, 1000, 1, job["micro_batch"], launch), 0
+        self.schedule, self.taken = StageSchedule(stage, 0, 1000, 1, job["micro_batch"], launch), 0
 
     def step(self) -> None:
         """Run an optimizer step and copy its loss to the host."""
         from mrmae_ds.training.loop import run_step
         from mrmae_ds.training.meter import Meter
+        from mrmae_ds.training.step_sync import StepSync
 
         meter = Meter()
-        run_step(self.engine, self.task, self.batches, self.plan, self.taken, meter)
-        meter.read(self.plan.launch, self.plan.micro_batch)
+        run_step(self.engine, self.task, self.batches, self.schedule, self.taken, meter, StepSync())
+        meter.read(self.schedule.launch, self.schedule.micro_batch)
         self.taken += 1
 
 

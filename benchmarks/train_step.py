@@ -118,6 +118,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.training.meter import Meter
     from mrmae_ds.training.perf_metrics import PerfMeter, device_peak, peak_memory, utilization
     from mrmae_ds.training.schedule import StageSchedule
+    from mrmae_ds.training.step_sync import StepSync
 
     config = load_engine_config(Path(settings["engine"]))
     unpaired = ["stages.finetune.mixup=0", "stages.finetune.cutmix=0"] if config.micro_batch % 2 else []
@@ -139,7 +140,7 @@ def run_rank(settings: dict[str, Any]) -> None:
         if step == settings["warmup"]:
             accountant.restart()  # at first DeepSpeed learns the order of the modules, and gathers more
         meter, began = Meter(), time.perf_counter()
-        run_step(engine, task, batches, schedule, step, meter)
+        run_step(engine, task, batches, schedule, step, meter, StepSync())
         losses, _, bad = meter.read(launch, config.micro_batch)  # waits for the device
         times.append(time.perf_counter() - began)
         if bad:

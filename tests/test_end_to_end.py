@@ -232,7 +232,7 @@ def test_a_killed_run_goes_on_where_it_was(mrmae: Path, workspace: Workspace) ->
             kill(process)
     results = finish(rank_processes(2, *arguments), 240)
     assert [result.status for result in results] == [0, 0], results[0].stderr
-    assert "going on after step" in results[0].stdout
+    assert "resuming after step" in results[0].stdout
     ignored = {"images_per_s", "data_wait", "peak_memory_gib", "gather_gib", "tflops"}
 
     def numbers(run_dir: Path) -> list[dict[str, float]]:

@@ -113,7 +113,7 @@ def test_a_signal_to_one_process_saves_and_stops_all(stopped: Path, runs: SmallR
 
 def test_it_goes_on_in_mid_epoch_where_it_was(copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
     ranks = _go_on(runs, copy)
-    assert f"going on after step {STOPPED_AT}" in ranks.text(0)
+    assert f"resuming after step {STOPPED_AT}" in ranks.text(0)
     assert_same(copy / "pretrain", undisturbed)
 
 
@@ -183,9 +183,9 @@ def test_a_damaged_checkpoint(how: str, copy: Path, runs: SmallRuns, undisturbed
     _damage(copy, how)
     text = _go_on(runs, copy).text(0)
     if how == "emptied pointer":  # nothing depends on it
-        assert f"going on after step {STOPPED_AT}" in text and "passed over" not in text
+        assert f"resuming after step {STOPPED_AT}" in text and "skipped: " not in text
     else:
-        assert f"going on after step {STOPPED_AT - 2}" in text and f"passed over: {newest}" in text
+        assert f"resuming after step {STOPPED_AT - 2}" in text and f"skipped: {newest}" in text
     assert_same(copy / "pretrain", undisturbed)
     assert not leftovers(copy / "pretrain")
     assert (copy / "pretrain" / "checkpoints" / "latest").read_text() == _newest(copy).name
@@ -243,7 +243,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(small_disk: Path, runs: Sma
     subprocess.run(["mount", "-o", "remount,size=200m", small_disk], check=True)
     ranks = runs.launch(small_disk / "run", keep)
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
-    assert f"going on after step {newest}" in ranks.text(0)
+    assert f"resuming after step {newest}" in ranks.text(0)
     assert_same(stage, undisturbed)
 
 
@@ -297,7 +297,10 @@ def test_a_batch_that_is_not_finite_on_one_process(runs: SmallRuns, undisturbed:
     """No process takes the step; it is counted, captured, told, and the run goes on; the steps before are the same."""
     ranks = runs.launch("nan", fault="nan_loss:rank=1,step=9,micro=1")
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
-    assert "step 10 skipped: a loss was not finite (1 skipped so far, 1 in a row); mrmae replay" in ranks.text(0)
+    assert (
+        "step 10 skipped: a loss was not finite (1 skipped so far, 1 consecutive); repeat it with mrmae replay"
+        in ranks.text(0)
+    )
     lines, clean = curve(runs.stage("nan")), curve(undisturbed)
     assert [line["skipped_steps"] for line in lines] == [int(line["step"] > 9) for line in lines]
     assert [line for line in lines if line["step"] < 10] == [line for line in clean if line["step"] < 10]
@@ -346,7 +349,7 @@ def test_on_another_number_of_processes_the_curve_is_the_same(
         ranks = runs.launch(copy.name, world_size=1, fault=STOP.replace("rank=1", "rank=0"))
         assert ranks.wait(LIMIT_S) == [StopRequested.exit_status], ranks.text()
     text = _go_on(runs, copy, world_size=1 if change == "2 to 1" else 2).text(0)
-    assert f"going on after step {STOPPED_AT}" in text and "converting for" in text
+    assert f"resuming after step {STOPPED_AT}" in text and "converting for" in text
     ours, theirs = curve(copy / "pretrain"), curve(undisturbed)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     for name in ("loss", "grad_norm", "lr"):

@@ -66,7 +66,6 @@ def train(args: argparse.Namespace) -> int:
     try:
         launch = prepare_environment()
         configure_logging(launch)
-        from mrmae_ds.config.engine import validate_sections
         from mrmae_ds.training.job import TrainArgs, load_configs
 
         options = TrainArgs(
@@ -80,15 +79,13 @@ def train(args: argparse.Namespace) -> int:
         )
         if args.print_config:
             recipe, engine_config = load_configs(options)
-            validate_sections(engine_config)
             if launch.rank == 0:
                 print(f"# recipe {recipe.hash(args.stage)}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
                 print(json.dumps(engine_config.as_written(), indent=2))
             return 0
-        prepare = _prepare_evaluation if args.stage == "evaluate" else _prepare_training
-        work = prepare(options, launch)
+        run_prepared = _prepare(options, launch)
         started = True
-        work()
+        run_prepared()
         return 0
     except Exception as error:
         from mrmae_ds.distributed.exit_status import report_exit
@@ -107,16 +104,16 @@ def end_process(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _prepare_training(options: TrainArgs, launch: Launch) -> Callable[[], None]:
-    from mrmae_ds.training.job import prepare_stage
+def _prepare(args: TrainArgs, launch: Launch) -> Callable[[], None]:
+    """Resolve, check and load a stage, before any process group is started; return the function that runs it."""
+    if args.stage == "evaluate":
+        from mrmae_ds.training.evaluate import prepare_evaluation, run_evaluation
 
-    job = prepare_stage(options, launch)
+        return partial(run_evaluation, prepare_evaluation(args, launch))
+    from mrmae_ds.training.callbacks.build import check_optional_callbacks
+    from mrmae_ds.training.job import prepare_stage
     from mrmae_ds.training.run import dry_run, run_stage
 
-    return partial(dry_run if options.dry_run else run_stage, job)
-
-
-def _prepare_evaluation(options: TrainArgs, launch: Launch) -> Callable[[], None]:
-    from mrmae_ds.training.evaluation.evaluate import prepare_evaluation, run_evaluation
-
-    return partial(run_evaluation, prepare_evaluation(options, launch))
+    job = prepare_stage(args, launch)
+    check_optional_callbacks(job.recipe)
+    return partial(dry_run if args.dry_run else run_stage, job)

@@ -20,10 +20,14 @@ from mrmae_ds.config.renamed import refuse_renamed, values_hash
 from mrmae_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
+    GarbageCollectionConfig,
     LoaderConfig,
     LoggingConfig,
+    MemorySnapshotConfig,
     ModelConfig,
+    ProfilerConfig,
     TeacherConfig,
+    WandbConfig,
     WatchdogConfig,
 )
 from mrmae_ds.config.stages import (
@@ -42,7 +46,8 @@ from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.schema import Section
 
 # Sections that change no result.
-NO_INFLUENCE = ("loader", "logging", "checkpoint", "watchdog")
+OPTIONAL_CALLBACKS = ("profiler", "memory_snapshot", "garbage_collection", "wandb")
+NO_INFLUENCE = ("loader", "logging", "checkpoint", "watchdog", *OPTIONAL_CALLBACKS)
 
 
 class Recipe(Section):
@@ -67,6 +72,10 @@ class Recipe(Section):
     logging: LoggingConfig = LoggingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
+    profiler: ProfilerConfig | None = None
+    memory_snapshot: MemorySnapshotConfig | None = None
+    garbage_collection: GarbageCollectionConfig | None = None
+    wandb: WandbConfig | None = None
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:

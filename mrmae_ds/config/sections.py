@@ -186,3 +186,62 @@ class WatchdogConfig(Section):
     """
 
     timeout_minutes: float = Field(20.0, gt=0)
+
+
+class ProfilerConfig(Section):
+    """torch.profiler over a window of steps on rank 0; no influence on results.
+
+    The Chrome trace is written to ``profile/`` in the stage's folder.
+
+    Attributes:
+        start_step: optimizer steps completed when the window opens. A run that is resumed after it has no window.
+        num_steps: optimizer steps in the window.
+    """
+
+    start_step: int = Field(10, ge=0)
+    num_steps: int = Field(3, ge=1)
+
+
+class MemorySnapshotConfig(Section):
+    """History of the CUDA allocator over a window of steps on rank 0; no influence on results.
+
+    The snapshot, for https://pytorch.org/memory_viz, is written to ``profile/`` in the stage's folder, also if training
+    runs out of memory inside the window. Without a GPU nothing is recorded.
+
+    Attributes:
+        start_step: optimizer steps completed when the window opens.
+        num_steps: optimizer steps in the window.
+        max_entries: number of most recent allocator events to keep.
+    """
+
+    start_step: int = Field(0, ge=0)
+    num_steps: int = Field(3, ge=1)
+    max_entries: int = Field(100_000, ge=1)
+
+
+class GarbageCollectionConfig(Section):
+    """Python garbage collection at fixed steps, on all ranks at once, instead of at any time; no influence on results.
+
+    Attributes:
+        every_steps: optimizer steps between two collections.
+    """
+
+    every_steps: int = Field(100, ge=1)
+
+
+class WandbConfig(Section):
+    """Logging of metrics to Weights & Biases by rank 0 (``pip install wandb``); no influence on results.
+
+    Attributes:
+        project: W&B project.
+        entity: user or team; null is the account's default.
+        group: group of runs.
+        tags: tags of the run.
+        mode: ``online``, ``offline`` (written to the stage's folder, for ``wandb sync``) or ``disabled``.
+    """
+
+    project: str = "mrmae"
+    entity: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline", "disabled"] = "online"

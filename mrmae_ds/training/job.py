@@ -132,6 +132,7 @@ def load_configs(args: TrainArgs) -> tuple[Recipe, EngineConfig]:
         UserError: naming file and key.
     """
     engine_config = load_engine_config(args.ds_config)
+    validate_sections(engine_config)
     return load_recipe(args.recipe_path, list(args.overrides)), engine_config
 
 
@@ -149,7 +150,6 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
     recipe, engine_config = load_configs(args)
     stage_name = cast(TrainStageName, args.stage)
     stage = recipe.stage(stage_name)
-    validate_sections(engine_config)
     for backend in {recipe.data.backend, recipe.data.val_backend}:
         check_backend(backend)
     stage_dir = args.stage_dir(recipe)

@@ -20,7 +20,7 @@ class Meter:
     sums: dict[str, Tensor] = field(default_factory=dict)
     nonfinite: Tensor | None = None
     batches: int = 0
-    waited: float = 0.0
+    data_wait_s: float = 0.0
     since: float = field(default_factory=time.perf_counter)
 
     def add(self, losses: dict[str, Tensor]) -> None:
@@ -46,13 +46,13 @@ class Meter:
         elapsed = time.perf_counter() - self.since
         good = everything - bad
         means = {name: total / good if good else float("nan") for name, total in zip(self.sums, totals, strict=True)}
-        speeds = {"images_per_s": everything * micro_batch / elapsed, "data_wait": self.waited / elapsed}
+        speeds = {"images_per_s": everything * micro_batch / elapsed, "data_wait": self.data_wait_s / elapsed}
         self.restart()
         return means, speeds, int(bad)
 
     def restart(self) -> None:
         """Forget everything; the clock starts now."""
-        self.sums, self.nonfinite, self.batches, self.waited = {}, None, 0, 0.0
+        self.sums, self.nonfinite, self.batches, self.data_wait_s = {}, None, 0, 0.0
         self.since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
@@ -61,7 +61,7 @@ class Meter:
             "sums": {name: value.cpu() for name, value in self.sums.items()},
             "nonfinite": None if self.nonfinite is None else self.nonfinite.cpu(),
             "batches": self.batches,
-            "waited": self.waited,
+            "waited": self.data_wait_s,
             "elapsed": time.perf_counter() - self.since,
         }
 
@@ -80,7 +80,7 @@ class Meter:
         first, scale = states[0], states[0]["micro_batch"] / micro_batch
         same = len(states) == launch.world_size and scale == 1
         own = states[launch.rank if same else 0]
-        meter = cls(since=time.perf_counter() - first["elapsed"], waited=own["waited"])
+        meter = cls(since=time.perf_counter() - first["elapsed"], data_wait_s=own["waited"])
         if first["nonfinite"] is None:
             return meter
         mine = [own] if same else states if launch.rank == 0 else []

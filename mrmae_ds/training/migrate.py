@@ -22,9 +22,9 @@ from mrmae_ds.config.renamed import former_hash, rename_in_text, rename_keys, va
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.records.record import RECORD_FILE
+from mrmae_ds.training.callbacks.nonfinite_capture import CAPTURE_FILE
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, read_manifest
 from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
-from mrmae_ds.training.nonfinite_capture import FILE as CAPTURE_FILE
 
 _YAML = (".yaml", ".yml")
 _OLD_IMAGES, _IMAGES = "pictures", "images"

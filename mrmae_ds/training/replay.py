@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
+from mrmae_ds.training.callbacks.nonfinite_capture import Capture, read_capture
 from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
-from mrmae_ds.training.nonfinite_capture import Capture, read_capture
 from mrmae_ds.weights.model_file import MODEL_FILE, read_tensors
 
 

@@ -1,4 +1,4 @@
-"""Rank 0's side of a stage: progress, metrics, the run record, and what is drawn at the end."""
+"""Run records, metrics and progress of a stage, written by rank 0."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import StageName
+from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.files import file_sha256
 from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
@@ -27,6 +30,7 @@ from mrmae_ds.records.sections import (
     Schedule,
     TeacherInfo,
 )
+from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
 from mrmae_ds.weights.model_file import encoder_metadata
@@ -36,100 +40,137 @@ logger = logging.getLogger(__name__)
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-class RunLogger:
-    """Writes one stage's records.
+class RecordWriter:
+    """Keeps a stage's run record on disk up to date.
 
     Args:
-        job: what runs.
-        parameters: counts of the model, taken before it was partitioned.
-        device: as text, for the record.
-        start: optimizer steps already done; what was logged after the last but one of them is logged again.
-        results: of the run so far.
+        folder: output folder.
+        record: the record.
+        wall_before: seconds that earlier processes of the run took.
+    """
+
+    def __init__(self, folder: Path, record: RunRecord, wall_before: float = 0.0) -> None:
+        self.folder, self.record, self.wall_before = folder, record, wall_before
+        self.started = time.monotonic()
+
+    def update(self, results: ResultValues) -> None:
+        """Add results, replacing those of the same name. They are written with the next :meth:`write`."""
+        self.record.results = Results(**(self.record.results.model_dump() | results))
+
+    def write(self, status: Status) -> None:
+        """Write the record."""
+        self.record.status = status
+        self.record.wall_seconds = round(self.wall_before + time.monotonic() - self.started, 1)
+        self.record.write(self.folder)
+
+    def close(self, status: Status) -> None:
+        """Write the record with its end time."""
+        self.record.ended = utc_now()
+        self.write(status)
+
+
+class RunLogger:
+    """Writes record and metrics of a training stage and shows its progress.
+
+    Args:
+        job: the prepared stage.
+        parameters: counts of the model before it was partitioned.
+        device: device of this rank.
+        start: optimizer steps completed; metrics of the last of them and of later ones are written again.
+        results: results of the run so far.
     """
 
     def __init__(
-        self, job: PreparedStage, parameters: Parameters, device: Any, start: int, results: dict[str, float | int]
+        self, job: PreparedStage, parameters: Parameters, device: torch.device, start: int, results: ResultValues
     ) -> None:
         self.folder, self.schedule = job.stage_dir, job.schedule
-        self.began, self.start = time.monotonic(), start
         previous = RunRecord.load(self.folder) if start and (self.folder / RECORD_FILE).exists() else None
-        self.wall_before = previous.wall_seconds if previous else 0.0
-        self.record = new_record(job, parameters, device)
-        self.peak_tflops = device_peak(device)
+        record = new_record(job, parameters, device)
         if previous:
-            self.record.started = previous.started
-        self._update(results)
+            record.started = previous.started
+        self.writer = RecordWriter(self.folder, record, previous.wall_seconds if previous else 0.0)
+        self.peak_tflops = device_peak(device)
+        self.writer.update(results)
         self.metrics = MetricsWriter(self.folder, resume_step=start - 1 if start else None)
         label = f"{job.recipe.name} {job.stage_name}"
         self.progress = Progress(label, self.schedule.total_steps, start, every_seconds=10.0)
-        self._write("running", start)
+        self._set_step(start)
+        self.writer.write("running")
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """A logged interval that ended after ``step`` steps."""
+        """Write the values of a logging interval.
+
+        Args:
+            step: optimizer steps completed.
+            values: by name.
+        """
         self.metrics.write(step, values | self._utilization(values["images_per_s"]))
         self.progress.update(step, values["loss"], values["lr"], values["images_per_s"])
 
-    def saved(self, step: int, results: dict[str, float | int]) -> None:
-        """A checkpoint was written after ``step`` steps, with the results so far."""
-        self._update(results)
-        self._write("running", step)
+    def saved(self, step: int, results: ResultValues) -> None:
+        """Record a checkpoint.
 
-    def finish(self, results: dict[str, float | int]) -> None:
-        """The stage is done."""
+        Args:
+            step: optimizer steps completed in it.
+            results: results of the run so far.
+        """
+        self.writer.update(results)
+        self._set_step(step)
+        self.writer.write("running")
+
+    def finish(self, results: ResultValues) -> None:
+        """Close the record of a finished stage.
+
+        Args:
+            results: results of the run.
+        """
         speeds = [line["images_per_s"] for line in read_metrics(self.folder) if line.get("images_per_s")]
-        self._update(results | ({"images_per_s": round(statistics.median(speeds), 2)} if speeds else {}))
+        self.writer.update(results | ({"images_per_s": round(statistics.median(speeds), 2)} if speeds else {}))
         self._close("finished", self.schedule.total_steps)
 
     def stop(self, step: int) -> None:
-        """The stage was asked to stop, after ``step`` steps and a checkpoint."""
+        """Close the record after a signal and a checkpoint, ``step`` steps completed."""
         self._close("stopped", step)
 
     def fail(self, step: int) -> None:
-        """The stage ended with an error after about ``step`` steps."""
+        """Close the record after an error, about ``step`` steps completed."""
         self._close("failed", step)
 
     def _utilization(self, images_per_s: float) -> dict[str, float]:
-        counted, hardware = self.record.operations, self.record.hardware
-        if counted is None:
+        operations, hardware = self.writer.record.operations, self.writer.record.hardware
+        if operations is None:
             return {}
-        needed = counted.training - counted.recomputed
+        needed = operations.training - operations.recomputed
         return utilization(images_per_s, needed, hardware.world_size, self.peak_tflops)
-
-    def _update(self, results: dict[str, float | int]) -> None:
-        self.record.results = Results(**(self.record.results.model_dump() | results))
 
     def _close(self, status: Status, step: int) -> None:
         self.progress.close()
         self.metrics.close()
-        self.record.ended = utc_now()
-        self._write(status, step)
+        self._set_step(step)
+        self.writer.close(status)
 
-    def _write(self, status: Status, step: int) -> None:
-        self.record.status = status
-        self.record.schedule.steps_done = step
-        self.record.images_seen = step * self.schedule.stage.batch_size
-        self.record.wall_seconds = round(self.wall_before + time.monotonic() - self.began, 1)
-        self.record.write(self.folder)
+    def _set_step(self, step: int) -> None:
+        self.writer.record.schedule.steps_done = step
+        self.writer.record.images_seen = step * self.schedule.stage.batch_size
 
 
-def new_record(job: PreparedStage, parameters: Parameters, device: Any) -> RunRecord:
-    """The record of a stage that is about to run."""
-    recipe, data = job.recipe, job.train_data
+def new_record(job: PreparedStage, parameters: Parameters, device: torch.device) -> RunRecord:
+    """Return the record of a stage that is about to run.
+
+    Args:
+        job: the prepared stage.
+        parameters: counts of the model before it was partitioned.
+        device: device of this rank.
+    """
+    recipe, task, schedule = job.recipe, job.task, job.schedule
+    model = ModelInfo(arch=recipe.model.arch, overridden=bool(recipe.model.overrides), image_size=task.image_size)
     return RunRecord(
-        **identity(recipe, job.stage_name, job.schedule.launch, device),
-        model=ModelInfo(
-            arch=recipe.model.arch, overridden=bool(recipe.model.overrides), image_size=job.task.image_size
-        ),
-        design=job.task.describe_design(recipe),
+        **describe_run(recipe, job.stage_name, job.launch, device),
+        model=model,
+        design=task.describe_design(recipe),
         parameters=parameters,
         operations=count_operations(job),
-        data=DataInfo(
-            dataset=data.name,
-            file=data.path.name,
-            sha256=data.sha256,
-            samples=data.num_samples,
-            classes=job.task.num_classes or None,
-        ),
+        data=describe_data(job.train_data, task.num_classes),
         teachers={
             name: TeacherInfo(
                 kind=recipe.teachers[name].kind,
@@ -137,29 +178,15 @@ def new_record(job: PreparedStage, parameters: Parameters, device: Any) -> RunRe
                 sha256=teacher.sha256,
                 facts=teacher.details,
             )
-            for name, teacher in job.task.teachers.items()
+            for name, teacher in task.teachers.items()
         },
-        schedule=Schedule(
-            epochs=job.schedule.epochs, global_batch=job.schedule.stage.batch_size, steps=job.schedule.total_steps
-        ),
-        init=_describe_init(job.task.init) if job.task.init else None,
+        schedule=Schedule(epochs=schedule.epochs, global_batch=schedule.stage.batch_size, steps=schedule.total_steps),
+        init=_describe_init(task.init) if task.init else None,
     )
 
 
-def count_operations(job: PreparedStage) -> Operations | None:
-    """Count the operations of a stage for one image; None, with a warning, if they cannot be counted.
-
-    They are used in the tables alone, so a stage trains whatever becomes of its count.
-    """
-    try:
-        return job.task.count_operations(job.recipe, job.engine_config.checkpointing, job.train_data.num_classes)
-    except Exception as error:
-        logger.warning("%s: operations are not counted: %s", job.stage_dir, error)
-        return None
-
-
-def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> dict[str, Any]:
-    """The fields of any stage's record that tell which recipe ran, with which code, on what."""
+def describe_run(recipe: Recipe, stage: StageName, launch: Launch, device: torch.device) -> dict[str, Any]:
+    """Return the fields of any stage's record that identify recipe, code and hardware."""
     return {
         "name": recipe.name,
         "method": recipe.method,
@@ -174,16 +201,47 @@ def identity(recipe: Recipe, stage: StageName, launch: Launch, device: Any) -> d
     }
 
 
+def describe_data(data: BetonInfo, num_classes: int) -> DataInfo:
+    """Return the record's description of a data set; ``num_classes`` is 0 where its labels are not used."""
+    return DataInfo(
+        dataset=data.name,
+        file=data.path.name,
+        sha256=data.sha256,
+        samples=data.num_samples,
+        classes=num_classes or None,
+    )
+
+
+def count_operations(job: PreparedStage) -> Operations | None:
+    """Count the operations of a stage for one image; None, with a warning, if they cannot be counted.
+
+    They are used in the tables alone, so a stage trains whatever becomes of its count.
+
+    Args:
+        job: the prepared stage.
+    """
+    try:
+        return job.task.count_operations(job.recipe, job.engine_config.checkpointing, job.train_data.num_classes)
+    except Exception as error:
+        logger.warning("%s: operations are not counted: %s", job.stage_dir, error)
+        return None
+
+
 def _describe_init(path: Path) -> Init:
-    beside = RunRecord.load(path.parent) if (path.parent / RECORD_FILE).exists() else None
+    record = RunRecord.load(path.parent) if (path.parent / RECORD_FILE).exists() else None
     summary = None
-    if beside is not None:  # fine-tuned weights: what counts is how they were pre-trained
-        summary = summarize_pretraining(beside) if beside.stage == "pretrain" else beside.init and beside.init.pretrain
+    if record is not None:  # of fine-tuned weights, their pre-training is what counts
+        summary = summarize_pretraining(record) if record.stage == "pretrain" else record.init and record.init.pretrain
     return Init(file=path.name, sha256=file_sha256(path), pretrain=summary)
 
 
-def export_metadata(job: PreparedStage, results: dict[str, float | int]) -> dict[str, Any]:
-    """What the weights file of a finished stage says about itself."""
+def export_metadata(job: PreparedStage, results: ResultValues) -> dict[str, Any]:
+    """Return the metadata of a finished stage's weights file.
+
+    Args:
+        job: the prepared stage.
+        results: results of the run.
+    """
     task = job.task
     return {
         "kind": task.weights_kind,

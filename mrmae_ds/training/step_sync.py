@@ -1,6 +1,7 @@
-"""What all processes agree on before every optimizer step, in one reduction and one look at its result.
+"""One all-reduce of status flags before each optimizer step.
 
-DeepSpeed waits for the device at this very place anyway, to look at the gradient norm.
+The flags are: non-finite loss or gradient, stop signal, save due, background save pending. Reading the result waits for
+the device, at the point where DeepSpeed waits for it anyway to check the gradient norm.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from mrmae_ds.training.engine.nonfinite import any_nonfinite, local_gradients
 
 @dataclass(frozen=True)
 class StepStatus:
-    """What was agreed.
+    """Status of a step, the same on every rank.
 
     Attributes:
-        bad_loss, bad_gradient: not finite, on any rank.
-        signal: that a rank received, 0 for none; the highest number counts.
-        save: it is time for a checkpoint, by the clock.
-        writing: a rank still writes one in the background.
+        bad_loss: a loss is not finite on some rank.
+        bad_gradient: a gradient is not finite on some rank.
+        signal: highest number of a signal that a rank received; 0 for none.
+        save: a checkpoint is due by rank 0's clock.
+        writing: a rank is still writing a checkpoint in the background.
     """
 
     bad_loss: bool = False
@@ -38,13 +40,18 @@ class StepStatus:
 
     @property
     def finite(self) -> bool:
-        """Whether the step may be taken."""
+        """True if the step may be applied."""
         return not (self.bad_loss or self.bad_gradient)
 
 
 @dataclass
 class MicroBatch:
-    """A micro-batch of the open step: rows of its samples, int64 [B], and its losses, all where they were made."""
+    """A micro-batch of the current step, on the device.
+
+    Attributes:
+        indices: the samples' rows in the data set, int64 [B].
+        losses: scalars by name.
+    """
 
     indices: Tensor
     losses: dict[str, Tensor]
@@ -52,49 +59,54 @@ class MicroBatch:
 
 @dataclass
 class StepSync:
-    """Collects what happens in a step, and agrees on it.
+    """Collects the status of a step on this rank and exchanges it.
 
     Args:
-        signals: of this process; None watches none.
-        save_minutes: between two saves, by rank 0's clock; None does not save by the clock.
-        writing: whether this rank writes a checkpoint in the background.
+        signals: signals received by this process; None watches none.
+        save_minutes: minutes between two saves by rank 0's clock; None does not save by the clock.
+        writing: returns True while this rank writes a checkpoint in the background.
     """
 
     signals: StopSignals | None = None
     save_minutes: float | None = None
     writing: Callable[[], bool] = bool
-    micros: list[MicroBatch] = field(default_factory=list)
+    micro_batches: list[MicroBatch] = field(default_factory=list)
     last_save: float = field(default_factory=time.monotonic)
 
     def begin(self) -> None:
-        """A step begins."""
-        self.micros = []
+        """Start a step."""
+        self.micro_batches = []
 
     def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
-        """A micro-batch is done; nothing is waited for."""
-        self.micros.append(MicroBatch(batch.indices, {name: value.detach() for name, value in losses.items()}))
+        """Add a finished micro-batch, without waiting for the device."""
+        detached = {name: value.detach() for name, value in losses.items()}
+        self.micro_batches.append(MicroBatch(batch.indices, detached))
 
     def bad_loss(self) -> Tensor:
-        """1.0 if a loss of this rank's step is not finite, float32 scalar on the device."""
-        total = torch.stack([micro.losses["loss"].float() for micro in self.micros])
+        """Return 1.0 if a loss of this rank's step is not finite, float32 scalar on the device."""
+        total = torch.stack([micro_batch.losses["loss"].float() for micro_batch in self.micro_batches])
         return (~torch.isfinite(total).all()).float()
 
-    def agree(self, engine: deepspeed.DeepSpeedEngine) -> StepStatus:
-        """Between a step's last backward and its update. All ranks must call it."""
+    def exchange(self, engine: deepspeed.DeepSpeedEngine) -> StepStatus:
+        """Reduce the status over all ranks, between a step's last backward and its update. All ranks must call it.
+
+        Args:
+            engine: holds the gradients.
+        """
         bad_loss = self.bad_loss()
         device = bad_loss.device
         received = self.signals.received if self.signals else 0
-        host = torch.tensor([received, self._time_is_up(), self.writing()], dtype=torch.float32)
+        host = torch.tensor([received, self._save_is_due(), self.writing()], dtype=torch.float32)
         flags = torch.cat([torch.stack([bad_loss, any_nonfinite(local_gradients(engine), device)]), host.to(device)])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
         loss, gradient, signal, save, writing = flags.tolist()
         return StepStatus(bool(loss), bool(gradient), int(signal), bool(save), bool(writing))
 
     def saved(self) -> None:
-        """A checkpoint was written; the clock starts again."""
+        """Restart the clock after a checkpoint."""
         self.last_save = time.monotonic()
 
-    def _time_is_up(self) -> bool:
+    def _save_is_due(self) -> bool:
         if self.save_minutes is None or dist.get_rank():
             return False
         return time.monotonic() - self.last_save >= 60 * self.save_minutes

@@ -125,7 +125,7 @@ class Chaos:
             other.join(ALONE_LIMIT_S)
         codes, text = [other.exitcode for other in others], ranks.text()
         # A process that is alone before the group exists waits for the other one; a launcher would end it.
-        began = "going on after step" in text or "steps, into" in text
+        began = "resuming after step" in text or "steps, into" in text
         if began and any(code in (None, 0) for code in codes):
             where = "\n".join(stacks(other.pid) for other in others if other.is_alive() and other.pid)
             ranks.kill()

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig, StageConfig
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.training.callbacks.base import TrainContext
+from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.schedule import StageSchedule
+from mrmae_ds.training.step_sync import StepSync
 
 ALONE = Launch(0, 0, 1, 1)
 
@@ -32,7 +35,7 @@ def finetune_config(**changes: Any) -> FinetuneConfig:
     return FinetuneConfig(**{**values, "layer_decay": 0.65, **changes})
 
 
-def make_plan(stage: StageConfig | None = None, launch: Launch = ALONE, **changes: Any) -> StageSchedule:
+def make_schedule(stage: StageConfig | None = None, launch: Launch = ALONE, **changes: Any) -> StageSchedule:
     """Five steps an epoch of two micro-batches of four images, three epochs."""
     values = {"seed": 3, "steps_per_epoch": 5, "accumulation": 2, "micro_batch": 4, **changes}
     return StageSchedule(stage=stage or finetune_config(), launch=launch, **values)
@@ -117,3 +120,18 @@ class FakeEngine:
 
     def get_global_grad_norm(self) -> float | None:
         return self.norm
+
+
+def make_context(**changes: Any) -> TrainContext:
+    """A training of a linear layer in a :class:`FakeEngine`, before its first step."""
+    schedule = make_schedule()
+    values: dict[str, Any] = {
+        "engine": FakeEngine(nn.Linear(3, 1), schedule.accumulation),
+        "task": None,
+        "loader": FakeLoader([]),
+        "schedule": schedule,
+        "state": TrainState(),
+        "step_sync": StepSync(),
+        "log_every": 4,
+    }
+    return TrainContext(**values | changes)

@@ -16,6 +16,7 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import TrainingError
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training import run as stage
+from mrmae_ds.training.callbacks.base import TrainContext
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.loop import train
 from mrmae_ds.weights.model_file import encoder_metadata, save_weights
@@ -60,7 +61,8 @@ def main(folder: Path, kind: str) -> None:
     def prepare() -> PreparedStage:
         return prepare_stage(TrainArgs(ENGINE, "pretrain", RECIPE, folder / "run", "never", tuple(overrides)), ALONE)
 
-    def fail(engine: Any, task: Any, *rest: Any) -> None:
+    def fail(context: TrainContext) -> None:
+        task = context.task
         losses, calls = task.losses, []
 
         def second(*arguments: Any) -> dict[str, torch.Tensor]:
@@ -71,7 +73,7 @@ def main(folder: Path, kind: str) -> None:
             return result
 
         task.losses = second
-        train(engine, task, *rest)
+        train(context)
 
     leave, stage.end_process_group = stage.end_process_group, lambda: None  # DeepSpeed starts once a process
     stage.train = fail

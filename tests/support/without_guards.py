@@ -83,7 +83,7 @@ GUARDS = {
     ),
     "a signal to one rank": Guard(
         "training/loop.py",
-        "if verdict.signal and state.step < schedule.total_steps:",
+        "if status.signal and state.step < schedule.total_steps:",
         "if False:",
         _faults("signal_to_one"),
     ),
@@ -151,8 +151,8 @@ GUARDS = {
     ),
     "the position in an epoch": Guard(
         "training/loop.py",
-        "reader.epoch(epoch, within * schedule.accumulation)",
-        "reader.epoch(epoch)",
+        "context.loader.epoch(epoch, step_in_epoch * schedule.accumulation)",
+        "context.loader.epoch(epoch)",
         _faults("mid_epoch"),
     ),
     "no line twice": Guard(

@@ -11,13 +11,22 @@ from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.signals import StopSignals
 from mrmae_ds.errors import StopRequested, TrainingError
+from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.loop import MAX_BAD_STEPS, train
 from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.schedule import StageSchedule
-from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
+from mrmae_ds.training.step_sync import StepStatus, StepSync
 from mrmae_ds.training.tasks.base import MicroBatchKey
-from tests.support.jobs import ALONE, FakeEngine, FakeLoader, finetune_config, make_batch, make_plan, optimizer_config
+from tests.support.jobs import (
+    ALONE,
+    FakeEngine,
+    FakeLoader,
+    finetune_config,
+    make_batch,
+    make_schedule,
+    optimizer_config,
+)
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -47,53 +56,85 @@ class LinearTask:
         return {"loss": loss, "half": loss.detach() / 2}
 
 
-class Hooks:
-    """Writes down what it is told, in order."""
+class Events(Callback):
+    """Records its calls, in order."""
 
     def __init__(self) -> None:
         self.events: list[tuple[str, int]] = []
         self.epochs: list[tuple[int, int]] = []
         self.logged: dict[int, dict[str, float]] = {}
         self.bad: list[tuple[int, int, int]] = []
-        self.verdicts: list[StepStatus] = []
+        self.statuses: list[StepStatus] = []
+        self.starts, self.ends, self.closed = 0, 0, 0
 
-    def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
-        self.events.append(("end_of_epoch", step))
-        self.epochs.append((epochs, step))
-        return {"top1": 10.0 * epochs}
+    def on_train_start(self, context: TrainContext) -> None:
+        self.starts += 1
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def on_epoch_end(self, context: TrainContext, epoch: int) -> dict[str, float]:
+        self.events.append(("epoch_end", context.state.step))
+        self.epochs.append((epoch, context.state.step))
+        return {"top1": 10.0 * epoch}
+
+    def on_log(self, context: TrainContext, values: dict[str, float]) -> None:
+        step = context.state.step
         assert step not in self.logged
         self.events.append(("log", step))
         self.logged[step] = values
 
-    def save(self, state: TrainState, verdict: StepStatus) -> None:
-        self.events.append(("save", state.step))
-        self.verdicts.append(verdict)
+    def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        self.events.append(("step_end", context.state.step))
+        self.statuses.append(status)
 
-    def skipped(self, state: TrainState, verdict: StepStatus, micros: list[MicroBatch]) -> None:
-        assert not verdict.finite and len(micros) == 2
+    def on_step_skipped(self, context: TrainContext, status: StepStatus) -> None:
+        state = context.state
+        assert not status.finite and len(context.step_sync.micro_batches) == 2
         self.bad.append((state.step, state.skipped, state.bad_in_row))
+
+    def on_train_end(self, context: TrainContext) -> None:
+        self.ends += 1
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def _context(
+    task: LinearTask,
+    events: Events,
+    schedule: StageSchedule | None = None,
+    state: TrainState | None = None,
+    log_every: int = 4,
+    signals: StopSignals | None = None,
+    batches: list[Batch] | None = None,
+) -> TrainContext:
+    schedule = schedule or make_schedule()
+    loader: Any = FakeLoader(batches or [make_batch(4, side=4)] * 10)
+    engine: Any = FakeEngine(task.model, schedule.accumulation)
+    fake: Any = task
+    return TrainContext(
+        engine, fake, loader, schedule, state or TrainState(), StepSync(signals), log_every, callbacks=[events]
+    )
 
 
 def _run(
-    task: LinearTask, plan: StageSchedule, state: TrainState | None = None, log_every: int = 4
-) -> tuple[FakeEngine, FakeLoader, Hooks]:
-    engine = FakeEngine(task.model, plan.accumulation)
-    batches = plan.steps_per_epoch * plan.accumulation
-    reader = FakeLoader([make_batch(plan.micro_batch, side=4, seed=i) for i in range(batches)])
-    hooks = Hooks()
-    train(engine, task, reader, plan, state or TrainState(), log_every, hooks, StepSync())
-    return engine, reader, hooks
+    task: LinearTask, schedule: StageSchedule, state: TrainState | None = None, log_every: int = 4
+) -> tuple[FakeEngine, FakeLoader, Events]:
+    batches = schedule.steps_per_epoch * schedule.accumulation
+    data = [make_batch(schedule.micro_batch, side=4, seed=i) for i in range(batches)]
+    context = _context(task, Events(), schedule, state, log_every, batches=data)
+    train(context)
+    (events,) = context.callbacks
+    engine: Any = context.engine
+    loader: Any = context.loader
+    return engine, loader, events  # type: ignore[return-value]
 
 
 # ---- the arithmetic of a stage
 
 
 def test_steps_and_keys() -> None:
-    plan = make_plan(finetune_config(epochs=3), Launch(2, 0, 4, 4))
-    assert (plan.epochs, plan.total_steps) == (3, 15)
-    assert plan.key(7, 1) == MicroBatchKey(seed=3, step=7, index=1, rank=2, world_size=4, micro_batch=4)
+    schedule = make_schedule(finetune_config(epochs=3), Launch(2, 0, 4, 4))
+    assert (schedule.epochs, schedule.total_steps) == (3, 15)
+    assert schedule.key(7, 1) == MicroBatchKey(seed=3, step=7, index=1, rank=2, world_size=4, micro_batch=4)
 
 
 def _formula(step: int, peak: float, floor: float, warmup: float, epochs: int, per_epoch: int) -> float:
@@ -105,30 +146,30 @@ def _formula(step: int, peak: float, floor: float, warmup: float, epochs: int, p
 
 def test_the_rate_of_every_step_follows_the_schedule() -> None:
     stage = finetune_config(epochs=4, optimizer=optimizer_config(lr=0.3, min_lr=0.02, warmup_epochs=1.5))
-    plan = make_plan(stage, steps_per_epoch=7)
-    rates = [plan.lr_at_step(step) for step in range(28)]
+    schedule = make_schedule(stage, steps_per_epoch=7)
+    rates = [schedule.lr_at_step(step) for step in range(28)]
     assert rates == pytest.approx([_formula(step, 0.3, 0.02, 1.5, 4, 7) for step in range(28)], rel=1e-12)
     assert rates[0] == 0.0 and max(rates) <= 0.3
 
 
 def test_a_base_rate_is_scaled_by_the_global_batch() -> None:
     optimizer = optimizer_config(lr=None, base_lr=0.1, warmup_epochs=0)
-    plan = make_plan(finetune_config(batch_size=1024, optimizer=optimizer))
-    assert plan.lr_at_step(0) == pytest.approx(0.4)
+    schedule = make_schedule(finetune_config(batch_size=1024, optimizer=optimizer))
+    assert schedule.lr_at_step(0) == pytest.approx(0.4)
 
 
 # ---- the loop
 
 
 def test_it_trains_as_a_plain_loop_does() -> None:
-    task, plan = LinearTask(), make_plan()
-    _, reader, _ = _run(task, plan)
+    task, schedule = LinearTask(), make_schedule()
+    _, loader, _ = _run(task, schedule)
     torch.manual_seed(0)
     other = nn.Linear(3, 1)
     for step in range(15):
         gradients = [torch.zeros_like(p) for p in other.parameters()]
         for micro in range(2):
-            batch = reader.batches[step % 5 * 2 + micro]
+            batch = loader.batches[step % 5 * 2 + micro]
             loss = (other(batch.images.float().mean((2, 3)) / 255) - 1).square().mean() / 2
             for total, gradient in zip(gradients, torch.autograd.grad(loss, list(other.parameters())), strict=True):
                 total += gradient
@@ -138,12 +179,12 @@ def test_it_trains_as_a_plain_loop_does() -> None:
     torch.testing.assert_close(task.model.weight, other.weight)
     torch.testing.assert_close(task.model.bias, other.bias)
     assert [(key.step, key.index) for key in task.keys] == [(s, m) for s in range(15) for m in range(2)]
-    assert reader.asked == [(0, 0), (1, 0), (2, 0)]
+    assert loader.asked == [(0, 0), (1, 0), (2, 0)]
 
 
 def test_every_step_gets_its_own_rate_times_the_groups_scale() -> None:
-    plan = make_plan()
-    engine, _, _ = _run(LinearTask(), plan)
+    schedule = make_schedule()
+    engine, _, _ = _run(LinearTask(), schedule)
     assert engine.rates == pytest.approx([0.5 * _formula(step, 0.5, 0.0, 1, 3, 5) for step in range(15)])
 
 
@@ -158,30 +199,28 @@ def test_every_step_gets_its_own_rate_times_the_groups_scale() -> None:
     ],
 )
 def test_the_first_every_nth_and_each_epochs_last_step_are_logged_once(log_every: int, expected: list[int]) -> None:
-    _, _, hooks = _run(LinearTask(), make_plan(), log_every=log_every)
-    assert [step for event, step in hooks.events if event == "log"] == expected
+    _, _, events = _run(LinearTask(), make_schedule(), log_every=log_every)
+    assert [step for event, step in events.events if event == "log"] == expected
 
 
 def test_a_step_is_saved_before_what_follows_it() -> None:
     """So a checkpoint's steps are done and nothing else: an evaluation or a line that a kill cuts short comes again."""
-    _, _, hooks = _run(LinearTask(), make_plan(), log_every=100)
-    assert [event for event in hooks.events if event[0] == "save"] == [("save", step) for step in range(1, 16)]
-    others = [event for event in hooks.events if event[0] != "save"]
-    expected = [(event, step) for step in (5, 10, 15) for event in ("end_of_epoch", "log")]
+    _, _, events = _run(LinearTask(), make_schedule(), log_every=100)
+    assert [event for event in events.events if event[0] == "step_end"] == [("step_end", step) for step in range(1, 16)]
+    others = [event for event in events.events if event[0] != "step_end"]
+    expected = [(event, step) for step in (5, 10, 15) for event in ("epoch_end", "log")]
     assert others == [("log", 1), *expected]
     for step in (5, 10, 15):
-        at = hooks.events.index(("save", step))
-        assert hooks.events[at + 1 : at + 3] == [("end_of_epoch", step), ("log", step)]
-    assert hooks.epochs == [(1, 5), (2, 10), (3, 15)]
-    assert [values.get("top1") for values in hooks.logged.values()] == [None, 10.0, 20.0, 30.0]
+        at = events.events.index(("step_end", step))
+        assert events.events[at + 1 : at + 3] == [("epoch_end", step), ("log", step)]
+    assert events.epochs == [(1, 5), (2, 10), (3, 15)]
+    assert [values.get("top1") for values in events.logged.values()] == [None, 10.0, 20.0, 30.0]
 
 
 def test_the_engine_trains_again_after_an_evaluation() -> None:
-    class Evaluates(Hooks):
-        engine: FakeEngine
-
-        def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
-            self.engine.eval()
+    class Evaluates(Events):
+        def on_epoch_end(self, context: TrainContext, epoch: int) -> dict[str, float]:
+            context.engine.eval()
             return {}
 
     class Watches(LinearTask):
@@ -189,15 +228,13 @@ def test_the_engine_trains_again_after_an_evaluation() -> None:
             assert engine.training and engine.module.training
             return super().losses(engine, batch, key)
 
-    task, plan, hooks = Watches(), make_plan(), Evaluates()
-    engine = hooks.engine = FakeEngine(task.model, plan.accumulation)
-    reader = FakeLoader([make_batch(4, side=4)] * 10)
-    train(engine, task, reader, plan, TrainState(), 4, hooks, StepSync())
-    assert False in engine.modes
+    context = _context(Watches(), Evaluates())
+    train(context)
+    assert False in context.engine.modes
 
 
 def test_what_is_logged_is_the_mean_of_its_interval() -> None:
-    task, plan = LinearTask(), make_plan()
+    task, schedule = LinearTask(), make_schedule()
     values: dict[tuple[int, int], float] = {}
     plain = task.losses
 
@@ -207,9 +244,9 @@ def test_what_is_logged_is_the_mean_of_its_interval() -> None:
         return losses
 
     task.losses = remembered
-    engine, _, hooks = _run(task, plan, log_every=4)
+    engine, _, events = _run(task, schedule, log_every=4)
     before = 0
-    for step, logged in hooks.logged.items():
+    for step, logged in events.logged.items():
         interval = [value for (s, _), value in values.items() if before <= s < step]
         assert len(interval) == 2 * (step - before)
         assert logged["loss"] == pytest.approx(sum(interval) / len(interval), rel=1e-5)
@@ -219,22 +256,23 @@ def test_what_is_logged_is_the_mean_of_its_interval() -> None:
         assert logged["skipped_steps"] == 0 and "nonfinite_batches" not in logged
         assert logged["images_per_s"] > 0 and 0 <= logged["data_wait"] <= 1
         before = step
-    assert hooks.logged[15]["grad_norm"] == engine.norm
+    assert events.logged[15]["grad_norm"] == engine.norm
 
 
 class Interrupted(Exception):
     pass
 
 
-class Ends(Hooks):
+class Ends(Events):
     """Ends the process in a step's save, as a kill would, and remembers what the checkpoint would hold."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
         self.at, self.counters = at, {}
 
-    def save(self, state: TrainState, verdict: StepStatus) -> None:
-        super().save(state, verdict)
+    def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        super().on_step_end(context, status)
+        state = context.state
         if state.step == self.at:
             meter = Meter.restored([state.meter.state() | {"micro_batch": 4}], ALONE, 4, torch.device("cpu"))
             self.counters = {**vars(state), "meter": meter}
@@ -244,28 +282,28 @@ class Ends(Hooks):
 @pytest.mark.parametrize("start", [1, 4, 5, 7, 10, 14, 15])
 def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
     """Steps, rates, keys, lines, evaluations and weights: with those before the end they are the whole run's."""
-    whole, plan = LinearTask(), make_plan()
-    _, _, clean = _run(whole, plan)
+    whole, schedule = LinearTask(), make_schedule()
+    _, _, clean = _run(whole, schedule)
     task, ends = LinearTask(), Ends(start)
     batches = [make_batch(4, side=4, seed=i) for i in range(10)]
     with pytest.raises(Interrupted):
-        train(FakeEngine(task.model, 2), task, FakeLoader(batches), plan, TrainState(), 4, ends, StepSync())
+        train(_context(task, ends, schedule, batches=batches))
     task.keys.clear()
-    _, reader, hooks = _run(task, plan, TrainState(**ends.counters))
+    _, loader, events = _run(task, schedule, TrainState(**ends.counters))
     epoch, within = divmod(start, 5)
     asked = [(epoch, 2 * within), *((e, 0) for e in range(epoch + 1, 3))] if start < 15 else []
-    assert reader.asked == asked
-    assert reader.given == [(s // 5, s % 5 * 2 + m) for s in range(start, 15) for m in range(2)]
+    assert loader.asked == asked
+    assert loader.given == [(s // 5, s % 5 * 2 + m) for s in range(start, 15) for m in range(2)]
     assert [(key.step, key.index) for key in task.keys] == [(s, m) for s in range(start, 15) for m in range(2)]
     assert torch.equal(task.model.weight, whole.model.weight) and torch.equal(task.model.bias, whole.model.bias)
-    assert {step for step in ends.logged if step in hooks.logged} == set()
-    together = {**ends.logged, **hooks.logged}
+    assert {step for step in ends.logged if step in events.logged} == set()
+    together = {**ends.logged, **events.logged}
     assert together.keys() == clean.logged.keys()
     for step, line in clean.logged.items():
         for name in line.keys() - {"images_per_s", "data_wait"}:
             assert together[step][name] == line[name], (step, name)
-    evaluated = [event for event in [*ends.events, *hooks.events] if event[0] == "end_of_epoch"]
-    assert evaluated == [("end_of_epoch", step) for step in (5, 10, 15)]
+    evaluated = [event for event in [*ends.events, *events.events] if event[0] == "epoch_end"]
+    assert evaluated == [("epoch_end", step) for step in (5, 10, 15)]
 
 
 # ---- what is not finite
@@ -273,95 +311,114 @@ def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
 
 def test_steps_that_are_not_finite_are_skipped_counted_and_told() -> None:
     """One bad micro-batch makes its step a bad one; weights and the other losses are as if it had not been."""
-    _, _, clean = _run(LinearTask(), make_plan())
+    _, _, clean = _run(LinearTask(), make_schedule())
     task = LinearTask(bad={(2, 0), (2, 1), (3, 1), (6, 0)})
-    _, _, hooks = _run(task, make_plan())
-    assert hooks.bad == [(3, 1, 1), (4, 2, 2), (7, 3, 1)]
-    assert hooks.logged[4]["nonfinite_batches"] == 3
-    assert [hooks.logged[step]["skipped_steps"] for step in (1, 4, 5, 8, 15)] == [0, 2, 2, 3, 3]
-    assert math.isfinite(hooks.logged[4]["loss"]) and math.isfinite(hooks.logged[4]["loss/half"])
-    assert hooks.logged[1] == pytest.approx(hooks.logged[1] | {"loss": clean.logged[1]["loss"]})
-    assert "nonfinite_batches" not in hooks.logged[5]
+    _, _, events = _run(task, make_schedule())
+    assert events.bad == [(3, 1, 1), (4, 2, 2), (7, 3, 1)]
+    assert events.logged[4]["nonfinite_batches"] == 3
+    assert [events.logged[step]["skipped_steps"] for step in (1, 4, 5, 8, 15)] == [0, 2, 2, 3, 3]
+    assert math.isfinite(events.logged[4]["loss"]) and math.isfinite(events.logged[4]["loss/half"])
+    assert events.logged[1] == pytest.approx(events.logged[1] | {"loss": clean.logged[1]["loss"]})
+    assert "nonfinite_batches" not in events.logged[5]
     assert torch.isfinite(task.model.weight).all()
 
 
 def test_a_skipped_step_changes_no_weight() -> None:
-    class Watches(Hooks):
-        def save(self, state: TrainState, verdict: StepStatus) -> None:
-            weights[state.step] = task.model.weight.detach().clone()
+    class Watches(Events):
+        def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+            weights[context.state.step] = task.model.weight.detach().clone()
 
     weights: dict[int, Tensor] = {}
-    task, plan = LinearTask(bad={(4, 0)}), make_plan()
-    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4, seed=i) for i in range(10)])
-    train(engine, task, reader, plan, TrainState(), 4, Watches(), StepSync())
+    task = LinearTask(bad={(4, 0)})
+    train(_context(task, Watches(), batches=[make_batch(4, side=4, seed=i) for i in range(10)]))
     assert torch.equal(weights[5], weights[4])
     assert not torch.equal(weights[6], weights[5])
 
 
 def test_a_step_that_the_engine_itself_does_not_take_is_a_skipped_one() -> None:
     """A gradient whose square overflows is finite for us and not for DeepSpeed, which says nothing."""
-    task, plan, hooks = LinearTask(), make_plan(), Hooks()
-    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10)
+    events = Events()
+    context = _context(LinearTask(), events)
+    engine: Any = context.engine
     engine.was_step_applied = lambda: len(engine.rates) != 3
-    train(engine, task, reader, plan, TrainState(), 4, hooks, StepSync())
-    assert hooks.bad == [(3, 1, 1)]
+    train(context)
+    assert events.bad == [(3, 1, 1)]
 
 
 @pytest.mark.parametrize("first_bad", [0, 1, 4, 7])
 def test_five_bad_steps_in_a_row_end_the_training(first_bad: int) -> None:
     task = LinearTask(bad={(step, step % 2) for step in range(first_bad, 15)})
-    engine, reader, hooks = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10), Hooks()
+    events = Events()
     end = first_bad + MAX_BAD_STEPS
     with pytest.raises(TrainingError, match=rf"last {MAX_BAD_STEPS} steps, up to step {end};"):
-        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync())
-    assert hooks.bad[-1] == (end, MAX_BAD_STEPS, MAX_BAD_STEPS)
-    assert hooks.events[-1] == ("log", end) and hooks.logged[end]["skipped_steps"] == MAX_BAD_STEPS
-    assert ("save", end) not in hooks.events
+        train(_context(task, events))
+    assert events.bad[-1] == (end, MAX_BAD_STEPS, MAX_BAD_STEPS)
+    assert events.events[-1] == ("log", end) and events.logged[end]["skipped_steps"] == MAX_BAD_STEPS
+    assert ("step_end", end) not in events.events
 
 
 def test_a_good_step_between_them_lets_it_go_on() -> None:
     bad = {(step, 0) for step in range(15) if step % MAX_BAD_STEPS}
-    _, _, hooks = _run(LinearTask(bad=bad), make_plan())
-    assert max(row for _, _, row in hooks.bad) == MAX_BAD_STEPS - 1
-    assert hooks.logged[15]["skipped_steps"] == len(bad)
+    _, _, events = _run(LinearTask(bad=bad), make_schedule())
+    assert max(row for _, _, row in events.bad) == MAX_BAD_STEPS - 1
+    assert events.logged[15]["skipped_steps"] == len(bad)
 
 
 def test_the_row_goes_on_over_a_restart() -> None:
     task = LinearTask(bad={(step, 0) for step in range(7, 15)})
     with pytest.raises(TrainingError, match="up to step 9"):
-        _run(task, make_plan(), TrainState(step=7, skipped=3, bad_in_row=3, meter=Meter(batches=0)), log_every=100)
+        _run(task, make_schedule(), TrainState(step=7, skipped=3, bad_in_row=3, meter=Meter(batches=0)), log_every=100)
 
 
 # ---- being asked to stop
 
 
-class Asks(Hooks):
+class Asks(Events):
     """Receives a signal while a step is saved, which is between two steps."""
 
     def __init__(self, signals: StopSignals, at: int) -> None:
         super().__init__()
         self.signals, self.at = signals, at
 
-    def save(self, state: TrainState, verdict: StepStatus) -> None:
-        super().save(state, verdict)
-        if state.step == self.at:
+    def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        super().on_step_end(context, status)
+        if context.state.step == self.at:
             self.signals.received = 15
 
 
 @pytest.mark.parametrize("at", [1, 6, 13])
 def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
     task, signals = LinearTask(), StopSignals()
-    hooks = Asks(signals, at)
-    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10)
+    events = Asks(signals, at)
     with pytest.raises(StopRequested, match=rf"SIGTERM after step {at + 1};"):
-        train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync(signals))
-    assert hooks.events[-1] == ("save", at + 1)
-    assert hooks.verdicts[-1].signal == 15 and not hooks.verdicts[-2].signal
+        train(_context(task, events, signals=signals))
+    assert events.events[-1] == ("step_end", at + 1)
+    assert events.statuses[-1].signal == 15 and not events.statuses[-2].signal
 
 
 def test_a_signal_in_the_last_step_lets_the_stage_finish() -> None:
     task, signals = LinearTask(), StopSignals()
-    engine, reader = FakeEngine(task.model, 2), FakeLoader([make_batch(4, side=4)] * 10)
-    hooks = Asks(signals, 14)
-    train(engine, task, reader, make_plan(), TrainState(), 4, hooks, StepSync(signals))
-    assert hooks.events[-1] == ("log", 15)
+    events = Asks(signals, 14)
+    train(_context(task, events, signals=signals))
+    assert events.events[-1] == ("log", 15)
+
+
+# ---- callbacks
+
+
+def test_a_callback_is_started_ended_and_closed_once() -> None:
+    _, _, events = _run(LinearTask(), make_schedule())
+    assert (events.starts, events.ends, events.closed) == (1, 1, 1)
+
+
+def test_a_callback_is_closed_but_not_ended_after_an_error() -> None:
+    events = Ends(3)
+    with pytest.raises(Interrupted):
+        train(_context(LinearTask(), events))
+    assert (events.starts, events.ends, events.closed) == (1, 0, 1)
+
+
+def test_the_task_is_informed_of_applied_steps_only() -> None:
+    task = LinearTask(bad={(4, 0), (7, 1)})
+    _run(task, make_schedule())
+    assert task.steps_applied == 13

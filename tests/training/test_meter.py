@@ -43,9 +43,9 @@ def test_nothing_finite_has_no_mean() -> None:
 
 def test_reading_forgets() -> None:
     meter = _meter((1.0, 2.0), (NAN, 2.0))
-    meter.waited = 5.0
+    meter.data_wait_s = 5.0
     meter.read(ALONE, 4)
-    assert (meter.sums, meter.nonfinite, meter.batches, meter.waited) == ({}, None, 0, 0.0)
+    assert (meter.sums, meter.nonfinite, meter.batches, meter.data_wait_s) == ({}, None, 0, 0.0)
     meter.add({"loss": torch.tensor(7.0)})
     means, _, bad = meter.read(ALONE, 4)
     assert (means, bad) == ({"loss": 7.0}, 0)
@@ -81,11 +81,11 @@ def _states(*meters: Meter, micro_batch: int = 4) -> list[dict[str, object]]:
 
 def test_on_as_many_ranks_each_gets_its_own_back_bit_by_bit() -> None:
     meters = [_meter((0.1, 10.0), (0.2, 1.0)), _meter((0.3, 7.0), (NAN, 1.0))]
-    meters[1].waited = 5.0
+    meters[1].data_wait_s = 5.0
     for rank, meter in enumerate(meters):
         back = Meter.restored(_states(*meters), Launch(rank, rank, 2, 2), 4, CPU)
         assert all(torch.equal(back.sums[name], meter.sums[name]) for name in meter.sums)
-        assert (back.nonfinite, back.batches, back.waited) == (meter.nonfinite, 2, meter.waited)
+        assert (back.nonfinite, back.batches, back.data_wait_s) == (meter.nonfinite, 2, meter.data_wait_s)
         assert back.state()["elapsed"] == pytest.approx(meter.state()["elapsed"], abs=1)
 
 

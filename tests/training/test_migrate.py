@@ -15,10 +15,10 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.renamed import RENAMED
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RunRecord
+from mrmae_ds.training.callbacks.nonfinite_capture import read_capture
 from mrmae_ds.training.checkpoint.manifest import RunIdentity, read_manifest
 from mrmae_ds.training.checkpoint.run_dir import decide_start
 from mrmae_ds.training.migrate import migrate
-from mrmae_ds.training.nonfinite_capture import read_capture
 from mrmae_ds.weights.finished_run import FinishedRun
 
 LEGACY = Path(__file__).resolve().parents[1] / "legacy"

@@ -14,7 +14,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.records.sections import ObjectiveInfo, Operations
 from mrmae_ds.tables.ablations import parts_of
 from mrmae_ds.tables.paper import TABLE_3
-from mrmae_ds.training.run_logger import count_operations, identity
+from mrmae_ds.training.run_logger import count_operations, describe_run
 from mrmae_ds.training.tasks.build import build_task
 from mrmae_ds.training.tasks.pretrain import PretrainTask, describe_design
 from tests.support.jobs import ALONE
@@ -81,6 +81,6 @@ def test_the_design_of_a_recipe_is_its_row_of_table_3(row: int) -> None:
 
 def test_the_slurm_job_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(MCMAE)
-    assert identity(recipe, "pretrain", ALONE, "cpu")["slurm_job"] is None
+    assert describe_run(recipe, "pretrain", ALONE, "cpu")["slurm_job"] is None
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    assert identity(recipe, "pretrain", ALONE, "cpu")["slurm_job"] == "4711"
+    assert describe_run(recipe, "pretrain", ALONE, "cpu")["slurm_job"] == "4711"

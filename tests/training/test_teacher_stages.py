@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.training.job import TrainArgs, prepare_stage
 from mrmae_ds.training.tasks.base import Task
-from tests.support.jobs import ALONE, make_batch, make_plan
+from tests.support.jobs import ALONE, make_batch, make_schedule
 from tests.support.processes import finish, rank_processes
 from tests.support.release_worker import ENGINE, RECIPE, TEACHER, save_teacher
 from tests.support.sample_data import write_sample_beton
@@ -59,7 +59,7 @@ def test_a_task_that_is_released_has_no_weights_and_gives_no_losses(
     task = _task("pretrain", RECIPE, tmp_path, *images, source, f"stages.pretrain.placement={kind}")
     weights = [StorageWeakRef(parameter.untyped_storage()) for parameter in task.teachers["mae"].parameters()]
     task.to(CPU)
-    batch, key = make_batch(4), make_plan().key(0, 0)
+    batch, key = make_batch(4), make_schedule().key(0, 0)
     assert task.losses(task.model, batch, key)["loss"] > 0
     assert (task.placed["mae"].resident_bytes > 0) == (kind == "device")
     task.release()

@@ -96,26 +96,26 @@ def _weights(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
 
 def _step(engine: deepspeed.DeepSpeedEngine, number: int, bad: str = "", guarded: bool = True) -> Any:
     """One step of two micro-batches, bad in its first; what was agreed on."""
-    boundary = StepSync()
-    boundary.begin()
-    for micro in range(2):
-        batch: Batch = make_batch(4, seed=2 * number + micro)
+    step_sync = StepSync()
+    step_sync.begin()
+    for index in range(2):
+        batch: Batch = make_batch(4, seed=2 * number + index)
         loss = engine(batch.images)
-        if bad and micro == 0:
+        if bad and index == 0:
             if bad == "loss":
                 loss = loss + math.nan
             else:
                 loss.register_hook(lambda gradient: gradient * math.inf)
         engine.backward(loss)
-        boundary.add(batch, {"loss": loss})
-        if micro == 0:
+        step_sync.add(batch, {"loss": loss})
+        if index == 0:
             engine.step()
-    verdict = boundary.agree(engine)
-    if verdict.finite or not guarded:
+    status = step_sync.exchange(engine)
+    if status.finite or not guarded:
         engine.step()
     else:
         skip_step(engine)
-    return verdict
+    return status
 
 
 def _run(case: str, bad_at: dict[int, str], leave_out: bool = False) -> list[Tensor]:
@@ -126,8 +126,8 @@ def _run(case: str, bad_at: dict[int, str], leave_out: bool = False) -> list[Ten
         if bad and leave_out:
             continue
         before = _weights(engine)
-        verdict = _step(engine, number, bad)
-        assert (verdict.bad_loss, verdict.bad_gradient) == (bad == "loss", bad == "gradient")
+        status = _step(engine, number, bad)
+        assert (status.bad_loss, status.bad_gradient) == (bad == "loss", bad == "gradient")
         after = _weights(engine)
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == bool(bad), (number, bad)
     if not leave_out:

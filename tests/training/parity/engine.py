@@ -16,32 +16,27 @@ import torch
 
 from mrmae_ds.distributed.launch import Launch, prepare_environment
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.loop import train
-from mrmae_ds.training.step_sync import MicroBatch, StepStatus, StepSync
+from mrmae_ds.training.step_sync import StepStatus, StepSync
 from tests.support.processes import finish, rank_processes
 from tests.training.parity.cases import Case, Trace
 from tests.training.parity.job import prepare
 
 
-class _Recorder:
-    """Hooks of the loop that keep what is logged."""
+class _Recorder(Callback):
+    """Keeps what is logged."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
 
-    def skipped(self, state: TrainState, verdict: StepStatus, micros: list[MicroBatch]) -> None:
-        raise AssertionError(f"step {state.step} was not taken: {verdict}")
+    def on_step_skipped(self, context: TrainContext, status: StepStatus) -> None:
+        raise AssertionError(f"step {context.state.step} was skipped: {status}")
 
-    def save(self, state: TrainState, verdict: StepStatus) -> None:
-        pass
-
-    def end_of_epoch(self, epochs: int, step: int) -> dict[str, float]:
-        return {}
-
-    def log(self, step: int, values: dict[str, float]) -> None:
+    def on_log(self, context: TrainContext, values: dict[str, float]) -> None:
         self.losses.append(values["loss"])
         if "grad_norm" in values:
             self.norms.append(values["grad_norm"])
@@ -55,9 +50,9 @@ def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
         task.model, task.param_groups(), task.make_optimizer, job.engine_config, schedule.accumulation, device
     )
     task.to(device)
-    reader, recorder, began = job.train_loader(device), _Recorder(), time.perf_counter()
-    train(engine, task, reader, schedule, TrainState(), 1, recorder, StepSync())
-    reader.close()
+    loader, recorder, began = job.train_loader(device), _Recorder(), time.perf_counter()
+    train(TrainContext(engine, task, loader, schedule, TrainState(), StepSync(), 1, [recorder]))
+    loader.close()
     seconds = time.perf_counter() - began
     weights = gather_state(engine)
     task.release()

@@ -19,7 +19,7 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
-from mrmae_ds.training.evaluation.evaluate import Evaluation, log_mean_softmax, prepare_evaluation, score
+from mrmae_ds.training.evaluate import PreparedEvaluation, evaluate, log_mean_softmax, prepare_evaluation
 from mrmae_ds.training.job import TrainArgs
 from mrmae_ds.weights.model_file import (
     encoder_metadata,
@@ -60,7 +60,9 @@ class Workspace:
         data = (f"data.train={self.folder / 'train.beton'}", f"data.val={self.folder / 'val.beton'}")
         return (*data, f"stages.evaluate.members=[{names}]", *extra)
 
-    def prepare(self, *members: str | Path, run: str = "run", resume: str = "auto", **evaluate: object) -> Evaluation:
+    def prepare(
+        self, *members: str | Path, run: str = "run", resume: str = "auto", **evaluate: object
+    ) -> PreparedEvaluation:
         overrides = self.overrides(*members, **evaluate)
         options = TrainArgs(ENGINE, "evaluate", RECIPE, self.folder / run, resume, overrides)
         return prepare_evaluation(options, ALONE)
@@ -146,13 +148,13 @@ def expected(workspace: Workspace) -> dict[str, dict[str, float]]:
 def test_an_ensemble_equals_a_plain_loop(
     workspace: Workspace, expected: dict[str, dict[str, float]], alone: None
 ) -> None:
-    average, members = score(workspace.prepare("cvit", "vit"), CPU)
+    average, members = evaluate(workspace.prepare("cvit", "vit"), CPU)
     assert average == pytest.approx(expected["both"], rel=1e-5)
     assert members == [pytest.approx(expected[name], rel=1e-5) for name in ("cvit", "vit")]
 
 
 def test_one_member_is_itself(workspace: Workspace, expected: dict[str, dict[str, float]], alone: None) -> None:
-    average, members = score(workspace.prepare("vit"), CPU)
+    average, members = evaluate(workspace.prepare("vit"), CPU)
     assert [average] == members == [pytest.approx(expected["vit"], rel=1e-5)]
 
 
@@ -228,9 +230,9 @@ def _altered(workspace: Workspace, folder: Path, drop: str = "", **metadata: obj
     [
         ({"kind": "pretrain"}, r"members\[1\]: .*no classifier \(pretrain\)"),
         ({"class_names": [str(i) for i in range(10)]}, r"members\[1\]: .*other classes"),
-        ({"class_names": ["a", "b"], "num_classes": 2}, r"members\[1\]: .*other classes apart \(2\).*\(10\)"),
-        ({"drop": "fc_norm"}, r"members\[1\]: .*not whole: .*fc_norm"),
-        ({"drop": "head"}, r"members\[1\]: .*not whole: .*head.weight"),
+        ({"class_names": ["a", "b"], "num_classes": 2}, r"members\[1\]: .*other classes \(2\).*\(10\)"),
+        ({"drop": "fc_norm"}, r"members\[1\]: .*incomplete: .*fc_norm"),
+        ({"drop": "head"}, r"members\[1\]: .*incomplete: .*head.weight"),
     ],
 )
 def test_a_member_that_does_not_fit_is_refused(
@@ -279,9 +281,9 @@ def test_evaluating_again_repeats_the_fine_tunings_last_number(workspace: Worksp
     assert result.status == 0, result.stderr
     tuned = RunRecord.load(run / "finetune").results
     plain = TrainArgs(ENGINE, "evaluate", recipe, run, "auto", overrides)
-    again, _ = score(prepare_evaluation(replace(plain, ds_config=config), ALONE), CPU)
+    again, _ = evaluate(prepare_evaluation(replace(plain, ds_config=config), ALONE), CPU)
     assert again == {name: getattr(tuned, name) for name in ("top1", "top5", "loss", "eval_samples")}
-    full, _ = score(prepare_evaluation(plain, ALONE), CPU)
+    full, _ = evaluate(prepare_evaluation(plain, ALONE), CPU)
     assert full["loss"] != again["loss"]  # by however little: rounding may cancel in a mean
 
 
@@ -295,7 +297,7 @@ def test_bf16_weights_are_evaluated_as_they_were_trained(
         config, "evaluate", RECIPE, workspace.folder / "bf16", "auto", workspace.overrides("cvit", "vit")
     )
     job = prepare_evaluation(options, ALONE)
-    average, _ = score(job, CPU)
+    average, _ = evaluate(job, CPU)
     assert {p.dtype for classifier in job.classifiers for p in classifier.model.parameters()} == {torch.bfloat16}
     assert average["loss"] == pytest.approx(expected["both"]["loss"], rel=0.02)
     assert average["loss"] != pytest.approx(expected["both"]["loss"], rel=1e-6)

@@ -1,7 +1,7 @@
-"""The stage ``evaluate``: how good one fine-tuned model is, or several together, their softmax outputs averaged.
+"""The ``evaluate`` stage: accuracy of one classifier or of an ensemble (averaged softmax).
 
-Nothing is trained, so there is no DeepSpeed engine: each process holds every model whole, as a plain module in eval
-mode in the engine config's precision (``torch_autocast``, ``bf16``), and takes its share of the images.
+Nothing is trained, so there is no DeepSpeed engine: each rank holds every model whole, as a plain module in eval mode
+in the engine config's precision (``torch_autocast``, ``bf16``), and evaluates its share of the images.
 
 Shape legend: B images of a batch.
 """
@@ -9,7 +9,7 @@ Shape legend: B images of a batch.
 from __future__ import annotations
 
 import json
-import time
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,38 +18,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mrmae_ds.config.engine import EngineConfig, validate_sections
+from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import EvaluateConfig
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
 from mrmae_ds.data.loaders.build import check_backend
 from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.distributed.watchdog import Watchdog
-from mrmae_ds.errors import ConfigError, UserError
+from mrmae_ds.errors import ConfigError, RaisedOnAllRanks, UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.records.metrics import MetricsWriter
-from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_finetuning, utc_now
-from mrmae_ds.records.sections import DataInfo, Member, Parameters, Results, Schedule
+from mrmae_ds.records.record import RECORD_FILE, RunRecord, summarize_finetuning
+from mrmae_ds.records.sections import Member, Parameters, Schedule
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
 from mrmae_ds.training.evaluation.accuracy import AccuracyCounter
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
 from mrmae_ds.training.job import TrainArgs, load_configs
-from mrmae_ds.training.run_logger import identity
+from mrmae_ds.training.run import ALREADY_FINISHED, process_group
+from mrmae_ds.training.run_logger import RecordWriter, describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import build_classifier, find_weights, read_metadata
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Classifier:
-    """A fine-tuned model with what its file says it needs.
+    """A classifier with the settings from its weights file.
 
     Attributes:
-        source: as the recipe names it. member: the same for the record.
-        model: in eval mode. normalize: with the model's own statistics. image_size: pixels, both sides.
+        source: its name in the recipe.
+        member: its entry in the run record.
+        model: in eval mode.
+        normalize: with the model's own statistics.
+        image_size: pixels, both sides.
     """
 
     source: str
@@ -64,13 +69,28 @@ class Classifier:
         self.normalize.to(device)
 
     def logits(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """float32 [B, classes] of decoded images, uint8 [B, 3, H, W]."""
+        """Return the logits, float32 [B, classes].
+
+        Args:
+            images: decoded images, uint8 [B, 3, H, W].
+            dtype: dtype of the model's input.
+        """
         return self.model(self.normalize.student(self.normalize.pixels(images), dtype)).float()
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Everything that the stage needs, on the CPU of this process; ``done`` if the folder holds its result."""
+class PreparedEvaluation:
+    """An evaluation on the CPU of this rank, ready to run.
+
+    Attributes:
+        recipe: resolved recipe.
+        engine_config: engine config, for micro-batch and precision.
+        launch: this rank among the others.
+        stage_dir: output folder.
+        val_data: validation set.
+        classifiers: members of the ensemble.
+        done: True if the folder already has the result.
+    """
 
     recipe: Recipe
     engine_config: EngineConfig
@@ -81,22 +101,25 @@ class Evaluation:
     done: bool
 
 
-def prepare_evaluation(options: TrainArgs, launch: Launch) -> Evaluation:
-    """Resolve, check, and load the models on the CPU.
+def prepare_evaluation(args: TrainArgs, launch: Launch) -> PreparedEvaluation:
+    """Resolve and check the stage, and load the models on the CPU.
+
+    Args:
+        args: command line.
+        launch: this rank among the others.
 
     Raises:
-        UserError: for anything a user can mend: a member that has not finished, is no classifier, or has other
+        UserError: for everything that the user can fix: a member that has not finished, is no classifier, or has other
             classes than the validation set; an image size that the patches do not tile.
     """
-    recipe, engine_config = load_configs(options)
+    recipe, engine_config = load_configs(args)
     stage = recipe.stages.evaluate
-    if options.dry_run:
-        raise UserError("--dry-run: stage evaluate has none; it trains nothing and changes no weights, just run it")
-    if options.resume not in ("auto", "never"):
-        raise UserError(f"--resume {options.resume}: stage evaluate has no checkpoints; give auto or never")
-    validate_sections(engine_config)
+    if args.dry_run:
+        raise UserError("--dry-run: not available for stage evaluate, which trains nothing; run it without")
+    if args.resume not in ("auto", "never"):
+        raise UserError(f"--resume {args.resume}: stage evaluate has no checkpoints; give auto or never")
     check_backend(recipe.data.val_backend)
-    stage_dir = options.stage_dir(recipe)
+    stage_dir = args.stage_dir(recipe)
     val_data = check_beton(recipe.data.val)
     identity = RunIdentity(
         recipe_hash=recipe.hash("evaluate"),
@@ -105,7 +128,7 @@ def prepare_evaluation(options: TrainArgs, launch: Launch) -> Evaluation:
         val=val_data.sha256,
         recipe=recipe.counted("evaluate"),
     )
-    done = decide_start(stage_dir, "evaluate", identity, options.resume).action == "done"
+    done = decide_start(stage_dir, "evaluate", identity, args.resume).action == "done"
     sources = stage.members or (str(stage_dir.parent / "finetune"),)
     classifiers = tuple(
         load_classifier(source, f"stages.evaluate.members[{i}]", stage, val_data) for i, source in enumerate(sources)
@@ -118,16 +141,17 @@ def prepare_evaluation(options: TrainArgs, launch: Launch) -> Evaluation:
         )
     if not done:
         cache_all([recipe.data.val], recipe.loader.cache_dir)
-    return Evaluation(recipe, engine_config, launch, stage_dir, val_data, classifiers, done)
+    return PreparedEvaluation(recipe, engine_config, launch, stage_dir, val_data, classifiers, done)
 
 
 def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: BetonInfo) -> Classifier:
-    """A member, built and loaded as its file says.
+    """Build a classifier from its weights file.
 
     Args:
-        source: a stage folder or model file. key: where the recipe names it.
-        stage: says the image size.
-        val_data: whose classes must be the model's.
+        source: a stage folder or model file.
+        key: its key in the recipe, for error messages.
+        stage: the recipe's stage, for the image size.
+        val_data: validation set, whose classes must be the model's.
 
     Raises:
         UserError: naming ``key`` and what does not fit.
@@ -138,7 +162,7 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
         raise UserError(f"{key}: {path} holds no classifier ({metadata['kind']}); name a fine-tuned model")
     if tuple(metadata["class_names"]) != val_data.class_names:
         raise UserError(
-            f"{key}: {path} tells other classes apart ({metadata['num_classes']}) than data.val, {val_data.path} "
+            f"{key}: {path} was trained on other classes ({metadata['num_classes']}) than data.val, {val_data.path} "
             f"({val_data.num_classes}); evaluate it on data of its own classes, in their order"
         )
     image_size = stage.image_size or metadata["image_size"]
@@ -148,7 +172,7 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
         raise ConfigError(f"stages.evaluate.{error.key}", f"{error.reason}, for {path}") from None
     report = load_encoder(model, path, key)
     if report.missing:
-        raise UserError(f"{key}: {path} is not whole: {report}")
+        raise UserError(f"{key}: {path} is incomplete: {report}")
     finetune = None
     if (path.parent / RECORD_FILE).exists():
         record = RunRecord.load(path.parent)
@@ -158,119 +182,115 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
     return Classifier(source, member, model.eval(), normalize, image_size)
 
 
-def run_evaluation(job: Evaluation) -> None:
-    """Evaluate, print and record. Returns on every rank; leaves the process group.
+def run_evaluation(job: PreparedEvaluation) -> None:
+    """Evaluate, print and record. Returns on every rank and leaves the process group.
 
     Writes into ``job.stage_dir``: recipe.yaml, engine.json, record.json, metrics.jsonl and tensorboard/.
+
+    Args:
+        job: the prepared evaluation.
     """
-    first = job.launch.rank == 0
-    if job.done:
-        if first:
-            print(f"{job.stage_dir}: already finished; --resume never starts anew, --run DIR elsewhere")
-        return
-    device = choose_device(job.launch)
-    start_process_group(device)
-    with Watchdog(job.launch, 60 * job.recipe.watchdog.timeout_minutes) as monitor:
-        _run(job, device, monitor)
-    end_process_group()
+    if not job.done:
+        with process_group(job.launch, job.recipe.watchdog.timeout_minutes) as (device, watchdog):
+            _run(job, device, watchdog)
+    elif job.launch.rank == 0:
+        logger.info(ALREADY_FINISHED, job.stage_dir)
 
 
-def _run(job: Evaluation, device: torch.device, monitor: Watchdog) -> None:
-    began, record = time.monotonic(), None
+def _run(job: PreparedEvaluation, device: torch.device, watchdog: Watchdog) -> None:
+    writer = None
     if job.launch.rank == 0:
-        prepare_folder(
-            job.stage_dir, job.recipe, json.dumps(job.engine_config.as_written(), indent=2) + "\n", fresh=True
-        )
-        record = new_record(job, device)
-        record.write(job.stage_dir)
-        _announce(job, record.parameters, device)
+        config = json.dumps(job.engine_config.as_written(), indent=2)
+        prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=True)
+        writer = RecordWriter(job.stage_dir, new_record(job, device))
+        writer.write("running")
+        watchdog.on_failure = lambda: writer.close("failed")
+        _announce(job, writer.record.parameters.total, device)
     try:
-        average, members = score(job, device, monitor.beat)
-    except BaseException:
-        if record:
-            _close(record, "failed", job.stage_dir, began)
+        average, members = evaluate(job, device, watchdog.beat)
+    except RaisedOnAllRanks:  # any other failure is reported by the watchdog
+        if writer:
+            writer.close("failed")
         raise
-    if record:
-        _report(job, average, members)
+    if writer:
+        _print_scores(job, average, members)
         results = dict(average)
         for number, scores in enumerate(members, start=1):
             results |= {f"member{number}/{name}": value for name, value in scores.items() if name != "eval_samples"}
         with MetricsWriter(job.stage_dir) as metrics:
             metrics.write(0, results)
-        record.results = Results(**results)
-        _close(record, "finished", job.stage_dir, began)
+        writer.update(results)
+        writer.close("finished")
 
 
 @torch.no_grad()
-def score(
-    job: Evaluation, device: torch.device, beat: Callable[[str], None] = lambda activity: None
+def evaluate(
+    job: PreparedEvaluation, device: torch.device, heartbeat: Callable[[str], None] = lambda activity: None
 ) -> tuple[Scores, list[Scores]]:
-    """Return the scores of the averaged softmax outputs, and each member's own. All ranks must call it.
+    """Evaluate the ensemble and its members. All ranks must call it.
 
-    Members of different image sizes see the same images, each read at its size. ``beat`` is called with each batch.
+    Members of different image sizes are evaluated on the same images, each read at its size.
+
+    Args:
+        job: the prepared evaluation.
+        device: device of this rank.
+        heartbeat: called before every batch, with the current activity.
+
+    Returns:
+        Scores of the averaged softmax outputs, and each member's own.
     """
     config, dtype = job.engine_config, job.engine_config.model_dtype
     for classifier in job.classifiers:
         classifier.to(device, dtype)
     sizes = sorted({classifier.image_size for classifier in job.classifiers})
-    context = EvalContext(job.recipe, config, job.launch, device, job.val_data.num_classes, beat)
-    readers = [context.loader(size) for size in sizes]
-    average, scores = AccuracyCounter(), [AccuracyCounter() for _ in job.classifiers]
-    for batches in zip(*(reader.epoch(0) for reader in readers), strict=True):
-        beat("evaluating")
+    context = EvalContext(job.recipe, config, job.launch, device, job.val_data.num_classes, heartbeat)
+    loaders = [context.loader(size) for size in sizes]
+    average, counters = AccuracyCounter(), [AccuracyCounter() for _ in job.classifiers]
+    for batches in zip(*(loader.epoch(0) for loader in loaders), strict=True):
+        heartbeat("evaluating")
         by_size = dict(zip(sizes, batches, strict=True))
         with config.autocast(device):
             logits = [classifier.logits(by_size[classifier.image_size].images, dtype) for classifier in job.classifiers]
-        for own, output in zip(scores, logits, strict=True):
-            own.add(output, batches[0])
+        for counter, output in zip(counters, logits, strict=True):
+            counter.add(output, batches[0])
         average.add(log_mean_softmax(logits), batches[0])
-    samples = readers[0].num_samples
-    return average.read(samples), [own.read(samples) for own in scores]
+    samples = loaders[0].num_samples
+    return average.read(samples), [counter.read(samples) for counter in counters]
 
 
 def log_mean_softmax(logits: list[Tensor]) -> Tensor:
-    """The logarithm of the mean softmax of several models, [B, classes] each, in float64; one model's is itself."""
+    """Return the logarithm of the mean softmax, float64 [B, classes]; a single model's logits are returned as they are.
+
+    Args:
+        logits: of several models, [B, classes] each.
+    """
     if len(logits) == 1:
         return logits[0]
     return torch.stack([F.softmax(output.double(), dim=1) for output in logits]).mean(dim=0).log()
 
 
-def new_record(job: Evaluation, device: torch.device) -> RunRecord:
-    """The record of an evaluation that is about to run; it trains nothing, so its schedule is empty."""
+def new_record(job: PreparedEvaluation, device: torch.device) -> RunRecord:
+    """Return the record of an evaluation that is about to run; its schedule is empty."""
     total = sum(p.numel() for classifier in job.classifiers for p in classifier.model.parameters())
-    data = job.val_data
     return RunRecord(
-        **identity(job.recipe, "evaluate", job.launch, device),
+        **describe_run(job.recipe, "evaluate", job.launch, device),
         parameters=Parameters(total=total, trainable=0, encoder=total),
-        data=DataInfo(
-            dataset=data.name,
-            file=data.path.name,
-            sha256=data.sha256,
-            samples=data.num_samples,
-            classes=data.num_classes,
-        ),
+        data=describe_data(job.val_data, job.val_data.num_classes),
         schedule=Schedule(epochs=0, global_batch=job.engine_config.micro_batch * job.launch.world_size, steps=0),
         members=tuple(classifier.member for classifier in job.classifiers),
     )
 
 
-def _close(record: RunRecord, status: Status, stage_dir: Path, began: float) -> None:
-    record.status, record.ended = status, utc_now()
-    record.wall_seconds = round(time.monotonic() - began, 1)
-    record.write(stage_dir)
-
-
-def _announce(job: Evaluation, parameters: Parameters, device: torch.device) -> None:
+def _announce(job: PreparedEvaluation, num_parameters: int, device: torch.device) -> None:
     count = len(job.classifiers)
     models = "1 model" if count == 1 else f"{count} models averaged"
-    print(
-        f"{job.recipe.name} evaluate: {models}, {parameters.total / 1e6:.2f} M parameters, on {job.launch.world_size} "
-        f"x {device.type}, {job.val_data.num_samples:,} images of {job.val_data.name}, into {job.stage_dir}",
-        flush=True,
+    logger.info(
+        f"{job.recipe.name} evaluate: {models}, {num_parameters / 1e6:.2f} M parameters, on {job.launch.world_size} "
+        f"x {device.type}, {job.val_data.num_samples:,} images of {job.val_data.name}, into {job.stage_dir}"
     )
 
 
-def _report(job: Evaluation, average: Scores, members: list[Scores]) -> None:
+def _print_scores(job: PreparedEvaluation, average: Scores, members: list[Scores]) -> None:
     rows = [(classifier.source, scores) for classifier, scores in zip(job.classifiers, members, strict=True)]
     if len(rows) > 1:
         rows.append((f"average of {len(rows)}", average))

@@ -1,0 +1,1 @@
+"""Actions around the steps of training."""

@@ -1,0 +1,53 @@
+"""Optional callbacks, each switched on by its section of the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.stages import StageName
+from mrmae_ds.training.callbacks.base import Callback
+from mrmae_ds.training.callbacks.garbage_collection import GarbageCollectionCallback
+from mrmae_ds.training.callbacks.memory_snapshot import MemorySnapshotCallback
+from mrmae_ds.training.callbacks.profiler import ProfilerCallback
+from mrmae_ds.training.callbacks.wandb import WandbCallback, check_installed
+
+
+def check_optional_callbacks(recipe: Recipe) -> None:
+    """Check that the packages of the recipe's optional callbacks are installed.
+
+    Raises:
+        UserError: if one is not.
+    """
+    if recipe.wandb is not None:
+        check_installed()
+
+
+def build_optional_callbacks(
+    recipe: Recipe, stage_name: StageName, stage_dir: Path, rank: int, device: torch.device
+) -> list[Callback]:
+    """Build the callbacks that the recipe switches on. None of them changes a result.
+
+    Args:
+        recipe: resolved recipe.
+        stage_name: stage that is trained.
+        stage_dir: output folder.
+        rank: this rank; profiles, snapshots and W&B are rank 0's.
+        device: device of this rank.
+    """
+    callbacks: list[Callback] = []
+    if recipe.garbage_collection is not None:
+        callbacks.append(GarbageCollectionCallback(recipe.garbage_collection))
+    if rank:
+        return callbacks
+    if recipe.profiler is not None:
+        path = stage_dir / "profile" / f"step_{recipe.profiler.start_step:09d}.json"
+        callbacks.append(ProfilerCallback(recipe.profiler, path))
+    if recipe.memory_snapshot is not None:
+        path = stage_dir / "profile" / f"memory_step_{recipe.memory_snapshot.start_step:09d}.pickle"
+        callbacks.append(MemorySnapshotCallback(recipe.memory_snapshot, path, device))
+    if recipe.wandb is not None:
+        callbacks.append(WandbCallback(recipe.wandb, recipe, stage_name, stage_dir))
+    return callbacks

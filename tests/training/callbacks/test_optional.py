@@ -1,0 +1,168 @@
+"""The callbacks that a section of the recipe switches on."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae_ds.config.recipe import OPTIONAL_CALLBACKS, load_recipe
+from mrmae_ds.errors import UserError
+from mrmae_ds.training.callbacks.base import Callback, TrainContext
+from mrmae_ds.training.callbacks.build import build_optional_callbacks, check_optional_callbacks
+from mrmae_ds.training.callbacks.profiler import ProfilerCallback
+from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.step_sync import StepStatus
+from tests.support.jobs import make_context
+
+RECIPE, CPU = Path("ds_configs/baselines/mae_tiny.yaml"), torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _collection_is_enabled_again() -> Iterator[None]:
+    yield
+    gc.enable()
+
+
+def _build(folder: Path, *overrides: str, rank: int = 0) -> list[Callback]:
+    return build_optional_callbacks(load_recipe(RECIPE, list(overrides)), "pretrain", folder, rank, CPU)
+
+
+def _steps(callback: Callback, steps: int, start: int = 0) -> TrainContext:
+    context = make_context(state=TrainState(step=start))
+    callback.on_train_start(context)
+    for _ in range(steps):
+        torch.rand(8, 8) @ torch.rand(8, 8)
+        context.state.step += 1
+        callback.on_step_end(context, StepStatus())
+    return context
+
+
+def test_none_is_on_by_default_and_none_changes_a_hash(tmp_path: Path) -> None:
+    assert _build(tmp_path) == []
+    sections = [f"{name}={{}}" for name in OPTIONAL_CALLBACKS]
+    plain, full = load_recipe(RECIPE), load_recipe(RECIPE, sections)
+    assert len(build_optional_callbacks(full, "pretrain", tmp_path, 0, CPU)) == 4
+    assert plain.hash() == full.hash() and plain.counted("pretrain") == full.counted("pretrain")
+
+
+def test_other_ranks_only_collect_garbage(tmp_path: Path) -> None:
+    (callback,) = _build(tmp_path, *(f"{name}={{}}" for name in OPTIONAL_CALLBACKS), rank=1)
+    assert type(callback).__name__ == "GarbageCollectionCallback"
+
+
+# ---- profiler
+
+
+def test_the_profiler_writes_a_chrome_trace_of_its_window(tmp_path: Path) -> None:
+    (callback,) = _build(tmp_path, "profiler={start_step: 2, num_steps: 2}")
+    _steps(callback, 6)
+    callback.close()
+    events = json.loads((tmp_path / "profile/step_000000002.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "aten::mm" for event in events) == 2
+
+
+@pytest.mark.parametrize(("start", "expected"), [(1, True), (2, True), (3, False)])
+def test_a_resumed_run_profiles_if_its_window_is_still_ahead(start: int, expected: bool, tmp_path: Path) -> None:
+    (callback,) = _build(tmp_path, "profiler={start_step: 2, num_steps: 1}")
+    _steps(callback, 3, start)
+    assert (tmp_path / "profile/step_000000002.json").exists() == expected
+
+
+def test_a_window_that_training_does_not_complete_is_written_at_the_end(tmp_path: Path) -> None:
+    (callback,) = _build(tmp_path, "profiler={start_step: 0, num_steps: 100}")
+    assert isinstance(callback, ProfilerCallback)
+    _steps(callback, 1)
+    assert not callback.path.exists()
+    callback.close()
+    assert callback.path.exists()
+
+
+# ---- memory snapshot
+
+
+def test_a_memory_snapshot_without_a_gpu_is_refused_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (callback,) = _build(tmp_path, "memory_snapshot={}")
+    assert "memory_snapshot: needs a CUDA device, not cpu; nothing is recorded" in caplog.text
+    _steps(callback, 5)
+    callback.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_memory_snapshot_covers_its_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[Any, ...]] = []
+    memory = torch.cuda.memory
+    monkeypatch.setattr(memory, "_record_memory_history", lambda **settings: calls.append(("record", settings)))
+    monkeypatch.setattr(memory, "_dump_snapshot", lambda path: calls.append(("dump", path)))
+    recipe = load_recipe(RECIPE, ["memory_snapshot={start_step: 1, num_steps: 2, max_entries: 9}"])
+    (callback,) = build_optional_callbacks(recipe, "pretrain", tmp_path, 0, torch.device("cuda"))
+    _steps(callback, 6)
+    callback.close()
+    path = str(tmp_path / "profile/memory_step_000000001.pickle")
+    assert calls == [("record", {"max_entries": 9}), ("dump", path), ("record", {"enabled": None})]
+
+
+# ---- garbage collection
+
+
+def test_garbage_is_collected_every_few_steps_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    collected: list[int] = []
+    monkeypatch.setattr(gc, "collect", lambda generation=2: collected.append(generation))
+    (callback,) = _build(tmp_path, "garbage_collection={every_steps: 3}")
+    _steps(callback, 7)
+    assert collected == [2, 1, 1] and not gc.isenabled()
+    callback.close()
+    assert gc.isenabled()
+
+
+# ---- Weights & Biases
+
+
+def test_a_missing_wandb_package_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(RECIPE, ["wandb={project: p}"])
+    monkeypatch.setattr("mrmae_ds.training.callbacks.wandb.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="wandb: the package is not installed; pip install wandb"):
+        check_optional_callbacks(recipe)
+    check_optional_callbacks(load_recipe(RECIPE))
+
+
+def test_wandb_gets_recipe_lines_and_results_and_resumes_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts: list[dict[str, Any]] = []
+    lines: list[Any] = []
+    summary: dict[str, Any] = {}
+    finished: list[bool] = []
+
+    def init(**settings: Any) -> Any:
+        starts.append(settings)
+        return SimpleNamespace(
+            id="abc123",
+            log=lambda values, step: lines.append((step, values)),
+            summary=summary,
+            finish=lambda: finished.append(True),
+        )
+
+    package = ModuleType("wandb")
+    package.init = init  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    for _ in range(2):
+        (callback,) = _build(tmp_path, "wandb={project: p, mode: offline, tags: [a]}")
+        context = make_context(state=TrainState(step=5), results={"top1": 50.0})
+        callback.on_train_start(context)
+        callback.on_log(context, {"loss": 1.0})
+        callback.on_train_end(context)
+        callback.close()
+    assert [start["id"] for start in starts] == [None, "abc123"]
+    assert (starts[0]["project"], starts[0]["mode"], starts[0]["tags"]) == ("p", "offline", ["a"])
+    assert starts[0]["config"]["model"]["arch"] == load_recipe(RECIPE).model.arch
+    assert lines == [(5, {"loss": 1.0})] * 2 and summary == {"top1": 50.0} and finished == [True, True]
