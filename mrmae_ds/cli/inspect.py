@@ -15,6 +15,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
+from mrmae_ds.units import first_few
 from mrmae_ds.weights.export import input_statistics
 from mrmae_ds.weights.formats import read_tensor_file, verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity, identify, nearest_architecture
@@ -122,7 +123,7 @@ def _encoder_rows(found: WeightIdentity) -> list[InfoRow]:
         rows.append(("input", statistics))
     if found.num_classes:
         names = found.metadata.get("class_names") or []
-        shown = ": " + ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") if names else ""
+        shown = f": {first_few(names, 5)}" if names else ""
         rows.append(("classes", f"{found.num_classes}{shown}"))
     return rows
 
@@ -136,8 +137,7 @@ def _tensor_rows(tensors: Mapping[str, Tensor]) -> list[InfoRow]:
     ]
     broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if broken:
-        more = ", ..." if len(broken) > 3 else ""
-        rows.append(("NOT FINITE", f"{len(broken)} tensors hold NaN or infinity: {', '.join(broken[:3])}{more}"))
+        rows.append(("NOT FINITE", f"{len(broken)} tensors hold NaN or infinity: {first_few(broken, 3)}"))
     return rows
 
 

@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from mrmae_ds.errors import CollectiveError
+from mrmae_ds.units import first_few
 
 T = TypeVar("T")
 MAX_SHOWN = 4
@@ -53,5 +54,4 @@ def raise_on_all_ranks(error: str | None, prefix: str = "") -> None:
 
 
 def _name(ranks: list[int]) -> str:
-    listed = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
-    return f"rank{'s' * (len(ranks) > 1)} {listed}"
+    return f"rank{'s' * (len(ranks) > 1)} {first_few(ranks, 8)}"

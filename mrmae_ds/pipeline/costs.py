@@ -11,10 +11,9 @@ from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.profiling.flops import recipe_cost
-from mrmae_ds.profiling.flops_report import SECONDS_PER_HOUR, TERA, significant
+from mrmae_ds.units import PETA, SECONDS_PER_HOUR, TERA, significant
 
 COUNTED_STAGES = ("pretrain", "finetune")
-PETA = 1e15
 _COLUMNS = ("job", "state", "waits for", "nodes", "PFLOP", "GPU-hours")
 _RIGHT_ALIGNED = {"nodes", "PFLOP", "GPU-hours"}
 

@@ -21,8 +21,8 @@ from mrmae_ds.planning.render import stage_lines
 from mrmae_ds.planning.stage import count_stage
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
+from mrmae_ds.units import TERA
 
-TERA = 1e12
 STAGES: tuple[TrainStageName, ...] = ("pretrain", "finetune")
 
 

@@ -13,7 +13,7 @@ from mrmae_ds.planning.estimates.scale import bottleneck, reason_for_none, scali
 from mrmae_ds.planning.estimates.step import StepEstimate, estimate_step, largest_fitting
 from mrmae_ds.planning.peak_memory import phase_peaks
 from mrmae_ds.planning.stage import CountedStage, with_placement
-from mrmae_ds.profiling.gpus import GIB
+from mrmae_ds.units import GIB
 
 PLACEMENTS = ("device", "step", "stream", "sharded")
 _NAME_WIDTH = 44

@@ -11,9 +11,8 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.profiling.flops import Flops, StageCost, recipe_cost
+from mrmae_ds.units import EXA, GIGA, SECONDS_PER_HOUR, TERA, significant
 
-GIGA, TERA, EXA = 1e9, 1e12, 1e18
-SECONDS_PER_HOUR = 3600
 _COLUMNS = ("forward", "backward", "recomputed", "total")
 _NAME_WIDTH, _NUMBER_WIDTH = 28, 12
 
@@ -83,12 +82,6 @@ def gpu_hours(costs: list[StageCost], num_images: int, tflops: float) -> float:
 def _line(name: str, part: Flops) -> str:
     numbers = (part.forward, part.backward, part.recomputed, part.total)
     return name.ljust(_NAME_WIDTH) + "".join(f"{number / GIGA:>{_NUMBER_WIDTH}.2f}" for number in numbers)
-
-
-def significant(number: float) -> str:
-    """Format a non-negative number with three significant digits and without an exponent."""
-    decimals = 2 - math.floor(math.log10(number)) if number else 0
-    return f"{round(number, decimals):,.{max(decimals, 0)}f}"
 
 
 def _check_numbers(num_images: int, tflops: float | None, gpus: int | None) -> None:

@@ -22,8 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import GIB
 
-GIB = 2**30
 # A slice of a GPU may have the whole GPU's name; error correction and drivers change the total by a few percent.
 MEMORY_TOLERANCE = 0.08
 _PCIE_3, _PCIE_4, _PCIE_5 = 16.0, 32.0, 64.0

@@ -14,9 +14,7 @@ import torch.distributed as dist
 
 from mrmae_ds.profiling.gpus import match_device
 from mrmae_ds.training.engine.comm_volume import GatherCounter
-
-GIB = 2**30
-TERA = 1e12
+from mrmae_ds.units import GIB, TERA
 
 
 class PerfMeter:

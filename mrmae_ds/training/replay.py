@@ -24,6 +24,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.nonfinite_capture import Capture, read_capture
 from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
+from mrmae_ds.units import first_few
 from mrmae_ds.weights.model_file import MODEL_FILE, read_tensors
 
 
@@ -207,6 +208,6 @@ def _told(part: ReplayResult, name: str) -> str:
 
 def _found(part: ReplayResult) -> str:
     count = len(part.gradients)
-    named = ", ".join(part.gradients[:3]) + (", ..." if count > 3 else "")
+    named = first_few(part.gradients, 3)
     gradients = f"; {count} gradients not finite: {named}" if count else ""
     return f"\n    first not finite: {part.origin or 'none of the modules, so the loss or the backward'}{gradients}"

@@ -36,9 +36,10 @@ from mrmae_ds.training.final_figures import draw, finish_drawing
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.loop import run_step, train
 from mrmae_ds.training.meter import Meter
-from mrmae_ds.training.perf_metrics import GIB, PerfMeter, peak_memory
+from mrmae_ds.training.perf_metrics import PerfMeter, peak_memory
 from mrmae_ds.training.run_logger import RunLogger, export_metadata
 from mrmae_ds.training.step_sync import StepSync
+from mrmae_ds.units import GIB
 from mrmae_ds.weights.model_file import MODEL_FILE, save_weights
 
 logger = logging.getLogger(__name__)

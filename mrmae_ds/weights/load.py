@@ -17,6 +17,7 @@ from mrmae_ds.models.objectives import PIXELS, Objective
 from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import FAMILIES, EncoderSpec
+from mrmae_ds.units import first_few
 from mrmae_ds.weights.formats import read_tensor_file
 from mrmae_ds.weights.identify import (
     FAMILY_TITLES,
@@ -54,8 +55,7 @@ class LoadReport:
 
     def __str__(self) -> str:
         def listed(label: str, names: list[str]) -> str:
-            shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
-            return f"{label} {len(names)}" + (f" ({shown})" if names else "")
+            return f"{label} {len(names)}" + (f" ({first_few(names, 6)})" if names else "")
 
         return "; ".join(
             [

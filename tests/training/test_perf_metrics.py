@@ -17,12 +17,13 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
-from mrmae_ds.teachers.base import Teacher
+from mrmae_ds.teachers.base import Teacher, TeacherSpec
 from mrmae_ds.training import perf_metrics as accounting
 from mrmae_ds.training.meter import Meter
-from mrmae_ds.training.perf_metrics import GIB, PerfMeter, device_peak, peak_memory, utilization
+from mrmae_ds.training.perf_metrics import PerfMeter, device_peak, peak_memory, utilization
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.pretrain import PretrainTask
+from mrmae_ds.units import GIB
 from tests.support.jobs import make_batch, pretrain_config
 
 CPU = torch.device("cpu")
@@ -102,8 +103,9 @@ class Colors(Teacher):
     """A teacher of 8x8 tokens, the mean colors of 4x4 cells."""
 
     def __init__(self) -> None:
-        settings = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "dtype": torch.float32, "sha256": "0"}
-        super().__init__(nn.Identity(), grid=(8, 8), width=3, image_size=32, **settings)
+        half = (0.5, 0.5, 0.5)
+        spec = TeacherSpec(grid=(8, 8), width=3, image_size=32, mean=half, std=half, dtype=torch.float32, sha256="0")
+        super().__init__(nn.Identity(), spec)
 
     def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         tokens = nn.functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)

@@ -17,6 +17,7 @@ from mrmae_ds.data.convert.skipped import format_list, report_path
 from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
+from mrmae_ds.units import first_few
 
 _CHUNK = 256  # samples decoded at a time
 
@@ -111,7 +112,7 @@ def describe_beton(path: str | Path) -> str:
     """
     info = check_beton(path)
     sidecar: dict[str, Any] = read_sidecar(path)
-    names = ", ".join(info.class_names[:5]) + (", ..." if info.num_classes > 5 else "")
+    names = first_few(info.class_names, 5)
     lines = [
         f"{info.path}: {info.name}, {info.num_samples:,} images, {info.num_classes} classes ({names}), "
         f"{info.size / 1e6:.1f} MB",

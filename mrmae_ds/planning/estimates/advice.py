@@ -7,7 +7,7 @@ from mrmae_ds.planning.estimates.constants import CONSTANTS
 from mrmae_ds.planning.estimates.step import StepEstimate, estimate_step, largest_fitting
 from mrmae_ds.planning.peak_memory import SAVED
 from mrmae_ds.planning.stage import CountedStage, with_placement
-from mrmae_ds.profiling.gpus import GIB
+from mrmae_ds.units import GIB
 
 
 def advise(stage: CountedStage, step: StepEstimate, zero: ZeroSettings, loader_rate: float | None) -> list[str]:

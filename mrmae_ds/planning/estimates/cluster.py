@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.planning.estimates.constants import CONSTANTS
-from mrmae_ds.profiling.gpus import GIB, Gpu
-
-GIGA = 1e9
+from mrmae_ds.profiling.gpus import Gpu
+from mrmae_ds.units import GIB, GIGA
 
 
 @dataclass(frozen=True)

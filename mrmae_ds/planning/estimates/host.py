@@ -12,7 +12,7 @@ from mrmae_ds.planning.estimates.constants import CONSTANTS
 from mrmae_ds.planning.estimates.step import StepEstimate
 from mrmae_ds.planning.stage import CountedStage
 from mrmae_ds.planning.zero_memory import Items
-from mrmae_ds.profiling.gpus import GIB
+from mrmae_ds.units import GIB
 
 RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
