@@ -28,7 +28,7 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-4}
 
 
 def narrow(**settings: Any) -> CViT:
-    """A cvit_base with narrow layers, at 32x48 pixels if not said otherwise, every parameter perturbed."""
+    """Create a cvit_base with narrow layers, by default at 32x48 pixels, with every parameter perturbed."""
     torch.manual_seed(0)
     model = timm.create_model("cvit_base", **NARROW, **{"img_size": (32, 48), **settings}).eval()
     perturb(model, seed=1)
@@ -164,7 +164,7 @@ def test_a_checkpoint_file_is_loaded_bit_by_bit(tmp_path: Path) -> None:
 
 
 def pretrained(path: Path, **settings: Any) -> CViT:
-    """A model with the weights that its pretrained configuration names."""
+    """Create a model with the weights of its pretrained configuration."""
     overlay = {"file": str(path), "num_classes": 10}
     return timm.create_model("cvit_base", pretrained=True, pretrained_cfg_overlay=overlay, **settings).eval()
 

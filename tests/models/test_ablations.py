@@ -59,7 +59,7 @@ ROWS = {
 
 
 def build(row: Row) -> PretrainModel:
-    """The row's model in float64; a parameter of one name and shape is the same in every row."""
+    """Return the row's model in float64; parameters of equal name and shape are equal in all rows."""
     encoder = build_encoder(row.spec, 16)
     decoder = DecoderSpec(dim=12, depth=1, num_heads=2)
     model = PretrainModel(encoder, row.fusion, decoder, row.objectives, WIDTHS).double()

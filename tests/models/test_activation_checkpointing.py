@@ -92,7 +92,7 @@ def test_pretraining_is_identical(spec: EncoderSpec, plan: CheckpointPlan) -> No
 
 
 @pytest.mark.parametrize("spec", [CVIT, ViTSpec(16, 3, 4, patch=4)], ids=["cvit", "vit"])
-def test_every_plan_recomputes_what_it_says_and_changes_no_gradient(spec: EncoderSpec) -> None:
+def test_every_plan_recomputes_its_blocks_and_changes_no_gradient(spec: EncoderSpec) -> None:
     torch.manual_seed(0)
     decoder = DecoderSpec(dim=16, depth=3, num_heads=4)
     model = PretrainModel(build_encoder(spec, 16), FusionSpec(), decoder, {"pixels": pixel_objective()}, {})

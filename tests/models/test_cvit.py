@@ -1,4 +1,4 @@
-"""CViT: both forwards, stages, head, settings. Numbers: test_dense.py, test_reference.py; reach: test_leakage.py."""
+"""CViT: both forwards, stages, head, settings. Values are tested in test_dense.py and test_reference.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder: where tokens go, and its spec."""
+"""The decoder: token order and spec."""
 
 from __future__ import annotations
 

@@ -124,7 +124,7 @@ def test_random_shows_every_token_alike() -> None:
 
 @pytest.mark.parametrize("smallest", [1e-3, 1e-10, 1e-38])
 def test_sample_takes_no_importance_after_any_importance(smallest: float) -> None:
-    """However the noise falls: the least favorable draw for the token that has some, the most for the others."""
+    """Use the least favorable noise for the token with importance, and the most favorable for the others."""
     importance = torch.tensor([[0.0, smallest, 0.0, 0.7]])
     noise = torch.tensor([[1 - 2**-24, 0.0, 0.5, 0.0]])
     visible = choose_visible(noise, (2, 2), 0.5, "sample", importance)

@@ -76,7 +76,7 @@ def test_autocast(spec: EncoderSpec) -> None:
 
 @BOTH
 def test_bfloat16_weights(spec: EncoderSpec) -> None:
-    """What DeepSpeed's bf16 makes of the model: weights and images in bfloat16, losses still in float32."""
+    """As under DeepSpeed's bf16: weights and images in bfloat16, losses in float32."""
     exact = losses(build(spec).bfloat16().float(), torch.float32)
     model = build(spec).bfloat16()
     found = losses(model, torch.bfloat16)
@@ -86,7 +86,7 @@ def test_bfloat16_weights(spec: EncoderSpec) -> None:
 
 
 def test_pixel_targets_are_made_in_full_precision() -> None:
-    """With heads of zeros a loss is its target alone: bf16 weights must not round the images that it is made of."""
+    """With zero heads a loss depends on its target only, whose images must not be rounded by bf16 weights."""
     # Not standardized: the mean square of such a target is the same whatever the image.
     objective = Objective(target="pixels", tap="decoder", tokens="masked", normalize="none", weight=1.0)
     objectives = {"pixels": objective}

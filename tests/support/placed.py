@@ -1,4 +1,4 @@
-"""Tiny teachers of every kind with random weights, and a count of what is really there of them."""
+"""Tiny teachers of every kind with random weights, and counts of their bytes in memory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def timm_network(name: str, side: int = 64, dtype: torch.dtype = torch.float32, 
 
 
 def own_encoder(folder: Path, arch: str) -> Teacher:
-    """A run of this project."""
+    """Return the teacher of a run of this project."""
     spec = ViTSpec(16, 4, 4, patch=4) if arch == "vit" else CViTSpec((8, 12, 16), (1, 1, 4), 4, patches=(2, 2, 1))
     torch.manual_seed(0)
     save_run(folder / arch, spec)
@@ -71,13 +71,13 @@ def weights_of(teacher: nn.Module) -> list[Tensor]:
 
 
 def bytes_present(teacher: nn.Module) -> int:
-    """Bytes of all values that a teacher's modules have at hand now."""
+    """Return the bytes of all values that a teacher's modules hold now."""
     return sum(tensor.numel() * tensor.element_size() for tensor in weights_of(teacher))
 
 
 @contextmanager
 def watched(teacher: nn.Module) -> Iterator[list[int]]:
-    """What :func:`bytes_present` was before and after every module that ran."""
+    """Record :func:`bytes_present` before and after every module that runs."""
     seen: list[int] = []
 
     def look(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""Models that hold the authors' weights, and the authors' parameter names."""
+"""Models with the authors' weights, and the map of parameter names."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ ENGINE, RECIPE, TEACHER = (Path("ds_configs") / name for name in ("tiny.json", "
 
 
 def save_teacher(folder: Path) -> Path:
-    """A run of the teacher's recipe with random weights; returns its stage folder."""
+    """A run of the teacher's recipe with random weights; return its stage folder."""
     recipe = load_recipe(TEACHER)
     assert recipe.stages.pretrain is not None
     torch.manual_seed(1)
@@ -38,7 +38,7 @@ def save_teacher(folder: Path) -> Path:
 
 
 def run(job: PreparedStage) -> dict[str, Any]:
-    """Run a job; whatever becomes of it, count the teacher's storages and masters that are still in memory."""
+    """Run a job and then count the teacher's storages and master copies still in memory, also if it failed."""
     (teacher,) = job.task.teachers.values()
     weights = [StorageWeakRef(t.untyped_storage()) for t in (*teacher.parameters(), *teacher.buffers())]
     network = teacher.network
@@ -53,7 +53,7 @@ def run(job: PreparedStage) -> dict[str, Any]:
 
 
 def main(folder: Path, kind: str) -> None:
-    """First the one that fails in its second step, then the one that ends."""
+    """Run a job that fails in its second step, then one that completes."""
     images = write_sample_beton(folder, train=64, val=20)
     overrides = [f"data.train={images[0]}", f"data.val={images[1]}", "stages.pretrain.epochs=2"]
     overrides += [f"teachers.mae.source={save_teacher(folder / 'mae')}", f"stages.pretrain.placement={kind}"]

@@ -32,7 +32,7 @@ def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def without_decoder(names: Iterable[str]) -> list[str]:
-    """What MCMAE's first release kept of its pre-training model."""
+    """Return the tensors that MCMAE's first release kept of its pre-training model."""
     return [name for name in names if not name.startswith(NOT_IN_FIRST_RELEASE)]
 
 

@@ -23,7 +23,7 @@ NORM = {"mean": MEAN, "std": STD}
 
 
 def options(name: str, source: str, **changes: Any) -> TeacherOptions:
-    """Of a teacher in float32 for 64 pixels and a student's grid of 4x4; ``weights`` may be a path."""
+    """Return options of a float32 teacher for 64 pixels and a student's grid of 4x4; ``weights`` may be a path."""
     weights = changes.pop("weights", None)
     values = {"image_size": 64, "student_grid": (4, 4), "dtype": torch.float32, **changes}
     return TeacherOptions(f"teachers.{name}", source, weights=None if weights is None else str(weights), **values)
@@ -35,7 +35,7 @@ def pixels_of(batch: int, side: int, seed: int = 0) -> Tensor:
 
 
 def save_run(folder: Path, spec: EncoderSpec, kind: str = "pretrain", image_size: int = 16) -> dict[str, Tensor]:
-    """Write a stage folder's model file; returns its tensors."""
+    """Write a stage folder's model file; return its tensors."""
     encoder = build_encoder(spec, image_size, 0 if kind == "pretrain" else 3)
     model: nn.Module = encoder
     if kind == "pretrain":

@@ -1,4 +1,4 @@
-"""What one of several processes sees of teachers that are divided among them.
+"""Worker of the sharded teachers' tests: one rank's view of the placement.
 
 ``python -m tests.support.sharded_worker FOLDER`` writes FOLDER/rankN.json; with ``nvme`` after it, of one teacher
 whose shares are files.
@@ -119,14 +119,14 @@ def training(placement: Any, folder: Path) -> list[float]:
         engine.step()
         losses += [value.item() for value in result.values()]
     task.release()
-    # The student goes on without them.
+    # The student continues without them.
     losses.append(float(sum(tensor.double().sum() for tensor in gather_state(engine).values())))
     engine.destroy()
     return losses
 
 
 def main(folder: Path, nvme: bool) -> None:
-    """Everything, in one process group."""
+    """Run all cases in one process group."""
     torch.set_num_threads(1)
     linear = torch.nn.functional.linear
     start_process_group(CPU)

@@ -1,4 +1,4 @@
-"""What every teacher does, and the class token's attention against plain loops and the authors' values."""
+"""The base class of teachers, and class attention against plain loops and the authors' values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Mirror(Teacher):
         return tokens, tokens[..., 0].abs()
 
 
-def test_frozen_and_in_eval_mode_whatever_is_asked() -> None:
+def test_stays_frozen_and_in_eval_mode() -> None:
     teacher = Mirror()
     assert not any(p.requires_grad for p in teacher.parameters())
     parent = nn.ModuleList([teacher])

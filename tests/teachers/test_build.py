@@ -1,4 +1,4 @@
-"""build_teacher: a recipe's section to a teacher whose tokens lie on the student's."""
+"""build_teacher: from a recipe's section to a teacher on the student's grid."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_teacher_of_another_size_on_the_students_grid(tmp_path: Path) -> None:
     assert teacher(pixels_of(1, 32)).tokens.shape == (1, 16, 16)
 
 
-def test_grid_mismatch_names_the_mend(tmp_path: Path) -> None:
+def test_grid_mismatch_names_the_fix(tmp_path: Path) -> None:
     save_run(tmp_path, VIT)
     with pytest.raises(UserError) as error:
         build(tmp_path, student_size=32, grid=4)

@@ -1,4 +1,4 @@
-"""A recipe's teacher section: keys that would do nothing are mistakes."""
+"""The recipe's teacher sections: keys without effect are refused."""
 
 from __future__ import annotations
 

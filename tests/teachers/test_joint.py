@@ -1,4 +1,4 @@
-"""Several teachers at once (Table 4 of the paper): one head each, losses averaged, each on its own terms."""
+"""Several teachers at once (Table 4 of the paper): one head each, losses averaged, own sizes and statistics."""
 
 from __future__ import annotations
 

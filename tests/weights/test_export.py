@@ -1,4 +1,4 @@
-"""Exports: the printed line of Python is executed, and what it loads computes what the run's model does."""
+"""Exports: the printed line of Python is executed, and the loaded model computes the run's outputs."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def classifier_run(folder: Path, spec: EncoderSpec, image_size: ImageSize = 24, pool: str = "avg") -> nn.Module:
-    """A finished fine-tuning of 3 classes in ``folder``; returns its model in eval mode."""
+    """A finished fine-tuning of 3 classes in ``folder``; return its model in eval mode."""
     model = build_encoder(spec, image_size, 3, pool=pool)
     perturb(model, seed=1, scale=0.3)
     metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": 3, "stage": "finetune"}
@@ -56,7 +56,7 @@ def classifier_run(folder: Path, spec: EncoderSpec, image_size: ImageSize = 24, 
 
 
 def pretraining_run(folder: Path, spec: EncoderSpec, blocks: tuple[int, ...] = ()) -> PretrainModel:
-    """A finished pre-training with pixels and a teacher in ``folder``; returns its model in eval mode."""
+    """A finished pre-training with pixels and a teacher in ``folder``; return its model in eval mode."""
     mimic = {"target": "clip", "tap": "encoder", "tokens": "visible", "normalize": "layer_norm", "weight": 0.5}
     pixels = {"target": "pixels", "tap": "decoder", "tokens": "masked", "normalize": "standardize", "weight": 0.5}
     decoder = {"dim": 16, "depth": 1, "num_heads": 4}
@@ -76,7 +76,7 @@ def pretraining_run(folder: Path, spec: EncoderSpec, blocks: tuple[int, ...] = (
 
 
 def load_by(exported: Exported) -> Any:
-    """What the printed line of Python makes ``model``."""
+    """Execute the printed line of Python and return its ``model``."""
     names: dict[str, Any] = {}
     exec(exported.line, names)
     return names["model"].eval()
@@ -135,7 +135,7 @@ def test_a_cvits_encoder_for_timm_gives_its_tokens(tmp_path: Path) -> None:
     assert read_tensors(exported.path).keys() == model.encoder.state_dict().keys()
 
 
-def test_blocks_fused_before_the_norm_are_told(tmp_path: Path) -> None:
+def test_notes_report_blocks_fused_before_the_norm(tmp_path: Path) -> None:
     pretraining_run(tmp_path, VIT, blocks=(0,))
     exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors")
     assert "pre-training added blocks [0] before it" in exported.notes[0]
@@ -252,7 +252,7 @@ def test_what_is_overwritten(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [MODEL_FILE, "out.safetensors", "record.json"]
 
 
-def test_runs_that_cannot_be_exported(tmp_path: Path) -> None:
+def test_refuses_runs_that_are_not_finished(tmp_path: Path) -> None:
     unfinished = tmp_path / "small" / "pretrain"
     unfinished.mkdir(parents=True)
     schedule = Schedule(epochs=10, global_batch=64, steps=100, steps_done=30)

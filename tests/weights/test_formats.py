@@ -1,4 +1,4 @@
-"""Files of weights as other programs write them: every kind is read, no code in them runs, damage is told."""
+"""Weights files of other programs: every format is read, code is never executed, damage is reported."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def traced() -> Any:
 
 
 @pytest.mark.parametrize("name", ["x.safetensors", "x.bin"])
-def test_safetensors_are_told_by_their_bytes(name: str, tmp_path: Path) -> None:
+def test_detects_safetensors_by_their_bytes(name: str, tmp_path: Path) -> None:
     save_file(STATE, tmp_path / name, metadata={"format": "pt", "note": "n"})
     file = read_tensor_file(tmp_path / name)
     assert_holds_state(file)

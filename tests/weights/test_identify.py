@@ -1,4 +1,4 @@
-"""What a file of weights is, told from names and shapes."""
+"""Identification of weights files from names and shapes."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_sizes_are_read_off_shapes(arch: str, overrides: dict[str, Any]) -> None
     spec = encoder_spec(arch, overrides)
     found = identify(file_of(on_meta(spec)))
     expected = asdict(spec)
-    del expected["num_heads"]  # no shape tells it
+    del expected["num_heads"]  # no shape depends on it
     assert found.sizes == expected
     assert nearest_architecture(found.family, found.sizes) == (arch, overrides)
 
@@ -129,7 +129,7 @@ def test_vits_of_timm(settings: dict[str, Any], kind: str, title: str | None, ex
 
 
 def test_a_cvit_with_its_norm_before_the_head() -> None:
-    """MCMAE's code can also build that one; what its head sees is not ours to load."""
+    """MCMAE's code can also build this one, whose head has an unsupported input."""
     shapes = {name.replace("fc_norm", "norm"): s for name, s in released_shapes("cvit_base_classifier").items()}
     found = identify(file_of(shapes))
     assert (found.kind, found.pool, found.title) == ("classifier", "", "CViT classifier")
@@ -142,7 +142,7 @@ def test_a_cvit_with_its_norm_before_the_head() -> None:
         (16, [64, 16], (8, 2), 0),  # as many as of 4 x 4
         (9, [16, 32], (2, 4), 1),  # as many as of 3 x 3
         (16, 32, (4, 4), 0),
-        (17, [16, 32], (4, 4), 1),  # not what it says: told from the rows
+        (17, [16, 32], (4, 4), 1),  # contradicts the record: inferred from the rows
     ],
 )
 def test_the_grid_of_our_own_files(rows: int, size: int | list[int], grid: tuple[int, int], prefix: int) -> None:
@@ -198,6 +198,6 @@ def test_ours_by_metadata_and_by_names() -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"kind": "pretrain"}', '{"spec": null}'])
-def test_damaged_metadata_is_told(text: str) -> None:
+def test_refuses_damaged_metadata(text: str) -> None:
     with pytest.raises(UserError, match=r"^some.file: its metadata entry mrmae is damaged"):
         identify(file_of(released_shapes("cvit_base_classifier"), {"mrmae": text}))

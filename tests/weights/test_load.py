@@ -1,4 +1,4 @@
-"""Weights files: round trip, what is loaded where, and files that cannot be."""
+"""Model files: round trip, loading, errors."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
 
 
 def save_pretrained(path: Path, spec: EncoderSpec, image_size: int = 16) -> dict[str, Tensor]:
-    """Write a pre-training file; returns its tensors."""
+    """Write a pre-training file; return its tensors."""
     encoder = build_encoder(spec, image_size)
     model = pixel_model(encoder, FusionSpec(), DecoderSpec(dim=16, depth=1, num_heads=4), "standardize")
     perturb(model, seed=5)
@@ -49,7 +49,7 @@ def save_pretrained(path: Path, spec: EncoderSpec, image_size: int = 16) -> dict
 def save_classifier(
     path: Path, spec: EncoderSpec, classes: int, size: ImageSize = 16, pool: str = "avg"
 ) -> dict[str, Tensor]:
-    """Write a fine-tuned file; returns its tensors."""
+    """Write a fine-tuned file; return its tensors."""
     model = build_encoder(spec, size, classes, pool=pool)
     perturb(model, seed=6)
     metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": classes}

@@ -1,4 +1,4 @@
-"""Loading the files of other projects: the authors' numbers, resizing, and what does not fit."""
+"""Loading files of other projects: the authors' values, resizing, errors."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_mean_pooled_head_stays_out_of_one_on_the_class_token(tmp_path: Path) 
 
 
 def test_the_class_token_is_finetuned_from_a_released_pretraining(mae: dict[str, Tensor], tmp_path: Path) -> None:
-    """As MAE's own script does without global pooling: the norm comes along, the head alone is new."""
+    """As MAE's script does without global pooling: the norm is loaded, only the head is new."""
     state = mae_state(mae)
     model = build_encoder(MAE, 64, 5, pool="token").eval()
     report = load_encoder(model, write_released(tmp_path / "x.pth", state))
@@ -190,7 +190,7 @@ def test_a_class_token_without_a_position(tmp_path: Path) -> None:
         torch.testing.assert_close(source.norm(model.forward_features(images)), source.forward_features(images))
 
 
-def test_pretraining_goes_on_from_the_first_release(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
+def test_pretraining_starts_from_the_first_release(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     state = mcmae_state(mcmae)
     path = write_released(tmp_path / "x.pth", {name: state[name] for name in without_decoder(state)})
     model = new_model("mcmae")

@@ -1,4 +1,4 @@
-"""benchmarks/teacher_placement.py: what becomes of its measurements."""
+"""benchmarks/teacher_placement.py: summary of its measurements."""
 
 from __future__ import annotations
 

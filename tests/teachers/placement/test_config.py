@@ -34,7 +34,7 @@ stages:
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    """The file of a recipe with two teachers, and a third that no stage asks."""
+    """Write a recipe with two teachers, and a third that no stage uses."""
     file = tmp_path / "two.yaml"
     file.write_text(RECIPE)
     return file
@@ -56,7 +56,7 @@ def test_every_teacher_of_the_stage_has_a_placement(path: Path) -> None:
     assert _kinds(path, "teachers=[]", "objectives.clip.target=pixels", "placement=stream") == {}
 
 
-def test_the_resolved_recipe_says_where_each_teacher_lives(path: Path) -> None:
+def test_resolved_recipe_contains_the_placement_of_each_teacher(path: Path) -> None:
     recipe = load_recipe(path, ["stages.pretrain.placement.clip={kind: sharded, offload: cpu}"])
     written = yaml.safe_load(recipe.to_yaml())["stages"]["pretrain"]["placement"]
     assert written["clip"] == {"kind": "sharded", "offload": "cpu", "nvme_path": None}
@@ -78,7 +78,7 @@ def test_the_resolved_recipe_says_where_each_teacher_lives(path: Path) -> None:
         ("placement=true", "placement: expected a value, got true"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(override: str, message: str, path: Path) -> None:
+def test_refuses_invalid_placements(override: str, message: str, path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(path, [f"stages.pretrain.{override}"])
     assert str(caught.value).startswith(f"{path}: stages.pretrain.{message}")

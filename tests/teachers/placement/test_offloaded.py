@@ -1,4 +1,4 @@
-"""Weights that come to the device for a call, or for a block: the same targets, and only what is needed present."""
+"""Offloaded teachers: equal targets, and only the needed weights on the device."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ KINDS = ["device", "step", "stream"]
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """How a sum is divided among threads changes its last bit."""
+    """Use one thread, because the number of threads changes the last bit of sums."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -165,7 +165,7 @@ def test_a_call_that_fails_leaves_nothing_behind(kind: str) -> None:
     assert torch.equal(placed(pixels).tokens, TEACHERS["dino"](Path())(pixels).tokens)
 
 
-def test_a_weight_that_is_away_cannot_be_used_unnoticed() -> None:
+def test_using_an_offloaded_weight_raises() -> None:
     teacher = TEACHERS["dino"](Path())
     _placed(teacher, "stream")
     with pytest.raises(RuntimeError):
@@ -192,7 +192,7 @@ def test_all_memory_is_back_after_the_last_use(kind: str) -> None:
         placed(pixels_of(1, 64))
 
 
-def test_a_teacher_that_the_cpu_cannot_run_is_an_error_that_says_what_to_do() -> None:
+def test_error_for_a_teacher_that_does_not_run_on_the_cpu_names_the_fix() -> None:
     class GpuOnly(OddTeacher):
         def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             raise NotImplementedError("no kernel for bfloat16")

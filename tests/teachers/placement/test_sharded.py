@@ -1,4 +1,4 @@
-"""Teachers divided among processes: one run of :mod:`tests.support.sharded_worker` in one process, one in two."""
+"""Sharded teachers: :mod:`tests.support.sharded_worker` on one rank and on two."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OFFLOADED = ["clip, offload", "resnet, offload"]
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process saw."""
+    """Return the result of each rank."""
     folder = tmp_path_factory.mktemp("sharded")
     program = ("-m", "tests.support.sharded_worker")
     ended = finish(rank_processes(request.param, folder, program=program), limit_s=280)
@@ -78,7 +78,7 @@ def test_shares_in_files_are_read_as_they_were_and_removed(tmp_path: Path) -> No
     assert not list(tmp_path.rglob("*.swp"))
 
 
-def test_files_that_cannot_be_are_an_error_before_the_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_nvme_folder_raises_before_the_weights_move(monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     placement = PlacementConfig(kind="sharded", offload="nvme", nvme_path=Path("/nowhere"))

@@ -54,7 +54,7 @@ def config_of(name: str, quick_gelu: bool = False) -> dict[str, Any]:
 
 @pytest.fixture(scope="module", autouse=True)
 def configs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Tiny models under names that open_clip then knows, as if it had weights of two of them."""
+    """Register tiny models with open_clip, two of them with weights."""
     from timm.models import register_model
     from timm.models.vision_transformer import _create_vision_transformer
 
@@ -85,7 +85,7 @@ def model_of(name: str = "mrmae-test", *, quick_gelu: bool) -> nn.Module:
 
 
 def save_model(path: Path, name: str = "mrmae-test", *, quick_gelu: bool = True) -> nn.Module:
-    """Write random weights in OpenAI's naming, in the format that the file's name says; returns the tower."""
+    """Write random weights in OpenAI's naming, in the format that the file's name says; return the tower."""
     model = model_of(name, quick_gelu=quick_gelu)
     if path.suffix == ".safetensors":
         save_file(model.state_dict(), path)
@@ -116,7 +116,7 @@ def test_last_block_of_the_authors_clip(features: str, tmp_path: Path) -> None:
 
 
 def tower_by_hand(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """What leaves the last block, [B, 1 + L, C], and the whole attention in it by torch, mean over heads."""
+    """Return the last block's output [B, 1 + L, C] and its whole attention by torch, averaged over heads."""
     seen: list[Tensor] = []
     block = visual.transformer.resblocks[-1]
     handles = [
@@ -218,7 +218,7 @@ def test_bf16_is_near_fp32(tmp_path: Path) -> None:
 
 
 def save_openai_archive(path: Path, *, quick_gelu: bool = True) -> nn.Module:
-    """A traced module in half precision with OpenAI's scalars among its buffers; returns the tower it holds."""
+    """A traced module in half precision with OpenAI's scalars among its buffers; return its tower."""
 
     class OpenAi(nn.Module):
         def __init__(self, model: nn.Module) -> None:
@@ -305,7 +305,7 @@ def test_sha256_is_of_the_file(tmp_path: Path) -> None:
 
 
 def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
-    """Of one with more blocks the first ones would fit."""
+    """Refuse a file with more blocks, although its first blocks would fit."""
     state = model_of(quick_gelu=True).state_dict()
     torch.save({n: t for n, t in state.items() if n != "visual.ln_post.weight"}, tmp_path / "partial.pt")
     with pytest.raises(UserError, match=r"partial.pt is not a file of mrmae-test: it lacks visual.ln_post.weight \(1 "):
@@ -321,7 +321,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 # ---- which GELU
 
 
-def test_a_file_that_does_not_say_needs_the_recipes_word(tmp_path: Path) -> None:
+def test_file_without_gelu_evidence_needs_the_recipe_key(tmp_path: Path) -> None:
     save_model(tmp_path / "clip.pt")
     for source in ("mrmae-test", "mrmae-test-quickgelu"):  # the name does not count
         with pytest.raises(UserError, match=r"teachers.clip.quickgelu: .*clip.pt does not record the GELU"):
@@ -333,7 +333,7 @@ def test_a_file_that_does_not_say_needs_the_recipes_word(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("quick", [True, False])
-def test_a_configuration_beside_the_file_says_it(quick: bool, tmp_path: Path) -> None:
+def test_configuration_beside_the_file_determines_the_gelu(quick: bool, tmp_path: Path) -> None:
     save_model(tmp_path / "clip.safetensors")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": config_of("mrmae-test", quick)}))
     assert gelus(build(tmp_path / "clip.safetensors")) == {QuickGELU if quick else nn.GELU}
@@ -343,7 +343,7 @@ def test_a_configuration_beside_the_file_says_it(quick: bool, tmp_path: Path) ->
 
 @pytest.fixture
 def tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tags of the tiny model as open_clip has them, one of each GELU, whose download is a local file."""
+    """Register two tags of the tiny model, one per GELU, whose download is a local file."""
     save_model(tmp_path / "tag.pt")
     known: dict[str, dict[str, Any]] = {
         "openai": {"quick_gelu": True, "mean": CLIP_MEAN, "std": CLIP_STD},
@@ -357,7 +357,7 @@ def tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tags")
 @pytest.mark.filterwarnings("error:QuickGELU mismatch")
 @pytest.mark.parametrize("source", ["mrmae-test", "mrmae-test-quickgelu"])
-def test_a_tag_decides_whatever_the_name(source: str) -> None:
+def test_the_tag_determines_the_gelu_for_any_name(source: str) -> None:
     openai, laion = build("openai", source), build("laion", source)
     assert gelus(openai) == {QuickGELU}
     assert gelus(laion) == {nn.GELU}
@@ -429,7 +429,7 @@ def test_a_hub_that_is_not_in_reach_is_a_clear_error(monkeypatch: pytest.MonkeyP
 
 
 def test_statistics_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file has none: the configuration beside it, what all weights of that name have, or OpenAI's, and it is said."""
+    """Statistics come from the configuration beside the file, from all weights of that name, or are OpenAI's."""
     save_model(tmp_path / "clip.pt")
     teacher = build(tmp_path / "clip.pt", quickgelu=True)
     assert teacher.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
@@ -449,7 +449,7 @@ def test_statistics_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "statistics" not in given.details
 
 
-def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
+def test_errors_name_the_key(tmp_path: Path) -> None:
     save_model(tmp_path / "clip.pt")
     (tmp_path / "broken.pt").write_bytes(b"not a checkpoint")
     for match, weights, source in (
@@ -471,7 +471,7 @@ def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
     ("source", "match"),
     [("mrmae-test-resnet", "is not a ViT; choose a ViT-"), ("mrmae-test-cosine", "has cosine attention")],
 )
-def test_towers_that_cannot_be_read(source: str, match: str, tmp_path: Path) -> None:
+def test_refuses_unsupported_towers(source: str, match: str, tmp_path: Path) -> None:
     save_model(tmp_path / "clip.pt", source)
     with pytest.raises(UserError, match=rf"teachers.clip.source: .*{match}"):
         build(tmp_path / "clip.pt", source, quickgelu=True)

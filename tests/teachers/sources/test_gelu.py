@@ -1,4 +1,4 @@
-"""Which GELU CLIP's weights were trained with: told by the file, never guessed."""
+"""GELU of CLIP weights: determined from the file, never guessed."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def archive(path: Path, visual: nn.Module, text: nn.Module, how: str) -> Path:
     return path
 
 
-def told(path: Path) -> Gelu | None:
+def gelu_of(path: Path) -> Gelu | None:
     return gelu_of_file(read_tensor_file(path))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("how", ["trace", "script"])
 def test_an_archive_tells_by_its_image_towers_code(how: str, tmp_path: Path) -> None:
-    assert told(archive(tmp_path / "a.pt", Quick(), nn.GELU(), how)) == Gelu(True, "the archive's code")
-    assert told(archive(tmp_path / "b.pt", nn.GELU(), Quick(), how)) == Gelu(False, "the archive's code")
-    assert told(archive(tmp_path / "c.pt", nn.ReLU(), Quick(), how)) is None
+    assert gelu_of(archive(tmp_path / "a.pt", Quick(), nn.GELU(), how)) == Gelu(True, "the archive's code")
+    assert gelu_of(archive(tmp_path / "b.pt", nn.GELU(), Quick(), how)) == Gelu(False, "the archive's code")
+    assert gelu_of(archive(tmp_path / "c.pt", nn.ReLU(), Quick(), how)) is None
 
 
 def test_openais_scalars_tell(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)} | SCALARS, tmp_path / "a.pt")
-    assert told(tmp_path / "a.pt") == Gelu(True, "OpenAI's scalars in the file")
+    assert gelu_of(tmp_path / "a.pt") == Gelu(True, "OpenAI's scalars in the file")
     torch.save({"w": torch.ones(2), "vocab_size": torch.tensor(3)}, tmp_path / "b.pt")
-    assert told(tmp_path / "b.pt") is None
+    assert gelu_of(tmp_path / "b.pt") is None
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_openais_scalars_tell(tmp_path: Path) -> None:
 def test_a_configuration_beside_the_file_tells(model: dict[str, Any], quick: bool | None, tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
-    found = told(tmp_path / "a.pt")
+    found = gelu_of(tmp_path / "a.pt")
     assert (found and found.quick) == quick
     assert found is None or str(found) == f"{'Quick' * found.quick}GELU, by open_clip_config.json beside it"
 
@@ -82,11 +82,11 @@ def test_a_broken_configuration_is_named(tmp_path: Path) -> None:
     for text in ("{", "[]", "{}", '{"model_cfg": 3}'):
         (tmp_path / "open_clip_config.json").write_text(text)
         with pytest.raises(UserError, match=r"open_clip_config.json: not an open_clip configuration"):
-            told(tmp_path / "a.pt")
+            gelu_of(tmp_path / "a.pt")
 
 
 def test_contradictions_are_refused(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)} | SCALARS, tmp_path / "a.pt")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": {"vision_cfg": {}}}))
     with pytest.raises(UserError, match=r"a.pt: contradictory evidence for its GELU .*QuickGELU, by OpenAI.*; GELU, "):
-        told(tmp_path / "a.pt")
+        gelu_of(tmp_path / "a.pt")

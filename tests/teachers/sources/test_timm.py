@@ -1,4 +1,4 @@
-"""Loading timm models as teachers: weights of any precision and origin, positions, statistics, what cannot be."""
+"""Loading timm models as teachers: precision and origin of weights, position embedding, statistics, errors."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mrmae_test_vit_one_block(pretrained: bool = False, **kwargs: Any) -> VisionT
 
 @register_model
 def mrmae_test_vit_dinov2(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """A name as DINOv2's."""
+    """A model with a DINOv2 name."""
     return _vit(2, pretrained, **kwargs)
 
 
@@ -129,9 +129,7 @@ def test_positions_are_resized_as_timm_does(tmp_path: Path) -> None:
     ("source", "keys"),
     [("mrmae_test_vit_dinov2", {}), ("mrmae_test_vit_dinov2", {"position_resize": "dino"})],
 )
-def test_dinos_own_resize_is_taken_for_its_models_and_where_it_is_asked_for(
-    source: str, keys: dict[str, str], tmp_path: Path
-) -> None:
+def test_dino_resize_is_used_for_dino_models_and_on_request(source: str, keys: dict[str, str], tmp_path: Path) -> None:
     model = save_model(tmp_path / "weights.pt", source)
     with torch.no_grad():
         positions = model.pos_embed[:, 1:].reshape(4, 4, 48).permute(2, 0, 1)[None]
@@ -211,7 +209,7 @@ def test_a_hub_that_is_not_in_reach_is_a_clear_error(monkeypatch: pytest.MonkeyP
         build(None, "hf-hub:someone/model")
 
 
-def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
+def test_errors_name_the_key(tmp_path: Path) -> None:
     save_model(tmp_path / "weights.pt")
     with pytest.raises(UserError, match=r"teachers.dino.weights: .*absent.pt: no such file"):
         build(tmp_path / "absent.pt")
@@ -229,7 +227,7 @@ def test_what_it_cannot_be_is_named(tmp_path: Path) -> None:
 
 
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
-    """Else the teacher is a random network and nobody notices."""
+    """Without the check the teacher would silently be a random network."""
     state = save_model(tmp_path / "weights.pt").state_dict()
     torch.save({f"backbone.{name}": value for name, value in state.items()}, tmp_path / "prefixed.pt")
     with pytest.raises(UserError, match=r"teachers\.dino\.weights: .*prefixed.pt is not a file of mrmae_test_vit"):
@@ -254,7 +252,7 @@ def test_tensors_that_are_not_needed_may_be_missing_or_too_many(tmp_path: Path) 
 
 
 def test_clip_weights_under_a_timm_name_of_the_other_gelu_are_refused(tmp_path: Path) -> None:
-    """timm has a name for each GELU, and only notes which one the weights are of."""
+    """timm has a name per GELU, and records the GELU of weights only in a note."""
     state = save_model(tmp_path / "weights.pt").state_dict()
     scalars = {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
     torch.save(state | scalars, tmp_path / "openai.pt")

@@ -1,4 +1,4 @@
-"""What is read out of timm networks, against their own whole attention and their own feature maps."""
+"""Readers of timm networks against the networks' own attention and feature maps."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_stage_on_the_students_grid(name: str) -> None:
 
 
 def test_stages_are_those_of_timms_feature_models() -> None:
-    """``features_only`` is the other way to the same maps."""
+    """Compare with timm's ``features_only``."""
     network, images = network_of("efficientnet_lite0"), images_of(64)
     features = timm.create_model("efficientnet_lite0", features_only=True).eval()
     features.load_state_dict(network.state_dict(), strict=False)

@@ -1,4 +1,4 @@
-"""How every parameter starts: its distribution by the rule of MAE's and MCMAE's public code, none left to a library."""
+"""Initialization of every parameter by the rules of MAE's and MCMAE's public code; no library default remains."""
 
 from __future__ import annotations
 

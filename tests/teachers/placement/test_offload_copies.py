@@ -1,4 +1,4 @@
-"""The order of copies on a GPU's two streams, with streams that only write down what they are asked."""
+"""Order of copies on a GPU's two streams, with fake streams that record calls."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae_ds.teachers.placement import offloaded as moving
+from mrmae_ds.teachers.placement import offloaded
 from mrmae_ds.teachers.placement.offloaded import Bundle
 
 
 class Stream:
-    """Writes down whom it waits for, and hands out events by number."""
+    """Fake stream that records its waits."""
 
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self.log = name, log
@@ -30,7 +30,7 @@ class Stream:
 
 
 class Cuda:
-    """What :class:`Bundle` calls of torch.cuda."""
+    """The part of torch.cuda that :class:`Bundle` uses."""
 
     def __init__(self, log: list[str]) -> None:
         self.compute, self.log = Stream("compute", log), log
@@ -45,7 +45,7 @@ class Cuda:
 
 
 class Torch:
-    """torch, but for streams and pinned memory."""
+    """torch with fake streams and fake pinned memory."""
 
     def __init__(self, log: list[str]) -> None:
         self.cuda, self.pinned = Cuda(log), 0
@@ -60,16 +60,16 @@ class Torch:
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What the streams were asked."""
+    """Return the log of the fake streams."""
     events: list[str] = []
-    monkeypatch.setattr(moving, "torch", Torch(events))
+    monkeypatch.setattr(offloaded, "torch", Torch(events))
     return events
 
 
-def test_copies_wait_for_memory_that_is_free_and_computing_for_copies_that_are_done(log: list[str]) -> None:
+def test_copy_and_compute_streams_wait_for_each_other(log: list[str]) -> None:
     weight = torch.nn.Parameter(torch.arange(6.0).view(2, 3), requires_grad=False)
     bundle = Bundle([weight], torch.device("cpu"), Stream("side", log))
-    assert moving.torch.pinned == 1 and log == [] and weight.numel() == 0
+    assert offloaded.torch.pinned == 1 and log == [] and weight.numel() == 0
     bundle.fetch()
     assert log == ["side waits for compute", "side copies"]
     bundle.wait()
@@ -80,7 +80,7 @@ def test_copies_wait_for_memory_that_is_free_and_computing_for_copies_that_are_d
     assert log[3:] == [] and weight.numel() == 0
 
 
-def test_what_was_fetched_in_vain_is_not_freed_while_it_is_copied(log: list[str]) -> None:
+def test_unused_fetch_is_not_freed_during_its_copy(log: list[str]) -> None:
     bundle = Bundle([torch.ones(3)], torch.device("cpu"), Stream("side", log))
     bundle.fetch()
     bundle.drop()
