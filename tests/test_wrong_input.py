@@ -1,4 +1,4 @@
-"""Every mistake a user makes before training: one clear error, a non-zero exit on every rank, no group started."""
+"""Wrong input before training: one clear error, a non-zero exit of every rank, no process group."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_clear_error_and_status_2(case: str, data: tuple[str, str], tmp_path: Path) -> None:
-    """The first of two ranks; nothing that is asked here waits for the other."""
+    """Start the first of two ranks only; no check before training waits for the other."""
     arguments, changes, expected = CASES[case]
     teacher = () if "--recipe" in arguments else (f"teachers.mae.source={_write_teacher(tmp_path / 'teacher')}",)
     config = _engine(tmp_path / "engine.json", **changes)
@@ -88,8 +88,8 @@ def test_one_clear_error_and_status_2(case: str, data: tuple[str, str], tmp_path
     assert not (tmp_path / "run").exists()
 
 
-def test_every_rank_ends_and_the_first_of_a_node_tells_it_first(data: tuple[str, str], tmp_path: Path) -> None:
-    """A launcher ends the others once one has left, so they give the first one time to speak."""
+def test_every_rank_exits_and_the_first_of_a_node_reports_first(data: tuple[str, str], tmp_path: Path) -> None:
+    """A launcher ends the other ranks once one has exited, so they wait for the first one's report."""
     command = ("--ds_config", "ds_configs/tiny.json", "--run", tmp_path / "run", *SCRATCH, *data, "seed=-1")
     first, second = rank_processes(2, *command)
     assert first.wait(120) == 2 and second.poll() is None
@@ -98,7 +98,7 @@ def test_every_rank_ends_and_the_first_of_a_node_tells_it_first(data: tuple[str,
     assert all("seed: Input should be greater" in result.stderr for result in results)
 
 
-def test_the_launcher_hands_the_failure_on(data: tuple[str, str], tmp_path: Path) -> None:
+def test_the_launcher_passes_the_failure_on(data: tuple[str, str], tmp_path: Path) -> None:
     command = ("--ds_config", "ds_configs/tiny.json", "--run", tmp_path / "run", *SCRATCH, *data, "seed=-1")
     done = deepspeed_train(*command, limit_s=120)
     assert done.status != 0

@@ -104,7 +104,7 @@ def test_the_smallest_one(load: Load) -> None:
     assert config.checkpointing == CheckpointPlan(0, 0, 0)
 
 
-def test_what_is_read_from_it(load: Load) -> None:
+def test_parses_every_setting(load: Load) -> None:
     config = load(
         gradient_accumulation_steps=3,
         zero_optimization={"stage": 2},
@@ -142,7 +142,7 @@ def test_an_unknown_key_names_the_nearest(load: Load, key: str, nearest: str) ->
 
 
 @pytest.mark.parametrize("key", ["train_batch_size", "optimizer", "scheduler"])
-def test_what_belongs_to_the_recipe(load: Load, key: str) -> None:
+def test_refuses_keys_of_the_recipe(load: Load, key: str) -> None:
     assert f"{key} does not belong here; it is the recipe's stages.STAGE." in _error(load, **{key: {}})
 
 
@@ -225,7 +225,7 @@ def test_deepspeeds_checkpointing_keys_would_do_nothing(load: Load, key: str) ->
         "zero_force_ds_cpu_optimizer",
     ],
 )
-def test_keys_without_a_use_here_say_why(load: Load, key: str) -> None:
+def test_refused_keys_state_the_reason(load: Load, key: str) -> None:
     assert f"{key} leave it out; " in _error(load, **{key: True})
 
 
@@ -248,7 +248,7 @@ def test_autocast_is_to_bfloat16(load: Load, dtype: str | None) -> None:
     assert f'torch_autocast.dtype must be "bfloat16", got {dtype!r}' in _error(load, torch_autocast=section)
 
 
-def test_what_gradients_add_up_in_must_be_stated_with_bf16(load: Load) -> None:
+def test_bf16_requires_the_type_of_accumulated_gradients(load: Load) -> None:
     message = _error(load, bf16={"enabled": True}, zero_optimization={"stage": 1})
     assert "data_types.grad_accum_dtype is required with bf16" in message and '{"grad_accum_dtype": "fp32"}' in message
     load(bf16={"enabled": True}, data_types={"grad_accum_dtype": "bf16"}, zero_optimization={"stage": 1})
@@ -307,7 +307,7 @@ def test_no_function_of_torch_is_replaced(load: Load, section: dict[str, Any]) -
 
 
 @pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients", "zenflow", "cpu_offload"])
-def test_what_changes_results_or_has_another_name_is_refused(load: Load, key: str) -> None:
+def test_refuses_keys_that_change_results_or_were_renamed(load: Load, key: str) -> None:
     assert f"zero_optimization.{key} " in _error(load, zero_optimization=STAGE_3 | {key: True})
 
 
@@ -356,7 +356,7 @@ def test_offloading_to_nvme(load: Load, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("size", "world", "local", "good"), [(1, 3, 3, 1), (2, 4, 2, 1), (8, 64, 8, 1), (4, 64, 8, 1)])
-def test_hpz_divides_the_processes(load: Load, size: int, world: int, local: int, good: bool) -> None:
+def test_hpz_divides_the_ranks(load: Load, size: int, world: int, local: int, good: bool) -> None:
     check_ranks(load(zero_optimization=STAGE_3 | {"zero_hpz_partition_size": size}), world, local)
 
 
@@ -379,7 +379,7 @@ def test_clipping_is_a_number(load: Load, value: Any) -> None:
     assert "gradient_clipping" in _error(load, gradient_clipping=value)
 
 
-def test_deepspeeds_own_models_judge_the_zero_section(load: Load) -> None:
+def test_deepspeeds_own_models_validate_the_zero_section(load: Load) -> None:
     validate_sections(load(zero_optimization=STAGE_3 | {"stage3_param_persistence_threshold": 0}))
     with pytest.raises(UserError, match=r"zero_optimization\.overlap_com: .*; did you mean 'overlap_comm'\?"):
         validate_sections(load(zero_optimization=STAGE_3 | {"overlap_com": True}))
@@ -407,7 +407,7 @@ def test_deepspeed_gets_its_own_keys_and_the_accumulation(load: Load) -> None:
     assert load(steps_per_print=10).for_deepspeed(1)["steps_per_print"] == 10
 
 
-def test_what_a_run_keeps_is_an_engine_config_again(load: Load) -> None:
+def test_the_recorded_config_is_an_engine_config(load: Load) -> None:
     offload = {"offload_optimizer": {"device": "cpu"}}
     config = load(activation_checkpointing={"transformer": 2}, zero_optimization={"stage": 1} | offload)
     again = load(**config.as_used(6))
@@ -417,14 +417,14 @@ def test_what_a_run_keeps_is_an_engine_config_again(load: Load) -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "processes", "expected"),
+    ("batch", "micro", "ranks", "expected"),
     [(4, 4, 1, 1), (1024, 4, 1, 256), (1024, 64, 16, 1), (1024, 8, 16, 8), (48, 8, 3, 2), (1, 1, 1, 1), (30, 5, 2, 3)],
 )
-def test_the_accumulation_makes_up_the_batch(load: Load, batch: int, micro: int, processes: int, expected: int) -> None:
+def test_the_accumulation_makes_up_the_batch(load: Load, batch: int, micro: int, ranks: int, expected: int) -> None:
     config = load(train_micro_batch_size_per_gpu=micro)
-    assert accumulation_steps(config, batch, processes, "r.yaml") == expected
+    assert accumulation_steps(config, batch, ranks, "r.yaml") == expected
     declared = load(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=expected)
-    assert accumulation_steps(declared, batch, processes, "r.yaml") == expected
+    assert accumulation_steps(declared, batch, ranks, "r.yaml") == expected
 
 
 def _suggested(message: str, after: str) -> list[int]:
@@ -433,30 +433,28 @@ def _suggested(message: str, after: str) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "processes"),
+    ("batch", "micro", "ranks"),
     [(1000, 16, 4), (1024, 48, 8), (100, 7, 2), (6, 16, 2), (50, 16, 2), (97, 4, 1), (64, 16, 3), (5, 8, 4)],
 )
-def test_a_batch_that_does_not_divide_names_the_nearest_that_do(
-    load: Load, batch: int, micro: int, processes: int
-) -> None:
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do(load: Load, batch: int, micro: int, ranks: int) -> None:
     config = load(train_micro_batch_size_per_gpu=micro)
     with pytest.raises(UserError) as caught:
-        accumulation_steps(config, batch, processes, "r.yaml")
+        accumulation_steps(config, batch, ranks, "r.yaml")
     message = str(caught.value)
-    assert f"batch_size {batch}" in message and "in r.yaml" in message and str(micro * processes) in message
-    fitting = [size for size in range(1, 3 * batch + 2 * micro * processes) if size % (micro * processes) == 0]
+    assert f"batch_size {batch}" in message and "in r.yaml" in message and str(micro * ranks) in message
+    fitting = [size for size in range(1, 3 * batch + 2 * micro * ranks) if size % (micro * ranks) == 0]
     below, above = [s for s in fitting if s < batch], [s for s in fitting if s > batch]
     assert _suggested(message, "batch_size") == [*below[-1:], above[0]]
-    micros = [m for m in range(1, batch + 1) if batch % (m * processes) == 0]
+    micros = [m for m in range(1, batch + 1) if batch % (m * ranks) == 0]
     found = _suggested(message, "train_micro_batch_size_per_gpu")
     assert len(found) == min(2, len(micros)) and set(found) <= set(micros)
     for other in set(micros) - set(found):
         assert all(abs(other - micro) >= abs(m - micro) for m in found)
-    for mended in found:
-        assert accumulation_steps(load(train_micro_batch_size_per_gpu=mended), batch, processes, "r.yaml") >= 1
+    for fixed in found:
+        assert accumulation_steps(load(train_micro_batch_size_per_gpu=fixed), batch, ranks, "r.yaml") >= 1
 
 
-def test_an_accumulation_for_another_number_of_processes(load: Load) -> None:
+def test_an_accumulation_for_another_number_of_ranks(load: Load) -> None:
     config = load(train_micro_batch_size_per_gpu=8, gradient_accumulation_steps=2)
     assert accumulation_steps(config, 128, 8, "r.yaml") == 2
     with pytest.raises(UserError, match=r"meant for 8 ranks, but 4 are running.*it becomes 4"):

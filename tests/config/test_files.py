@@ -70,7 +70,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("case", BROKEN)
 @pytest.mark.parametrize("read", [read_yaml, read_json])
-def test_a_file_that_is_no_mapping_is_one_error_that_names_it(case: str, read: Any, tmp_path: Path) -> None:
+def test_names_a_file_that_is_not_a_mapping(case: str, read: Any, tmp_path: Path) -> None:
     path = tmp_path / "broken.yaml"
     path.write_bytes(BROKEN[case])
     with pytest.raises(UserError) as caught:
@@ -79,7 +79,7 @@ def test_a_file_that_is_no_mapping_is_one_error_that_names_it(case: str, read: A
     assert "\n" not in str(caught.value)
 
 
-def test_the_position_of_a_syntax_error_is_told(tmp_path: Path) -> None:
+def test_reports_the_position_of_a_syntax_error(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("a: 1\nb: ]\n")
     (tmp_path / "a.json").write_text('{"a": 1,\n"b": }')
     with pytest.raises(UserError, match=r"line 2"):
@@ -100,14 +100,14 @@ def test_an_impossible_date_in_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("read", "text"), [(read_yaml, "a: 1\na: 2\n"), (read_json, '{"a": 1, "a": 2}')])
-def test_a_key_given_twice(read: Any, text: str, tmp_path: Path) -> None:
+def test_refuses_a_duplicate_key(read: Any, text: str, tmp_path: Path) -> None:
     path = tmp_path / "twice"
     path.write_text(text)
     with pytest.raises(UserError, match="a"):
         read(path)
 
 
-def test_merge_lays_one_mapping_on_another() -> None:
+def test_merges_one_mapping_into_another() -> None:
     base = {"a": {"b": 1, "c": {"d": 2, "e": 3}}, "list": [1, 2], "gone": {"x": 1}, "scalar": 1}
     over = {"a": {"c": {"d": 5, "e": None}, "new": 6}, "list": [9], "gone": None, "scalar": {"now": 1}, "never": None}
     before = copy.deepcopy((base, over))
@@ -137,7 +137,7 @@ def test_an_override_may_open_a_section_that_is_null() -> None:
 
 
 @pytest.mark.parametrize("text", ["seed", "=3", "a..b=1", ".a=1", "a.=1", ""])
-def test_what_is_no_assignment(text: str) -> None:
+def test_refuses_a_string_that_is_not_an_assignment(text: str) -> None:
     with pytest.raises(UserError, match=r"is not an override; write key\.path=value") as caught:
         apply_overrides({}, [text], HERE)
     assert repr(text) in str(caught.value)

@@ -81,7 +81,7 @@ def test_recipes_of_the_project_differ_in_name() -> None:
     assert len({recipe.name for recipe in recipes}) == len(recipes)
 
 
-def test_every_recipe_says_how_to_run_it_and_whether_it_was() -> None:
+def test_every_header_has_a_command_and_a_status() -> None:
     for file in RECIPES:
         header = file.read_text().split("\nname:")[0]
         for word in ("command", "deepspeed train.py --ds_config", "paper", "run by us"):
@@ -115,7 +115,7 @@ def test_defaults_are_those_of_the_paper_and_the_authors_code(recipe: Recipe) ->
     ],
     ids=str,
 )
-def test_both_conv_stages_are_fused_unless_told(
+def test_both_conv_stages_are_fused_by_default(
     overrides: tuple[str, ...], stages: tuple[int, ...], blocks: tuple[int, ...], path: Path
 ) -> None:
     fusion = load_recipe(path, list(overrides)).model.fusion
@@ -145,7 +145,7 @@ def test_a_recipe_extends_another(path: Path) -> None:
     assert recipe.stages.finetune == base.stages.finetune
 
 
-def test_null_takes_a_stage_away(path: Path) -> None:
+def test_null_removes_a_stage(path: Path) -> None:
     recipe = load_recipe(path, ["stages.pretrain=null"])
     assert recipe.stages.pretrain is None
     with pytest.raises(UserError, match=r"recipe small has no stage pretrain; it has finetune, probe, evaluate$"):
@@ -344,7 +344,7 @@ POSSIBLE = [
 
 
 @pytest.mark.parametrize("override", POSSIBLE)
-def test_what_is_just_possible_is_taken(override: str, path: Path) -> None:
+def test_accepts_limiting_values(override: str, path: Path) -> None:
     load_recipe(path, [override])
 
 
@@ -415,7 +415,7 @@ def test_the_hash_ignores_what_does_not_change_results(override: str, path: Path
 
 
 @pytest.mark.parametrize("override", [override for override in IGNORED if "placement" in override])
-def test_a_run_goes_on_with_its_teacher_placed_elsewhere(override: str, path: Path, recipe: Recipe) -> None:
+def test_a_run_resumes_with_another_teacher_placement(override: str, path: Path, recipe: Recipe) -> None:
     assert load_recipe(path, [override]).hash("pretrain") == recipe.hash("pretrain")
 
 
