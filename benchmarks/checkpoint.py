@@ -210,7 +210,7 @@ def _note_steps(engine: Any, launch: Any, note: Note) -> None:
         for _ in range(50):
             note("reduction of flags before a step", step(engine, step_sync))
             began = time.perf_counter()
-            watchdog.beat("a step")
+            watchdog.heartbeat("a step")
             note("heartbeat", time.perf_counter() - began)
 
 

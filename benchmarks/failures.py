@@ -77,7 +77,7 @@ def work(failure: str, without: str, timeout_s: float, folder: Path) -> None:
     with watchdog or nullcontext(), StopSignals():
         for step in range(10**9):
             if watchdog is not None:
-                watchdog.beat(f"step {step}")
+                watchdog.heartbeat(f"step {step}")
             if step == 20:
                 dist.barrier()
                 if launch.rank == 1:

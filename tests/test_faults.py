@@ -1,6 +1,6 @@
-"""What can befall a run of two processes, and that it goes on, or ends, as it should.
+"""Faults during a run of two ranks: it resumes, or ends, as documented in docs/checkpoints.md.
 
-Everything is compared with one undisturbed run, bit by bit. The runs are those of tests/support/small_runs.py.
+Every run is compared with an undisturbed one, bit by bit. The runs are those of tests/support/small_runs.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STOP = f"signal:rank=1,step={STOPPED_AT - 1},micro=0"
 
 @pytest.fixture(scope="module")
 def chaos(tmp_path_factory: pytest.TempPathFactory) -> Chaos:
-    """With its undisturbed run."""
+    """Chaos test with its undisturbed run."""
     chaos = Chaos(tmp_path_factory.mktemp("faults"), seed=3)
     chaos.reference()
     return chaos
@@ -57,7 +57,7 @@ def undisturbed(chaos: Chaos) -> Path:
 
 @pytest.fixture(scope="module")
 def stopped(runs: SmallRuns) -> Path:
-    """A run that was told to stop, by a signal to one of its processes."""
+    """Run that was stopped by a signal to one of its ranks."""
     ranks = runs.launch("stopped", fault=STOP)
     assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
     return runs.folder / "stopped"
@@ -65,14 +65,14 @@ def stopped(runs: SmallRuns) -> Path:
 
 @pytest.fixture
 def copy(stopped: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A copy of the stopped run, to be damaged and gone on with."""
+    """Copy of the stopped run, to be damaged and resumed."""
     folder = stopped.with_name(re.sub(r"\W+", "_", f"copy_of_{request.node.name}"))
     shutil.copytree(stopped, folder)
     yield folder
     shutil.rmtree(folder)
 
 
-def _go_on(runs: SmallRuns, folder: Path, *more: str, world_size: int = 2) -> Ranks:
+def _resume(runs: SmallRuns, folder: Path, *more: str, world_size: int = 2) -> Ranks:
     ranks = runs.launch(folder.name, *more, world_size=world_size)
     assert ranks.wait(LIMIT_S) == [0] * world_size, ranks.text()
     return ranks
@@ -89,16 +89,16 @@ def _record(folder: Path) -> dict[str, object]:
 # ---- kills
 
 
-def test_a_run_that_is_killed_again_and_again(chaos: Chaos) -> None:
-    """The short version of tests/support/chaos.py, which says what is looked at."""
+def test_resumes_bit_equal_after_repeated_kills(chaos: Chaos) -> None:
+    """Short version of tests/support/chaos.py, which documents the checks."""
     chaos.rounds(3)
 
 
-# ---- signals, and where a run goes on
+# ---- signals, and the step that a run resumes from
 
 
-def test_a_signal_to_one_process_saves_and_stops_all(stopped: Path, runs: SmallRuns) -> None:
-    """It came between two micro-batches; that step was finished first, and nothing of it is lost."""
+def test_a_signal_to_one_rank_saves_and_stops_all(stopped: Path, runs: SmallRuns) -> None:
+    """The signal came between two micro-batches; the step was finished first, and nothing of it is lost."""
     assert step_of(_newest(stopped)) == newest_complete_step(stopped / "pretrain") == STOPPED_AT
     record = _record(stopped)
     assert (record["status"], record["schedule"]["steps_done"]) == ("stopped", STOPPED_AT)  # type: ignore[index]
@@ -111,26 +111,26 @@ def test_a_signal_to_one_process_saves_and_stops_all(stopped: Path, runs: SmallR
     assert not leftovers(stopped / "pretrain")
 
 
-def test_it_goes_on_in_mid_epoch_where_it_was(copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
-    ranks = _go_on(runs, copy)
+def test_resumes_in_mid_epoch(copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
+    ranks = _resume(runs, copy)
     assert f"resuming after step {STOPPED_AT}" in ranks.text(0)
     assert_same(copy / "pretrain", undisturbed)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
-def test_the_other_signals_do_the_same(number: int, runs: SmallRuns, undisturbed: Path) -> None:
+def test_the_other_signals_save_and_stop_all(number: int, runs: SmallRuns, undisturbed: Path) -> None:
     name = f"signal {number}"
     ranks = runs.launch(name, fault=f"signal:rank=0,step=4,micro=1,number={number}")
     assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
     assert step_of(_newest(runs.folder / name)) == 5
-    _go_on(runs, runs.folder / name)
+    _resume(runs, runs.folder / name)
     assert_same(runs.stage(name), undisturbed)
 
 
 @pytest.mark.slow
-def test_the_launcher_passes_the_status_on(runs: SmallRuns) -> None:
-    """deepspeed's: one of its processes is told to stop, all do, and the launcher ends with the same status."""
+def test_the_launcher_forwards_the_status_of_a_signal(runs: SmallRuns) -> None:
+    """DeepSpeed's launcher: one rank receives a signal, all stop, and the launcher exits with the same status."""
     command = ["deepspeed", "--num_gpus", "2", "--master_port", str(free_port()), "train.py"]
     arguments = runs.arguments("launched", "stages.pretrain.epochs=300", "checkpoint.every_steps=1000")
     process = subprocess.Popen(
@@ -177,11 +177,11 @@ def _damage(folder: Path, how: str) -> None:
     "how", ["truncated shard", "missing file", "flipped byte", "emptied pointer",
             pytest.param("emptied manifest", marks=pytest.mark.slow)],
 )  # fmt: skip
-def test_a_damaged_checkpoint(how: str, copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
-    """The run goes on from the one before, says why, and ends where it would have ended."""
+def test_skips_a_damaged_checkpoint(how: str, copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
+    """The run resumes from the one before, reports the reason, and ends bit-equal."""
     newest = _newest(copy)
     _damage(copy, how)
-    text = _go_on(runs, copy).text(0)
+    text = _resume(runs, copy).text(0)
     if how == "emptied pointer":  # nothing depends on it
         assert f"resuming after step {STOPPED_AT}" in text and "skipped: " not in text
     else:
@@ -191,8 +191,8 @@ def test_a_damaged_checkpoint(how: str, copy: Path, runs: SmallRuns, undisturbed
     assert (copy / "pretrain" / "checkpoints" / "latest").read_text() == _newest(copy).name
 
 
-def test_no_whole_checkpoint_is_no_fresh_start(copy: Path, runs: SmallRuns) -> None:
-    """Their sizes are right and their contents are not: all processes read, all refuse, nothing is changed."""
+def test_refuses_a_fresh_start_without_a_complete_checkpoint(copy: Path, runs: SmallRuns) -> None:
+    """Sizes are right and contents are wrong: all ranks read, all refuse, nothing is changed."""
     for checkpoint in list_checkpoints(copy / "pretrain"):
         file = checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt"
         file.write_bytes(bytes(file.stat().st_size))
@@ -204,7 +204,7 @@ def test_no_whole_checkpoint_is_no_fresh_start(copy: Path, runs: SmallRuns) -> N
     assert sorted(path for path in copy.rglob("*")) == before
 
 
-def test_other_images_are_refused_naming_both_sets(copy: Path, runs: SmallRuns, tmp_path: Path) -> None:
+def test_rejects_other_images_naming_both_sets(copy: Path, runs: SmallRuns, tmp_path: Path) -> None:
     other = SmallRuns(tmp_path)
     other_data = [str(a) for a in other.arguments("x") if str(a).startswith("data.val")]
     swapped = f"data.train={tmp_path / 'val.beton'}"
@@ -217,18 +217,18 @@ def test_other_images_are_refused_naming_both_sets(copy: Path, runs: SmallRuns, 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own, which may be resized; needs the right to mount."""
+    """File system of its own, which can be resized; needs the right to mount."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
     if mounted.returncode:
-        pytest.skip("only root may mount a small disk; test_saving.py covers the same errors without one")
+        pytest.skip("only root may mount a small disk; checkpoint/test_save.py covers the same errors without one")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
 
 
-def test_a_disk_that_is_full_in_the_middle_of_a_save(small_disk: Path, runs: SmallRuns, undisturbed: Path) -> None:
-    """All processes end with the reason, the earlier checkpoint stays, and with more space the run goes on."""
+def test_a_full_disk_during_a_save(small_disk: Path, runs: SmallRuns, undisturbed: Path) -> None:
+    """All ranks exit with the reason, the earlier checkpoint stays, and with more space the run resumes."""
     size = sum(file.stat().st_size for file in _newest(runs.folder / "undisturbed").iterdir())
     room = int(2.6 * size) // 1024
     subprocess.run(["mount", "-o", f"remount,size={room}k", small_disk], check=True)
@@ -250,7 +250,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_save(small_disk: Path, runs: Sma
 # ---- ranks that fail
 
 
-def _ends_soon(runs: SmallRuns, name: str, fault: str, *more: str) -> Ranks:
+def _run_until_failed(runs: SmallRuns, name: str, fault: str, *more: str) -> Ranks:
     """Run a fault after which both ranks must exit with 1."""
     ranks = runs.launch(name, *more, fault=fault)
     assert ranks.wait(LIMIT_S) == [1, 1], ranks.text()
@@ -260,7 +260,7 @@ def _ends_soon(runs: SmallRuns, name: str, fault: str, *more: str) -> Ranks:
 
 @pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_exception_on_one_rank_ends_all_and_is_printed_last(rank: int, runs: SmallRuns) -> None:
-    ranks = _ends_soon(runs, f"error {rank}", f"error:rank={rank},step=5,micro=1")
+    ranks = _run_until_failed(runs, f"error {rank}", f"error:rank={rank},step=5,micro=1")
     own, other = ranks.text(rank), ranks.text(1 - rank)
     assert own.rstrip().endswith("ValueError: the fault of this test") and own.count("Traceback") == 1
     assert other.rstrip().endswith(f"warning: exiting because rank {rank} failed")
@@ -293,8 +293,8 @@ def _wait_for_rank_0(ranks: Ranks) -> list[int]:
 # ---- batches that are not finite
 
 
-def test_a_batch_that_is_not_finite_on_one_process(runs: SmallRuns, undisturbed: Path) -> None:
-    """No process takes the step; it is counted, captured, told, and the run goes on; the steps before are the same."""
+def test_skips_a_batch_that_is_not_finite_on_one_rank(runs: SmallRuns, undisturbed: Path) -> None:
+    """No rank takes the step; it is counted, captured and reported; the run continues; earlier steps are equal."""
     ranks = runs.launch("nan", fault="nan_loss:rank=1,step=9,micro=1")
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     assert (
@@ -318,8 +318,8 @@ def test_a_batch_that_is_not_finite_on_one_process(runs: SmallRuns, undisturbed:
     assert "it is not the same again" in describe(step, parts)
 
 
-def test_nothing_but_bad_batches_ends_the_run(runs: SmallRuns, capsys: pytest.CaptureFixture[str]) -> None:
-    """A rate at which the weights explode: five steps are skipped, then all processes end with 1."""
+def test_only_bad_batches_end_the_run(runs: SmallRuns, capsys: pytest.CaptureFixture[str]) -> None:
+    """At this learning rate the weights explode: five steps are skipped, then all ranks exit with 1."""
     wild = ("stages.pretrain.optimizer.base_lr=1e30", "stages.pretrain.optimizer.warmup_epochs=0")
     ranks = runs.launch("wild", *wild)
     assert ranks.wait(LIMIT_S) == [1, 1], ranks.text()
@@ -332,23 +332,23 @@ def test_nothing_but_bad_batches_ends_the_run(runs: SmallRuns, capsys: pytest.Ca
     weights = [capture / "model.safetensors" for capture in captures]
     assert len({path.stat().st_ino for path in weights}) == 1, "the same weights, once on the disk"
     assert mrmae(["replay", str(captures[1])]) == 0
-    told = capsys.readouterr().out
-    assert "it is the same again" in told and "first not finite: encoder.blocks.0" in told
+    output = capsys.readouterr().out
+    assert "it is the same again" in output and "first not finite: encoder.blocks.0" in output
 
 
-# ---- another number of processes
+# ---- another number of ranks
 
 
 @pytest.mark.parametrize("change", ["2 to 1", pytest.param("1 to 2", marks=pytest.mark.slow)])
-def test_on_another_number_of_processes_the_curve_is_the_same(
+def test_resumes_on_another_number_of_ranks_with_the_same_curve(
     change: str, stopped: Path, copy: Path, runs: SmallRuns, undisturbed: Path
 ) -> None:
-    """Images, masks, rates and optimizer states are; sums over other numbers of processes round differently."""
+    """Images, masks, learning rates and optimizer states are equal; sums over other numbers round differently."""
     if change == "1 to 2":
         shutil.rmtree(copy)
         ranks = runs.launch(copy.name, world_size=1, fault=STOP.replace("rank=1", "rank=0"))
         assert ranks.wait(LIMIT_S) == [StopRequested.exit_status], ranks.text()
-    text = _go_on(runs, copy, world_size=1 if change == "2 to 1" else 2).text(0)
+    text = _resume(runs, copy, world_size=1 if change == "2 to 1" else 2).text(0)
     assert f"resuming after step {STOPPED_AT}" in text and "converting for" in text
     ours, theirs = curve(copy / "pretrain"), curve(undisturbed)
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
@@ -369,17 +369,17 @@ FINETUNE = (
 )  # fmt: skip
 
 
-def test_fine_tuning_with_layer_decay_goes_on_too(runs: SmallRuns) -> None:
-    """Many parameter groups, each with its own rate; drop path, mixup and erasing; an evaluation each epoch."""
+def test_resumes_fine_tuning_with_layer_decay(runs: SmallRuns) -> None:
+    """Many parameter groups with their own learning rates; drop path, mixup, erasing; an evaluation each epoch."""
     ranks = runs.launch("whole", *FINETUNE)
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
-    ranks = runs.launch("parted", *FINETUNE, fault="signal:rank=1,step=10,micro=0")
+    ranks = runs.launch("interrupted", *FINETUNE, fault="signal:rank=1,step=10,micro=0")
     assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
-    shutil.copytree(runs.folder / "parted", runs.folder / "one")
-    _go_on(runs, runs.folder / "parted", *FINETUNE)
+    shutil.copytree(runs.folder / "interrupted", runs.folder / "one")
+    _resume(runs, runs.folder / "interrupted", *FINETUNE)
     whole_run = runs.stage("whole", "finetune")
-    assert_same(runs.stage("parted", "finetune"), whole_run)
-    _go_on(runs, runs.folder / "one", *FINETUNE, world_size=1)
+    assert_same(runs.stage("interrupted", "finetune"), whole_run)
+    _resume(runs, runs.folder / "one", *FINETUNE, world_size=1)
     ours, theirs = curve(runs.stage("one", "finetune")), curve(whole_run)
     for name in ("loss", "grad_norm"):
         np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=1e-4)
@@ -392,19 +392,19 @@ PROBE = (
 
 
 @pytest.mark.slow
-def test_a_linear_probe_goes_on_too(runs: SmallRuns) -> None:
+def test_resumes_a_linear_probe(runs: SmallRuns) -> None:
     """Another optimizer, no ZeRO, and a BatchNorm's statistics."""
     ranks = runs.launch("probed", *PROBE)
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     ranks = runs.launch("half probed", *PROBE, fault="signal:rank=1,step=10,micro=0")
     assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
-    _go_on(runs, runs.folder / "half probed", *PROBE)
+    _resume(runs, runs.folder / "half probed", *PROBE)
     assert_same(runs.stage("half probed", "probe"), runs.stage("probed", "probe"))
 
 
 @pytest.mark.slow
-def test_checkpoints_written_in_the_background(tmp_path: Path) -> None:
-    """And by the clock; killed three times, as above."""
+def test_resumes_from_checkpoints_written_in_the_background(tmp_path: Path) -> None:
+    """Saves by the clock, killed three times."""
     by_the_clock = ("checkpoint.every_steps=null", "checkpoint.every_minutes=0.01")
     chaos = Chaos(tmp_path, seed=5, more=("checkpoint.async_save=true", *by_the_clock))
     chaos.reference()

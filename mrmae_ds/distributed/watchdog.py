@@ -36,7 +36,7 @@ class Watchdog:
 
     Args:
         launch: this rank.
-        timeout_s: without :meth:`beat`, after which the rank counts as hung.
+        timeout_s: without :meth:`heartbeat`, after which the rank counts as hung.
 
     Attributes:
         on_failure: called when the job fails, whichever rank failed; rank 0 closes its record.
@@ -52,7 +52,7 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         self._local = LocalRanks(self.launch, self.timeout_s)
         self._store = FailureStore(self.launch)
-        self.beat("starting")
+        self.heartbeat("starting")
         # Two threads: a request to the store may take long when it has just been lost.
         checks = (self._check_node, self._check_store)
         self._threads = [threading.Thread(target=self._watch, args=(check,), daemon=True) for check in checks]
@@ -68,7 +68,7 @@ class Watchdog:
             thread.join()
         self._local.close()
 
-    def beat(self, activity: str) -> None:
+    def heartbeat(self, activity: str) -> None:
         """Report progress.
 
         Args:

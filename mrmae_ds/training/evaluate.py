@@ -207,7 +207,7 @@ def _run(job: PreparedEvaluation, device: torch.device, watchdog: Watchdog) -> N
         watchdog.on_failure = lambda: writer.close("failed")
         _announce(job, writer.record.parameters.total, device)
     try:
-        average, members = evaluate(job, device, watchdog.beat)
+        average, members = evaluate(job, device, watchdog.heartbeat)
     except RaisedOnAllRanks:  # any other failure is reported by the watchdog
         if writer:
             writer.close("failed")

@@ -36,18 +36,18 @@ def _draw_images(stage_dir: Path) -> None:
     show_run(stage_dir)
 
 
-def finish_drawing(stage_dir: Path, with_images: bool, monitor: Watchdog) -> None:
+def finish_drawing(stage_dir: Path, with_images: bool, watchdog: Watchdog) -> None:
     """Draw a finished stage again whose process was killed while it drew, and remove what that left.
 
     Args:
         stage_dir: of the stage.
         with_images: whether it has images too.
-        monitor: of this process, which may have to wait for the drawing.
+        watchdog: of this rank, which may have to wait for the drawing.
     """
     torn = torn_files(stage_dir)
     with contextlib.suppress(OSError):  # a folder that has become read-only is left as it is
         clear_leftovers(stage_dir)
     lacks_images = with_images and not any((stage_dir / IMAGES).glob("*.png"))
     if torn or lacks_images or not (stage_dir / CURVES).is_file():
-        monitor.beat("drawing")
+        watchdog.heartbeat("drawing")
         draw(stage_dir)

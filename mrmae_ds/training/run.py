@@ -122,7 +122,7 @@ def _train(job: PreparedStage, start: RunStart, device: torch.device, watchdog: 
     finally:
         job.task.release()
     if job.launch.rank == 0:
-        watchdog.beat("drawing")
+        watchdog.heartbeat("drawing")
         draw(job.stage_dir)
 
 
@@ -167,7 +167,7 @@ def _train_context(
     ]
     classes = job.val_data.num_classes
     evaluator = job.task.build_evaluator(
-        EvalContext(job.recipe, job.engine_config, job.launch, device, classes, watchdog.beat)
+        EvalContext(job.recipe, job.engine_config, job.launch, device, classes, watchdog.heartbeat)
     )
     if evaluator is not None:
         callbacks.append(EvaluationCallback(evaluator))
@@ -184,7 +184,7 @@ def _train_context(
         callbacks=callbacks,
         results=results,
         perf_meter=PerfMeter(engine, device),
-        heartbeat=watchdog.beat,
+        heartbeat=watchdog.heartbeat,
     )
 
 

@@ -34,7 +34,7 @@ def _rank(rank: int, port: int, log: Path, act: Callable[[int], None], limit_s: 
     try:
         with Watchdog(Launch(rank, rank, 2, 2), limit_s) as watchdog:
             watchdog.on_failure = lambda: print("the record is closed", flush=True)
-            watchdog.beat("acting")
+            watchdog.heartbeat("acting")
             act(rank)
         dist.barrier()
     except Exception as error:

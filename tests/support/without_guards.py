@@ -116,7 +116,7 @@ GUARDS = {
         "training/checkpoint/resume.py",
         "raise CollectiveError(no_complete_checkpoint(stage_dir, damaged))",
         'return RunStart("fresh", (), tuple(damaged))',
-        _faults("no_whole"),
+        _faults("complete"),
     ),
     "newer checkpoints are set aside": Guard(
         "training/checkpoint/resume.py",
@@ -159,7 +159,7 @@ GUARDS = {
         "training/run_logger.py",
         "resume_step=start - 1 if start else None",
         "resume_step=10**9 if start else None",
-        _faults("killed_again or mid_epoch"),
+        _faults("repeated_kills or mid_epoch"),
     ),
     "learning rate and decay of each group": Guard(
         "training/checkpoint/universal.py", "    _restore_groups(engine, groups)\n", "", UNIVERSAL
