@@ -1,4 +1,4 @@
-"""What a checkpoint is, whoever wrote it: a file of weights, a stage's folder, or a checkpoint of a running stage."""
+"""Description of weights files of any origin, stage folders and training checkpoints, for ``mrmae check``."""
 
 from __future__ import annotations
 
@@ -15,34 +15,33 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
+from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
+from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.export import input_statistics
 from mrmae_ds.weights.formats import read_tensor_file, verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity, identify, nearest_architecture
 from mrmae_ds.weights.model_file import MODEL_FILE
 
-FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle, no code in it", "torchscript": "TorchScript archive"}
-# Of a released file's command line, what says how it was trained.
+FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle without code", "torchscript": "TorchScript archive"}
+# Training options to print, of those in a released file.
 OPTIONS = ("model", "input_size", "mask_ratio", "norm_pix_loss", "nb_classes", "epochs", "batch_size", "blr")
 InfoRow = tuple[str, str]
 
 
 def describe(path: Path) -> str:
-    """A few aligned lines on a file or folder.
+    """Describe a file or folder in aligned lines.
 
     Args:
-        path: a file of weights, a stage folder, its folder ``checkpoints``, or one checkpoint ``step_N`` in it.
+        path: a weights file, a stage folder, its folder ``checkpoints``, or a checkpoint ``step_N`` in it.
 
     Raises:
-        UserError: if it does not exist, is damaged, holds code, or is none of these.
+        UserError: if it does not exist, is damaged, contains code, or is none of these.
     """
     if path.is_file():
         return _block(str(path), describe_file(path))
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
-    from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
-    from mrmae_ds.training.checkpoint.manifest import MANIFEST
-
     if (path / MANIFEST).is_file():
         return _block(str(path), _checkpoint_rows(path))
     if path.name == FOLDER:
@@ -54,77 +53,88 @@ def describe(path: Path) -> str:
             blocks.append(_block(str(path / MODEL_FILE), describe_file(path / MODEL_FILE)))
     if not blocks:
         raise UserError(
-            f"{path}: neither a stage's folder (runs/NAME/STAGE) nor a checkpoint of one (checkpoints/step_N with a "
-            f"{MANIFEST}); without its {MANIFEST} a checkpoint was not finished"
+            f"{path}: neither a stage folder (runs/NAME/STAGE) nor a checkpoint in one (checkpoints/step_N with a "
+            f"{MANIFEST}); a checkpoint without {MANIFEST} is incomplete"
         )
     return "\n\n".join(blocks)
 
 
 def describe_file(path: Path) -> list[InfoRow]:
-    """What a file of weights is, as (label, text) rows.
+    """Describe a weights file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        Rows of label and text.
 
     Raises:
-        UserError: if it is damaged, holds code, or holds no weights.
+        UserError: if it is damaged, contains code, or contains no weights.
     """
     file = read_tensor_file(path)
     verify_checksums(path)
-    found = identify(file)
-    rows = [("kind", found.title), ("format", FORMATS[file.format])]
-    if found.family:
-        rows += _encoder_rows(found)
+    identity = identify(file)
+    rows = [("kind", identity.title), ("format", FORMATS[file.format])]
+    if identity.family:
+        rows += _encoder_rows(identity)
     rows += _tensor_rows(file.tensors)
     rows.append(("sha256", file_sha256(path)))
-    rows += _our_rows(found.metadata) if found.ours else []
+    rows += _our_rows(identity.metadata) if identity.ours else []
     if options := [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]:
         rows.append(("made with", ", ".join(options)))
-    rows.append(("use it", usage(found, path)))
+    rows.append(("use it", usage(identity, path)))
     return rows
 
 
-def usage(found: WeightIdentity, path: Path) -> str:
-    """How a file of weights is used here."""
-    if found.kind == "clip":
-        return f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}, MODEL by open_clip's name"
-    if found.extras:
+def usage(identity: WeightIdentity, path: Path) -> str:
+    """Return the setting or line of Python that loads a weights file.
+
+    Args:
+        identity: identity of the file.
+        path: the file.
+    """
+    if identity.kind == "clip":
+        return f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}, MODEL as in open_clip"
+    if identity.extras:
         return (
-            f"as a teacher: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}, MODEL by timm's name; this "
-            f"project's plain ViT has no {', '.join(found.extras[:3])}"
+            f"as a teacher: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}, MODEL as in timm; "
+            f"this project's plain ViT has no {', '.join(identity.extras[:3])}"
         )
-    if not found.family:
-        return f"as a teacher, if timm has its model: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}"
-    if "create_model" in found.metadata:
-        return f"{found.metadata['create_model'][:-1]}, checkpoint_path={str(path)!r})"
-    arch, changes = nearest_architecture(found.family, found.sizes)
+    if not identity.family:
+        return f"as a teacher, if timm has the model: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}"
+    if "create_model" in identity.metadata:
+        return f"{identity.metadata['create_model'][:-1]}, checkpoint_path={str(path)!r})"
+    arch, changes = nearest_architecture(identity.family, identity.sizes)
     settings = [f"model.arch={arch}", *(f"model.overrides.{key}={_yaml(value)}" for key, value in changes.items())]
-    settings += ["stages.finetune.pool=token"] if found.pool == "token" else []
-    return f"stages.finetune.init={path} with {' '.join(settings)}{_heads(found, arch, changes)}"
+    settings += ["stages.finetune.pool=token"] if identity.pool == "token" else []
+    return f"stages.finetune.init={path} with {' '.join(settings)}{_heads(identity, arch, changes)}"
 
 
-def _heads(found: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> str:
-    """What a user has to know of the number of heads, which only our own files tell."""
-    if "num_heads" in found.sizes:
+def _heads(identity: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> str:
+    """Return advice on the number of heads, which only this project's files contain."""
+    if "num_heads" in identity.sizes:
         return ""
     if "dims" in changes or "dim" in changes:
-        return " model.overrides.num_heads=N (its heads: no shape tells them)"
-    return f", if it has {ARCHITECTURES[arch].num_heads} heads (no shape tells them)"
+        return " model.overrides.num_heads=N (N: number of heads, which the file does not contain)"
+    return f", if it has {ARCHITECTURES[arch].num_heads} heads (the file does not contain their number)"
 
 
-def _encoder_rows(found: WeightIdentity) -> list[InfoRow]:
-    sizes = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in found.sizes.items())
+def _encoder_rows(identity: WeightIdentity) -> list[InfoRow]:
+    sizes = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in identity.sizes.items())
     rows = [("encoder", sizes)]
-    stride = math.prod(found.sizes["patches"]) if found.family == "cvit" else found.sizes["patch"]
-    if found.grid is not None:
-        height, width = (side * stride for side in found.grid)
+    stride = math.prod(identity.sizes["patches"]) if identity.family == "cvit" else identity.sizes["patch"]
+    if identity.grid is not None:
+        height, width = (side * stride for side in identity.grid)
         pixels = f"{height}" if height == width else f"{height} x {width}"
-        rows.append(("image", f"{pixels} pixels, grid {found.grid[0]} x {found.grid[1]}, patch {stride}"))
-    if found.family == "cvit" and found.prefix_rows:
-        rows.append(("class token", "one with a position of its own; a CViT has no use for it, and it is left out"))
-    if statistics := input_statistics(found.metadata):
+        rows.append(("image", f"{pixels} pixels, grid {identity.grid[0]} x {identity.grid[1]}, patch {stride}"))
+    if identity.family == "cvit" and identity.prefix_rows:
+        rows.append(("class token", "present with its own position; a CViT does not use it, so it is left out"))
+    if statistics := input_statistics(identity.metadata):
         rows.append(("input", statistics))
-    if found.num_classes:
-        names = found.metadata.get("class_names") or []
+    if identity.num_classes:
+        names = identity.metadata.get("class_names") or []
         shown = f": {first_few(names, 5)}" if names else ""
-        rows.append(("classes", f"{found.num_classes}{shown}"))
+        rows.append(("classes", f"{identity.num_classes}{shown}"))
     return rows
 
 
@@ -135,17 +145,19 @@ def _tensor_rows(tensors: Mapping[str, Tensor]) -> list[InfoRow]:
         ("values", f"{total:,} in {len(tensors)} tensors"),
         ("dtype", ", ".join(kinds) if len(kinds) == 1 else ", ".join(f"{kind} ({n})" for kind, n in kinds.items())),
     ]
-    broken = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
-    if broken:
-        rows.append(("NOT FINITE", f"{len(broken)} tensors hold NaN or infinity: {first_few(broken, 3)}"))
+    nonfinite = [
+        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if nonfinite:
+        rows.append(("NOT FINITE", f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}"))
     return rows
 
 
 def _our_rows(metadata: Mapping[str, Any]) -> list[InfoRow]:
     recipe = metadata.get("recipe") or {}
-    told = metadata.get("recipe_hash")
-    parts = [recipe.get("name"), metadata.get("stage"), f"hash {told}" if told else None]
-    rows = [("written by", "this project: " + (", ".join(part for part in parts if part) or "recipe not told"))]
+    recipe_hash = metadata.get("recipe_hash")
+    parts = [recipe.get("name"), metadata.get("stage"), f"hash {recipe_hash}" if recipe_hash else None]
+    rows = [("written by", "this project: " + (", ".join(part for part in parts if part) or "unknown recipe"))]
     rows += [("step", f"{metadata['step']:,}")] if "step" in metadata else []
     results = metadata.get("results") or {}
     rows += [("results", ", ".join(f"{key} {value:.6g}" for key, value in results.items()))] if results else []
@@ -163,7 +175,11 @@ def _record_rows(stage: Path) -> list[InfoRow]:
 
 
 def _checkpoint_blocks(checkpoints: list[Path]) -> list[str]:
-    """Raises UserError if one is not whole, naming those that are."""
+    """Describe checkpoints.
+
+    Raises:
+        UserError: if one is damaged; the message names the intact ones.
+    """
     blocks, damaged = {}, []
     for checkpoint in checkpoints:
         try:
@@ -171,29 +187,27 @@ def _checkpoint_blocks(checkpoints: list[Path]) -> list[str]:
         except UserError as error:
             damaged.append(str(error))
     if damaged:
-        raise UserError(f"{'; '.join(damaged)}. Whole: {', '.join(blocks) or 'none'}")
+        raise UserError(f"{'; '.join(damaged)}. Intact: {', '.join(blocks) or 'none'}")
     return list(blocks.values())
 
 
 def _checkpoint_rows(checkpoint: Path) -> list[InfoRow]:
-    """Raises UserError if a file of it is missing or cut off."""
-    from mrmae_ds.training.checkpoint.manifest import check_contents, check_sizes, read_manifest
+    """Describe a checkpoint and verify its files.
 
+    Raises:
+        UserError: if a file is missing, truncated or changed.
+    """
     manifest = read_manifest(checkpoint)
-    wrong = check_sizes(checkpoint, manifest) or check_contents(checkpoint, manifest, manifest.files)
-    if wrong:
-        raise UserError("; ".join(wrong))
-    processes, identity = manifest.layout.world_size, manifest.identity
+    problems = check_sizes(checkpoint, manifest) or check_contents(checkpoint, manifest, manifest.files)
+    if problems:
+        raise UserError("; ".join(problems))
+    ranks, identity = manifest.layout.world_size, manifest.identity
     return [
-        ("kind", "training state (DeepSpeed), to go on from: --resume " + str(checkpoint)),
-        ("step", f"{manifest.step:,}, by {processes} process{'es' * (processes != 1)}"),
+        ("kind", f"training state (DeepSpeed); resume with --resume {checkpoint}"),
+        ("step", f"{manifest.step:,}, on {ranks} rank{'s' * (ranks != 1)}"),
         ("recipe", f"hash {identity.recipe_hash}, seed {identity.seed}"),
-        ("files", f"{len(manifest.files)}, {manifest.size / 2**20:,.1f} MiB, whole by their checksums"),
+        ("files", f"{len(manifest.files)}, {manifest.size / 2**20:,.1f} MiB, checksums verified"),
     ]
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
 
 
 def _block(title: str, rows: list[InfoRow]) -> str:
@@ -202,7 +216,7 @@ def _block(title: str, rows: list[InfoRow]) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A number as one writes it, and several separated by slashes."""
+    """Format a number, or several separated by slashes."""
     if isinstance(value, (tuple, list)):
         return "/".join(map(_plain, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""``mrmae check``: what is said of files and folders, and what is refused."""
+"""``mrmae check``: descriptions of files and folders, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.weights.test_export import COMMIT, CVIT, VIT, classifier_run, pretrai
 
 
 def rows_of(text: str) -> dict[str, str]:
-    """The rows of one block by label; they are aligned."""
+    """Return the rows of one block by label; assert that they are aligned."""
     lines = text.splitlines()[1:]
     starts = {re.match(r"  [\w ]+?  +", line).end() for line in lines}
     assert len(starts) == 1
@@ -52,13 +52,13 @@ def write_checkpoint(stage: Path, step: int) -> Path:
     return folder
 
 
-def test_a_released_pretraining(tmp_path: Path) -> None:
+def test_describes_released_pretraining(tmp_path: Path) -> None:
     path = write_released(tmp_path / "x.pth", mcmae_state(load_reference("mcmae")))
     text = describe(path)
     assert text.splitlines()[0] == str(path)
     rows = rows_of(text)
     assert rows["kind"] == "CViT with its decoder, MCMAE pre-training as released"
-    assert rows["format"] == "torch pickle, no code in it"
+    assert rows["format"] == "torch pickle without code"
     assert rows["encoder"] == "dims 16/24/32, depths 1/1/2, mlp ratios 4/4/4, patches 4/2/2"
     assert rows["image"] == "224 pixels, grid 14 x 14, patch 16"
     assert rows["values"] == "104,992 in 93 tensors"
@@ -68,7 +68,7 @@ def test_a_released_pretraining(tmp_path: Path) -> None:
     assert not rows.keys() & {"classes", "written by", "class token"}
 
 
-def test_a_released_cvit_with_a_class_token(tmp_path: Path) -> None:
+def test_describes_released_cvit_with_class_token(tmp_path: Path) -> None:
     state = mcmae_state(load_reference("mcmae"))
     row = torch.zeros(1, 1, 32)
     state |= {"cls_token": row, "pos_embed": torch.cat([row, state["pos_embed"]], dim=1)}
@@ -81,13 +81,13 @@ VARIANTS = [{}, {"mlp_ratios": (8, 8, 4)}, {"depths": (1, 2, 1), "patches": (7, 
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
-def test_the_advice_loads_the_file(changes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
+def test_advice_loads_file(changes: dict[str, tuple[int, ...]], tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     sizes = {"dims": (8, 12, 24), "depths": (1, 1, 2), "num_heads": 6} | changes
     torch.save(build_encoder(CViTSpec(**sizes), 112).state_dict(), path)
     advice = rows_of(describe(path))["use it"]
     assert advice.startswith(f"stages.finetune.init={path} with model.arch=cvit_")
-    assert advice.endswith(" model.overrides.num_heads=N (its heads: no shape tells them)")
+    assert advice.endswith(" model.overrides.num_heads=N (N: number of heads, which the file does not contain)")
     settings = re.findall(r"(?:stages|model)\.[\w.]+=\S+", advice.replace("num_heads=N", "num_heads=6"))
     recipe = load_recipe(REPOSITORY / "ds_configs/tiny.yaml", [*settings, "model.image_size=112"])
     assert recipe.model.spec() == CViTSpec(**sizes)
@@ -98,16 +98,16 @@ def test_the_advice_loads_the_file(changes: dict[str, tuple[int, ...]], tmp_path
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("mcmae_base_pretrain", "model.arch=cvit_base, if it has 12 heads (no shape tells them)"),
-        ("mae_base_pretrain", "model.arch=vit_base, if it has 12 heads (no shape tells them)"),
+        ("mcmae_base_pretrain", "model.arch=cvit_base, if it has 12 heads (the file does not contain their number)"),
+        ("mae_base_pretrain", "model.arch=vit_base, if it has 12 heads (the file does not contain their number)"),
     ],
 )
-def test_the_advice_for_a_standard_size(name: str, advice: str) -> None:
-    found = identify(file_of(released_shapes(name)))
-    assert usage(found, Path("x.pth")) == f"stages.finetune.init=x.pth with {advice}"
+def test_advice_for_standard_size(name: str, advice: str) -> None:
+    identity = identify(file_of(released_shapes(name)))
+    assert usage(identity, Path("x.pth")) == f"stages.finetune.init=x.pth with {advice}"
 
 
-def test_our_classifier(tmp_path: Path) -> None:
+def test_describes_own_classifier(tmp_path: Path) -> None:
     model = classifier_run(tmp_path, CVIT)
     exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors").path
     rows = rows_of(describe(exported))
@@ -124,7 +124,7 @@ def test_our_classifier(tmp_path: Path) -> None:
     assert rows["use it"].endswith(f"checkpoint_path={str(exported)!r})")
 
 
-def test_a_classifier_on_the_class_token_and_a_rectangle(tmp_path: Path) -> None:
+def test_describes_class_token_classifier_of_rectangular_images(tmp_path: Path) -> None:
     classifier_run(tmp_path, VIT, (24, 32), pool="token")
     rows = rows_of(describe(tmp_path / MODEL_FILE))
     assert rows["kind"] == "plain ViT classifier, on the class token"
@@ -138,7 +138,7 @@ def test_a_classifier_on_the_class_token_and_a_rectangle(tmp_path: Path) -> None
     assert (report.missing, report.resized) == ([], ["pos_embed"])
 
 
-def test_use_of_files_that_are_for_teachers(tmp_path: Path) -> None:
+def test_advice_for_teachers(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     torch.save(tiny_vit(init_values=1e-5).state_dict(), path)
     rows = rows_of(describe(path))
@@ -149,21 +149,21 @@ def test_use_of_files_that_are_for_teachers(tmp_path: Path) -> None:
     assert rows["kind"] == "CLIP model, image tower 8 wide, patch 4"
     assert rows["use it"].startswith(f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}")
     torch.save({"weight": torch.zeros(2)}, path)
-    assert rows_of(describe(path))["use it"].startswith("as a teacher, if timm has its model: teachers.NAME=")
+    assert rows_of(describe(path))["use it"].startswith("as a teacher, if timm has the model: teachers.NAME=")
 
 
-def test_dtypes_and_values_that_are_not_finite(tmp_path: Path) -> None:
+def test_reports_dtypes_and_nonfinite_values(tmp_path: Path) -> None:
     tensors = {"a": torch.zeros(2), "b": torch.tensor([1.0, torch.nan]).half(), "c": torch.tensor([1, 2])}
     save_file(tensors | {"d": torch.tensor([torch.inf])}, tmp_path / "x.safetensors")
     rows = rows_of(describe(tmp_path / "x.safetensors"))
     assert sorted(rows["dtype"].split(", ")) == ["float16 (1)", "float32 (2)", "int64 (1)"]
-    assert rows["NOT FINITE"] == "2 tensors hold NaN or infinity: b, d"
+    assert rows["NOT FINITE"] == "2 tensors contain NaN or infinity: b, d"
     save_file({"a": torch.zeros(2)}, tmp_path / "y.safetensors")
     assert "NOT FINITE" not in rows_of(describe(tmp_path / "y.safetensors"))
 
 
 @pytest.mark.parametrize("name", ["", "checkpoints", "checkpoints/step_000000040"])
-def test_checkpoints_of_a_run(name: str, tmp_path: Path) -> None:
+def test_describes_checkpoints_of_run(name: str, tmp_path: Path) -> None:
     for step in (20, 40):
         write_checkpoint(tmp_path, step)
     blocks = describe(tmp_path / name).split("\n\n")
@@ -172,12 +172,12 @@ def test_checkpoints_of_a_run(name: str, tmp_path: Path) -> None:
     assert blocks[-1].splitlines()[0] == str(checkpoint)
     rows = rows_of(blocks[-1])
     assert rows["kind"].endswith(f"--resume {checkpoint}")
-    assert rows["step"] == "40, by 2 processes"
+    assert rows["step"] == "40, on 2 ranks"
     assert rows["recipe"] == "hash 0123456789ab, seed 7"
-    assert rows["files"] == "2, 0.0 MiB, whole by their checksums"
+    assert rows["files"] == "2, 0.0 MiB, checksums verified"
 
 
-def test_a_stages_folder_tells_all_it_has(tmp_path: Path) -> None:
+def test_describes_all_of_stage_folder(tmp_path: Path) -> None:
     pretraining_run(tmp_path, VIT)
     schedule = Schedule(epochs=10, global_batch=64, steps=1000, steps_done=1000)
     make_record(name="small", stage="pretrain", schedule=schedule, top1=None).write(tmp_path)
@@ -185,14 +185,14 @@ def test_a_stages_folder_tells_all_it_has(tmp_path: Path) -> None:
     record, checkpoint, model = describe(tmp_path).split("\n\n")
     assert rows_of(record)["run"] == "small, pretrain: MR-MAE, Tiny, seed 0"
     assert rows_of(record)["status"] == "finished, step 1,000 of 1,000"
-    assert rows_of(checkpoint)["step"] == "1,000, by 2 processes"
+    assert rows_of(checkpoint)["step"] == "1,000, on 2 ranks"
     assert model.splitlines()[0] == str(tmp_path / MODEL_FILE)
     assert rows_of(model)["kind"] == "plain ViT, pre-training of this project"
     assert describe(tmp_path / "checkpoints") == checkpoint
 
 
 @pytest.mark.parametrize("damage", ["missing", "short", "changed", "manifest"])
-def test_a_checkpoint_that_is_not_whole(damage: str, tmp_path: Path) -> None:
+def test_rejects_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 20)
     folder = write_checkpoint(tmp_path, 40)
     if damage == "missing":
@@ -206,23 +206,23 @@ def test_a_checkpoint_that_is_not_whole(damage: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=str(folder)):
         describe(folder)
     for path in (tmp_path, tmp_path / "checkpoints"):
-        with pytest.raises(UserError, match=rf"{folder}.*\. Whole: step_000000020$"):
+        with pytest.raises(UserError, match=rf"{folder}.*\. Intact: step_000000020$"):
             describe(path)
     assert describe(tmp_path / "checkpoints" / "step_000000020")
 
 
-def test_what_is_no_checkpoint(tmp_path: Path) -> None:
+def test_rejects_other_paths(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such file or folder"):
         describe(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=rf"{tmp_path}: neither a stage's folder .* nor a checkpoint"):
+    with pytest.raises(UserError, match=rf"{tmp_path}: neither a stage folder .* nor a checkpoint"):
         describe(tmp_path)
     staging = write_checkpoint(tmp_path, 40)
     (staging / MANIFEST).unlink()
-    with pytest.raises(UserError, match=r"without its manifest.json a checkpoint was not finished"):
+    with pytest.raises(UserError, match=r"a checkpoint without manifest.json is incomplete"):
         describe(staging)
 
 
-def test_a_changed_bit_is_found(tmp_path: Path) -> None:
+def test_detects_changed_bit(tmp_path: Path) -> None:
     path = write_released(tmp_path / "x.pth", part(load_reference("mcmae"), "finetune/"))
     assert describe(path)
     content = bytearray(path.read_bytes())
@@ -233,7 +233,7 @@ def test_a_changed_bit_is_found(tmp_path: Path) -> None:
         describe(path)
 
 
-def test_a_whole_module_is_refused(tmp_path: Path) -> None:
+def test_rejects_pickled_module(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x.pt: a pickle that calls torch.nn.modules.linear.Linear"):
         describe(tmp_path / "x.pt")
