@@ -43,9 +43,9 @@ def engine(world_size: int = 4, accumulation: int = 1, on_cpu: bool = False, **s
     return ZeroMemory(COUNTS, replace(FLOAT32, **settings), world_size, accumulation, on_cpu)
 
 
-def test_without_zero_every_process_has_everything() -> None:
+def test_stage_0_replicates_all_states() -> None:
     assert engine(stage=0).persistent() == {"parameters": 4 * 1024, "optimizer states": 8 * 1000}
-    # Gradients come as backward goes on.
+    # Gradients accumulate during backward.
     held = engine(stage=0).in_backward(np.array([0, 400, 1000]))
     assert held["gradients"].tolist() == [0, 4 * 400, 4 * 1000]
     assert engine(stage=0).in_reduction() == {"gradients": 4000, "gradients being reduced": 4000}
@@ -53,23 +53,23 @@ def test_without_zero_every_process_has_everything() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_stages_1_and_2_divide_masters_and_states(stage: int) -> None:
+def test_stages_1_and_2_partition_masters_and_states(stage: int) -> None:
     quarter = {"float32 masters": 4 * 250, "optimizer states": 8 * 250}
     assert engine(stage=stage).persistent() == {"parameters": 4 * 1024, **quarter}
 
 
-def test_stage_1_holds_whole_gradients_and_stage_2_a_share() -> None:
+def test_stage_1_keeps_all_gradients_and_stage_2_a_partition() -> None:
     completed = np.array([1000])
     assert engine(stage=1).in_backward(completed)["gradients"].tolist() == [4 * 1000]
     assert engine(stage=2).in_backward(completed)["gradients"].tolist() == [4 * 250]
     assert engine(stage=1, accumulation=2).accumulated() == {"gradients": 4 * 1000}
     assert engine(stage=2, accumulation=2).accumulated() == {"gradients": 4 * 250}
     assert engine(stage=1).accumulated() == engine(stage=3, accumulation=2).accumulated() == {}
-    # Two buffers where communication overlaps.
+    # Two buffers if communication overlaps.
     assert engine(stage=2, overlap=True).in_backward(completed)["reduce buckets"].tolist() == [2 * 4 * 100]
 
 
-def test_stage_3_divides_everything() -> None:
+def test_stage_3_partitions_all_states() -> None:
     assert engine().persistent() == {
         "parameters": 4 * 1024 / 4,
         "reduce buckets": 4 * 100,
@@ -79,39 +79,39 @@ def test_stage_3_divides_everything() -> None:
     }
     assert engine().in_forward()["gathered parameters"] == 4 * 1024
     there = engine().in_backward(np.array([0, 399, 400, 1000]))["gathered parameters"]
-    # The second module has been used when its 400 gradients are completed; it is the first that backward comes to.
+    # The second module is the first in backward; it is released when its 400 gradients are complete.
     assert there.tolist() == [4 * 1024, 4 * 1024, 4 * 624, 4 * 624]
     assert engine(world_size=1).in_forward() == {}
 
 
-def test_a_full_bucket_is_copied_and_gloo_copies_it_again() -> None:
+def test_full_bucket_is_copied_and_gloo_copies_it_again() -> None:
     completed = np.array([0, 99, 100, 1000])
     assert engine().in_backward(completed)["gradients being reduced"].tolist() == [0, 0, 400, 400]
     assert engine(on_cpu=True).in_backward(completed)["gradients being reduced"].tolist() == [0, 0, 800, 800]
 
 
-def test_autocast_gathers_in_two_types_and_so_has_two_buckets() -> None:
+def test_autocast_has_a_bucket_per_dtype() -> None:
     both = engine(autocast=True)
     assert both.persistent()["reduce buckets"] == (2 + 4) * 100
-    # What has arrived in bf16 becomes float32 again, which autocast casts where it computes.
+    # Parameters gathered in bf16 are converted to float32, which autocast casts when it computes.
     assert both.in_forward()["gathered parameters"] == 4 * 1024
     assert both.in_forward()["parameters arriving"] == 2 * 600 + 4 * 424
 
 
-def test_bf16_has_half_the_parameters_and_float32_gradients() -> None:
+def test_bf16_halves_parameters_and_keeps_float32_gradients() -> None:
     states = engine(bf16=True).persistent()
     assert (states["parameters"], states["gradients"], states["reduce buckets"]) == (2 * 1024 / 4, 4 * 250, 2 * 100)
     assert states["float32 masters"] + states["optimizer states"] == 12 * 250
-    # ZeRO-1 accumulates them whole.
+    # ZeRO-1 accumulates all gradients.
     one = engine(stage=1, bf16=True)
     assert one.persistent()["gradients"] == 4 * 1000
     assert one.in_backward(np.array([1000]))["gradients"].tolist() == [2 * 1000]
 
 
-def test_the_update_copies_the_gradients_of_a_group() -> None:
+def test_update_copies_the_gradients_of_a_group() -> None:
     assert engine().in_update() == {"copies for the update": 4 * 700 / 4}
     assert engine(sub_group=50).in_update() == {"copies for the update": 4 * 50}
-    # On the CPU AdamW has two more of the size.
+    # AdamW on the CPU allocates two more copies.
     assert engine(on_cpu=True).in_update() == {"copies for the update": 3 * 4 * 700 / 4}
 
 
@@ -127,15 +127,15 @@ def test_offloading_moves_states_to_the_host() -> None:
     disk = engine(offload_optimizer="nvme", offload_param="nvme")
     assert disk.on_host() == {"gradients": 8 * 250}
     assert engine().on_host() == {}
-    # A process alone gathers what is on its host, too.
+    # A single rank gathers parameters from its host too.
     assert engine(world_size=1, offload_param="cpu").in_forward()["gathered parameters"] == 4 * 1024
 
 
-def test_hpz_keeps_a_second_copy_in_each_node() -> None:
+def test_hpz_keeps_a_second_copy_per_node() -> None:
     assert engine(hpz=2).persistent()["hpZ copy of the parameters"] == 4 * 1024 / 2
 
 
-def test_more_processes_never_need_more() -> None:
+def test_memory_per_rank_decreases_with_ranks() -> None:
     for stage in range(4):
         totals = [sum(engine(world_size, stage=stage).persistent().values()) for world_size in (2, 4, 8, 64, 1024)]
         assert totals == sorted(totals, reverse=True)
@@ -178,10 +178,10 @@ def test_settings_are_read_from_an_engine_config(tmp_path: Path) -> None:
 
 
 class Derived(nn.Linear):
-    """DeepSpeed's rule is the class itself."""
+    """Subclass of Linear: DeepSpeed's rule applies to the exact class."""
 
 
-def test_which_modules_travel_in_bf16(tmp_path: Path) -> None:
+def test_modules_communicated_in_bf16(tmp_path: Path) -> None:
     base = read(tmp_path)
     model = nn.Sequential(nn.Linear(2, 3), Derived(3, 5), nn.LayerNorm(5))
     counts = count_parameters(model, base, [1])
