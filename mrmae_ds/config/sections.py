@@ -61,7 +61,7 @@ class DataConfig(Section):
     """Data sets, decoding backends and normalization.
 
     Attributes:
-        train: .beton file of the training set (data/README.md).
+        train: .beton file of the training set (docs/data.md).
         val: .beton file of the validation set.
         backend: ``ffcv`` or ``pillow``, which is slower and computes the same crops with the same filter.
         eval_backend: backend of the validation set; null is ``backend``. Published accuracies follow ``pillow``.

@@ -16,7 +16,7 @@ from mrmae_ds.errors import UserError
 
 FP32, BF16 = 4, 2
 FLOAT32, BFLOAT16 = ("fp32", "float32", "float"), ("bf16", "bfloat16")
-# ds_configs/README.md
+# docs/engine_configs.md
 PROJECT_LEAVES, PROJECT_REUSE = ("Block", "ConvBlock"), 3_000_000_000
 # runtime/torch_autocast.py: exactly these classes, not their subclasses.
 LOW_PRECISION: tuple[type, ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -326,8 +326,8 @@ def test_the_readme_lists_every_recipe_as_its_header_has_it() -> None:
     assert sorted(rows) == sorted(expected)
 
 
-def test_the_readme_explains_every_key_of_the_engine_configs() -> None:
-    text = (CONFIGS / "README.md").read_text()
+def test_the_page_explains_every_key_of_the_engine_configs() -> None:
+    text = (REPOSITORY / "docs" / "engine_configs.md").read_text()
     for name in ("small", "huge"):
         for keys, _ in leaves(load_engine_config(CONFIGS / f"{name}.json").as_written()):
             assert any(f"`{key}`" in text for key in (*keys, ".".join(keys)))

@@ -70,22 +70,22 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"{path}: no such file; write it with data/folder.py or data/fashion_mnist.py (see data/README.md)"
+            f"{path}: no such file; write it with data/folder.py or data/fashion_mnist.py (see docs/data.md)"
         )
     sidecar = sidecar_path(path)
     if not sidecar.is_file():
         raise UserError(
             f"{sidecar}: no such file; it is written last, when {path.name} is complete: "
-            "copy it from the origin of the .beton, or write the set again (see data/README.md)"
+            "copy it from the origin of the .beton, or write the set again (see docs/data.md)"
         )
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{sidecar}: not JSON ({error}); write the data set again (see data/README.md)") from error
+        raise UserError(f"{sidecar}: not JSON ({error}); write the data set again (see docs/data.md)") from error
     missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
     if missing or content["format"] != SIDECAR_FORMAT:
         fault = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']}, not {SIDECAR_FORMAT}"
-        raise UserError(f"{sidecar}: {fault}; write the data set again (see data/README.md)")
+        raise UserError(f"{sidecar}: {fault}; write the data set again (see docs/data.md)")
     return content
 
 

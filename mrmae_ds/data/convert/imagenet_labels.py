@@ -62,7 +62,7 @@ def _devkit_numbers(path: Path, synsets: Path | None) -> dict[int, str]:
     if synsets is None:
         raise UserError(
             f"{path}: holds the devkit's class numbers; pass --synsets map_clsloc.txt (lines `n02119789 1 kit_fox`), "
-            "or labels by WordNet id (data/README.md names the files that are read)"
+            "or labels by WordNet id (docs/data.md names the files that are read)"
         )
     return read_synsets(synsets)
 
@@ -85,7 +85,7 @@ def read_synsets(path: Path) -> dict[int, str]:
     """
     numbers: dict[int, str] = {}
     if path.suffix == ".mat":
-        raise UserError(f"{path}: a MATLAB file; data/README.md has the command that converts it to map_clsloc.txt")
+        raise UserError(f"{path}: a MATLAB file; docs/data.md has the command that converts it to map_clsloc.txt")
     for place, line in enumerate(_lines(path), start=1):
         words = line.split()
         if len(words) < 2 or not WORDNET_ID.fullmatch(words[0]) or not words[1].isdecimal():

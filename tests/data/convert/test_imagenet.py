@@ -168,7 +168,7 @@ def test_labels_that_do_not_match_are_errors(flat: Path) -> None:
     fails("ILSVRC2012_val_00000001.JPEG 3\n", r"numbers refer to 1,000 classes, but 3 are known; pass --synsets")
     fails("1\n3\n", r"line 2: there is no class 3", SYNSETS)
     fails("1\n", r"synsets\.txt: line 2 is not `n02119789 1 kit_fox`: 2 n02100735", "n02119789 1 fox\n2 n02100735\n")
-    with pytest.raises(UserError, match=r"meta\.mat: a MATLAB file; data/README\.md"):
+    with pytest.raises(UserError, match=r"meta\.mat: a MATLAB file; docs/data\.md"):
         read_synsets(flat / "meta.mat")
     with pytest.raises(UserError, match=r"nowhere\.txt: cannot be read as text"):
         open_imagenet(ImageNetSource(flat, val_labels=flat / "nowhere.txt"))
