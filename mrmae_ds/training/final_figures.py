@@ -1,27 +1,33 @@
-"""What a finished stage is drawn as: its loss curves and, after pre-training, images."""
+"""Figures written at the end of a stage: loss curves and, for pre-training, reconstructions."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
-import traceback
+import logging
 from pathlib import Path
 
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.checkpoint.folder import clear_leftovers, torn_files
 
+logger = logging.getLogger(__name__)
+
 CURVES, IMAGES = "loss_curves.png", "images"
 
 
 def draw(stage_dir: Path) -> None:
-    """Curves and images of a finished stage; it stays finished whatever becomes of them, so the reason is printed."""
-    for what, draw in {"loss curves": _draw_curves, "images": _draw_images}.items():
+    """Draw loss curves and images of a finished stage. A failure is logged and leaves the stage finished.
+
+    Args:
+        stage_dir: output folder.
+    """
+    for what, draw_figure in {"loss curves": _draw_curves, "images": _draw_images}.items():
         try:
-            draw(stage_dir)
-        except Exception as error:
-            reason = str(error) if isinstance(error, UserError) else traceback.format_exc().strip()
-            print(f"{stage_dir}: finished, but its {what} were not drawn: {reason}", file=sys.stderr, flush=True)
+            draw_figure(stage_dir)
+        except UserError as error:
+            logger.warning("%s: finished, but its %s were not drawn: %s", stage_dir, what, error)
+        except Exception:
+            logger.warning("%s: finished, but its %s were not drawn", stage_dir, what, exc_info=True)
 
 
 def _draw_curves(stage_dir: Path) -> None:
@@ -37,15 +43,15 @@ def _draw_images(stage_dir: Path) -> None:
 
 
 def finish_drawing(stage_dir: Path, with_images: bool, watchdog: Watchdog) -> None:
-    """Draw a finished stage again whose process was killed while it drew, and remove what that left.
+    """Complete the figures of a finished stage whose process was killed while drawing, and remove torn files.
 
     Args:
-        stage_dir: of the stage.
-        with_images: whether it has images too.
-        watchdog: of this rank, which may have to wait for the drawing.
+        stage_dir: output folder.
+        with_images: True if the stage has images too.
+        watchdog: receives a heartbeat before drawing.
     """
     torn = torn_files(stage_dir)
-    with contextlib.suppress(OSError):  # a folder that has become read-only is left as it is
+    with contextlib.suppress(OSError):  # the folder may have become read-only
         clear_leftovers(stage_dir)
     lacks_images = with_images and not any((stage_dir / IMAGES).glob("*.png"))
     if torn or lacks_images or not (stage_dir / CURVES).is_file():

@@ -1,4 +1,4 @@
-"""What the loop counts between two logged lines."""
+"""Means of losses and speeds between two logged lines."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ from mrmae_ds.distributed.process_group import sum_over_ranks
 
 @dataclass
 class Meter:
-    """Sums losses on the device and looks at them only when asked, so that no step waits for the host."""
+    """Sums losses on the device and transfers them only when read, so that no step waits for the host.
+
+    Attributes:
+        sums: sum of each loss over the finite micro-batches, float32 scalars on the device.
+        nonfinite: number of micro-batches whose loss was not finite; None before the first.
+        batches: micro-batches of this rank.
+        data_wait_s: seconds spent waiting for images.
+        since: start of the interval on the performance counter.
+    """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
     nonfinite: Tensor | None = None
@@ -24,7 +32,7 @@ class Meter:
     since: float = field(default_factory=time.perf_counter)
 
     def add(self, losses: dict[str, Tensor]) -> None:
-        """Count one micro-batch's losses, each a scalar."""
+        """Add one micro-batch's losses, each a scalar."""
         finite = torch.isfinite(losses["loss"].detach())
         for name, value in losses.items():
             safe = torch.where(finite, value.detach().float(), 0.0)
@@ -34,10 +42,15 @@ class Meter:
         self.batches += 1
 
     def read(self, launch: Launch, micro_batch: int) -> tuple[dict[str, float], dict[str, float], int]:
-        """Means over the finite micro-batches of all ranks since the last read, speeds, and how many were not finite.
+        """Reduce over all ranks and restart. All ranks must call it.
 
-        All ranks must call it. The speeds are ``images_per_s`` of the whole job and ``data_wait``, the share of
-        this rank's time spent waiting for images.
+        Args:
+            launch: this rank among the others.
+            micro_batch: images per micro-batch.
+
+        Returns:
+            Means over the finite micro-batches of all ranks; the speeds ``images_per_s`` of the job and ``data_wait``,
+            the share of this rank's time spent waiting for images; the number of micro-batches that were not finite.
         """
         assert self.nonfinite is not None
         packed = sum_over_ranks(torch.stack([*self.sums.values(), self.nonfinite])).tolist()
@@ -51,12 +64,12 @@ class Meter:
         return means, speeds, int(bad)
 
     def restart(self) -> None:
-        """Forget everything; the clock starts now."""
+        """Reset all counts and the clock."""
         self.sums, self.nonfinite, self.batches, self.data_wait_s = {}, None, 0, 0.0
         self.since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
-        """What was counted so far, on the CPU, for a checkpoint in mid-interval."""
+        """Return the counts so far, on the CPU, for a checkpoint within an interval."""
         return {
             "sums": {name: value.cpu() for name, value in self.sums.items()},
             "nonfinite": None if self.nonfinite is None else self.nonfinite.cpu(),
@@ -67,15 +80,16 @@ class Meter:
 
     @classmethod
     def restored(cls, states: list[dict[str, Any]], launch: Launch, micro_batch: int, device: torch.device) -> Meter:
-        """This rank's meter, from those of all ranks that wrote the checkpoint.
+        """Restore this rank's meter from those of all ranks that wrote the checkpoint.
 
-        On as many ranks as wrote it, each gets its own back, bit by bit. On another number rank 0 gets the sum of all,
-        and the others nothing to add to it.
+        On as many ranks as wrote it, each gets its own back, bit by bit. On another number, rank 0 gets the sum of all,
+        and the others start at zero.
 
         Args:
             states: :meth:`state` of each rank that wrote the checkpoint, by rank, with its ``micro_batch``.
-            launch, micro_batch: of this job.
-            device: of this process.
+            launch: this rank among the others.
+            micro_batch: images per micro-batch of this job.
+            device: device of this rank.
         """
         first, scale = states[0], states[0]["micro_batch"] / micro_batch
         same = len(states) == launch.world_size and scale == 1

@@ -1,7 +1,7 @@
-"""What a step takes, for the logs: memory, traffic, operations and how much of the device's peak they are.
+"""Per-step performance metrics: peak memory, communication volume, FLOPs and MFU.
 
-Nothing here waits for the device in a step: sizes and counts are known on the host, and memory is asked for where a
-line is logged.
+Nothing here waits for the device within a step: sizes and counts are known on the host, and memory is read where a line
+is logged.
 """
 
 from __future__ import annotations
@@ -18,33 +18,37 @@ from mrmae_ds.units import GIB, TERA
 
 
 class PerfMeter:
-    """Memory and traffic of a running stage. On every rank, because the memory logged is the fullest device's.
+    """Memory and communication of a running stage. Used on every rank: the memory logged is the fullest device's.
 
     Args:
-        engine: whose gathers are counted. device: of this process.
+        engine: its gathers are counted.
+        device: device of this rank.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, device: torch.device) -> None:
         self.device = device
         self._gathers = GatherCounter()
         self._gathers.install(engine)
-        self._seen = 0
+        self._counted = 0
 
     def interval(self, steps: int) -> dict[str, float]:
-        """Numbers to log after ``steps`` steps since the last call. All ranks must call it.
+        """Return the values to log. All ranks must call it.
 
-        ``peak_memory_gib`` is the most that a process has had on its device so far (resident on the CPU), the maximum
-        over processes; ``gather_gib`` what was gathered in a step, parameters under ZeRO-3 above all (0 for a process
-        alone).
+        Args:
+            steps: optimizer steps since the last call.
+
+        Returns:
+            ``peak_memory_gib``, the highest memory of any rank so far, allocated on its device or resident on the CPU;
+            ``gather_gib``, the volume gathered per step, above all parameters under ZeRO-3 (0 for a single rank).
         """
         memory = torch.tensor(peak_memory(self.device), dtype=torch.float64, device=self.device)
         dist.all_reduce(memory, dist.ReduceOp.MAX)
-        gathered, self._seen = self._gathers.bytes - self._seen, self._gathers.bytes
+        gathered, self._counted = self._gathers.bytes - self._counted, self._gathers.bytes
         return {"peak_memory_gib": memory.item() / GIB, "gather_gib": gathered / steps / GIB}
 
     def restart(self) -> None:
-        """Forget what was gathered since the last interval: by an evaluation, say, or a save."""
-        self._seen = self._gathers.bytes
+        """Discard what was gathered since the last interval, for example by an evaluation or a save."""
+        self._counted = self._gathers.bytes
 
     def close(self) -> None:
         """Stop counting."""
@@ -52,14 +56,14 @@ class PerfMeter:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most that this process has had so far, in bytes: allocated on the device, or resident on the CPU."""
+    """Return this process's peak memory so far in bytes: allocated on the device, or resident on the CPU."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.get_device_module(device.type).max_memory_allocated(device)
 
 
 def device_peak(device: torch.device) -> float | None:
-    """Dense bf16 operations a second of a device, in TFLOP/s; None if it is not in the table of known ones."""
+    """Return the dense bf16 peak of a device in TFLOP/s; None if it is not in the table of known devices."""
     if device.type != "cuda":
         return None
     properties = torch.cuda.get_device_properties(device)
@@ -70,13 +74,13 @@ def device_peak(device: torch.device) -> float | None:
 def utilization(
     images_per_s: float, model_operations: int, world_size: int, peak_tflops: float | None
 ) -> dict[str, float]:
-    """What the job's speed is in operations.
+    """Convert the job's throughput to operations.
 
     Args:
-        images_per_s: of the whole job.
-        model_operations: for one image, without what checkpointing computes once more.
-        world_size: devices.
-        peak_tflops: of one device; None is unknown.
+        images_per_s: throughput of the job.
+        model_operations: operations for one image, without what activation checkpointing recomputes.
+        world_size: number of devices.
+        peak_tflops: peak of one device; None if unknown.
 
     Returns:
         ``tflops``, of one device, and ``mfu``, the model FLOPs utilization (Chowdhery et al. 2022, appendix B): their

@@ -1,8 +1,8 @@
-"""Running a skipped step again: ``mrmae replay CAPTURE``.
+"""Repetition of a skipped step: ``mrmae replay CAPTURE``.
 
-One process takes the parts of all ranks in turn, as plain modules without DeepSpeed: the captured weights, the same
-images cut the same way, the same masks and random draws, forward and backward. What is not finite is traced to the
-first module that made it so of finite input.
+One process computes the micro-batches of all ranks in turn, as plain modules without DeepSpeed: captured weights, the
+same images with the same crops, the same masks and random draws, forward and backward. Non-finite values are traced to
+the first module that produced them from finite inputs.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ from mrmae_ds.weights.model_file import MODEL_FILE, read_tensors
 
 @dataclass(frozen=True)
 class ReplayResult:
-    """One micro-batch of the step, run again.
+    """A repeated micro-batch.
 
     Attributes:
-        rank, micro: which.
-        captured, replayed: its losses by name, then and now.
+        rank: rank that held it.
+        index: number of the micro-batch in the step.
+        captured: losses by name, when it was captured.
+        replayed: losses by name, now.
         gradients: names of the parameters whose gradient is not finite.
-        origin: the first module that made something that is not finite of finite input; empty if there is none.
+        origin: first module that produced a non-finite value from finite inputs; empty if there is none.
     """
 
     rank: int
-    micro: int
+    index: int
     captured: dict[str, float]
     replayed: dict[str, float]
     gradients: tuple[str, ...]
@@ -48,19 +50,22 @@ class ReplayResult:
 
     @property
     def finite(self) -> bool:
-        """Whether all of it is."""
+        """True if loss and gradients are finite."""
         return math.isfinite(self.replayed["loss"]) and not self.gradients
 
 
 def replay(path: Path, device: torch.device) -> tuple[Capture, list[ReplayResult]]:
-    """Run a captured step again.
+    """Repeat a captured step.
 
     Args:
         path: the capture's folder, in the run's.
-        device: to compute on.
+        device: device to compute on.
+
+    Returns:
+        The capture and its micro-batches, repeated.
 
     Raises:
-        UserError: if it is no capture, or what it needs (recipe, images, teachers) is no longer what it was.
+        UserError: if it is not a capture, or recipe, images or teachers have changed since.
     """
     folder, capture = read_capture(path)
     with _job(folder, capture) as job:
@@ -80,7 +85,7 @@ def replay(path: Path, device: torch.device) -> tuple[Capture, list[ReplayResult
 
 @contextmanager
 def _job(folder: Path, capture: Capture) -> Iterator[PreparedStage]:
-    """The stage as the captured job prepared it, with its teachers on the device."""
+    """Prepare the stage as the captured job did, with its teachers on the device."""
     stage_dir = folder.parent.parent
     overrides = ("stages.pretrain.placement=device",) if capture.stage == "pretrain" else ()
     launch = Launch(0, 0, capture.world_size, capture.world_size)
@@ -107,18 +112,18 @@ def _rank(job: PreparedStage, capture: Capture, rank: int, device: torch.device)
     batches = reader.epoch(epoch, within * capture.accumulation)
     model = job.task.model
     try:
-        for micro, record in enumerate(capture.ranks[rank]):
+        for index, record in enumerate(capture.ranks[rank]):
             batch = next(batches)
             if batch.indices.tolist() != record.indices:
-                raise UserError(f"{job.recipe.data.train}: its samples come in another order than when it was captured")
+                raise UserError(f"{job.recipe.data.train}: the order of its samples differs from that of the capture")
             engine, origin = _Autocast(model, job, device), _Origin(model)
             model.zero_grad(set_to_none=True)
             with origin:
-                losses = job.task.losses(engine, batch, job.schedule.key(capture.step, micro))
+                losses = job.task.losses(engine, batch, job.schedule.key(capture.step, index))
                 losses["loss"].backward()
             yield ReplayResult(
                 rank=rank,
-                micro=micro,
+                index=index,
                 captured={name: float(text) for name, text in record.losses.items()},
                 replayed={name: value.item() for name, value in losses.items()},
                 gradients=tuple(
@@ -140,13 +145,13 @@ class _Autocast(nn.Module):
         self.model, self.config, self.device = model, job.engine_config, device
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
-        """See the model."""
+        """Run the model."""
         with self.config.autocast(self.device):
             return self.model(*inputs, **named)
 
 
 class _Origin:
-    """Looks for the module that first made something that is not finite, while it is entered; ``name`` tells it."""
+    """Context that finds the first module whose output is not finite; ``name`` is its name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.name = ""
@@ -181,32 +186,32 @@ def _bad(value: Any) -> bool:
 
 
 def describe(capture: Capture, parts: list[ReplayResult]) -> str:
-    """What came of it: a line a part, and whether it is what was captured."""
+    """Return the report of a repetition: a line per micro-batch, and whether the failure was reproduced."""
     what = "a loss" if capture.bad_loss else "a gradient"
     lines = [f"step {capture.step + 1} of {capture.stage}, skipped because {what} was not finite:"]
     for part in parts:
-        losses = ", ".join(f"{name} {_told(part, name)}" for name in part.replayed)
-        found = "" if part.finite else _found(part)
-        lines.append(f"  rank {part.rank}, micro-batch {part.micro}: {losses}{found}")
-    bad_then = {(p.rank, p.micro) for p in parts if not math.isfinite(p.captured["loss"])}
-    bad_now = {(p.rank, p.micro) for p in parts if not math.isfinite(p.replayed["loss"])}
+        losses = ", ".join(f"{name} {_loss_text(part, name)}" for name in part.replayed)
+        origin = "" if part.finite else _origin_text(part)
+        lines.append(f"  rank {part.rank}, micro-batch {part.index}: {losses}{origin}")
+    bad_then = {(p.rank, p.index) for p in parts if not math.isfinite(p.captured["loss"])}
+    bad_now = {(p.rank, p.index) for p in parts if not math.isfinite(p.replayed["loss"])}
     again = bad_then == bad_now if capture.bad_loss else any(part.gradients for part in parts)
     lines.append(
-        "it is the same again"
+        "reproduced"
         if again
-        else "it is not the same again: what went wrong is not in the weights, the images or the random draws. "
-        "Look at the device and at what runs on it"
+        else "not reproduced: weights, images and random state do not explain the failure; suspect the hardware or "
+        "other processes on the device"
     )
     return "\n".join(lines)
 
 
-def _told(part: ReplayResult, name: str) -> str:
+def _loss_text(part: ReplayResult, name: str) -> str:
     then, now = part.captured[name], part.replayed[name]
     same = then == now or (math.isnan(then) and math.isnan(now)) or math.isclose(then, now, rel_tol=1e-5)
     return f"{now:.6g}" if same else f"{now:.6g} (captured: {then:.6g})"
 
 
-def _found(part: ReplayResult) -> str:
+def _origin_text(part: ReplayResult) -> str:
     count = len(part.gradients)
     named = first_few(part.gradients, 3)
     gradients = f"; {count} gradients not finite: {named}" if count else ""

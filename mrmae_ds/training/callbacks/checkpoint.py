@@ -20,6 +20,7 @@ class CheckpointCallback(Callback):
         self.checkpointer, self.policy = checkpointer, policy
 
     def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        """Save if a checkpoint is due, and commit what was written in the background."""
         step = context.state.step
         self.checkpointer.poll(status.writing)
         if not (self.policy.due(step) or status.save or status.signal):
@@ -32,4 +33,5 @@ class CheckpointCallback(Callback):
         context.heartbeat(f"step {step + 1}")
 
     def on_train_end(self, context: TrainContext) -> None:
+        """Wait for the checkpoint that is being written in the background."""
         self.checkpointer.finish()

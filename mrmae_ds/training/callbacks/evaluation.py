@@ -17,6 +17,7 @@ class EvaluationCallback(Callback):
         self.evaluator = evaluator
 
     def on_epoch_end(self, context: TrainContext, epoch: int) -> dict[str, float]:
+        """Evaluate if it is due."""
         if not self.evaluator.due(epoch):
             return {}
         context.heartbeat(f"evaluating after epoch {epoch}")

@@ -20,10 +20,12 @@ class GarbageCollectionCallback(Callback):
         self.every_steps = config.every_steps
 
     def on_train_start(self, context: TrainContext) -> None:
+        """Disable automatic collection."""
         gc.disable()
         gc.collect()
 
     def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        """Collect if it is due."""
         if context.state.step % self.every_steps == 0:
             gc.collect(1)
 

@@ -32,9 +32,11 @@ class MemorySnapshotCallback(Callback):
             logger.warning("memory_snapshot: needs a CUDA device, not %s; nothing is recorded", device.type)
 
     def on_train_start(self, context: TrainContext) -> None:
+        """Start recording if the window opens here."""
         self._start_if_due(context.state.step)
 
     def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        """Start or stop recording at the ends of the window."""
         if context.state.step == self.config.start_step + self.config.num_steps:
             self.close()
         self._start_if_due(context.state.step)

@@ -17,6 +17,7 @@ class MetricsCallback(Callback):
         self.run_logger = run_logger
 
     def on_log(self, context: TrainContext, values: dict[str, float]) -> None:
+        """Keep the loss among the results and write the values."""
         context.results.setdefault("first_loss", values["loss"])
         context.results["last_loss"] = values["loss"]
         if self.run_logger:

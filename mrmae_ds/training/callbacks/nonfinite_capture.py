@@ -95,6 +95,7 @@ class NonfiniteCaptureCallback(Callback):
         self.stage_dir, self.source = stage_dir, source
 
     def on_step_skipped(self, context: TrainContext, status: StepStatus) -> None:
+        """Capture the step."""
         state, micro_batches = context.state, context.step_sync.micro_batches
         step, same_weights = state.step - 1, state.bad_in_row > 1
         folder = write_capture(

@@ -28,9 +28,11 @@ class ProfilerCallback(Callback):
         self._profiler: profile | None = None
 
     def on_train_start(self, context: TrainContext) -> None:
+        """Start profiling if the window opens here."""
         self._start_if_due(context.state.step)
 
     def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        """Start or stop profiling at the ends of the window."""
         step = context.state.step
         if self._profiler is not None:
             self._profiler.step()

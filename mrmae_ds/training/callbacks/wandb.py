@@ -40,6 +40,7 @@ class WandbCallback(Callback):
         self._run: Any = None
 
     def on_train_start(self, context: TrainContext) -> None:
+        """Start or continue the W&B run."""
         import wandb  # optional dependency
 
         id_file = self.stage_dir / ID_FILE
@@ -59,9 +60,11 @@ class WandbCallback(Callback):
         id_file.write_text(self._run.id, encoding="utf-8")
 
     def on_log(self, context: TrainContext, values: dict[str, float]) -> None:
+        """Send the values."""
         self._run.log(values, step=context.state.step)
 
     def on_train_end(self, context: TrainContext) -> None:
+        """Send the results as the summary."""
         self._run.summary.update(context.results)
 
     def close(self) -> None:

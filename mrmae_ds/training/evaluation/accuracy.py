@@ -108,4 +108,5 @@ class AccuracyEvaluator(Evaluator):
         self.loader = context.loader(image_size)
 
     def run(self, engine: nn.Module) -> Scores:
+        """Measure the accuracy on the validation set."""
         return measure_accuracy(engine, self.logits, self.loader, self.heartbeat)

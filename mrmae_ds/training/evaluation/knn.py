@@ -139,6 +139,7 @@ class KnnEvaluator(Evaluator):
         self.val = context.loader(image_size)
 
     def run(self, engine: nn.Module) -> Scores:
+        """Measure the k-NN accuracy on the validation set."""
         engine.eval()
         return knn_accuracy(partial(self._features, engine), self.train, self.val, self.config, self.num_classes)
 

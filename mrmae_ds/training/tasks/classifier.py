@@ -27,6 +27,7 @@ class ClassifierTask(Task[ClassifierConfigT]):
 
     @property
     def reads_val_data(self) -> bool:
+        """True: the accuracy is measured while training."""
         return True
 
     @abstractmethod
@@ -39,6 +40,7 @@ class ClassifierTask(Task[ClassifierConfigT]):
         """
 
     def build_evaluator(self, context: EvalContext) -> AccuracyEvaluator:
+        """Return the evaluation of the accuracy."""
         config = self.config
         return AccuracyEvaluator(context, self.logits, self.image_size, config.eval_every_epochs, config.epochs)
 

@@ -76,29 +76,36 @@ class FinetuneTask(ClassifierTask[FinetuneConfig]):
 
     @property
     def encoder(self) -> Encoder:
+        """The encoder that is trained or probed."""
         return self.model
 
     @property
     def augment(self) -> AugmentSettings | None:
+        """RandAugment; None if the recipe has no policy."""
         policy = self.config.rand_augment
         return AugmentSettings(policy, self.data.mean) if policy else None
 
     @property
     def even_micro_batch(self) -> bool:
+        """True if mixup or cutmix is on."""
         return self.config.pairs
 
     def param_groups(self) -> ParamGroups:
+        """Return groups by layer and decay."""
         return finetune_groups(self.model, self.config.optimizer.weight_decay, self.config.layer_decay)
 
     def make_optimizer(self, groups: ParamGroups, fused: bool) -> Optimizer:
+        """Return AdamW."""
         return adamw(self.config.optimizer.betas)(groups, fused)
 
     def to(self, device: torch.device) -> None:
+        """Move the statistics and prepare random erasing."""
         super().to(device)
         if self.config.random_erasing > 0:
             self.erasing = SampleErasing(self.config.random_erasing, device)
 
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
+        """Compute the cross-entropy of a micro-batch after erasing, mixup and cutmix."""
         images = self.normalize.student(self.normalize.pixels(batch.images), torch.float32)
         if self.erasing is not None:
             images = self.erasing(images, batch.keys)
@@ -114,4 +121,5 @@ class FinetuneTask(ClassifierTask[FinetuneConfig]):
         return {"loss": loss}
 
     def logits(self, engine: nn.Module, images: Tensor) -> Tensor:
+        """Return the logits, float32 [B, classes]."""
         return engine(self.normalize.student(self.normalize.pixels(images), self.dtype)).float()

@@ -108,10 +108,12 @@ class ProbeTask(ClassifierTask[ProbeConfig]):
 
     @property
     def encoder(self) -> Encoder:
+        """The frozen encoder."""
         return self._encoder
 
     @property
     def full_model(self) -> nn.Module:
+        """The frozen encoder, whose head is replaced by the trained one at export."""
         return self._encoder
 
     def param_groups(self) -> ParamGroups:
@@ -126,6 +128,7 @@ class ProbeTask(ClassifierTask[ProbeConfig]):
         return [group | {"lr_scale": 1.0, "always_adapt": group is weight} for group in (weight, bias)]
 
     def make_optimizer(self, groups: ParamGroups, fused: bool = False) -> Optimizer:
+        """Return LARS."""
         return Lars(groups, lr=0.0, momentum=self.config.optimizer.momentum)
 
     def adapt_engine_config(self, config: EngineConfig) -> EngineConfig:
@@ -133,12 +136,14 @@ class ProbeTask(ClassifierTask[ProbeConfig]):
         return config.for_probe()
 
     def to(self, device: torch.device) -> None:
+        """Move statistics and encoder, and keep a copy of its weights for the export."""
         super().to(device)
         self.device = device
         self.weights = {name: tensor.clone() for name, tensor in self.encoder.state_dict().items()}
         self.encoder.to(device, self.engine_config.model_dtype)
 
     def release(self) -> None:
+        """Move the encoder back to the CPU."""
         self.encoder.to("cpu")
 
     @torch.no_grad()
@@ -154,9 +159,11 @@ class ProbeTask(ClassifierTask[ProbeConfig]):
         return features.float()
 
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
+        """Compute the cross-entropy of a micro-batch."""
         return {"loss": F.cross_entropy(engine(self.features(batch.images)).float(), batch.labels)}
 
     def logits(self, engine: nn.Module, images: Tensor) -> Tensor:
+        """Return the logits, float32 [B, classes]."""
         return engine(self.features(images)).float()
 
     def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:

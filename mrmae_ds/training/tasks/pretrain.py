@@ -77,32 +77,40 @@ class PretrainTask(Task[PretrainConfig]):
 
     @property
     def encoder(self) -> Encoder:
+        """The encoder that is trained or probed."""
         return self.model.encoder
 
     @property
     def placements(self) -> Mapping[str, PlacementConfig]:
+        """Where each teacher's weights live, by the teacher's name."""
         return self.config.placement
 
     @property
     def reads_val_data(self) -> bool:
+        """True if k-NN evaluation is on."""
         return self.config.knn is not None
 
     def param_groups(self) -> ParamGroups:
+        """Return the decayed and the other parameters."""
         return pretrain_groups(self.model, self.config.optimizer.weight_decay)
 
     def make_optimizer(self, groups: ParamGroups, fused: bool) -> Optimizer:
+        """Return AdamW."""
         return adamw(self.config.optimizer.betas)(groups, fused)
 
     def to(self, device: torch.device) -> None:
+        """Move the statistics and place the teachers."""
         super().to(device)
         for name, teacher in self.teachers.items():
             self.placed[name] = place_teacher(name, teacher, self.config.placement[name], device)
 
     def release(self) -> None:
+        """Release the teachers."""
         for placed in self.placed.values():
             placed.release()
 
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
+        """Compute targets with the teachers, choose the visible tokens, and compute every objective."""
         pixels = self.normalize.pixels(batch.images)
         outputs = {name: teacher(pixels) for name, teacher in (self.placed or self.teachers).items()}
         masking = self.config.masking
@@ -115,6 +123,7 @@ class PretrainTask(Task[PretrainConfig]):
         return engine(self.normalize.student(pixels, torch.float32), visible, targets)
 
     def build_evaluator(self, context: EvalContext) -> Evaluator | None:
+        """Return the k-NN evaluation; None if it is off."""
         if self.config.knn is None:
             return None
 
@@ -126,6 +135,7 @@ class PretrainTask(Task[PretrainConfig]):
         return KnnEvaluator(context, features, self.image_size, self.config.knn, self.config.epochs)
 
     def describe_design(self, recipe: Recipe) -> Design:
+        """Return masking, fusion and objectives."""
         return describe_design(recipe, self.config)
 
 
