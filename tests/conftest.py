@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -13,6 +15,21 @@ from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import write_beton
 from tests.fixtures import load_reference
 from tests.support.sample_data import Photographs, write_sample_beton
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu`, `multi_gpu` or `ffcv` where the hardware or package is missing, with the reason."""
+    devices = torch.cuda.device_count()
+    has_ffcv = importlib.util.find_spec("ffcv") is not None
+    missing = {
+        "gpu": None if devices >= 1 else "needs a CUDA device",
+        "multi_gpu": None if devices >= 2 else f"needs two CUDA devices, found {devices}",
+        "ffcv": None if has_ffcv else "needs FFCV: pip install -e '.[ffcv]'",
+    }
+    for item in items:
+        for marker, reason in missing.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

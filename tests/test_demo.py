@@ -12,7 +12,7 @@ from mrmae_ds.records.record import find_records
 from tests.support.processes import REPOSITORY, run
 from tests.support.sample_data import sample_sets
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.multi_process]
 
 
 @pytest.fixture

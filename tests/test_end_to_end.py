@@ -27,7 +27,7 @@ TRAIN, VAL = 320, 90
 BATCH = 32
 TINY = ("--ds_config", "ds_configs/tiny.json")
 MAE = (*TINY, "--recipe", "ds_configs/baselines/mae_tiny.yaml")
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.multi_process]
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from tests.support.processes import environment, free_port, run
 from tests.support.ranks import Ranks
 from tests.support.small_runs import STEPS, SmallRuns, assert_same, curve, leftovers
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.multi_process]
 LIMIT_S = 240
 CPU = torch.device("cpu")
 # Stopped in mid-epoch, and between the two micro-batches of a step.

@@ -12,6 +12,8 @@ import pytest
 from tests.support.processes import REPOSITORY, environment, run
 from tests.support.slurm_cluster import find_program
 
+pytestmark = pytest.mark.multi_process
+
 
 def test_a_second_run_does_nothing() -> None:
     """`make test` has run it once; its stamp says that nothing has changed since."""

@@ -10,7 +10,7 @@ import pytest
 from tests.support.processes import deepspeed_train, finish, rank_processes
 from tests.support.sample_data import write_sample_beton
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = [pytest.mark.timeout(300), pytest.mark.multi_process]
 SCRATCH = ("--recipe", "ds_configs/baselines/scratch_tiny.yaml", "--stage", "finetune")
 MCMAE = ("--recipe", "ds_configs/baselines/mcmae_tiny.yaml")
 

@@ -15,6 +15,8 @@ from mrmae_ds.distributed.local_ranks import _start_time
 from tests.support.processes import free_port
 from tests.support.ranks import fork_server
 
+pytestmark = pytest.mark.multi_process
+
 LIMIT_S = 60
 
 

@@ -15,7 +15,10 @@ from tests.support.processes import environment, run
 
 MADE = json.loads((LOSSES / MADE_BY).read_text())
 BFLOAT16 = "pretrain_mrmae_bf16"
-pytestmark = pytest.mark.skipif(bool(incomparable(MADE)), reason=f"golden losses: {incomparable(MADE)}")
+pytestmark = [
+    pytest.mark.skipif(bool(incomparable(MADE)), reason=f"golden losses: {incomparable(MADE)}"),
+    pytest.mark.multi_process,
+]
 
 
 @pytest.fixture(scope="module")

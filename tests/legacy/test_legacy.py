@@ -22,6 +22,8 @@ from tests.support.processes import REPOSITORY, Finished, environment, finish, r
 from tests.support.sample_data import write_crops_beton
 from tests.support.small_runs import curve
 
+pytestmark = pytest.mark.multi_process
+
 MADE = json.loads((HERE / "made_by.json").read_text())
 comparable = pytest.mark.skipif(bool(incomparable(MADE)), reason=f"legacy runs: {incomparable(MADE)}")
 CAPTURE = "runs/skipped/pretrain/captures/step_000000004"

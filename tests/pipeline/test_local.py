@@ -20,6 +20,8 @@ from tests.support.pipelines import KEYS, make_jobs, write_pipeline, write_recor
 from tests.support.processes import REPOSITORY, environment, run
 from tests.support.sample_data import write_sample_beton
 
+pytestmark = pytest.mark.multi_process
+
 # Replaces train.py: writes the record prepared for its stage, or fails, or waits for SIGTERM.
 TRAIN = """
 import json, os, pathlib, shutil, signal, sys, time

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.support.slurm_cluster import Cluster
+
+pytestmark = pytest.mark.multi_process
 
 PIPELINE = """
 name: short

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.slurm_cluster import Cluster, wait_for
 
+pytestmark = pytest.mark.multi_process
+
 LIMIT_S = 120
 SCRIPT = "slurm/train.sbatch"
 CONFIG = "ds_configs/tiny.json"

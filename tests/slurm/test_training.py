@@ -15,7 +15,7 @@ from tests.support.processes import finish, kill, rank_processes
 from tests.support.sample_data import write_sample_beton
 from tests.support.slurm_cluster import Cluster, wait_for
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.multi_process]
 CONFIG = "ds_configs/tiny.json"
 STEPS = 40
 # Logged values that are computed, not timed.

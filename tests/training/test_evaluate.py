@@ -42,7 +42,7 @@ VIT = ViTSpec(48, 2, 4, patch=8)
 STATISTICS = {"cvit": ([0.4, 0.5, 0.6], [0.5, 0.4, 0.3]), "vit": ([0.2, 0.2, 0.3], [0.25, 0.5, 0.3])}
 SIZES = {"cvit": 32, "vit": 64}
 POOLS = {"cvit": "avg", "vit": "token"}
-pytestmark = pytest.mark.timeout(400)
+pytestmark = [pytest.mark.timeout(400), pytest.mark.multi_process]
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from tests.support.processes import finish, rank_processes
 from tests.support.release_worker import ENGINE, RECIPE, TEACHER, save_teacher
 from tests.support.sample_data import write_sample_beton
 
+pytestmark = pytest.mark.multi_process
+
 CPU = torch.device("cpu")
 
 

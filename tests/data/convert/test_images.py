@@ -82,7 +82,7 @@ def test_odd_images_are_converted(
         assert (read_back[name].float().mean((1, 2)) - center).abs().max() < 12
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+@pytest.mark.parametrize("backend", [pytest.param("ffcv", marks=pytest.mark.ffcv), "pillow"])
 def test_training_reads_all_converted_images(written: Path, backend: Backend) -> None:
     loader = open_loader(written, backend, crop=CropSettings(scale=(0.2, 1.0)), image_size=SIZE)
     indices = torch.cat([batch.indices for batch in loader.epoch(0)])

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ffcv import reader as ffcv_reader
 from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar, sidecar_path
@@ -96,8 +95,11 @@ def test_bytes_do_not_depend_on_workers(tmp_path: Path) -> None:
     assert (tmp_path / "1.beton").read_bytes() == (tmp_path / "3.beton").read_bytes()
 
 
+@pytest.mark.ffcv
 def test_no_image_crosses_a_page_border(tmp_path: Path) -> None:
     """FFCV reads whole pages and finds a page by the start of an image."""
+    from ffcv import reader as ffcv_reader
+
     path = tmp_path / "x.beton"
     write_beton(FunctionDataset([photograph] * 30), path, WriteOptions(quality=100, workers=1), **ABOUT)
     content = path.read_bytes()

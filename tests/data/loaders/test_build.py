@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ffcv.fields import IntField, RGBImageField
-from ffcv.writer import DatasetWriter
 from PIL import Image
 
 from mrmae_ds.data.beton.file_writer import BetonWriter
@@ -270,7 +268,7 @@ def _flip_bit(beton: Path, folder: Path, place: int) -> Path:
     return path
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+@pytest.mark.parametrize("backend", [pytest.param("ffcv", marks=pytest.mark.ffcv), "pillow"])
 @pytest.mark.parametrize("where", [0.01, 0.5, 0.97])
 def test_changed_bit_in_an_image_is_an_error(photographs: Path, tmp_path: Path, where: float, backend: str) -> None:
     content, jpeg = photographs.read_bytes(), stored_jpegs(photographs)[6][0]
@@ -281,7 +279,7 @@ def test_changed_bit_in_an_image_is_an_error(photographs: Path, tmp_path: Path, 
     loader.close()
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+@pytest.mark.parametrize("backend", [pytest.param("ffcv", marks=pytest.mark.ffcv), "pillow"])
 @pytest.mark.parametrize("what", ["version", "label", "checksum", "length"])
 def test_changed_bit_in_the_tables_is_an_error(photographs: Path, tmp_path: Path, what: str, backend: str) -> None:
     """Flip a bit of a sample's entry, or of the table of offsets and lengths at the end of the file."""
@@ -318,7 +316,11 @@ class Relabeled(Photographs):
         return image, 1 - label
 
 
+@pytest.mark.ffcv
 def test_reads_files_of_ffcv_writer(photographs: Path, tmp_path: Path) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+
     path, images = tmp_path / "train.beton", Photographs()
     fields = {"image": RGBImageField(write_mode="jpg", jpeg_quality=95), "label": IntField(), "index": IntField()}
     samples = [(np.asarray(images[row][0].resize((60, 44))), images[row][1], row) for row in range(len(images))]
@@ -337,7 +339,7 @@ def test_reads_files_of_ffcv_writer(photographs: Path, tmp_path: Path) -> None:
                 assert _distance(image, whole.crop((12, 3, 56, 47))) < 6
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+@pytest.mark.parametrize("backend", [pytest.param("ffcv", marks=pytest.mark.ffcv), "pillow"])
 def test_image_damaged_before_writing_is_an_error(photographs: Path, tmp_path: Path, backend: str) -> None:
     """Store a truncated JPEG with a matching checksum."""
     path = tmp_path / "train.beton"
@@ -412,7 +414,7 @@ def test_check_beton_imports_no_ffcv(betons: tuple[Path, Path]) -> None:
     assert done.stdout.split() == ["150", "False", "False"]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_cuda_device_gets_the_same_pixels(betons: tuple[Path, Path]) -> None:
     device = torch.device("cuda", 0)
     batches = []

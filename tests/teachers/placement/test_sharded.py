@@ -15,6 +15,8 @@ from tests.support.placed import TEACHERS
 from tests.support.processes import finish, rank_processes
 from tests.support.sharded_worker import PLACEMENTS
 
+pytestmark = pytest.mark.multi_process
+
 OFFLOADED = ["clip, offload", "resnet, offload"]
 
 

@@ -14,6 +14,8 @@ from mrmae_ds.training.checkpoint.train_state import TrainState, load_state, sta
 from mrmae_ds.training.meter import Meter
 from tests.support.ranks import run_in_group
 
+pytestmark = pytest.mark.multi_process
+
 CPU = torch.device("cpu")
 SAVED_BY, MICRO_BATCH = 2, 4
 

@@ -14,6 +14,8 @@ import torch
 from mrmae_ds.training.checkpoint.folder import list_checkpoints
 from tests.support.ranks import run_in_group
 
+pytestmark = pytest.mark.multi_process
+
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 REPAIRS = ("groups", "steps", "fixed")
 

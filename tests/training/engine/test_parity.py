@@ -30,7 +30,7 @@ from tests.training.parity.job import write_workspace
 from tests.training.parity.plain import run_plain
 
 LIMIT_S = 600
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.timeout(900), pytest.mark.multi_process]
 
 _CPU = {"device": "cpu"}
 _ALL = {"zero_optimization": {"offload_optimizer": _CPU, "offload_param": _CPU}}

@@ -20,7 +20,7 @@ from tests.training.parity.cases import Case
 from tests.training.parity.job import prepare, write_workspace
 from tests.training.parity.plain import ALONE
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.timeout(600), pytest.mark.multi_process]
 BLOCKS = [f"blocks{name}" for name in ("1.0", "2.0", "3.0", "3.1", "3.2")]
 
 

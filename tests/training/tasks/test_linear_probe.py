@@ -29,6 +29,8 @@ from tests.support.loaders import open_loader
 from tests.support.processes import finish, rank_processes, run
 from tests.support.sample_data import write_sample_beton
 
+pytestmark = pytest.mark.multi_process
+
 ENGINE = Path("ds_configs/tiny.json")
 TRAIN, VAL, EPOCHS, BATCH, RATE, DECAY = 96, 90, 4, 32, 3.0, 1e-3
 VOTERS = 37  # of the training images, for the look at the features
