@@ -123,7 +123,7 @@ def test_the_teacher_is_not_in_the_students_file(mrmae: Path) -> None:
 
 
 def test_the_teacher_is_not_in_a_checkpoint(mrmae: Path) -> None:
-    """What is in it is the student, parameter by parameter, and AdamW's two moments of what is trained."""
+    """A checkpoint holds the student's parameters and AdamW's two moments of the trained ones, nothing else."""
     parts = {name: shape.numel() for name, shape in _saved_shapes(list_checkpoints(mrmae)[-1]).items()}
     names = load_file(mrmae / "model.safetensors")
     assert parts == {name: tensor.numel() for name, tensor in names.items()}

@@ -161,7 +161,7 @@ def _number_to_take(count: int | None, default_count: int, available: int, where
 
 
 def _evenly_spaced(total: int, count: int) -> list[int]:
-    """Space `count` indices evenly: datasets and folders are mostly sorted by class, so many classes are selected."""
+    """Space `count` indices evenly: they cover many classes, because most data sets and folders are sorted by class."""
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
 

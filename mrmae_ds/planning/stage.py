@@ -15,7 +15,7 @@ from mrmae_ds.planning.parameters import ParameterCounts, count_parameters
 from mrmae_ds.planning.peak_memory import PhasePeak, step_peak
 from mrmae_ds.planning.teacher_memory import TeacherBytes, TeacherWeights
 from mrmae_ds.planning.zero_memory import ZeroMemory
-from mrmae_ds.profiling.flops import StageCost
+from mrmae_ds.profiling.flops import StageFlops
 from mrmae_ds.training.tasks.base import Task
 
 Placements = Mapping[str, PlacementConfig]
@@ -35,7 +35,7 @@ class CountedStage:
 
     task: Task[Any]
     timeline: Timeline
-    cost: StageCost
+    cost: StageFlops
     groups: tuple[int, ...]
     teachers: Mapping[str, TeacherWeights]
 
@@ -63,7 +63,7 @@ class CountedStage:
         return [size for size in range(step, each + 1, step) if each % size == 0]
 
 
-def count_stage(task: Task[Any], config: EngineConfig, cost: StageCost, *, on_cpu: bool = False) -> CountedStage:
+def count_stage(task: Task[Any], config: EngineConfig, cost: StageFlops, *, on_cpu: bool = False) -> CountedStage:
     """Trace a micro-batch of a stage on fake tensors.
 
     Args:

@@ -51,7 +51,7 @@ class Flops:
 
 
 @dataclass(frozen=True)
-class StageCost:
+class StageFlops:
     """FLOPs of a stage for one image.
 
     Attributes:
@@ -79,7 +79,7 @@ def recipe_cost(
     checkpointing: CheckpointPlan,
     num_classes: int = IMAGENET_CLASSES,
     teacher_builder: TeacherBuilder = build_meta_teacher,
-) -> list[StageCost]:
+) -> list[StageFlops]:
     """Count the FLOPs of the recipe's training stages, in order.
 
     Args:
@@ -93,9 +93,9 @@ def recipe_cost(
     """
     costs = []
     if stage := recipe.stages.pretrain:
-        costs.append(StageCost("pretrain", stage.epochs, _pretrain(recipe, stage, checkpointing, teacher_builder)))
+        costs.append(StageFlops("pretrain", stage.epochs, _pretrain(recipe, stage, checkpointing, teacher_builder)))
     if tuning := recipe.stages.finetune:
-        costs.append(StageCost("finetune", tuning.epochs, _finetune(recipe, tuning, checkpointing, num_classes)))
+        costs.append(StageFlops("finetune", tuning.epochs, _finetune(recipe, tuning, checkpointing, num_classes)))
     if not costs:
         raise UserError(f"recipe {recipe.name} has no training stage, so there is nothing to count")
     return costs

@@ -10,7 +10,7 @@ from mrmae_ds.config.engine import default_recipe, load_engine_config
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
-from mrmae_ds.profiling.flops import Flops, StageCost, recipe_cost
+from mrmae_ds.profiling.flops import Flops, StageFlops, recipe_cost
 from mrmae_ds.units import EXA, GIGA, SECONDS_PER_HOUR, TERA, significant
 
 _COLUMNS = ("forward", "backward", "recomputed", "total")
@@ -53,7 +53,7 @@ def describe_cost(
     return "\n".join(lines)
 
 
-def cost_table(costs: list[StageCost]) -> str:
+def cost_table(costs: list[StageFlops]) -> str:
     """Format one line per part, in GFLOP per image."""
     lines = ["GFLOP per image".ljust(_NAME_WIDTH) + "".join(f"{column:>{_NUMBER_WIDTH}}" for column in _COLUMNS)]
     for cost in costs:
@@ -64,7 +64,7 @@ def cost_table(costs: list[StageCost]) -> str:
     return "\n".join(lines)
 
 
-def cost_line(costs: list[StageCost], num_images: int, tflops: float | None) -> str:
+def cost_line(costs: list[StageFlops], num_images: int, tflops: float | None) -> str:
     """Format the whole recipe in one line, as in the recipes' headers; arguments as for :func:`describe_cost`."""
     exa = " + ".join(significant(cost.total(num_images) / EXA) for cost in costs)
     stages = " + ".join(cost.stage for cost in costs)
@@ -74,7 +74,7 @@ def cost_line(costs: list[StageCost], num_images: int, tflops: float | None) -> 
     return f"{line}, {significant(gpu_hours(costs, num_images, tflops))} GPU-hours at an assumed {tflops:g} TFLOP/s"
 
 
-def gpu_hours(costs: list[StageCost], num_images: int, tflops: float) -> float:
+def gpu_hours(costs: list[StageFlops], num_images: int, tflops: float) -> float:
     """Return the hours of one GPU that sustains ``tflops`` TFLOP/s."""
     return sum(cost.total(num_images) for cost in costs) / (tflops * TERA) / SECONDS_PER_HOUR
 

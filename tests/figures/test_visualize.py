@@ -65,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, val: Path) -> Runs:
 
 
 class Page:
-    """What was drawn into one PNG."""
+    """Rows and texts that were drawn into one PNG."""
 
     def __init__(self, rows: list[GridRow], texts: dict) -> None:
         self.rows = {row.label: row for row in rows}

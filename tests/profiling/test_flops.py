@@ -21,7 +21,7 @@ from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.masking import choose_visible
-from mrmae_ds.profiling.flops import Flops, StageCost, count_training, flop_counter, recipe_cost
+from mrmae_ds.profiling.flops import Flops, StageFlops, count_training, flop_counter, recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line, gpu_hours
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -84,16 +84,16 @@ SHORT_VIT = ("model.overrides={depth: 3}", "model.decoder={depth: 1}")
 PATCHES = [linear(3136, 48, 128), linear(784, 4 * 128, 256), linear(196, 4 * 256, 384) + linear(196, 384, 384)]
 
 
-def cost(name: str, *overrides: str, plan: CheckpointPlan = NONE) -> list[StageCost]:
+def cost(name: str, *overrides: str, plan: CheckpointPlan = NONE) -> list[StageFlops]:
     return recipe_cost(load_recipe(CONFIGS / f"{name}.yaml", list(overrides)), plan)
 
 
 @pytest.fixture(scope="module")
-def short() -> list[StageCost]:
+def short() -> list[StageFlops]:
     return cost("small", *SHORT)
 
 
-def test_finetuning(short: list[StageCost]) -> None:
+def test_finetuning(short: list[StageFlops]) -> None:
     (flops,) = short[1].parts.values()
     blocks = conv_block(3136, 128) + conv_block(784, 256) + 2 * block(196, 384)
     assert flops.forward == sum(PATCHES) + blocks + linear(1, 384, 1000)
@@ -102,7 +102,7 @@ def test_finetuning(short: list[StageCost]) -> None:
     assert flops.recomputed == 0
 
 
-def test_pretraining_computes_visible_tokens_only(short: list[StageCost]) -> None:
+def test_pretraining_computes_visible_tokens_only(short: list[StageFlops]) -> None:
     parts = short[0].parts
     assert list(parts) == ["encoder", "decoder, heads", "teacher clip"]
     conv = conv_block(784, 128, mixed_cells=3136) + conv_block(196, 256, mixed_cells=784)
@@ -114,7 +114,7 @@ def test_pretraining_computes_visible_tokens_only(short: list[StageCost]) -> Non
     assert parts["decoder, heads"] == Flops(decoder, 2 * decoder)
 
 
-def test_teacher_processes_all_tokens_without_backward(short: list[StageCost]) -> None:
+def test_teacher_processes_all_tokens_without_backward(short: list[StageFlops]) -> None:
     # ViT-B/16: 197 tokens; in addition to its blocks, one query of the class token and all keys are computed once more.
     importance = linear(1, 768, 768) + linear(197, 768, 768) + 2 * 197 * 768
     expected = Flops(linear(196, 768, 768) + 12 * block(197, 768) + importance)
@@ -135,7 +135,7 @@ CONV_RECOMPUTED = (
 DENSE_RECOMPUTED = conv_block(3136, 128) - linear(3136, 4 * 128, 128) + conv_block(784, 256)
 
 
-def test_recomputation_skips_the_last_product_of_a_block(short: list[StageCost]) -> None:
+def test_recomputation_skips_the_last_product_of_a_block(short: list[StageFlops]) -> None:
     checkpointed = cost("small", *SHORT, plan=CheckpointPlan(conv_stages=1, transformer=1, decoder=1))
     encoder, decoder, _ = checkpointed[0].parts.values()
     plain = short[0].parts["encoder"]
@@ -179,8 +179,8 @@ def test_finetuning_at_its_own_image_size() -> None:
 
 def test_totals_and_hours() -> None:
     costs = [
-        StageCost("pretrain", 200, {"a": Flops(10**9, 2 * 10**9, 10**9), "b": Flops(10**9)}),
-        StageCost("finetune", 3, {"c": Flops(10**9, 2 * 10**9)}),
+        StageFlops("pretrain", 200, {"a": Flops(10**9, 2 * 10**9, 10**9), "b": Flops(10**9)}),
+        StageFlops("finetune", 3, {"c": Flops(10**9, 2 * 10**9)}),
     ]
     assert [c.per_image for c in costs] == [5 * 10**9, 3 * 10**9]
     assert [c.total(1_000_000) for c in costs] == [10**18, 9 * 10**15]
@@ -219,7 +219,7 @@ def _command(*arguments: str) -> int:
     return main(["cost", "--ds_config", str(CONFIGS / "small.json"), *arguments])
 
 
-def test_command(short: list[StageCost], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command(short: list[StageFlops], capsys: pytest.CaptureFixture[str]) -> None:
     assert _command("--num-images", "1000", "--tflops", "100", "--gpus", "8", *SHORT) == 0
     out = capsys.readouterr().out
     # ds_configs/small.json checkpoints the convolution stages.

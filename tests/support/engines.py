@@ -18,7 +18,7 @@ FILES = {"zero_pp_rank_0_mp_rank_00_optim_states.pt": b"optimizer", "mp_rank_00_
 
 
 class FakeEngine:
-    """Hands over a checkpoint's shards as DeepSpeed does, and records what it is told to load."""
+    """Stand-in that passes a checkpoint's shards to the checkpoint engine as DeepSpeed does, and records its loads."""
 
     device = torch.device("cpu")
 

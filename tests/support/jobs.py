@@ -73,7 +73,7 @@ class FakeLoader:
 
 
 class FakeEngine:
-    """What the loop needs of an engine without ZeRO: accumulates gradients, steps at the boundary whatever they are."""
+    """Stand-in for an engine without ZeRO: accumulates gradients and updates at every step, whatever their values."""
 
     def __init__(self, module: nn.Module, accumulation: int) -> None:
         self.module, self.accumulation = module, accumulation

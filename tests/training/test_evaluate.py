@@ -139,7 +139,7 @@ def expected(workspace: Workspace) -> dict[str, dict[str, float]]:
     both = {name: _softmax(workspace, name) for name in ("cvit", "vit")}
     scores = {name: _accuracy(workspace, probabilities) for name, probabilities in both.items()}
     scores["both"] = _accuracy(workspace, (both["cvit"] + both["vit"]) / 2)
-    # The three are told apart by their numbers, and are neither chance nor all right.
+    # The three accuracies differ, and are neither chance nor perfect.
     assert len({score["top1"] for score in scores.values()}) == 3
     assert all(20 < score["top1"] < 95 for score in scores.values())
     return scores

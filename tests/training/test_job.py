@@ -1,4 +1,4 @@
-"""Preparing a training stage: where its weights come from, and how the record tells it."""
+"""Preparing a training stage: the origin of its weights, and its entry in the run record."""
 
 from __future__ import annotations
 

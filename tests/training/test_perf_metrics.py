@@ -1,4 +1,4 @@
-"""What is logged of memory, traffic and utilization, and that counting it never waits for the device in a step."""
+"""Metrics of memory, traffic and utilization; collecting them never waits for the device within a step."""
 
 from __future__ import annotations
 

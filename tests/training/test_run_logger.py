@@ -1,4 +1,4 @@
-"""What rank 0 writes down of a stage for the tables: the design, the operations, the speed."""
+"""Rank 0's record of a stage for the tables: model, FLOPs and throughput."""
 
 from __future__ import annotations
 

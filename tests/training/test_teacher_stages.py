@@ -76,9 +76,9 @@ def test_a_stage_gives_its_teachers_memory_back_when_it_ends_and_when_it_fails(t
     program = ("-m", "tests.support.release_worker")
     (ended,) = finish(rank_processes(1, tmp_path, "sharded", program=program), limit_s=280)
     assert ended.status == 0, ended.stderr[-3000:]
-    told = json.loads(ended.stdout.splitlines()[-1])
-    assert told["failed"] == {"error": "no more", "left": 0, "hooks": 0}
-    assert told["ended"] == {"error": None, "left": 0, "hooks": 0}
-    assert told["status"] == "finished"
-    assert told["teachers"]["mae"]["facts"]["placement"] == "sharded"
+    report = json.loads(ended.stdout.splitlines()[-1])
+    assert report["failed"] == {"error": "no more", "left": 0, "hooks": 0}
+    assert report["ended"] == {"error": None, "left": 0, "hooks": 0}
+    assert report["status"] == "finished"
+    assert report["teachers"]["mae"]["facts"]["placement"] == "sharded"
     assert load_recipe(tmp_path / "run/pretrain/recipe.yaml").stages.pretrain.placement["mae"].kind == "sharded"

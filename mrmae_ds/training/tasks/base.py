@@ -183,7 +183,7 @@ class Task(ABC, Generic[ConfigT]):
 
     @property
     def placements(self) -> Mapping[str, PlacementConfig]:
-        """Where each teacher's weights live, by the teacher's name."""
+        """Placement of each teacher's weights, by the teacher's name."""
         return {}
 
     def to(self, device: torch.device) -> None:

@@ -82,7 +82,7 @@ class PretrainTask(Task[PretrainConfig]):
 
     @property
     def placements(self) -> Mapping[str, PlacementConfig]:
-        """Where each teacher's weights live, by the teacher's name."""
+        """Placement of each teacher's weights, by the teacher's name."""
         return self.config.placement
 
     @property

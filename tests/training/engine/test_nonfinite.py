@@ -1,4 +1,4 @@
-"""What is not finite is seen and skipped under every ZeRO stage and precision that an engine config may name.
+"""Non-finite losses and gradients are detected and skipped under every allowed ZeRO stage and precision.
 
 Each case is a DeepSpeed engine of one process.
 """

@@ -63,10 +63,10 @@ def test_all_right_is_a_hundred_percent() -> None:
     assert result["top1"] == 100.0 and result["loss"] < 1e-6
 
 
-@pytest.mark.parametrize(("classes", "told"), [(5, False), (6, True)])
-def test_top5_is_told_where_there_are_more_than_five_classes(classes: int, told: bool) -> None:
+@pytest.mark.parametrize(("classes", "reported"), [(5, False), (6, True)])
+def test_reports_top5_above_five_classes(classes: int, reported: bool) -> None:
     batch = make_batch(6, side=4, classes=classes)
     result = measure_accuracy(
         FakeEngine(nn.Linear(3, 1), 1), lambda _, images: torch.rand(6, classes), FakeLoader([batch])
     )
-    assert ("top5" in result) == told
+    assert ("top5" in result) == reported
