@@ -93,7 +93,7 @@ def test_pretraining_learns_both_objectives(mrmae: Path) -> None:
     assert all(line["gather_gib"] > 0 and line["peak_memory_gib"] > 0 and "mfu" not in line for line in lines)
 
 
-def test_everything_is_written_down(mrmae: Path, mae: Path) -> None:
+def test_run_record_and_files_are_complete(mrmae: Path, mae: Path) -> None:
     record = RunRecord.load(mrmae)
     assert (record.status, record.stage, record.method, record.size) == ("finished", "pretrain", "MR-MAE", "Tiny")
     assert record.hardware.world_size == 2
@@ -167,7 +167,7 @@ def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspa
     assert RunRecord.load(finetuned).results.top1 == pytest.approx(100 * correct / VAL, abs=1e-9)
 
 
-def test_the_table_shows_what_ran(finetuned: Path, workspace: Workspace) -> None:
+def test_table_contains_the_measured_accuracies(finetuned: Path, workspace: Workspace) -> None:
     done = run(["mrmae", "table", workspace.folder / "runs", "--out", workspace.folder / "table"], 60)
     assert done.status == 0, done.stderr
     top1 = RunRecord.load(finetuned).results.top1
@@ -179,7 +179,7 @@ def test_the_table_shows_what_ran(finetuned: Path, workspace: Workspace) -> None
     assert (workspace.folder / "table" / "table.png").stat().st_size > 10_000
 
 
-def test_a_finished_stage_is_left_alone(mrmae: Path, workspace: Workspace) -> None:
+def test_rerunning_a_finished_stage_changes_nothing(mrmae: Path, workspace: Workspace) -> None:
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
     before = (mrmae / "record.json").read_bytes()
     done = run(["python", "train.py", *TINY, "--run", workspace.run("tiny"), *settings], 120)
@@ -187,7 +187,7 @@ def test_a_finished_stage_is_left_alone(mrmae: Path, workspace: Workspace) -> No
     assert (mrmae / "record.json").read_bytes() == before
 
 
-def test_a_stage_that_was_killed_while_it_was_drawn_is_drawn_again(mrmae: Path, workspace: Workspace) -> None:
+def test_figures_interrupted_by_a_kill_are_drawn_again(mrmae: Path, workspace: Workspace) -> None:
     curves, torn = mrmae / "loss_curves.png", mrmae / ".loss_curves.png.torn.tmp"
     before = curves.read_bytes()
     curves.unlink()
@@ -198,7 +198,7 @@ def test_a_stage_that_was_killed_while_it_was_drawn_is_drawn_again(mrmae: Path, 
     assert curves.read_bytes() == before and not torn.exists()
 
 
-def test_one_process_computes_what_two_compute(mrmae: Path, workspace: Workspace) -> None:
+def test_one_process_and_two_have_equal_losses(mrmae: Path, workspace: Workspace) -> None:
     """ZeRO-3 over two processes against one process without it: the same images, masks and losses."""
     engine = json.loads(Path("ds_configs/tiny.json").read_text())
     engine["zero_optimization"] = {"stage": 0}
@@ -216,7 +216,7 @@ def test_one_process_computes_what_two_compute(mrmae: Path, workspace: Workspace
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-6)
 
 
-def test_a_killed_run_goes_on_where_it_was(mrmae: Path, workspace: Workspace) -> None:
+def test_resumes_a_killed_run_with_equal_losses(mrmae: Path, workspace: Workspace) -> None:
     """Killed after its first checkpoint and started again, a run logs the very losses of the undisturbed one."""
     folder = workspace.run("killed")
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")

@@ -74,7 +74,7 @@ def test_parameters(arch: str, image_size: int | tuple[int, int], parameters: in
     assert sum(p.numel() for p in model.parameters()) == parameters
 
 
-def test_what_timm_knows_of_the_models() -> None:
+def test_default_configs_of_registered_models() -> None:
     for arch in timm.list_models("cvit*"):
         cfg = get_pretrained_cfg(arch)
         assert cfg is not None
@@ -224,7 +224,7 @@ def test_features_of_a_file(tmp_path: Path) -> None:
     assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
 
 
-def test_where_and_in_which_precision_a_model_is_made() -> None:
+def test_models_are_built_on_the_given_device_in_the_given_dtype() -> None:
     model = timm.create_model("cvit_base", **NARROW, device="meta", dtype=torch.bfloat16)
     assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.bfloat16)}
     with torch.device("meta"):

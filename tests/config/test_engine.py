@@ -86,7 +86,7 @@ def test_a_recipe_of_the_variants_own_name_comes_first(tmp_path: Path) -> None:
     assert default_recipe(tmp_path / "mine.json") == tmp_path / "mine.yaml"
 
 
-def test_without_a_recipe_beside_it_the_error_names_those_that_are_there(tmp_path: Path) -> None:
+def test_missing_recipe_error_lists_recipes_of_the_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"my-zero1\.json: no recipe my-zero1\.yaml nor my\.yaml beside it; name one"):
         default_recipe(tmp_path / "my-zero1.json")
     (tmp_path / "mine.yaml").touch()
@@ -97,7 +97,7 @@ def test_without_a_recipe_beside_it_the_error_names_those_that_are_there(tmp_pat
         default_recipe(tmp_path / "my-zero2.json")
 
 
-def test_the_smallest_one(load: Load) -> None:
+def test_minimal_engine_config(load: Load) -> None:
     config = load()
     assert (config.micro_batch, config.declared_accumulation, config.zero.stage) == (4, None, 0)
     assert config.model_dtype == torch.float32
@@ -210,7 +210,7 @@ def test_an_unknown_key_of_another_section(load: Load, section: dict[str, Any], 
         "profile",
     ],
 )
-def test_deepspeeds_checkpointing_keys_would_do_nothing(load: Load, key: str) -> None:
+def test_refuses_deepspeeds_checkpointing_keys_without_effect(load: Load, key: str) -> None:
     message = _error(load, activation_checkpointing={"transformer": "all", key: True})
     assert f"activation_checkpointing.{key} would have no effect" in message and "conv_stages" in message
 
@@ -266,7 +266,7 @@ def test_masters_are_float32(load: Load, key: str) -> None:
     assert f"bf16.{key}: unknown key" in _error(load, **bf16, zero_optimization={"stage": 1})
 
 
-def test_with_autocast_the_reduction_has_its_own_type(load: Load) -> None:
+def test_communication_data_type_is_refused_with_autocast(load: Load) -> None:
     load(communication_data_type="fp32")
     assert "communication_data_type would have no effect" in _error(load, **AUTOCAST, communication_data_type="fp32")
 
@@ -286,7 +286,7 @@ STAGE_3 = {"stage": 3, "memory_efficient_linear": False}
     ],
     ids=lambda section: next(iter(section)),
 )
-def test_what_only_stage_3_has(load: Load, section: dict[str, Any], stage: int) -> None:
+def test_keys_of_stage_3_only(load: Load, section: dict[str, Any], stage: int) -> None:
     load(zero_optimization=STAGE_3 | section)
     message = _error(load, zero_optimization={"stage": stage} | section)
     assert f"zero_optimization.{next(iter(section))} has an effect at stage 3 only, and the stage is {stage}" in message
@@ -294,14 +294,14 @@ def test_what_only_stage_3_has(load: Load, section: dict[str, Any], stage: int) 
 
 @pytest.mark.parametrize("stage", [0, 3])
 @pytest.mark.parametrize("key", ["allgather_bucket_size", "round_robin_gradients"])
-def test_what_only_stages_1_and_2_have(load: Load, key: str, stage: int) -> None:
+def test_keys_of_stages_1_and_2_only(load: Load, key: str, stage: int) -> None:
     load(zero_optimization={"stage": 1, key: 1})
     section = (STAGE_3 if stage else {"stage": 0}) | {key: 1}
     assert f"zero_optimization.{key} has an effect at stages 1 and 2 only" in _error(load, zero_optimization=section)
 
 
 @pytest.mark.parametrize("section", [{"stage": 3}, {"stage": 3, "memory_efficient_linear": True}])
-def test_no_function_of_torch_is_replaced(load: Load, section: dict[str, Any]) -> None:
+def test_refuses_deepspeeds_replacement_of_torch_functions(load: Load, section: dict[str, Any]) -> None:
     message = _error(load, zero_optimization=section)
     assert "memory_efficient_linear must be false: left out, DeepSpeed replaces torch.nn.functional.linear" in message
 
@@ -361,7 +361,7 @@ def test_hpz_divides_the_ranks(load: Load, size: int, world: int, local: int, go
 
 
 @pytest.mark.parametrize(("size", "world", "local"), [(2, 3, 3), (4, 4, 2), (3, 64, 8), (16, 64, 8)])
-def test_hpz_that_does_not_is_an_error(load: Load, size: int, world: int, local: int) -> None:
+def test_hpz_that_does_not_divide_the_ranks_is_an_error(load: Load, size: int, world: int, local: int) -> None:
     config = load(zero_optimization=STAGE_3 | {"zero_hpz_partition_size": size})
     with pytest.raises(UserError, match=rf"hpz_partition_size {size} must divide the {world} .* {local} of a node"):
         check_ranks(config, world, local)
@@ -370,7 +370,7 @@ def test_hpz_that_does_not_is_an_error(load: Load, size: int, world: int, local:
 @pytest.mark.parametrize(
     "section", [{"bf16": True}, {"activation_checkpointing": "all"}, {"zero_optimization": 3}, {"compile": True}]
 )
-def test_a_section_that_is_a_value(load: Load, section: dict[str, Any]) -> None:
+def test_section_that_is_not_a_mapping_is_an_error(load: Load, section: dict[str, Any]) -> None:
     _error(load, **section)
 
 
@@ -387,7 +387,7 @@ def test_deepspeeds_own_models_validate_the_zero_section(load: Load) -> None:
         validate_sections(load(zero_optimization=STAGE_3 | {"offload_optimizer": {"device": "gpu"}}))
 
 
-def test_the_nearest_zero_key_is_one_as_it_is_written(load: Load) -> None:
+def test_zero_key_suggestion_uses_deepspeeds_spelling(load: Load) -> None:
     with pytest.raises(UserError, match="'stage3_prefetch_bucket_size'"):
         validate_sections(load(zero_optimization=STAGE_3 | {"stage3_prefetch_bucket_siz": 1}))
 
@@ -420,7 +420,9 @@ def test_the_recorded_config_is_an_engine_config(load: Load) -> None:
     ("batch", "micro", "ranks", "expected"),
     [(4, 4, 1, 1), (1024, 4, 1, 256), (1024, 64, 16, 1), (1024, 8, 16, 8), (48, 8, 3, 2), (1, 1, 1, 1), (30, 5, 2, 3)],
 )
-def test_the_accumulation_makes_up_the_batch(load: Load, batch: int, micro: int, ranks: int, expected: int) -> None:
+def test_accumulation_follows_from_batch_size_and_ranks(
+    load: Load, batch: int, micro: int, ranks: int, expected: int
+) -> None:
     config = load(train_micro_batch_size_per_gpu=micro)
     assert accumulation_steps(config, batch, ranks, "r.yaml") == expected
     declared = load(train_micro_batch_size_per_gpu=micro, gradient_accumulation_steps=expected)

@@ -116,7 +116,7 @@ def test_merges_one_mapping_into_another() -> None:
 
 
 @pytest.mark.parametrize("empty", [0, 0.0, False, "", [], {}])
-def test_merge_takes_empty_values_for_values(empty: Any) -> None:
+def test_merge_replaces_values_with_empty_ones(empty: Any) -> None:
     assert merge({"a": 5}, {"a": empty}) == {"a": empty}
 
 
@@ -144,7 +144,7 @@ def test_refuses_a_string_that_is_not_an_assignment(text: str) -> None:
 
 
 @pytest.mark.parametrize("raw", [{"a": {"b": 3}}, {"a": {"b": "text"}}, {"a": {"b": [{"c": 1}]}}, {"a": {"b": 0}}])
-def test_an_override_through_a_value(raw: dict[str, Any]) -> None:
+def test_override_below_a_scalar_is_an_error(raw: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"'a\.b\.c\.d=1'.* b of somewhere/recipe\.yaml is a value"):
         apply_overrides(raw, ["a.b.c.d=1"], HERE)
 

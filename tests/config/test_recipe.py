@@ -152,7 +152,7 @@ def test_null_removes_a_stage(path: Path) -> None:
         recipe.stage("pretrain")
 
 
-def test_every_recipe_can_evaluate_and_that_has_a_hash_of_its_own(path: Path, recipe: Recipe) -> None:
+def test_every_recipe_can_evaluate_with_a_separate_hash(path: Path, recipe: Recipe) -> None:
     assert recipe.stage("evaluate").members is None
     other = load_recipe(path, ["stages.evaluate.members=[a, b]", "stages.pretrain.epochs=9"])
     assert other.stage("evaluate").members == ("a", "b")
@@ -172,13 +172,13 @@ def test_recipes_that_extend_each_other(tmp_path: Path) -> None:
     assert "extends itself" in _error(tmp_path / "self.yaml")
 
 
-def test_a_recipe_may_be_extended_along_two_ways(path: Path) -> None:
+def test_diamond_shaped_extension_is_allowed(path: Path) -> None:
     (path.parent / "one.yaml").write_text("extends: small.yaml\nname: one\n")
     (path.parent / "two.yaml").write_text("extends: one.yaml\nname: two\n")
     assert load_recipe(path.parent / "two.yaml").name == "two"
 
 
-def test_the_file_it_extends_is_missing(path: Path) -> None:
+def test_missing_extended_file_is_an_error(path: Path) -> None:
     (path.parent / "over.yaml").write_text("extends: smal.yaml\n")
     message = _error(path.parent / "over.yaml")
     assert "smal.yaml: no such file" in message and "'small.yaml'" in message
@@ -440,7 +440,7 @@ def test_the_resolved_recipe_states_every_default(path: Path, recipe: Recipe, tm
 
 
 @pytest.mark.parametrize("name", ["123", "1e-3", "null", "2024-01-01", "on", "a.b-c_d"])
-def test_names_that_look_like_other_values_survive(name: str, tmp_path: Path) -> None:
+def test_names_that_look_like_other_yaml_types_stay_strings(name: str, tmp_path: Path) -> None:
     content = copy.deepcopy(CONTENT) | {"name": name}
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(content))
     (tmp_path / "b.yaml").write_text(load_recipe(tmp_path / "a.yaml").to_yaml())

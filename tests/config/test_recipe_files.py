@@ -151,7 +151,7 @@ def below(tree: Any, keys: tuple[str, ...]) -> Any:
     return tree
 
 
-def test_recipes_of_the_same_training_are_so_by_name_only() -> None:
+def test_recipes_of_identical_training_differ_in_name_only() -> None:
     by_hash: dict[str, list[Path]] = {}
     for file in FILES:
         by_hash.setdefault(loaded(file).hash(), []).append(file)
@@ -162,7 +162,7 @@ def test_recipes_of_the_same_training_are_so_by_name_only() -> None:
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=named)
-def test_it_can_be_built(file: Path) -> None:
+def test_every_recipe_can_be_built(file: Path) -> None:
     recipe = loaded(file)
     spec, size = recipe.model.spec(), recipe.model.image_size
     with torch.device("meta"):
@@ -177,7 +177,7 @@ def test_it_can_be_built(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=named)
-def test_what_it_starts_from_is_another_recipes_run(file: Path) -> None:
+def test_initial_weights_come_from_another_recipes_run(file: Path) -> None:
     recipe = loaded(file)
     assert recipe.stages.finetune is not None
     init = recipe.stages.finetune.init
@@ -193,7 +193,7 @@ def test_what_it_starts_from_is_another_recipes_run(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=named)
-def test_its_batches_divide_on_8_to_64_gpus(file: Path) -> None:
+def test_batches_divide_on_8_to_64_gpus(file: Path) -> None:
     config, stages = engine_config(file), loaded(file).stages
     for stage in (stages.pretrain, stages.finetune):
         for gpus in (8, 16, 32, 64) if stage else ():
@@ -296,7 +296,7 @@ def test_a_row_of_table_4_has_its_teachers(name: str, teachers: list[str]) -> No
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("ablations/table4_*.yaml")), ids=named)
-def test_a_header_of_table_4_says_what_the_paper_does_not(file: Path) -> None:
+def test_table_4_headers_state_what_the_paper_leaves_open(file: Path) -> None:
     paper = header(file)["paper"]
     assert f"(Table 4, row {TABLE_4[file.stem]})" in paper[0]
     assert "Table 4 does not say its epochs and tricks" in paper[1] and "85.0 %" in paper[1]
@@ -334,7 +334,7 @@ def test_the_page_explains_every_key_of_the_engine_configs() -> None:
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=named)
-def test_the_cost_has_its_form(file: Path) -> None:
+def test_cost_line_has_the_documented_form(file: Path) -> None:
     (line,) = header(file)["cost"]
     stages = loaded(file).stages
     trained = "pretrain + finetune" if stages.pretrain else "finetune"
@@ -347,7 +347,7 @@ def test_the_cost_has_its_form(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["base", "ablations/table3_6_mimic_only"])
-def test_the_cost_is_what_the_command_counts(name: str) -> None:
+def test_cost_line_equals_the_output_of_mrmae_cost(name: str) -> None:
     file = CONFIGS / f"{name}.yaml"
     costs = recipe_cost(loaded(file), engine_config(file).checkpointing)
     assert header(file)["cost"] == [cost_line(costs, IMAGENET_TRAIN_SAMPLES, 200)]

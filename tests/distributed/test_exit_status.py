@@ -21,7 +21,7 @@ def _launch(rank: int) -> Launch:
 
 
 @pytest.mark.parametrize(("error", "status"), ON_ALL_RANKS)
-def test_rank_0_alone_reports_what_all_ranks_raise(
+def test_rank_0_alone_reports_a_collective_error(
     error: Exception, status: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert report_exit(error, _launch(1), started=True) == status

@@ -194,7 +194,7 @@ def test_sets_defaults_that_must_precede_the_imports(environment: pytest.MonkeyP
     assert os.environ["PATH"].count(str(Path(sys.executable).parent)) == 1
 
 
-def test_keeps_what_the_user_set(environment: pytest.MonkeyPatch) -> None:
+def test_keeps_variables_set_by_the_user(environment: pytest.MonkeyPatch) -> None:
     chosen = {"TORCH_EXTENSIONS_DIR": "/x", "NUMBA_THREADING_LAYER": "workqueue", "OMP_NUM_THREADS": "3"}
     _set(environment, chosen | LAUNCHED | {"LOCAL_SIZE": "8"})
     prepare_environment()
@@ -202,7 +202,7 @@ def test_keeps_what_the_user_set(environment: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("module", ["mrmae_ds.distributed.launch", "mrmae_ds.cli.main", "train"])
-def test_imports_nothing_heavy(module: str) -> None:
+def test_imports_no_slow_module(module: str) -> None:
     heavy = ("torch", "timm", "deepspeed", "numba")
     code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run(

@@ -111,7 +111,7 @@ def test_prints_nothing_without_a_failure(tmp_path: Path) -> None:
     assert _run(_nothing, tmp_path) == ([0, 0], ["", ""])
 
 
-def test_the_first_to_fail_raises_once_the_other_is_quiet(tmp_path: Path) -> None:
+def test_first_failed_rank_raises_after_the_others_stop(tmp_path: Path) -> None:
     statuses, texts = _run(_fail_on_1, tmp_path)
     assert statuses == [1, 3]
     assert texts == [
@@ -139,7 +139,7 @@ def test_reports_the_death_behind_a_broken_connection(tmp_path: Path) -> None:
     assert "died without reporting an error: killed, or out of memory" in text
 
 
-def test_does_not_delay_what_all_ranks_raise(tmp_path: Path) -> None:
+def test_does_not_delay_collective_errors(tmp_path: Path) -> None:
     began = time.monotonic()
     assert _run(_raise_on_both, tmp_path) == ([3, 3], ["raised: on all ranks\n"] * 2)
     assert time.monotonic() - began < LIMIT_S
@@ -153,7 +153,7 @@ def test_reports_a_hang_with_the_stacks_of_all_ranks(tmp_path: Path) -> None:
     assert together.count("error: rank ") == 1 and "made no progress for 2 s, at: acting" in together
 
 
-def test_knows_a_process_by_its_start_time() -> None:
+def test_identifies_a_process_by_its_start_time() -> None:
     own = _start_time(os.getpid())
     assert own is not None and _start_time(os.getpid()) == own
     pid = os.fork()

@@ -101,7 +101,7 @@ def _values(path: Path, hashes: dict[str, str] | None = None) -> list[list[str]]
 
 
 @comparable
-def test_the_interrupted_run_ends_as_one_that_was_not(legacy: Path) -> None:
+def test_interrupted_run_equals_uninterrupted_run(legacy: Path) -> None:
     done = train(legacy, "interrupted")
     assert [rank.status for rank in done] == [0, 0], done[0].stderr
     stage, whole = legacy / "runs/interrupted/pretrain", json.loads((HERE / "uninterrupted.json").read_text())
@@ -112,7 +112,7 @@ def test_the_interrupted_run_ends_as_one_that_was_not(legacy: Path) -> None:
 
 
 @comparable
-def test_a_finished_stage_is_left_alone(legacy: Path) -> None:
+def test_rerunning_a_finished_stage_changes_nothing(legacy: Path) -> None:
     """The recipe, its hash, the data and the teacher are those of the record."""
     weights = legacy / "runs/mrmae/finetune/model.safetensors"
     before = weights.read_bytes()

@@ -104,7 +104,7 @@ def shapes(number: int) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in build(ROWS[number]).named_parameters()}
 
 
-def test_what_each_row_is_made_of() -> None:
+def test_parameters_of_each_row() -> None:
     one, two, three, four, five, six = (shapes(number) for number in range(1, 7))
     assert parts(one.keys()) == {"encoder", "fusion", "decoder", "heads.pixels"}
     assert two.keys() - one.keys() == {"heads.mimic.weight", "heads.mimic.bias"}

@@ -98,7 +98,7 @@ def test_sample_draws_one_token_after_another() -> None:
             assert abs(frequency[token] - probability) <= 4 * deviation
 
 
-def test_sample_of_a_whole_grid_is_numpys() -> None:
+def test_sample_of_a_whole_grid_equals_numpy() -> None:
     """49 of 196 tokens by an attention map: how often each is visible, against numpy's weighted choice."""
     attention = (1.5 * torch.randn(196, generator=torch.Generator().manual_seed(5))).softmax(0)
     draws = 2000
@@ -116,7 +116,7 @@ def test_sample_of_a_whole_grid_is_numpys() -> None:
     assert ours.sum() == pytest.approx(49, abs=1e-3)
 
 
-def test_random_shows_every_token_alike() -> None:
+def test_random_masking_keeps_every_token_equally_often() -> None:
     draws = 40_000
     frequency = (1 - choose_visible(uniform(draws, 16), (4, 4), 0.25).mask).mean(0)
     assert (frequency - 0.25).abs().max() < 4.5 * (0.25 * 0.75 / draws) ** 0.5
@@ -176,7 +176,7 @@ def test_take_gathers_tokens(visible: VisibleSet) -> None:
 
 
 @pytest.mark.parametrize("s", [1, 2, 4])
-def test_blocks_lie_where_their_token_lies(visible: VisibleSet, s: int) -> None:
+def test_blocks_of_pixels_match_the_position_of_their_token(visible: VisibleSet, s: int) -> None:
     grid_map = torch.randn(3, 2 * s, 3 * s, 5)
     blocks = visible.take_blocks(grid_map)
     assert blocks.shape == (3, 3, s, s, 5)

@@ -115,7 +115,7 @@ def test_shapes_that_differ_are_refused(visible: VisibleSet) -> None:
 
 
 @pytest.mark.parametrize("tokens", ["masked", "all"])
-def test_encoder_tap_with_tokens_it_does_not_have_is_refused(tokens: str) -> None:
+def test_removed_tokens_at_the_encoder_are_refused(tokens: str) -> None:
     with pytest.raises(ValidationError, match=f"visible tokens only, so tokens: {tokens} cannot be supervised"):
         Objective(target="t", tap="encoder", tokens=tokens, normalize="none", weight=1)
 

@@ -113,7 +113,7 @@ def test_pixels_at_the_decoder_reach_the_encoder(
     assert with_gradient(model) == {"encoder", "fusion", "decoder", "heads.pixels"}
 
 
-def test_mimic_at_the_decoder_meets_the_pixels_there(
+def test_mimic_at_the_decoder_reaches_decoder_and_encoder(
     images: Tensor, visible: VisibleSet, targets: dict[str, Tensor]
 ) -> None:
     model = build({"pixels": pixel_objective(), "mimic": CONFLICT})

@@ -53,7 +53,7 @@ def test_pixels_are_normalized_with_its_statistics() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_precision_is_its_own(dtype: torch.dtype) -> None:
+def test_computes_in_the_teachers_precision(dtype: torch.dtype) -> None:
     teacher = Mirror(dtype)
     assert {p.dtype for p in teacher.network.parameters()} == {dtype}
     plain = teacher(pixels_of(2, 8))

@@ -69,7 +69,7 @@ def test_missing_weights_name_the_key(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "message"), [("clip", "needs a tag"), ("timm", "could not be loaded")])
-def test_kinds_reach_their_library(kind: str, message: str) -> None:
+def test_each_kind_is_built_by_its_library(kind: str, message: str) -> None:
     config = TeacherConfig(kind=kind, source="no_such_model")
     with pytest.raises(UserError, match=rf"teachers.clip.*{message}"):
         build_teacher("clip", config, DATA, 64, (4, 4))

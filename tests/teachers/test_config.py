@@ -44,7 +44,7 @@ def test_keys_of_the_libraries_kinds(kind: str) -> None:
     assert config(kind="timm", position_resize="dino").position_resize == "dino"
 
 
-def test_statistics_are_given_whole_and_once() -> None:
+def test_statistics_need_mean_and_std_and_one_source() -> None:
     half = (0.5, 0.5, 0.5)
     assert config(kind="timm", mean=half, std=half).std == half
     with pytest.raises(ValidationError, match="give both mean and std"):

@@ -153,12 +153,14 @@ def test_an_ensemble_equals_a_plain_loop(
     assert members == [pytest.approx(expected[name], rel=1e-5) for name in ("cvit", "vit")]
 
 
-def test_one_member_is_itself(workspace: Workspace, expected: dict[str, dict[str, float]], alone: None) -> None:
+def test_single_member_equals_that_model(
+    workspace: Workspace, expected: dict[str, dict[str, float]], alone: None
+) -> None:
     average, members = evaluate(workspace.prepare("vit"), CPU)
     assert [average] == members == [pytest.approx(expected["vit"], rel=1e-5)]
 
 
-def test_two_processes_count_what_one_counts(workspace: Workspace, expected: dict[str, dict[str, float]]) -> None:
+def test_two_ranks_equal_one(workspace: Workspace, expected: dict[str, dict[str, float]]) -> None:
     overrides = workspace.overrides("cvit", "vit")
     command = ("--ds_config", ENGINE, "--recipe", RECIPE, "--stage", "evaluate", "--run", workspace.folder / "two")
     results = finish(rank_processes(2, *command, *overrides), 240)
@@ -184,7 +186,7 @@ def test_two_processes_count_what_one_counts(workspace: Workspace, expected: dic
         workspace.prepare("cvit", run="two")
 
 
-def test_weights_that_changed_since_are_not_taken_for_the_evaluated_ones(workspace: Workspace, tmp_path: Path) -> None:
+def test_replaced_weights_are_evaluated_again(workspace: Workspace, tmp_path: Path) -> None:
     member = tmp_path / "model"
     shutil.copytree(workspace.member("cvit"), member)
     job = workspace.prepare(member, run="changed")
@@ -206,7 +208,7 @@ def test_another_image_size_resizes_the_positions(workspace: Workspace) -> None:
     assert classifier.image_size == 96 and classifier.model.grid == (12, 12)
 
 
-def test_without_members_it_is_the_runs_own_fine_tuning(workspace: Workspace) -> None:
+def test_default_member_is_the_runs_fine_tuning(workspace: Workspace) -> None:
     overrides = workspace.overrides("cvit")[:2]
     for run, found in ((workspace.folder / "runs" / "vit", True), (workspace.folder / "nowhere", False)):
         options = TrainArgs(ENGINE, "evaluate", RECIPE, run, "auto", overrides)
@@ -248,7 +250,7 @@ def test_a_size_that_does_not_tile_names_the_model(workspace: Workspace) -> None
 
 
 @pytest.mark.parametrize(("changes", "message"), [({"dry_run": True}, "--dry-run"), ({"resume": "x"}, "--resume x")])
-def test_what_an_evaluation_does_not_have(changes: dict[str, object], message: str, workspace: Workspace) -> None:
+def test_refuses_invalid_evaluations(changes: dict[str, object], message: str, workspace: Workspace) -> None:
     options = TrainArgs(
         ENGINE, "evaluate", RECIPE, workspace.folder, **{"overrides": workspace.overrides("vit")} | changes
     )
@@ -256,14 +258,14 @@ def test_what_an_evaluation_does_not_have(changes: dict[str, object], message: s
         prepare_evaluation(options, ALONE)
 
 
-def test_the_mean_is_of_probabilities() -> None:
+def test_ensemble_averages_probabilities() -> None:
     sure, unsure = torch.tensor([[0.0, 20.0]]), torch.tensor([[0.5, 0.0]])
     mean = log_mean_softmax([sure, unsure, unsure]).exp()
     second = (1 / (1 + np.exp(-20.0)) + 2 / (1 + np.exp(0.5))) / 3
     assert mean[0, 1].item() == pytest.approx(second, rel=1e-6)
 
 
-def test_evaluating_again_repeats_the_fine_tunings_last_number(workspace: Workspace, alone: None) -> None:
+def test_evaluation_repeats_the_final_accuracy_of_fine_tuning(workspace: Workspace, alone: None) -> None:
     """Under autocast: the stage's plain module computes what DeepSpeed's engine computed."""
     engine = json.loads(ENGINE.read_text()) | {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
     config, run = workspace.folder / "autocast.json", workspace.folder / "tuned"

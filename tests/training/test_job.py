@@ -60,7 +60,7 @@ def test_pretraining_starts_from_random_weights_of_the_seed(data: tuple[str, str
 
 
 @pytest.mark.parametrize("whole_path", [False, True])
-def test_pretraining_goes_on_from_given_weights(
+def test_pretraining_starts_from_given_weights(
     whole_path: bool, data: tuple[str, str], tmp_path: Path, earlier: Path
 ) -> None:
     file = earlier / "model.safetensors"
@@ -81,16 +81,14 @@ def test_pretraining_goes_on_from_given_weights(
     assert (init.file, init.pretrain.method, init.pretrain.epochs) == ("model.safetensors", "MAE", 30)
 
 
-def test_weights_that_are_not_there_or_do_not_fit_name_the_key(
-    data: tuple[str, str], tmp_path: Path, earlier: Path
-) -> None:
+def test_missing_or_incompatible_weights_name_the_key(data: tuple[str, str], tmp_path: Path, earlier: Path) -> None:
     with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*nowhere does not exist"):
         _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={tmp_path / 'nowhere'}")
     with pytest.raises(UserError, match=r"stages\.pretrain\.init: .*model.safetensors: its encoder differs.*depth"):
         _prepare(data, tmp_path, "pretrain", f"stages.pretrain.init={earlier}", "model.overrides={depth: 2}")
 
 
-def test_fine_tuned_weights_pass_on_how_they_were_pretrained(
+def test_fine_tuned_weights_keep_their_pretraining_summary(
     data: tuple[str, str], tmp_path: Path, earlier: Path
 ) -> None:
     make_record("MR-MAE", pretrain=70).write(earlier)

@@ -144,7 +144,7 @@ def _formula(step: int, peak: float, floor: float, warmup: float, epochs: int, p
     return floor + (peak - floor) * (1 + math.cos(math.pi * (done - warmup) / (epochs - warmup))) / 2
 
 
-def test_the_rate_of_every_step_follows_the_schedule() -> None:
+def test_lr_of_every_step_follows_the_schedule() -> None:
     stage = finetune_config(epochs=4, optimizer=optimizer_config(lr=0.3, min_lr=0.02, warmup_epochs=1.5))
     schedule = make_schedule(stage, steps_per_epoch=7)
     rates = [schedule.lr_at_step(step) for step in range(28)]
@@ -152,7 +152,7 @@ def test_the_rate_of_every_step_follows_the_schedule() -> None:
     assert rates[0] == 0.0 and max(rates) <= 0.3
 
 
-def test_a_base_rate_is_scaled_by_the_global_batch() -> None:
+def test_base_lr_is_scaled_by_the_global_batch() -> None:
     optimizer = optimizer_config(lr=None, base_lr=0.1, warmup_epochs=0)
     schedule = make_schedule(finetune_config(batch_size=1024, optimizer=optimizer))
     assert schedule.lr_at_step(0) == pytest.approx(0.4)
@@ -161,7 +161,7 @@ def test_a_base_rate_is_scaled_by_the_global_batch() -> None:
 # ---- the loop
 
 
-def test_it_trains_as_a_plain_loop_does() -> None:
+def test_equals_a_plain_loop() -> None:
     task, schedule = LinearTask(), make_schedule()
     _, loader, _ = _run(task, schedule)
     torch.manual_seed(0)
@@ -182,7 +182,7 @@ def test_it_trains_as_a_plain_loop_does() -> None:
     assert loader.asked == [(0, 0), (1, 0), (2, 0)]
 
 
-def test_every_step_gets_its_own_rate_times_the_groups_scale() -> None:
+def test_lr_of_a_group_is_the_schedules_times_its_scale() -> None:
     schedule = make_schedule()
     engine, _, _ = _run(LinearTask(), schedule)
     assert engine.rates == pytest.approx([0.5 * _formula(step, 0.5, 0.0, 1, 3, 5) for step in range(15)])
@@ -198,12 +198,12 @@ def test_every_step_gets_its_own_rate_times_the_groups_scale() -> None:
         (100, [1, 5, 10, 15]),
     ],
 )
-def test_the_first_every_nth_and_each_epochs_last_step_are_logged_once(log_every: int, expected: list[int]) -> None:
+def test_logs_the_first_every_nth_and_the_last_step_of_an_epoch_once(log_every: int, expected: list[int]) -> None:
     _, _, events = _run(LinearTask(), make_schedule(), log_every=log_every)
     assert [step for event, step in events.events if event == "log"] == expected
 
 
-def test_a_step_is_saved_before_what_follows_it() -> None:
+def test_saves_a_step_before_its_evaluation_and_log_line() -> None:
     """So a checkpoint's steps are done and nothing else: an evaluation or a line that a kill cuts short comes again."""
     _, _, events = _run(LinearTask(), make_schedule(), log_every=100)
     assert [event for event in events.events if event[0] == "step_end"] == [("step_end", step) for step in range(1, 16)]
@@ -233,7 +233,7 @@ def test_the_engine_trains_again_after_an_evaluation() -> None:
     assert False in context.engine.modes
 
 
-def test_what_is_logged_is_the_mean_of_its_interval() -> None:
+def test_logged_losses_are_means_over_the_interval() -> None:
     task, schedule = LinearTask(), make_schedule()
     values: dict[tuple[int, int], float] = {}
     plain = task.losses
@@ -280,7 +280,7 @@ class Ends(Events):
 
 
 @pytest.mark.parametrize("start", [1, 4, 5, 7, 10, 14, 15])
-def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
+def test_resumed_run_equals_an_uninterrupted_one(start: int) -> None:
     """Steps, rates, keys, lines, evaluations and weights: with those before the end they are the whole run's."""
     whole, schedule = LinearTask(), make_schedule()
     _, _, clean = _run(whole, schedule)
@@ -309,7 +309,7 @@ def test_a_resumed_run_goes_on_where_it_stopped(start: int) -> None:
 # ---- what is not finite
 
 
-def test_steps_that_are_not_finite_are_skipped_counted_and_told() -> None:
+def test_nonfinite_steps_are_skipped_counted_and_reported() -> None:
     """One bad micro-batch makes its step a bad one; weights and the other losses are as if it had not been."""
     _, _, clean = _run(LinearTask(), make_schedule())
     task = LinearTask(bad={(2, 0), (2, 1), (3, 1), (6, 0)})
@@ -335,7 +335,7 @@ def test_a_skipped_step_changes_no_weight() -> None:
     assert not torch.equal(weights[6], weights[5])
 
 
-def test_a_step_that_the_engine_itself_does_not_take_is_a_skipped_one() -> None:
+def test_step_rejected_by_the_engine_counts_as_skipped() -> None:
     """A gradient whose square overflows is finite for us and not for DeepSpeed, which says nothing."""
     events = Events()
     context = _context(LinearTask(), events)
@@ -346,7 +346,7 @@ def test_a_step_that_the_engine_itself_does_not_take_is_a_skipped_one() -> None:
 
 
 @pytest.mark.parametrize("first_bad", [0, 1, 4, 7])
-def test_five_bad_steps_in_a_row_end_the_training(first_bad: int) -> None:
+def test_five_consecutive_nonfinite_steps_end_training(first_bad: int) -> None:
     task = LinearTask(bad={(step, step % 2) for step in range(first_bad, 15)})
     events = Events()
     end = first_bad + MAX_BAD_STEPS
@@ -357,14 +357,14 @@ def test_five_bad_steps_in_a_row_end_the_training(first_bad: int) -> None:
     assert ("step_end", end) not in events.events
 
 
-def test_a_good_step_between_them_lets_it_go_on() -> None:
+def test_finite_step_resets_the_count_of_consecutive_skips() -> None:
     bad = {(step, 0) for step in range(15) if step % MAX_BAD_STEPS}
     _, _, events = _run(LinearTask(bad=bad), make_schedule())
     assert max(row for _, _, row in events.bad) == MAX_BAD_STEPS - 1
     assert events.logged[15]["skipped_steps"] == len(bad)
 
 
-def test_the_row_goes_on_over_a_restart() -> None:
+def test_count_of_consecutive_skips_survives_a_restart() -> None:
     task = LinearTask(bad={(step, 0) for step in range(7, 15)})
     with pytest.raises(TrainingError, match="up to step 9"):
         _run(task, make_schedule(), TrainState(step=7, skipped=3, bad_in_row=3, meter=Meter(batches=0)), log_every=100)
@@ -387,7 +387,7 @@ class Asks(Events):
 
 
 @pytest.mark.parametrize("at", [1, 6, 13])
-def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
+def test_signal_ends_training_after_saving_the_next_step(at: int) -> None:
     task, signals = LinearTask(), StopSignals()
     events = Asks(signals, at)
     with pytest.raises(StopRequested, match=rf"SIGTERM after step {at + 1};"):
@@ -396,7 +396,7 @@ def test_a_signal_ends_the_training_after_the_next_steps_save(at: int) -> None:
     assert events.statuses[-1].signal == 15 and not events.statuses[-2].signal
 
 
-def test_a_signal_in_the_last_step_lets_the_stage_finish() -> None:
+def test_signal_during_the_last_step_does_not_interrupt() -> None:
     task, signals = LinearTask(), StopSignals()
     events = Asks(signals, 14)
     train(_context(task, events, signals=signals))

@@ -21,7 +21,7 @@ def _meter(*rows: tuple[float, float]) -> Meter:
     return meter
 
 
-def test_means_of_what_was_added() -> None:
+def test_returns_means() -> None:
     means, speeds, bad = _meter((1.0, 10.0), (2.0, 20.0), (6.0, 0.0)).read(ALONE, 4)
     assert means == {"loss": pytest.approx(3.0), "part": pytest.approx(10.0)}
     assert bad == 0
@@ -29,19 +29,19 @@ def test_means_of_what_was_added() -> None:
 
 
 @pytest.mark.parametrize("strange", [NAN, INF, -INF])
-def test_a_micro_batch_that_is_not_finite_counts_for_nothing_but_its_count(strange: float) -> None:
+def test_nonfinite_micro_batches_are_counted_and_left_out_of_means(strange: float) -> None:
     means, _, bad = _meter((1.0, 10.0), (strange, 99.0), (2.0, 20.0), (strange, strange)).read(ALONE, 4)
     assert means == {"loss": pytest.approx(1.5), "part": pytest.approx(15.0)}
     assert bad == 2
 
 
-def test_nothing_finite_has_no_mean() -> None:
+def test_mean_of_no_finite_value_is_nan() -> None:
     means, _, bad = _meter((NAN, 1.0), (INF, 1.0)).read(ALONE, 4)
     assert all(math.isnan(value) for value in means.values()) and means.keys() == {"loss", "part"}
     assert bad == 2
 
 
-def test_reading_forgets() -> None:
+def test_reading_resets_the_meter() -> None:
     meter = _meter((1.0, 2.0), (NAN, 2.0))
     meter.data_wait_s = 5.0
     meter.read(ALONE, 4)
@@ -51,7 +51,7 @@ def test_reading_forgets() -> None:
     assert (means, bad) == ({"loss": 7.0}, 0)
 
 
-def test_it_keeps_no_graph_and_takes_any_precision() -> None:
+def test_keeps_no_graph_and_accepts_any_dtype() -> None:
     meter = _meter((1.0, 2.0))
     meter.add({"loss": torch.tensor(3.0, dtype=torch.bfloat16), "part": torch.tensor(4.0, dtype=torch.float64)})
     assert all(not value.requires_grad and value.dtype == torch.float32 for value in meter.sums.values())
@@ -79,7 +79,7 @@ def _states(*meters: Meter, micro_batch: int = 4) -> list[dict[str, object]]:
     return [meter.state() | {"micro_batch": micro_batch} for meter in meters]
 
 
-def test_on_as_many_ranks_each_gets_its_own_back_bit_by_bit() -> None:
+def test_restores_each_ranks_sums_bit_by_bit_on_the_same_number_of_ranks() -> None:
     meters = [_meter((0.1, 10.0), (0.2, 1.0)), _meter((0.3, 7.0), (NAN, 1.0))]
     meters[1].data_wait_s = 5.0
     for rank, meter in enumerate(meters):
@@ -90,7 +90,7 @@ def test_on_as_many_ranks_each_gets_its_own_back_bit_by_bit() -> None:
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch", "batches"), [(1, 4, 4), (4, 4, 1), (2, 2, 4), (1, 8, 2)])
-def test_on_other_numbers_the_means_stay(
+def test_restored_means_are_equal_on_another_number_of_ranks(
     world_size: int, micro_batch: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Four micro-batches of four images on two ranks, read as another division of the same sixteen."""
@@ -104,6 +104,6 @@ def test_on_other_numbers_the_means_stay(
     assert means == {"loss": pytest.approx(3.0), "part": pytest.approx(8.0)} and bad == 0
 
 
-def test_an_empty_interval_comes_back_empty() -> None:
+def test_restores_an_empty_interval() -> None:
     back = Meter.restored(_states(Meter(), Meter()), Launch(1, 1, 2, 2), 4, CPU)
     assert (back.sums, back.nonfinite, back.batches) == ({}, None, 0)

@@ -86,7 +86,7 @@ def test_a_dry_run_changes_nothing(folder: Path, capsys: pytest.CaptureFixture[s
     assert _contents(folder) == before
 
 
-def test_a_finetuning_is_refused_before_and_recognized_after(folder: Path) -> None:
+def test_finetuning_is_refused_before_and_accepted_after(folder: Path) -> None:
     stage_dir = folder / "runs/mrmae/finetune"
     raw = yaml.safe_load((stage_dir / "recipe.yaml").read_text())
     migrate([folder / "recipes"])
@@ -128,7 +128,9 @@ def test_weights_are_read_as_they_were_written(folder: Path) -> None:
     assert recipe.stages.finetune is not None and recipe.stages.finetune.random_erasing == 0.3
 
 
-def test_what_cannot_be_rewritten_is_reported_after_the_rest(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_files_are_reported_after_the_others_are_rewritten(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "recipes/alias.yaml").write_text("data: &x {pictures: 1}\nrecord: *x\n")
     (folder / "recipes/other.yaml").write_text("image: x\nloader: {workers: 1}\n")
     manifest = folder / "runs/interrupted/pretrain/checkpoints/step_000000006/manifest.json"

@@ -48,7 +48,7 @@ def accountant(alone: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[PerfMet
     yield PerfMeter(None, CPU)
 
 
-def test_gathers_are_told_by_the_step_and_those_between_intervals_left_out(accountant: PerfMeter) -> None:
+def test_gathered_bytes_are_per_step_and_exclude_evaluations(accountant: PerfMeter) -> None:
     gathers = accountant._gathers
     gathers.bytes += 12 * GIB
     assert accountant.interval(4)["gather_gib"] == pytest.approx(3.0)
@@ -60,7 +60,7 @@ def test_gathers_are_told_by_the_step_and_those_between_intervals_left_out(accou
     assert not gathers.counting
 
 
-def test_the_peak_counts_what_was_there_and_has_gone(accountant: PerfMeter) -> None:
+def test_peak_memory_includes_freed_memory(accountant: PerfMeter) -> None:
     before = peak_memory(CPU)
     held = torch.ones(before // 4 + 50 * 2**20 // 4)
     del held
@@ -112,7 +112,7 @@ class Colors(Teacher):
         return tokens, tokens.norm(dim=-1)
 
 
-def test_a_step_of_pretraining_and_its_metering_never_wait() -> None:
+def test_pretraining_step_and_its_metrics_never_synchronize() -> None:
     spec = encoder_spec("cvit_tiny", {"dims": [8, 12, 16], "depths": [1, 1, 1], "num_heads": 2})
     mimic = {"target": "own", "tap": "encoder", "tokens": "visible", "normalize": "layer_norm", "weight": 0.5}
     pixels = {"target": "pixels", "tap": "decoder", "tokens": "masked", "normalize": "standardize", "weight": 0.5}

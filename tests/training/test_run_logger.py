@@ -53,7 +53,7 @@ def test_a_pretraining_has_no_classifier() -> None:
     assert counted is not None and counted.forward is None and counted.training > 0
 
 
-def test_an_uncountable_stage_is_reported_and_does_not_stop(caplog: pytest.LogCaptureFixture) -> None:
+def test_uncountable_stage_is_reported_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     class Uncountable(PretrainTask):
         def count_operations(self, *_: Any) -> Operations:
             raise UserError("teachers.mae.source: nowhere")
@@ -79,7 +79,7 @@ def test_the_design_of_a_recipe_is_its_row_of_table_3(row: int) -> None:
         assert design.objectives["mimic"] == mimic
 
 
-def test_the_slurm_job_is_on_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_job_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(MCMAE)
     assert describe_run(recipe, "pretrain", ALONE, "cpu")["slurm_job"] is None
     monkeypatch.setenv("SLURM_JOB_ID", "4711")

@@ -5,7 +5,7 @@ import pytest
 from mrmae_ds.training.step_sync import StepSync
 
 
-def test_the_clock_is_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_use_rank_0s_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other ranks do not read theirs; they get the result of the reduction."""
     step_sync = StepSync(save_minutes=1 / 60)
     step_sync.last_save -= 2

@@ -33,7 +33,7 @@ def _task(stage: str, recipe: Path, folder: Path, *overrides: str) -> Task[Any]:
     return prepare_stage(TrainArgs(ENGINE, stage, recipe, folder, "never", overrides), ALONE).task
 
 
-def test_no_teacher_is_built_for_a_stage_that_asks_none(
+def test_stage_without_teachers_builds_none(
     images: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(kind: str, *_: object) -> None:
@@ -54,7 +54,7 @@ def test_no_teacher_is_built_for_a_stage_that_asks_none(
 
 
 @pytest.mark.parametrize("kind", ["device", "step", "stream"])
-def test_a_task_that_is_released_has_no_weights_and_gives_no_losses(
+def test_released_task_holds_no_teacher_weights_and_computes_no_losses(
     kind: str, images: tuple[str, str], tmp_path: Path
 ) -> None:
     source = f"teachers.mae.source={save_teacher(tmp_path / 'mae')}"
@@ -72,7 +72,7 @@ def test_a_task_that_is_released_has_no_weights_and_gives_no_losses(
     assert task.teachers["mae"].details["placement"] == kind  # for the record of a run that failed
 
 
-def test_a_stage_gives_its_teachers_memory_back_when_it_ends_and_when_it_fails(tmp_path: Path) -> None:
+def test_stage_frees_teacher_memory_on_success_and_failure(tmp_path: Path) -> None:
     program = ("-m", "tests.support.release_worker")
     (ended,) = finish(rank_processes(1, tmp_path, "sharded", program=program), limit_s=280)
     assert ended.status == 0, ended.stderr[-3000:]

@@ -142,7 +142,7 @@ def test_notes_report_blocks_fused_before_the_norm(tmp_path: Path) -> None:
 
 
 @BOTH
-def test_a_whole_pretraining(spec: EncoderSpec, tmp_path: Path) -> None:
+def test_exports_a_complete_pretraining_model(spec: EncoderSpec, tmp_path: Path) -> None:
     model = pretraining_run(tmp_path, spec)
     exported = export_run(tmp_path, "safetensors", tmp_path / "out.safetensors")
     loaded = load_by(exported)
@@ -156,7 +156,7 @@ def test_a_whole_pretraining(spec: EncoderSpec, tmp_path: Path) -> None:
 
 
 @BOTH
-def test_a_whole_classifier(spec: EncoderSpec, tmp_path: Path) -> None:
+def test_exports_a_complete_classifier(spec: EncoderSpec, tmp_path: Path) -> None:
     model = classifier_run(tmp_path, spec)
     loaded = load_by(export_run(tmp_path, "safetensors", tmp_path / "out.safetensors"))
     images = random_images(2, 24, seed=3)
@@ -176,7 +176,7 @@ def test_an_export_initializes_a_finetuning(spec: EncoderSpec, kind: str, tmp_pa
     assert all(torch.equal(state[name], value) for name, value in source.state_dict().items())
 
 
-def test_metadata_tells_where_it_comes_from(tmp_path: Path) -> None:
+def test_metadata_states_the_origin(tmp_path: Path) -> None:
     classifier_run(tmp_path, CVIT)
     path = export_run(tmp_path, "timm", tmp_path / "out.safetensors").path
     metadata = read_metadata(path)
@@ -231,7 +231,7 @@ def test_the_default_name_is_in_the_working_directory(tmp_path: Path, monkeypatc
     assert (tmp_path / "small-finetune-timm.safetensors").is_file()
 
 
-def test_what_is_overwritten(tmp_path: Path) -> None:
+def test_overwrites_only_files_of_this_project_unless_forced(tmp_path: Path) -> None:
     classifier_run(tmp_path, CVIT)
     out = tmp_path / "out.safetensors"
     out.write_text("someone's notes")
@@ -278,7 +278,7 @@ def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key: value for key, value in tensors.items() if key != name}
 
 
-def test_files_that_are_no_whole_model(tmp_path: Path) -> None:
+def test_rejects_incomplete_models(tmp_path: Path) -> None:
     pretraining_run(tmp_path, CVIT)
     encoder = export_run(tmp_path, out=tmp_path / "encoder.safetensors").path
     with pytest.raises(UserError, match=r"encoder.safetensors: contains an encoder for timm: timm.create_model\("):

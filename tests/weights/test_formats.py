@@ -155,7 +155,7 @@ def test_truncated_safetensors(left: int, tmp_path: Path) -> None:
         read_tensor_file(tmp_path / "x.safetensors")
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_rejects_files_of_other_formats(tmp_path: Path) -> None:
     contents = {
         "noise": bytes(torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0)).tolist()),
         "page": b"<html><title>404 Not Found</title></html>",

@@ -29,7 +29,7 @@ def on_meta(spec: EncoderSpec, num_classes: int = 0) -> dict[str, Tensor]:
         return build_encoder(spec, 224, num_classes).state_dict()
 
 
-def test_released_mcmae_is_known_and_every_name_is_ours() -> None:
+def test_identifies_released_mcmae_and_renames_every_tensor() -> None:
     shapes = released_shapes("mcmae_base_pretrain")
     assert len(shapes) == 313
     found = identify(file_of(shapes))
@@ -44,7 +44,7 @@ def test_released_mcmae_is_known_and_every_name_is_ours() -> None:
     assert {found.names[name]: shape for name, shape in shapes.items()} == ours
 
 
-def test_released_mae_is_known_and_every_name_is_ours() -> None:
+def test_identifies_released_mae_and_renames_every_tensor() -> None:
     shapes = released_shapes("mae_base_pretrain")
     assert len(shapes) == 254
     found = identify(file_of(shapes))
@@ -145,7 +145,7 @@ def test_a_cvit_with_its_norm_before_the_head() -> None:
         (17, [16, 32], (4, 4), 1),  # contradicts the record: inferred from the rows
     ],
 )
-def test_the_grid_of_our_own_files(rows: int, size: int | list[int], grid: tuple[int, int], prefix: int) -> None:
+def test_grid_of_this_projects_files(rows: int, size: int | list[int], grid: tuple[int, int], prefix: int) -> None:
     spec = ViTSpec(12, 1, 2, patch=8)
     with torch.device("meta"):
         tensors = build_encoder(spec, 32).state_dict() | {"pos_embed": torch.empty(1, rows, 12)}
@@ -184,7 +184,7 @@ def test_unknown_models(shapes: dict[str, tuple[int, ...]]) -> None:
     assert (found.kind, found.family, found.names) == ("unknown", "", {})
 
 
-def test_ours_by_metadata_and_by_names() -> None:
+def test_identifies_this_projects_files_by_metadata_and_names() -> None:
     model = pixel_model(build_encoder(MCMAE, 64), FusionSpec(), DecoderSpec(dim=32, depth=1, num_heads=4), "none")
     metadata = {"kind": "pretrain", "family": "cvit", "spec": asdict(MCMAE)}
     found = identify(file_of(model.state_dict(), {"mrmae": json.dumps(metadata)}))

@@ -70,7 +70,7 @@ def test_round_trip(spec: EncoderSpec, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == [MODEL_FILE]
 
 
-def test_views_are_saved_as_they_look(tmp_path: Path) -> None:
+def test_views_are_saved_with_their_visible_values(tmp_path: Path) -> None:
     save_weights(tmp_path / "x", {"t": torch.arange(6.0).reshape(2, 3).T}, {})
     assert read_tensors(tmp_path / "x")["t"].tolist() == [[0, 3], [1, 4], [2, 5]]
 
@@ -116,7 +116,7 @@ def test_classifier_into_classifiers(spec: EncoderSpec, tmp_path: Path) -> None:
     ids=["vit-avg", "vit-token", "cvit-avg", "cvit-max", "cvit-avgmax"],
 )
 @pytest.mark.parametrize("size", [16, (8, 12), (32, 8)], ids=str)
-def test_a_classifier_is_built_again(spec: EncoderSpec, pool: str, size: ImageSize, tmp_path: Path) -> None:
+def test_rebuilds_a_classifier(spec: EncoderSpec, pool: str, size: ImageSize, tmp_path: Path) -> None:
     """Its pooling and its shape too: (32, 8) has as many tokens as 16 x 16."""
     path = tmp_path / MODEL_FILE
     saved = save_classifier(path, spec, classes=3, size=size, pool=pool)
@@ -139,7 +139,7 @@ def test_a_pooling_that_the_encoder_lacks(spec: EncoderSpec, pool: str) -> None:
         build_encoder(spec, 16, 3, pool=pool)
 
 
-def test_a_head_on_something_else_stays_out(tmp_path: Path) -> None:
+def test_head_of_another_pooling_is_not_loaded(tmp_path: Path) -> None:
     save_classifier(tmp_path / MODEL_FILE, CVIT, classes=3, pool="max")
     model = build_encoder(CVIT, 16, 3)
     report = load_encoder(model, tmp_path / MODEL_FILE)

@@ -42,7 +42,7 @@ def new_model(name: str, normalize: str = "standardize", **changes: Any) -> Pret
 
 @pytest.mark.parametrize("name", ["mcmae", "mae"])
 @pytest.mark.parametrize(("normalize", "key"), [("standardize", "loss_norm_pix"), ("none", "loss_raw_pix")])
-def test_a_released_pretraining_gives_the_authors_numbers(
+def test_released_pretraining_reproduces_the_authors_outputs(
     name: str, normalize: str, key: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     reference = request.getfixturevalue(name)
@@ -64,7 +64,7 @@ def features_and_logits(model: CViT, image: Tensor) -> tuple[Tensor, Tensor]:
         return model.fc_norm(model.forward_features(image).mean(1)), model(image)
 
 
-def test_a_released_classifier_gives_the_authors_numbers(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
+def test_released_classifier_reproduces_the_authors_outputs(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     model = CViT(MCMAE, 224, 10).eval()
     report = load_encoder(model, write_released(tmp_path / "x.pth", part(mcmae, "finetune/")))
     assert (report.missing, report.unexpected, report.resized) == ([], [], [])
@@ -117,7 +117,7 @@ def test_positions_that_are_no_grid_are_refused(mcmae: dict[str, Tensor], tmp_pa
         load_encoder(build_encoder(MCMAE, 224), path)
 
 
-def test_a_head_of_other_classes_stays(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
+def test_head_of_other_classes_is_not_loaded(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     path = write_released(tmp_path / "x.pth", part(mcmae, "finetune/"))
     model = CViT(MCMAE, 224, 7)
     before = model.head.weight.clone()
@@ -155,7 +155,7 @@ def test_a_vit_of_timm_with_its_head_on_the_class_token(tmp_path: Path) -> None:
         torch.testing.assert_close(features, source.forward_features(images))
 
 
-def test_a_mean_pooled_head_stays_out_of_one_on_the_class_token(tmp_path: Path) -> None:
+def test_mean_pooled_head_is_not_loaded_into_class_token_pooling(tmp_path: Path) -> None:
     torch.save(tiny_vit(global_pool="avg").state_dict(), tmp_path / "x.pth")
     model = MaskedViT(TINY_VIT_SPEC, 32, 5, pool="token")
     before = model.head.weight.clone()
@@ -203,7 +203,7 @@ def test_pretraining_starts_from_the_first_release(mcmae: dict[str, Tensor], tmp
     assert report.unexpected == []
 
 
-def test_the_pixel_head_is_found_under_any_name_and_mimic_heads_stay(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
+def test_pixel_head_is_loaded_under_any_name_and_mimic_heads_are_not(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     state = mcmae_state(mcmae)
     mimic = Objective(target="clip", tap="encoder", tokens="visible", normalize="layer_norm", weight=0.5)
     objectives = {"mimic": mimic, "rebuild": pixel_objective()}
@@ -216,7 +216,7 @@ def test_the_pixel_head_is_found_under_any_name_and_mimic_heads_stay(mcmae: dict
     assert torch.equal(model.heads["rebuild"].weight, state["decoder_pred.weight"])
 
 
-def test_a_model_without_decoder_takes_the_rest(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
+def test_model_without_decoder_loads_the_other_tensors(mcmae: dict[str, Tensor], tmp_path: Path) -> None:
     mimic = Objective(target="clip", tap="encoder", tokens="visible", normalize="layer_norm", weight=1.0)
     encoder = build_encoder(MCMAE, 224)
     model = PretrainModel(encoder, FusionSpec(stages=(1, 2)), DecoderSpec(), {"mimic": mimic}, {"clip": 8})

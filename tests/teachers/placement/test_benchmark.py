@@ -30,9 +30,7 @@ def test_other_targets_are_an_error_and_not_a_time() -> None:
         teacher_placement.summary({"device": [_round(1.0)], "step": [_round(1.0, total=1.5000001)]})
 
 
-def test_rows_of_other_teachers_stay_in_the_file_and_no_path_gets_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_keeps_rows_of_other_teachers_and_writes_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "placement.json"
     args = argparse.Namespace(out=out, dino=Path("/home/me/dino.safetensors"), accelerator="cpu")
     monkeypatch.setattr("sys.argv", ["teacher_placement.py", "--dino", str(args.dino), "--out", str(out)])

@@ -54,7 +54,7 @@ def test_targets_are_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", TEACHERS)
-def test_what_is_present_and_when(name: str, tmp_path: Path) -> None:
+def test_resident_weights_over_time(name: str, tmp_path: Path) -> None:
     build = TEACHERS[name]
     plain = build(tmp_path)
     everything, pixels = bytes_present(plain), pixels_of(2, plain.image_size)
@@ -75,7 +75,7 @@ def test_what_is_present_and_when(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "block"), [("clip", "transformer.resblocks"), ("dino", "blocks"), ("eva", "blocks")])
-def test_a_stream_holds_two_blocks_and_what_is_beside_them(name: str, block: str, tmp_path: Path) -> None:
+def test_stream_holds_two_blocks_and_the_weights_outside_blocks(name: str, block: str, tmp_path: Path) -> None:
     teacher = TEACHERS[name](tmp_path)
     blocks = list(teacher.network.get_submodule(block))
     each = {bytes_present(module) for module in blocks}
@@ -87,7 +87,7 @@ def test_a_stream_holds_two_blocks_and_what_is_beside_them(name: str, block: str
     assert 2 * min(each) <= max(seen) <= 2 * min(each) + beside
 
 
-def test_the_next_block_is_there_before_a_block_computes_and_the_one_before_is_gone() -> None:
+def test_stream_prefetches_the_next_block_and_releases_the_previous() -> None:
     teacher = TEACHERS["dino"](Path())
     placed = _placed(teacher, "stream")
     blocks, seen = list(teacher.network.blocks), []
@@ -106,7 +106,7 @@ def test_the_next_block_is_there_before_a_block_computes_and_the_one_before_is_g
     ]
 
 
-def test_a_step_begins_with_all_of_them() -> None:
+def test_step_placement_copies_all_weights_before_the_first_block() -> None:
     teacher = TEACHERS["dino"](Path())
     placed = _placed(teacher, "step")
     with watched(teacher) as seen:
@@ -114,7 +114,7 @@ def test_a_step_begins_with_all_of_them() -> None:
     assert set(seen) == {bytes_present(TEACHERS["dino"](Path()))}
 
 
-def test_the_host_keeps_the_weights_apart_from_those_that_work() -> None:
+def test_host_copy_is_separate_from_the_weights_in_use() -> None:
     teacher = TEACHERS["clip"](Path())
     values = [tensor.clone() for tensor in weights_of(teacher)]
     placed = _placed(teacher, "step")
@@ -135,7 +135,7 @@ def test_the_host_keeps_the_weights_apart_from_those_that_work() -> None:
     assert all(map(torch.equal, values, weights_of(plain)))
 
 
-def test_weights_arrive_in_their_own_memory_format() -> None:
+def test_weights_keep_their_memory_format() -> None:
     teacher = TEACHERS["resnet"](Path())
     teacher.network.to(memory_format=torch.channels_last)
     strides = [parameter.stride() for parameter in teacher.network.parameters()]
@@ -150,7 +150,7 @@ def test_weights_arrive_in_their_own_memory_format() -> None:
 
 
 @pytest.mark.parametrize("kind", ["step", "stream"])
-def test_a_call_that_fails_leaves_nothing_behind(kind: str) -> None:
+def test_failed_forward_releases_all_device_memory(kind: str) -> None:
     teacher = TEACHERS["dino"](Path())
     placed, pixels = _placed(teacher, kind), pixels_of(1, 64)
 
@@ -174,7 +174,7 @@ def test_using_an_offloaded_weight_raises() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_memory_is_back_after_the_last_use(kind: str) -> None:
+def test_release_frees_all_memory(kind: str) -> None:
     teacher = TEACHERS["resnet"](Path())
     network = teacher.network
     storages = [StorageWeakRef(tensor.untyped_storage()) for tensor in weights_of(teacher)]
@@ -211,7 +211,7 @@ def test_the_last_block_is_held_because_its_attention_is_read_beside_it(name: st
     assert layout.order == tuple(range(len(layout.units)))
 
 
-def test_every_weight_is_in_one_place(tmp_path: Path) -> None:
+def test_every_weight_is_in_exactly_one_bundle(tmp_path: Path) -> None:
     for build in TEACHERS.values():
         teacher = build(tmp_path)
         layout = offload_layout(teacher)
@@ -219,7 +219,7 @@ def test_every_weight_is_in_one_place(tmp_path: Path) -> None:
         assert sorted(map(id, parts)) == sorted(map(id, weights_of(teacher)))
 
 
-def test_units_are_blocks_where_there_are_some_and_children_elsewhere(tmp_path: Path) -> None:
+def test_units_are_blocks_or_otherwise_children(tmp_path: Path) -> None:
     kinds = {name: [type(m).__name__ for m in split_units(build(tmp_path).network)] for name, build in TEACHERS.items()}
     assert kinds["clip"].count("ResidualAttentionBlock") == 4
     assert kinds["eva"].count("EvaBlock") == 4
@@ -255,7 +255,7 @@ class OddTeacher(Teacher):
         return tokens, tokens.square().sum(-1)
 
 
-def test_a_block_that_runs_twice_comes_twice_and_a_shared_weight_stays() -> None:
+def test_block_that_runs_twice_is_copied_twice_and_shared_weights_stay() -> None:
     teacher, pixels = OddTeacher(), pixels_of(2, 4)
     layout = offload_layout(teacher)
     assert layout.order == (0, 1, 0, 2)

@@ -36,7 +36,7 @@ def test_targets_are_those_of_a_whole_teacher_to_the_last_bit(name: str, ranks: 
 
 
 @pytest.mark.parametrize("name", [*TEACHERS, *OFFLOADED])
-def test_each_process_has_its_share_and_a_few_blocks_more_in_a_call(name: str, ranks: list[dict[str, Any]]) -> None:
+def test_each_rank_holds_its_shard_and_a_few_gathered_blocks(name: str, ranks: list[dict[str, Any]]) -> None:
     for seen in (rank["targets"][name] for rank in ranks):
         share = 0 if name in OFFLOADED else (seen["all"] - seen["buffers"]) / len(ranks)
         assert seen["present"] == seen["buffers"]  # no parameter is whole between calls
@@ -55,7 +55,7 @@ def test_weights_engine_and_network_are_gone_after_the_last_use(name: str, ranks
         assert (seen["left"], seen["gone"], seen["stack"]) == (0, True, 0)
 
 
-def test_a_student_learns_the_same_wherever_its_teachers_live(ranks: list[dict[str, Any]]) -> None:
+def test_training_does_not_depend_on_the_teacher_placement(ranks: list[dict[str, Any]]) -> None:
     for losses in (rank["losses"] for rank in ranks):
         assert losses.keys() == PLACEMENTS.keys()
         assert len(set(losses["device"])) == len(losses["device"])
@@ -68,7 +68,7 @@ def test_other_linear_layers_are_computed_as_before(ranks: list[dict[str, Any]])
 
 @pytest.mark.slow  # DeepSpeed compiles two of its extensions first
 @pytest.mark.timeout(1300)
-def test_shares_in_files_are_read_as_they_were_and_removed(tmp_path: Path) -> None:
+def test_shards_on_nvme_are_read_back_unchanged_and_removed(tmp_path: Path) -> None:
     program = ("-m", "tests.support.sharded_worker")
     ended = finish(rank_processes(2, tmp_path, "nvme", program=program), limit_s=1200)
     assert [process.status for process in ended] == [0, 0], ended[0].stderr[-3000:]

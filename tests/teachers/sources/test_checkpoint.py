@@ -55,13 +55,13 @@ def test_features_after_the_norm_of_pretraining(spec: EncoderSpec, tmp_path: Pat
 
 
 @pytest.mark.parametrize(("kind", "features"), [("pretrain", "proj"), ("classifier", "ln_post")])
-def test_features_it_does_not_have_are_refused(kind: str, features: str, tmp_path: Path) -> None:
+def test_unavailable_features_are_refused(kind: str, features: str, tmp_path: Path) -> None:
     save_run(tmp_path, CVIT, kind)
     with pytest.raises(UserError, match=rf"teachers.t.features: .* has no {features} features; use raw"):
         build(tmp_path, features)
 
 
-def test_statistics_are_those_it_was_trained_with_or_the_given(tmp_path: Path) -> None:
+def test_statistics_are_those_of_training_or_of_the_recipe(tmp_path: Path) -> None:
     save_run(tmp_path, CVIT)
     own, given = build(tmp_path), build(tmp_path, statistics=((0.1, 0.2, 0.3), (1.0, 2.0, 3.0)))
     assert own.mean.flatten().tolist() == pytest.approx(MEAN)

@@ -239,7 +239,7 @@ def save_openai_archive(path: Path, *, quick_gelu: bool = True) -> nn.Module:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::torch.jit.TracerWarning")
-def test_openais_archive_is_read_and_tells_its_gelu(tmp_path: Path) -> None:
+def test_openai_archive_is_read_and_determines_the_gelu(tmp_path: Path) -> None:
     visual = save_openai_archive(tmp_path / "ViT-B-16.pt")
     for source in ("mrmae-test", "mrmae-test-quickgelu"):
         teacher = build(tmp_path / "ViT-B-16.pt", source)
@@ -381,7 +381,7 @@ def test_the_tag_determines_the_gelu_for_any_name(source: str) -> None:
         ("ViT-B-16-quickgelu", "laion2b_s34b_b88k", False),
     ],
 )
-def test_open_clips_own_tags(source: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tags_of_open_clip(source: str, tag: str, quick: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, Any]] = []
 
     def create(name: str, **kwargs: Any) -> None:
@@ -419,7 +419,7 @@ def test_a_local_folder_is_a_source(tmp_path: Path) -> None:
         build(None, f"local-dir:{tmp_path / 'nowhere'}")
 
 
-def test_a_hub_that_is_not_in_reach_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no route to the hub")
 

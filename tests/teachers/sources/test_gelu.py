@@ -46,13 +46,13 @@ def gelu_of(path: Path) -> Gelu | None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
 @pytest.mark.parametrize("how", ["trace", "script"])
-def test_an_archive_tells_by_its_image_towers_code(how: str, tmp_path: Path) -> None:
+def test_code_of_an_archives_image_tower_determines_the_gelu(how: str, tmp_path: Path) -> None:
     assert gelu_of(archive(tmp_path / "a.pt", Quick(), nn.GELU(), how)) == Gelu(True, "the archive's code")
     assert gelu_of(archive(tmp_path / "b.pt", nn.GELU(), Quick(), how)) == Gelu(False, "the archive's code")
     assert gelu_of(archive(tmp_path / "c.pt", nn.ReLU(), Quick(), how)) is None
 
 
-def test_openais_scalars_tell(tmp_path: Path) -> None:
+def test_scalars_of_openais_archive_determine_the_gelu(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)} | SCALARS, tmp_path / "a.pt")
     assert gelu_of(tmp_path / "a.pt") == Gelu(True, "OpenAI's scalars in the file")
     torch.save({"w": torch.ones(2), "vocab_size": torch.tensor(3)}, tmp_path / "b.pt")
@@ -69,7 +69,9 @@ def test_openais_scalars_tell(tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_a_configuration_beside_the_file_tells(model: dict[str, Any], quick: bool | None, tmp_path: Path) -> None:
+def test_configuration_beside_the_file_determines_the_gelu(
+    model: dict[str, Any], quick: bool | None, tmp_path: Path
+) -> None:
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
     found = gelu_of(tmp_path / "a.pt")

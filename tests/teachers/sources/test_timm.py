@@ -94,7 +94,7 @@ def test_last_block_of_the_authors_dino(tmp_path: Path) -> None:
     torch.testing.assert_close(importance, reference["importance"], atol=1e-6, rtol=0)
 
 
-def test_half_precision_files_load_and_are_computed_in_the_teachers_own(tmp_path: Path) -> None:
+def test_half_precision_files_are_computed_in_the_teachers_precision(tmp_path: Path) -> None:
     model = save_model(tmp_path / "weights.pt")
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
     save_file(half, tmp_path / "half.safetensors")
@@ -149,7 +149,7 @@ def test_dinos_resize_needs_positions(tmp_path: Path) -> None:
         build(tmp_path / "resnet.pt", "test_resnet", position_resize="dino")
 
 
-def test_statistics_are_the_models_or_the_given(tmp_path: Path) -> None:
+def test_statistics_are_those_of_the_model_or_of_the_recipe(tmp_path: Path) -> None:
     save_model(tmp_path / "weights.pt")
     assert build(tmp_path / "weights.pt").mean.flatten().tolist() == pytest.approx(MEAN)
     given = build(tmp_path / "weights.pt", statistics=((0.1, 0.1, 0.1), (2.0, 2.0, 2.0)))
@@ -200,7 +200,7 @@ def test_a_local_folder_is_a_source(folder: Path) -> None:
         build(None, f"local-dir:{folder / 'nowhere'}")
 
 
-def test_a_hub_that_is_not_in_reach_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*args: Any, **kwargs: Any) -> None:
         raise OSError("no route to the hub")
 
@@ -241,7 +241,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         build(tmp_path / "deeper.pt")
 
 
-def test_tensors_that_are_not_needed_may_be_missing_or_too_many(tmp_path: Path) -> None:
+def test_unused_tensors_may_be_missing_or_superfluous(tmp_path: Path) -> None:
     state = save_model(tmp_path / "weights.pt").state_dict()
     expected = build(tmp_path / "weights.pt")(pixels_of(1, 64))
     bare = {name: value for name, value in state.items() if not name.startswith(("norm.", "head."))}

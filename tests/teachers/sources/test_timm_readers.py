@@ -68,7 +68,7 @@ def test_tokens_and_attention_of_transformers(family: str, features: str) -> Non
     assert importance.std() > 1e-4
 
 
-def test_only_the_last_block_computes_its_whole_attention_and_only_where_it_must() -> None:
+def test_only_the_last_block_materializes_its_attention_and_only_if_needed() -> None:
     rotary, plain = network_of("vit_small_patch16_dinov3", **SMALL), network_of("vit_tiny_patch16_224", **SMALL)
     for network in (rotary, plain):
         timm_reader(network, options("t", "name"))
@@ -98,7 +98,7 @@ MAPS = {
 
 
 @pytest.mark.parametrize("name", list(MAPS))
-def test_the_stage_on_the_students_grid(name: str) -> None:
+def test_selects_the_stage_on_the_students_grid(name: str) -> None:
     changes, stage = MAPS[name]
     network, images = network_of(name, **changes), images_of(64)
     with torch.no_grad():
@@ -130,7 +130,7 @@ def test_stages_are_those_of_timms_feature_models() -> None:
             torch.testing.assert_close(reader(whole, images)[0], expected[stage].flatten(2).transpose(1, 2))
 
 
-def test_only_what_is_needed_is_kept() -> None:
+def test_prunes_unused_layers() -> None:
     network = network_of("efficientnet_lite0")
     timm_reader(network, options("t", "efficientnet_lite0"))
     assert len(network.blocks) == 5
@@ -174,7 +174,7 @@ def test_maps_have_no_final_norm() -> None:
         timm_reader(network_of("test_resnet"), options("t", "test_resnet", features="ln_post"))
 
 
-def test_attention_between_channels_is_none_between_patches() -> None:
+def test_channel_attention_is_not_used_as_patch_attention() -> None:
     """XCiT's blocks have an ``attn`` of another meaning; the norm of its tokens is their importance."""
     network = network_of("xcit_nano_12_p16_224", depth=2, img_size=64)
     assert isinstance(timm_reader(network, options("t", "xcit")), MapReader)

@@ -69,7 +69,7 @@ def test_results_hold_the_first_and_the_last_loss_and_the_newest_evaluation() ->
     assert context.results == {"first_loss": 3.0, "last_loss": 1.0, "top1": 50.0, "loss": 1.5, "eval_samples": 10}
 
 
-def test_rank_0_writes_what_is_logged() -> None:
+def test_rank_0_writes_the_log_lines() -> None:
     lines: list[Any] = []
     run_logger: Any = SimpleNamespace(log=lambda step, values: lines.append((step, values)))
     context = make_context(state=TrainState(step=7))

@@ -65,7 +65,7 @@ def test_commits_at_once_in_the_foreground(tmp_path: Path) -> None:
     assert len(commits) == 1
 
 
-def test_writes_the_state_of_the_moment_of_the_save_in_the_background(tmp_path: Path, gate: Gate) -> None:
+def test_background_save_writes_the_state_at_the_time_of_the_call(tmp_path: Path, gate: Gate) -> None:
     """Weights, counters and results change while the thread writes."""
     weights = torch.zeros(3)
     state, results = TrainState(step=5, skipped=1), {"top1": 1.0}
@@ -103,7 +103,7 @@ def test_commits_once_no_rank_is_writing(tmp_path: Path, gate: Gate) -> None:
     assert len(commits) == 1
 
 
-def test_waits_for_the_save_before(tmp_path: Path, gate: Gate) -> None:
+def test_waits_for_the_previous_save(tmp_path: Path, gate: Gate) -> None:
     saver, commits = _saver(tmp_path, FakeEngine())
     saver.save(TrainState(step=5), {})
     threading.Timer(0.2, gate.open.set).start()

@@ -83,7 +83,7 @@ def test_prunes_newer_checkpoints_of_an_abandoned_branch(tmp_path: Path) -> None
     assert _names(tmp_path) == ["step_000000010", "step_000000020"]
 
 
-def test_prunes_what_was_set_aside_incomplete_ones_and_their_conversions(tmp_path: Path) -> None:
+def test_prunes_checkpoints_set_aside_incomplete_ones_and_conversions(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         written(tmp_path, step)
     folder = tmp_path / "checkpoints"
@@ -95,7 +95,7 @@ def test_prunes_what_was_set_aside_incomplete_ones_and_their_conversions(tmp_pat
     assert sorted(path.name for path in folder.iterdir()) == [".universal-step_000000030", "step_000000030"]
 
 
-def test_clears_what_killed_processes_left_and_nothing_else(tmp_path: Path) -> None:
+def test_removes_leftovers_of_killed_processes_only(tmp_path: Path) -> None:
     kept = written(tmp_path, 10)
     folder = tmp_path / "checkpoints"
     (folder / ".saving-step_000000020" / "step_000000020").mkdir(parents=True)

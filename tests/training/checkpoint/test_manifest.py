@@ -25,7 +25,7 @@ from tests.support.engines import FILES, IDENTITY, written
 MODEL = "mp_rank_00_model_states.pt"
 
 
-def test_reads_what_was_written(tmp_path: Path) -> None:
+def test_round_trip(tmp_path: Path) -> None:
     results = {"top1": 71.5, "last_loss": 0.1 + 0.2, "n": 3, "x": math.inf}
     manifest = read_manifest(written(tmp_path, 12, results=results))
     assert (manifest.step, manifest.identity, manifest.layout.world_size) == (12, IDENTITY, 1)
@@ -38,7 +38,7 @@ def test_reads_what_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "{}", '{"format": 2}', '{"format": 2, "content": 3, "sha256": "x"}', "\x00", "3", "null"]
 )
-def test_rejects_what_is_no_manifest(tmp_path: Path, text: str) -> None:
+def test_rejects_other_files(tmp_path: Path, text: str) -> None:
     checkpoint = written(tmp_path)
     (checkpoint / "manifest.json").write_text(text)
     with pytest.raises(UserError, match=r"manifest\.json: "):

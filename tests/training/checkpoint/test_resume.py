@@ -47,7 +47,7 @@ def test_resumes_from_the_newest_complete_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "short", "manifest"])
-def test_passes_over_a_damaged_one_and_sets_it_aside(damage: str, tmp_path: Path) -> None:
+def test_skips_a_damaged_checkpoint_and_sets_it_aside(damage: str, tmp_path: Path) -> None:
     old, new = written(tmp_path, 20), written(tmp_path, 40)
     assert verify_checkpoint(new) == ""
     if damage == "flipped":

@@ -68,7 +68,7 @@ def test_saving_a_step_again_uses_another_tag(tmp_path: Path) -> None:
     assert _names(tmp_path) == ["step_000000005", "step_000000005_r1"]
 
 
-def test_clears_what_a_killed_save_left(tmp_path: Path) -> None:
+def test_removes_leftovers_of_a_killed_save(tmp_path: Path) -> None:
     left = tmp_path / "checkpoints" / STAGED / "step_000000010"
     left.mkdir(parents=True)
     (left / "half").write_bytes(b"x")
@@ -204,7 +204,7 @@ def test_reports_a_lost_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert _names(tmp_path) == ["step_000000005"]
 
 
-def test_warns_of_what_cannot_be_removed(
+def test_warns_of_old_checkpoints_that_cannot_be_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fail(*_: Any) -> None:

@@ -78,7 +78,7 @@ def _loaded(world_size: int, checkpoint: Path) -> list[dict[str, Any]]:
         (3, [["rank_00000.pt"], ["rank_00001.pt"], ["rank_00000.pt"]]),
     ],
 )
-def test_each_rank_reads_its_share_and_restores_what_all_files_hold(
+def test_each_rank_reads_one_file_and_restores_the_state_of_all(
     world_size: int, read: list[list[str]], checkpoint: Path
 ) -> None:
     states = [torch.load(checkpoint / state_file(rank), weights_only=True) for rank in range(SAVED_BY)]

@@ -136,7 +136,7 @@ def _run(case: str, bad_at: dict[int, str], leave_out: bool = False) -> list[Ten
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_a_bad_step_leaves_no_trace(case: str) -> None:
+def test_skipped_step_changes_no_state(case: str) -> None:
     """Weights, optimizer states and gradients after it are those of a run in which it never was."""
     bad_at = {1: "loss", 2: "gradient"}
     skipped, never = _run(case, bad_at), _run(case, bad_at, leave_out=True)
@@ -144,7 +144,7 @@ def test_a_bad_step_leaves_no_trace(case: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "bad"), [("0", "gradient"), ("2-bf16-unchecked", "gradient"), ("3", "loss")])
-def test_without_the_guard_the_weights_move(case: str, bad: str) -> None:
+def test_unguarded_nonfinite_step_changes_the_weights(case: str, bad: str) -> None:
     """DeepSpeed alone takes these steps: the guard is needed."""
     engine = _engine(*CASES[case])
     _step(engine, 0)

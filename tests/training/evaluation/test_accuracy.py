@@ -48,14 +48,14 @@ def test_evaluation_counts_each_image_once() -> None:
 
 
 @pytest.mark.parametrize("claimed", [9, 11, 12])
-def test_a_count_that_is_not_the_data_sets_is_an_error(claimed: int) -> None:
+def test_wrong_image_count_is_an_error(claimed: int) -> None:
     batches = [make_batch(4, side=4), make_batch(4, side=4), make_batch(4, side=4, valid=[True, True, False, False])]
     engine = FakeEngine(nn.Linear(3, 1), 1)
     with pytest.raises(RuntimeError, match=rf"evaluated 10 images of {claimed}"):
         measure_accuracy(engine, lambda _, images: torch.zeros(4, 10), FakeLoader(batches, claimed))
 
 
-def test_all_right_is_a_hundred_percent() -> None:
+def test_top1_is_100_if_all_predictions_are_correct() -> None:
     batch = make_batch(6, side=4)
     logits = 20 * torch.eye(10)[batch.labels]
     engine = FakeEngine(nn.Linear(3, 1), 1)

@@ -81,7 +81,7 @@ def test_every_image_counts_once(alone: None) -> None:
         knn_accuracy(_colors, train, val, config, 10)
 
 
-def test_nothing_is_trained(alone: None) -> None:
+def test_computes_no_gradient(alone: None) -> None:
     layer = nn.Linear(3, 3)
     reader = FakeLoader([make_batch(4)])
     knn_accuracy(lambda images: layer(_colors(images)), reader, reader, KnnConfig(), 10)

@@ -103,7 +103,7 @@ def _values(losses: dict[str, Tensor]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 64, 196])
-def test_noise_depends_on_the_place_in_the_global_batch_alone(num_tokens: int) -> None:
+def test_noise_depends_only_on_the_position_in_the_global_batch(num_tokens: int) -> None:
     total = 24
     whole = MicroBatchKey(5, 9, 0, 0, 1, total).noise(num_tokens)
     assert whole.shape == (total, num_tokens) and whole.dtype == torch.float32
@@ -142,7 +142,7 @@ def test_the_same_part_of_the_batch_has_the_same_seed_on_any_number_of_processes
     ]
 
 
-def test_a_shared_seed_is_that_of_the_step() -> None:
+def test_shared_seed_is_equal_on_all_ranks() -> None:
     keys = [MicroBatchKey(1, 2, micro, rank, 3, 4) for micro in range(2) for rank in range(3)]
     assert len({key.seed_for("mask", per_part=False) for key in keys}) == 1
     assert MicroBatchKey(1, 3, 0, 0, 3, 4).seed_for("mask", per_part=False) != keys[0].seed_for("mask", per_part=False)
@@ -178,7 +178,7 @@ def test_drop_path_differs_between_ranks() -> None:
     assert losses[0] != losses[1]
 
 
-def test_the_loss_does_not_depend_on_how_the_batch_is_spread() -> None:
+def test_loss_does_not_depend_on_ranks_and_micro_batches() -> None:
     task = _pretrain_task(_mimic("sample"), OwnTeacher(torch.rand(64) + 0.1))
     whole = make_batch(4)
     expected = _values(task.losses(task.model, whole, KEY))
@@ -320,7 +320,7 @@ def test_evaluation_sees_the_images_as_they_are() -> None:
     assert torch.equal(spy.images, plain.images)
 
 
-def test_groups_are_those_of_the_stage() -> None:
+def test_parameter_groups_follow_the_stage() -> None:
     scales = sorted({round(group["lr_scale"], 6) for group in _finetune_task().param_groups()})
     assert scales == [round(0.65**2, 6), 0.65, 1.0]
     groups = _pretrain_task(pretrain_config(), None).param_groups()

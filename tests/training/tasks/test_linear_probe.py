@@ -124,7 +124,7 @@ def test_the_encoder_is_frozen_and_the_features_are_mean_pooled() -> None:
     assert not features.requires_grad
 
 
-def test_the_classifier_that_is_written_computes_what_the_probe_does() -> None:
+def test_exported_classifier_has_the_logits_of_the_probe() -> None:
     task = _task()
     task.to(torch.device("cpu"))
     torch.manual_seed(3)
@@ -140,9 +140,7 @@ def test_the_classifier_that_is_written_computes_what_the_probe_does() -> None:
 
 
 @pytest.mark.parametrize("precision", [BF16, AUTOCAST])
-def test_the_engine_holds_whole_float32_parameters_whatever_the_encoder_has(
-    precision: dict[str, Any], tmp_path: Path
-) -> None:
+def test_engine_holds_unpartitioned_float32_parameters(precision: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "engine.json"
     path.write_text(json.dumps(json.loads(ENGINE.read_text()) | precision))
     config = _task().adapt_engine_config(load_engine_config(path))
@@ -180,7 +178,7 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.timeout(900)
-def test_two_processes_train_what_one_plain_loop_trains(probed: Path) -> None:
+def test_two_ranks_equal_a_plain_loop(probed: Path) -> None:
     """The same images in one process, features from the pre-trained file, the formulas above."""
     torch.manual_seed(0)  # as the stage: encoder, its head, then the probe's weights
     recipe = load_recipe(Path("ds_configs/baselines/mcmae_tiny.yaml"))
@@ -216,7 +214,7 @@ def test_two_processes_train_what_one_plain_loop_trains(probed: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_look_at_the_features_counts_every_image_once(probed: Path) -> None:
+def test_feature_evaluation_counts_every_image_once(probed: Path) -> None:
     """After the last step: one process, image by image, from the weights that were written."""
     metadata = read_metadata(probed / "run/pretrain/model.safetensors")
     encoder = build_encoder(spec_from_metadata(metadata), 32)
@@ -245,7 +243,7 @@ def test_the_look_at_the_features_counts_every_image_once(probed: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_the_look_changes_nothing_that_is_learned(probed: Path) -> None:
+def test_feature_evaluation_does_not_affect_training(probed: Path) -> None:
     looked, alone = (read_metrics(probed / name / "pretrain") for name in ("run", "alone"))
     assert [line["loss"] for line in looked] == pytest.approx([line["loss"] for line in alone], rel=1e-4)
     assert all("knn/top1" not in line for line in alone)
@@ -254,7 +252,7 @@ def test_the_look_changes_nothing_that_is_learned(probed: Path) -> None:
 
 
 @pytest.mark.timeout(900)
-def test_what_a_probe_writes_down(probed: Path) -> None:
+def test_run_record_of_a_probe(probed: Path) -> None:
     record = RunRecord.load(probed / "run/probe")
     assert (record.stage, record.status, record.data.classes) == ("probe", "finished", 10)
     assert record.init is not None and record.init.pretrain is not None and record.init.pretrain.method == "MCMAE"
