@@ -56,8 +56,9 @@ class _UniqueKeys(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        mapping = super().construct_mapping(node, deep)  # refuses keys that are mappings, as of {{ template }}
         _unique([(key, None) for key in keys])
-        return super().construct_mapping(node, deep)
+        return mapping
 
 
 def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:

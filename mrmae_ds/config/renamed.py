@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,9 +66,9 @@ def rename_keys(raw: dict[str, Any]) -> dict[str, Any]:
     result = copy.deepcopy(raw)
     for _, recipe in _recipes(result):
         _rename(recipe, RENAMED)
-        if recipe.get(_DIVIDED, _DIVIDED) is None:
-            del recipe[_DIVIDED]
-            recipe |= {name: None for name in _SECTIONS if name not in recipe}
+        if _is_empty_section(recipe):
+            value = recipe.pop(_DIVIDED)
+            recipe |= {name: value for name in _SECTIONS if name not in recipe}
     return result
 
 
@@ -88,12 +89,13 @@ def values_hash(counted: dict[str, Any]) -> str:
 
 
 def rename_in_text(text: str) -> str:
-    """Rename old keys in the text of a YAML file; comments, order and layout are kept.
+    """Rename old keys in the text of a YAML file; comments, order, layout and line ends are kept.
 
-    Comments inside a ``record`` section move with the key that follows them.
+    Comments inside a ``record`` section move with the key that follows them; those inside braces move above it.
 
     Raises:
-        UserError: if the text cannot be rewritten (an alias or a merge key in place of a renamed section).
+        UserError: if the text cannot be rewritten (an alias or a merge key in place of a renamed section, or a present
+            section beside the old one).
         yaml.YAMLError: if it is not YAML.
     """
     before = yaml.safe_load(text)
@@ -102,14 +104,27 @@ def rename_in_text(text: str) -> str:
     expected = rename_keys(before)
     if expected == before:
         return text
-    edits: list[tuple[int, int, str]] = []
-    for recipe in _recipe_nodes(yaml.compose(text)):
-        edits += _edits(text, recipe)
+    if "\r\n" in text:
+        return rename_in_text(text.replace("\r\n", "\n")).replace("\n", "\r\n")
+    # A set: an alias yields the edits of its anchor again.
+    edits = {edit for recipe in _recipe_nodes(yaml.compose(text)) for edit in _edits(text, recipe)}
     for start, end, new in sorted(edits, reverse=True):
         text = text[:start] + new + text[end:]
-    if yaml.safe_load(text) != expected:
-        raise UserError("its old keys cannot be renamed in the text (aliases or merge keys); rename them by hand")
+    if not _is_rewriting(text, expected):
+        raise UserError(
+            "its old keys cannot be renamed in the text (aliases, merge keys, or a present section beside an old one); "
+            "rename them by hand"
+        )
     return text
+
+
+def _is_rewriting(text: str, expected: dict[str, Any]) -> bool:
+    """Return True if a text is YAML with the expected values and no duplicate key in a recipe."""
+    try:
+        recipes = _recipe_nodes(yaml.compose(text))
+        return yaml.safe_load(text) == expected and all(len(_children(node)) == len(node.value) for node in recipes)
+    except yaml.YAMLError:
+        return False
 
 
 def _recipes(raw: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -120,16 +135,21 @@ def _recipes(raw: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "", raw
         return
     sections = {"set": raw.get("set")}
-    sections |= {f"sets.{name}": changes for name, changes in (raw.get("sets") or {}).items()}
+    sets = raw.get("sets")
+    sections |= {f"sets.{name}": changes for name, changes in (sets.items() if isinstance(sets, dict) else ())}
     sections |= {f"runs.{i}.set": run.get("set") for i, run in enumerate(raw["runs"]) if isinstance(run, dict)}
     yield from ((f"{above}.", changes) for above, changes in sections.items() if isinstance(changes, dict))
 
 
 def _old_keys(recipe: dict[str, Any]) -> dict[str, str]:
     found = {old: new for old, new in RENAMED.items() if _holds(recipe, old)}
-    if recipe.get(_DIVIDED, _DIVIDED) is None:
+    if _is_empty_section(recipe):
         found[_DIVIDED] = " and ".join(_SECTIONS)
     return found
+
+
+def _is_empty_section(recipe: dict[str, Any]) -> bool:
+    return recipe.get(_DIVIDED, _DIVIDED) in (None, {})
 
 
 def _holds(recipe: dict[str, Any], key: str) -> bool:
@@ -193,9 +213,15 @@ def _edits(text: str, recipe: yaml.MappingNode) -> Iterator[tuple[int, int, str]
             children = _children(children[part][1]) if part in children else {}
         if last in children:
             key = children[last][0]
-            yield key.start_mark.index, key.end_mark.index, new.rpartition(".")[2]
+            yield key.start_mark.index, key.end_mark.index, _like(key, new.rpartition(".")[2])
     if pair := _children(recipe).get(_DIVIDED):
         yield _divide(text, recipe, *pair)
+
+
+def _like(key: yaml.Node, name: str) -> str:
+    """Return a key's new name in the quotes of the old one, which JSON needs."""
+    quote = key.style if isinstance(key, yaml.ScalarNode) and key.style in ("'", '"') else ""
+    return f"{quote}{name}{quote}"
 
 
 def _divide(text: str, recipe: yaml.MappingNode, key: yaml.Node, section: yaml.Node) -> tuple[int, int, str]:
@@ -203,31 +229,41 @@ def _divide(text: str, recipe: yaml.MappingNode, key: yaml.Node, section: yaml.N
     indent = " " * key.start_mark.column
     between = ", " if recipe.flow_style else f"\n{indent}"
     start, end = key.start_mark.index, section.end_mark.index
-    if not isinstance(section, yaml.MappingNode):
-        return start, max(end, key.end_mark.index), between.join(f"{name}: null" for name in _SECTIONS)
+    if not section.value or not isinstance(section, yaml.MappingNode):
+        value = "{}" if isinstance(section, yaml.MappingNode) else "null"
+        empty = [f"{_like(key, name)}: {value}" for name in _SECTIONS if name not in _children(recipe)]
+        return start, max(end, key.end_mark.index), between.join(empty)
     moved: dict[str, list[str]] = {name: [] for name in (*_SECTIONS, _DIVIDED)}
+    targets = [RENAMED.get(f"{_DIVIDED}.{name.value}", f"{_DIVIDED}.{name.value}") for name, _ in section.value]
+    position = section.start_mark.index
     if section.flow_style:
-        for name, value in section.value:
-            target, _, new = RENAMED.get(f"{_DIVIDED}.{name.value}", f"{_DIVIDED}.{name.value}").partition(".")
-            moved[target].append(f"{new}: {text[value.start_mark.index : value.end_mark.index]}")
-        flow = (f"{name}: {{{', '.join(entries)}}}" for name, entries in moved.items() if entries)
-        return start, end, between.join(flow)
+        comments = []
+        for (name, value), (target, _, new) in zip(
+            section.value, (path.partition(".") for path in targets), strict=True
+        ):
+            comments += re.findall("#.*", text[position : name.start_mark.index])
+            moved[target].append(f"{_like(name, new)}: {text[value.start_mark.index : value.end_mark.index]}")
+            position = value.end_mark.index
+        comments += re.findall("#.*", text[position:end])
+        above = "".join(f"{comment}\n{indent}" for comment in comments)
+        flow = (f"{_like(key, name)}: {{{', '.join(entries)}}}" for name, entries in moved.items() if entries)
+        return start, end, above + between.join(flow)
     # Block style: each key with the lines above it that no key before it took, whole lines to the section's end.
     position = text.index("\n", key.end_mark.index) + 1
     head = text[key.end_mark.index : position].strip().removeprefix(":").strip()
-    for name, value in section.value:
-        target, _, new = RENAMED.get(f"{_DIVIDED}.{name.value}", f"{_DIVIDED}.{name.value}").partition(".")
+    for (name, value), (target, _, new) in zip(section.value, (path.partition(".") for path in targets), strict=True):
         line_end = text.find("\n", max(value.end_mark.index - 1, name.end_mark.index))
         if isinstance(value, yaml.ScalarNode) and not value.value and value.style is None:
             line_end = text.find("\n", name.end_mark.index)
         line_end = len(text) if line_end < 0 else line_end + 1
-        moved[target].append(text[position : name.start_mark.index] + new + text[name.end_mark.index : line_end])
+        kept = text[name.end_mark.index : line_end]
+        moved[target].append(text[position : name.start_mark.index] + _like(name, new) + kept)
         position = line_end
     comment = f"  {head}" if head else ""
     parts = []
     for name, entries in moved.items():
         if entries:
-            parts.append(f"{name}:{comment}\n{''.join(entries)}".rstrip("\n"))
+            parts.append(f"{_like(key, name)}:{comment}\n{''.join(entries)}".rstrip("\n"))
             comment = ""
     tail = "\n" if text[position - 1 : position] == "\n" else ""
     return start, position, f"\n{indent}".join(parts) + tail

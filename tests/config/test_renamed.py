@@ -60,7 +60,33 @@ sets:
 set: {logging: null, checkpoint: null, watchdog: null}"""
 
 
-@pytest.mark.parametrize(("old", "new"), [(BLOCK, RENAMED_BLOCK), (PIPELINE, RENAMED_PIPELINE)])
+STYLES = {
+    "crlf": ("record:\r\n  # why\r\n  log_every: 3\r\n", "logging:\r\n  # why\r\n  every_steps: 3\r\n"),
+    "json": (
+        '{"record":{"pictures":0},"loader":{"workers":2}}',
+        '{"logging": {"num_images": 0},"loader":{"num_workers":2}}',
+    ),
+    "comments in braces": (
+        "record: {log_every: 3, # c\n  pictures: 0, # d\n  hang_minutes: 4}\n",
+        "# c\n# d\nlogging: {every_steps: 3, num_images: 0}\nwatchdog: {timeout_minutes: 4}\n",
+    ),
+    "empty": ("record: {}  # c\n", "logging: {}\ncheckpoint: {}\nwatchdog: {}  # c\n"),
+    "null": (
+        "record: null\nlogging: {num_images: 3}\n",
+        "checkpoint: null\nwatchdog: null\nlogging: {num_images: 3}\n",
+    ),
+    "anchor": (
+        "set: &s {record: {pictures: 0}}\nruns: [{config: a, set: *s}]\n",
+        "set: &s {logging: {num_images: 0}}\nruns: [{config: a, set: *s}]\n",
+    ),
+    "sets": (
+        "sets: [a]\nruns: []\nset: {loader: {workers: 1}}\n",
+        "sets: [a]\nruns: []\nset: {loader: {num_workers: 1}}\n",
+    ),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), [(BLOCK, RENAMED_BLOCK), (PIPELINE, RENAMED_PIPELINE), *STYLES.values()])
 def test_text_is_renamed_with_its_comments(old: str, new: str) -> None:
     assert rename_in_text(old) == new
     assert rename_in_text(new) == new
@@ -79,6 +105,9 @@ def test_a_section_at_the_end_of_the_text(value: str, ending: str) -> None:
 def test_text_that_cannot_be_renamed() -> None:
     with pytest.raises(UserError, match="by hand"):
         rename_in_text("a: &x {pictures: 1}\nrecord: *x\n")
+    for text in ("checkpoint: {}\nrecord: {keep_checkpoints: 1}\n", "seed: &s 3\nrecord: {log_every: *s}\n"):
+        with pytest.raises(UserError, match="by hand"):
+            rename_in_text(text)
     with pytest.raises(UserError, match=r"both loader\.workers and loader\.num_workers"):
         rename_in_text("loader: {workers: 1, num_workers: 2}")
 
