@@ -30,6 +30,8 @@ _YAML = (".yaml", ".yml")
 _OLD_IMAGES, _IMAGES = "pictures", "images"
 # Indentation of the JSON files that hold hashes of recipes.
 _INDENTS = {RECORD_FILE: 2, CAPTURE_FILE: 1}
+# A key that tells the JSON files of runs from others of the same name.
+_MARKS = {RECORD_FILE: "recipe_hash", CAPTURE_FILE: "recipe_hash", MANIFEST: "content"}
 
 
 def migrate(paths: Iterable[Path], dry_run: bool = False) -> tuple[list[str], list[str]]:
@@ -57,45 +59,75 @@ def migrate(paths: Iterable[Path], dry_run: bool = False) -> tuple[list[str], li
                 problems.append(str(error))
     for path in files:
         try:
-            texts[path] = _rewritten(path, hashes)
+            texts[path] = _rewritten(path, _text(path), hashes)
         except UserError as error:
             problems.append(str(error))
     done = []
     for path, text in texts.items():
-        if text != path.read_text(encoding="utf-8"):
-            done.append(f"{'would rewrite' if dry_run else 'rewritten'}: {path}")
-            if not dry_run:
-                write_text(path, text)
-    for folder in (path.parent for path in files if path.name == RECORD_FILE):
+        if text != _text(path):
+            try:
+                if not dry_run:
+                    write_text(path.resolve(), text)  # a link stays one
+                done.append(f"{'would rewrite' if dry_run else 'rewritten'}: {path}")
+            except OSError as error:
+                problems.append(f"{path}: cannot be written: {error.strerror}")
+    for folder in (path.parent for path in texts if path.name == RECORD_FILE):
         old, new = folder / _OLD_IMAGES, folder / _IMAGES
         if old.is_dir() and not new.exists():
-            done.append(f"{'would rename' if dry_run else 'renamed'}: {old} -> {new}")
-            if not dry_run:
-                old.rename(new)
+            try:
+                if not dry_run:
+                    old.rename(new)
+                done.append(f"{'would rename' if dry_run else 'renamed'}: {old} -> {new}")
+            except OSError as error:
+                problems.append(f"{old}: cannot be renamed: {error.strerror}")
     return done, problems
 
 
+def _text(path: Path) -> str:
+    """Return a file's text with its own line ends."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
 def _files(paths: Iterable[Path]) -> Iterator[Path]:
+    """The files to rewrite, each once; links are followed, as of checkpoints on another disk."""
+    paths, visited = list(paths), set[Path]()
     for path in paths:
-        if path.is_file():
-            yield path
-            continue
-        if not path.is_dir():
+        if not path.exists():
             raise UserError(f"{path}: no such file or folder")
-        for folder, below, names in os.walk(path):
-            # Hidden folders are not the user's, but for an earlier run that a fresh start set aside.
-            below[:] = sorted(name for name in below if not name.startswith(".") or name.endswith(".previous"))
-            yield from (Path(folder, name) for name in sorted(names) if _is_ours(Path(folder, name)))
+    for path in paths:
+        for file in [path] if path.is_file() else _files_below(path, visited):
+            if file.resolve() not in visited:
+                visited.add(file.resolve())
+                yield file
+
+
+def _files_below(root: Path, visited: set[Path]) -> Iterator[Path]:
+    for folder, below, names in os.walk(root, followlinks=True):
+        if Path(folder).resolve() in visited:
+            below.clear()
+            continue
+        visited.add(Path(folder).resolve())
+        # Hidden folders are not the user's, but for an earlier run that a fresh start set aside.
+        below[:] = sorted(name for name in below if not name.startswith(".") or name.endswith(".previous"))
+        yield from (Path(folder, name) for name in sorted(names) if _is_ours(Path(folder, name)))
 
 
 def _is_ours(path: Path) -> bool:
+    if path.name in _MARKS:
+        try:
+            return _MARKS[path.name] in read_json(path)
+        except UserError:  # some other program's, unless it is of a run
+            return (path.parent / RECIPE_FILE).is_file() or path.parent.name.startswith("step_")
     if path.suffix not in _YAML:
-        return path.name in (RECORD_FILE, MANIFEST, CAPTURE_FILE)
-    try:
-        keys = set(read_yaml(path))
-    except UserError:  # some other project's YAML
         return False
-    return keys <= {*Recipe.model_fields, "extends", "record"} or {"name", "runs"} <= keys
+    try:
+        raw = read_yaml(path)
+    except UserError:  # some other project's YAML, unless it is of a run
+        return path.name == RECIPE_FILE and (path.parent / RECORD_FILE).is_file()
+    return raw.keys() <= {*Recipe.model_fields, "extends", "record"} or isinstance(raw.get("runs"), list)
 
 
 def _renamed_hash(record: Path) -> dict[str, str]:
@@ -113,9 +145,8 @@ def _renamed_hash(record: Path) -> dict[str, str]:
     return {} if before == now else {before: now}
 
 
-def _rewritten(path: Path, hashes: dict[str, str]) -> str:
+def _rewritten(path: Path, text: str, hashes: dict[str, str]) -> str:
     """Return the present form of a file's text."""
-    text = path.read_text(encoding="utf-8")
     if path.name == MANIFEST:
         return _manifest_text(path, text)
     if path.name in _INDENTS:

@@ -143,3 +143,38 @@ def test_unreadable_files_are_reported_after_the_others_are_rewritten(
         migrate([folder / "nowhere"])
     with pytest.raises(UserError, match="neither YAML nor a file of a run"):
         raise UserError(migrate([folder / "recipes/mrmae.json"])[1][0])
+
+
+def test_links_stay_links_and_their_targets_are_rewritten_once(folder: Path) -> None:
+    elsewhere, finetune = folder / "elsewhere", folder / "runs/mrmae/finetune"
+    elsewhere.mkdir()
+    (folder / "runs/mae").rename(elsewhere / "mae")
+    (folder / "runs/mae").symlink_to(elsewhere / "mae")
+    (folder / "runs/loop").symlink_to(folder / "runs")
+    (finetune / "recipe.yaml").rename(elsewhere / "finetune.yaml")
+    (finetune / "recipe.yaml").symlink_to(elsewhere / "finetune.yaml")
+    (elsewhere / "finetune.yaml").chmod(0o640)
+    done, problems = migrate([folder / "runs", folder / "runs"])
+    assert not problems and len(done) == len(set(done)) and f"rewritten: {folder}/runs/mae/pretrain/recipe.yaml" in done
+    assert (finetune / "recipe.yaml").is_symlink() and load_recipe(elsewhere / "finetune.yaml")
+    assert (elsewhere / "finetune.yaml").stat().st_mode & 0o777 == 0o640
+
+
+def test_files_of_other_programs_are_left_alone(folder: Path) -> None:
+    """Check names that runs use too, templates, and bytes that are not text."""
+    migrate([folder])
+    other = folder / "other"
+    (other / "pictures").mkdir(parents=True)
+    (other / "record.json").write_text("[1]")
+    (other / "manifest.json").write_text('{"manifest_version": 3}')
+    (other / "template.yaml").write_text("{{ name }}\n")
+    (other / "compose.yaml").write_text("services: {record: {log_every: 1}}\n")
+    (other / "bytes.yaml").write_bytes(b"\xff\xfe")
+    before = _contents(folder)
+    assert migrate([folder]) == ([], [])
+    assert _contents(folder) == before and (other / "pictures").is_dir()
+    problems = migrate([other / name for name in ("template.yaml", "bytes.yaml")])[1]
+    assert len(problems) == 2 and "unhashable" in problems[0] and "cannot be read" in problems[1]
+    torn = folder / "runs/mae/pretrain/record.json"
+    torn.write_text("{")
+    assert str(torn) in migrate([folder])[1][0]
