@@ -1,11 +1,11 @@
-# `make demo`: the whole job on a small real data set.   `make test`: the checks.   Both set everything up first.
+# make demo: the whole job on a small real data set.   make test: all checks.   Both set everything up first.
 SHELL := /bin/bash
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 DATA ?=
-# A process a core, four at most: some tests start two processes of their own.
+# One process per core, four at most: some tests start two ranks of their own.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo lint docs test test-fast test-all coverage clean
 setup:
 	@bash scripts/setup.sh
 
@@ -14,13 +14,25 @@ demo: setup
 
 lint: setup
 	ruff check .
+	ruff format --check .
 	mypy
 
-test: lint
+docs: setup
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir site
+
+test: lint docs
 	$(PYTEST) -m "not slow"
 
-test-all: lint
+# Single-process tests only: under five minutes on two cores.
+test-fast: setup
+	$(PYTEST) -m "not slow and not multi_process"
+
+test-all: lint docs
 	$(PYTEST)
 
+# Lines of the package that single-process tests reach; code in ranks and workers is measured where they fork.
+coverage: setup
+	$(PYTEST) -m "not slow" --cov=mrmae_ds --cov-report=term:skip-covered
+
 clean:
-	rm -rf runs datasets .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs datasets site .pytest_cache .mypy_cache .ruff_cache .coverage
