@@ -17,13 +17,12 @@ from typing import Any
 from mrmae_ds.config.engine import default_recipe
 from mrmae_ds.config.files import apply_overrides
 from mrmae_ds.config.recipe import Recipe, load_recipe
-from mrmae_ds.config.stages import PretrainConfig, StageName, StagesConfig
+from mrmae_ds.config.stages import EvaluateConfig, StageName, StagesConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, to_overrides
 from mrmae_ds.weights.model_file import MODEL_FILE
 
 RUNS = Path("runs")
-STAGES_FROM_WEIGHTS = ("finetune", "probe")
 
 
 @dataclass(frozen=True)
@@ -186,21 +185,17 @@ def _job(
 def _sources(recipe: Recipe, stage: StageName) -> Iterator[tuple[str, str]]:
     """Yield the keys and values by which a stage names other stages: a path, or the name of a stage of its own run."""
     config = recipe.stage(stage)
-    if isinstance(config, PretrainConfig):
-        if config.init is not None:
-            yield "stages.pretrain.init", config.init
-        for name in config.teachers:
-            if recipe.teachers[name].kind == "checkpoint":
-                yield f"teachers.{name}.source", recipe.teachers[name].source
-    elif stage in STAGES_FROM_WEIGHTS:
-        init = getattr(config, "init")  # noqa: B009  (each of these sections has one)
-        if init != "scratch":
-            yield f"stages.{stage}.init", init
-    elif members := getattr(config, "members", None):
-        for number, member in enumerate(members):
+    init = getattr(config, "init", None)
+    if init not in (None, "scratch"):
+        yield f"stages.{stage}.init", init
+    for name in getattr(config, "teachers", ()):
+        if recipe.teachers[name].kind == "checkpoint":
+            yield f"teachers.{name}.source", recipe.teachers[name].source
+    if isinstance(config, EvaluateConfig):
+        for number, member in enumerate(config.members or ()):
             yield f"stages.{stage}.members.{number}", member
-    else:
-        yield f"stages.{stage}.members", "finetune"
+        if config.members is None:
+            yield f"stages.{stage}.members", "finetune"
 
 
 def _find_job(source: str, draft: _Draft, drafts: Sequence[_Draft]) -> str | None:

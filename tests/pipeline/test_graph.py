@@ -1,16 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import yaml
 
-from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import FinetuneConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import load_pipeline, to_overrides
-from mrmae_ds.pipeline.graph import build_jobs
+from mrmae_ds.pipeline.graph import _sources, build_jobs
 from tests.support.pipelines import KEYS, make_jobs, write_pipeline
 
 
@@ -47,6 +48,15 @@ def test_each_seed_has_its_own_runs_and_initial_weights(tmp_path: Path) -> None:
     assert jobs["tiny-seed5/pretrain"].dependencies == ("mae_tiny-seed5/pretrain",)
     assert jobs["tiny-seed5/pretrain"].recipe.teachers["mae"].source == f"{tmp_path}/r/mae_tiny-seed5/pretrain"
     assert "seed=5" in jobs["tiny-seed5/finetune"].overrides
+
+
+@pytest.mark.parametrize(
+    ("keys", "sources"), [({}, []), ({"init": "scratch"}, []), ({"init": "pretrain"}, ["pretrain"])]
+)
+def test_stage_of_any_name_depends_on_its_init_alone(keys: dict[str, str], sources: list[str]) -> None:
+    recipe = cast(Recipe, SimpleNamespace(stage=lambda name: SimpleNamespace(**keys)))
+    found = list(_sources(recipe, "probe"))
+    assert found == [("stages.probe.init", source) for source in sources]
 
 
 def test_table6_pipeline_has_every_cell(tmp_path: Path) -> None:
