@@ -457,7 +457,7 @@ def test_errors_name_the_key(tmp_path: Path) -> None:
         (r"absent.pt is neither a file nor a tag of mrmae-test \(its tags: none\)", "absent.pt", "mrmae-test"),
         (r"absent.pt is neither .* \(its tags: openai, laion400m_e31", "absent.pt", "ViT-B-16"),
         (r"clip.source: open_clip has no model 'no-such-model'", "clip.pt", "no-such-model"),
-        (r"clip.weights: .*broken.pt: not a readable file", "broken.pt", "mrmae-test"),
+        (r"clip.weights: .*broken.pt: not a readable weights file", "broken.pt", "mrmae-test"),
     ):
         with pytest.raises(UserError, match=rf"teachers.*{match}"):
             build(weights and tmp_path / weights, source, quickgelu=True)
