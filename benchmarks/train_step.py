@@ -62,7 +62,7 @@ def random_teacher(*arguments: Any) -> Any:
     """Build a teacher of the recipe with random weights; same signature as ``build_teacher``."""
     import torch
 
-    from mrmae_ds.profiling.meta_teachers import build_meta_teacher
+    from mrmae_ds.teachers import build_meta_teacher
 
     teacher = build_meta_teacher(*arguments).to_empty(device="cpu")
     with torch.no_grad():

@@ -18,7 +18,7 @@ from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timeline, trace_timeline
-from mrmae_ds.profiling.meta_teachers import build_meta_teacher
+from mrmae_ds.teachers import build_meta_teacher
 from mrmae_ds.training.tasks.base import MicroBatchKey, Task
 from mrmae_ds.training.tasks.build import build_task
 

@@ -27,7 +27,7 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.models.sizes import EncoderSpec
-from mrmae_ds.profiling.meta_teachers import build_meta_teacher
+from mrmae_ds.teachers import build_meta_teacher
 
 
 @dataclass(frozen=True)

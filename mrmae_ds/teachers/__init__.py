@@ -6,7 +6,7 @@
 """
 
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
-from mrmae_ds.teachers.build import build_teacher, check_grid
+from mrmae_ds.teachers.build import build_meta_teacher, build_teacher
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.placement.base import PlacedTeacher
 from mrmae_ds.teachers.placement.build import place_teacher
@@ -16,7 +16,7 @@ __all__ = [
     "Teacher",
     "TeacherOptions",
     "TeacherOutput",
+    "build_meta_teacher",
     "build_teacher",
-    "check_grid",
     "place_teacher",
 ]

@@ -179,6 +179,20 @@ class LibraryTeacher(Teacher):
         return self.reader(self.network, images)
 
 
+class MetaTeacher(LibraryTeacher):
+    """A network on the meta device with the reader of its tokens: shapes without weights.
+
+    Args:
+        network: the network.
+        reader: extracts tokens and importance from ``network``.
+        options: options from the recipe.
+    """
+
+    def __init__(self, network: nn.Module, reader: TokenReader, options: TeacherOptions) -> None:
+        # Images on the meta device have no values to normalize.
+        super().__init__(network, reader, options, ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), "", {})
+
+
 def class_attention(
     x: Tensor,
     qkv_weight: Tensor,

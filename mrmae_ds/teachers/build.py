@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import Protocol, cast
+
+import torch
+
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.base import Teacher
 from mrmae_ds.teachers.options import TeacherOptions
+
+
+class TeacherSource(Protocol):
+    """Interface of the modules in ``sources/`` that implement a kind of teacher; the kind is the module's name."""
+
+    def build(self, options: TeacherOptions, /) -> Teacher:
+        """Build a teacher with its weights on the CPU.
+
+        Raises:
+            UserError: naming the recipe key.
+        """
+
+    def build_meta(self, options: TeacherOptions, /) -> Teacher:
+        """Build a teacher without weights, within ``torch.device("meta")``.
+
+        Raises:
+            UserError: naming the recipe key.
+        """
 
 
 def build_teacher(
@@ -24,7 +47,25 @@ def build_teacher(
         UserError: naming the key, if the weights are unavailable or the grid differs from the student's.
     """
     options = TeacherOptions.from_config(name, config, data, student_size, student_grid)
-    teacher = _build(config.kind, options)
+    teacher = _source(config.kind).build(options)
+    check_grid(teacher, options, student_size)
+    return teacher
+
+
+def build_meta_teacher(
+    name: str, config: TeacherConfig, data: DataConfig, student_size: int, student_grid: tuple[int, int]
+) -> Teacher:
+    """Build a teacher like :func:`build_teacher`, without weights and downloads, on the meta device.
+
+    It serves to count FLOPs and memory and to check recipes.
+
+    Raises:
+        UserError: naming the key, for a model that the library does not have, a run that does not exist, or a grid that
+            differs from the student's.
+    """
+    options = TeacherOptions.from_config(name, config, data, student_size, student_grid)
+    with torch.device("meta"):
+        teacher = _source(config.kind).build_meta(options)
     check_grid(teacher, options, student_size)
     return teacher
 
@@ -50,16 +91,6 @@ def check_grid(teacher: Teacher, options: TeacherOptions, student_size: int) -> 
         )
 
 
-def _build(kind: str, options: TeacherOptions) -> Teacher:
+def _source(kind: str) -> TeacherSource:
     # Imported late: open_clip and timm are slow to import, and a recipe rarely needs both.
-    if kind == "checkpoint":
-        from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
-
-        return CheckpointTeacher(options)
-    if kind == "clip":
-        from mrmae_ds.teachers.sources.clip import ClipTeacher
-
-        return ClipTeacher(options)
-    from mrmae_ds.teachers.sources.timm import TimmTeacher
-
-    return TimmTeacher(options)
+    return cast(TeacherSource, import_module(f"mrmae_ds.teachers.sources.{kind}"))

@@ -20,8 +20,8 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line
-from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.tables.paper import TABLES, PaperRow
+from mrmae_ds.teachers import build_meta_teacher
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "ds_configs"

@@ -15,9 +15,9 @@ from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.pipeline.config import load_pipeline
 from mrmae_ds.pipeline.graph import PipelineJob, build_jobs
-from mrmae_ds.profiling.meta_teachers import build_meta_teacher
 from mrmae_ds.tables.ablations import parts_of
 from mrmae_ds.tables.paper import TABLE_3, TABLE_6
+from mrmae_ds.teachers import build_meta_teacher
 from mrmae_ds.training.tasks.pretrain import describe_design
 from tests.support.processes import REPOSITORY, environment
 

@@ -13,7 +13,7 @@ from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.planning.fake_step import make_fake
 from mrmae_ds.planning.teacher_memory import TeacherWeights
-from mrmae_ds.profiling.meta_teachers import build_meta_teacher
+from mrmae_ds.teachers import build_meta_teacher
 
 MEASURED = Path(__file__).resolve().parents[2] / "benchmarks/results/teacher_placement_cpu.json"
 TEACHERS = {

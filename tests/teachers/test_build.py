@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.errors import UserError
-from mrmae_ds.teachers import Teacher, build_teacher
+from mrmae_ds.teachers import Teacher, build_meta_teacher, build_teacher
+from mrmae_ds.teachers.build import _source
 from tests.support.sample_teachers import CVIT, MEAN, VIT, pixels_of, save_run
 
 DATA = DataConfig(train=Path("train.beton"), val=Path("val.beton"), mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
@@ -73,3 +74,19 @@ def test_each_kind_is_built_by_its_library(kind: str, message: str) -> None:
     config = TeacherConfig(kind=kind, source="no_such_model")
     with pytest.raises(UserError, match=rf"teachers.clip.*{message}"):
         build_teacher("clip", config, DATA, 64, (4, 4))
+
+
+@pytest.mark.parametrize("kind", get_args(TeacherConfig.model_fields["kind"].annotation))
+def test_each_kind_is_module_of_sources(kind: str) -> None:
+    source = _source(kind)
+    assert callable(source.build) and callable(source.build_meta)
+
+
+@pytest.mark.parametrize("spec", [VIT, CVIT])
+def test_teacher_without_weights_has_same_shapes(spec: Any, tmp_path: Path) -> None:
+    save_run(tmp_path, spec)
+    config = TeacherConfig(kind="checkpoint", source=str(tmp_path))
+    real = build(tmp_path)
+    meta = build_meta_teacher("mae", config, DATA, 16, (4, 4))
+    assert (meta.grid, meta.width, meta.image_size, meta.dtype) == (real.grid, real.width, 16, real.dtype)
+    assert {parameter.device.type for parameter in meta.parameters()} == {"meta"}

@@ -39,7 +39,7 @@ def test_stage_without_teachers_builds_none(
     def refuse(kind: str, *_: object) -> None:
         raise AssertionError(f"a {kind} was built")
 
-    monkeypatch.setattr("mrmae_ds.teachers.build._build", refuse)
+    monkeypatch.setattr("mrmae_ds.teachers.build._source", refuse)
     defined = ("teachers.mae={kind: checkpoint, source: nowhere}", *images)
     tasks = [
         _task("finetune", RECIPE, tmp_path, *defined, "stages.finetune.init=scratch"),

@@ -11,7 +11,14 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.models.encoders import Encoder, build_encoder
-from mrmae_ds.teachers.base import LastBlockInput, Teacher, TeacherSpec, class_attention, describe_importance
+from mrmae_ds.teachers.base import (
+    LastBlockInput,
+    MetaTeacher,
+    Teacher,
+    TeacherSpec,
+    class_attention,
+    describe_importance,
+)
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import find_weights, read_metadata, read_tensors, spec_from_metadata
@@ -87,3 +94,22 @@ class CheckpointTeacher(Teacher):
         if self.features == "ln_post":
             tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)
         return tokens, importance
+
+
+class _Reader:
+    def __init__(self, encoder: Encoder) -> None:
+        self.grid, self.width = encoder.grid, encoder.embed_dim
+        self.importance = describe_importance(encoder.num_prefix_tokens > 0)
+
+    def __call__(self, network: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
+        return encoder_attention(network, images)
+
+
+def build_meta(options: TeacherOptions) -> MetaTeacher:
+    """Build the encoder without weights; see :class:`~mrmae_ds.teachers.build.TeacherSource`."""
+    metadata = read_metadata(find_weights(Path(options.source), f"{options.key}.source"))
+    encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
+    return MetaTeacher(encoder, _Reader(encoder), options)
+
+
+build = CheckpointTeacher

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import open_clip
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -13,13 +14,14 @@ from mrmae_ds.files import file_sha256
 from mrmae_ds.teachers.base import (
     LastBlockInput,
     LibraryTeacher,
+    MetaTeacher,
     check_tiles,
     class_attention,
     describe_importance,
     tensors_sha256,
 )
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.sources.clip_loading import ClipTower, load_clip_tower
+from mrmae_ds.teachers.sources.clip_loading import NO_TEXT, ClipTower, load_clip_tower
 from mrmae_ds.teachers.sources.timm_readers import TimmReader, timm_reader
 
 
@@ -114,6 +116,24 @@ def tower_reader(visual: nn.Module, options: TeacherOptions) -> TowerReader | Ti
     if options.stage is not None:
         raise UserError(f"{options.key}.stage: {options.source} is a ViT, whose last block is used; remove the key")
     return TowerReader(visual, options)
+
+
+def build_meta(options: TeacherOptions) -> MetaTeacher:
+    """Build the image tower without weights; see :class:`~mrmae_ds.teachers.build.TeacherSource`."""
+    config = open_clip.get_model_config(options.source)
+    if config is None:
+        raise UserError(f"{options.key}.source: open_clip has no model {options.source!r}; see open_clip.list_models()")
+    vision = {**config["vision_cfg"], "image_size": options.image_size, "timm_model_pretrained": False}
+    visual = open_clip.CLIP(config["embed_dim"], vision, NO_TEXT).visual
+    if isinstance(visual, TimmModel):
+        visual.set_input_size(options.image_size)
+        return MetaTeacher(visual.trunk, timm_reader(visual.trunk, options), options)
+    if not isinstance(visual, VisionTransformer):
+        raise UserError(f"{options.key}.source: the image tower of {options.source} is not a ViT; choose a ViT-* model")
+    return MetaTeacher(visual, TowerReader(visual, options), options)
+
+
+build = ClipTeacher
 
 
 def _details(tower: ClipTower, options: TeacherOptions) -> dict[str, str]:

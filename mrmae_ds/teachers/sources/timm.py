@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
-from mrmae_ds.teachers.base import LibraryTeacher, tensors_sha256
+from mrmae_ds.teachers.base import LibraryTeacher, MetaTeacher, tensors_sha256
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.gelu import gelu_of_file
 from mrmae_ds.teachers.sources.timm_readers import TimmNetwork, timm_reader
@@ -55,6 +55,21 @@ class TimmTeacher(LibraryTeacher):
         config = network.pretrained_cfg
         statistics = tuple(config["mean"]), tuple(config["std"])
         super().__init__(network, reader, options, statistics, sha256, loaded.details)
+
+
+def build_meta(options: TeacherOptions) -> MetaTeacher:
+    """Build the model without weights; see :class:`~mrmae_ds.teachers.build.TeacherSource`."""
+    try:
+        network = create_network(options.source, options.image_size, pretrained=False)
+    except Exception as error:  # timm raises many types
+        raise UserError(
+            f"{options.key}.source: timm model {options.source!r} could not be built ({type(error).__name__}: "
+            f"{' '.join(str(error).split())})"
+        ) from None
+    return MetaTeacher(network, timm_reader(network, options), options)
+
+
+build = TimmTeacher
 
 
 @dataclass(frozen=True)
