@@ -139,15 +139,15 @@ def load_engine_config(path: Path) -> EngineConfig:
         raise UserError(f"{path}: gradient_clipping must be a number of at least 0, got {clipping!r}")
     check_precision(path, raw)
     check_zero(path, raw)
-    micro = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
-    if micro is None:
+    micro_batch = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
+    if micro_batch is None:
         raise UserError(f"{path}: train_micro_batch_size_per_gpu is required: images per rank and micro-batch")
     compiled = check_compile(path, raw)
     zero = parse_zero(path, raw)
     return EngineConfig(
         path=path,
         _raw=raw,
-        micro_batch=micro,
+        micro_batch=micro_batch,
         declared_accumulation=_positive_int(path, raw, "gradient_accumulation_steps"),
         zero=zero,
         model_dtype=torch.bfloat16 if zero.bf16 else torch.float32,
@@ -244,29 +244,29 @@ def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, r
         UserError: if it does not divide (naming the nearest values that do), or if the engine config states an
             accumulation for another number of ranks.
     """
-    micro = config.micro_batch
-    together = micro * world_size
-    if batch_size % together:
-        below = batch_size // together * together
-        batches = [str(size) for size in (below, below + together) if size > 0]
+    micro_batch = config.micro_batch
+    images_per_pass = micro_batch * world_size
+    if batch_size % images_per_pass:
+        below = batch_size // images_per_pass * images_per_pass
+        batches = [str(size) for size in (below, below + images_per_pass) if size > 0]
         per_rank, uneven = divmod(batch_size, world_size)
         divisors = [] if uneven else [d for d in range(1, per_rank + 1) if per_rank % d == 0]
-        nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro))[:2])
+        nearest = sorted(sorted(divisors, key=lambda d: abs(d - micro_batch))[:2])
         fix = f"batch_size {' or '.join(batches)} in {recipe}"
         if nearest:
             fix += f", or train_micro_batch_size_per_gpu {' or '.join(map(str, nearest))} in {config.path}"
         raise UserError(
-            f"batch_size {batch_size} is not a multiple of {together} = micro-batch {micro} x {world_size} "
-            f"ranks; the nearest that fit: {fix}"
+            f"batch_size {batch_size} is not a multiple of {images_per_pass} = micro-batch {micro_batch} x "
+            f"{world_size} ranks; the nearest that fit: {fix}"
         )
-    accumulation = batch_size // together
+    accumulation = batch_size // images_per_pass
     declared = config.declared_accumulation
     if declared is not None and declared != accumulation:
-        meant = batch_size / (micro * declared)
-        shown = f"{meant:.0f} ranks" if meant == int(meant) else "no whole number of ranks"
+        intended_ranks = batch_size / (micro_batch * declared)
+        shown = f"{intended_ranks:.0f} ranks" if intended_ranks == int(intended_ranks) else "no whole number of ranks"
         raise UserError(
-            f"{config.path}: micro-batch {micro} x gradient_accumulation_steps {declared} for batch_size {batch_size} "
-            f"is meant for {shown}, but {world_size} are running; start that many, or leave "
+            f"{config.path}: micro-batch {micro_batch} x gradient_accumulation_steps {declared} for batch_size "
+            f"{batch_size} is meant for {shown}, but {world_size} are running; start that many, or leave "
             f"gradient_accumulation_steps out and it becomes {accumulation}"
         )
     return accumulation

@@ -25,20 +25,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _parsed(path, parse_yaml)
 
 
-def read_extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_extended(path: Path, ancestors: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file and merge it into the file that it ``extends``, if any, recursively.
 
     Raises:
         UserError: as :func:`read_yaml`, for a file that extends itself, and for a renamed key.
     """
-    if path.resolve() in seen:
-        raise UserError(f"{path}: extends itself through {' -> '.join(map(str, seen))}")
+    if path.resolve() in ancestors:
+        raise UserError(f"{path}: extends itself through {' -> '.join(map(str, ancestors))}")
     raw = read_yaml(path)
     refuse_renamed(raw, path)
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
-    return merge(read_extended(path.parent / str(parent), (*seen, path.resolve())), raw)
+    return merge(read_extended(path.parent / str(parent), (*ancestors, path.resolve())), raw)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _bytes(kind: str) -> int:
 def _class(path: Path, name: str) -> type:
     module, _, kind = name.rpartition(".")
     try:
-        found: type = getattr(import_module(module), kind)
+        module_class: type = getattr(import_module(module), kind)
     except (ImportError, AttributeError, ValueError):
         raise UserError(f"{path}: torch_autocast.lower_precision_safe_modules: there is no class {name}") from None
-    return found
+    return module_class

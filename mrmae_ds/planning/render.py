@@ -122,8 +122,8 @@ def _time_lines(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         f"{1000 * step.waiting_s:,.0f} waiting); {step.images_per_s:,.0f} images/s, "
         f"{step.images_per_s / step.cluster.gpus:,.1f} per GPU; {_hours(hours)} hours for the stage"
     )
-    rate = step.images_per_s / step.cluster.nodes
-    yield f"  loader: {rate:,.0f} images/s per node" + _cores(recipe, stage, rate)
+    images_per_s = step.images_per_s / step.cluster.nodes
+    yield f"  loader: {images_per_s:,.0f} images/s per node" + _cores(recipe, stage, images_per_s)
 
 
 def _hours(hours: float | None) -> str:
@@ -132,11 +132,11 @@ def _hours(hours: float | None) -> str:
     return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2f}"
 
 
-def _cores(recipe: Recipe, stage: CountedStage, rate: float) -> str:
+def _cores(recipe: Recipe, stage: CountedStage, images_per_s: float) -> str:
     cost = loader_cost(recipe, stage)
     if cost is None:
         return ""
-    cores = rate * cost.cpu_s_per_1000 / 1000
+    cores = images_per_s * cost.cpu_s_per_1000 / 1000
     return f": {cores:,.1f} cores at {cost.cpu_s_per_1000:.2f} CPU-s per 1,000 ({cost.size} pixels, {cost.cpu})"
 
 
@@ -188,15 +188,15 @@ def _scale_table(
         if best is None:
             rows.append((f"{gpus} GPUs", "", "", "", "", reason_for_none(stage, gpus)))
             continue
-        rate, node_rate = best.images_per_s, best.node_images_per_s
+        throughput, node_throughput = best.images_per_s, best.node_images_per_s
         rows.append(
             (
                 f"{gpus} GPUs",
                 f"{best.memory.micro_batch} x {best.memory.zero.accumulation}",
                 _hours(best.hours(num_images, stage.config.epochs)),
-                "" if rate is None else f"{rate:,.0f}",
-                "" if node_rate is None else f"{node_rate:,.0f}",
-                "" if rate is None else bottleneck(best, loader_rate),
+                "" if throughput is None else f"{throughput:,.0f}",
+                "" if node_throughput is None else f"{node_throughput:,.0f}",
+                "" if throughput is None else bottleneck(best, loader_rate),
             )
         )
     columns = ("micro-batch", "hours", "images/s", "per node", "bottleneck")
