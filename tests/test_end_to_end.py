@@ -212,12 +212,12 @@ def test_one_process_and_two_have_equal_losses(mrmae: Path, workspace: Workspace
     ours, theirs = read_metrics(workspace.run("one") / "pretrain"), read_metrics(mrmae)
     for name in ("loss/pixels", "loss/mimic"):
         np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=2e-3)
-    # Before Adam has amplified any rounding, the first losses agree to float32.
+    # The first losses are equal to float32 precision, because Adam has not yet amplified rounding.
     assert ours[0]["loss"] == pytest.approx(theirs[0]["loss"], rel=1e-6)
 
 
 def test_resumes_a_killed_run_with_equal_losses(mrmae: Path, workspace: Workspace) -> None:
-    """Killed after its first checkpoint and started again, a run logs the very losses of the undisturbed one."""
+    """A run killed after its first checkpoint and resumed logs exactly the losses of an uninterrupted run."""
     folder = workspace.run("killed")
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
     arguments = (*TINY, "--run", folder, *settings)
@@ -259,7 +259,7 @@ def test_bfloat16_by_engine_config(name: str, section: dict[str, object], worksp
     results = finish(rank_processes(2, *arguments, *settings), 240)
     assert [result.status for result in results] == [0, 0], results[0].stderr
     reduced, full = read_metrics(workspace.run(name) / "pretrain"), read_metrics(mrmae)
-    # The same images, masks and rates as the float32 run: close while the loss falls steeply, and not equal.
+    # The same images, masks and learning rates as the float32 run: close while the loss falls steeply, and not equal.
     assert [line["loss"] for line in reduced[:5]] == pytest.approx([line["loss"] for line in full[:5]], rel=0.06)
     assert reduced[0]["loss"] != full[0]["loss"]
     assert reduced[-1]["loss"] < 0.85 * reduced[0]["loss"]

@@ -32,7 +32,7 @@ from tests.support.small_runs import STEPS, SmallRuns, assert_same, curve, lefto
 pytestmark = [pytest.mark.timeout(900), pytest.mark.multi_process]
 LIMIT_S = 240
 CPU = torch.device("cpu")
-# Stopped in mid-epoch, and between the two micro-batches of a step.
+# Stopped in the middle of an epoch, between the two micro-batches of a step.
 STOPPED_AT = 20
 STOP = f"signal:rank=1,step={STOPPED_AT - 1},micro=0"
 
@@ -98,7 +98,7 @@ def test_resumes_bit_equal_after_repeated_kills(chaos: Chaos) -> None:
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(stopped: Path, runs: SmallRuns) -> None:
-    """The signal came between two micro-batches; the step was finished first, and nothing of it is lost."""
+    """The signal came between two micro-batches; the step was completed and saved before the exit."""
     assert step_of(_newest(stopped)) == newest_complete_step(stopped / "pretrain") == STOPPED_AT
     record = _record(stopped)
     assert (record["status"], record["schedule"]["steps_done"]) == ("stopped", STOPPED_AT)  # type: ignore[index]
@@ -178,11 +178,11 @@ def _damage(folder: Path, how: str) -> None:
             pytest.param("emptied manifest", marks=pytest.mark.slow)],
 )  # fmt: skip
 def test_skips_a_damaged_checkpoint(how: str, copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
-    """The run resumes from the one before, reports the reason, and ends bit-equal."""
+    """The run resumes from the previous checkpoint, reports the reason, and ends bit-equal."""
     newest = _newest(copy)
     _damage(copy, how)
     text = _resume(runs, copy).text(0)
-    if how == "emptied pointer":  # nothing depends on it
+    if how == "emptied pointer":  # no test depends on it
         assert f"resuming after step {STOPPED_AT}" in text and "skipped: " not in text
     else:
         assert f"resuming after step {STOPPED_AT - 2}" in text and f"skipped: {newest}" in text
@@ -192,7 +192,7 @@ def test_skips_a_damaged_checkpoint(how: str, copy: Path, runs: SmallRuns, undis
 
 
 def test_refuses_a_fresh_start_without_a_complete_checkpoint(copy: Path, runs: SmallRuns) -> None:
-    """Sizes are right and contents are wrong: all ranks read, all refuse, nothing is changed."""
+    """Sizes are correct and contents are not: all ranks read them, all refuse, and nothing is changed."""
     for checkpoint in list_checkpoints(copy / "pretrain"):
         file = checkpoint / "zero_pp_rank_0_mp_rank_00_model_states.pt"
         file.write_bytes(bytes(file.stat().st_size))
@@ -290,7 +290,7 @@ def _wait_for_rank_0(ranks: Ranks) -> list[int]:
     return [-1 if code is None else code]
 
 
-# ---- batches that are not finite
+# ---- non-finite batches
 
 
 def test_skips_a_batch_that_is_not_finite_on_one_rank(runs: SmallRuns, undisturbed: Path) -> None:
@@ -307,7 +307,7 @@ def test_skips_a_batch_that_is_not_finite_on_one_rank(runs: SmallRuns, undisturb
     assert all(np.isfinite(line["loss"]) for line in lines)
     (capture,) = (runs.stage("nan") / "captures").iterdir()
     assert capture.name == "step_000000009"
-    # Run again without the fault it is fine: the same losses where there were some, and one where there was none.
+    # Repeated without the fault every loss is finite, and those that were finite before are equal.
     step, parts = replay(capture, CPU)
     assert (step.step, step.bad_loss, step.world_size, step.accumulation) == (9, True, 2, 2)
     assert [(part.rank, part.index) for part in parts] == [(0, 0), (0, 1), (1, 0), (1, 1)]

@@ -1,4 +1,4 @@
-"""The set-up script: nothing to do the second time, and a clear word where it may not install."""
+"""Set-up script: a second run does nothing, and packages that it may not install are a clear error."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def narrow(**settings: Any) -> CViT:
 
 ORDERS = {
     "timm first": "import timm, mrmae_ds",
-    # The models' own modules import timm, and asking where timm is must not use up the registration.
+    # The model modules import timm; locating timm (find_spec) must not consume the registration.
     "timm last": "import mrmae_ds, importlib.util; importlib.util.find_spec('timm'); import mrmae_ds.models.cvit, timm",
 }
 
@@ -174,7 +174,7 @@ def test_a_file_of_another_input_size_and_more_channels(tmp_path: Path) -> None:
     save_file(saved.state_dict(), path)
     model = pretrained(path, **NARROW, img_size=(48, 96), num_classes=10, in_chans=6)
     assert torch.equal(model.pos_embed, resize_pos_embed(saved.pos_embed, (4, 4), (3, 6)))
-    # timm repeats the colors' kernels and keeps their sum: an image given twice gives what the image gave.
+    # timm repeats the colors' kernels and keeps their sum, so an image repeated in six channels keeps its features.
     model.set_input_size(64)
     with torch.no_grad():
         model.pos_embed.copy_(saved.pos_embed)
@@ -246,7 +246,7 @@ def test_features_only(wanted: tuple[int, ...]) -> None:
     for features, stage in zip(found, stages, strict=True):
         assert torch.equal(features, expected[stage])
     sum(features.sum() for features in extractor(images)).backward()
-    assert all(p.grad is not None for p in extractor.parameters())  # what is not used is not there
+    assert all(p.grad is not None for p in extractor.parameters())  # unused modules are absent
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ ENGINE, RECIPE = Path("ds_configs/tiny.json"), Path("ds_configs/tiny.yaml")
 CPU = torch.device("cpu")
 CVIT = CViTSpec((16, 24, 32), (1, 1, 2), 4, patches=(2, 2, 1))
 VIT = ViTSpec(48, 2, 4, patch=8)
-# Statistics and image sizes of their own, neither those of the recipe.
+# Statistics and image sizes that differ from the recipe's.
 STATISTICS = {"cvit": ([0.4, 0.5, 0.6], [0.5, 0.4, 0.3]), "vit": ([0.2, 0.2, 0.3], [0.25, 0.5, 0.3])}
 SIZES = {"cvit": 32, "vit": 64}
 POOLS = {"cvit": "avg", "vit": "token"}
@@ -47,7 +47,7 @@ pytestmark = [pytest.mark.timeout(400), pytest.mark.multi_process]
 
 @dataclass(frozen=True)
 class Workspace:
-    """A folder with images and, in runs/NAME/finetune, two classifiers that know something."""
+    """A folder with images and, in runs/NAME/finetune, two classifiers better than chance."""
 
     folder: Path
 
@@ -135,7 +135,7 @@ def _accuracy(workspace: Workspace, probabilities: np.ndarray) -> dict[str, floa
 
 @pytest.fixture(scope="module")
 def expected(workspace: Workspace) -> dict[str, dict[str, float]]:
-    """By name, and of both together."""
+    """Accuracies of each model by name, and of the ensemble."""
     both = {name: _softmax(workspace, name) for name in ("cvit", "vit")}
     scores = {name: _accuracy(workspace, probabilities) for name, probabilities in both.items()}
     scores["both"] = _accuracy(workspace, (both["cvit"] + both["vit"]) / 2)
@@ -286,7 +286,7 @@ def test_evaluation_repeats_the_final_accuracy_of_fine_tuning(workspace: Workspa
     again, _ = evaluate(prepare_evaluation(replace(plain, ds_config=config), ALONE), CPU)
     assert again == {name: getattr(tuned, name) for name in ("top1", "top5", "loss", "eval_samples")}
     full, _ = evaluate(prepare_evaluation(plain, ALONE), CPU)
-    assert full["loss"] != again["loss"]  # by however little: rounding may cancel in a mean
+    assert full["loss"] != again["loss"]  # by any amount: rounding may cancel in a mean
 
 
 def test_bf16_weights_are_evaluated_as_they_were_trained(

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("alone")
 
 
 class LinearTask:
-    """Pulls the mean output of a linear layer to 1; not a number at the given (step, micro)."""
+    """Regression of a linear layer's mean output to 1; its loss is NaN at the given (step, micro-batch)."""
 
     def __init__(self, bad: set[tuple[int, int]] | None = None) -> None:
         torch.manual_seed(0)
@@ -128,7 +128,7 @@ def _run(
     return engine, loader, events  # type: ignore[return-value]
 
 
-# ---- the arithmetic of a stage
+# ---- schedule
 
 
 def test_steps_and_keys() -> None:
@@ -204,7 +204,7 @@ def test_logs_the_first_every_nth_and_the_last_step_of_an_epoch_once(log_every: 
 
 
 def test_saves_a_step_before_its_evaluation_and_log_line() -> None:
-    """So a checkpoint's steps are done and nothing else: an evaluation or a line that a kill cuts short comes again."""
+    """A checkpoint then holds its steps only; an interrupted evaluation or log line is repeated after a resume."""
     _, _, events = _run(LinearTask(), make_schedule(), log_every=100)
     assert [event for event in events.events if event[0] == "step_end"] == [("step_end", step) for step in range(1, 16)]
     others = [event for event in events.events if event[0] != "step_end"]
@@ -264,7 +264,7 @@ class Interrupted(Exception):
 
 
 class Ends(Events):
-    """Ends the process in a step's save, as a kill would, and remembers what the checkpoint would hold."""
+    """Interrupts training during a step's save, as a kill would, and keeps the state that the checkpoint would hold."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class Ends(Events):
 
 @pytest.mark.parametrize("start", [1, 4, 5, 7, 10, 14, 15])
 def test_resumed_run_equals_an_uninterrupted_one(start: int) -> None:
-    """Steps, rates, keys, lines, evaluations and weights: with those before the end they are the whole run's."""
+    """Steps, learning rates, keys, log lines, evaluations and weights of both parts equal those of the whole run."""
     whole, schedule = LinearTask(), make_schedule()
     _, _, clean = _run(whole, schedule)
     task, ends = LinearTask(), Ends(start)
@@ -306,11 +306,11 @@ def test_resumed_run_equals_an_uninterrupted_one(start: int) -> None:
     assert evaluated == [("epoch_end", step) for step in (5, 10, 15)]
 
 
-# ---- what is not finite
+# ---- non-finite steps
 
 
 def test_nonfinite_steps_are_skipped_counted_and_reported() -> None:
-    """One bad micro-batch makes its step a bad one; weights and the other losses are as if it had not been."""
+    """One non-finite micro-batch skips its whole step; weights and the other losses are those of a run without it."""
     _, _, clean = _run(LinearTask(), make_schedule())
     task = LinearTask(bad={(2, 0), (2, 1), (3, 1), (6, 0)})
     _, _, events = _run(task, make_schedule())
@@ -336,7 +336,7 @@ def test_a_skipped_step_changes_no_weight() -> None:
 
 
 def test_step_rejected_by_the_engine_counts_as_skipped() -> None:
-    """A gradient whose square overflows is finite for us and not for DeepSpeed, which says nothing."""
+    """A finite gradient whose square overflows is rejected by DeepSpeed without a message."""
     events = Events()
     context = _context(LinearTask(), events)
     engine: Any = context.engine
@@ -370,11 +370,11 @@ def test_count_of_consecutive_skips_survives_a_restart() -> None:
         _run(task, make_schedule(), TrainState(step=7, skipped=3, bad_in_row=3, meter=Meter(batches=0)), log_every=100)
 
 
-# ---- being asked to stop
+# ---- signals
 
 
 class Asks(Events):
-    """Receives a signal while a step is saved, which is between two steps."""
+    """Receives a signal while a step is saved, that is, between two steps."""
 
     def __init__(self, signals: StopSignals, at: int) -> None:
         super().__init__()

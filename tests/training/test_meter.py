@@ -59,7 +59,7 @@ def test_keeps_no_graph_and_accepts_any_dtype() -> None:
 
 
 def test_the_mean_is_over_the_batches_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ranks with the same losses, one batch of each not finite."""
+    """Two ranks with equal losses, one micro-batch of each non-finite."""
     monkeypatch.setattr("mrmae_ds.training.meter.sum_over_ranks", lambda values: 2 * values)
     means, _, bad = _meter((1.0, 10.0), (NAN, 0.0), (2.0, 20.0)).read(Launch(0, 0, 2, 2), 4)
     assert means == {"loss": pytest.approx(1.5), "part": pytest.approx(15.0)}
@@ -93,7 +93,7 @@ def test_restores_each_ranks_sums_bit_by_bit_on_the_same_number_of_ranks() -> No
 def test_restored_means_are_equal_on_another_number_of_ranks(
     world_size: int, micro_batch: int, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four micro-batches of four images on two ranks, read as another division of the same sixteen."""
+    """Four micro-batches of four images on two ranks, restored with another division of these sixteen images."""
     states = _states(_meter((1.0, 10.0), (2.0, 20.0)), _meter((6.0, 0.0), (3.0, 2.0)))
     launches = [Launch(rank, rank, world_size, world_size) for rank in range(world_size)]
     restored = [Meter.restored(states, launch, micro_batch, CPU) for launch in launches]

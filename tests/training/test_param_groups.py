@@ -26,7 +26,7 @@ BASE = ARCHITECTURES["cvit_base"]
 # Base with narrow layers: the same names, dimensions and depths.
 assert isinstance(BASE, CViTSpec)
 NARROW = replace(BASE, dims=(4, 8, 24))
-# (rate's scale, weight decay) of each parameter, in fine-tuning.
+# (lr scale, weight decay) of each parameter, in fine-tuning.
 EXPECTED_SETTINGS = {
     name: (pytest.approx(EXPECTED["scales"][layer], rel=1e-12), decay)
     for name, (layer, decay) in EXPECTED["finetune"].items()
@@ -35,7 +35,7 @@ PIXELS = Objective(target="pixels", tap="decoder", tokens="masked", normalize="s
 
 
 def _settings(model: nn.Module, groups: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """(rate's scale, weight decay) of each parameter by name; each is in one group only."""
+    """(lr scale, weight decay) of each parameter by name; each is in one group only."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     listed = [(names[id(p)], (group["lr_scale"], group["weight_decay"])) for group in groups for p in group["params"]]
     assert len({name for name, _ in listed}) == len(listed)
@@ -47,7 +47,7 @@ def _pretrain_model(spec: CViTSpec | ViTSpec, size: int, fusion: FusionSpec) -> 
 
 
 def _our_name(theirs: str) -> str:
-    """The name in our pre-training model of a parameter of the authors' model, which has no parts."""
+    """Name in this project's pre-training model of a parameter of the authors' model."""
     renamed = {
         "mask_token": "decoder.mask_token",
         "stage1_output_decode": "fusion.stage_convs.1",

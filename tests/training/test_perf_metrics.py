@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 
 class Gathers:
-    """In the place of the counter: bytes are set by hand."""
+    """Stand-in for the communication counter; the test sets its bytes."""
 
     def __init__(self) -> None:
         self.bytes, self.counting = 0, False
@@ -64,7 +64,7 @@ def test_peak_memory_includes_freed_memory(accountant: PerfMeter) -> None:
     before = peak_memory(CPU)
     held = torch.ones(before // 4 + 50 * 2**20 // 4)
     del held
-    # As many bytes again as were ever resident, and 50 MiB.
+    # As many bytes as the peak so far, and 50 MiB.
     assert peak_memory(CPU) > before + 40 * 2**20
     assert accountant.interval(1)["peak_memory_gib"] == pytest.approx(peak_memory(CPU) / GIB, rel=0.01)
 
@@ -85,7 +85,7 @@ def test_an_unknown_device_has_no_utilization(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Syncs(TorchDispatchMode):
-    """Notes every operation whose result the host has to wait for."""
+    """Records every operation that synchronizes the host with the device."""
 
     WAIT = ("aten._local_scalar_dense", "aten.nonzero", "aten.masked_select", "aten.is_nonzero", "aten.equal")
 
@@ -132,6 +132,6 @@ def test_pretraining_step_and_its_metrics_never_synchronize() -> None:
         losses["loss"].backward()
         meter.add(losses)
     assert syncs.found == []
-    with Syncs() as syncs:  # and it would have been seen
+    with Syncs() as syncs:  # positive control: a synchronization is detected
         float(losses["loss"].detach())
     assert syncs.found

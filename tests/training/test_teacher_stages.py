@@ -1,4 +1,4 @@
-"""Teachers exist in the stages that ask them, where the recipe wants their weights, and not longer than that."""
+"""Teachers exist only in stages that use them, in the recipe's placement, and are released afterwards."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_rejects_a_missing_manifest(tmp_path: Path) -> None:
 
 
 def test_rejects_a_changed_digit(tmp_path: Path) -> None:
-    """It is still JSON and still complete, but not what was written."""
+    """The file is still complete JSON, but differs from what was written."""
     path = written(tmp_path, 12) / "manifest.json"
     text = path.read_text()
     assert text.count('"step": 12') == 1

@@ -144,7 +144,7 @@ def test_reports_an_engine_that_loads_nothing(tmp_path: Path) -> None:
 
 def test_reports_files_that_disagree_on_the_number_of_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path, 5)
-    path = path.rename(path.with_name("step_000000006"))  # the fake engine believes the name
+    path = path.rename(path.with_name("step_000000006"))  # the fake engine reads the step from the name
     with pytest.raises(CollectiveError, match=r"disagree on the number of steps.*'the manifest': 5.*'DeepSpeed': 6"):
         load_checkpoint(FakeEngine(), path, ALONE, 4)
 

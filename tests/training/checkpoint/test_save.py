@@ -116,7 +116,7 @@ class Unwritable:
 
 
 def _fails(tmp_path: Path, engine: FakeEngine, pattern: str) -> None:
-    """A save after 10 steps fails, and leaves everything as it was before it."""
+    """A failed save after 10 steps changes nothing in the folder."""
     save(tmp_path, 5)
     before = _everything(tmp_path)
     with pytest.raises(
@@ -138,7 +138,7 @@ def test_reports_a_missing_shard(tmp_path: Path) -> None:
 
 
 def test_zero_0_has_no_optimizer_files(tmp_path: Path) -> None:
-    """DeepSpeed writes the optimizer into the model's file then."""
+    """At ZeRO stage 0 DeepSpeed writes the optimizer into the model's file."""
     save(tmp_path, 5, engine=FakeEngine({"mp_rank_00_model_states.pt": 1}, zero_stage=0))
     assert _names(tmp_path) == ["step_000000005"]
 
@@ -147,7 +147,7 @@ def test_zero_0_has_no_optimizer_files(tmp_path: Path) -> None:
 def test_reports_a_disk_that_fails_in_the_middle_of_a_file(
     number: int, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torch hides what a write raises behind an error of its own; the message names the cause."""
+    """torch replaces the error of a write by its own; the message names the cause."""
     plain = module._HashingFile.write
     writes: list[int] = []
 
@@ -187,7 +187,7 @@ def test_cleans_up_after_a_failed_commit(where: str, tmp_path: Path, monkeypatch
 
 
 def test_reports_a_lost_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raised by hand, because root may write anywhere."""
+    """The error is raised by the test, because root may write anywhere."""
     save(tmp_path, 5)
     plain: Callable[..., None] = Path.mkdir
 

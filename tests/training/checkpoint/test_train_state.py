@@ -1,4 +1,4 @@
-"""State of training on many ranks: what each reads, and what comes back on another number of ranks."""
+"""State of training on several ranks: the files each rank reads, and the state restored on other numbers of ranks."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def _load(rank: int, world_size: int, checkpoint: Path, out: Path) -> None:
-    """Load on one rank, and write down which files it read and what came of it."""
+    """Load on one rank; return the files read and the restored state."""
     read: list[str] = []
     plain = torch.load
 
     def load(file: Any, **options: Any) -> Any:
-        if isinstance(file, Path):  # not what a collective operation unpickles
+        if isinstance(file, Path):  # excluding what a collective operation unpickles
             read.append(file.name)
         return plain(file, **options)
 

@@ -122,7 +122,7 @@ def _equal(found: dict[str, Any], expected: dict[str, Any]) -> bool:
 
 
 def test_resumes_two_ranks_on_one_with_all_repairs(tmp_path: Path) -> None:
-    """Equal; and different if any of the repairs is left out."""
+    """The runs are equal, and differ if any of the repairs is left out."""
     run_in_group(_save, 2, 3, {}, tmp_path)
     run_in_group(_load, 1, 3, {"repairs": True}, tmp_path)
     expected, found = torch.load(tmp_path / "expected.pt"), torch.load(tmp_path / "found.pt")

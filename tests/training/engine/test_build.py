@@ -74,7 +74,7 @@ def _leaves(*classes: str) -> EngineConfig:
 
 def test_names_leaf_modules_that_do_not_exist() -> None:
     model = _model("decoder")
-    # A plain ViT has no ConvBlock, and the config of its size names it all the same.
+    # A plain ViT has no ConvBlock, but the engine config of its size names it.
     for classes in ((), ("Block", "ConvBlock"), ("timm.models.vision_transformer.Block",), ("Decoder",)):
         check_leaf_modules(model, _leaves(*classes))
     with pytest.raises(UserError, match=r"engine\.json: .*classes: the model has no Blok; its blocks are Block, Conv"):

@@ -31,12 +31,12 @@ def test_accepts_a_loss_of_every_parameter(watched: FakeEngine) -> None:
     for _ in range(3):
         watched.backward(watched.module.loss("first", "second"))
     gradient = watched.module.first.weight.grad
-    assert gradient is not None and gradient.tolist() == [[1.5, 1.5]]  # three halves: it went through to the engine
+    assert gradient is not None and gradient.tolist() == [[1.5, 1.5]]  # three halves: the loss was passed to the engine
 
 
 def test_names_a_parameter_without_gradient(watched: FakeEngine) -> None:
     watched.backward(watched.module.loss("first", "second"))
-    # Its gradient of the micro-batch before is still there; what counts is this one.
+    # Its gradient of the previous micro-batch still exists; only the current one counts.
     with pytest.raises(RuntimeError, match=r"no gradient reached second\.weight: .*freeze parameters that are"):
         watched.backward(watched.module.loss("first"))
     with pytest.raises(RuntimeError, match=r"no gradient reached first\.weight, second\.weight: "):

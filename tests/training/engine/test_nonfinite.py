@@ -43,7 +43,7 @@ BAD = ("loss", "gradient")
 
 @pytest.fixture(scope="module", autouse=True)
 def alone_with_deepspeed() -> Any:
-    """A process group of one, known to DeepSpeed too."""
+    """A process group of one rank, initialized for DeepSpeed too."""
     import torch.distributed as dist
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -58,7 +58,7 @@ def alone_with_deepspeed() -> Any:
 
 
 class Model(nn.Module):
-    """Two layers; the gradient is made NaN on demand, without the loss telling."""
+    """Two layers; on demand the gradient is NaN although the loss is finite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def _weights(engine: deepspeed.DeepSpeedEngine) -> list[Tensor]:
 
 
 def _step(engine: deepspeed.DeepSpeedEngine, number: int, bad: str = "", guarded: bool = True) -> Any:
-    """One step of two micro-batches, bad in its first; what was agreed on."""
+    """Run one step of two micro-batches, the first non-finite if ``bad`` names a value; return the reduced status."""
     step_sync = StepSync()
     step_sync.begin()
     for index in range(2):
@@ -119,7 +119,7 @@ def _step(engine: deepspeed.DeepSpeedEngine, number: int, bad: str = "", guarded
 
 
 def _run(case: str, bad_at: dict[int, str], leave_out: bool = False) -> list[Tensor]:
-    """The weights after four steps, some of them bad, or left out as if they had never been."""
+    """Return the weights after four steps, of which some are non-finite or left out."""
     engine = _engine(*CASES[case])
     for number in range(4):
         bad = bad_at.get(number, "")
@@ -137,7 +137,7 @@ def _run(case: str, bad_at: dict[int, str], leave_out: bool = False) -> list[Ten
 
 @pytest.mark.parametrize("case", CASES)
 def test_skipped_step_changes_no_state(case: str) -> None:
-    """Weights, optimizer states and gradients after it are those of a run in which it never was."""
+    """Weights, optimizer states and gradients equal those of a run without the skipped step."""
     bad_at = {1: "loss", 2: "gradient"}
     skipped, never = _run(case, bad_at), _run(case, bad_at, leave_out=True)
     assert all(torch.equal(a, b) for a, b in zip(skipped, never, strict=True))
@@ -145,7 +145,7 @@ def test_skipped_step_changes_no_state(case: str) -> None:
 
 @pytest.mark.parametrize(("case", "bad"), [("0", "gradient"), ("2-bf16-unchecked", "gradient"), ("3", "loss")])
 def test_unguarded_nonfinite_step_changes_the_weights(case: str, bad: str) -> None:
-    """DeepSpeed alone takes these steps: the guard is needed."""
+    """DeepSpeed alone applies these steps, so the guard is necessary."""
     engine = _engine(*CASES[case])
     _step(engine, 0)
     before = _weights(engine)

@@ -25,7 +25,7 @@ def test_evaluation_counts_each_image_once() -> None:
     batches = [make_batch(4, side=4, seed=i, valid=marks) for i, marks in enumerate(valid)]
     outputs = [torch.randn(4, 10, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     outputs[2][2:] = 0.0
-    # The two repeats are certain, one right and one wrong: they would be seen in both numbers.
+    # The two repeats are confident, one correct and one wrong: counting them would change both numbers.
     right, wrong = int(batches[2].labels[2]), (int(batches[2].labels[3]) + 1) % 10
     outputs[2][2, right] = outputs[2][3, wrong] = 50.0
     by_image = {batch.images.data_ptr(): output for batch, output in zip(batches, outputs, strict=True)}

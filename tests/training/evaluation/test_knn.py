@@ -1,4 +1,4 @@
-"""Nearest neighbors' votes, by plain loops in float64, and each image once however many processes look."""
+"""Nearest-neighbor votes against plain loops in float64; each image counts once on any number of ranks."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_votes_are_those_of_a_plain_loop(k: int, temperature: float) -> None:
 
 @pytest.mark.parametrize("arch", ["cvit_tiny", "vit_tiny"])
 def test_features_are_the_mean_of_all_patches(arch: str) -> None:
-    """Those of the classifier that fine-tuning and probing build from the same weights."""
+    """The features equal those of the classifier that fine-tuning and probing build from the same weights."""
     torch.manual_seed(0)
     bare = build_encoder(encoder_spec(arch), 32)
     classifier = build_encoder(encoder_spec(arch), 32, 10)

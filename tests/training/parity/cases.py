@@ -90,7 +90,7 @@ class Case:
 
     @property
     def reference(self) -> str:
-        """Name of the plain run that it must equal.
+        """Name of the plain run that the case must equal.
 
         In pre-training a step's results do not depend on its division into micro-batches, except for the rounding of
         bfloat16; in fine-tuning the random draws do.
@@ -199,7 +199,7 @@ class Difference:
     """Largest differences between an engine and the plain process.
 
     Attributes:
-        loss: relative. norm: of the gradient, relative; 0 where the engine does not tell it.
+        loss: relative. norm: of the gradient, relative; 0 where the engine does not report it.
         weights: absolute, at the end. Left out is the bias of the keys: softmax does not feel it, so its true gradient
             is 0, and Adam makes whole steps of the rounding noise.
     """
@@ -213,7 +213,7 @@ class Difference:
         return self.loss <= bound.loss and self.norm <= bound.norm and self.weights <= bound.weights
 
 
-# bfloat16 has 8 bits; what is left of them after twenty steps was measured at a fifth of these bounds.
+# bfloat16 has 8 significant bits; the differences measured after twenty steps are a fifth of these bounds.
 TOLERANCE: dict[Precision, Difference] = {
     "fp32": Difference(loss=1e-6, norm=1e-6, weights=1e-6),
     "autocast": Difference(loss=1e-3, norm=5e-3, weights=5e-3),

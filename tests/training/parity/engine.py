@@ -27,7 +27,7 @@ from tests.training.parity.job import prepare
 
 
 class _Recorder(Callback):
-    """Keeps what is logged."""
+    """Callback that keeps the logged metrics."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []

@@ -55,7 +55,7 @@ class OwnTeacher(Teacher):
 
 
 class Spy(nn.Module):
-    """In the place of the engine: keeps what it is given."""
+    """Stand-in for the engine: keeps its arguments."""
 
     def __init__(self, logits: Tensor | None = None) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ def _mimic(mode: str) -> PretrainConfig:
 
 
 def _stir() -> None:
-    """Every global generator somewhere else than before."""
+    """Change the state of every global generator."""
     torch.rand(7)
     np.random.rand(3)
     random.random()
@@ -166,7 +166,7 @@ def test_pretraining_losses_are_a_function_of_the_key() -> None:
 
 
 def test_drop_path_differs_between_ranks() -> None:
-    """The same images with the same masks on two ranks: what is left is the model's own randomness."""
+    """Images and masks are equal on both ranks, so only the model's own randomness can differ."""
     task = _pretrain_task(pretrain_config(), None, drop_path=0.9)
     task.model.train()
     batch, losses = make_batch(4), []

@@ -1,4 +1,4 @@
-"""Linear probing: LARS by its formula, the whole stage by one plain loop, and what comes out of it."""
+"""Linear probing: LARS against its formula, the stage against a plain loop, and its outputs."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ pytestmark = pytest.mark.multi_process
 
 ENGINE = Path("ds_configs/tiny.json")
 TRAIN, VAL, EPOCHS, BATCH, RATE, DECAY = 96, 90, 4, 32, 3.0, 1e-3
-VOTERS = 37  # of the training images, for the look at the features
+VOTERS = 37  # of the training images, for the nearest-neighbor evaluation
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 DATA = DataConfig(train=Path("t"), val=Path("v"), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def lars_step(weight: Tensor, grad: Tensor, velocity: Tensor, rate: float, decay: float, adapt: bool) -> None:
-    """MAE's LARS: a weight's update has a thousandth of its length times the rate; a bias is plain momentum."""
+    """MAE's LARS: the norm of a weight's update is lr / 1000 times the weight's; a bias uses plain momentum."""
     update = grad + decay * weight
     if adapt:
         trust = 0.001 * weight.norm() / (grad.norm() + decay * weight.norm())
@@ -50,7 +50,7 @@ def lars_step(weight: Tensor, grad: Tensor, velocity: Tensor, rate: float, decay
 
 
 class PlainProbe:
-    """A probe in float64, of torch's own functions and the formulas above."""
+    """Probe in float64, from torch functions and the formulas above."""
 
     def __init__(self, weight: Tensor, bias: Tensor, decay: float) -> None:
         self.weight, self.bias = weight.double().clone(), bias.double().clone()
