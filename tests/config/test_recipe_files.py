@@ -1,4 +1,4 @@
-"""Every recipe of ds_configs: its header is true, it says only what differs, it can be built, it is the paper's."""
+"""Recipes of ds_configs: headers are correct, overlays are minimal, models can be built, values are the paper's."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def test_the_numbers_in_a_header_are_the_papers(file: Path) -> None:
 
 
 def test_every_number_of_the_tables_has_its_recipe() -> None:
-    """All of Tables 3 to 6, and of Table 1 what is ours to run."""
+    """All rows of Tables 3 to 6, and the rows of Table 1 that this project can train."""
     quoted: dict[tuple[int, str], list[str]] = {}
     for file in OF_PAPER:
         recipe = loaded(file)

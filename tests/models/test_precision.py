@@ -44,7 +44,7 @@ def build(spec: EncoderSpec) -> PretrainModel:
 
 
 def losses(model: PretrainModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Of one batch; ``dtype`` of images and teacher features."""
+    """Losses of one batch; ``dtype`` is that of images and teacher features."""
     images = random_images(4, 64, seed=2).bfloat16().to(dtype)
     target = torch.randn(4, 16, 24, generator=torch.Generator().manual_seed(3)).bfloat16().to(dtype)
     visible = choose_visible(random_noise(4, 16, seed=4), (4, 4), 0.25)

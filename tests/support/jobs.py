@@ -36,7 +36,7 @@ def finetune_config(**changes: Any) -> FinetuneConfig:
 
 
 def make_schedule(stage: StageConfig | None = None, launch: Launch = ALONE, **changes: Any) -> StageSchedule:
-    """Five steps an epoch of two micro-batches of four images, three epochs."""
+    """Return a schedule of three epochs of five steps, each of two micro-batches of four images."""
     values = {"seed": 3, "steps_per_epoch": 5, "accumulation": 2, "micro_batch": 4, **changes}
     return StageSchedule(stage=stage or finetune_config(), launch=launch, **values)
 
@@ -53,7 +53,7 @@ def make_batch(size: int, side: int = 32, classes: int = 10, seed: int = 0, vali
 
 
 class FakeLoader:
-    """Gives the same number of batches every epoch; remembers where it was asked to begin."""
+    """Loader of the same batches in every epoch; records the requested start positions."""
 
     def __init__(self, batches: list[Batch], num_samples: int | None = None) -> None:
         self.batches = batches

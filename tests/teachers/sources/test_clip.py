@@ -323,7 +323,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
 
 def test_file_without_gelu_evidence_needs_the_recipe_key(tmp_path: Path) -> None:
     save_model(tmp_path / "clip.pt")
-    for source in ("mrmae-test", "mrmae-test-quickgelu"):  # the name does not count
+    for source in ("mrmae-test", "mrmae-test-quickgelu"):  # the name has no effect
         with pytest.raises(UserError, match=r"teachers.clip.quickgelu: .*clip.pt does not record the GELU"):
             build(tmp_path / "clip.pt", source)
         assert gelus(build(tmp_path / "clip.pt", source, quickgelu=True)) == {QuickGELU}
