@@ -17,6 +17,7 @@ from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher
+from mrmae_ds.teachers.base import TeacherSpec
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.finetune import FinetuneTask
 from mrmae_ds.training.tasks.pretrain import PretrainTask
@@ -43,8 +44,9 @@ class OwnTeacher(Teacher):
     """Tokens are the mean colors of 4x4 cells; the importance is given, one row for all images."""
 
     def __init__(self, importance: Tensor) -> None:
-        settings = {"mean": TEACHER_MEAN, "std": TEACHER_STD, "dtype": torch.float32, "sha256": "0"}
-        super().__init__(nn.Identity(), grid=(8, 8), width=3, image_size=32, **settings)
+        statistics = {"mean": TEACHER_MEAN, "std": TEACHER_STD}
+        spec = TeacherSpec(grid=(8, 8), width=3, image_size=32, dtype=torch.float32, sha256="0", **statistics)
+        super().__init__(nn.Identity(), spec)
         self.importance = importance
         self.seen: Tensor
 
