@@ -300,9 +300,10 @@ def test_mrmae_train_exits_with_status_of_train(tmp_path: Path) -> None:
     assert finished.stderr.startswith("error: ") and "nowhere.json" in finished.stderr
 
 
-@pytest.mark.parametrize(
-    "script", ["train.py", "data/fashion_mnist.py", "data/folder.py", "data/imagenet.py", "slurm/restarts.py"]
-)
+SCRIPTS = ["train.py", "slurm/restarts.py", *(f"data/{path.name}" for path in (REPOSITORY / "data").glob("*.py"))]
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS))
 def test_scripts_run_in_any_directory(script: str, tmp_path: Path) -> None:
     finished = run([sys.executable, REPOSITORY / script, "--help"], LIMIT_S, cwd=tmp_path)
     assert finished.status == 0 and "usage: " in finished.stdout, finished.stderr
