@@ -10,10 +10,9 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
-from mrmae_ds.profiling.flops import recipe_cost
+from mrmae_ds.profiling.flops import COUNTED_STAGES, recipe_cost
 from mrmae_ds.units import PETA, SECONDS_PER_HOUR, TERA, significant
 
-COUNTED_STAGES = ("pretrain", "finetune")
 _COLUMNS = ("job", "state", "waits for", "nodes", "PFLOP", "GPU-hours")
 _RIGHT_ALIGNED = {"nodes", "PFLOP", "GPU-hours"}
 
@@ -26,11 +25,10 @@ def stage_flops(job: PipelineJob) -> float | None:
     """
     if job.stage not in COUNTED_STAGES:
         return None
-    stages = job.recipe.stages.model_copy(update={name: None for name in COUNTED_STAGES if name != job.stage})
-    recipe = job.recipe.model_copy(update={"stages": stages})
     images, classes = training_set(job) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
     try:
-        (cost,) = recipe_cost(recipe, load_engine_config(job.config).checkpointing, classes)
+        checkpointing = load_engine_config(job.config).checkpointing
+        (cost,) = recipe_cost(job.recipe, checkpointing, classes, only=job.stage)
     except UserError:
         return None
     return float(cost.total(images))

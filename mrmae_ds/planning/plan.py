@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mrmae_ds.config.engine import accumulation_steps, check_ranks, default_recipe, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
-from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
@@ -19,11 +18,9 @@ from mrmae_ds.planning.estimates.step import estimate_step
 from mrmae_ds.planning.fake_step import build_meta_task
 from mrmae_ds.planning.render import stage_lines
 from mrmae_ds.planning.stage import count_stage
-from mrmae_ds.profiling.flops import recipe_cost
+from mrmae_ds.profiling.flops import COUNTED_STAGES, recipe_cost
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
 from mrmae_ds.units import TERA
-
-STAGES: tuple[TrainStageName, ...] = ("pretrain", "finetune")
 
 
 @dataclass(frozen=True)
@@ -82,7 +79,7 @@ def describe_plan(request: PlanRequest) -> str:
         config = replace(config, micro_batch=request.micro_batch, declared_accumulation=None)
     check_ranks(config, cluster.gpus, cluster.gpus_in_node)
     lines = [f"{path} with {request.ds_config} on {_hardware(cluster)}"]
-    stages = [name for name in STAGES if getattr(recipe.stages, name)]
+    stages = [name for name in COUNTED_STAGES if getattr(recipe.stages, name)]
     for name in stages:
         accumulation_steps(config, getattr(recipe.stages, name).batch_size, cluster.gpus, str(path))
     # Building the tasks reports their errors before the first is traced.
@@ -135,8 +132,8 @@ def _select_stage(recipe: Recipe, stage: str | None) -> Recipe:
     if stage is None:
         return recipe
     recipe.stage(stage)  # type: ignore[call-overload]
-    other = {"pretrain": "finetune", "finetune": "pretrain"}[stage]
-    return recipe.model_copy(update={"stages": recipe.stages.model_copy(update={other: None})})
+    others: dict[str, None] = {name: None for name in COUNTED_STAGES if name != stage}
+    return recipe.model_copy(update={"stages": recipe.stages.model_copy(update=others)})
 
 
 def _check_numbers(request: PlanRequest) -> None:

@@ -29,6 +29,9 @@ from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.teachers import build_meta_teacher
 
+# Stages that :func:`recipe_cost` counts.
+COUNTED_STAGES: tuple[TrainStageName, ...] = ("pretrain", "finetune")
+
 
 @dataclass(frozen=True)
 class Flops:
@@ -79,6 +82,7 @@ def recipe_cost(
     checkpointing: CheckpointPlan,
     num_classes: int = IMAGENET_CLASSES,
     teacher_builder: TeacherBuilder = build_meta_teacher,
+    only: TrainStageName | None = None,
 ) -> list[StageFlops]:
     """Count the FLOPs of the recipe's training stages, in order.
 
@@ -87,17 +91,18 @@ def recipe_cost(
         checkpointing: the engine config's activation checkpointing.
         num_classes: number of classes of the data set.
         teacher_builder: builds teachers on the meta device.
+        only: the only stage to count; None counts all of :data:`COUNTED_STAGES`.
 
     Raises:
-        UserError: if the recipe has no training stage, or as :func:`~mrmae_ds.factory.build_pretraining`.
+        UserError: if the recipe has no such stage, or as :func:`~mrmae_ds.factory.build_pretraining`.
     """
     costs = []
-    if stage := recipe.stages.pretrain:
+    if (stage := recipe.stages.pretrain) and only in (None, "pretrain"):
         costs.append(StageFlops("pretrain", stage.epochs, _pretrain(recipe, stage, checkpointing, teacher_builder)))
-    if tuning := recipe.stages.finetune:
+    if (tuning := recipe.stages.finetune) and only in (None, "finetune"):
         costs.append(StageFlops("finetune", tuning.epochs, _finetune(recipe, tuning, checkpointing, num_classes)))
     if not costs:
-        raise UserError(f"recipe {recipe.name} has no training stage, so there is nothing to count")
+        raise UserError(f"recipe {recipe.name} has no {only or 'training'} stage that can be counted")
     return costs
 
 

@@ -15,13 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.masking import choose_visible
-from mrmae_ds.profiling.flops import Flops, StageFlops, count_training, flop_counter, recipe_cost
+from mrmae_ds.profiling.flops import COUNTED_STAGES, Flops, StageFlops, count_training, flop_counter, recipe_cost
 from mrmae_ds.profiling.flops_report import cost_line, gpu_hours
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -192,8 +193,21 @@ def test_totals_and_hours() -> None:
 
 
 def test_recipe_without_training_stage_is_refused() -> None:
-    with pytest.raises(UserError, match="small has no training stage"):
+    with pytest.raises(UserError, match="small has no training stage that can be counted"):
         cost("small", "stages.pretrain=null", "stages.finetune=null")
+
+
+@pytest.mark.parametrize("only", COUNTED_STAGES)
+def test_counts_one_stage_alone(only: TrainStageName) -> None:
+    recipe = load_recipe(CONFIGS / "baselines/mae_tiny.yaml")
+    (alone,) = recipe_cost(recipe, NONE, 10, only=only)
+    assert alone == next(cost for cost in recipe_cost(recipe, NONE, 10) if cost.stage == only)
+
+
+def test_stage_that_is_not_counted_is_refused() -> None:
+    recipe = load_recipe(CONFIGS / "baselines/mae_tiny.yaml")
+    with pytest.raises(UserError, match="has no probe stage that can be counted"):
+        recipe_cost(recipe, NONE, 10, only="probe")
 
 
 def test_teacher_grid_mismatch_is_refused() -> None:

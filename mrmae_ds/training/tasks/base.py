@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -288,9 +288,7 @@ class Task(ABC, Generic[ConfigT]):
         Raises:
             UserError: if a teacher cannot be built.
         """
-        none: dict[str, Any] = {"pretrain": None, "finetune": None}
-        stages = recipe.stages.model_copy(update=none | {self.stage_name: self.config})
-        (cost,) = recipe_cost(recipe.model_copy(update={"stages": stages}), checkpointing, num_classes)
+        (cost,) = recipe_cost(recipe, checkpointing, num_classes, only=self.stage_name)
         forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
         again = sum(part.recomputed for part in cost.parts.values())
         return Operations(training=cost.per_image, recomputed=again, forward=forward)
