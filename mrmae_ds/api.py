@@ -75,7 +75,7 @@ class MRMAE(nn.Module):
     the recipe's statistics for the student, each teacher's own for the teacher.
 
     ``parameters()`` and ``state_dict()`` are those of the student. The teachers are frozen, stay in eval mode, and are
-    moved by ``to``.
+    moved by ``to``, in their own precision.
 
     Example::
 
@@ -238,15 +238,22 @@ class MRMAE(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MRMAE:
-        """Apply a function to all tensors, as ``to`` does, also to those of the teachers."""
+        """Apply a function to all tensors, as ``to`` does; the teachers change device, but keep their precision."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
         super()._apply(fn, recurse)
         for teacher in self.teachers.values():
-            teacher._apply(fn, recurse)
+            teacher._apply(move, recurse)
         return self
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Check images and return their pixels in 0 to 1, float32 [B, 3, S, S]."""
         size = self.image_size
+        if not isinstance(images, Tensor):
+            raise UserError(f"images are a {type(images).__name__}, expected a tensor [B, 3, {size}, {size}]")
         if images.dim() != 4 or images.shape[1:] != (3, size, size):
             raise UserError(f"images have shape {list(images.shape)}, expected [B, 3, {size}, {size}]")
         if images.dtype == torch.uint8:
@@ -279,6 +286,8 @@ class MRMAE(nn.Module):
         noise: Tensor | None,
         generator: torch.Generator | None,
     ) -> VisibleSet:
+        if not len(pixels):
+            raise UserError("no images: a batch to mask needs at least one")
         grid, masking = self.student.encoder.grid, self.config.masking
         importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
         if noise is None:

@@ -224,6 +224,23 @@ def test_errors(folder: Path, recipe: Recipe, images: Tensor, tmp_path: Path) ->
         MRMAE.from_recipe(tmp_path / "recipe.yaml", ["stages.pretrain=null"])
 
 
+def test_a_teacher_keeps_its_precision(recipe: Recipe, images: Tensor) -> None:
+    model = MRMAE.from_recipe(recipe)
+    before = {name: teacher(images.float() / 255).tokens for name, teacher in model.teachers.items()}
+    losses = model.to(torch.bfloat16)(images)
+    assert before and torch.isfinite(losses["loss"])
+    for name, teacher in model.teachers.items():
+        assert torch.equal(teacher(images.float() / 255).tokens, before[name])
+
+
+def test_no_images_and_no_tensor_are_refused(recipe: Recipe, images: Tensor) -> None:
+    model = MRMAE.from_recipe(recipe)
+    with pytest.raises(UserError, match="no images"):
+        model(images[:0])
+    with pytest.raises(UserError, match="a ndarray, expected a tensor"):
+        model(images.numpy())
+
+
 def test_public_names_are_imported_on_access() -> None:
     code = "import sys, mrmae_ds; print('torch' in sys.modules, [getattr(mrmae_ds, name) for name in mrmae_ds.__all__])"
     finished = run([sys.executable, "-c", code], 120)
