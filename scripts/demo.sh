@@ -4,6 +4,7 @@
 #   scripts/demo.sh                    Fashion-MNIST
 #   scripts/demo.sh --data FOLDER      your own ImageFolder tree; runs go to runs/demo_FOLDER
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")/.."
 PATH=$PWD/.venv/bin:$PATH
 
@@ -14,6 +15,8 @@ while [ $# -gt 0 ]; do
         *) echo "usage: scripts/demo.sh [--data FOLDER]" >&2; exit 2 ;;
     esac
 done
+
+case $data in "" | /*) ;; *) data=$caller/$data ;; esac  # relative to where the script was called
 
 gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
 if [ "$gpus" = 0 ]; then
