@@ -26,7 +26,7 @@ def test_ratios_are_within_a_round_and_their_median_counts() -> None:
 
 
 def test_other_targets_are_an_error_and_not_a_time() -> None:
-    with pytest.raises(RuntimeError, match="step: other targets"):
+    with pytest.raises(RuntimeError, match="step: targets differ"):
         teacher_placement.summary({"device": [_round(1.0)], "step": [_round(1.0, total=1.5000001)]})
 
 
