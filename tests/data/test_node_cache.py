@@ -118,6 +118,7 @@ def test_copy_equals_the_file_and_its_sidecar(
 def test_copy_is_reused(beton: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = cache_beton(beton, tmp_path / "disk")
     before = path.stat()
+    caplog.clear()  # the level may be INFO already, set by an earlier test's command
     with caplog.at_level(logging.INFO, "mrmae_ds"):
         assert cache_beton(beton, tmp_path / "disk") == path
     assert caplog.messages == []
