@@ -29,7 +29,7 @@ def _module(rank: int) -> nn.Module:
 def _state(rank: int) -> TrainState:
     """State of a rank, with losses and random state of its own."""
     torch.manual_seed(rank)
-    meter = Meter(waited=float(rank))
+    meter = Meter(data_wait_s=float(rank))
     meter.add({"loss": torch.tensor(0.1 + rank), "part": torch.tensor(3.0 * rank)})
     meter.add({"loss": torch.tensor(float("nan")), "part": torch.tensor(1.0)})
     return TrainState(step=12, skipped=2, bad_in_row=1, grad_norm=0.5, meter=meter)
