@@ -1,0 +1,63 @@
+"""Base class of callbacks that record a window of steps into a file."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from pathlib import Path
+
+from mrmae_ds.training.callbacks.base import Callback, TrainContext
+from mrmae_ds.training.step_sync import StepStatus
+
+logger = logging.getLogger(__name__)
+
+
+class WindowCallback(Callback, ABC):
+    """Records from one step on, for a number of steps. What a failure cuts short is written up to there.
+
+    A run that resumes after the start of the window records nothing.
+
+    Args:
+        start_step: steps completed when the window opens.
+        num_steps: steps in the window.
+        path: file to write.
+    """
+
+    content: str  # of the file, for the log
+    enabled = True  # False records nothing
+
+    def __init__(self, start_step: int, num_steps: int, path: Path) -> None:
+        self.start_step, self.num_steps, self.path = start_step, num_steps, path
+        self.recording = False
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start recording."""
+
+    @abstractmethod
+    def write(self) -> None:
+        """Stop recording and write the file, whose folder exists."""
+
+    def on_train_start(self, context: TrainContext) -> None:
+        """Start recording if the window opens here."""
+        self._start_if_due(context.state.step)
+
+    def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
+        """Start or stop recording at the ends of the window."""
+        step = context.state.step
+        if step == self.start_step + self.num_steps:
+            self.close()
+        self._start_if_due(step)
+
+    def close(self) -> None:
+        """Stop recording and write the steps so far."""
+        if self.recording:
+            self.recording = False
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.write()
+            logger.info("%s: %s", self.content, self.path)
+
+    def _start_if_due(self, step: int) -> None:
+        if self.enabled and step == self.start_step:
+            self.recording = True
+            self.start()
