@@ -110,10 +110,7 @@ def _prepare(args: TrainArgs, launch: Launch) -> Callable[[], None]:
         from mrmae_ds.training.evaluate import prepare_evaluation, run_evaluation
 
         return partial(run_evaluation, prepare_evaluation(args, launch))
-    from mrmae_ds.training.callbacks.build import check_optional_callbacks
     from mrmae_ds.training.job import prepare_stage
     from mrmae_ds.training.run import dry_run, run_stage
 
-    job = prepare_stage(args, launch)
-    check_optional_callbacks(job.recipe)
-    return partial(dry_run if args.dry_run else run_stage, job)
+    return partial(dry_run if args.dry_run else run_stage, prepare_stage(args, launch))

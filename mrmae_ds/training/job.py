@@ -25,6 +25,7 @@ from mrmae_ds.data.loaders.sampler import steps_per_epoch
 from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
+from mrmae_ds.training.callbacks.build import check_optional_callbacks
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import RunStart, decide_start
 from mrmae_ds.training.schedule import StageSchedule
@@ -148,6 +149,7 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
             size that the patches do not tile, a teacher that does not fit, missing weights, a full disk.
     """
     recipe, engine_config = load_configs(args)
+    check_optional_callbacks(recipe)
     stage_name = cast(TrainStageName, args.stage)
     stage = recipe.stage(stage_name)
     for backend in {recipe.data.backend, recipe.data.val_backend}:

@@ -105,3 +105,12 @@ def test_the_class_token_can_be_finetuned(data: tuple[str, str], tmp_path: Path,
     assert "missing 2 (head.weight, head.bias)" in job.task.init_report
     with pytest.raises(UserError, match=r"stages\.finetune\.init: .*model.safetensors: its encoder differs.*depth"):
         _prepare(data, tmp_path, "finetune", *options, "model.overrides={depth: 2}")
+
+
+def test_missing_wandb_package_is_reported_before_data_and_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mrmae_ds.training.callbacks.wandb.find_spec", lambda name: None)
+    absent = ("data.train=absent.beton", "data.val=absent.beton")
+    with pytest.raises(UserError, match="wandb: the package is not installed"):
+        _prepare(absent, tmp_path, "pretrain", "wandb={project: p}")
