@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from mrmae_ds import MRMAE
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.figures import style
+from mrmae_ds.figures.plots import scale_maps
 from mrmae_ds.figures.select_images import select_images
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -55,8 +56,8 @@ def draw_images(panel: SubFigure, run: Path) -> None:
 
 def _heat(maps: Tensor, size: int) -> Tensor:
     """Scale maps [B, h, w] to [0, 1] each and enlarge them to [B, size, size]."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return F.interpolate(((maps - low) / (high - low)).float()[:, None], size=(size, size), mode="bilinear")[:, 0]
+    scaled = torch.from_numpy(scale_maps(maps.numpy()))
+    return F.interpolate(scaled[:, None], size=(size, size), mode="bilinear")[:, 0]
 
 
 def draw_table(panel: SubFigure) -> None:

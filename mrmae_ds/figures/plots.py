@@ -89,7 +89,7 @@ def attention_rows(images: Images, maps: Mapping[str, Images], visible: Images |
     grid = [GridRow("Image", array)]
     gray = np.repeat(array.mean(axis=1, keepdims=True), 3, axis=1)
     for label, heat in maps.items():
-        grid.append(GridRow(label, gray, heat=_scaled(_maps(heat, len(array), label))))
+        grid.append(GridRow(label, gray, heat=scale_maps(_maps(heat, len(array), label))))
     if visible is not None:
         kept = _maps(visible, len(array), "visible") > 0.5
         share = 100 * kept.mean()
@@ -215,7 +215,7 @@ def _maps(values: Images, count: int, name: str) -> np.ndarray:
     return array
 
 
-def _scaled(maps: np.ndarray) -> np.ndarray:
+def scale_maps(maps: np.ndarray) -> np.ndarray:
     """Stretch each map [N, h, w] to [0, 1]; a constant one becomes 0."""
     low, high = maps.min(axis=(1, 2), keepdims=True), maps.max(axis=(1, 2), keepdims=True)
     return (maps - low) / np.where(high > low, high - low, 1)

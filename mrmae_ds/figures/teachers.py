@@ -23,7 +23,7 @@ from mrmae_ds.teachers import Teacher, build_teacher
 
 logger = logging.getLogger(__name__)
 
-_CHUNK = 8  # images per forward pass, to limit memory
+CHUNK = 8  # images per forward pass, to limit memory
 
 
 def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
@@ -76,7 +76,7 @@ def draw_teachers(
         logger.info(selection.note)
     size = recipe.model.image_size
     pixels = selection.crop(size, size)
-    importance = {name: _importance(teacher, pixels) for name, teacher in teachers.items()}
+    importance = {name: importance_of(teacher, pixels) for name, teacher in teachers.items()}
     grid = next(iter(teachers.values())).grid
     visible, legend = _sample_mask(recipe, importance, grid, len(pixels), seed)
     attention_grid(
@@ -98,9 +98,9 @@ def short_source(source: str) -> str:
     return "/".join(source.rstrip("/").split("/")[-2:])
 
 
-def _importance(teacher: Teacher, pixels: Tensor) -> Tensor:
+def importance_of(teacher: Teacher, pixels: Tensor) -> Tensor:
     """Return importance [N, L] for pixels [N, 3, S, S] in [0, 1]."""
-    return torch.cat([teacher(part).importance for part in pixels.split(_CHUNK)])
+    return torch.cat([teacher(part).importance for part in pixels.split(CHUNK)])
 
 
 def _sample_mask(

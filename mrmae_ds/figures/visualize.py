@@ -17,7 +17,7 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalize, reconstruction_grid
 from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
-from mrmae_ds.figures.teachers import short_source
+from mrmae_ds.figures.teachers import CHUNK, importance_of, short_source
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import Reconstruction, reconstruct
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 IMAGES = "images"
 COMPARED = "compared"
 _TEACHER = "Teacher "
-_CHUNK = 8  # images per forward pass, to limit memory
 _MODES = {
     "random": "at random",
     "sample": "in proportion to the importance that {} gives them",
@@ -153,7 +152,7 @@ def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: 
         except UserError as error:
             logger.warning("drawn without teacher %s, which can no longer be loaded: %s", name, error)
             continue
-        scores = torch.cat([teacher(part).importance for part in pixels.split(_CHUNK)])
+        scores = importance_of(teacher, pixels)
         maps.add(f"{_TEACHER}{name}\n{short_source(config.source)}", scores, grid, teacher.details["importance"])
         if name == stage.masking.teacher:
             importance = scores
@@ -178,7 +177,7 @@ def _add_student(
     model = run.load()
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     images = (pixels - torch.tensor(run.mean).view(1, 3, 1, 1)) / torch.tensor(run.std).view(1, 3, 1, 1)
-    importance = torch.cat([encoder_attention(encoder, part)[1] for part in images.split(_CHUNK)])
+    importance = torch.cat([encoder_attention(encoder, part)[1] for part in images.split(CHUNK)])
     maps.add(label, importance, encoder.grid, describe_importance(encoder.num_prefix_tokens > 0))
     if not isinstance(model, PretrainModel) or mask is None:
         return None
