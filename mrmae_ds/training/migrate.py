@@ -49,7 +49,7 @@ def migrate(paths: Iterable[Path], dry_run: bool = False) -> tuple[list[str], li
     """
     files = list(_files(paths))
     hashes: dict[str, str] = {}
-    texts: dict[Path, str] = {}
+    texts: dict[Path, tuple[str, str]] = {}
     problems = []
     for path in files:
         if path.name == RECORD_FILE and (path.parent / RECIPE_FILE).is_file():
@@ -59,12 +59,13 @@ def migrate(paths: Iterable[Path], dry_run: bool = False) -> tuple[list[str], li
                 problems.append(str(error))
     for path in files:
         try:
-            texts[path] = _rewritten(path, _text(path), hashes)
+            text = _text(path)
+            texts[path] = text, _rewritten(path, text, hashes)
         except UserError as error:
             problems.append(str(error))
     done = []
-    for path, text in texts.items():
-        if text != _text(path):
+    for path, (before, text) in texts.items():
+        if text != before:
             try:
                 if not dry_run:
                     write_text(path.resolve(), text)  # a link stays one
