@@ -18,11 +18,11 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.encoders import mean_features
-from mrmae_ds.models.masking import VisibleSet, choose_visible
+from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import reconstruct
 from mrmae_ds.teachers import Teacher, build_teacher
-from mrmae_ds.teachers.base import TeacherOutput
+from mrmae_ds.teachers.base import TeacherOutput, draw_visible
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
 from mrmae_ds.weights.finished_run import FinishedRun
 from mrmae_ds.weights.load import load_pretrained
@@ -288,8 +288,7 @@ class MRMAE(nn.Module):
     ) -> VisibleSet:
         if not len(pixels):
             raise UserError("no images: a batch to mask needs at least one")
-        grid, masking = self.student.encoder.grid, self.config.masking
-        importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
+        grid = self.student.encoder.grid
         if noise is None:
             noise = torch.rand(len(pixels), grid[0] * grid[1], generator=generator)
-        return choose_visible(noise.to(pixels.device), grid, masking.keep_ratio, masking.mode, importance)
+        return draw_visible(self.config.masking, outputs, noise.to(pixels.device), grid)

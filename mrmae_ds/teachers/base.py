@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mrmae_ds.config.stages import MaskingConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
+from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.teachers.options import TeacherOptions
 
 
@@ -30,6 +32,21 @@ class TeacherOutput(NamedTuple):
 
     tokens: Tensor
     importance: Tensor
+
+
+def draw_visible(
+    masking: MaskingConfig, outputs: Mapping[str, TeacherOutput], noise: Tensor, grid: tuple[int, int]
+) -> VisibleSet:
+    """Draw the visible set of each image as a recipe says.
+
+    Args:
+        masking: the recipe's section.
+        outputs: of the teachers by name; only the one that ``masking`` names is used, and none by mode ``random``.
+        noise: uniform in [0, 1), [B, L]; the only source of randomness.
+        grid: rows and columns of the token grid.
+    """
+    importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
+    return choose_visible(noise, grid, masking.keep_ratio, masking.mode, importance)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from mrmae_ds.config.stages import PlacementConfig, PretrainConfig
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.encoders import Encoder, dense_features
-from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.records.sections import Design, ObjectiveInfo
 from mrmae_ds.teachers import PlacedTeacher, Teacher, build_teacher, place_teacher
+from mrmae_ds.teachers.base import draw_visible
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
 from mrmae_ds.training.evaluation.knn import KnnEvaluator
 from mrmae_ds.training.param_groups import ParamGroups, adamw, pretrain_groups
@@ -113,10 +113,8 @@ class PretrainTask(Task[PretrainConfig]):
         """Compute targets with the teachers, choose the visible tokens, and compute every objective."""
         pixels = self.normalize.pixels(batch.images)
         outputs = {name: teacher(pixels) for name, teacher in (self.placed or self.teachers).items()}
-        masking = self.config.masking
-        importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
         noise = key.noise(self.grid[0] * self.grid[1]).to(pixels.device)
-        visible = choose_visible(noise, self.grid, masking.keep_ratio, masking.mode, importance)
+        visible = draw_visible(self.config.masking, outputs, noise, self.grid)
         targets = {name: output.tokens for name, output in outputs.items()}
         torch.manual_seed(key.seed_for("model"))
         # float32 whatever the model's precision: the pixel targets are computed from it.
