@@ -30,9 +30,9 @@ test-fast: setup
 test-all: lint docs
 	$(PYTEST)
 
-# Lines of the package that single-process tests reach; code in ranks and workers is measured where they fork.
+# Lines of the package that the tests of `make test-fast` reach; ranks and workers that other tests start are not measured.
 coverage: setup
-	$(PYTEST) -m "not slow" --cov=mrmae_ds --cov-report=term:skip-covered
+	$(PYTEST) -m "not slow and not multi_process" --cov=mrmae_ds --cov-report=term:skip-covered
 
 clean:
 	rm -rf runs datasets site .pytest_cache .mypy_cache .ruff_cache .coverage
