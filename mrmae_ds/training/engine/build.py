@@ -27,6 +27,7 @@ from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import set_checkpointing
+from mrmae_ds.training.engine.deepspeed_patches import apply_patches
 from mrmae_ds.training.engine.missing_gradients import watch_gradients
 
 MakeOptimizer = Callable[[list[dict[str, Any]], bool], Optimizer]
@@ -66,6 +67,7 @@ def build_engine(
     # fused one is also the faster one on the CPU, where the states may be offloaded to.
     fused = device.type == "cuda" or config.offloads_optimizer
     optimizer = make_optimizer(groups, fused)
+    apply_patches()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
     watch_gradients(engine)
     return engine

@@ -1,0 +1,112 @@
+"""Patched functions of DeepSpeed return what the originals return, and the files for upstream are the patches."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import math
+import shutil
+import subprocess
+from pathlib import Path
+from types import FunctionType, SimpleNamespace
+
+import deepspeed
+import pytest
+import torch
+from torch import Tensor
+
+from mrmae_ds.training.engine import deepspeed_patches
+from mrmae_ds.training.engine.deepspeed_patches import PATCHES, Edit, Patch, apply_patches, edited_code
+from tests.support.write_patches import FOLDER, unified_diff
+
+NORM, DIRECT = PATCHES[0].edits
+
+
+def _both(edit: Edit) -> list[FunctionType]:
+    """Return a function as DeepSpeed has it, and edited."""
+    functions = []
+    for edits in ([], [edit]):
+        target = edit.target()
+        code = edited_code(target, edits)
+        functions.append(FunctionType(code, target.__globals__, target.__name__, target.__defaults__))
+    return functions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [2.5, 0.0, math.nan, math.inf, -math.inf])
+def test_equal_mask_of_norms(value: float, dtype: torch.dtype) -> None:
+    norms = [torch.tensor(value, dtype=dtype) for _ in range(2)]
+    for mask, norm in zip(_both(NORM), norms, strict=True):
+        mask(norm, device=norm.device)
+    assert _same(*norms)
+    assert norms[1] == (value if math.isfinite(value) else -1)
+
+
+@pytest.mark.parametrize("value", [2.5, math.nan, math.inf])
+def test_equal_direct_norm(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = SimpleNamespace(all_reduce=lambda *_, **__: None, ReduceOp=_Op)
+    monkeypatch.setitem(DIRECT.target().__globals__, "dist", alone)
+    optimizer = SimpleNamespace(
+        _assert_same_partition_group=lambda params: None,
+        _get_param_partition_group=lambda param: None,
+        _grad_norm_counts_every_rank=lambda params, group: True,
+        _autoep_expert_parallel_group=lambda params: None,
+        model_parallel_rank=0,
+        device=torch.device("cpu"),
+    )
+    gradients = [torch.randn(5, 3, generator=torch.Generator().manual_seed(1)), torch.tensor([value, 1.0])]
+    norms = [norm(optimizer, gradients, gradients) for norm in _both(DIRECT)]
+    assert _same(*norms)
+    assert (norms[1] > 0) == math.isfinite(value)
+
+
+class _Op:
+    SUM = MAX = None
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first, second)
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_applied_to_the_installed_version(patch: Patch) -> None:
+    """Every name under which another module of DeepSpeed imported the function runs the edited code."""
+    apply_patches()
+    for edit in patch.edits:
+        assert edit.target().__code__.co_code == edited_code(edit.target(), _edits_of(edit.target())).co_code
+        assert edit.target().__code__.co_code != edited_code(edit.target(), []).co_code
+        assert edit.target().__code__.co_firstlineno == edited_code(edit.target(), []).co_firstlineno
+
+
+def _edits_of(function: FunctionType) -> list[Edit]:
+    return [edit for patch in PATCHES for edit in patch.edits if edit.target() is function]
+
+
+def test_names_what_a_changed_deepspeed_lacks(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = dataclasses.replace(NORM, before="a passage that DeepSpeed dropped")
+    renamed = dataclasses.replace(DIRECT, function="DeepSpeedZeroOptimizer_Stage3.renamed")
+    before = copy.copy(NORM.target().__code__)
+    monkeypatch.setattr(deepspeed_patches, "PATCHES", (dataclasses.replace(PATCHES[0], edits=(other, renamed, NORM)),))
+    monkeypatch.setattr(deepspeed, "__version__", "0.20.0")
+    with caplog.at_level(logging.WARNING):
+        apply_patches.__wrapped__()
+    assert len(caplog.records) == 1
+    for part in ("0.20.0", "utils.mask_nan_or_inf_with_val_inplace", "Stage3.renamed", "deepspeed 0.19.8", "waits"):
+        assert part in caplog.text
+    assert NORM.target().__code__ == before
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_files_for_upstream(patch: Patch, tmp_path: Path) -> None:
+    """The committed file is the patch, and applies to the installed files."""
+    file = FOLDER / f"{patch.name}.patch"
+    assert file.read_text() == unified_diff(patch), "run python -m tests.support.write_patches"
+    installed = Path(deepspeed.__file__).parent
+    for module in {edit.module for edit in patch.edits}:
+        name = module.replace(".", "/") + ".py"
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(installed.parent / name, tmp_path / name)
+    subprocess.run(["git", "apply", "--check", str(file)], cwd=tmp_path, check=True)
