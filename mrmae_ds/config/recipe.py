@@ -25,6 +25,7 @@ from mrmae_ds.config.sections import (
     LoggingConfig,
     MemorySnapshotConfig,
     ModelConfig,
+    NvtxConfig,
     ProfilerConfig,
     TeacherConfig,
     WandbConfig,
@@ -46,7 +47,7 @@ from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.schema import Section
 
 # Sections that change no result.
-OPTIONAL_CALLBACKS = ("profiler", "memory_snapshot", "garbage_collection", "wandb")
+OPTIONAL_CALLBACKS = ("profiler", "nvtx", "memory_snapshot", "garbage_collection", "wandb")
 NO_INFLUENCE = ("loader", "logging", "checkpoint", "watchdog", *OPTIONAL_CALLBACKS)
 
 
@@ -73,6 +74,7 @@ class Recipe(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     profiler: ProfilerConfig | None = None
+    nvtx: NvtxConfig | None = None
     memory_snapshot: MemorySnapshotConfig | None = None
     garbage_collection: GarbageCollectionConfig | None = None
     wandb: WandbConfig | None = None

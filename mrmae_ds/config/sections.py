@@ -202,6 +202,20 @@ class ProfilerConfig(Section):
     num_steps: int = Field(3, ge=1)
 
 
+class NvtxConfig(Section):
+    """NVTX ranges of the stages of a step over a window of steps, on every rank; no influence on results.
+
+    The window is also the range that ``nsys profile --capture-range=cudaProfilerApi`` records.
+
+    Attributes:
+        start_step: optimizer steps completed when the window opens. A run that is resumed after it has no window.
+        num_steps: optimizer steps in the window.
+    """
+
+    start_step: int = Field(20, ge=0)
+    num_steps: int = Field(10, ge=1)
+
+
 class MemorySnapshotConfig(Section):
     """History of the CUDA allocator over a window of steps on rank 0; no influence on results.
 

@@ -11,6 +11,7 @@ import deepspeed
 
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.errors import StopRequested, TrainingError
+from mrmae_ds.profiling.step_ranges import step_range
 from mrmae_ds.training.callbacks.base import TrainContext
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import set_lr
@@ -51,19 +52,24 @@ def run_step(
     step_sync.begin()
     for index in range(schedule.accumulation):
         started = time.perf_counter()
-        batch = next(batches)
+        with step_range("loader"):
+            batch = next(batches)
         meter.data_wait_s += time.perf_counter() - started
-        losses = task.losses(engine, batch, schedule.key(step, index))
-        engine.backward(losses["loss"])
+        with step_range("forward"):
+            losses = task.losses(engine, batch, schedule.key(step, index))
+        with step_range("backward"):
+            engine.backward(losses["loss"])
         meter.add(losses)
         step_sync.add(batch, losses)
         if index < schedule.accumulation - 1:
             engine.step()  # only counts the micro-batch
-    status = step_sync.exchange(engine)
+    with step_range("sync"):
+        status = step_sync.exchange(engine)
     if not status.finite:
         skip_step(engine)
         return status
-    engine.step()
+    with step_range("optimizer"):
+        engine.step()
     if not engine.was_step_applied():
         # DeepSpeed's own check: the square of a gradient may overflow where the gradient does not.
         return replace(status, bad_gradient=True)

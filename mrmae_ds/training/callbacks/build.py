@@ -11,6 +11,7 @@ from mrmae_ds.config.stages import StageName
 from mrmae_ds.training.callbacks.base import Callback
 from mrmae_ds.training.callbacks.garbage_collection import GarbageCollectionCallback
 from mrmae_ds.training.callbacks.memory_snapshot import MemorySnapshotCallback
+from mrmae_ds.training.callbacks.nvtx import NvtxCallback
 from mrmae_ds.training.callbacks.profiler import ProfilerCallback
 from mrmae_ds.training.callbacks.wandb import WandbCallback, check_installed
 
@@ -40,6 +41,8 @@ def build_optional_callbacks(
     callbacks: list[Callback] = []
     if recipe.garbage_collection is not None:
         callbacks.append(GarbageCollectionCallback(recipe.garbage_collection))
+    if recipe.nvtx is not None:
+        callbacks.append(NvtxCallback(recipe.nvtx, device))
     if rank:
         return callbacks
     if recipe.profiler is not None:

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from mrmae_ds.config.sections import MemorySnapshotConfig
-from mrmae_ds.training.callbacks.window import WindowCallback
+from mrmae_ds.training.callbacks.window import FileWindowCallback
 
 logger = logging.getLogger(__name__)
 
 
-class MemorySnapshotCallback(WindowCallback):
+class MemorySnapshotCallback(FileWindowCallback):
     """Records allocations of this rank's GPU; open the snapshot in https://pytorch.org/memory_viz.
 
     If training fails inside the window (out of memory), the snapshot is written with the allocations so far.

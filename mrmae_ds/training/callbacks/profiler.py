@@ -8,12 +8,13 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from mrmae_ds.config.sections import ProfilerConfig
+from mrmae_ds.profiling.step_ranges import start_ranges, stop_ranges
 from mrmae_ds.training.callbacks.base import TrainContext
-from mrmae_ds.training.callbacks.window import WindowCallback
+from mrmae_ds.training.callbacks.window import FileWindowCallback
 from mrmae_ds.training.step_sync import StepStatus
 
 
-class ProfilerCallback(WindowCallback):
+class ProfilerCallback(FileWindowCallback):
     """Profiles the recipe's window of steps on this rank; open the trace in https://ui.perfetto.dev.
 
     Args:
@@ -35,6 +36,7 @@ class ProfilerCallback(WindowCallback):
 
     def start(self) -> None:
         """Start profiling."""
+        start_ranges()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
         self._profiler = profile(activities=activities, record_shapes=True)
         self._profiler.start()
@@ -42,4 +44,5 @@ class ProfilerCallback(WindowCallback):
     def write(self) -> None:
         """Stop profiling and write the trace."""
         self._profiler.stop()
+        stop_ranges()
         self._profiler.export_chrome_trace(str(self.path))

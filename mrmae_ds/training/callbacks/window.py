@@ -1,4 +1,4 @@
-"""Base class of callbacks that record a window of steps into a file."""
+"""Base classes of callbacks that act on a window of steps, and of those that record it into a file."""
 
 from __future__ import annotations
 
@@ -13,21 +13,19 @@ logger = logging.getLogger(__name__)
 
 
 class WindowCallback(Callback, ABC):
-    """Records from one step on, for a number of steps. What a failure cuts short is written up to there.
+    """Records from one step on, for a number of steps, or until training fails.
 
     A run that resumes after the start of the window records nothing.
 
     Args:
         start_step: steps completed when the window opens.
         num_steps: steps in the window.
-        path: file to write.
     """
 
-    content: str  # of the file, for the log
     enabled = True  # False records nothing
 
-    def __init__(self, start_step: int, num_steps: int, path: Path) -> None:
-        self.start_step, self.num_steps, self.path = start_step, num_steps, path
+    def __init__(self, start_step: int, num_steps: int) -> None:
+        self.start_step, self.num_steps = start_step, num_steps
         self.recording = False
 
     @abstractmethod
@@ -35,8 +33,8 @@ class WindowCallback(Callback, ABC):
         """Start recording."""
 
     @abstractmethod
-    def write(self) -> None:
-        """Stop recording and write the file, whose folder exists."""
+    def stop(self) -> None:
+        """Stop recording."""
 
     def on_train_start(self, context: TrainContext) -> None:
         """Start recording if the window opens here."""
@@ -50,14 +48,38 @@ class WindowCallback(Callback, ABC):
         self._start_if_due(step)
 
     def close(self) -> None:
-        """Stop recording and write the steps so far."""
+        """Stop recording if training ends inside the window."""
         if self.recording:
             self.recording = False
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.write()
-            logger.info("%s: %s", self.content, self.path)
+            self.stop()
 
     def _start_if_due(self, step: int) -> None:
         if self.enabled and step == self.start_step:
             self.recording = True
             self.start()
+
+
+class FileWindowCallback(WindowCallback):
+    """Writes its window to a file. What a failure cuts short is written up to there.
+
+    Args:
+        start_step: steps completed when the window opens.
+        num_steps: steps in the window.
+        path: file to write.
+    """
+
+    content: str  # of the file, for the log
+
+    def __init__(self, start_step: int, num_steps: int, path: Path) -> None:
+        super().__init__(start_step, num_steps)
+        self.path = path
+
+    @abstractmethod
+    def write(self) -> None:
+        """Stop recording and write the file, whose folder exists."""
+
+    def stop(self) -> None:
+        """Stop recording and write the steps so far."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.write()
+        logger.info("%s: %s", self.content, self.path)

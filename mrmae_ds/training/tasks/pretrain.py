@@ -18,6 +18,7 @@ from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.encoders import Encoder, dense_features
 from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.profiling.step_ranges import step_range
 from mrmae_ds.records.sections import Design, ObjectiveInfo
 from mrmae_ds.teachers import PlacedTeacher, Teacher, build_teacher, place_teacher
 from mrmae_ds.teachers.base import draw_visible
@@ -112,13 +113,15 @@ class PretrainTask(Task[PretrainConfig]):
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         """Compute targets with the teachers, choose the visible tokens, and compute every objective."""
         pixels = self.normalize.pixels(batch.images)
-        outputs = {name: teacher(pixels) for name, teacher in (self.placed or self.teachers).items()}
+        with step_range("teachers"):
+            outputs = {name: teacher(pixels) for name, teacher in (self.placed or self.teachers).items()}
         noise = key.noise(self.grid[0] * self.grid[1]).to(pixels.device)
         visible = draw_visible(self.config.masking, outputs, noise, self.grid)
         targets = {name: output.tokens for name, output in outputs.items()}
         torch.manual_seed(key.seed_for("model"))
         # float32 whatever the model's precision: the pixel targets are computed from it.
-        return engine(self.normalize.student(pixels, torch.float32), visible, targets)
+        with step_range("student"):
+            return engine(self.normalize.student(pixels, torch.float32), visible, targets)
 
     def build_evaluator(self, context: EvalContext) -> Evaluator | None:
         """Return the k-NN evaluation; None if it is off."""

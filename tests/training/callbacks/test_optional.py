@@ -53,10 +53,10 @@ def test_none_is_on_by_default_and_none_changes_a_hash(tmp_path: Path) -> None:
     assert plain.hash() == full.hash() and plain.counted("pretrain") == full.counted("pretrain")
 
 
-def test_other_ranks_only_collect_garbage(tmp_path: Path) -> None:
-    of_rank_0 = ("profiler", "memory_snapshot", "wandb")
-    (callback,) = _build(tmp_path, "garbage_collection={}", *(f"{name}={{}}" for name in of_rank_0), rank=1)
-    assert type(callback).__name__ == "GarbageCollectionCallback"
+def test_other_ranks_only_collect_garbage_and_mark_stages(tmp_path: Path) -> None:
+    sections = [f"{name}={{}}" for name in OPTIONAL_CALLBACKS]
+    found = [type(callback).__name__ for callback in _build(tmp_path, *sections, rank=1)]
+    assert found == ["GarbageCollectionCallback", "NvtxCallback"]
 
 
 # ---- profiler
