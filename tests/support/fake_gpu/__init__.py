@@ -1,0 +1,11 @@
+"""Stand-in for a GPU: PyTorch's CUDA build runs on it without a GPU, and what the host decides can be counted.
+
+    python -m tests.support.fake_gpu [--out REPORT.json] train.py --ds_config ...
+
+``fake_cuda.c`` replaces the CUDA runtime, cuBLAS and NCCL. Device memory is host memory, copies are real, kernels are
+counted and do nothing. Exact are: devices and dtypes of operands, PyTorch's choice of kernels for compute capability
+9.0, waits of the host, numbers of launches and copies, and pinned buffers that are overwritten while a copy reads them.
+Meaningless are all computed values and all GPU times.
+
+Limits: no cuDNN, no Triton (``torch.compile``), no CUDA graphs. NCCL serves one rank; several use gloo.
+"""

@@ -1,0 +1,127 @@
+"""Hooks into torch and the training loop that fill a report. Only for a process on the stand-in."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.support.fake_gpu.report import Counters, Report, place_of_wait
+
+WAIT = "called a synchronizing CUDA operation"  # torch's words in its synchronization debug mode
+
+
+def watch(out: Path | None, kernels: Path | None, timing: bool) -> None:
+    """Prepare torch for the stand-in, and print and write a report when the process ends through ``os._exit``.
+
+    Args:
+        out: JSON file of the report.
+        kernels: file of the last step's kernels.
+        timing: measure CPU time; waits are not looked for, because that takes longer than most steps.
+    """
+    _adapt_torch()
+    report, counters = Report(), Counters()
+    if timing:
+        _accept_every_step()
+    else:
+        _watch_waits(report)
+    _watch_steps(report, counters, kernels, timing)
+    leave = os._exit
+
+    def end(status: int) -> None:
+        report.races += counters.read()["races"]
+        print(f"\n{report.text()}", flush=True)
+        sys.stderr.flush()
+        if out:
+            report.write(out)
+        leave(status)
+
+    os._exit = end  # type: ignore[assignment]
+
+
+def _adapt_torch() -> None:
+    # cuDNN's kernels come from inside that library, which asks the driver itself.
+    torch.backends.cudnn.enabled = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    shown = torch.Tensor.__repr__
+
+    def show(tensor: torch.Tensor, **options: Any) -> str:
+        # DeepSpeed formats all parameters into a message that nobody reads: each value would be a wait.
+        return f"<{tuple(tensor.shape)} {tensor.dtype} {tensor.device}>" if tensor.is_cuda else shown(tensor, **options)
+
+    torch.Tensor.__repr__ = show  # type: ignore[method-assign]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from deepspeed.accelerator import get_accelerator
+
+        get_accelerator()._communication_backend_name = "gloo"
+
+
+def _watch_waits(report: Report) -> None:
+    def note() -> None:
+        (report.in_step if report.facts.get("in_step") else report.between)[place_of_wait()] += 1
+
+    def show(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        if WAIT in str(message):
+            note()
+
+    warnings.simplefilter("always")
+    warnings.showwarning = show
+    torch.cuda.set_sync_debug_mode("warn")
+    wait = torch.cuda.Event.synchronize
+
+    def synchronize(event: torch.cuda.Event) -> None:
+        note()  # torch's own mode does not count waits for an event
+        wait(event)
+
+    torch.cuda.Event.synchronize = synchronize  # type: ignore[method-assign]
+
+
+def _watch_steps(report: Report, counters: Counters, kernels: Path | None, timing: bool) -> None:
+    from mrmae_ds.training import loop, run
+
+    run_step = loop.run_step
+
+    def watched(engine: Any, task: Any, batches: Any, schedule: Any, *arguments: Any) -> Any:
+        report.races += counters.read()["races"]
+        counters.reset()
+        # The first step allocates, and DeepSpeed learns the order of the modules.
+        report.facts = {"accumulation": schedule.accumulation, "groups": len(engine.optimizer.param_groups)}
+        report.facts["in_step"] = counted = report.steps > 0
+        if not timing:
+            warnings.simplefilter("always")  # libraries change the filters
+        began = time.process_time()
+        status = run_step(engine, task, batches, schedule, *arguments)
+        seconds = time.process_time() - began
+        report.facts["in_step"] = False
+        report.steps += 1
+        if counted:
+            report.counts.append(counters.read())
+            report.seconds.append(seconds)
+            if kernels:
+                counters.write_kernels(kernels)
+        return status
+
+    loop.run_step = run.run_step = watched
+
+
+def _accept_every_step() -> None:
+    """Apply every step: values are what memory held, and some are not finite."""
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    from mrmae_ds.training.step_sync import StepStatus, StepSync
+
+    exchange = StepSync.exchange
+
+    def finite(sync: StepSync, engine: Any) -> StepStatus:
+        exchange(sync, engine)
+        return StepStatus()
+
+    StepSync.exchange = finite  # type: ignore[method-assign]
+    for module in (stage3, stage_1_and_2):
+        if hasattr(module, "is_invalid_grad_norm"):
+            module.is_invalid_grad_norm = lambda norm: False
