@@ -1,9 +1,10 @@
 """Table of GPUs: peak throughput, memory and bandwidth; lookup of a device by name and memory.
 
 Sources: peak throughput is the dense bf16 tensor throughput of the vendor's data sheet (numbers marked "with sparsity"
-are halved). Memory is the device's total as torch reports it, which is below the advertised number. Bandwidth is per
-direction, half of the data sheet's bidirectional number: between GPUs of a node that of NVLink through switches, or of
-PCIe where bridges connect pairs only; to the host that of PCIe.
+are halved). Memory is the device's total as torch reports it, which is below the advertised number; its bandwidth, of
+reads and writes together, is the data sheet's. Bandwidth between devices is per direction, half of the data sheet's
+bidirectional number: between GPUs of a node that of NVLink through switches, or of PCIe where bridges connect pairs
+only; to the host that of PCIe.
 
 | data sheet | rows |
 |---|---|
@@ -40,6 +41,7 @@ class Gpu:
         peak_tflops: peak dense bf16 throughput, in TFLOP/s; None if it has no bf16 units, or is unknown.
         node_gbs: bandwidth to another GPU of its node, in GB/s per direction.
         host_gbs: bandwidth to the host's memory, in GB/s per direction.
+        memory_gbs: bandwidth of its memory, in GB/s; None if unknown.
     """
 
     key: str
@@ -48,6 +50,7 @@ class Gpu:
     peak_tflops: float | None
     node_gbs: float
     host_gbs: float
+    memory_gbs: float | None = None
 
     @property
     def memory(self) -> int:
@@ -56,23 +59,23 @@ class Gpu:
 
 
 GPUS = (
-    Gpu("v100-16", ("Tesla V100-SXM2-16GB",), 15.8, None, 150.0, _PCIE_3),
-    Gpu("v100-32", ("Tesla V100-SXM2-32GB",), 31.7, None, 150.0, _PCIE_3),
-    Gpu("a10", ("NVIDIA A10",), 22.0, 125.0, _PCIE_4, _PCIE_4),
-    Gpu("a10g", ("NVIDIA A10G",), 22.2, 70.0, _PCIE_4, _PCIE_4),
-    Gpu("a100-40", ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 39.4, 312.0, 300.0, _PCIE_4),
-    Gpu("a100-40-pcie", ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 39.4, 312.0, _PCIE_4, _PCIE_4),
-    Gpu("a100-80", ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 79.2, 312.0, 300.0, _PCIE_4),
-    Gpu("a100-80-pcie", ("NVIDIA A100 80GB PCIe",), 79.2, 312.0, _PCIE_4, _PCIE_4),
-    Gpu("l4", ("NVIDIA L4",), 22.0, 121.0, _PCIE_4, _PCIE_4),
-    Gpu("l40s", ("NVIDIA L40S",), 44.4, 362.05, _PCIE_4, _PCIE_4),
-    Gpu("h100-80", ("NVIDIA H100 80GB HBM3",), 79.2, 989.5, 450.0, _PCIE_5),
-    Gpu("h100-80-pcie", ("NVIDIA H100 PCIe",), 79.1, 756.5, _PCIE_5, _PCIE_5),
-    Gpu("h100-94-nvl", ("NVIDIA H100 NVL",), 93.1, 835.5, _PCIE_5, _PCIE_5),
-    Gpu("h200", ("NVIDIA H200",), 139.8, 989.5, 450.0, _PCIE_5),
-    Gpu("h200-nvl", ("NVIDIA H200 NVL",), 139.8, 835.5, _PCIE_5, _PCIE_5),
-    Gpu("gh200-96", ("NVIDIA GH200 480GB",), 94.5, 989.5, 450.0, 450.0),
-    Gpu("b200", ("NVIDIA B200",), 178.4, 2250.0, 900.0, _PCIE_5),
+    Gpu("v100-16", ("Tesla V100-SXM2-16GB",), 15.8, None, 150.0, _PCIE_3, 900.0),
+    Gpu("v100-32", ("Tesla V100-SXM2-32GB",), 31.7, None, 150.0, _PCIE_3, 900.0),
+    Gpu("a10", ("NVIDIA A10",), 22.0, 125.0, _PCIE_4, _PCIE_4, 600.0),
+    Gpu("a10g", ("NVIDIA A10G",), 22.2, 70.0, _PCIE_4, _PCIE_4, 600.0),
+    Gpu("a100-40", ("NVIDIA A100-SXM4-40GB", "A100-SXM4-40GB"), 39.4, 312.0, 300.0, _PCIE_4, 1555.0),
+    Gpu("a100-40-pcie", ("NVIDIA A100-PCIE-40GB", "A100-PCIE-40GB"), 39.4, 312.0, _PCIE_4, _PCIE_4, 1555.0),
+    Gpu("a100-80", ("NVIDIA A100-SXM4-80GB", "A100-SXM4-80GB"), 79.2, 312.0, 300.0, _PCIE_4, 2039.0),
+    Gpu("a100-80-pcie", ("NVIDIA A100 80GB PCIe",), 79.2, 312.0, _PCIE_4, _PCIE_4, 1935.0),
+    Gpu("l4", ("NVIDIA L4",), 22.0, 121.0, _PCIE_4, _PCIE_4, 300.0),
+    Gpu("l40s", ("NVIDIA L40S",), 44.4, 362.05, _PCIE_4, _PCIE_4, 864.0),
+    Gpu("h100-80", ("NVIDIA H100 80GB HBM3",), 79.2, 989.5, 450.0, _PCIE_5, 3350.0),
+    Gpu("h100-80-pcie", ("NVIDIA H100 PCIe",), 79.1, 756.5, _PCIE_5, _PCIE_5, 2000.0),
+    Gpu("h100-94-nvl", ("NVIDIA H100 NVL",), 93.1, 835.5, _PCIE_5, _PCIE_5, 3900.0),
+    Gpu("h200", ("NVIDIA H200",), 139.8, 989.5, 450.0, _PCIE_5, 4800.0),
+    Gpu("h200-nvl", ("NVIDIA H200 NVL",), 139.8, 835.5, _PCIE_5, _PCIE_5, 4800.0),
+    Gpu("gh200-96", ("NVIDIA GH200 480GB",), 94.5, 989.5, 450.0, 450.0, 4000.0),
+    Gpu("b200", ("NVIDIA B200",), 178.4, 2250.0, 900.0, _PCIE_5, 8000.0),
 )
 
 

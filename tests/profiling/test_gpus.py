@@ -52,6 +52,13 @@ def test_table_is_consistent() -> None:
         assert find_gpu(gpu.key) is gpu
 
 
+def test_memory_bandwidth_of_data_sheets() -> None:
+    # TB/s as the vendor prints them.
+    printed = {"a100-80": 2.039, "h100-80": 3.35, "h100-94-nvl": 3.9, "h200": 4.8, "gh200-96": 4.0, "b200": 8.0}
+    assert all(find_gpu(key).memory_gbs == pytest.approx(1000 * tbs) for key, tbs in printed.items())
+    assert all(gpu.memory_gbs for gpu in GPUS)
+
+
 def test_gpu_without_bf16_has_no_peak() -> None:
     assert find_gpu("v100-32").peak_tflops is None
 

@@ -1,0 +1,87 @@
+"""Constants of a node as measured on it: written by ``mrmae doctor``, read by ``mrmae plan --measured``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, Field, ValidationError
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.schema import Section
+
+# Section of the doctor's JSON file; its other sections are the doctor's own.
+MEASURED_KEY = "measured"
+
+
+class MeasuredNode(Section):
+    """Constants measured on a node; None is not measured, and the plan keeps its estimate.
+
+    Attributes:
+        device: name of the GPU as torch reports it.
+        launch_us: host time to launch a kernel, without PyTorch, in us.
+        op_us: host time to issue an eager operator, forward or backward, in us: host time of a micro-batch without
+            DeepSpeed over its operators.
+        kernel_us: shortest kernel, from its start to the start of the next in a full queue, in us.
+        matmul_tflops: bf16 matrix products at the models' shapes, in TFLOP/s.
+        attention_tflops: bf16 attention, forward and backward, in TFLOP/s.
+        memory_gb_s: device memory, reads and writes added, in GB/s.
+        depthwise_gb_s: bytes of input, weight and output of a depthwise convolution over its time, in GB/s.
+        h2d_gb_s: from pinned host memory to the device, in GB/s.
+        d2h_gb_s: from the device to pinned host memory, in GB/s.
+        node_gb_s: bus bandwidth of a large all-reduce within a node, in GB/s per GPU.
+        network_gb_s: bus bandwidth of a large all-reduce between nodes, in GB/s per GPU.
+        collective_us: a small all-reduce within a node, in us.
+        zero1_param_us: host time that ZeRO-1 adds per parameter and micro-batch, in us.
+        zero3_param_us: host time that ZeRO-3 adds per parameter and micro-batch, in us.
+        update_param_us: host time per parameter and optimizer step outside the micro-batches, in us.
+        loader_images_per_s_per_core: images that the loader decodes on one core, in images/s.
+        loader_cores: cores of a rank that decode.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    device: str | None = None
+    launch_us: float | None = Field(None, gt=0)
+    op_us: float | None = Field(None, gt=0)
+    kernel_us: float | None = Field(None, gt=0)
+    matmul_tflops: float | None = Field(None, gt=0)
+    attention_tflops: float | None = Field(None, gt=0)
+    memory_gb_s: float | None = Field(None, gt=0)
+    depthwise_gb_s: float | None = Field(None, gt=0)
+    h2d_gb_s: float | None = Field(None, gt=0)
+    d2h_gb_s: float | None = Field(None, gt=0)
+    node_gb_s: float | None = Field(None, gt=0)
+    network_gb_s: float | None = Field(None, gt=0)
+    collective_us: float | None = Field(None, gt=0)
+    zero1_param_us: float | None = Field(None, ge=0)
+    zero3_param_us: float | None = Field(None, ge=0)
+    update_param_us: float | None = Field(None, ge=0)
+    loader_images_per_s_per_core: float | None = Field(None, gt=0)
+    loader_cores: int | None = Field(None, gt=0)
+
+    def known(self) -> dict[str, Any]:
+        """Return the measured constants by name, as they are written to the file."""
+        return self.model_dump(exclude_none=True)
+
+
+def read_measured(path: Path) -> MeasuredNode:
+    """Read the section ``measured`` of a doctor's JSON file.
+
+    Raises:
+        UserError: if the file is missing, is not JSON, or its section is missing or invalid.
+    """
+    try:
+        section = json.loads(path.read_text(encoding="utf-8"))[MEASURED_KEY]
+        return MeasuredNode.model_validate(section)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; `mrmae doctor` writes it") from None
+    except (ValueError, KeyError, TypeError) as error:
+        reason = _first_error(error) if isinstance(error, ValidationError) else "not a doctor's JSON file"
+        raise UserError(f"{path}: section {MEASURED_KEY!r}: {reason}; write it again with `mrmae doctor`") from None
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
