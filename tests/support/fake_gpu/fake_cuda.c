@@ -18,13 +18,21 @@
 #include <sys/mman.h>
 #include <time.h>
 #include "cuda_runtime_api.h"
+/* Half-precision types, for which the headers would need more than the packages ship. No function here uses them. */
+#define __CUDA_FP16_H__
+#define __CUDA_BF16_H__
+#include "nccl.h"
 
 #define OK cudaSuccess
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
+static int timing; /* FAKE_CUDA_TIMING: what a GPU would do beside the host costs the host nothing here either */
+static int is_free(size_t bytes) { return timing && bytes >= 65536; } /* small values may steer the host */
+
 /* ---- counters: launches, H2D, D2H, D2D, waits for a stream, waits for an event or the device, races, library calls */
 enum { LAUNCH, H2D, D2H, D2D, STREAM_WAIT, OTHER_WAIT, RACE, LIBRARY, COUNTS };
 static long counts[COUNTS];
+#define COUNT(what) __atomic_add_fetch(&counts[what], 1, __ATOMIC_RELAXED)
 void fake_cuda_counts(long *out) { memcpy(out, counts, sizeof counts); }
 
 /* ---- kernels by name */
@@ -195,7 +203,7 @@ cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, enum cudaStreamCaptureStatu
     (void)s; (void)id; (void)g; (void)d; (void)e; *v = 0; if (n) *n = 0; return OK;
 }
 cudaError_t cudaThreadExchangeStreamCaptureMode(enum cudaStreamCaptureMode *m) { (void)m; return OK; }
-cudaError_t cudaStreamQuery(cudaStream_t s) { Stream *t = stream_of(s); return t->done >= t->issued ? OK : cudaErrorNotReady; }
+cudaError_t cudaStreamQuery(cudaStream_t s) { Stream *t = stream_of(s); return timing || t->done >= t->issued ? OK : cudaErrorNotReady; }
 cudaError_t cudaStreamSynchronize(cudaStream_t s) { counts[STREAM_WAIT]++; finish_stream(stream_of(s)); return OK; }
 cudaError_t cudaDeviceSynchronize(void) { counts[OTHER_WAIT]++; finish(NULL, 0); return OK; }
 cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned f) { (void)e; (void)f; stream_of(s)->waits_for_others = 1; return OK; }
@@ -206,7 +214,7 @@ cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
     Event *v = (Event *)e; v->stream = stream_of(s); v->number = v->stream->issued; clock_gettime(CLOCK_MONOTONIC, &v->at); return OK;
 }
 cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned f) { (void)f; return cudaEventRecord(e, s); }
-cudaError_t cudaEventQuery(cudaEvent_t e) { Event *v = (Event *)e; return !v->stream || v->stream->done >= v->number ? OK : cudaErrorNotReady; }
+cudaError_t cudaEventQuery(cudaEvent_t e) { Event *v = (Event *)e; return timing || !v->stream || v->stream->done >= v->number ? OK : cudaErrorNotReady; }
 cudaError_t cudaEventSynchronize(cudaEvent_t e) {
     Event *v = (Event *)e; counts[OTHER_WAIT]++;
     if (v->stream) { if (v->stream->waits_for_others) finish(NULL, 0); else finish(v->stream, v->number); }
@@ -253,7 +261,6 @@ static cudaError_t give(void *p, int unmap) {
     return OK;
 }
 enum { PAGEABLE, PINNED, DEVICE };
-static int timing; /* FAKE_CUDA_TIMING: what a GPU would do beside the host costs the host nothing here either */
 __attribute__((constructor)) static void read_environment(void) {
     timing = getenv("FAKE_CUDA_TIMING") != NULL;
     if (getenv("FAKE_CUDA_DEVICES")) devices = atoi(getenv("FAKE_CUDA_DEVICES"));
@@ -286,7 +293,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t n, enum cudaMemcp
     (void)k;
     counts[source != DEVICE ? H2D : target != DEVICE ? D2H : D2D]++;
     if (source == DEVICE && target != DEVICE) finish_stream(stream); /* the host reads it after its own wait */
-    if (!timing || n < 65536 || source != DEVICE || target != DEVICE) memmove(to, from, n);
+    if (!is_free(n) || (source != DEVICE && target != DEVICE)) memmove(to, from, n);
     pthread_mutex_lock(&lock);
     stream->issued++;
     if (!timing && source == PINNED && target == DEVICE) {
@@ -301,7 +308,7 @@ cudaError_t cudaMemcpy(void *to, const void *from, size_t n, enum cudaMemcpyKind
     cudaMemcpyAsync(to, from, n, k, 0); counts[OTHER_WAIT]++; finish(NULL, 0); return OK;
 }
 cudaError_t cudaMemcpyPeerAsync(void *to, int a, const void *from, int b, size_t n, cudaStream_t s) { (void)a; (void)b; return cudaMemcpyAsync(to, from, n, 3, s); }
-cudaError_t cudaMemsetAsync(void *p, int v, size_t n, cudaStream_t s) { (void)s; if (!timing || n < 65536) memset(p, v, n); return OK; }
+cudaError_t cudaMemsetAsync(void *p, int v, size_t n, cudaStream_t s) { (void)s; if (!is_free(n)) memset(p, v, n); return OK; }
 cudaError_t cudaMemset(void *p, int v, size_t n) { memset(p, v, n); return OK; }
 cudaError_t cudaMemcpyToSymbol(const void *s, const void *f, size_t n, size_t o, enum cudaMemcpyKind k) { (void)s; (void)f; (void)n; (void)o; (void)k; return OK; }
 cudaError_t cudaGetSymbolAddress(void **p, const void *s) { (void)s; static char memory[1 << 16]; *p = memory; return OK; }
@@ -328,31 +335,71 @@ int cublasLtMatmulAlgoGetHeuristic(void *h, void *d, void *a, void *b, void *c, 
     (void)h; (void)d; (void)a; (void)b; (void)c; (void)e; (void)p; (void)wanted; (void)out; *found = 1; return 0;
 }
 
-/* ---- NCCL for a process alone: what is sent is what is received */
-static size_t bytes_of(int type) { static const size_t b[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1}; return b[type]; }
-static int moved(const void *from, void *to, size_t bytes) { counts[LIBRARY]++; if (from != to && (!timing || bytes < 65536)) memmove(to, from, bytes); return 0; }
-int ncclGetVersion(int *v) { *v = 23007; return 0; }
-int ncclGetUniqueId(void *id) { memset(id, 7, 128); return 0; }
-int ncclCommInitRank(void **c) { *c = handle; return 0; }
-int ncclCommInitRankConfig(void **c) { *c = handle; return 0; }
-int ncclCommInitRankScalable(void **c) { *c = handle; return 0; }
-int ncclCommSplit(void *c, int color, int key, void **out) { (void)c; (void)color; (void)key; *out = handle; return 0; }
-int ncclCommGetAsyncError(void *c, int *e) { (void)c; *e = 0; return 0; }
-const char *ncclGetErrorString(int e) { (void)e; return "none"; }
-const char *ncclGetLastError(void *c) { (void)c; return "none"; }
-int ncclCommCount(void *c, int *n) { (void)c; *n = 1; return 0; }
-int ncclCommUserRank(void *c, int *n) { (void)c; *n = 0; return 0; }
-int ncclCommCuDevice(void *c, int *n) { (void)c; *n = 0; return 0; }
-QUIET(ncclCommDestroy) QUIET(ncclCommAbort) QUIET(ncclCommFinalize) QUIET(ncclGroupStart) QUIET(ncclGroupEnd)
-QUIET(ncclCommRegister) QUIET(ncclCommDeregister) QUIET(ncclCommRevoke)
-int ncclAllReduce(const void *f, void *t, size_t n, int type) { return moved(f, t, n * bytes_of(type)); }
-int ncclReduce(const void *f, void *t, size_t n, int type) { return moved(f, t, n * bytes_of(type)); }
-int ncclBroadcast(const void *f, void *t, size_t n, int type) { return moved(f, t, n * bytes_of(type)); }
-int ncclBcast(void *t, size_t n, int type) { (void)t; (void)n; (void)type; return 0; }
-int ncclAllGather(const void *f, void *t, size_t n, int type) { return moved(f, t, n * bytes_of(type)); }
-int ncclReduceScatter(const void *f, void *t, size_t n, int type) { return moved(f, t, n * bytes_of(type)); }
-int ncclRedOpCreatePreMulSum(int *op) { *op = 5; return 0; }
-QUIET(ncclRedOpDestroy)
+/* ---- NCCL that answers at once: what a rank sends is what it receives from every other rank. Right for one rank; for
+ * rank 0 of several it is what the host's time depends on, without the others. */
+typedef struct ncclComm { int size, rank; } Communicator;
+static size_t bytes_of(ncclDataType_t type) {
+    static const size_t bytes[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
+    return bytes[type];
+}
+static void move(const void *from, void *to, size_t bytes) {
+    if (from != to && !is_free(bytes)) memmove(to, from, bytes);
+}
+static ncclResult_t new_communicator(ncclComm_t *comm, int size, int rank) {
+    *comm = malloc(sizeof **comm);
+    **comm = (Communicator){size, rank};
+    return ncclSuccess;
+}
+ncclResult_t ncclGetVersion(int *v) { *v = NCCL_VERSION_CODE; return ncclSuccess; }
+ncclResult_t ncclGetUniqueId(ncclUniqueId *id) { memset(id, 7, sizeof *id); return ncclSuccess; }
+ncclResult_t ncclCommInitRank(ncclComm_t *c, int size, ncclUniqueId id, int rank) { return new_communicator(c, size, rank); }
+ncclResult_t ncclCommInitRankConfig(ncclComm_t *c, int size, ncclUniqueId id, int rank, ncclConfig_t *config) {
+    return new_communicator(c, size, rank);
+}
+ncclResult_t ncclCommInitRankScalable(ncclComm_t *c, int size, int rank, int n, ncclUniqueId *ids, ncclConfig_t *config) {
+    return new_communicator(c, size, rank);
+}
+ncclResult_t ncclCommSplit(ncclComm_t c, int color, int key, ncclComm_t *out, ncclConfig_t *config) {
+    return new_communicator(out, c->size, c->rank);
+}
+ncclResult_t ncclCommGetAsyncError(ncclComm_t c, ncclResult_t *error) { *error = ncclSuccess; return ncclSuccess; }
+const char *ncclGetErrorString(ncclResult_t error) { return "none"; }
+const char *ncclGetLastError(ncclComm_t c) { return "none"; }
+ncclResult_t ncclCommCount(const ncclComm_t c, int *n) { *n = c->size; return ncclSuccess; }
+ncclResult_t ncclCommUserRank(const ncclComm_t c, int *n) { *n = c->rank; return ncclSuccess; }
+ncclResult_t ncclCommCuDevice(const ncclComm_t c, int *n) { *n = current_device; return ncclSuccess; }
+ncclResult_t ncclCommDestroy(ncclComm_t c) { return ncclSuccess; }
+ncclResult_t ncclCommAbort(ncclComm_t c) { return ncclSuccess; }
+ncclResult_t ncclCommFinalize(ncclComm_t c) { return ncclSuccess; }
+ncclResult_t ncclGroupStart(void) { return ncclSuccess; }
+ncclResult_t ncclGroupEnd(void) { return ncclSuccess; }
+ncclResult_t ncclCommRegister(const ncclComm_t c, void *at, size_t size, void **out) { *out = at; return ncclSuccess; }
+ncclResult_t ncclCommDeregister(const ncclComm_t c, void *at) { return ncclSuccess; }
+ncclResult_t ncclRedOpCreatePreMulSum(ncclRedOp_t *op, void *scalar, ncclDataType_t type, ncclScalarResidence_t where, ncclComm_t c) {
+    *op = ncclSum; return ncclSuccess;
+}
+ncclResult_t ncclRedOpDestroy(ncclRedOp_t op, ncclComm_t c) { return ncclSuccess; }
+#define STREAM ncclComm_t c, cudaStream_t s
+ncclResult_t ncclAllReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op, STREAM) {
+    COUNT(LIBRARY); move(from, to, n * bytes_of(type)); return ncclSuccess;
+}
+ncclResult_t ncclReduce(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op, int root, STREAM) {
+    COUNT(LIBRARY); if (c->rank == root) move(from, to, n * bytes_of(type)); return ncclSuccess;
+}
+ncclResult_t ncclBroadcast(const void *from, void *to, size_t n, ncclDataType_t type, int root, STREAM) {
+    COUNT(LIBRARY); if (c->rank == root) move(from, to, n * bytes_of(type)); return ncclSuccess;
+}
+ncclResult_t ncclBcast(void *at, size_t n, ncclDataType_t type, int root, STREAM) { COUNT(LIBRARY); return ncclSuccess; }
+ncclResult_t ncclAllGather(const void *from, void *to, size_t n, ncclDataType_t type, STREAM) {
+    COUNT(LIBRARY);
+    for (int rank = 0; rank < c->size; rank++) move(from, (char *)to + rank * n * bytes_of(type), n * bytes_of(type));
+    return ncclSuccess;
+}
+ncclResult_t ncclReduceScatter(const void *from, void *to, size_t n, ncclDataType_t type, ncclRedOp_t op, STREAM) {
+    COUNT(LIBRARY); move((const char *)from + c->rank * n * bytes_of(type), to, n * bytes_of(type)); return ncclSuccess;
+}
+ncclResult_t ncclSend(const void *from, size_t n, ncclDataType_t type, int peer, STREAM) { COUNT(LIBRARY); return ncclSuccess; }
+ncclResult_t ncclRecv(void *to, size_t n, ncclDataType_t type, int peer, STREAM) { COUNT(LIBRARY); return ncclSuccess; }
 
 /* ---- the driver, as far as PyTorch looks for it by name */
 int cuInit(unsigned f) { (void)f; return 0; }

@@ -44,10 +44,14 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
 
 
-def include_folders() -> tuple[Path, Path]:
-    """Return the folders with the CUDA runtime's headers and with those of the driver, from installed packages."""
+def include_folders() -> list[Path]:
+    """Return the folders with the headers of the CUDA runtime, of NCCL and of the driver, from installed packages."""
     site = _package("torch").parent
-    return site / "nvidia" / f"cu{CUDA_MAJOR}" / "include", site / "triton" / "backends" / "nvidia" / "include"
+    return [
+        site / "nvidia" / f"cu{CUDA_MAJOR}" / "include",
+        site / "nvidia" / "nccl" / "include",
+        site / "triton" / "backends" / "nvidia" / "include",
+    ]
 
 
 @functools.cache
@@ -63,11 +67,10 @@ def build() -> Path:
     if library.is_file():
         return library
     folder.mkdir(parents=True, exist_ok=True)
-    runtime, driver = include_folders()
     # Several processes may build at once: each compiles into a file of its own, and the last one's stays.
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         compiled = Path(staging) / NAME
-        headers = ["-I", str(runtime), "-idirafter", str(driver)]
+        headers = [part for folder in include_folders() for part in ("-idirafter", str(folder))]
         command = [str(compiler()), "-O2", "-g", "-shared", "-fPIC", "-w", *headers, "-o", str(compiled), str(SOURCE)]
         done = subprocess.run([*command, "-lpthread"], capture_output=True, text=True)
         if done.returncode:

@@ -24,10 +24,10 @@ def watch(out: Path | None, kernels: Path | None, timing: bool) -> None:
         kernels: file of the last step's kernels.
         timing: measure CPU time; waits are not looked for, because that takes longer than most steps.
     """
-    _adapt_torch()
+    adapt_torch()
     report, counters = Report(), Counters()
     if timing:
-        _accept_every_step()
+        accept_every_step()
     else:
         _watch_waits(report)
     _watch_steps(report, counters, kernels, timing)
@@ -44,7 +44,7 @@ def watch(out: Path | None, kernels: Path | None, timing: bool) -> None:
     os._exit = end  # type: ignore[assignment]
 
 
-def _adapt_torch() -> None:
+def adapt_torch() -> None:
     # cuDNN's kernels come from inside that library, which asks the driver itself.
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -109,7 +109,7 @@ def _watch_steps(report: Report, counters: Counters, kernels: Path | None, timin
     loop.run_step = run.run_step = watched
 
 
-def _accept_every_step() -> None:
+def accept_every_step() -> None:
     """Apply every step: values are what memory held, and some are not finite."""
     from deepspeed.runtime.zero import stage3, stage_1_and_2
 
