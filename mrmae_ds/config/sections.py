@@ -246,6 +246,8 @@ class GarbageCollectionConfig(Section):
 class WandbConfig(Section):
     """Logging of metrics to Weights & Biases by rank 0 (``pip install wandb``); no influence on results.
 
+    If W&B fails, a warning says so, and training continues without it.
+
     Attributes:
         project: W&B project.
         entity: user or team; null is the account's default.

@@ -11,6 +11,7 @@ from mrmae_ds.config.stages import StageName
 from mrmae_ds.training.callbacks.base import Callback
 from mrmae_ds.training.callbacks.garbage_collection import GarbageCollectionCallback
 from mrmae_ds.training.callbacks.memory_snapshot import MemorySnapshotCallback
+from mrmae_ds.training.callbacks.nonfatal import NonfatalCallback
 from mrmae_ds.training.callbacks.nvtx import NvtxCallback
 from mrmae_ds.training.callbacks.profiler import ProfilerCallback
 from mrmae_ds.training.callbacks.wandb import WandbCallback, check_installed
@@ -29,7 +30,7 @@ def check_optional_callbacks(recipe: Recipe) -> None:
 def build_optional_callbacks(
     recipe: Recipe, stage_name: StageName, stage_dir: Path, rank: int, device: torch.device
 ) -> list[Callback]:
-    """Build the callbacks that the recipe switches on. None of them changes a result.
+    """Build the callbacks that the recipe switches on. None of them changes a result, and none ends a training.
 
     Args:
         recipe: resolved recipe.
@@ -47,10 +48,12 @@ def build_optional_callbacks(
         return callbacks
     if recipe.profiler is not None:
         path = stage_dir / "profile" / f"step_{recipe.profiler.start_step:09d}.json"
-        callbacks.append(ProfilerCallback(recipe.profiler, path))
+        callbacks.append(NonfatalCallback("profiler", ProfilerCallback(recipe.profiler, path)))
     if recipe.memory_snapshot is not None:
         path = stage_dir / "profile" / f"memory_step_{recipe.memory_snapshot.start_step:09d}.pickle"
-        callbacks.append(MemorySnapshotCallback(recipe.memory_snapshot, path, device))
+        callbacks.append(
+            NonfatalCallback("memory_snapshot", MemorySnapshotCallback(recipe.memory_snapshot, path, device))
+        )
     if recipe.wandb is not None:
-        callbacks.append(WandbCallback(recipe.wandb, recipe, stage_name, stage_dir))
+        callbacks.append(NonfatalCallback("wandb", WandbCallback(recipe.wandb, recipe, stage_name, stage_dir)))
     return callbacks

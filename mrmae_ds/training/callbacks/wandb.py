@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from mrmae_ds.config.recipe import Recipe
@@ -13,6 +14,8 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 
 ID_FILE = "wandb_id.txt"
+# W&B waits for its server without end, but the rest of the stage, or a requeued job's last minutes, must not.
+FINISH_LIMIT_S = 60
 
 
 def check_installed() -> None:
@@ -68,7 +71,15 @@ class WandbCallback(Callback):
         self._run.summary.update(context.results)
 
     def close(self) -> None:
-        """Finish the W&B run."""
+        """Finish the W&B run.
+
+        Raises:
+            TimeoutError: if W&B has not sent everything within a minute.
+        """
         run, self._run = self._run, None
         if run is not None:
-            run.finish()
+            thread = Thread(target=run.finish, daemon=True)
+            thread.start()
+            thread.join(FINISH_LIMIT_S)
+            if thread.is_alive():
+                raise TimeoutError(f"not everything was sent within {FINISH_LIMIT_S} s; wandb sync sends the rest")

@@ -62,6 +62,8 @@ class WindowCallback(Callback, ABC):
 class FileWindowCallback(WindowCallback):
     """Writes its window to a file. What a failure cuts short is written up to there.
 
+    A run that resumes after the start of the window keeps the file of the start before.
+
     Args:
         start_step: steps completed when the window opens.
         num_steps: steps in the window.
@@ -73,6 +75,14 @@ class FileWindowCallback(WindowCallback):
     def __init__(self, start_step: int, num_steps: int, path: Path) -> None:
         super().__init__(start_step, num_steps)
         self.path = path
+
+    def on_train_start(self, context: TrainContext) -> None:
+        """Start recording if the window opens here; warn if it never will."""
+        super().on_train_start(context)
+        step, total = context.state.step, context.schedule.total_steps
+        if self.enabled and not step <= self.start_step < total and not self.path.exists():
+            where = f"this run resumes at step {step}" if step > self.start_step else f"the stage ends at step {total}"
+            logger.warning(f"{self.content}: starts at step {self.start_step}, but {where}; nothing is recorded")
 
     @abstractmethod
     def write(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +18,7 @@ from mrmae_ds.config.recipe import OPTIONAL_CALLBACKS, load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.callbacks.build import build_optional_callbacks, check_optional_callbacks
-from mrmae_ds.training.callbacks.profiler import ProfilerCallback
+from mrmae_ds.training.callbacks.nonfatal import NonfatalCallback
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.step_sync import StepStatus
 from tests.support.jobs import make_context
@@ -33,6 +34,23 @@ def _collection_is_enabled_again() -> Iterator[None]:
 
 def _build(folder: Path, *overrides: str, rank: int = 0) -> list[Callback]:
     return build_optional_callbacks(load_recipe(RECIPE, list(overrides)), "pretrain", folder, rank, CPU)
+
+
+class _Broken(Callback):
+    """Counts the calls of its methods, and raises from one of them."""
+
+    def __init__(self, broken: str) -> None:
+        self.broken, self.calls = broken, 0
+
+    def __getattribute__(self, name: str) -> Any:
+        if not (name.startswith("on_") or name == "close"):
+            return super().__getattribute__(name)
+        return lambda *_: self.count(name)
+
+    def count(self, name: str) -> None:
+        self.calls += 1
+        if name == self.broken:
+            raise RuntimeError(f"no\nserver in {name}")
 
 
 def _steps(callback: Callback, steps: int, start: int = 0) -> TrainContext:
@@ -59,6 +77,32 @@ def test_other_ranks_only_collect_garbage_and_mark_stages(tmp_path: Path) -> Non
     assert found == ["GarbageCollectionCallback", "NvtxCallback"]
 
 
+@pytest.mark.parametrize(("broken", "calls"), [("on_train_start", 1), ("on_log", 4), ("close", 6)])
+def test_a_failing_optional_callback_is_left_out_with_one_warning(
+    broken: str, calls: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = _Broken(broken)
+    guarded, context = NonfatalCallback("wandb", callback), make_context()
+    guarded.on_train_start(context)
+    guarded.on_step_skipped(context, StepStatus())
+    guarded.on_step_end(context, StepStatus())
+    guarded.on_log(context, {})
+    guarded.on_train_end(context)
+    guarded.close()
+    (record,) = caplog.records
+    assert callback.calls == calls and record.levelname == "WARNING"
+    assert record.message == (f"wandb: RuntimeError: no server in {broken}; it is off from here, training continues")
+
+
+def test_rank_0s_observers_cannot_end_a_training(tmp_path: Path) -> None:
+    observers = _build(tmp_path, "profiler={}", "memory_snapshot={}", "wandb={}")
+    assert [callback.name for callback in observers if isinstance(callback, NonfatalCallback)] == [
+        "profiler",
+        "memory_snapshot",
+        "wandb",
+    ]
+
+
 # ---- profiler
 
 
@@ -79,11 +123,34 @@ def test_a_resumed_run_profiles_if_its_window_is_still_ahead(start: int, expecte
 
 def test_a_window_that_training_does_not_complete_is_written_at_the_end(tmp_path: Path) -> None:
     (callback,) = _build(tmp_path, "profiler={start_step: 0, num_steps: 100}")
-    assert isinstance(callback, ProfilerCallback)
+    path = tmp_path / "profile/step_000000000.json"
     _steps(callback, 1)
-    assert not callback.path.exists()
+    assert not path.exists()
     callback.close()
-    assert callback.path.exists()
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("window", "resumed_at", "reason"),
+    [(15, 0, "the stage ends at step 15"), (2, 3, "this run resumes at step 3"), (14, 0, ""), (2, 2, "")],
+)
+def test_a_window_that_never_opens_is_warned_of(
+    window: int, resumed_at: int, reason: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (callback,) = _build(tmp_path, f"profiler={{start_step: {window}}}")
+    callback.on_train_start(make_context(state=TrainState(step=resumed_at)))
+    callback.close()
+    assert (f"profiler trace: starts at step {window}, but {reason}; nothing is recorded" in caplog.text) == bool(
+        reason
+    )
+
+
+def test_the_trace_of_the_start_before_is_not_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for step in (2, 5):
+        (callback,) = _build(tmp_path, "profiler={start_step: 2, num_steps: 9}")
+        _steps(callback, 1, start=step)
+        callback.close()
+    assert "nothing is recorded" not in caplog.text and (tmp_path / "profile/step_000000002.json").exists()
 
 
 # ---- memory snapshot
@@ -167,3 +234,17 @@ def test_wandb_gets_recipe_lines_and_results_and_resumes_its_run(
     assert (starts[0]["project"], starts[0]["mode"], starts[0]["tags"]) == ("p", "offline", ["a"])
     assert starts[0]["config"]["model"]["arch"] == load_recipe(RECIPE).model.arch
     assert lines == [(5, {"loss": 1.0})] * 2 and summary == {"top1": 50.0} and finished == [True, True]
+
+
+def test_wandb_that_never_finishes_does_not_hold_up_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    package, server = ModuleType("wandb"), threading.Event()
+    package.init = lambda **settings: SimpleNamespace(id="abc123", finish=server.wait)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", package)
+    monkeypatch.setattr("mrmae_ds.training.callbacks.wandb.FINISH_LIMIT_S", 0.01)
+    (callback,) = _build(tmp_path, "wandb={}")
+    callback.on_train_start(make_context())
+    callback.close()
+    server.set()
+    assert "wandb: TimeoutError: not everything was sent within 0.01 s; wandb sync sends the rest" in caplog.text
