@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shlex
 import sys
 from itertools import chain
 from pathlib import Path
@@ -63,6 +64,16 @@ def test_bad_input_is_one_line_and_status_2(
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
     assert str(tmp_path) in err
+
+
+def test_torchrun_leaves_every_option_to_train_py() -> None:
+    """Without the ``--`` of the README, torchrun refuses --run as an abbreviation of an option of its own."""
+    from torch.distributed.run import get_args_parser
+
+    line = next(line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("torchrun "))
+    _, *words = shlex.split(line, comments=True)
+    parsed = get_args_parser().parse_args([*words, "--run", "folder"])
+    assert parsed.training_script == "train.py" and parsed.training_script_args[-2:] == ["--run", "folder"]
 
 
 def test_prints_and_writes_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
