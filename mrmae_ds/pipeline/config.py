@@ -40,7 +40,10 @@ class PipelineRun(Section):
 
 
 class PipelineConfig(Section):
-    """A pipeline. Paths are relative to the working directory of the command, the repository's root.
+    """A pipeline.
+
+    Engine configs and recipes are relative to the working directory or, if not there, to the repository. The recipes'
+    own paths, of data and of other runs, are relative to the working directory, as in ``train.py``.
 
     Attributes:
         name: used in messages and as the name of the Slurm job that builds the tables.

@@ -23,6 +23,7 @@ from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, to_overrides
 from mrmae_ds.weights.model_file import MODEL_FILE
 
 RUNS = Path("runs")
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,8 @@ def build_jobs(
 def _draft(pipeline: PipelineConfig, run: PipelineRun, seed: int | None, common: _CommonOverrides) -> _Draft:
     config = run.config or pipeline.config
     assert config is not None  # PipelineConfig checks it
-    path = run.recipe or default_recipe(config)
+    config = _locate(config)
+    path = _locate(run.recipe) if run.recipe else default_recipe(config)
     overrides = common.merge(path, pipeline.run_overrides(run))
     recipe = load_recipe(path, overrides)
     folder_name = recipe.name
@@ -122,6 +124,12 @@ def _draft(pipeline: PipelineConfig, run: PipelineRun, seed: int | None, common:
     requested = run.stages or pipeline.stages
     stages = tuple(stage for stage in requested if getattr(recipe.stages, stage) is not None)
     return _Draft(run, folder_name, config, path, tuple(overrides), recipe, stages)
+
+
+def _locate(path: Path) -> Path:
+    """Return the path of a configuration file, in the repository if it is not in the working directory."""
+    in_repository = REPOSITORY / path
+    return in_repository if not path.exists() and in_repository.exists() else path
 
 
 class _CommonOverrides:

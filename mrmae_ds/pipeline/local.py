@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from mrmae_ds.pipeline.graph import PipelineJob
+from mrmae_ds.pipeline.graph import REPOSITORY, PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 
-TRAIN = Path(__file__).resolve().parents[2] / "train.py"
+TRAIN = REPOSITORY / "train.py"
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _POLL_S = 0.2
 _GRACE_S = 300  # to save a checkpoint and exit after SIGTERM

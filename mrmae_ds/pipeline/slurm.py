@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.pipeline.graph import PipelineJob
+from mrmae_ds.pipeline.graph import REPOSITORY, PipelineJob
 from mrmae_ds.pipeline.status import JobStatus, read_slurm_jobs, write_slurm_jobs
 
 SCRIPT = Path("slurm/train.sbatch")
@@ -42,8 +42,11 @@ def submit_jobs(
         Slurm ids of the submitted jobs, by key.
 
     Raises:
-        UserError: if sbatch fails. Jobs submitted before that stay submitted; the next call continues after them.
+        UserError: outside the repository, or if sbatch fails. Jobs submitted before that stay submitted; the next call
+            continues after them.
     """
+    if not script.is_file():
+        raise UserError(f"{script}: not in {Path.cwd()}; Slurm jobs run in the repository, so first: cd {REPOSITORY}")
     ids = read_slurm_jobs(root)
     new: dict[str, str] = {}
     for job in jobs:

@@ -13,6 +13,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import load_pipeline, to_overrides
 from mrmae_ds.pipeline.graph import _sources, build_jobs
 from tests.support.pipelines import KEYS, make_jobs, write_pipeline
+from tests.support.processes import REPOSITORY
 
 
 def test_jobs_are_sorted_after_their_dependencies(tmp_path: Path) -> None:
@@ -164,6 +165,30 @@ def test_pipelines_extend_others(tmp_path: Path) -> None:
     (tmp_path / "pipeline.yaml").write_text("extends: more.yaml")
     with pytest.raises(UserError, match="extends itself through"):
         load_pipeline(tmp_path / "more.yaml")
+
+
+INIT_SCRATCH = {"stages": {"finetune": {"init": "scratch"}}}
+
+
+def test_configs_are_found_in_the_repository_from_anywhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jobs = make_jobs(tmp_path, Path("out"))
+    assert {job.config for job in jobs.values()} == {REPOSITORY / "ds_configs/tiny.json"}
+    job = jobs["tiny/pretrain"]
+    assert job.recipe_path == REPOSITORY / "ds_configs/tiny.yaml"
+    assert job.stage_dir == Path("out/tiny/pretrain") and job.recipe.teachers["mae"].source == "out/mae_tiny/pretrain"
+    assert str(job.recipe.data.train) == "datasets/demo/train.beton"  # as in train.py, of the working directory
+
+    own = tmp_path / "ds_configs"
+    own.mkdir()
+    for name in ("tiny.json", "tiny.yaml"):
+        (own / name).write_text((REPOSITORY / "ds_configs" / name).read_text().replace("seed: 0", "seed: 5"))
+    (job, *_) = make_jobs(tmp_path, Path("out"), runs=[{"stages": ["finetune"], "set": INIT_SCRATCH}]).values()
+    assert (job.config, job.recipe.seed) == (Path("ds_configs/tiny.json"), 5)
+    with pytest.raises(UserError, match=r"^ds_configs/nothing\.json: no recipe"):
+        make_jobs(tmp_path, Path("out"), config="ds_configs/nothing.json")
 
 
 def test_common_overrides_apply_to_recipes_with_their_section(tmp_path: Path) -> None:

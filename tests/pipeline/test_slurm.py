@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import read_slurm_jobs
 from tests.support.fake_slurm import FakeSlurm
 from tests.support.pipelines import KEYS, make_jobs, write_pipeline, write_record
+from tests.support.processes import REPOSITORY
 
 
 @pytest.fixture
@@ -48,6 +50,33 @@ def _dependency(slurm: FakeSlurm, name: str) -> list[str]:
         return []
     kind, *jobs = options[0].removeprefix("--dependency=").split(":")
     return [kind, *(names[job] for job in jobs)]
+
+
+def test_submission_from_another_folder_is_refused(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _submit(tmp_path) == 2
+    reason = f"not in {tmp_path}; Slurm jobs run in the repository, so first: cd {REPOSITORY}"
+    assert capsys.readouterr().err == f"error: slurm/train.sbatch: {reason}\n"
+    assert slurm.jobs() == {}
+
+
+@pytest.mark.parametrize(
+    ("submitted_from", "reason"),
+    [
+        ("{}", "no slurm/task.sh in {}: submit from the repository"),
+        (None, "not a Slurm job: sbatch slurm/train.sbatch"),
+    ],
+)
+def test_the_script_needs_a_job_of_the_repository(submitted_from: str | None, reason: str, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    if submitted_from:
+        env["SLURM_SUBMIT_DIR"] = submitted_from.format(tmp_path)
+    script = REPOSITORY / "slurm/train.sbatch"
+    result = subprocess.run(["bash", script, "ds_configs/tiny.json"], env=env, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert f"train.sbatch: {reason.format(tmp_path)}" in result.stderr
 
 
 def test_submits_every_job_with_its_dependencies(
