@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import logging
+import os
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import deepspeed
 import torch
@@ -14,6 +20,10 @@ from torch import Tensor
 
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
+
+GROUP_LIMIT_S = 30 * 60.0
+REPORT_START_S = 120.0  # a start that takes longer is reported, with all stacks
+GRACE_S = 60.0  # for torch's own error at the limit
 
 
 def choose_device(launch: Launch) -> torch.device:
@@ -32,17 +42,65 @@ def choose_device(launch: Launch) -> torch.device:
     return torch.device(name, launch.local_rank % count)
 
 
-def start_process_group(device: torch.device) -> None:
-    """Start the process group, without DeepSpeed's banners."""
+def start_process_group(
+    device: torch.device, report_after_s: float = REPORT_START_S, limit_s: float = GROUP_LIMIT_S
+) -> None:
+    """Start the process group, without DeepSpeed's banners, and connect the ranks.
+
+    Args:
+        device: of this rank.
+        report_after_s: time after which a start that waits prints what it waits for, and all stacks.
+        limit_s: time after which a start or a collective operation fails.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has deprecated; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
     if device.type != "cpu":
         get_accelerator().set_device(device.index)
-    # On CPUs DeepSpeed would compile an all-reduce that only inference uses, whose buffers (66 MiB per rank) stay in
-    # /dev/shm when the process has ended.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(minutes=30))
+        # DeepSpeed binds this device again; it is not the local rank where each task sees one GPU.
+        os.environ["LOCAL_RANK"] = str(device.index)
+    # No operation of DeepSpeed's own is used. Asked for them, it probes each, with a warning for each that lacks a CUDA
+    # toolkit. On CPUs it would compile an all-reduce whose buffers (66 MiB per rank) stay in /dev/shm afterwards.
+    deepspeed.ops.__compatible_ops__ = {}
+    with _report_slow_start(report_after_s, limit_s + GRACE_S):
+        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=limit_s))
+        if dist.get_world_size() > 1:
+            dist.barrier()  # NCCL opens its connections at the first operation
+
+
+@contextmanager
+def _report_slow_start(report_after_s: float, limit_s: float) -> Iterator[None]:
+    """Print what the ranks wait for once they take long, and end the process at the limit.
+
+    The watchdog cannot do this: it needs the process group.
+    """
+    started = threading.Event()
+
+    def report() -> None:
+        if started.wait(report_after_s):
+            return
+        rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        print(
+            f"warning: rank {rank} has waited {report_after_s:g} s for the start of {world_size} ranks. A rank has not "
+            f"come yet, or does not reach MASTER_ADDR:MASTER_PORT ({address}), or NCCL does not connect: set "
+            "NCCL_SOCKET_IFNAME to the interface between the nodes and NCCL_IB_HCA to its adapters; NCCL_DEBUG=INFO "
+            "shows NCCL's choice. Stacks of this rank:",
+            file=sys.stderr,
+            flush=True,
+        )
+        faulthandler.dump_traceback(file=sys.stderr)
+
+    reporter = threading.Thread(target=report, daemon=True)
+    reporter.start()
+    # By faulthandler, which needs no interpreter: NCCL has no limit of its own while it connects.
+    faulthandler.dump_traceback_later(limit_s, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        started.set()
+        reporter.join()
 
 
 def end_process_group() -> None:

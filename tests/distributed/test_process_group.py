@@ -1,11 +1,26 @@
 from __future__ import annotations
 
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import deepspeed
 import pytest
 import torch
 
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.distributed.process_group import choose_device
+from mrmae_ds.distributed.process_group import (
+    _report_slow_start,
+    choose_device,
+    end_process_group,
+    start_process_group,
+)
 from mrmae_ds.errors import UserError
+from tests.support.processes import free_port
+from tests.support.ranks import fork_server
 
 
 class FakeAccelerator:
@@ -45,3 +60,83 @@ def test_every_rank_rejects_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("mrmae_ds.distributed.process_group.get_accelerator", lambda: FakeAccelerator("cuda", 2))
     with pytest.raises(UserError, match="2 GPUs"):
         choose_device(Launch(0, 0, 4, 4))
+
+
+def test_deepspeed_binds_the_one_gpu_that_a_task_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    bound: list[Any] = []
+    accelerator = FakeAccelerator("cuda", 1)
+    accelerator.set_device = bound.append  # type: ignore[attr-defined]
+    monkeypatch.setattr("mrmae_ds.distributed.process_group.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **_: bound.append(os.environ["LOCAL_RANK"]))
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    launch = Launch(3, 3, 4, 4)
+    start_process_group(choose_device(launch))
+    assert bound == [0, "0"] and launch.local_rank == 3
+
+
+def _refuse() -> None:
+    raise AssertionError("DeepSpeed's operations were probed")
+
+
+def _rank(rank: int, port: int, delay_s: float, limit_s: float, log: Path) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1")
+    time.sleep(delay_s)
+    vars(deepspeed.ops).pop("__compatible_ops__", None)
+    deepspeed.ops._probe_compatible_ops = _refuse  # prints a warning for each operation, if there is no CUDA toolkit
+    before = threading.active_count()
+    start_process_group(torch.device("cpu"), report_after_s=1.0, limit_s=limit_s)
+    assert threading.active_count() == before
+    end_process_group()
+    os._exit(0)
+
+
+def _start(delays: dict[int, float], limit_s: float, folder: Path) -> tuple[list[int | None], list[str]]:
+    """Start ranks of a group of two after delays, in seconds; return exit statuses and what they wrote to stderr."""
+    port, logs = free_port(), [folder / f"{rank}.log" for rank in delays]
+    arguments = [(rank, port, delay, limit_s, log) for (rank, delay), log in zip(delays.items(), logs, strict=True)]
+    processes = [fork_server().Process(target=_rank, args=values) for values in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()
+    return [process.exitcode for process in processes], [log.read_text() for log in logs]
+
+
+@pytest.mark.multi_process
+@pytest.mark.timeout(120)
+def test_a_start_that_waits_names_the_settings_and_shows_its_stacks(tmp_path: Path) -> None:
+    """Rank 1 comes late, then the group works and nothing of the report is left."""
+    statuses, (waited, late) = _start({0: 0.0, 1: 4.0}, 60, tmp_path)
+    assert statuses == [0, 0]
+    for expected in ("rank 0 has waited 1 s for the start of 2 ranks", "MASTER_ADDR:MASTER_PORT (127.0.0.1:"):
+        assert expected in waited
+    for expected in ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "init_distributed"):
+        assert expected in waited and expected not in late
+
+
+@pytest.mark.multi_process
+@pytest.mark.timeout(120)
+def test_a_start_without_one_of_the_ranks_ends_at_the_limit(tmp_path: Path) -> None:
+    statuses, (waited,) = _start({0: 0.0}, 2, tmp_path)
+    assert statuses == [1] and "has waited 1 s" in waited and "DistStoreError" in waited
+
+
+def _hang() -> None:
+    with _report_slow_start(report_after_s=0.5, limit_s=1.5):
+        time.sleep(60)
+
+
+@pytest.mark.multi_process
+@pytest.mark.timeout(120)
+def test_a_start_without_an_end_of_its_own_ends_at_the_limit() -> None:
+    """NCCL may wait for good while it connects."""
+    process = fork_server().Process(target=_hang)
+    process.start()
+    process.join(30)
+    process.kill()
+    assert process.exitcode == 1
