@@ -51,7 +51,7 @@ class BetonFile:
         Raises:
             UserError: if it is not the file of JPEGs that its sidecar describes.
         """
-        num_samples = info.num_samples
+        self._info, num_samples = info, info.num_samples
         try:
             self.content: ImageArray = np.memmap(info.path, dtype=np.uint8, mode="r").view(np.ndarray)
             header = self.content[: HEADER.itemsize].view(HEADER)[0]
@@ -78,6 +78,10 @@ class BetonFile:
         self.indices = samples["index"].astype(np.int64)
         checked = "adler32" in names
         self.checksums = samples["adler32"].astype(np.int64) if checked else np.full(num_samples, -1, dtype=np.int64)
+
+    def __reduce__(self) -> tuple[type[BetonFile], tuple[BetonInfo]]:
+        """Pickle the description; the file is opened again, and its content is not copied."""
+        return BetonFile, (self._info,)
 
     def _array(self, dtype: np.dtype[Any], count: int, offset: int) -> npt.NDArray[np.void]:
         end = offset + count * dtype.itemsize

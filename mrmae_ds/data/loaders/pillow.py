@@ -10,6 +10,7 @@ Shapes: B micro-batch, S image size.
 from __future__ import annotations
 
 import io
+import multiprocessing
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -175,14 +176,22 @@ class PillowLoader:
             collate_fn=_stack,
             pin_memory=settings.device.type == "cuda",
             persistent_workers=True,
-            # The workers read the file that is mapped here.
-            multiprocessing_context="fork",
+            multiprocessing_context=_start_method(settings.device),
             worker_init_fn=_begin,
         )
 
     def close(self) -> None:
         """End the open epoch and the worker processes."""
         self._current = self._loader = None
+
+
+def _start_method(device: torch.device) -> str:
+    """Return how workers start: forked, which is immediate, unless the threads of CUDA and NCCL may run here."""
+    if device.type == "cpu":
+        return "fork"
+    # The server imports once for all workers; with InfiniBand a fork of this process could lose registered memory.
+    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    return "forkserver"
 
 
 def _begin(_worker: int) -> None:

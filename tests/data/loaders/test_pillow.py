@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from mrmae_ds.data.beton.sidecar import sidecar_path
+from mrmae_ds.data.beton.file import BetonFile
+from mrmae_ds.data.beton.sidecar import check_beton, sidecar_path
+from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.errors import UserError
@@ -24,6 +27,7 @@ from tests.support.loaders import open_loader
 
 pytestmark = pytest.mark.timeout(120, method="thread")
 CROP = CropSettings(scale=(0.2, 1.0))
+POLICY = AugmentSettings("rand-m9-mstd0.5-inc1", (0.5, 0.5, 0.5))
 
 
 def _loader(path: Path, train: bool, backend: str = "pillow", **changes: Any) -> Loader:
@@ -144,3 +148,20 @@ def test_pillow_backend_imports_no_ffcv(betons: tuple[Path, Path], monkeypatch: 
     with pytest.raises(UserError, match="no ffcv here"):
         _loader(betons[1], False, "ffcv")
     assert len(_samples(_loader(betons[1], False))) == 40
+
+
+def test_workers_beside_a_gpu_are_not_forked(betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's and NCCL's threads do not survive a fork; the fork server has none, and opens the file itself."""
+    import mrmae_ds.data.loaders.pillow as module
+
+    whole = _samples(_loader(betons[0], True, augment=POLICY), 1)
+    method = module._start_method(torch.device("cuda", 0))
+    assert method == "forkserver" and module._start_method(torch.device("cpu")) == "fork"
+    monkeypatch.setattr(module, "_start_method", lambda device: method)
+    assert _samples(_loader(betons[0], True, augment=POLICY), 1) == whole
+
+
+def test_an_open_file_is_pickled_without_its_content(betons: tuple[Path, Path]) -> None:
+    file = BetonFile(check_beton(betons[0]))
+    pickled = pickle.dumps(file)
+    assert len(pickled) < 4096 < len(file.content) and pickle.loads(pickled).jpeg(3) == file.jpeg(3)
