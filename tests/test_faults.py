@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from mrmae_ds.training.replay import describe, replay
 from tests.support.chaos import Chaos, newest_complete_step
 from tests.support.processes import environment, free_port, run
 from tests.support.ranks import Ranks
-from tests.support.small_runs import STEPS, SmallRuns, assert_same, curve, leftovers
+from tests.support.small_runs import ENGINE, STEPS, SmallRuns, assert_same, curve, leftovers
 
 pytestmark = [pytest.mark.timeout(900), pytest.mark.multi_process]
 LIMIT_S = 240
@@ -82,7 +83,7 @@ def _newest(folder: Path) -> Path:
     return list_checkpoints(folder / "pretrain")[-1]
 
 
-def _record(folder: Path) -> dict[str, object]:
+def _record(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "pretrain" / "record.json").read_text())
 
 
@@ -94,6 +95,16 @@ def test_resumes_bit_equal_after_repeated_kills(chaos: Chaos) -> None:
     chaos.rounds(3)
 
 
+def test_deterministic_kernels_change_nothing_on_a_cpu(copy: Path, runs: SmallRuns, undisturbed: Path) -> None:
+    """The run began without them."""
+    engine = copy / "engine.json"
+    engine.write_text(json.dumps(ENGINE | {"deterministic": True}))
+    _resume(runs, copy, "--ds_config", str(engine))
+    assert_same(copy / "pretrain", undisturbed)
+    kernels = [_record(folder)["kernels"] for folder in (copy, undisturbed.parent)]
+    assert kernels[0] == kernels[1] | {"deterministic": True} and not kernels[1]["deterministic"]
+
+
 # ---- signals, and the step that a run resumes from
 
 
@@ -101,7 +112,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(stopped: Path, runs: SmallRuns
     """The signal came between two micro-batches; the step was completed and saved before the exit."""
     assert step_of(_newest(stopped)) == newest_complete_step(stopped / "pretrain") == STOPPED_AT
     record = _record(stopped)
-    assert (record["status"], record["schedule"]["steps_done"]) == ("stopped", STOPPED_AT)  # type: ignore[index]
+    assert (record["status"], record["schedule"]["steps_done"]) == ("stopped", STOPPED_AT)
     assert record["ended"] is not None
     logs = Ranks([], [runs.folder / "logs" / "stopped" / f"rank{rank}.log" for rank in range(2)])
     assert "SIGTERM: saving after this step, then stopping" in logs.text(1)

@@ -1,16 +1,16 @@
 """The engine config: DeepSpeed's JSON, parsed and checked before DeepSpeed reads it.
 
 The global batch size belongs to the recipe, so ``gradient_accumulation_steps`` is derived. This project's own keys are
-the section ``activation_checkpointing`` (``conv_stages``, ``transformer``, ``decoder``) and ``compile.blocks``. The
-rules on keys and their combinations are in :mod:`mrmae_ds.config.engine_rules`, the ZeRO settings in
-:mod:`mrmae_ds.config.zero`.
+the section ``activation_checkpointing`` (``conv_stages``, ``transformer``, ``decoder``), ``compile.blocks``, and
+torch's kernels (:mod:`mrmae_ds.config.kernels`). The rules on keys and their combinations are in
+:mod:`mrmae_ds.config.engine_rules`, the ZeRO settings in :mod:`mrmae_ds.config.zero`.
 """
 
 from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mrmae_ds.config.engine_rules import (
     check_zero,
 )
 from mrmae_ds.config.files import nearest_key, read_json
+from mrmae_ds.config.kernels import KERNEL_KEYS, KernelSettings, parse_kernels
 from mrmae_ds.config.zero import ZeroSettings, offload_devices, parse_zero
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
@@ -36,6 +37,7 @@ _PROBE_KEYS = (
     "gradient_accumulation_steps",
     "gradient_clipping",
     "steps_per_print",
+    *KERNEL_KEYS,
 )
 
 
@@ -69,6 +71,7 @@ class EngineConfig:
         checkpointing: the blocks that recompute their activations.
         compile_blocks: ``torch.compile`` compiles each block.
         leaf_module_classes: ``zero_optimization.leaf_module.classes`` as written, with or without their modules.
+        kernels: torch's kernels.
     """
 
     path: Path
@@ -80,6 +83,7 @@ class EngineConfig:
     checkpointing: CheckpointPlan
     compile_blocks: bool = False
     leaf_module_classes: tuple[str, ...] = ()
+    kernels: KernelSettings = field(default_factory=KernelSettings)
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -99,8 +103,8 @@ class EngineConfig:
         return {**self.as_written(), "gradient_accumulation_steps": accumulation}
 
     def for_deepspeed(self, accumulation: int) -> dict[str, Any]:
-        """Return the dictionary for DeepSpeed: this project's own sections removed, the accumulation filled in."""
-        own = ("activation_checkpointing", "compile")
+        """Return the dictionary for DeepSpeed: this project's own keys removed, the accumulation filled in."""
+        own = ("activation_checkpointing", "compile", *KERNEL_KEYS)
         config = {key: value for key, value in self.as_used(accumulation).items() if key not in own}
         if self.offloads_optimizer:
             # DeepSpeed's default is its own CPU Adam, which needs a compiler; torch's fused AdamW does the same.
@@ -154,6 +158,7 @@ def load_engine_config(path: Path) -> EngineConfig:
         checkpointing=_checkpoint_plan(path, raw.get("activation_checkpointing", {})),
         compile_blocks=compiled,
         leaf_module_classes=tuple(raw.get("zero_optimization", {}).get("leaf_module", {}).get("classes", ())),
+        kernels=parse_kernels(path, raw),
     )
 
 

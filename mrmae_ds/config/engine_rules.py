@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mrmae_ds.config.files import nearest_key
+from mrmae_ds.config.kernels import KERNEL_KEYS
 from mrmae_ds.config.zero import BFLOAT16, FLOAT32, offload_devices
 from mrmae_ds.errors import UserError
 
@@ -37,6 +38,7 @@ KNOWN_KEYS = frozenset(
         "train_micro_batch_size_per_gpu",
         "wall_clock_breakdown",
         "zero_optimization",
+        *KERNEL_KEYS,
     }
 )
 REFUSED_KEYS = {

@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mrmae_ds.records.sections import GitState, Hardware
+from mrmae_ds.records.sections import GitState, Hardware, Kernels
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,26 @@ def collect_hardware(world_size: int, device: str | torch.device) -> Hardware:
         return Hardware(device=cpu_name(), count=os.cpu_count() or 1, world_size=world_size)
     module = torch.get_device_module(kind)
     return Hardware(device=module.get_device_name(device), count=module.device_count(), world_size=world_size)
+
+
+def collect_kernels() -> Kernels:
+    """Return the choice of kernels that is in effect in this process."""
+    import torch  # Late, as above.
+
+    cuda = torch.backends.cuda
+    attention = {
+        "flash": cuda.flash_sdp_enabled(),
+        "efficient": cuda.mem_efficient_sdp_enabled(),
+        "cudnn": cuda.cudnn_sdp_enabled(),
+        "math": cuda.math_sdp_enabled(),
+    }
+    return Kernels(
+        attention=tuple(name for name, enabled in attention.items() if enabled),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        float32_matmul_precision=torch.get_float32_matmul_precision(),
+        cudnn_benchmark=torch.backends.cudnn.benchmark,
+        threads=torch.get_num_threads(),
+    )
 
 
 def cpu_name() -> str:

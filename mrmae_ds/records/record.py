@@ -25,6 +25,7 @@ from mrmae_ds.records.sections import (
     GitState,
     Hardware,
     Init,
+    Kernels,
     Member,
     ModelInfo,
     Operations,
@@ -64,6 +65,7 @@ class RunRecord(RecordSection):
         size: column of the scaling table ("Huge-448").
         recipe_hash: hash of the resolved recipe without its seed, shared by runs that differ in nothing else.
         slurm_job: None outside Slurm.
+        kernels: None in records of earlier versions.
         model: None for an evaluation.
         design: of a pre-training.
         operations: None for an evaluation.
@@ -86,6 +88,7 @@ class RunRecord(RecordSection):
     slurm_job: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     hardware: Hardware
+    kernels: Kernels | None = None
     model: ModelInfo | None = None
     design: Design | None = None
     parameters: Parameters

@@ -54,6 +54,24 @@ class Hardware(RecordSection):
     world_size: Annotated[int, Field(ge=1)]
 
 
+class Kernels(RecordSection):
+    """Torch's choice of kernels, as it was in effect.
+
+    Attributes:
+        attention: kernels of scaled dot-product attention that torch could choose from.
+        deterministic: torch was confined to deterministic kernels.
+        float32_matmul_precision: of products of float32 tensors on a GPU.
+        cudnn_benchmark: cuDNN tried its algorithms and took the fastest one.
+        threads: of torch on the host.
+    """
+
+    attention: tuple[str, ...]
+    deterministic: bool
+    float32_matmul_precision: str
+    cudnn_benchmark: bool
+    threads: Count
+
+
 class Parameters(RecordSection):
     """Parameter counts: the whole model, its trainable part, and the encoder alone."""
 

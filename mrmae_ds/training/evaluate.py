@@ -33,6 +33,7 @@ from mrmae_ds.records.record import RECORD_FILE, RunRecord, summarize_finetuning
 from mrmae_ds.records.sections import Member, Parameters, Schedule
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
+from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.evaluation.accuracy import AccuracyCounter
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
 from mrmae_ds.training.job import TrainArgs, load_configs
@@ -198,6 +199,7 @@ def run_evaluation(job: PreparedEvaluation) -> None:
 
 
 def _run(job: PreparedEvaluation, device: torch.device, watchdog: Watchdog) -> None:
+    apply_kernel_settings(job.engine_config.kernels, device)
     writer = None
     if job.launch.rank == 0:
         config = json.dumps(job.engine_config.as_written(), indent=2)

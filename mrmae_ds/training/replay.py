@@ -23,6 +23,7 @@ from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.nonfinite_capture import Capture, read_capture
 from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
+from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.model_file import MODEL_FILE, read_tensors
@@ -72,6 +73,7 @@ def replay(path: Path, device: torch.device) -> tuple[Capture, list[ReplayResult
         if job.identity.recipe_hash != capture.recipe_hash or job.schedule.seed != capture.seed:
             raise UserError(f"{folder}: of recipe {capture.recipe_hash}, seed {capture.seed}; the run's folder now "
                             f"holds recipe {job.identity.recipe_hash}, seed {job.schedule.seed}")  # fmt: skip
+        apply_kernel_settings(job.engine_config.kernels, device)
         model = job.task.model
         model.load_state_dict(read_tensors(folder / MODEL_FILE))
         model.to(device, job.engine_config.model_dtype).train()

@@ -31,6 +31,7 @@ from mrmae_ds.training.checkpoint.resume import load_checkpoint, verify_start
 from mrmae_ds.training.checkpoint.run_dir import RunStart, prepare_folder
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import build_engine, gather_state
+from mrmae_ds.training.engine.kernels import set_optimizer_threads
 from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.final_figures import draw, finish_drawing
 from mrmae_ds.training.job import PreparedStage
@@ -190,6 +191,7 @@ def _train_context(
 
 def _build_engine(job: PreparedStage, device: torch.device) -> deepspeed.DeepSpeedEngine:
     task = job.task
+    set_optimizer_threads(job.engine_config, job.recipe.loader.num_workers, device)
     groups, accumulation = task.param_groups(), job.schedule.accumulation
     engine = build_engine(task.model, groups, task.make_optimizer, job.engine_config, accumulation, device)
     task.to(device)

@@ -16,7 +16,7 @@ from mrmae_ds.config.stages import StageName
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.files import file_sha256
-from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
+from mrmae_ds.records.environment import collect_hardware, collect_kernels, collect_versions, git_state
 from mrmae_ds.records.metrics import MetricsWriter, read_metrics
 from mrmae_ds.records.progress import Progress
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, Status, summarize_pretraining, utc_now
@@ -198,6 +198,7 @@ def describe_run(recipe: Recipe, stage: StageName, launch: Launch, device: torch
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "versions": collect_versions(),
         "hardware": collect_hardware(launch.world_size, device),
+        "kernels": collect_kernels(),
     }
 
 

@@ -17,6 +17,7 @@ from mrmae_ds.config.engine import (
     load_engine_config,
     validate_sections,
 )
+from mrmae_ds.config.kernels import KernelSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.profiling.flops_report import describe_cost
@@ -112,7 +113,11 @@ def test_parses_every_setting(load: Load) -> None:
         data_types={"grad_accum_dtype": "fp32"},
         activation_checkpointing={"conv_stages": "all", "transformer": 2, "decoder": "none"},
         compile={"blocks": True},
+        attention_backend="efficient",
+        deterministic=True,
+        float32_matmul_precision="high",
     )
+    assert config.kernels == KernelSettings("efficient", True, "high")
     assert (config.declared_accumulation, config.zero.stage) == (3, 2)
     assert config.model_dtype == torch.bfloat16
     assert config.compile_blocks and not config.offloads_optimizer
@@ -180,6 +185,28 @@ def test_activation_checkpointing_is_all_none_or_every_nth(load: Load, part: str
     message = _error(load, activation_checkpointing={part: value})
     assert f'activation_checkpointing.{part} must be "all", "none" or n' in message
     assert message.endswith(f"got {value!r}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "choices"),
+    [
+        ("attention_backend", "flush", "one of flash, efficient, cudnn, math, auto"),
+        ("attention_backend", None, "one of flash, efficient, cudnn, math, auto"),
+        ("deterministic", 1, "true or false"),
+        ("float32_matmul_precision", "low", "one of highest, high, medium"),
+    ],
+)
+def test_kernels_are_one_of_the_choices(tmp_path: Path, key: str, value: Any, choices: str) -> None:
+    path = tmp_path / "engine.json"
+    path.write_text(json.dumps(SMALLEST | {key: value}))
+    with pytest.raises(UserError, match=rf"engine\.json: {key} must be {choices}, got {value!r}"):
+        load_engine_config(path)
+
+
+def test_a_linear_classifier_runs_on_the_same_kernels(load: Load) -> None:
+    config = load(deterministic=True, attention_backend="math").for_probe()
+    assert config.kernels == KernelSettings("math", True)
+    assert load(**config.as_used(2)).kernels == config.kernels
 
 
 def test_an_unknown_key_of_activation_checkpointing(load: Load) -> None:
@@ -395,11 +422,12 @@ def test_zero_key_suggestion_uses_deepspeeds_spelling(load: Load) -> None:
 def test_deepspeed_gets_its_own_keys_and_the_accumulation(load: Load) -> None:
     section = {"transformer": "all", "conv_stages": 2, "decoder": "none"}
     zero = STAGE_3 | {"leaf_module": {"classes": ["Block", "ConvBlock"]}}
-    config = load(activation_checkpointing=section, zero_optimization=zero, compile={"blocks": True})
+    kernels = {"attention_backend": "math", "deterministic": True, "float32_matmul_precision": "high"}
+    config = load(activation_checkpointing=section, zero_optimization=zero, compile={"blocks": True}, **kernels)
     before = json.dumps(config.as_written())
     given = config.for_deepspeed(6)
     assert given["gradient_accumulation_steps"] == 6
-    assert "activation_checkpointing" not in given and "compile" not in given
+    assert not {"activation_checkpointing", "compile", *kernels} & given.keys()
     assert given["zero_optimization"] == zero
     assert given["train_micro_batch_size_per_gpu"] == 4 and given["gradient_clipping"] == 0.0
     assert given["steps_per_print"] > 10**9
@@ -409,10 +437,12 @@ def test_deepspeed_gets_its_own_keys_and_the_accumulation(load: Load) -> None:
 
 def test_the_recorded_config_is_an_engine_config(load: Load) -> None:
     offload = {"offload_optimizer": {"device": "cpu"}}
-    config = load(activation_checkpointing={"transformer": 2}, zero_optimization={"stage": 1} | offload)
+    changes = {"activation_checkpointing": {"transformer": 2}, "deterministic": True}
+    config = load(**changes, zero_optimization={"stage": 1} | offload)
     again = load(**config.as_used(6))
     assert again.declared_accumulation == 6
     assert (again.checkpointing, again.offloads_optimizer) == (config.checkpointing, True)
+    assert again.kernels == config.kernels == KernelSettings(deterministic=True)
     assert again.for_deepspeed(6) == config.for_deepspeed(6)
 
 

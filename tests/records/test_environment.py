@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from mrmae_ds.records.environment import collect_hardware, collect_versions, git_state
+from mrmae_ds.records.environment import collect_hardware, collect_kernels, collect_versions, git_state
 
 
 def _git(root: Path, *arguments: str) -> str:
@@ -42,3 +42,17 @@ def test_versions_and_hardware_contain_no_host_name() -> None:
     assert (hardware.count, hardware.world_size) == (os.cpu_count(), 4)
     assert hardware.device
     assert socket.gethostname() not in hardware.model_dump_json() + str(versions)
+
+
+def test_kernels_are_those_in_effect() -> None:
+    before = collect_kernels()
+    assert not before.deterministic and before.attention == ("flash", "efficient", "cudnn", "math")
+    assert before.threads == torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        changed = collect_kernels()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
+    assert changed.deterministic and changed.attention == ("flash", "efficient", "math")

@@ -2,10 +2,11 @@
 
     1. build the full model on the CPU, from the same seed on every rank (not under zero.Init: every size fits)
     2. load weights, freeze, build parameter groups by name
-    3. set activation checkpointing
-    4. compile blocks, if the engine config says so
-    5. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
-    6. check in every backward pass that every trainable parameter gets a gradient
+    3. set torch's kernels, before anything is computed on the device
+    4. set activation checkpointing
+    5. compile blocks, if the engine config says so
+    6. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
+    7. check in every backward pass that every trainable parameter gets a gradient
 
 Steps 1 and 2 belong to the task (:mod:`mrmae_ds.training.tasks`), the others to :func:`build_engine`. Model files hold
 no distributed code.
@@ -28,6 +29,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.training.engine.deepspeed_patches import apply_patches
+from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.engine.missing_gradients import watch_gradients
 
 MakeOptimizer = Callable[[list[dict[str, Any]], bool], Optimizer]
@@ -60,6 +62,7 @@ def build_engine(
     if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
         raise ValueError(f"{len(grouped)} parameters in groups, {len(trainable)} trainable ones in the model")
     check_leaf_modules(model, config)
+    apply_kernel_settings(config.kernels, device)
     set_checkpointing(model, config.checkpointing)
     if config.compile_blocks:
         compile_blocks(model)
