@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import deepspeed
@@ -15,10 +14,9 @@ from mrmae_ds.profiling.step_ranges import step_range
 from mrmae_ds.training.callbacks.base import TrainContext
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.engine.build import set_lr
-from mrmae_ds.training.engine.nonfinite import skip_step
 from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.schedule import StageSchedule
-from mrmae_ds.training.step_sync import StepStatus, StepSync
+from mrmae_ds.training.step_sync import StepStatus, StepSync, take_step
 from mrmae_ds.training.tasks.base import Task
 
 # Training is given up after this many consecutive skipped (non-finite) steps.
@@ -64,16 +62,11 @@ def run_step(
         if index < schedule.accumulation - 1:
             engine.step()  # only counts the micro-batch
     with step_range("sync"):
-        status = step_sync.exchange(engine)
-    if not status.finite:
-        skip_step(engine)
-        return status
+        exchange = step_sync.exchange(engine)
     with step_range("optimizer"):
-        engine.step()
-    if not engine.was_step_applied():
-        # DeepSpeed's own check: the square of a gradient may overflow where the gradient does not.
-        return replace(status, bad_gradient=True)
-    task.after_step()
+        status = take_step(engine, exchange)
+    if status.finite:
+        task.after_step()
     return status
 
 

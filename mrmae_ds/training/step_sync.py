@@ -1,23 +1,30 @@
 """One all-reduce of status flags before each optimizer step.
 
-The flags are: non-finite loss or gradient, stop signal, save due, background save pending. Reading the result waits for
-the device, at the point where DeepSpeed waits for it anyway to check the gradient norm.
+The flags are: non-finite loss or gradient, stop signal, save due, background save pending. The result comes to the host
+while DeepSpeed waits for the gradient norm, so it costs no wait of its own.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mrmae_ds.data.loaders.base import Batch
+from mrmae_ds.data.loaders.base import Batch, to_device
 from mrmae_ds.distributed.signals import StopSignals
-from mrmae_ds.training.engine.nonfinite import any_nonfinite, local_gradients
+from mrmae_ds.training.engine.nonfinite import (
+    any_nonfinite,
+    check_skipped,
+    checks_norm,
+    local_gradients,
+    skip_step,
+    spoil_norm,
+)
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,57 @@ class StepStatus:
     def finite(self) -> bool:
         """True if the step may be applied."""
         return not (self.bad_loss or self.bad_gradient)
+
+
+class Exchange:
+    """Reduced flags of a step on their way to the host.
+
+    Args:
+        flags: float32 [5] on the device, the same on every rank: bad loss, bad gradient, signal, save, writing.
+
+    Attributes:
+        bad: True if a loss or gradient is not finite on some rank, bool scalar on the device.
+    """
+
+    def __init__(self, flags: Tensor) -> None:
+        self.bad = flags[:2].any()
+        self._flags = flags.to("cpu", non_blocking=True)  # pinned, if it comes from CUDA
+        self._copied = torch.cuda.current_stream(flags.device).record_event() if flags.is_cuda else None
+
+    def read(self) -> StepStatus:
+        """Return the status; wait for it if the host has not waited for the device since."""
+        if self._copied is not None and not self._copied.query():
+            self._copied.synchronize()
+        loss, gradient, signal, save, writing = self._flags.tolist()
+        return StepStatus(bool(loss), bool(gradient), int(signal), bool(save), bool(writing))
+
+
+def take_step(engine: deepspeed.DeepSpeedEngine, exchange: Exchange) -> StepStatus:
+    """Take the optimizer step if it is finite on all ranks, else skip it. All ranks must call it.
+
+    Args:
+        engine: after the backward pass of the step's last micro-batch.
+        exchange: of this step's status.
+
+    Raises:
+        RuntimeError: if DeepSpeed took a step that had to be skipped.
+    """
+    if checks_norm(engine):
+        spoil_norm(engine, exchange.bad)
+        engine.step()
+        status = exchange.read()
+        if not status.finite:
+            check_skipped(engine)
+    else:
+        status = exchange.read()
+        if status.finite:
+            engine.step()
+        else:
+            skip_step(engine)
+    if status.finite and not engine.was_step_applied():
+        # DeepSpeed's own check: the square of a gradient may overflow where the gradient does not.
+        return replace(status, bad_gradient=True)
+    return status
 
 
 @dataclass
@@ -87,7 +145,7 @@ class StepSync:
         total = torch.stack([micro_batch.losses["loss"].float() for micro_batch in self.micro_batches])
         return (~torch.isfinite(total).all()).float()
 
-    def exchange(self, engine: deepspeed.DeepSpeedEngine) -> StepStatus:
+    def exchange(self, engine: deepspeed.DeepSpeedEngine) -> Exchange:
         """Reduce the status over all ranks, between a step's last backward and its update. All ranks must call it.
 
         Args:
@@ -97,10 +155,10 @@ class StepSync:
         device = bad_loss.device
         received = self.signals.received if self.signals else 0
         host = torch.tensor([received, self._save_is_due(), self.writing()], dtype=torch.float32)
-        flags = torch.cat([torch.stack([bad_loss, any_nonfinite(local_gradients(engine), device)]), host.to(device)])
+        bad = torch.stack([bad_loss, any_nonfinite(local_gradients(engine), device)])
+        flags = torch.cat([bad, to_device(host, device)])
         dist.all_reduce(flags, dist.ReduceOp.MAX)
-        loss, gradient, signal, save, writing = flags.tolist()
-        return StepStatus(bool(loss), bool(gradient), int(signal), bool(save), bool(writing))
+        return Exchange(flags)
 
     def saved(self) -> None:
         """Restart the clock after a checkpoint."""

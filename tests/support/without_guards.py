@@ -53,13 +53,19 @@ GUARDS = {
         "training/step_sync.py",
         "bad_loss = self.bad_loss()",
         "bad_loss = torch.zeros_like(self.bad_loss())",
-        ("tests/training/engine/test_nonfinite.py", "-k", "trace"),
+        ("tests/training/engine/test_nonfinite.py", "-k", "changes_no_state"),
     ),
     "non-finite gradient": Guard(
         "training/step_sync.py",
         "any_nonfinite(local_gradients(engine), device)",
         "torch.zeros((), device=device)",
-        ("tests/training/engine/test_nonfinite.py", "-k", "trace"),
+        ("tests/training/engine/test_nonfinite.py", "-k", "changes_no_state"),
+    ),
+    "the norm of a bad step": Guard(
+        "training/step_sync.py",
+        "        spoil_norm(engine, exchange.bad)\n",
+        "",
+        ("tests/training/engine/test_nonfinite.py", "-k", "changes_no_state"),
     ),
     "all ranks skip": Guard(
         "training/step_sync.py", "        dist.all_reduce(flags, dist.ReduceOp.MAX)\n", "", _faults("not_finite")

@@ -14,7 +14,7 @@ from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, PretrainConfig
-from mrmae_ds.data.loaders.base import Batch
+from mrmae_ds.data.loaders.base import Batch, to_device
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.encoders import Encoder, dense_features
 from mrmae_ds.models.pretrain import PretrainModel
@@ -112,10 +112,11 @@ class PretrainTask(Task[PretrainConfig]):
 
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         """Compute targets with the teachers, choose the visible tokens, and compute every objective."""
+        # Before the teachers: a copy after them would have to wait for what they compute.
+        noise = to_device(key.noise(self.grid[0] * self.grid[1]), batch.images.device)
         pixels = self.normalize.pixels(batch.images)
         with step_range("teachers"):
             outputs = {name: teacher(pixels) for name, teacher in (self.placed or self.teachers).items()}
-        noise = key.noise(self.grid[0] * self.grid[1]).to(pixels.device)
         visible = draw_visible(self.config.masking, outputs, noise, self.grid)
         targets = {name: output.tokens for name, output in outputs.items()}
         torch.manual_seed(key.seed_for("model"))
