@@ -12,7 +12,7 @@ from mrmae_ds.records.record import find_records
 from tests.support.processes import REPOSITORY, run
 from tests.support.sample_data import sample_sets
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), pytest.mark.multi_process]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1900), pytest.mark.multi_process]
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def tree(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_demo_on_a_folder(tree: Path) -> None:
-    result = run(["make", "demo", f"DATA={tree}"], 840)
+    result = run(["make", "demo", f"DATA={tree}"], 1800)
     assert result.status == 0, result.stdout + result.stderr
     runs = REPOSITORY / "runs" / f"demo_{tree.name}"
     stages = {(record.name, record.stage): record.status for _, record in find_records([runs])}
