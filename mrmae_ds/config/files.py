@@ -25,11 +25,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _parsed(path, parse_yaml)
 
 
-def read_extended(path: Path, ancestors: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_extended(path: Path, model: type[BaseModel], ancestors: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a YAML file and merge it into the file that it ``extends``, if any, recursively.
 
+    Args:
+        path: the file.
+        model: schema of the merged content, for null keys.
+        ancestors: files that extend this one.
+
     Raises:
-        UserError: as :func:`read_yaml`, for a file that extends itself, and for a renamed key.
+        UserError: as :func:`read_yaml`, for a file that extends itself, for a renamed key, and for an unknown key that
+            is null.
     """
     if path.resolve() in ancestors:
         raise UserError(f"{path}: extends itself through {' -> '.join(map(str, ancestors))}")
@@ -38,7 +44,8 @@ def read_extended(path: Path, ancestors: tuple[Path, ...] = ()) -> dict[str, Any
     parent = raw.pop("extends", None)
     if parent is None:
         return raw
-    return merge(read_extended(path.parent / str(parent), (*ancestors, path.resolve())), raw)
+    refuse_unknown_nulls(raw, model, path)
+    return merge(read_extended(path.parent / str(parent), model, (*ancestors, path.resolve())), raw)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,15 +91,21 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     return content
 
 
-def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Merge ``over`` into a copy of ``base``: mappings are merged, other values replaced, None removes a key."""
+def merge(base: dict[str, Any], over: dict[str, Any], keep_null: bool = False) -> dict[str, Any]:
+    """Merge ``over`` into a copy of ``base``: mappings are merged, other values replaced, None removes a key.
+
+    Args:
+        base: below.
+        over: above.
+        keep_null: keep a key that is None instead.
+    """
     result = dict(base)
     for key, value in over.items():
-        if value is None:
+        if value is None and not keep_null:
             result.pop(key, None)
         elif isinstance(value, dict):
             below = result.get(key)
-            result[key] = merge(below if isinstance(below, dict) else {}, value)
+            result[key] = merge(below if isinstance(below, dict) else {}, value, keep_null)
         else:
             result[key] = value
     return result
@@ -105,24 +118,58 @@ def apply_overrides(raw: dict[str, Any], overrides: Iterable[str], path: Path) -
         UserError: for a string that is not an assignment, or a key path through a value that is not a mapping.
     """
     for text in overrides:
-        key, sign, value_text = text.partition("=")
-        if not sign or not all(key.split(".")):
-            raise UserError(f"{text!r} is not an override; write key.path=value, for example seed=1")
-        try:
-            value = parse_yaml(value_text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
-        *parents, last = key.split(".")
-        over: dict[str, Any] = {last: value}
-        for part in reversed(parents):
-            over = {part: over}
-        node: Any = raw
-        for part in parents:
+        over, node = _parse_override(text), raw
+        for part in text.partition("=")[0].split(".")[:-1]:
             node = node.get(part, {}) if isinstance(node, dict) else node
             if node is not None and not isinstance(node, dict):
                 raise UserError(f"override {text!r}: {part} of {path} is a value, not a section")
         raw = merge(raw, over)
     return raw
+
+
+def join_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return ``key.path=value`` strings as one mapping, in which keys that they remove are None.
+
+    Raises:
+        UserError: for a string that is not an assignment.
+    """
+    joined: dict[str, Any] = {}
+    for text in overrides:
+        joined = merge(joined, _parse_override(text), keep_null=True)
+    return joined
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    key, sign, value_text = text.partition("=")
+    if not sign or not all(key.split(".")):
+        raise UserError(f"{text!r} is not an override; write key.path=value, for example seed=1")
+    try:
+        value = parse_yaml(value_text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def refuse_unknown_nulls(over: dict[str, Any], model: type[BaseModel], path: Path, above: tuple[str, ...] = ()) -> None:
+    """Check that null removes only keys of the schema: after merging, no validation sees the others.
+
+    Args:
+        over: an overlay or overrides, before merging.
+        model: schema of the merged content.
+        path: file to name in the error.
+        above: path of ``over`` in the content.
+
+    Raises:
+        UserError: naming the key and the nearest known key.
+    """
+    known = _fields_at(model, above)
+    for key, value in over.items():
+        if isinstance(value, dict):
+            refuse_unknown_nulls(value, model, path, (*above, key))
+        elif value is None and known and key not in known:
+            raise UserError(f"{path}: {'.'.join((*above, key))}: unknown key{_nearest(key, known)}")
 
 
 def describe_errors(error: ValidationError, model: type[BaseModel], path: Path) -> str:

@@ -15,7 +15,13 @@ from typing import Any, Literal, get_args, overload
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from mrmae_ds.config.files import apply_overrides, describe_errors, read_extended
+from mrmae_ds.config.files import (
+    apply_overrides,
+    describe_errors,
+    join_overrides,
+    read_extended,
+    refuse_unknown_nulls,
+)
 from mrmae_ds.config.renamed import refuse_renamed, values_hash
 from mrmae_ds.config.sections import (
     CheckpointConfig,
@@ -179,8 +185,10 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: naming file, key and nearest known key.
     """
-    refuse_renamed(apply_overrides({}, overrides or [], path), path, source="override")
-    raw = apply_overrides(read_extended(path), overrides or [], path)
+    given = join_overrides(overrides or [])
+    refuse_renamed(given, path, source="override")
+    refuse_unknown_nulls(given, Recipe, path)
+    raw = apply_overrides(read_extended(path, Recipe), overrides or [], path)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

@@ -103,6 +103,6 @@ def load_pipeline(path: Path) -> PipelineConfig:
         UserError: naming file, key and nearest known key.
     """
     try:
-        return PipelineConfig.model_validate(read_extended(path))
+        return PipelineConfig.model_validate(read_extended(path, PipelineConfig))
     except ValidationError as error:
         raise UserError(describe_errors(error, PipelineConfig, path)) from None

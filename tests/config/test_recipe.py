@@ -208,6 +208,22 @@ def test_an_unknown_key_at_any_depth(override: str, path: Path) -> None:
     assert _error(path, override) == f"{path}: {where}: unknown key; did you mean {nearest!r}?"
 
 
+@pytest.mark.parametrize("override", UNKNOWN_KEYS)
+def test_an_unknown_key_that_is_null(override: str, path: Path) -> None:
+    """Merging drops null keys, so that no validation would see these."""
+    key, (where, nearest) = override.partition("=")[0], UNKNOWN_KEYS[override]
+    if where != key:  # the section is unknown, and only its key null
+        key = where
+    expected = f"{where}: unknown key; did you mean {nearest!r}?"
+    assert _error(path, f"{key}=null") == f"{path}: {expected}"
+    over: Any = None
+    for part in reversed(key.split(".")):
+        over = {part: over}
+    overlay = path.parent / "over.yaml"
+    overlay.write_text(yaml.safe_dump({"extends": path.name, **over}))
+    assert _error(overlay) == f"{overlay}: {expected}"
+
+
 @pytest.mark.parametrize("override", ["teachers.source={kind: clip, source: x, wieghts: y}"])
 def test_an_unknown_key_in_an_entry_that_is_named_like_a_field(override: str, path: Path) -> None:
     assert "did you mean 'weights'?" in _error(path, override)

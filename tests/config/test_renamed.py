@@ -131,6 +131,12 @@ def test_an_old_key_is_refused_with_one_error(old: str, tmp_path: Path) -> None:
         load_pipeline(path)
 
 
+@pytest.mark.parametrize("old", [*RENAMED, "record"])
+def test_an_old_key_that_an_override_removes_is_refused(old: str) -> None:
+    with pytest.raises(UserError, match=rf"^override: {old} is now \w+.*; write the new key$"):
+        load_recipe(LEGACY.parents[1] / "golden/mae.yaml", [f"{old}=null"])
+
+
 def test_an_old_key_of_the_file_that_is_extended_names_that_file(tmp_path: Path) -> None:
     (tmp_path / "below.yaml").write_text("loader: {workers: 1}\n")
     (tmp_path / "over.yaml").write_text("extends: below.yaml\n")
