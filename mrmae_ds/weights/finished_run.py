@@ -28,7 +28,7 @@ class FinishedRun:
         path: model file.
         metadata: of the model file.
         recipe: resolved recipe.
-        kind: ``pretrain`` or ``classifier``.
+        kind: ``pretrain``, ``classifier``, or ``encoder`` for a file that :meth:`load` refuses.
         image_size: side of the model's input in pixels.
         mean: by which the input is normalized.
         std: by which the input is normalized.
@@ -37,7 +37,7 @@ class FinishedRun:
     path: Path
     metadata: dict[str, Any]
     recipe: Recipe
-    kind: Literal["pretrain", "classifier"]
+    kind: Literal["pretrain", "classifier", "encoder"]
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -86,8 +86,13 @@ class FinishedRun:
         """Load the pre-trained model, or a classifier's encoder, in eval mode on the CPU; no teacher is needed.
 
         Raises:
-            UserError: if the file's tensors do not match its recipe.
+            UserError: if the file holds a bare encoder, or its tensors do not match its recipe.
         """
+        if self.kind not in ("pretrain", "classifier"):
+            raise UserError(
+                f"{self.path}: holds weights of kind {self.kind}, expected pretrain or classifier; name the folder of "
+                "a finished pre-training or fine-tuning (runs/NAME/STAGE)"
+            )
         encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
         if self.kind == "classifier":
             load_encoder(encoder, self.path)

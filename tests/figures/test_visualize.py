@@ -413,6 +413,10 @@ def test_rejects_files_that_are_not_runs(runs: Runs, val: Path, tmp_path: Path) 
     save_weights(tmp_path / "newer", tensors, {**metadata, "recipe": {**metadata["recipe"], "novelty": 1}})
     with pytest.raises(UserError, match=r"newer: novelty: unknown key"):
         show_runs([tmp_path / "newer"])
+    save_weights(tmp_path / "encoder", tensors, {**metadata, "kind": "encoder"})
+    with pytest.raises(UserError, match=r"encoder: holds weights of kind encoder, expected pretrain or classifier"):
+        show_runs([tmp_path / "encoder"], ["0"], out=tmp_path)
+    assert show_run(tmp_path / "encoder") == []
     less = {name: tensor for name, tensor in tensors.items() if name != "decoder.mask_token"}
     save_weights(tmp_path / "less", less, metadata)
     with pytest.raises(UserError, match=r"less: its tensors do not match its recipe"):
