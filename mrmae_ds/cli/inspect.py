@@ -19,6 +19,7 @@ from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.export import input_statistics
+from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.formats import read_tensor_file, verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity, identify, nearest_architecture
 from mrmae_ds.weights.model_file import MODEL_FILE
@@ -79,7 +80,7 @@ def describe_file(path: Path) -> list[InfoRow]:
         rows += _encoder_rows(identity)
     rows += _tensor_rows(file.tensors)
     rows.append(("sha256", file_sha256(path)))
-    rows += _our_rows(identity.metadata) if identity.ours else []
+    rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
     if options := [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]:
         rows.append(("made with", ", ".join(options)))
     rows.append(("use it", usage(identity, path)))

@@ -2,7 +2,8 @@
 
 Rewritten are YAML files, and of run folders ``record.json``, ``captures/*/capture.json`` and the checkpoints'
 ``manifest.json``; ``pictures/`` becomes ``images/``. Weights are left as they are: records, teachers and checkpoints
-identify a model.safetensors by its SHA-256, and whatever reads the recipe in its metadata renames the keys itself.
+identify a model.safetensors by its SHA-256, and whatever reads the recipe or its hash in the metadata renames the keys
+itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -19,9 +20,10 @@ from pydantic import ValidationError
 from mrmae_ds.config.files import describe_errors, read_json, read_yaml
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.renamed import former_hash, rename_in_text, rename_keys, values_hash
+from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
-from mrmae_ds.records.record import RECORD_FILE
+from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.training.callbacks.nonfinite_capture import CAPTURE_FILE
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, read_manifest
 from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
@@ -54,7 +56,7 @@ def migrate(paths: Iterable[Path], dry_run: bool = False) -> tuple[list[str], li
     for path in files:
         if path.name == RECORD_FILE and (path.parent / RECIPE_FILE).is_file():
             try:
-                hashes |= _renamed_hash(path)
+                hashes |= _present_hashes(path)
             except UserError as error:
                 problems.append(str(error))
     for path in files:
@@ -63,6 +65,7 @@ def migrate(paths: Iterable[Path], dry_run: bool = False) -> tuple[list[str], li
             texts[path] = text, _rewritten(path, text, hashes)
         except UserError as error:
             problems.append(str(error))
+    problems += _unknown_members(texts, {*hashes, *hashes.values()})
     done = []
     for path, (before, text) in texts.items():
         if text != before:
@@ -131,19 +134,45 @@ def _is_ours(path: Path) -> bool:
     return raw.keys() <= {*Recipe.model_fields, "extends", "record"} or isinstance(raw.get("runs"), list)
 
 
-def _renamed_hash(record: Path) -> dict[str, str]:
-    """Return the former and the present hash of a run's stage, if they differ."""
+def _present_hashes(record: Path) -> dict[str, str]:
+    """Return the present hash of each stage of a run's recipe by the former one, which is often the same.
+
+    The stages beside the record's own are those whose hashes it repeats, as an evaluation those of its members.
+    """
     path = record.parent / RECIPE_FILE
     stage = read_json(record).get("stage")
     try:
         recipe = Recipe.model_validate(rename_keys(read_yaml(path)))
-        counted = recipe.counted(stage)
     except ValidationError as error:
         raise UserError(describe_errors(error, Recipe, path)) from None
-    except AttributeError:
-        raise UserError(f"{record}: no such stage: {stage!r}") from None
-    before, now = former_hash(counted), recipe.hash(stage)
-    return {} if before == now else {before: now}
+    stages = [name for name in get_args(StageName) if getattr(recipe.stages, name) is not None]
+    if stage not in stages:
+        raise UserError(f"{record}: no such stage: {stage!r}")
+    return {former_hash(recipe.counted(name)): recipe.hash(name) for name in stages}
+
+
+def _unknown_members(texts: dict[Path, tuple[str, str]], known: set[str]) -> Iterator[str]:
+    """Report the members of evaluations of earlier versions whose recipes are not among the files.
+
+    Args:
+        texts: former and present text of each file.
+        known: hashes of all recipes among the files.
+    """
+    for path in texts:
+        before, text = texts.get(path.with_name(RECIPE_FILE), ("", ""))
+        if path.name != RECORD_FILE or before == text:
+            continue
+        try:
+            members = RunRecord.load(path.parent).members
+        except UserError as error:
+            yield str(error)
+            continue
+        for tuning in (member.finetune for member in members or ()):
+            if tuning is not None and tuning.recipe_hash not in known:
+                yield (
+                    f"{path}: keeps the hash {tuning.recipe_hash} of its member {tuning.name}, which may be a former "
+                    "one; name the folder of that fine-tuning too"
+                )
 
 
 def _rewritten(path: Path, text: str, hashes: dict[str, str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
+from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.identify import nearest_architecture
 from mrmae_ds.weights.model_file import (
     MODEL_FILE,
@@ -70,7 +71,7 @@ def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = N
         UserError: if ``source`` is not a finished run, or ``out`` must not be written.
     """
     path = _finished(source)
-    metadata = read_metadata(path)
+    metadata = with_present_keys(read_metadata(path))
     if "layout" in metadata:
         raise UserError(f"{path}: is itself an export; give the run's folder or its {MODEL_FILE}")
     metadata |= {"layout": layout, **_provenance(path)}

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from mrmae_ds.config.files import describe_errors
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.config.renamed import rename_keys
+from mrmae_ds.config.renamed import former_hash, rename_keys, values_hash
 from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import Encoder, build_encoder
@@ -18,6 +18,23 @@ from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import find_weights, read_metadata, read_tensors, run_folder_name, spec_from_metadata
+
+
+def with_present_keys(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return a model file's metadata with the present keys of its recipe, and the hash that the recipe has under them.
+
+    ``mrmae migrate`` leaves model files as they are, because records identify them by SHA-256. Metadata without a valid
+    recipe is returned unchanged, and so is a hash that is not the recipe's.
+    """
+    try:
+        renamed = rename_keys(metadata["recipe"])
+        counted = Recipe.model_validate(renamed).counted(metadata["stage"])
+    except (KeyError, TypeError, AttributeError, UserError, ValidationError):
+        return metadata
+    changes: dict[str, Any] = {"recipe": renamed}
+    if metadata.get("recipe_hash") == former_hash(counted):
+        changes["recipe_hash"] = values_hash(counted)
+    return metadata | changes
 
 
 @dataclass(frozen=True)

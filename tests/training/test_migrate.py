@@ -19,7 +19,9 @@ from mrmae_ds.training.callbacks.nonfinite_capture import read_capture
 from mrmae_ds.training.checkpoint.manifest import RunIdentity, read_manifest
 from mrmae_ds.training.checkpoint.run_dir import decide_start
 from mrmae_ds.training.migrate import migrate
+from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.finished_run import FinishedRun
+from mrmae_ds.weights.model_file import read_metadata
 
 LEGACY = Path(__file__).resolve().parents[1] / "legacy"
 
@@ -126,6 +128,36 @@ def test_a_checkpoint_of_a_finetuning_is_refused_before_and_resumed_after(folder
 def test_weights_are_read_as_they_were_written(folder: Path) -> None:
     recipe = FinishedRun.open(folder / "runs/mrmae/finetune").recipe
     assert recipe.stages.finetune is not None and recipe.stages.finetune.random_erasing == 0.3
+
+
+def test_check_and_exports_have_the_hash_of_the_migrated_record(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    migrate([folder])
+    stage_dir = folder / "runs/mrmae/finetune"
+    record = RunRecord.load(stage_dir)
+    assert main(["check", str(stage_dir)]) == 0
+    out = capsys.readouterr().out
+    assert f"hash {record.recipe_hash}" in out and "10313a478866" not in out
+    metadata = read_metadata(export_run(stage_dir, "safetensors", out=folder / "exported.safetensors").path)
+    assert metadata["recipe_hash"] == record.recipe_hash
+    assert Recipe.model_validate(metadata["recipe"]) == load_recipe(stage_dir / "recipe.yaml")
+
+
+def test_an_evaluation_alone_has_the_hash_of_its_own_recipes_finetuning(folder: Path) -> None:
+    evaluate = folder / "runs/mrmae/evaluate"
+    assert migrate([evaluate])[1] == []
+    (member,) = RunRecord.load(evaluate).members
+    recipe = load_recipe(evaluate / "recipe.yaml")
+    assert member.finetune is not None and member.finetune.recipe_hash == recipe.hash("finetune") != "10313a478866"
+
+
+def test_a_member_of_another_recipe_is_reported(folder: Path) -> None:
+    record = folder / "runs/mrmae/evaluate/record.json"
+    record.write_text(record.read_text().replace("10313a478866", "0123456789ab"))
+    done, (problem,) = migrate([record.parent])
+    assert problem.startswith(f"{record}: keeps the hash 0123456789ab of its member mrmae") and len(done) == 1
+    assert migrate([record.parent]) == ([], [])
 
 
 def test_unreadable_files_are_reported_after_the_others_are_rewritten(
