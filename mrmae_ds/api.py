@@ -28,6 +28,9 @@ from mrmae_ds.weights.finished_run import FinishedRun
 from mrmae_ds.weights.load import load_pretrained
 from mrmae_ds.weights.model_file import find_weights
 
+# Interpolation may overshoot 0 to 1; pixels of 0 to 255 and normalized ones lie outside.
+_FLOAT_RANGE = (-0.5, 1.5)
+
 
 class Features(NamedTuple):
     """Features of the encoder with all patches visible.
@@ -238,13 +241,18 @@ class MRMAE(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MRMAE:
-        """Apply a function to all tensors, as ``to`` does; the teachers change device, but keep their precision."""
+        """Apply a function to all tensors, as ``to`` does.
+
+        The teachers and the input statistics change device, but keep their precision.
+        """
 
         def move(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
+        mean, std = move(self.mean), move(self.std)
         super()._apply(fn, recurse)
+        self.mean, self.std = mean, std
         for teacher in self.teachers.values():
             teacher._apply(move, recurse)
         return self
@@ -260,7 +268,14 @@ class MRMAE(nn.Module):
             return images.float() / 255
         if not images.is_floating_point():
             raise UserError(f"images are {images.dtype}, expected torch.uint8, or a float type with values in 0 to 1")
-        return images.float()
+        pixels = images.float()
+        low, high = torch.aminmax(pixels.detach()) if len(pixels) else (0.0, 1.0)
+        if low < _FLOAT_RANGE[0] or high > _FLOAT_RANGE[1]:
+            raise UserError(
+                f"images have values of {low:.4g} to {high:.4g}, expected floats in 0 to 1; divide pixels of 0 to 255 "
+                "by 255 or pass them as torch.uint8, and do not normalize them"
+            )
+        return pixels
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         """Return the student's input in full precision: pixel targets are computed from it."""

@@ -233,6 +233,24 @@ def test_a_teacher_keeps_its_precision(recipe: Recipe, images: Tensor) -> None:
         assert torch.equal(teacher(images.float() / 255).tokens, before[name])
 
 
+def test_a_model_in_bfloat16_keeps_its_statistics(recipe: Recipe, images: Tensor) -> None:
+    model = MRMAE.from_recipe(recipe).to(torch.bfloat16)
+    assert torch.equal(model.mean.flatten(), torch.tensor(MEAN)) and torch.equal(model.std.flatten(), torch.tensor(STD))
+    pixels, mean, std = images.double() / 255, model.mean.double(), model.std.double()
+    torch.testing.assert_close(model._normalize(images / 255).double(), (pixels - mean) / std, rtol=0, atol=1e-6)
+    assert model.to("meta").mean.is_meta
+
+
+@pytest.mark.parametrize("form", ["0 to 255", "normalized"])
+def test_float_images_of_another_range_are_refused(form: str, recipe: Recipe, images: Tensor) -> None:
+    model = MRMAE.from_recipe(recipe)
+    given = images.float() if form == "0 to 255" else (images / 255 - 0.45) / 0.225
+    for method in (model, model.features, model.reconstruct, model.attention):
+        with pytest.raises(UserError, match=r"values of .* expected floats in 0 to 1; divide .* by 255 or .*uint8"):
+            method(given)
+    model.features(images / 255 * 1.2 - 0.1)  # as an interpolation overshoots
+
+
 def test_no_images_and_no_tensor_are_refused(recipe: Recipe, images: Tensor) -> None:
     model = MRMAE.from_recipe(recipe)
     with pytest.raises(UserError, match="no images"):
