@@ -71,10 +71,10 @@ def describe_plan(request: PlanRequest) -> str:
         UserError: for an unknown GPU, an invalid number, a batch that does not divide, or an invalid recipe or engine
             config.
     """
-    cluster = make_cluster(request)
     path = request.recipe or default_recipe(request.ds_config)
     config = load_engine_config(request.ds_config)
     recipe = _select_stage(load_recipe(path, list(request.overrides)), request.stage)
+    cluster = make_cluster(request)
     if request.micro_batch is not None:
         config = replace(config, micro_batch=request.micro_batch, declared_accumulation=None)
     check_ranks(config, cluster.gpus, cluster.gpus_in_node)

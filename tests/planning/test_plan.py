@@ -240,6 +240,16 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, capsys: p
     assert error.count("\n") == 1 and re.search(message, error)
 
 
+@pytest.mark.parametrize("missing", ["engine config", "recipe"])
+def test_a_missing_file_is_reported_before_a_missing_gpu(
+    missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIGS / "small.json" if missing == "recipe" else tmp_path / "none.json"
+    recipe = tmp_path / "none.yaml" if missing == "recipe" else CONFIGS / "small.yaml"
+    assert main(["plan", "--ds_config", str(config), "--recipe", str(recipe), "--gpus", "8"]) == 2
+    assert "no such file" in capsys.readouterr().err
+
+
 ENGINES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 
