@@ -224,7 +224,7 @@ def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[st
 
     config = load_engine_config(engine_file)
     recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings.size}.yaml", list(settings.overrides))
-    (cost,) = [cost for cost in recipe_cost(recipe, config.checkpointing) if cost.stage == settings.stage]
+    (cost,) = recipe_cost(recipe, config.checkpointing, only=settings.stage)
     task = build_meta_task(recipe, cost.stage, config, IMAGENET_CLASSES)
     stage = count_stage(task, config, cost, on_cpu=on_cpu)
     engine = ZeroMemory(stage.count_parameters(config.zero), config.zero, settings.ranks, settings.accumulation, on_cpu)

@@ -148,7 +148,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     seconds = statistics.median(times[settings["warmup"] :])
     noted = accountant.interval(settings["steps"])
     if launch.rank == 0:
-        (cost,) = [c for c in recipe_cost(recipe, config.checkpointing) if c.stage == settings["stage"]]
+        (cost,) = recipe_cost(recipe, config.checkpointing, only=settings["stage"])
         model_operations = sum(part.forward + part.backward for part in cost.parts.values())
         speed = config.micro_batch * launch.world_size / seconds
         result = {
