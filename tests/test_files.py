@@ -29,9 +29,11 @@ def test_text_is_written_as_utf8_into_a_new_folder(tmp_path: Path) -> None:
 def test_readers_see_the_old_file_until_the_block_ends(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old" and temporary.parent == tmp_path
+    with path.open() as reader:
+        with replacing(path) as temporary:
+            temporary.write_text("new")
+            assert path.read_text() == "old" and temporary.parent == tmp_path
+        assert reader.read() == "old"  # the name changed, not the file
     assert path.read_text() == "new" and _names(tmp_path) == ["a.txt"]
 
 
