@@ -200,7 +200,7 @@ def test_starts_from_weights_that_the_recipe_names(recipe: Recipe, folder: Path,
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_run_without_teachers(folder: Path, images: Tensor) -> None:
+def test_run_without_teachers_has_features_but_no_losses(folder: Path, images: Tensor) -> None:
     model = MRMAE.from_run(folder / "mrmae" / "pretrain", teachers=False)
     assert model.features(images).pooled.shape == (COUNT, 16)
     assert model.attention(images).teachers == {}
@@ -209,7 +209,9 @@ def test_run_without_teachers(folder: Path, images: Tensor) -> None:
             call(images)
 
 
-def test_errors(folder: Path, recipe: Recipe, images: Tensor, tmp_path: Path) -> None:
+def test_wrong_images_runs_and_overrides_are_refused(
+    folder: Path, recipe: Recipe, images: Tensor, tmp_path: Path
+) -> None:
     model = MRMAE.from_run(folder / "mrmae" / "pretrain")
     with pytest.raises(UserError, match=r"images have shape \[3, 3, 8, 8\], expected \[B, 3, 16, 16\]"):
         model(images[:, :, :8, :8])

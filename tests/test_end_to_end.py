@@ -277,14 +277,14 @@ def test_dry_run_writes_nothing(stage: str, workspace: Workspace, mrmae: Path) -
     assert sorted(workspace.folder.rglob("*")) == before
 
 
-def test_torchrun(workspace: Workspace, mae: Path) -> None:
+def test_dry_run_under_torchrun_succeeds(workspace: Workspace, mae: Path) -> None:
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2")
     launcher = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
     done = run([*launcher, "train.py", *TINY, "--dry-run", *settings], 180)
     assert done.status == 0 and "dry run" in done.stdout, done.stderr
 
 
-def test_srun(workspace: Workspace, mae: Path) -> None:
+def test_dry_run_under_srun_prints_on_one_rank_only(workspace: Workspace, mae: Path) -> None:
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2")
     results = finish(rank_processes(2, *TINY, "--dry-run", *settings, names=SRUN), 180)
     assert [result.status for result in results] == [0, 0], results[0].stderr

@@ -68,7 +68,9 @@ def test_every_cvit_is_registered() -> None:
         ("cvit_huge", (448, 224), 652_303_592 + (32 * 16 - 16**2) * 1280),
     ],
 )
-def test_parameters(arch: str, image_size: int | tuple[int, int], parameters: int) -> None:
+def test_number_of_parameters_of_each_registered_model(
+    arch: str, image_size: int | tuple[int, int], parameters: int
+) -> None:
     with torch.device("meta"):
         model = timm.create_model(arch, img_size=image_size)
     assert sum(p.numel() for p in model.parameters()) == parameters
@@ -232,7 +234,7 @@ def test_models_are_built_on_the_given_device_in_the_given_dtype() -> None:
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2), (0, 1), (1,), (-1,), (-3, -2)])
-def test_features_only(wanted: tuple[int, ...]) -> None:
+def test_features_only_returns_the_wanted_stages(wanted: tuple[int, ...]) -> None:
     model = narrow()
     extractor = timm.create_model("cvit_base", **NARROW, img_size=(32, 48), features_only=True, out_indices=wanted)
     result = extractor.load_state_dict({f"model.{name}": t for name, t in model.state_dict().items()}, strict=False)
@@ -262,7 +264,7 @@ def test_features_of_the_sizes(arch: str, channels: list[int], strides: list[int
     assert [tuple(f.shape) for f in features] == [(1, c, 224 // s, 224 // s) for c, s in sizes]
 
 
-def test_features_by_hooks() -> None:
+def test_features_by_hooks_equal_intermediates() -> None:
     model = narrow()
     extractor = timm.create_model("cvit_base", **NARROW, img_size=(32, 48), features_only=True, feature_cls="hook")
     extractor.body.load_state_dict(model.state_dict(), strict=False)

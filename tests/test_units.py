@@ -9,7 +9,7 @@ from mrmae_ds.units import first_few, significant
     ("number", "text"),
     [(0, "0"), (0.0123456, "0.0123"), (1, "1.00"), (12.345, "12.3"), (999.9, "1,000"), (12345, "12,300")],
 )
-def test_three_significant_digits(number: float, text: str) -> None:
+def test_numbers_are_rounded_to_three_significant_digits(number: float, text: str) -> None:
     assert significant(number) == text
 
 

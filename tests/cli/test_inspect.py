@@ -211,7 +211,7 @@ def test_rejects_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     assert describe(tmp_path / "checkpoints" / "step_000000020")
 
 
-def test_rejects_other_paths(tmp_path: Path) -> None:
+def test_rejects_paths_that_hold_neither_weights_nor_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such file or folder"):
         describe(tmp_path / "nowhere")
     with pytest.raises(UserError, match=rf"{tmp_path}: neither a stage folder .* nor a checkpoint"):

@@ -233,7 +233,7 @@ def test_prints_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == f"mrmae_ds {__version__}\n"
 
 
-def test_installed_command(tmp_path: Path) -> None:
+def test_installed_command_reports_an_error_without_a_traceback(tmp_path: Path) -> None:
     done = run([Path(sys.executable).parent / "mrmae", "data", "info", tmp_path / "x.beton"], LIMIT_S)
     assert done.status == 2
     assert done.stderr.startswith("error: ") and "x.beton" in done.stderr and "Traceback" not in done.stderr

@@ -98,7 +98,7 @@ def test_missing_recipe_error_lists_recipes_of_the_folder(tmp_path: Path) -> Non
         default_recipe(tmp_path / "my-zero2.json")
 
 
-def test_minimal_engine_config(load: Load) -> None:
+def test_minimal_engine_config_is_float32_without_zero(load: Load) -> None:
     config = load()
     assert (config.micro_batch, config.declared_accumulation, config.zero.stage) == (4, None, 0)
     assert config.model_dtype == torch.float32
@@ -288,7 +288,7 @@ def test_bf16_needs_a_stage_with_float32_masters(load: Load) -> None:
 
 
 @pytest.mark.parametrize("key", ["bf16_master_weights_and_grads", "bf16_optimizer_states"])
-def test_masters_are_float32(load: Load, key: str) -> None:
+def test_keys_of_bfloat16_master_weights_are_unknown(load: Load, key: str) -> None:
     bf16 = {"bf16": {"enabled": True, key: True}, "data_types": {"grad_accum_dtype": "fp32"}}
     assert f"bf16.{key}: unknown key" in _error(load, **bf16, zero_optimization={"stage": 1})
 
@@ -348,7 +348,7 @@ def test_compiled_blocks_are_gathered_whole(load: Load) -> None:
     assert "compile.blocks must be true or false, got 'all'" in _error(load, compile={"blocks": "all"})
 
 
-def test_offloading(load: Load) -> None:
+def test_offloading_needs_zero_and_a_supported_optimizer(load: Load) -> None:
     cpu = {"device": "cpu", "pin_memory": True}
     for stage in (1, 2, 3):
         section = (STAGE_3 if stage == 3 else {"stage": stage}) | {"offload_optimizer": cpu}
@@ -363,7 +363,9 @@ def test_offloading(load: Load) -> None:
     assert "must be a section" in _error(load, zero_optimization=STAGE_3 | {"offload_param": "cpu"})
 
 
-def test_offloading_to_nvme(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloading_to_nvme_needs_stage_3_a_path_and_libaio(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nvme = {"device": "nvme", "nvme_path": str(tmp_path)}
     message = _error(load, zero_optimization={"stage": 2, "offload_optimizer": nvme})
     assert "offload_optimizer.device nvme needs stage 3, and the stage is 2; use cpu" in message

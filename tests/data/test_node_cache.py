@@ -249,7 +249,9 @@ def test_full_disk_is_an_error_and_leaves_nothing(beton: Path, tmp_path: Path, m
     assert not failure.exists()
 
 
-def test_waiting_ends(beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]) -> None:
+def test_waiting_for_another_copy_ends_with_an_error(
+    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]
+) -> None:
     _start(ranks, beton, tmp_path / "disk", rate=1)
     _wait_for_line(ranks[0], "copying")
     with pytest.raises(UserError, match=r"\.lock: another process has been copying for more than 0\.5 s"):

@@ -155,7 +155,7 @@ def test_denormalize_inverts_normalization() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 1, 32, 32), (0, 3, 32, 32)])
-def test_names_wrong_shapes(tmp_path: Path, shape: tuple[int, ...]) -> None:
+def test_error_names_the_row_with_a_wrong_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"\[N, 3, H, W\]"):
         plots.reconstruction_grid(np.zeros(shape), np.zeros(shape), np.zeros(shape), tmp_path / "r.png")
     with pytest.raises(ValueError, match=r"Model: expected \[1, h, w\]"):

@@ -267,7 +267,7 @@ def test_selects_evenly_spaced_images_by_default(runs: Runs, pages: dict[str, Pa
     np.testing.assert_allclose(heat, scaled_attention(runs.teacher, normalize(images, MEAN, STD)), atol=1e-4)
 
 
-def test_files_and_folders(
+def test_image_files_and_samples_of_folders_are_drawn_upright(
     runs: Runs, pages: dict[str, Page], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)

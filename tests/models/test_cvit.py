@@ -126,7 +126,7 @@ def test_pruning_no_stage_can_keep_the_head() -> None:
 
 
 @pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
-def test_pooling(pool: str) -> None:
+def test_pooled_head_equals_its_formula(pool: str) -> None:
     model, images = classifier(global_pool=pool).eval(), random_images(2, 64, seed=2)
     tokens = model.forward_features(images)
     pooled = {"avg": tokens.mean(1), "max": tokens.amax(1), "avgmax": (tokens.mean(1) + tokens.amax(1)) / 2}[pool]
@@ -181,7 +181,7 @@ def test_dropout_before_the_head_in_training_only() -> None:
     assert torch.allclose(dropped[dropped != 0], 2 * kept[dropped != 0])
 
 
-def test_another_input_size() -> None:
+def test_set_input_size_equals_a_model_of_that_size() -> None:
     model = classifier(64).eval()
     other = classifier((48, 96)).eval()
     other.load_state_dict({**model.state_dict(), "pos_embed": resize_pos_embed(model.pos_embed, (4, 4), (3, 6))})
@@ -222,7 +222,9 @@ PLANS = {
 
 @pytest.mark.parametrize(("plan", "conv", "transformer"), PLANS.values(), ids=PLANS.keys())
 @pytest.mark.parametrize("masked", [False, True])
-def test_checkpointing_by_part(plan: CheckpointPlan, conv: int, transformer: int, masked: bool) -> None:
+def test_checkpointing_recomputes_the_planned_parts_only(
+    plan: CheckpointPlan, conv: int, transformer: int, masked: bool
+) -> None:
     model = classifier().train()
     model.checkpointing = plan
     calls = count_calls(model)

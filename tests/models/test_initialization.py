@@ -94,7 +94,7 @@ def no_check(x: Tensor) -> None:
 
 
 @BOTH
-def test_pretraining(spec: EncoderSpec) -> None:
+def test_pretraining_model_follows_the_initialization_rules(spec: EncoderSpec) -> None:
     torch.manual_seed(0)
     objectives = {"pixels": pixel_objective(), "mimic": MIMIC}
     fusion = FusionSpec(stages=(1, 2) if spec is CVIT else ())
@@ -113,7 +113,7 @@ def test_pretraining(spec: EncoderSpec) -> None:
 
 
 @BOTH
-def test_finetuning(spec: EncoderSpec) -> None:
+def test_classifier_follows_the_initialization_rules(spec: EncoderSpec) -> None:
     torch.manual_seed(0)
     model = build_encoder(spec, 32, num_classes=50)
     init_classifier(model)

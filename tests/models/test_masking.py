@@ -20,7 +20,7 @@ def uniform(batch: int, tokens: int, seed: int = 0) -> Tensor:
     ("tokens", "ratio", "keep"),
     [(196, 0.25, 49), (256, 0.25, 64), (64, 0.25, 16), (784, 0.25, 196), (10, 0.25, 2)],
 )
-def test_keep_counts(tokens: int, ratio: float, keep: int) -> None:
+def test_number_of_visible_tokens_is_rounded_down(tokens: int, ratio: float, keep: int) -> None:
     assert num_visible(tokens, ratio) == keep
 
 

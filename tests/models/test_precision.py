@@ -61,7 +61,7 @@ def assert_near(found: dict[str, Tensor], exact: dict[str, Tensor]) -> None:
 
 
 @BOTH
-def test_autocast(spec: EncoderSpec) -> None:
+def test_losses_under_autocast_are_near_those_in_float32(spec: EncoderSpec) -> None:
     model = build(spec)
     exact = losses(model, torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -75,7 +75,7 @@ def test_autocast(spec: EncoderSpec) -> None:
 
 
 @BOTH
-def test_bfloat16_weights(spec: EncoderSpec) -> None:
+def test_losses_with_bfloat16_weights_are_near_those_in_float32(spec: EncoderSpec) -> None:
     """As under DeepSpeed's bf16: weights and images in bfloat16, losses in float32."""
     exact = losses(build(spec).bfloat16().float(), torch.float32)
     model = build(spec).bfloat16()

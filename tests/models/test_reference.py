@@ -55,7 +55,9 @@ def test_mae_latent_and_prediction(mae: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize(("normalize", "key"), [("standardize", "loss_norm_pix"), ("none", "loss_raw_pix")])
-def test_pixel_losses(mcmae: dict[str, Tensor], mae: dict[str, Tensor], normalize: str, key: str) -> None:
+def test_pixel_losses_equal_the_authors(
+    mcmae: dict[str, Tensor], mae: dict[str, Tensor], normalize: str, key: str
+) -> None:
     model = reference_mcmae(mcmae, normalize)
     losses = model(mcmae["image"], visible_of(model, mcmae), {})
     torch.testing.assert_close(losses["loss"], mcmae[key], atol=1e-5, rtol=0)
@@ -64,7 +66,7 @@ def test_pixel_losses(mcmae: dict[str, Tensor], mae: dict[str, Tensor], normaliz
     torch.testing.assert_close(losses["loss"], mae[key], atol=1e-5, rtol=0)
 
 
-def test_mae_gradients(mae: dict[str, Tensor]) -> None:
+def test_mae_gradients_equal_the_authors(mae: dict[str, Tensor]) -> None:
     model = reference_mae(mae)
     model(mae["images"], visible_of(model, mae), {})["loss"].backward()
     gradients = {authors_name(name): p.grad for name, p in model.named_parameters() if p.requires_grad}

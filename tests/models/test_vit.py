@@ -101,7 +101,7 @@ def test_checkpointing_recomputes_every_block() -> None:
             assert calls == expected
 
 
-def test_another_input_size() -> None:
+def test_set_input_size_equals_a_model_of_that_size() -> None:
     model = build(num_classes=5)
     other = build(num_classes=5, size=(12, 24))
     positions = resize_pos_embed(model.pos_embed[:, 1:], (4, 4), (3, 6))

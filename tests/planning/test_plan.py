@@ -78,7 +78,7 @@ def test_step_is_compute_and_waiting_time(stages: dict[str, CountedStage]) -> No
     assert zero1.waiting_s == pytest.approx(sum(transfer.seconds for transfer in zero1.transfers))
 
 
-def test_teacher_placements(stages: dict[str, CountedStage]) -> None:
+def test_teacher_memory_while_idle_and_calling_depends_on_the_placement(stages: dict[str, CountedStage]) -> None:
     stage = stages["pretrain"]
     weights = stage.teachers["clip"]
     by_kind = {
@@ -110,7 +110,7 @@ def test_micro_batches_divide_the_batch_and_are_even_for_mixup(stages: dict[str,
     assert largest_fitting(stages["finetune"], ZERO, with_room(1)) is None
 
 
-def test_advice(stages: dict[str, CountedStage]) -> None:
+def test_advice_names_the_changes_that_would_raise_throughput(stages: dict[str, CountedStage]) -> None:
     stage = stages["pretrain"]
     step = estimate_step(stage, ZERO, CLUSTER, 16)
     advice = " ".join(advise(stage, step, ZERO, loader_rate=None))
@@ -179,7 +179,9 @@ def plan(*arguments: str, config: str = "small") -> int:
 H100 = ("--gpus", "16", "--gpu", "h100-80")
 
 
-def test_command(stages: dict[str, CountedStage], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_estimates_of_every_stage(
+    stages: dict[str, CountedStage], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert plan(*H100, "--tflops", "300", *SHORT) == 0
     out = capsys.readouterr().out
     assert "16 x h100-80 (2 nodes of 8)\n" in out and "estimates, not validated on GPUs" in out
@@ -195,7 +197,7 @@ def test_command(stages: dict[str, CountedStage], capsys: pytest.CaptureFixture[
     assert out.count("advice") == 2 and "sustains 300 TFLOP/s" in out
 
 
-def test_custom_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+def test_gpu_without_a_key_is_planned_from_its_memory_and_peak(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--gpus", "8", "--memory", "24", "--stage", "finetune", *SHORT) == 0
     out = capsys.readouterr().out
     # Without a peak, times are omitted but memory is printed.
@@ -205,7 +207,7 @@ def test_custom_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "hours for the stage" in capsys.readouterr().out
 
 
-def test_sustained_throughput() -> None:
+def test_sustained_throughput_is_given_or_a_share_of_the_peak() -> None:
     def sustained(**options: Any) -> float | None:
         return make_cluster(PlanRequest(CONFIGS / "small.json", gpus=8, **options)).sustained
 

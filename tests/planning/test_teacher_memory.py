@@ -39,7 +39,9 @@ def rows() -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: f"{row['teacher']} {row['placement']} {row['processes']}")
-def test_equals_measurements(row: dict[str, Any], weights: dict[str, TeacherWeights]) -> None:
+def test_planned_teacher_memory_equals_the_measured_one(
+    row: dict[str, Any], weights: dict[str, TeacherWeights]
+) -> None:
     kind, _, offload = row["placement"].partition(", offload")
     placement = PlacementConfig.model_validate({"kind": kind, "offload": "cpu" if offload else None})
     placed = weights[row["teacher"]].placed(placement, row["processes"])

@@ -51,14 +51,14 @@ def counted(module: nn.Module, *shape: int) -> Flops:
     return count_training(lambda: module(x), lambda plan: None, NONE)
 
 
-def test_convolution_block() -> None:
+def test_flops_of_a_convolution_block_equal_its_formula() -> None:
     flops = counted(ConvBlock(8, 4), 1, 6, 6, 8)
     assert flops.forward == conv_block(36, 8)
     assert flops.backward == 2 * flops.forward
     assert flops.recomputed == 0
 
 
-def test_attention_block() -> None:
+def test_flops_of_an_attention_block_equal_their_formula() -> None:
     flops = counted(Block(24, 3, qkv_bias=True), 1, 10, 24)
     assert flops.forward == block(10, 24)
     assert flops.backward == 2 * flops.forward
@@ -94,7 +94,7 @@ def short() -> list[StageFlops]:
     return cost("small", *SHORT)
 
 
-def test_finetuning(short: list[StageFlops]) -> None:
+def test_flops_of_finetuning_are_its_layers_forward_and_backward(short: list[StageFlops]) -> None:
     (flops,) = short[1].parts.values()
     blocks = conv_block(3136, 128) + conv_block(784, 256) + 2 * block(196, 384)
     assert flops.forward == sum(PATCHES) + blocks + linear(1, 384, 1000)
@@ -178,7 +178,7 @@ def test_finetuning_at_its_own_image_size() -> None:
     assert flops.forward == sum(patches) + blocks + linear(1, 1280, 1000)
 
 
-def test_totals_and_hours() -> None:
+def test_totals_and_gpu_hours_equal_a_count_by_hand() -> None:
     costs = [
         StageFlops("pretrain", 200, {"a": Flops(10**9, 2 * 10**9, 10**9), "b": Flops(10**9)}),
         StageFlops("finetune", 3, {"c": Flops(10**9, 2 * 10**9)}),
@@ -233,7 +233,7 @@ def _command(*arguments: str) -> int:
     return main(["cost", "--ds_config", str(CONFIGS / "small.json"), *arguments])
 
 
-def test_command(short: list[StageFlops], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_prints_the_cost_of_each_stage(short: list[StageFlops], capsys: pytest.CaptureFixture[str]) -> None:
     assert _command("--num-images", "1000", "--tflops", "100", "--gpus", "8", *SHORT) == 0
     out = capsys.readouterr().out
     # ds_configs/small.json checkpoints the convolution stages.

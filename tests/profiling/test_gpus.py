@@ -22,7 +22,7 @@ DEVICES = [
 
 
 @pytest.mark.parametrize(("name", "mib", "key", "peak"), DEVICES)
-def test_known_device(name: str, mib: int, key: str, peak: float) -> None:
+def test_device_is_matched_by_its_name_and_memory(name: str, mib: int, key: str, peak: float) -> None:
     gpu = match_device(name, mib * MIB)
     assert gpu is not None and (gpu.key, gpu.peak_tflops) == (key, peak)
 
@@ -44,7 +44,7 @@ def test_unknown_device_is_none(name: str, mib: int) -> None:
     assert match_device(name, mib * MIB) is None
 
 
-def test_table_is_consistent() -> None:
+def test_every_gpu_of_the_table_is_found_by_name_and_key() -> None:
     names = [name for gpu in GPUS for name in gpu.names]
     assert len(set(names)) == len(names) and len({gpu.key for gpu in GPUS}) == len(GPUS)
     for gpu in GPUS:

@@ -61,7 +61,7 @@ class Chaos:
         self.log(f"undisturbed run: {STEPS} steps, {time.monotonic() - began:.1f} s")
 
     def rounds(self, kills: int) -> None:
-        """Kill this many times; every run is brought to its end and compared."""
+        """Kill this many times, over several runs; each run finishes and is compared with the undisturbed one."""
         done, number = 0, 0
         while done < kills:
             number += 1

@@ -1,4 +1,4 @@
-"""MCMAE and MAE written a second time: whole maps, the mask multiplied in, plain conv2d, any precision.
+"""Second implementation of MCMAE and MAE, for comparison: on whole feature maps, which it multiplies by the mask.
 
 Shares no code with mrmae_ds. Weights are a mapping by the authors' parameter names; ``kept`` lists the visible token
 numbers of each image, in the encoder's order; ``grid`` is (rows, columns).

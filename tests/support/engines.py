@@ -73,7 +73,7 @@ def save(
 
 
 def written(stage_dir: Path, step: int = 5, identity: RunIdentity = IDENTITY, **changes: Any) -> Path:
-    """Write a committed checkpoint to the disk without saving; return its folder."""
+    """Write a committed checkpoint's files directly, without an engine or the code that saves; return its folder."""
     checkpoint = stage_dir / "checkpoints" / f"step_{step:09d}"
     checkpoint.mkdir(parents=True)
     files = {}

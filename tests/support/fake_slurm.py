@@ -30,7 +30,7 @@ class FakeSlurm:
     """Submitted jobs and the queue.
 
     Attributes:
-        room: folder of their files.
+        room: folder of the files that hold them.
     """
 
     room: Path

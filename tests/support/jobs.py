@@ -1,4 +1,4 @@
-"""Small stand-ins: stages, plans, images, and an engine and a loader of plain torch."""
+"""Small inputs of the training loop: stages, schedules, images, and fake engines and loaders of plain torch."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ SIZE = (96, 72)  # wider than high, so that a rotation is visible
 
 
 class Odd(NamedTuple):
-    """``make`` writes the file; ``expected`` is the converted image, or a part of the error."""
+    """Unusual image: ``make`` writes its file; ``expected`` is its conversion, or a part of the error about it."""
 
     make: Callable[[Path], object]
     expected: Image.Image | str

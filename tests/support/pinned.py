@@ -35,7 +35,7 @@ def cpu_flags() -> set[str]:
 
 
 def made_by() -> dict[str, Any]:
-    """Versions and processor of this machine, for the assets."""
+    """Return this machine's versions and processor, which are stored beside recorded numbers."""
     from mrmae_ds.records.environment import cpu_name
 
     return {
@@ -50,9 +50,13 @@ def made_by() -> dict[str, Any]:
 
 
 def incomparable(made: dict[str, Any], bfloat16: bool = False) -> str:
-    """The reason why this machine cannot reproduce numbers recorded by ``made``; empty if it can.
+    """Return the reason why this machine cannot reproduce recorded numbers; empty if it can.
 
     The kernels for bfloat16 are chosen by the processor whatever is pinned, so its kind must be the same for these.
+
+    Args:
+        made: :func:`made_by` of the machine that recorded them.
+        bfloat16: True if they were computed in bfloat16.
     """
     now = made_by()
     differences = [
@@ -71,7 +75,7 @@ def incomparable(made: dict[str, Any], bfloat16: bool = False) -> str:
 
 
 def weights_sha256(path: Path) -> str:
-    """SHA-256 over the tensors of a .safetensors file in the order of their names: name, type, shape, raw bytes."""
+    """Return the SHA-256 of a .safetensors file's tensors, by name: name, type, shape and raw bytes of each."""
     content = path.read_bytes()
     length = int.from_bytes(content[:8], "little")
     tensors = json.loads(content[8 : 8 + length])
@@ -85,6 +89,6 @@ def weights_sha256(path: Path) -> str:
 
 
 def results(stage: Path) -> dict[str, float | int]:
-    """The results in a stage's record, without speeds and what was not measured."""
+    """Return the results in a stage's record, without speeds and without null values."""
     found = json.loads((stage / "record.json").read_text())["results"]
     return {name: value for name, value in found.items() if name not in SPEEDS and value is not None}

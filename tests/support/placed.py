@@ -26,7 +26,7 @@ RGB = ((0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 
 
 def clip_tower(features: str = "raw", dtype: torch.dtype = torch.float32) -> Teacher:
-    """open_clip's ViT: four blocks of width 64."""
+    """Build a CLIP teacher: open_clip's ViT with four blocks of width 64."""
     torch.manual_seed(0)
     chosen = options("clip", "tower", features=features, dtype=dtype)
     visual = open_clip.CLIP(24, VISION, TEXT, quick_gelu=True).visual
@@ -35,7 +35,7 @@ def clip_tower(features: str = "raw", dtype: torch.dtype = torch.float32) -> Tea
 
 
 def timm_network(name: str, side: int = 64, dtype: torch.dtype = torch.float32, **size: int) -> Teacher:
-    """A network of timm's."""
+    """Build a teacher of a timm network with perturbed weights."""
     torch.manual_seed(0)
     chosen = options("net", name, image_size=side, dtype=dtype)
     network = timm.create_model(name, num_classes=0, **size).eval()
@@ -66,7 +66,7 @@ TEACHERS: dict[str, Callable[[Path], Teacher]] = {
 
 
 def weights_of(teacher: nn.Module) -> list[Tensor]:
-    """Parameters and buffers."""
+    """Return all parameters and buffers of a module."""
     return [*teacher.parameters(), *teacher.buffers()]
 
 
@@ -77,7 +77,7 @@ def bytes_present(teacher: nn.Module) -> int:
 
 @contextmanager
 def watched(teacher: nn.Module) -> Iterator[list[int]]:
-    """Record :func:`bytes_present` before and after every module that runs."""
+    """Yield a list that receives :func:`bytes_present` before and after every call of a module, to find the peak."""
     seen: list[int] = []
 
     def look(*_: object) -> None:

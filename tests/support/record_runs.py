@@ -24,7 +24,7 @@ MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 
 
 def make_recipe(val: Path, method: str, model: dict[str, Any], image_size: int, teacher: Path | None) -> Recipe:
-    """A recipe; with a teacher, ``guide``, which is mimicked and whose most important patches are visible."""
+    """Build a small recipe. A teacher's folder adds ``guide``, which is mimicked and selects the visible patches."""
     pretrain: dict[str, Any] = {**STAGE, "objectives": {"pixels": PIXELS}}
     if teacher:
         pretrain["objectives"] = {"pixels": PIXELS, "mimic": MIMIC}

@@ -82,7 +82,12 @@ ROWS_OF_TABLE_3: dict[int, tuple[tuple[tuple[str, str, str], ...], str, tuple[st
 
 
 def make_pretraining(row: int = 7, sources: dict[str, str] | None = None, **fields: Any) -> PretrainSummary:
-    """Return the summary of a pre-training as in that row of Table 3, with teachers from `sources`."""
+    """Return the summary of a pre-training with the objectives of a row of Table 3.
+
+    Args:
+        row: number of the row, 1 to 7.
+        sources: source of each teacher by name; None uses CLIP where the row needs a teacher.
+        fields: further fields of the summary."""
     losses, masking, fusion, arch = ROWS_OF_TABLE_3[row]
     objectives = {
         f"loss{n}": ObjectiveInfo(target=target, tap=tap, tokens=tokens, weight=0.5)  # type: ignore[arg-type]

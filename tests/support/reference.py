@@ -22,7 +22,7 @@ FIXED_POSITIONS = ["encoder.pos_embed", "decoder.pos_embed"]
 
 
 def our_name(name: str) -> str:
-    """The authors' name of a pre-training parameter to ours."""
+    """Return this project's name of a pre-training parameter, given the authors' name."""
     if name.startswith("decoder_pred."):
         return name.replace("decoder_pred", "heads.pixels")
     if found := re.fullmatch(r"stage(\d)_output_decode\.(\w+)", name):
@@ -35,7 +35,7 @@ def our_name(name: str) -> str:
 
 
 def authors_name(name: str) -> str:
-    """The inverse of :func:`our_name`."""
+    """Return the authors' name of a pre-training parameter, given this project's name."""
     name = re.sub(r"^fusion\.stage_convs\.(\d)", r"stage\1_output_decode", name)
     name = re.sub(r"^fusion\.norm", "norm", name)
     name = re.sub(r"^heads\.pixels", "decoder_pred", name)
@@ -50,26 +50,26 @@ def pixel_objective(normalize: str = "standardize", weight: float = 1.0) -> Obje
 
 
 def pixel_model(encoder: Encoder, fusion: FusionSpec, decoder: DecoderSpec, normalize: str) -> PretrainModel:
-    """A model whose one objective is ``pixels``."""
+    """Build a model whose only objective is ``pixels``."""
     return PretrainModel(encoder, fusion, decoder, {"pixels": pixel_objective(normalize)}, {})
 
 
 def reference_mcmae(reference: dict[str, Tensor], normalize: str = "standardize") -> PretrainModel:
-    """The pre-training model of mcmae.npz."""
+    """Build MCMAE's pre-training model with the authors' weights, from the arrays of fixtures/mcmae.npz."""
     decoder = DecoderSpec(dim=32, depth=1, num_heads=4)
     model = pixel_model(CViT(MCMAE, 224, global_pool=""), FusionSpec(stages=(1, 2)), decoder, normalize)
     return load_all_but_positions(model, part(reference, "state/"))
 
 
 def reference_mae(reference: dict[str, Tensor], normalize: str = "standardize") -> PretrainModel:
-    """The pre-training model of mae.npz."""
+    """Build MAE's pre-training model with the authors' weights, from the arrays of fixtures/mae.npz."""
     decoder = DecoderSpec(dim=16, depth=2, num_heads=4)
     model = pixel_model(MaskedViT(MAE, 64), FusionSpec(), decoder, normalize)
     return load_all_but_positions(model, part(reference, "state/"))
 
 
 def load_all_but_positions(model: PretrainModel, state: dict[str, Tensor]) -> PretrainModel:
-    """Load the authors' weights; every parameter but the fixed positions must be among them."""
+    """Load the authors' weights, which must have every parameter except the fixed position embeddings."""
     result = model.load_state_dict({our_name(name): value for name, value in state.items()}, strict=False)
     assert sorted(result.missing_keys) == sorted(FIXED_POSITIONS)
     assert result.unexpected_keys == []
@@ -86,10 +86,10 @@ def perturb(model: nn.Module, seed: int, scale: float = 0.1) -> None:
 
 
 def random_images(batch: int, side: int, seed: int) -> Tensor:
-    """Normal noise, float32 [batch, 3, side, side]."""
+    """Return normal noise as images, float32 [batch, 3, side, side]."""
     return torch.randn(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
 def random_noise(batch: int, tokens: int, seed: int) -> Tensor:
-    """Uniform noise, float32 [batch, tokens]."""
+    """Return the noise that determines a mask, uniform in [0, 1), float32 [batch, tokens]."""
     return torch.rand(batch, tokens, generator=torch.Generator().manual_seed(seed))

@@ -1,5 +1,8 @@
-"""A pre-training that fails and one that ends, in one process: ``python -m tests.support.release_worker FOLDER KIND``
-prints, as JSON, what is left of the teacher after each."""
+"""Check that a teacher's memory is released: a pre-training that fails and one that finishes, in one process.
+
+``python -m tests.support.release_worker FOLDER KIND`` prints, as JSON, what remains of the teacher after each; KIND is
+the placement.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,7 @@ ENGINE, RECIPE, TEACHER = (Path("ds_configs") / name for name in ("tiny.json", "
 
 
 def save_teacher(folder: Path) -> Path:
-    """A run of the teacher's recipe with random weights; return its stage folder."""
+    """Write a model file of the teacher's recipe with random weights; return its folder."""
     recipe = load_recipe(TEACHER)
     assert recipe.stages.pretrain is not None
     torch.manual_seed(1)
@@ -38,7 +41,7 @@ def save_teacher(folder: Path) -> Path:
 
 
 def run(job: PreparedStage) -> dict[str, Any]:
-    """Run a job and then count the teacher's storages and master copies still in memory, also if it failed."""
+    """Run a job, which may fail; return its error, and the teacher's storages and hooks that remain after it."""
     (teacher,) = job.task.teachers.values()
     weights = [StorageWeakRef(t.untyped_storage()) for t in (*teacher.parameters(), *teacher.buffers())]
     network = teacher.network

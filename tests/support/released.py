@@ -22,7 +22,7 @@ NOT_IN_FIRST_RELEASE = ("mask_token", "decoder_", "stage1_output_decode.", "stag
 
 
 def released_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a released file of Base size, by the authors' names."""
+    """Return the shape of every tensor of a released file of Base size, by the authors' names."""
     shapes = {}
     for key, shape in load_json("released")[name].items():
         found = re.search(r"\[(\d+)\]", key)
@@ -37,7 +37,7 @@ def without_decoder(names: Iterable[str]) -> list[str]:
 
 
 def file_of(shapes: Mapping[str, Iterable[int] | Tensor], metadata: dict[str, str] | None = None) -> TensorFile:
-    """A file that has been read, its tensors without data."""
+    """Return a weights file as if it had been read, with tensors of these shapes that hold no data."""
     tensors = {
         name: shape.to("meta") if isinstance(shape, Tensor) else torch.empty(tuple(shape), device="meta")
         for name, shape in shapes.items()
@@ -46,7 +46,7 @@ def file_of(shapes: Mapping[str, Iterable[int] | Tensor], metadata: dict[str, st
 
 
 def mcmae_state(reference: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mcmae.npz's pre-training weights as released; the decoder's positions, which are fixed, hold noise."""
+    """Return mcmae.npz's pre-training weights in the released layout; the fixed decoder positions hold noise."""
     return {
         "pos_embed": sincos_pos_embed(32, (14, 14)),
         "decoder_pos_embed": torch.randn(1, 196, 32, generator=torch.Generator().manual_seed(0)),
@@ -55,7 +55,7 @@ def mcmae_state(reference: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def mae_state(reference: dict[str, Tensor]) -> dict[str, Tensor]:
-    """mae.npz's pre-training weights as released; the decoder's positions, which are fixed, hold noise."""
+    """Return mae.npz's pre-training weights in the released layout; the fixed decoder positions hold noise."""
     return {
         "pos_embed": sincos_pos_embed(32, (4, 4), 1),
         "decoder_pos_embed": torch.randn(1, 17, 16, generator=torch.Generator().manual_seed(0)),
@@ -64,14 +64,14 @@ def mae_state(reference: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_released(path: Path, state: Mapping[str, Tensor]) -> Path:
-    """A file as the authors' scripts write them, their command line beside the weights."""
+    """Write a file as the authors' scripts do, with their command line beside the weights."""
     args = argparse.Namespace(model="convmae_convvit_base_patch16_dec512d8b", mask_ratio=0.75, norm_pix_loss=True)
     torch.save({"model": dict(state), "epoch": 1599, "args": args}, path)
     return path
 
 
 def tiny_vit(**settings: Any) -> torch.nn.Module:
-    """A small timm ViT, every parameter random."""
+    """Build a small timm ViT with every parameter random."""
     model = timm.create_model("vit_base_patch16_224", **(TINY_VIT | settings)).eval()
     perturb(model, seed=3)
     return model

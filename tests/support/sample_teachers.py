@@ -30,7 +30,7 @@ def options(name: str, source: str, **changes: Any) -> TeacherOptions:
 
 
 def pixels_of(batch: int, side: int, seed: int = 0) -> Tensor:
-    """Decoded images, float32 in 0 to 1."""
+    """Return random pixels, float32 [batch, 3, side, side] in 0 to 1."""
     return torch.rand(batch, 3, side, side, generator=torch.Generator().manual_seed(seed))
 
 
@@ -47,7 +47,7 @@ def save_run(folder: Path, spec: EncoderSpec, kind: str = "pretrain", image_size
 
 
 def timm_attention(block: nn.Module, run: nn.Module, images: Tensor) -> Tensor:
-    """A timm block's whole attention, [B, heads, N, N], as its own unfused code computes it."""
+    """Return a timm block's attention [B, heads, N, N], as its unfused code computes it in ``run(images)``."""
     seen: list[Tensor] = []
     fused, block.attn.fused_attn = block.attn.fused_attn, False
     handle = block.attn.attn_drop.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -59,5 +59,5 @@ def timm_attention(block: nn.Module, run: nn.Module, images: Tensor) -> Tensor:
 
 
 def normalize(pixels: Tensor, mean: list[float] | tuple[float, ...], std: list[float] | tuple[float, ...]) -> Tensor:
-    """Per-channel statistics, by hand."""
+    """Normalize each channel by its mean and standard deviation."""
     return torch.stack([(pixels[:, c] - mean[c]) / std[c] for c in range(3)], dim=1)

@@ -54,7 +54,11 @@ ENGINE = {
 
 
 def targets(build: Callable[[Path], Teacher], placement: PlacementConfig, folder: Path) -> dict[str, Any]:
-    """Calls of a sharded teacher beside a plain one's, on images that differ between the ranks; then its end."""
+    """Call a sharded teacher and a plain one on images that differ between the ranks, then release it.
+
+    Returns:
+        ``equal``: outputs equal the plain one's, by call; bytes between calls, at the peak and in swap files; ``left``
+        and ``gone``: memory and objects that remain after the release."""
     plain, teacher = build(folder), build(folder)
     network, storages = weakref.ref(teacher.network), [StorageWeakRef(t.untyped_storage()) for t in weights_of(teacher)]
     stack = len(parameter_offload.FWD_MODULE_STACK)
@@ -88,7 +92,7 @@ def targets(build: Callable[[Path], Teacher], placement: PlacementConfig, folder
 
 
 def training(placement: Any, folder: Path) -> list[float]:
-    """Losses of three steps of a student with two teachers, under ZeRO-3 and bf16 autocast."""
+    """Train a student of two teachers for three steps (ZeRO-3, bf16 autocast); return losses and the weights' sum."""
     mimic = {"tap": "encoder", "tokens": "visible", "normalize": "layer_norm", "weight": 0.5}
     config: PretrainConfig = pretrain_config(
         teachers=("clip", "dino"),

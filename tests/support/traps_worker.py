@@ -1,4 +1,7 @@
-"""Traps of ZeRO-3 on two ranks: ``python -m tests.support.traps_worker FOLDER`` writes FOLDER/rankN.json."""
+"""Measurements of traps of ZeRO-3 on two ranks: stale gradients, ranks that skip modules, evaluation of uneven shares.
+
+``python -m tests.support.traps_worker FOLDER`` runs one rank and writes FOLDER/rankN.json.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +49,19 @@ class Branches(nn.Module):
 
 
 def stale_gradients(zero: int, watched: bool, folder: Path, rank: int) -> str | float:
-    """A step with both branches, then one with a single branch: the distance that the other weight moved, or the error.
+    """Train a step with both branches, then one that omits a branch, whose weight gets no gradient.
 
-    Adam that forgets everything moves by the rate, or not at all, where the gradient is 0.
+    With both betas 0, Adam moves a weight by the learning rate whatever its gradient, and not at all if that is 0.
+
+    Args:
+        zero: ZeRO stage.
+        watched: True calls the engine's own backward, which watches for parameters without a gradient; False
+            calls DeepSpeed's.
+        folder: for the engine config.
+        rank: of this process.
+
+    Returns:
+        The distance that the omitted branch's weight moved in the second step, or the message of the error.
     """
     import deepspeed
 

@@ -44,7 +44,9 @@ def script() -> ModuleType:
         ([5, 5], [0.25, 0.75], 0.5),
     ],
 )
-def test_areas_by_hand(script: ModuleType, importance: list[float], positive: list[float], auc: float) -> None:
+def test_area_under_curve_equals_that_by_hand(
+    script: ModuleType, importance: list[float], positive: list[float], auc: float
+) -> None:
     assert script.area_under_curve(np.array(importance, float), np.array(positive, float)) == pytest.approx(auc)
 
 
@@ -168,7 +170,9 @@ def recipe(tmp_path: Path) -> Path:
     return tmp_path / "one.yaml"
 
 
-def test_the_command(script: ModuleType, coco: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_reports_teachers_and_the_center_baseline(
+    script: ModuleType, coco: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = coco / "results" / "out.json"
     assert script.main(["--coco", str(coco), "--split", "val", str(recipe), "--out", str(out)]) == 0
     own, center = json.loads(out.read_text())["teachers"]
@@ -182,7 +186,9 @@ def test_the_command(script: ModuleType, coco: Path, recipe: Path, capsys: pytes
     assert printed[3].startswith("| one.yaml | center |")
 
 
-def test_mistakes(script: ModuleType, coco: Path, recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_folders_annotations_and_images_are_reported(
+    script: ModuleType, coco: Path, recipe: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for arguments, error in (
         (["--split", "train"], "contains neither train/ nor images/train/"),
         (["--split", "val", "--annotations", str(recipe)], "no instance annotations of COCO"),

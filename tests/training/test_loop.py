@@ -131,7 +131,7 @@ def _run(
 # ---- schedule
 
 
-def test_steps_and_keys() -> None:
+def test_schedule_counts_steps_and_keys_each_micro_batch() -> None:
     schedule = make_schedule(finetune_config(epochs=3), Launch(2, 0, 4, 4))
     assert (schedule.epochs, schedule.total_steps) == (3, 15)
     assert schedule.key(7, 1) == MicroBatchKey(seed=3, step=7, index=1, rank=2, world_size=4, micro_batch=4)

@@ -21,7 +21,7 @@ def _meter(*rows: tuple[float, float]) -> Meter:
     return meter
 
 
-def test_returns_means() -> None:
+def test_reads_the_mean_of_each_loss_since_the_last_reading() -> None:
     means, speeds, bad = _meter((1.0, 10.0), (2.0, 20.0), (6.0, 0.0)).read(ALONE, 4)
     assert means == {"loss": pytest.approx(3.0), "part": pytest.approx(10.0)}
     assert bad == 0

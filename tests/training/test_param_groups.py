@@ -107,7 +107,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
 
 
 @pytest.mark.parametrize(("pool", "norm"), [("avg", "fc_norm"), ("token", "norm")])
-def test_the_plain_vit(pool: Literal["avg", "token"], norm: str) -> None:
+def test_layer_decay_of_a_plain_vit_follows_its_depth(pool: Literal["avg", "token"], norm: str) -> None:
     model = MaskedViT(ViTSpec(16, 3, 2, patch=8), 32, num_classes=5, pool=pool)
     settings = _settings(model, finetune_groups(model, 0.1, 0.5))
     layers = {name: {0.0625: 0, 0.125: 1, 0.25: 2, 0.5: 3, 1.0: 4}[scale] for name, (scale, _) in settings.items()}

@@ -74,7 +74,9 @@ def test_detects_safetensors_by_their_bytes(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("key", [None, "model", "state_dict", "module"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
-def test_torch_files(zipped: bool, key: str | None, prefix: str, tmp_path: Path) -> None:
+def test_torch_files_are_read_whatever_holds_their_state(
+    zipped: bool, key: str | None, prefix: str, tmp_path: Path
+) -> None:
     state = {prefix + name: value for name, value in STATE.items()}
     content = {key: state, "epoch": 3, "optimizer": {"lr": 0.1}} if key else state
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
@@ -96,7 +98,9 @@ def test_a_released_file_may_keep_its_command_line(zipped: bool, tmp_path: Path)
 
 @pytest.mark.parametrize("make", [scripted, traced])
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_torchscript_archives(make: Callable[[], Any], tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+def test_torchscript_archives_are_read_without_running_their_code(
+    make: Callable[[], Any], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
     module = make()
     module.save(str(tmp_path / "ViT.pt"))
     recwarn.clear()
@@ -140,7 +144,7 @@ def test_a_whole_pickled_module_is_refused_by_its_class(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 @pytest.mark.parametrize("left", [0, 9, 100, -300])
-def test_truncated_torch_files(zipped: bool, left: int, tmp_path: Path) -> None:
+def test_truncated_torch_files_are_refused(zipped: bool, left: int, tmp_path: Path) -> None:
     torch.save({"w": torch.ones(500)}, tmp_path / "whole.pt", _use_new_zipfile_serialization=zipped)
     (tmp_path / "x.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:left])
     with pytest.raises(UserError, match=r"x.pt: not a readable weights file, or truncated"):
@@ -148,7 +152,7 @@ def test_truncated_torch_files(zipped: bool, left: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("left", [0, 7, 40, -100])
-def test_truncated_safetensors(left: int, tmp_path: Path) -> None:
+def test_truncated_safetensors_are_refused(left: int, tmp_path: Path) -> None:
     save_file({"w": torch.ones(500)}, tmp_path / "whole.safetensors")
     (tmp_path / "x.safetensors").write_bytes((tmp_path / "whole.safetensors").read_bytes()[:left])
     with pytest.raises(UserError, match=r"x.safetensors: not a readable weights file, or truncated \(.+\)"):

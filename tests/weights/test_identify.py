@@ -67,7 +67,7 @@ def test_first_release_without_decoder() -> None:
     assert set(found.names.values()) == bare | {"fusion.norm.weight", "fusion.norm.bias"}
 
 
-def test_released_classifier() -> None:
+def test_released_classifier_is_identified_and_every_tensor_mapped() -> None:
     shapes = released_shapes("cvit_base_classifier")
     found = identify(file_of(shapes))
     assert (found.kind, found.family, found.num_classes, found.grid) == ("classifier", "cvit", 1000, (14, 14))
@@ -118,7 +118,9 @@ def test_position_rows_of_cvit(rows: int, grid: tuple[int, int] | None, prefix: 
     ],
     ids=str,
 )
-def test_vits_of_timm(settings: dict[str, Any], kind: str, title: str | None, extras: tuple[str, ...]) -> None:
+def test_vits_of_timm_are_identified_with_pooling_and_extras(
+    settings: dict[str, Any], kind: str, title: str | None, extras: tuple[str, ...]
+) -> None:
     found = identify(file_of(tiny_vit(**settings).state_dict()))
     assert (found.kind, found.family, found.extras) == (kind, "vit", extras)
     pool = settings.get("global_pool", "token") if kind == "classifier" else ""
@@ -159,7 +161,7 @@ def test_a_mask_token_alone_is_no_decoder() -> None:
     assert identify(file_of(state)).title == "plain ViT encoder"
 
 
-def test_clip_models() -> None:
+def test_clip_models_are_identified_by_their_image_tower() -> None:
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}
     text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
     tower = open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
@@ -179,7 +181,7 @@ def test_clip_models() -> None:
         {"patch_embed.proj.weight": (96,)},
     ],
 )
-def test_unknown_models(shapes: dict[str, tuple[int, ...]]) -> None:
+def test_unknown_models_have_no_family_and_no_names(shapes: dict[str, tuple[int, ...]]) -> None:
     found = identify(file_of(shapes))
     assert (found.kind, found.family, found.names) == ("unknown", "", {})
 

@@ -58,7 +58,7 @@ def save_classifier(
 
 
 @BOTH
-def test_round_trip(spec: EncoderSpec, tmp_path: Path) -> None:
+def test_saved_tensors_and_metadata_are_read_back(spec: EncoderSpec, tmp_path: Path) -> None:
     path = tmp_path / MODEL_FILE
     saved = save_pretrained(path, spec)
     read = read_tensors(path)
@@ -97,7 +97,7 @@ def test_pretrained_into_bare_encoder_misses_nothing(spec: EncoderSpec, tmp_path
 
 
 @BOTH
-def test_classifier_into_classifiers(spec: EncoderSpec, tmp_path: Path) -> None:
+def test_classifier_keeps_its_head_only_if_the_classes_agree(spec: EncoderSpec, tmp_path: Path) -> None:
     saved = save_classifier(tmp_path / MODEL_FILE, spec, classes=3)
     same = build_encoder(spec, 16, 3)
     report = load_encoder(same, tmp_path / MODEL_FILE)
@@ -227,7 +227,7 @@ def test_foreign_absent_and_truncated_files_are_named(tmp_path: Path) -> None:
         read_metadata(without)
 
 
-def test_find_weights(tmp_path: Path) -> None:
+def test_weights_are_found_in_a_stage_folder_or_reported_missing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"teachers.t.source: {tmp_path} has not finished"):
         find_weights(tmp_path, "teachers.t.source")
     with pytest.raises(UserError, match=r"stages.finetune.init: .*nowhere does not exist; run that stage first"):
@@ -242,7 +242,7 @@ def test_report_counts_and_names() -> None:
 
 
 @BOTH
-def test_classifier_initialization(spec: EncoderSpec) -> None:
+def test_new_classifier_has_weights_of_the_prescribed_deviations(spec: EncoderSpec) -> None:
     torch.manual_seed(0)
     model = build_encoder(spec, 16, 400)
     init_classifier(model)

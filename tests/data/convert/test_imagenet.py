@@ -114,7 +114,7 @@ def test_validation_images_in_class_folders(tmp_path: Path) -> None:
         open_imagenet(ImageNetSource(source, allow_partial=True))
 
 
-def test_kaggle_archive_layout(tmp_path: Path) -> None:
+def test_kaggle_archive_layout_is_read_with_its_labels(tmp_path: Path) -> None:
     _flat_val(_train(tmp_path / "ILSVRC" / "Data" / "CLS-LOC"))
     _kaggle(tmp_path)
     assert _opened(tmp_path).labels.tolist() == LABELS
@@ -199,7 +199,7 @@ def test_allow_partial_leaves_out_images_of_other_classes(flat: Path) -> None:
     assert val.ignored == {"of classes that train/ lacks": 2}
 
 
-def test_readable_class_names(tmp_path: Path) -> None:
+def test_readable_class_names_are_unique_and_complete(tmp_path: Path) -> None:
     text = tmp_path / "names.txt"
     text.write_text(f"{FOX} kit fox, Vulpes macrotis\n{SETTER} crane\n{TERRIER} crane\nn01440764 tench\n")
     expected = [f"crane ({TERRIER})", f"crane ({SETTER})", "kit fox"]
@@ -225,7 +225,7 @@ def test_written_files_equal_their_source(flat: Path, tmp_path: Path) -> None:
     assert compare_with_source(val.path, flat, 100) > 30
 
 
-def test_imagenet_script(flat: Path, tmp_path: Path) -> None:
+def test_imagenet_script_writes_a_partial_set_only_if_allowed(flat: Path, tmp_path: Path) -> None:
     _devkit(flat)
     (flat / "names.txt").write_text(f"{FOX} kit fox\n{SETTER} setter, dog\n{TERRIER} terrier\n")
     command = [sys.executable, ROOT / "data" / "imagenet.py", flat, "--out", tmp_path / "out"]

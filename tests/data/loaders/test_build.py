@@ -394,7 +394,9 @@ def test_nonexistent_batch_is_an_error(betons: tuple[Path, Path]) -> None:
         ({"SLURM_CPUS_PER_TASK": "64"}, 8),
     ],
 )
-def test_default_num_workers(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int) -> None:
+def test_default_num_workers_share_the_cores_among_local_ranks(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], threads: int
+) -> None:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE", "SLURM_CPUS_PER_TASK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():

@@ -127,7 +127,7 @@ def test_box_distribution_equals_torchvision() -> None:
         (1, 9, 32, [2 / 36, 146 / 36, 32 / 36, 32 / 36, 0]),
     ],
 )
-def test_center_boxes(height: int, width: int, size: int, box: list[float]) -> None:
+def test_center_boxes_equal_those_by_hand(height: int, width: int, size: int, box: list[float]) -> None:
     boxes = center_boxes(np.array([height]), np.array([width]), size)
     assert boxes.dtype == np.float64 and boxes.tolist() == [pytest.approx(box)]
 

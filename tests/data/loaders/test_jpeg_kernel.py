@@ -154,7 +154,7 @@ def test_flat_images_stay_flat() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 40), (40, 1), (2, 3), (3, 2), (15, 17), (16, 16)])
-def test_small_images(size: tuple[int, int]) -> None:
+def test_enlarged_small_images_are_near_those_of_pillow(size: tuple[int, int]) -> None:
     jpeg = _jpeg(_gray().resize(size), quality=95)
     box = (0, 0, size[1], size[0], 0)
     (image,), status = _decode([jpeg], [box], 24)

@@ -27,7 +27,7 @@ def build(source: Path, features: str = "raw", image_size: int = 16, **changes: 
 
 @BOTH
 @pytest.mark.parametrize("kind", ["pretrain", "classifier"])
-def test_tokens_and_importance(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
+def test_tokens_and_importance_equal_those_of_the_run(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
     save_run(tmp_path, spec, kind)
     teacher = build(tmp_path)
     pixels = pixels_of(3, 16)

@@ -100,7 +100,7 @@ def test_names_what_a_changed_deepspeed_lacks(
 
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
-def test_files_for_upstream(patch: Patch, tmp_path: Path) -> None:
+def test_committed_patch_is_current_and_applies_to_the_installed_deepspeed(patch: Patch, tmp_path: Path) -> None:
     """The committed file is the patch, and applies to the installed files."""
     file = FOLDER / f"{patch.name}.patch"
     assert file.read_text() == unified_diff(patch), "run python -m tests.support.write_patches"

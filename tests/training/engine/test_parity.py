@@ -115,7 +115,7 @@ def test_the_matrix_is_complete() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_offloading_to_nvme(world_size: int, tmp_path: Path) -> None:
+def test_offloading_to_nvme_equals_plain_torch(world_size: int, tmp_path: Path) -> None:
     """Needs libaio; DeepSpeed first compiles its I/O operations, for minutes."""
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -131,7 +131,7 @@ def test_offloading_to_nvme(world_size: int, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_compiled_blocks(world_size: int, tmp_path: Path) -> None:
+def test_compiled_blocks_equal_plain_torch(world_size: int, tmp_path: Path) -> None:
     """Inductor compiles C++ for minutes."""
     cases = compiled_cases(world_size)
     compare = _comparison(cases, tmp_path, limit_s=1500)
@@ -142,7 +142,7 @@ def test_compiled_blocks(world_size: int, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(5400)
-def test_the_complete_matrix(tmp_path: Path) -> None:
+def test_every_engine_variant_equals_plain_torch(tmp_path: Path) -> None:
     cases = [*matrix(), *beside_the_matrix()]
     compare = _comparison(cases, tmp_path, limit_s=2500)
     found = {case.name: (compare(case), TOLERANCE[case.precision]) for case in cases}
