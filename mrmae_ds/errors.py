@@ -10,8 +10,15 @@ RaisedOnAllRanks        no rank waits for another
 
 from __future__ import annotations
 
+import errno
 import signal
 from typing import ClassVar
+
+# What a user can fix: the disk is full or read-only, a path is not permitted, too long, a file or a folder by mistake.
+_FILE_SYSTEM = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+}
 
 
 class UserError(ValueError):
@@ -72,3 +79,12 @@ class StopRequested(RaisedOnAllRanks):
     def __init__(self, number: int, step: int) -> None:
         name = signal.Signals(number).name
         super().__init__(f"stopped by {name} after step {step}; the same command resumes from there")
+
+
+def user_message(error: BaseException) -> str | None:
+    """Return the message for an error that the user can fix: bad input, a full disk or a refused path; else None."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _FILE_SYSTEM:
+        return f"{error.filename or 'a file that this command writes'}: {error.strerror}"
+    return None

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mrmae_ds.distributed.logs import configure_logging
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import UserError, user_message
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+INTERRUPTED = 130  # 128 + SIGINT, as in shells
 # How the completion scripts that shtab writes complete a path.
 _COMPLETE_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
 
@@ -97,12 +98,18 @@ def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namesp
         args: its arguments.
 
     Returns:
-        The exit status: 0, or 2 after the message of a UserError was printed.
+        The exit status: 0, 2 after the message of an error that the user can fix, or 130 after Ctrl-C.
     """
     configure_logging()
     try:
         run(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        message = user_message(error)
+        if message is None:
+            raise
+        print(f"error: {message}", file=sys.stderr)
+        return UserError.exit_status
     return 0

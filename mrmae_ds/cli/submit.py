@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from mrmae_ds.cli.parser import CommandParser
+from mrmae_ds.cli.parser import INTERRUPTED, CommandParser
 from mrmae_ds.errors import UserError
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def _run_locally(
         failed = pipeline.run()
     except KeyboardInterrupt:
         print("interrupted; run the same command again to resume", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(INTERRUPTED) from None
     _write_tables(args.runs, tables)
     if failed:
         for key, reason in failed.items():

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 from mrmae_ds.cli.parser import CommandParser, add_recipe_options
 from mrmae_ds.distributed.launch import Launch, prepare_environment
 from mrmae_ds.distributed.logs import configure_logging
+from mrmae_ds.distributed.signals import end_at_interrupt
 
 if TYPE_CHECKING:
     from mrmae_ds.training.job import TrainArgs
@@ -54,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     return train(parse_arguments(argv))
 
 
+@end_at_interrupt()
 def train(args: argparse.Namespace) -> int:
     """Train or evaluate.
 

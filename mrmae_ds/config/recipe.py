@@ -70,7 +70,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][\w.-]*$")
     method: str
     size: str
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     model: ModelConfig
     data: DataConfig
     teachers: dict[Name, TeacherConfig] = Field({})

@@ -7,7 +7,7 @@ import time
 
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.logs import configure_logging
-from mrmae_ds.errors import RaisedOnAllRanks, StopRequested, UserError
+from mrmae_ds.errors import RaisedOnAllRanks, StopRequested, UserError, user_message
 
 FAILED = 1
 WAIT_FOR_LEADER_S = 5
@@ -34,12 +34,13 @@ def report_exit(error: Exception, launch: Launch | None, started: bool) -> int:
         if launch is None or launch.rank == 0:
             logger.log(logging.WARNING if isinstance(error, StopRequested) else logging.ERROR, "%s", error)
         return error.exit_status
-    if not isinstance(error, UserError):
+    message = user_message(error)
+    if message is None:
         logger.error("%s", type(error).__name__, exc_info=error)
         return FAILED
     # Before the start every rank of a node finds the same mistake, and its first rank reports it. A launcher ends the
     # others as soon as one has exited, so they wait for that; a rank that is still alive has a mistake of its own.
     if launch is not None and launch.local_rank > 0 and not started:
         time.sleep(WAIT_FOR_LEADER_S)
-    logger.error("%s", error)
-    return error.exit_status
+    logger.error("%s", message)
+    return UserError.exit_status

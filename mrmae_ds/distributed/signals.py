@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@contextmanager
+def end_at_interrupt() -> Iterator[None]:
+    """Let Ctrl-C end the process at once, before there is anything to save.
+
+    KeyboardInterrupt, Python's own reaction, would be swallowed by some of the imports of torch and DeepSpeed.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 class StopSignals:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import pickle
 import shlex
@@ -12,6 +14,7 @@ import pytest
 import yaml
 
 from mrmae_ds.cli.main import COMMANDS, build_parser, main
+from mrmae_ds.cli.parser import run_command
 from mrmae_ds.cli.train import STAGES, parse_arguments
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.stages import StageName
@@ -74,6 +77,23 @@ def test_torchrun_leaves_every_option_to_train_py() -> None:
     _, *words = shlex.split(line, comments=True)
     parsed = get_args_parser().parse_args([*words, "--run", "folder"])
     assert parsed.training_script == "train.py" and parsed.training_script_args[-2:] == ["--run", "folder"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+        (OSError(errno.EROFS, "Read-only file system", "out/x"), 2, "error: out/x: Read-only file system\n"),
+    ],
+)
+def test_interrupts_and_refused_files_are_one_line(
+    error: BaseException, status: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: argparse.Namespace) -> None:
+        raise error
+
+    assert run_command(fail, argparse.Namespace()) == status
+    assert capsys.readouterr().err == message
 
 
 def test_prints_and_writes_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,6 +267,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(path: Path) -> None:
 
 IMPOSSIBLE = {
     "seed=-1": ["seed", "greater than or equal to 0"],
+    "seed=9223372036854775808": ["seed", "less than 9223372036854775808"],
     "name=a/b": ["name"],
     "model.image_size=0": ["model.image_size"],
     "model.image_size=230": ["model.image_size: 230", "224 and 240"],

@@ -58,11 +58,12 @@ def decide_start(stage_dir: Path, stage: StageName, identity: RunIdentity, resum
 
     Raises:
         UserError: if the folder holds another run (naming every difference), or checkpoints of which none is complete,
-            or has a name that DeepSpeed cannot load from.
+            or other files, or has a name that DeepSpeed cannot load from.
     """
     for folder in (str(stage_dir), resume):
         if any(letter in folder for letter in "*?["):
             raise UserError(f"{folder}: DeepSpeed reads * ? [ in a path as a pattern; name a folder without them")
+    _check_folder(stage_dir)
     if resume == "never":
         return RunStart("fresh")
     if resume != "auto":
@@ -78,6 +79,17 @@ def decide_start(stage_dir: Path, stage: StageName, identity: RunIdentity, resum
         if record.status == "finished":
             return RunStart("done")
     return _from_checkpoints(stage_dir, identity)
+
+
+def _check_folder(stage_dir: Path) -> None:
+    """Check that the folder is empty or a run's; a fresh start would set any other aside, and later remove it."""
+    for path in (stage_dir, *stage_dir.parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"{path}: a file, not a folder of runs; name another folder with --run")
+    if not stage_dir.exists() or any((stage_dir / name).exists() for name in (RECIPE_FILE, RECORD_FILE, FOLDER)):
+        return
+    if others := sorted(path.name for path in stage_dir.iterdir() if not path.name.startswith(".")):
+        raise UserError(f"{stage_dir}: not a run, it has {others[0]} in it; name another folder with --run")
 
 
 def _from_checkpoints(stage_dir: Path, identity: RunIdentity) -> RunStart:

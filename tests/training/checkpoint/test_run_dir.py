@@ -94,6 +94,18 @@ def test_resumes_an_ended_run_from_its_newest_checkpoint(folder: Path, recipe: R
     assert _decide(folder, recipe) == RunStart("resume", _at(folder, 40, 20))
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_refuses_a_file_or_a_folder_of_anything_else(resume: str, tmp_path: Path, recipe: Recipe) -> None:
+    """A fresh start would set it aside, and the one after remove it."""
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "tiny" / "pretrain"):
+        assert _refused(folder, recipe, resume).startswith(f"{tmp_path / 'file'}: a file, not a folder of runs")
+    thesis = tmp_path / "pretrain"
+    thesis.mkdir()
+    (thesis / "thesis.tex").touch()
+    assert _refused(thesis, recipe, resume).startswith(f"{thesis}: not a run, it has thesis.tex in it; name another")
+
+
 @pytest.mark.parametrize("name", ["run[1]", "run*", "what?"])
 def test_rejects_a_folder_that_deepspeed_would_read_as_a_pattern(name: str, tmp_path: Path, recipe: Recipe) -> None:
     assert "pattern" in _refused(tmp_path / name / "pretrain", recipe, "never")
