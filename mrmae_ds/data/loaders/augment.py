@@ -81,7 +81,7 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
 
 
 class SampleErasing:
-    """timm's random erasing of normalized images, filled with noise, a sample at a time.
+    """timm's random erasing of normalized images, filled with noise.
 
     The area depends on the sample's key alone, the noise also on the kind of device.
 
@@ -91,10 +91,12 @@ class SampleErasing:
     """
 
     def __init__(self, probability: float, device: torch.device) -> None:
-        self._erase = RandomErasing(probability, mode="pixel", device=str(device))
+        # timm chooses the areas. It would also seed and draw by torch's global generators, image by image.
+        self._choose = RandomErasing(probability, mode="const", device="cpu")
+        self._noise = torch.Generator(device)
 
     def __call__(self, images: Tensor, keys: UIntArray) -> Tensor:
-        """Erase in place; changes the state of torch's global generators.
+        """Erase in place; changes the state of Python's global generator.
 
         Args:
             images: float [B, 3, S, S].
@@ -103,10 +105,36 @@ class SampleErasing:
         Returns:
             ``images``.
         """
-        for image, key in zip(images, keys.tolist(), strict=True):
-            torch.manual_seed(seed_generators(key, _ERASING))
-            self._erase(image)
+        for index, seed in enumerate(_seeds(keys, _ERASING)):
+            random.seed(seed)
+            area = _Area(images.shape[1:])
+            self._choose(area)
+            if area.place is not None:
+                erased = images[index][area.place]
+                noise = torch.empty(erased.shape, dtype=images.dtype, device=images.device)
+                erased.copy_(noise.normal_(generator=self._noise.manual_seed(seed)))
         return images
+
+
+class _Area:
+    """Stands in for an image [3, S, S], and keeps the area that timm writes to.
+
+    Attributes:
+        place: index of the area; None if nothing was written.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, shape: torch.Size) -> None:
+        self._shape = shape
+        self.place: tuple[slice, ...] | None = None
+
+    def size(self) -> torch.Size:
+        """Return the shape."""
+        return self._shape
+
+    def __setitem__(self, place: tuple[slice, ...], values: Tensor) -> None:
+        self.place = place
 
 
 def seed_generators(key: int, purpose: int) -> int:
@@ -119,8 +147,12 @@ def seed_generators(key: int, purpose: int) -> int:
     Returns:
         The 63-bit seed.
     """
-    mixed = splitmix64(np.array([key], dtype=np.uint64) ^ np.uint64(purpose))
-    seed = int(mixed[0]) >> 1
+    (seed,) = _seeds(np.array([key], dtype=np.uint64), purpose)
     random.seed(seed)
     np.random.seed(seed & 0xFFFFFFFF)
     return seed
+
+
+def _seeds(keys: UIntArray, purpose: int) -> list[int]:
+    """Return a 63-bit seed for each key."""
+    return (splitmix64(keys ^ np.uint64(purpose)) >> np.uint64(1)).tolist()

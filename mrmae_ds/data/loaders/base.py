@@ -205,3 +205,31 @@ class LoaderSettings:
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy a CPU tensor to ``device``; to CUDA without waiting, from pinned memory that torch keeps until then."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+class DeviceCopier:
+    """Copies batches of images to a CUDA device on a stream of its own, beside what the device computes.
+
+    Args:
+        device: the CUDA device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def copy(self, host: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        """Copy without waiting.
+
+        Args:
+            host: in pinned memory, which must not change before the copy has ended.
+
+        Returns:
+            The copy, for use on the current stream, and the event that marks the copy's end.
+        """
+        compute = torch.cuda.current_stream(self._device)
+        with torch.cuda.stream(self._stream):
+            moved = host.to(self._device, non_blocking=True)
+            finished = self._stream.record_event()
+        compute.wait_stream(self._stream)
+        moved.record_stream(compute)
+        return moved, finished

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.loaders._ffcv import import_ffcv, keep_torch_threads
-from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, LoaderSettings, to_device
+from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, DeviceCopier, LoaderSettings, to_device
 from mrmae_ds.data.loaders.crop import center_boxes, random_boxes, sample_keys
 from mrmae_ds.data.loaders.ffcv_decoder import BoxDecoder, Decoded, build_stock_loader
 from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
@@ -62,7 +62,7 @@ class FFCVLoader:
             self._loader = build_stock_loader(path, self._decoder, batch_size=request.micro_batch, threads=threads)
         self.batches_per_epoch = settings.batches_per_epoch
         self._open: EpochIterator | None = None
-        self._copies = torch.cuda.Stream(settings.device) if settings.device.type == "cuda" else None
+        self._copier = DeviceCopier(settings.device) if settings.device.type == "cuda" else None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch; see ``Loader.epoch``."""
@@ -134,16 +134,10 @@ class FFCVLoader:
         Returns:
             The copy as [B, 3, H, W] and, if it may still be in progress, the event that marks its end.
         """
-        if self._copies is None:
+        if self._copier is None:
             # By numpy: torch's copy would wake OpenMP's threads, which then spin for longer than the copy takes.
             return torch.from_numpy(images.copy()).to(self.settings.device).permute(0, 3, 1, 2), None
-        host = torch.from_numpy(images)
-        compute = torch.cuda.current_stream(self.settings.device)
-        with torch.cuda.stream(self._copies):
-            moved = host.to(self.settings.device, non_blocking=True)
-            finished = self._copies.record_event()
-        compute.wait_stream(self._copies)
-        moved.record_stream(compute)
+        moved, finished = self._copier.copy(torch.from_numpy(images))
         return moved.permute(0, 3, 1, 2), finished
 
     def close(self) -> None:

@@ -8,6 +8,7 @@ Shapes: B micro-batch, S image size.
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 from collections import deque
 from collections.abc import Iterator
@@ -22,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings
-from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, Loader, LoaderSettings, to_device
-from mrmae_ds.data.loaders.worker import become_worker
+from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, DeviceCopier, Loader, LoaderSettings, to_device
+from mrmae_ds.data.loaders.worker import become_worker, check_shared_memory
 from mrmae_ds.data.types import ImageArray, UIntArray
 
 _AHEAD = 2  # batches in progress while one is used
@@ -44,6 +45,9 @@ class RandAugmentLoader:
         settings: data set, batches and device.
         augment: the policy.
         processes: number of worker processes; they live until ``close``.
+
+    Raises:
+        UserError: if /dev/shm is too small.
     """
 
     def __init__(self, inner: Loader, settings: LoaderSettings, augment: AugmentSettings, processes: int) -> None:
@@ -51,7 +55,9 @@ class RandAugmentLoader:
         self.device, self.image_size = settings.device, settings.request.image_size
         self.num_samples, self.batches_per_epoch = inner.num_samples, inner.batches_per_epoch
         shape = (_AHEAD + 1, settings.request.micro_batch, self.image_size, self.image_size, 3)
+        check_shared_memory(math.prod(shape))
         self._slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
+        self._uploader = _Uploader(self._slots[0], self.device) if self.device.type == "cuda" else None
         self._pool: ProcessPoolExecutor | None = None
         self._pending: deque[_Pending] = deque()
         self._current: object = None
@@ -102,10 +108,12 @@ class RandAugmentLoader:
                 future.result()
         except BrokenProcessPool:
             raise RuntimeError("an augmentation process died (out of memory?)") from None
-        images = torch.from_numpy(self._slots.numpy()[slot, : len(batch.keys)].copy())
+        augmented = self._slots.numpy()[slot, : len(batch.keys)]
+        images = self._uploader(augmented) if self._uploader else torch.from_numpy(augmented.copy())
         free.append(slot)
-        tensors = (images, batch.labels, batch.indices, batch.valid)
-        images, labels, indices, valid = (to_device(tensor, self.device) for tensor in tensors)
+        labels, indices, valid = (
+            to_device(tensor, self.device) for tensor in (batch.labels, batch.indices, batch.valid)
+        )
         return Batch(images.permute(0, 3, 1, 2), labels, indices, valid, batch.keys)
 
     def _start(self) -> ProcessPoolExecutor:
@@ -122,6 +130,28 @@ class RandAugmentLoader:
         pool, self._pool = self._pool, None
         if pool is not None:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Uploader:
+    """Copies batches to a CUDA device through one pinned buffer.
+
+    Args:
+        like: uint8 [B, S, S, 3], the largest batch.
+        device: the CUDA device.
+    """
+
+    def __init__(self, like: Tensor, device: torch.device) -> None:
+        self._buffer = torch.empty_like(like, pin_memory=True)
+        self._copier = DeviceCopier(device)
+        self._finished: torch.cuda.Event | None = None
+
+    def __call__(self, images: ImageArray) -> Tensor:
+        """Return the copy; ``images`` may be overwritten at once."""
+        if self._finished is not None:
+            self._finished.synchronize()  # the copy of the batch before, which ended long ago
+        self._buffer.numpy()[: len(images)] = images
+        moved, self._finished = self._copier.copy(self._buffer[: len(images)])
+        return moved
 
 
 class _Worker(NamedTuple):

@@ -10,13 +10,18 @@ from __future__ import annotations
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 
 import torch
 
+from mrmae_ds.errors import UserError
+
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
+SHARED_MEMORY = Path("/dev/shm")
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -38,3 +43,29 @@ def become_worker() -> None:
 def _end_with(process: BaseProcess) -> None:
     process.join()
     os._exit(1)
+
+
+def check_shared_memory(needed: int) -> None:
+    """Check that /dev/shm holds the buffers of every rank of this node; a process that finds it full dies of SIGBUS.
+
+    Args:
+        needed: bytes of this rank.
+
+    Raises:
+        UserError: naming the bytes that are needed and present, and the fix.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return
+    present = shutil.disk_usage(SHARED_MEMORY)
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    # Free memory counts for this rank alone: the other ranks may or may not have theirs already.
+    if present.total < ranks * needed or present.free < needed:
+        raise UserError(
+            f"{SHARED_MEMORY}: RandAugment needs {_mib(needed)} for each of {ranks} ranks on this node, but it has "
+            f"{_mib(present.total)}, {_mib(present.free)} of them free. Enlarge it (docker run --shm-size=8g, or "
+            f"mount -o remount,size=8G {SHARED_MEMORY}), remove leftover files there, or lower the micro-batch"
+        )
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.0f} MiB"

@@ -120,13 +120,23 @@ class _WriterThread(threading.Thread):
 
 
 def copy_to_cpu(shard: Any) -> Any:
-    """Copy a nested structure. Tensors are copied to the CPU and share no memory; other objects are shared."""
+    """Copy a nested structure. Tensors are copied to the CPU and share no memory; other objects are shared.
+
+    From CUDA the copies go into pinned memory, which torch keeps for the next call, and the host waits once.
+    """
+    copied = _copy(shard)
+    if torch.cuda.is_initialized():
+        torch.cuda.current_stream().synchronize()
+    return copied
+
+
+def _copy(shard: Any) -> Any:
     if isinstance(shard, Tensor):
-        return shard.detach().to("cpu", copy=True)
+        return shard.detach().to("cpu", copy=True, non_blocking=shard.is_cuda)
     if isinstance(shard, dict):
         result = copy.copy(shard)  # keeps the type of dictionary, and the attributes that torch sets on it
-        result.update({key: copy_to_cpu(value) for key, value in shard.items()})
+        result.update({key: _copy(value) for key, value in shard.items()})
         return result
     if isinstance(shard, (list, tuple)) and not isinstance(shard, torch.Size):
-        return type(shard)(copy_to_cpu(value) for value in shard)
+        return type(shard)(_copy(value) for value in shard)
     return shard

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
+from timm.data.random_erasing import RandomErasing
 
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, SampleErasing, seed_generators
 from mrmae_ds.imagenet import IMAGENET_MEAN
@@ -45,6 +46,20 @@ def test_posterize_at_highest_magnitude_gives_black() -> None:
         operations[0].magnitude = magnitude
         result = np.asarray(operations[0](photograph()))
         assert result.shape == (600, 512, 3) and len(np.unique(result)) == levels, magnitude
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_erasing_equals_timm(dtype: torch.dtype) -> None:
+    images, keys = torch.zeros(40, 3, 48, 48, dtype=dtype), np.arange(40, dtype=np.uint64)
+    theirs = RandomErasing(0.5, mode="pixel", device="cpu")
+    expected = images.clone()
+    for image, key in zip(expected, keys.tolist(), strict=True):
+        torch.manual_seed(seed_generators(key, 0x65726173))
+        theirs(image)
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    assert torch.equal(SampleErasing(0.5, torch.device("cpu"))(images, keys), expected)
+    assert torch.equal(torch.get_rng_state(), before) and expected.any()
 
 
 def test_erasing_depends_only_on_the_sample() -> None:

@@ -1,8 +1,9 @@
-"""Data-loading workers ignore stop signals and end with their parent."""
+"""Data-loading workers ignore stop signals and end with their parent; their shared memory is checked."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.data.loaders.worker import STOP_SIGNALS, become_worker
+from mrmae_ds.data.loaders.worker import STOP_SIGNALS, become_worker, check_shared_memory
+from mrmae_ds.errors import UserError
 from tests.support.processes import REPOSITORY
 
 
@@ -106,3 +108,23 @@ def test_augmentation_workers_end_with_their_training_process(betons: tuple[Path
         training.kill()
         training.wait()
     assert all(_wait_for_end(pid) for pid in workers)
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "ranks", "fits"), [(64, 64, 1, True), (64, 64, 2, False), (256, 20, 2, False), (256, 58, 4, True)]
+)
+def test_shared_memory_is_checked_for_all_ranks_of_a_node(
+    total: int, free: int, ranks: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mib = 1 << 20
+    usage = shutil._ntuple_diskusage(total * mib, (total - free) * mib, free * mib)  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setenv("LOCAL_SIZE", str(ranks))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if fits:
+        check_shared_memory(58 * mib)
+        return
+    with pytest.raises(
+        UserError, match=rf"58 MiB for each of {ranks} ranks .* has {total} MiB, {free} MiB .*--shm-size"
+    ):
+        check_shared_memory(58 * mib)
