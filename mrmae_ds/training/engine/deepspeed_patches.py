@@ -78,6 +78,7 @@ class Patch:
     edits: tuple[Edit, ...]
 
 
+_STAGE_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2"
 _MINUS_ONE = "torch.tensor(-1.0, device={}, dtype=torch.float)"
 
 PATCHES = (
@@ -97,6 +98,43 @@ PATCHES = (
                 "DeepSpeedZeroOptimizer_Stage3.get_grad_norm_direct",
                 _MINUS_ONE.format("self.device"),
                 "torch.full((), -1.0, device=self.device, dtype=torch.float)",
+            ),
+        ),
+    ),
+    Patch(
+        "offload-norms-at-once",
+        "with an offloaded optimizer under ZeRO-1 and 2 the host waits for the GPU twice per parameter and step",
+        (
+            Edit(
+                _STAGE_1_AND_2,
+                "DeepSpeedZeroOptimizer.complete_grad_norm_calculation_for_cpu_offload",
+                "        total_norm = 0.0\n",
+                "        norms = []\n",
+            ),
+            Edit(
+                _STAGE_1_AND_2,
+                "DeepSpeedZeroOptimizer.complete_grad_norm_calculation_for_cpu_offload",
+                "total_norm += param_norm.item()**2\n",
+                "norms.append(param_norm)\n",
+            ),
+            Edit(
+                _STAGE_1_AND_2,
+                "DeepSpeedZeroOptimizer.complete_grad_norm_calculation_for_cpu_offload",
+                "        # Sum across all model parallel GPUs.\n",
+                "        total_norm = 0.0\n"
+                "        for norm in torch.stack(norms).tolist() if norms else []:\n"
+                "            total_norm += norm**2\n"
+                "\n"
+                "        # Sum across all model parallel GPUs.\n",
+            ),
+            Edit(
+                _STAGE_1_AND_2,
+                "DeepSpeedZeroOptimizer.update_offload_overflow_tracker",
+                "        if grad is not None and self._has_inf_or_nan(grad.data):\n"
+                "            self.local_overflow = True\n",
+                "        # A tensor stays on the device until the step reads it, if the step checks for overflow.\n"
+                "        if grad is not None and self.check_grad_overflow:\n"
+                "            self.local_overflow = self._has_inf_or_nan(grad.data) | self.local_overflow\n",
             ),
         ),
     ),

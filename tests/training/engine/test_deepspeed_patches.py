@@ -14,6 +14,7 @@ from types import FunctionType, SimpleNamespace
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.utils import has_inf_or_nan
 from torch import Tensor
 
 from mrmae_ds.training.engine import deepspeed_patches
@@ -21,13 +22,14 @@ from mrmae_ds.training.engine.deepspeed_patches import PATCHES, Edit, Patch, app
 from tests.support.write_patches import FOLDER, unified_diff
 
 NORM, DIRECT = PATCHES[0].edits
+OFFLOADED, OVERFLOW = PATCHES[1].edits[0], PATCHES[1].edits[-1]
 
 
 def _both(edit: Edit) -> list[FunctionType]:
     """Return a function as DeepSpeed has it, and edited."""
     functions = []
-    for edits in ([], [edit]):
-        target = edit.target()
+    target = edit.target()
+    for edits in ([], _edits_of(target)):
         code = edited_code(target, edits)
         functions.append(FunctionType(code, target.__globals__, target.__name__, target.__defaults__))
     return functions
@@ -59,6 +61,37 @@ def test_equal_direct_norm(value: float, monkeypatch: pytest.MonkeyPatch) -> Non
     norms = [norm(optimizer, gradients, gradients) for norm in _both(DIRECT)]
     assert _same(*norms)
     assert (norms[1] > 0) == math.isfinite(value)
+
+
+@pytest.mark.parametrize("bad", [None, math.nan, math.inf])
+def test_equal_norm_of_offloaded_gradients(bad: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The squares are summed in the same order, in double precision."""
+    alone = SimpleNamespace(all_reduce=lambda *_, **__: None, ReduceOp=_Op)
+    monkeypatch.setitem(OFFLOADED.target().__globals__, "dist", alone)
+    parameters = list(torch.rand(50, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+    norms = {id(p): p.clone() if bad is None or i else torch.tensor(bad) for i, p in enumerate(parameters)}
+    optimizer = SimpleNamespace(
+        norm_for_param_grads=norms,
+        get_param_id=id,
+        model_parallel_rank=0,
+        device=torch.device("cpu"),
+        dp_process_group=None,
+        _model_parallel_all_reduce=lambda **_: None,
+    )
+    theirs, ours = (norm(optimizer, parameters) for norm in _both(OFFLOADED))
+    assert _same(theirs, ours)
+    assert (ours > 0) == (bad is None)
+
+
+@pytest.mark.parametrize("values", [[1.0, 2.0], [math.nan, 2.0], [1.0, -math.inf]])
+def test_equal_overflow_of_offloaded_gradients(values: list[float]) -> None:
+    found = []
+    for track in _both(OVERFLOW):
+        optimizer = SimpleNamespace(local_overflow=False, check_grad_overflow=True, _has_inf_or_nan=has_inf_or_nan)
+        for value in values:
+            track(optimizer, torch.tensor([0.0, value]))
+        found.append(bool(torch.ByteTensor([optimizer.local_overflow])[0]))  # as DeepSpeed reads it
+    assert found[0] == found[1] == (not all(map(math.isfinite, values)))
 
 
 class _Op:
