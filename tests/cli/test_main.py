@@ -194,6 +194,32 @@ def test_prints_completion_script(shell: str, capsys: pytest.CaptureFixture[str]
         assert run(["bash", "-n", tmp_path / "mrmae.bash"], LIMIT_S).status == 0
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("tr", ["train"]),
+        ("train --ds", ["--ds_config"]),
+        ("train --stage p", ["pretrain", "probe"]),
+        ("data wr", ["write"]),
+        ("plan --ds_config ds_configs/tiny-z", ["ds_configs/tiny-zero1.json"]),
+        ("submit pipelines/toy", ["pipelines/toy3.yaml", "pipelines/toy6.yaml", "pipelines/toy.json"]),
+    ],
+)
+def test_bash_completes_commands_options_and_files(
+    words: str, expected: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--print-completion", "bash"])
+    completing = """
+COMP_WORDS=(mrmae $WORDS)
+COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+$(complete -p mrmae | sed 's/.*-F \\([^ ]*\\).*/\\1/') mrmae "${COMP_WORDS[-1]}" "${COMP_WORDS[-2]}"
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+    (tmp_path / "complete.bash").write_text(capsys.readouterr().out + f"WORDS='{words}'" + completing)
+    assert sorted(run(["bash", tmp_path / "complete.bash"], LIMIT_S).stdout.split()) == sorted(expected)
+
+
 RECIPE_COMMANDS = {
     "train": [["--ds_config", "x.json"], ["--stage", "finetune"]],
     "plan": [["--ds_config", "x.json"], ["--gpus", "8"]],
