@@ -71,10 +71,10 @@ class _Run:
 
     def __init__(self, name: str, job: dict[str, Any], device: Any, launch: Any) -> None:
         import torch
-        from train_step import build_task, noise_batches
 
         from mrmae_ds.config.engine import default_recipe, load_engine_config
         from mrmae_ds.config.recipe import load_recipe
+        from mrmae_ds.doctor.workload import build_random_task, noise_batches
         from mrmae_ds.training.engine.build import build_engine
         from mrmae_ds.training.schedule import StageSchedule
 
@@ -87,13 +87,13 @@ class _Run:
         recipe = load_recipe(default_recipe(source))
         stage = recipe.stage(job["stage"])
         torch.manual_seed(0)
-        self.task, size = build_task(recipe, config, job["stage"])
+        self.task = build_random_task(recipe, config, job["stage"])
         self.engine = build_engine(
             self.task.model, self.task.param_groups(), self.task.make_optimizer, config, 1, device
         )
         self.task.to(device)
         self.engine.train()
-        self.batches = noise_batches(job["micro_batch"], size, device)
+        self.batches = noise_batches(job["micro_batch"], self.task.image_size, device)
         self.schedule, self.taken = StageSchedule(stage, 0, 1000, 1, job["micro_batch"], launch), 0
 
     def step(self) -> None:

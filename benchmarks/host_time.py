@@ -78,11 +78,11 @@ def run_rank(settings: dict[str, Any]) -> None:
     launch = prepare_environment()
     import torch
     import torch.distributed as dist
-    from train_step import build_task, noise_batches
 
     from mrmae_ds.config.engine import default_recipe, load_engine_config
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, start_process_group
+    from mrmae_ds.doctor.workload import build_random_task, noise_batches
     from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.loop import run_step
     from mrmae_ds.training.meter import Meter
@@ -98,7 +98,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=launch.world_size)
     start_process_group(device)
     with torch.device("meta"):
-        task, size = build_task(recipe, config, "pretrain")
+        task = build_random_task(recipe, config, "pretrain")
     for module in (task.model, *task.teachers.values()):
         module.to_empty(device="cpu")
     accumulation = settings["accumulation"]
@@ -106,7 +106,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     task.to(device)
     engine.train()
     schedule = StageSchedule(recipe.stage("pretrain"), 0, 1000, accumulation, config.micro_batch, launch)
-    clock = Clock(next(noise_batches(config.micro_batch, size, device)))
+    clock = Clock(next(noise_batches(config.micro_batch, task.image_size, device)))
     samples: dict[str, list[Any]] = {"micro_batch": [], "last": []}
     for step in range(SETTLED + settings["steps"]):
         clock.marks.clear()

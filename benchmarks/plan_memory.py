@@ -31,8 +31,8 @@ from typing import Any
 
 from ranks import report_result, run_ranks
 from result_file import write_result
-from train_step import REPOSITORY, build_task, noise_batches
 
+REPOSITORY = Path(__file__).resolve().parents[1]
 MIB, GIB = 2**20, 2**30
 STEPS = 3  # DeepSpeed prefetches from the third step on
 TOLERANCE = 0.10
@@ -178,6 +178,7 @@ def run_rank(job: dict[str, Any]) -> None:
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+    from mrmae_ds.doctor.workload import build_random_task, noise_batches
     from mrmae_ds.training.engine.build import build_engine
 
     settings = Configuration(**job["settings"])
@@ -189,11 +190,12 @@ def run_rank(job: dict[str, Any]) -> None:
     memory = Memory(device)
     memory.start()
     torch.manual_seed(0)
-    task, size = build_task(recipe, config, settings.stage)
+    task = build_random_task(recipe, config, settings.stage)
     engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, settings.accumulation, device)
     task.to(device)
     engine.train()
-    most = steps(task, engine, noise_batches(settings.micro_batch, size, device), settings, launch.rank, memory)
+    batches = noise_batches(settings.micro_batch, task.image_size, device)
+    most = steps(task, engine, batches, settings, launch.rank, memory)
     if launch.rank == 0:
         report_result(most)
     end_process_group()

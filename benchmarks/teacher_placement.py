@@ -31,14 +31,6 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MB = 1e6
-SETTLED = 4  # calls after which DeepSpeed knows what to gather ahead
-PLACEMENTS: dict[str, dict[str, str]] = {
-    "device": {"kind": "device"},
-    "step": {"kind": "step"},
-    "stream": {"kind": "stream"},
-    "sharded": {"kind": "sharded"},
-    "sharded, offload: cpu": {"kind": "sharded", "offload": "cpu"},
-}
 ON_CPU = "copies within the memory of a CPU: this says nothing of PCIe, nor of what runs beside a GPU's computing"
 
 
@@ -63,76 +55,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def teacher_builder(kind: str, source: str, precision: str) -> Callable[[], Any]:
     """Return a function that builds the same teacher on the CPU each time."""
-    import torch
-
     from mrmae_ds.config.recipe import DataConfig, TeacherConfig
+    from mrmae_ds.doctor.placements import random_clip
     from mrmae_ds.teachers import build_teacher
-    from mrmae_ds.teachers.base import LibraryTeacher
-    from mrmae_ds.teachers.options import TeacherOptions
-    from mrmae_ds.teachers.sources.clip import TowerReader
 
     if kind == "dino":
         config = TeacherConfig(kind="timm", source="vit_small_patch14_dinov2", weights=source, precision=precision)
         data = DataConfig(train="none", val="none")
         return lambda: build_teacher("dino", config, data, 224, (16, 16))
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-
-    def clip() -> Any:
-        import open_clip
-
-        from mrmae_ds.teachers.sources.clip_loading import NO_TEXT
-
-        torch.manual_seed(0)
-        model = open_clip.get_model_config(source)
-        with torch.device("meta"):
-            visual = open_clip.CLIP(model["embed_dim"], model["vision_cfg"], NO_TEXT).visual.to(dtype)
-        visual = visual.to_empty(device="cpu").eval()
-        for tensor in (*visual.parameters(), *visual.buffers()):
-            tensor.data.normal_(std=0.02)
-        options = TeacherOptions("teachers.clip", source, 224, visual.grid_size, dtype=dtype)
-        half = ((0.5,) * 3, (0.5,) * 3)
-        return LibraryTeacher(visual, TowerReader(visual, options), options, half, "", {})
-
-    return clip
-
-
-def measure(build: Callable[[], Any], placement: dict[str, str], pixels: Any, calls: int) -> dict[str, Any]:
-    """Measurement of one placement in one round, on this rank."""
-    import torch
-    import torch.distributed as dist
-
-    from mrmae_ds.config.stages import PlacementConfig
-    from mrmae_ds.teachers import place_teacher
-
-    gpu = pixels.device.type == "cuda"
-    teacher = build()
-    total = sum(tensor.nbytes for tensor in (*teacher.parameters(), *teacher.buffers()))
-    placed = place_teacher("teacher", teacher, PlacementConfig(**placement), pixels.device)
-    for _ in range(SETTLED):
-        output = placed(pixels)
-    if gpu:
-        torch.cuda.reset_peak_memory_stats()
-    times, cpu_times = [], []
-    for _ in range(calls):
-        dist.barrier()
-        began, cpu_began = time.perf_counter(), time.process_time()
-        output = placed(pixels)
-        if gpu:
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-        cpu_times.append(time.process_time() - cpu_began)
-    result = {
-        "weights": total,
-        "between": placed.resident_bytes,
-        "peak": placed.peak_resident_bytes,
-        "seconds": statistics.median(times),
-        "cpu_seconds": statistics.median(cpu_times),
-        "sum": output.tokens.double().sum().item() + output.importance.double().sum().item(),
-    }
-    if gpu:
-        result["allocated"] = torch.cuda.max_memory_allocated()
-    placed.release()
-    return result
+    return lambda: random_clip(source, precision)
 
 
 def run_rank(settings: dict[str, Any]) -> None:
@@ -143,6 +74,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     import torch
 
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+    from mrmae_ds.doctor.placements import PLACEMENTS, measure_placement
 
     device = choose_device(launch)
     start_process_group(device)
@@ -152,7 +84,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in PLACEMENTS}
     for number in range(settings["rounds"]):
         for name, placement in PLACEMENTS.items():
-            rounds[name].append(measure(build, placement, pixels, settings["calls"]))
+            rounds[name].append(measure_placement(build, placement, pixels, settings["calls"]))
             if launch.rank == 0:
                 print(f"round {number + 1}: {name} {rounds[name][-1]['seconds']:.3f} s", file=sys.stderr, flush=True)
     if launch.rank == 0:

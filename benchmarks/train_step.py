@@ -23,7 +23,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,50 +57,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def random_teacher(*arguments: Any) -> Any:
-    """Build a teacher of the recipe with random weights; same signature as ``build_teacher``."""
-    import torch
-
-    from mrmae_ds.teachers import build_meta_teacher
-
-    teacher = build_meta_teacher(*arguments).to_empty(device="cpu")
-    with torch.no_grad():
-        for tensor in (*teacher.parameters(), *teacher.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(std=0.02)
-        teacher.mean.fill_(0.5)
-        teacher.std.fill_(0.5)
-    return teacher
-
-
-def build_task(recipe: Any, engine_config: Any, stage_name: str) -> tuple[Any, int]:
-    """Return the stage's task and its image size in pixels."""
-    from mrmae_ds.imagenet import IMAGENET_CLASSES
-    from mrmae_ds.training.tasks.build import build_task as build
-
-    task = build(recipe, stage_name, engine_config, IMAGENET_CLASSES, teacher_builder=random_teacher)
-    return task, task.image_size
-
-
-def noise_batches(count: int, size: int, device: Any) -> Iterator[Any]:
-    """Yield the same synthetic batch forever: ``count`` images of ``size`` pixels."""
-    import numpy as np
-    import torch
-
-    from mrmae_ds.data.loaders.base import Batch
-
-    images = torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8, device=device)
-    batch = Batch(
-        images=images.contiguous(memory_format=torch.channels_last),
-        labels=torch.arange(count, device=device),
-        indices=torch.arange(count, device=device),
-        valid=torch.ones(count, dtype=torch.bool, device=device),
-        keys=np.arange(count, dtype=np.uint64),
-    )
-    while True:
-        yield batch
-
-
 def run_rank(settings: dict[str, Any]) -> None:
     """Run one rank of one combination; rank 0 reports the result."""
     from mrmae_ds.distributed.launch import prepare_environment
@@ -112,6 +67,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.config.engine import default_recipe, load_engine_config
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+    from mrmae_ds.doctor.workload import build_random_task, noise_batches
     from mrmae_ds.profiling.flops import recipe_cost
     from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.loop import run_step
@@ -127,13 +83,13 @@ def run_rank(settings: dict[str, Any]) -> None:
     start_process_group(device)
     before = peak_memory(device)
     torch.manual_seed(0)
-    task, size = build_task(recipe, config, settings["stage"])
+    task = build_random_task(recipe, config, settings["stage"])
     parameters = sum(p.numel() for p in task.model.parameters())
     engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, 1, device)
     task.to(device)
     engine.train()
     accountant = PerfMeter(engine, device)
-    batches = noise_batches(config.micro_batch, size, device)
+    batches = noise_batches(config.micro_batch, task.image_size, device)
     schedule = StageSchedule(stage, 0, 1000, 1, config.micro_batch, launch)
     times = []
     for step in range(settings["warmup"] + settings["steps"]):

@@ -27,8 +27,9 @@ FLOORS = {
     "detection": 8,  # the transfer of the paper's Table 2, in progress
     "training": 9,
     **dict.fromkeys(("pipeline", "planning"), 10),
-    "cli": 11,
-    "__main__": 12,
+    "doctor": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 INTERROGATIVE = re.compile(r"(What|How|Who|Whom|Whose|Which|Where|Whether|Why|When)\b")
 # Words of an earlier, private vocabulary, and the field's terms that replaced them.

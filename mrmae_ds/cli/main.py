@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mrmae_ds import __version__
-from mrmae_ds.cli import check, cost, data, export, migrate, plan, replay, show, submit, table, teachers, train
+from mrmae_ds.cli import check, cost, data, doctor, export, migrate, plan, replay, show, submit, table, teachers, train
 from mrmae_ds.cli.parser import Command, CommandParser, run_command
 
 COMMANDS: dict[str, Command] = {
@@ -11,6 +11,7 @@ COMMANDS: dict[str, Command] = {
     "train": train,
     "plan": plan,
     "cost": cost,
+    "doctor": doctor,
     "submit": submit,
     "table": table,
     "teachers": teachers,

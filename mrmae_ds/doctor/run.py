@@ -1,0 +1,141 @@
+"""Run of the checks: order, limits, verdicts, exit status."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import torch
+
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.distributed.process_group import choose_device, end_process_group
+from mrmae_ds.doctor.checks import CHECKS, START
+from mrmae_ds.doctor.context import Check, DoctorContext, DoctorRequest
+from mrmae_ds.doctor.ranks import RankStore
+from mrmae_ds.doctor.reading import HardFailure, NotApplicable
+from mrmae_ds.doctor.report import CheckResult, DoctorReport, summarize
+from mrmae_ds.doctor.tiny_job import remove_files
+from mrmae_ds.errors import UserError
+from mrmae_ds.profiling.gpus import match_device
+
+logger = logging.getLogger(__name__)
+
+FAILED_STATUS = 1
+GATHER_S = 60.0
+LINGER_S = 5.0  # a launcher ends all ranks when one exits: rank 0, which writes the report, exits first
+
+
+def run_doctor(request: DoctorRequest, launch: Launch) -> int:
+    """Run the selected checks on this rank; rank 0 prints and writes the report.
+
+    Returns:
+        The exit status: 0, or 1 after a hard failure or a check over its limit.
+
+    Raises:
+        UserError: for a name that is not a check, or more ranks than GPUs on a node.
+    """
+    checks = select_checks(request)
+    device = choose_device(launch)
+    gpu = None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        properties = torch.cuda.get_device_properties(device)
+        gpu = match_device(properties.name, properties.total_memory)
+    context = DoctorContext(request, launch, device, gpu, RankStore(launch))
+    report = DoctorReport(context)
+    remove_files(context)
+    context.ranks.gather(True)
+    try:
+        return _run_checks(context, checks, report)
+    finally:
+        remove_files(context)
+
+
+def select_checks(request: DoctorRequest) -> list[Check]:
+    """Return the checks to run.
+
+    Raises:
+        UserError: for a name that is not a check.
+    """
+    names = [check.name for check in CHECKS]
+    for option, given in {"--only": request.only, "--skip": request.skip}.items():
+        if unknown := [name for name in given if name not in names]:
+            raise UserError(f"{option} {unknown[0]}: no such check; there are {', '.join(names)}")
+    quick = {check.name for check in CHECKS if check.quick or not request.quick}
+    wanted = (set(request.only) or quick) - set(request.skip)
+    grouped = {check.name for check in CHECKS[CHECKS.index(START) + 1 :]}
+    return [check for check in CHECKS if check.name in wanted or (check is START and wanted & grouped)]
+
+
+def _run_checks(context: DoctorContext, checks: Sequence[Check], report: DoctorReport) -> int:
+    for check in checks:
+        with _limit(context, check, report):
+            result = _run_check(context, check)
+        report.add(result)
+        if result.status == "stop":
+            report.finish()
+            _linger(context)
+            return FAILED_STATUS
+    report.finish()
+    end_process_group()
+    return 0
+
+
+def _run_check(context: DoctorContext, check: Check) -> CheckResult:
+    """Run a check on this rank, and combine the results of all ranks."""
+    status, message, readings = "done", "", []
+    context.begin(check.seconds)
+    began = time.monotonic()
+    try:
+        readings = check.run(context)
+    except NotApplicable as reason:
+        status, message = "not applicable", str(reason)
+    except HardFailure as failure:
+        status, message = "stop", str(failure)
+    except Exception as error:  # a defect of the node must not hide the results of the other checks
+        status, message = "failed", f"{type(error).__name__}: {error}"
+        logger.error("%s", check.name, exc_info=error)
+    context.found[check.name] = readings
+    seconds = time.monotonic() - began
+    own = {"status": status, "message": message, "readings": [asdict(reading) for reading in readings]}
+    return summarize(check, context.ranks.gather(own, GATHER_S), seconds, context.request.judge)
+
+
+@contextmanager
+def _limit(context: DoctorContext, check: Check, report: DoctorReport) -> Iterator[None]:
+    """Dump all stacks and end this process, with the report so far, if a check takes longer than its limit.
+
+    A thread that waits inside a collective or a kernel cannot be interrupted, and what it holds cannot be used again.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        if done.wait(check.seconds + GATHER_S * (context.launch.world_size > 1)):
+            return
+        faulthandler.dump_traceback(all_threads=True)
+        text = f"over its limit of {check.seconds:g} s on rank {context.launch.rank}; stacks are above. Continue with "
+        report.add(CheckResult(check.name, "stop", text + f"--skip '{check.name}'", check.seconds, check.decides, []))
+        report.finish()
+        _linger(context)
+        sys.stdout.flush()
+        os._exit(FAILED_STATUS)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _linger(context: DoctorContext) -> None:
+    if context.launch.rank:
+        time.sleep(LINGER_S)

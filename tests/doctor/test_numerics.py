@@ -1,0 +1,48 @@
+"""Checks of single numbers on the CPU, and of the parity of a step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.doctor.attention import check_attention
+from mrmae_ds.doctor.context import DoctorContext, DoctorRequest
+from mrmae_ds.doctor.kernels import check_launch
+from mrmae_ds.doctor.numerics import check_parity
+from mrmae_ds.doctor.ranks import RankStore
+from mrmae_ds.doctor.reading import NotApplicable
+from mrmae_ds.doctor.steps import check_memory, check_waits
+
+ALONE = Launch(0, 0, 1, 1)
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> DoctorContext:
+    request = DoctorRequest(out=tmp_path / "doctor.json", images=16)
+    return DoctorContext(request, ALONE, torch.device("cpu"), None, RankStore(ALONE))
+
+
+def test_a_step_on_the_cpu_equals_itself(context: DoctorContext) -> None:
+    assert [(r.value, r.expected and r.expected.hard) for r in check_parity(context)] == [(0.0, True)] * 2
+    assert (context.folder / "images.beton").is_file()
+
+
+@pytest.mark.parametrize("check", [check_waits, check_memory])
+def test_checks_of_a_gpu_are_not_passed_in_silence(context: DoctorContext, check: object) -> None:
+    with pytest.raises(NotApplicable, match="needs CUDA"):
+        check(context)  # type: ignore[operator]
+
+
+def test_an_operator_takes_some_microseconds(context: DoctorContext) -> None:
+    (reading,) = check_launch(context)
+    assert reading.unit == "us" and isinstance(reading.value, float) and 0 < reading.value < 1e6
+
+
+@pytest.mark.slow
+def test_attention_in_bf16_is_near_float32(context: DoctorContext) -> None:
+    readings = check_attention(context)
+    errors = [reading for reading in readings if reading.expected]
+    assert len(errors) == 9 and all(reading.expected.contains(reading.value) for reading in errors)  # type: ignore

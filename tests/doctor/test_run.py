@@ -1,0 +1,84 @@
+"""Selection, order and errors of checks."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.doctor import run
+from mrmae_ds.doctor.checks import CHECKS, START
+from mrmae_ds.doctor.context import Check, DoctorRequest
+from mrmae_ds.doctor.reading import HardFailure, NotApplicable, Reading
+from mrmae_ds.doctor.run import run_doctor, select_checks
+from mrmae_ds.errors import UserError
+from mrmae_ds.profiling.measured_node import MeasuredNode
+
+ALONE = Launch(0, 0, 1, 1)
+
+
+def _names(**settings: Any) -> list[str]:
+    return [check.name for check in select_checks(DoctorRequest(**settings))]
+
+
+def test_all_checks_run_in_order_by_default() -> None:
+    assert _names() == [check.name for check in CHECKS] and len(set(_names())) == len(CHECKS)
+
+
+def test_the_15_minute_order() -> None:
+    assert _names(quick=True) == ["driver", "binding", "start", "launch", "parity", "steps", "links"]
+
+
+def test_only_and_skip_select_and_the_process_group_starts_where_it_is_needed() -> None:
+    assert _names(only=("parity", "driver")) == ["driver", "start", "parity"]
+    assert _names(only=("driver", "limits")) == ["driver", "limits"]
+    assert _names(only=("host",), quick=True) == ["start", "host"]
+    assert set(_names()) - set(_names(skip=("steps", "memory"))) == {"steps", "memory"}
+
+
+@pytest.mark.parametrize("option", ["only", "skip"])
+def test_an_unknown_check_is_named_with_the_known_ones(option: str) -> None:
+    with pytest.raises(UserError, match=f"--{option} speed: no such check; there are driver, imports"):
+        _names(**{option: ("speed",)})
+
+
+def test_every_constant_of_the_plan_exists() -> None:
+    """A misspelled constant would raise only after the hour."""
+    source = "".join(path.read_text() for path in Path(run.__file__).parent.glob("*.py"))
+    found = set(re.findall(r'"(\w+_(?:us|tflops|gb_s|cores|core))"', source))
+    assert {"launch_us", "memory_gb_s", "loader_cores"} < found <= set(MeasuredNode.model_fields)
+
+
+def _check(name: str, error: Exception | None = None) -> Check:
+    def check(context: Any) -> list[Reading]:
+        if error:
+            raise error
+        return [Reading("value", 1.0)]
+
+    return Check(name, check, "a key", 30.0)
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, folder: Path, *checks: Check) -> int:
+    monkeypatch.setattr(run, "CHECKS", (*checks, START))
+    monkeypatch.setattr(run, "select_checks", lambda request: list(checks))
+    return run_doctor(DoctorRequest(out=folder / "doctor.json"), ALONE)
+
+
+def test_an_error_and_a_missing_device_do_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = [_check("a", RuntimeError("broken")), _check("b", NotApplicable("needs CUDA")), _check("c")]
+    assert _run(monkeypatch, tmp_path, *checks) == 0
+    out = capsys.readouterr().out
+    assert "a: failed, RuntimeError: broken" in out and "b: not applicable, needs CUDA" in out and "c: done" in out
+
+
+def test_a_hard_failure_ends_the_run_with_a_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _run(monkeypatch, tmp_path, _check("a", HardFailure("no GPU")), _check("b")) == 1
+    out = capsys.readouterr().out
+    assert "a: stop, no GPU" in out and "b:" not in out and (tmp_path / "doctor.json").is_file()
