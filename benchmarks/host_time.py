@@ -10,7 +10,7 @@ once.
 
 A config with ZeRO-3 is also measured with ZeRO-1 in its place and everything else equal, in alternation, so that load
 on the machine affects both; ``ratio`` relates them. ``ms a micro-batch`` is what one more micro-batch costs: the time
-from one to the next, the median of a process, the least of its rounds (load only adds). ``ms once a step`` is what the
+from one to the next, the least of all steps and rounds, since load only adds to it. ``ms once a step`` is what the
 last micro-batch takes longer: status exchange, norm, optimizer. Counts are a micro-batch's + those once a step.
 """
 
@@ -144,9 +144,12 @@ def measure(args: argparse.Namespace, name: str, ranks: int, zero: int | None) -
 
 
 def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Return medians: milliseconds and counts of a micro-batch, and what the last one of a step has more of them."""
+    """Return a micro-batch's least milliseconds and median counts, and what the last one of a step has more of them."""
     micro, last = (
-        {key: statistics.median(sample[key] for sample in found[part]) for key in found[part][0]}
+        {
+            key: (min if key == "ms" else statistics.median)(sample[key] for sample in found[part])
+            for key in found[part][0]
+        }
         for part in ("micro_batch", "last")
     )
     return {"micro_batch": micro, "once_a_step": {key: last[key] - micro[key] for key in micro}}

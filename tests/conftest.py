@@ -14,17 +14,19 @@ from torch import Tensor
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import write_beton
 from tests.fixtures import load_reference
+from tests.support.fake_gpu.library import missing_requirement
 from tests.support.sample_data import Photographs, write_sample_beton
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu`, `multi_gpu` or `ffcv` where the hardware or package is missing, with the reason."""
+    """Skip tests marked `gpu`, `multi_gpu`, `ffcv` or `fake_gpu` where what they need is missing, with the reason."""
     devices = torch.cuda.device_count()
     has_ffcv = importlib.util.find_spec("ffcv") is not None
     missing = {
         "gpu": None if devices >= 1 else "needs a CUDA device",
         "multi_gpu": None if devices >= 2 else f"needs two CUDA devices, found {devices}",
         "ffcv": None if has_ffcv else "needs FFCV: pip install -e '.[ffcv]'",
+        "fake_gpu": missing_requirement(),
     }
     for item in items:
         for marker, reason in missing.items():

@@ -23,7 +23,7 @@ from tests.support.fake_gpu import library
 def parse() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the report as JSON")
+    parser.add_argument("--out", type=Path, help="write the report as JSON; of several ranks, to NAME-RANK.json")
     parser.add_argument("--kernels", type=Path, help="write names and launches of the last step's kernels")
     parser.add_argument("--timing", action="store_true", help="measure: allocate as on a GPU, watch no waits and races")
     parser.add_argument("program", type=Path, help="Python file")

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "fake_cuda.c"
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 CUDA_MAJOR = "13"  # the runtime whose structures and constants the source is compiled against
 NAME = "libfake_cuda.so"
 
@@ -61,7 +61,9 @@ def build() -> Path:
     Raises:
         RuntimeError: with the compiler's output.
     """
-    key = hashlib.sha256(SOURCE.read_bytes() + str(torch_version()).encode()).hexdigest()[:16]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES) + str(torch_version()).encode()).hexdigest()[
+        :16
+    ]
     folder = Path(tempfile.gettempdir()) / f"mrmae-fake-gpu-{getpass.getuser()}" / key
     library = folder / NAME
     if library.is_file():
@@ -71,10 +73,11 @@ def build() -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as staging:
         compiled = Path(staging) / NAME
         headers = [part for folder in include_folders() for part in ("-idirafter", str(folder))]
-        command = [str(compiler()), "-O2", "-g", "-shared", "-fPIC", "-w", *headers, "-o", str(compiled), str(SOURCE)]
+        command = [str(compiler()), "-O2", "-g", "-shared", "-fPIC", "-w", *headers, "-o", str(compiled)]
+        command += [str(path) for path in SOURCES if path.suffix == ".c"]
         done = subprocess.run([*command, "-lpthread"], capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{SOURCE} does not compile:\n{done.stderr}")
+            raise RuntimeError(f"{SOURCES[0].parent} does not compile:\n{done.stderr}")
         # PyTorch opens a driver of this name, and takes its functions from whatever defines them.
         driver_link = Path(staging) / "libcuda.so.1"
         driver_link.symlink_to(NAME)
@@ -94,6 +97,7 @@ def variables(timing: bool = False, devices: int = 1) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(library.parent), os.environ.get("LD_LIBRARY_PATH")]))
     values = {"LD_PRELOAD": str(library), "LD_LIBRARY_PATH": path, "DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "1"}
     values["FAKE_CUDA_DEVICES"] = str(devices)
+    values["TORCH_CPP_LOG_LEVEL"] = "ERROR"  # threads without Python print their waits: enough to fill a pipe
     if timing:
         return values | {"FAKE_CUDA_TIMING": "1"}
     # New memory is zero, so that values that no kernel wrote are finite and the training loop does not stop at them.

@@ -7,7 +7,7 @@ import ctypes
 import json
 import statistics
 import traceback
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tests.support.processes import REPOSITORY
 
 PACKAGE = REPOSITORY / "mrmae_ds"
 HERE = Path(__file__).parent
-# In the order of the enumeration of counters in fake_cuda.c.
+# In the order of `enum counter` in fake_cuda.h.
 COUNTERS = (
     "launches",
     "copies_to_device",
@@ -43,6 +43,11 @@ class Wait:
     code: str
     via: str
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """Both functions, without the code of their lines."""
+        return self.where, self.via.partition(" `")[0]
+
     def __str__(self) -> str:
         return " -> ".join(part for part in (f"{self.where} `{self.code}`" if self.where else "", self.via) if part)
 
@@ -58,6 +63,8 @@ class Report:
         between: waits outside steps.
         counts: counters of each step, from the second step on.
         seconds: CPU time of the process in each of these steps.
+        races: pinned buffers that changed while a copy read them.
+        not_computed: operators whose results are not those of a GPU, because the CPU does not have them.
     """
 
     steps: int = 0
@@ -67,10 +74,16 @@ class Report:
     counts: list[dict[str, int]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     races: int = 0
+    not_computed: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.waits: collections.Counter[Wait] | None = self.between  # where the next wait belongs; None is nowhere
 
     def write(self, path: Path) -> None:
         """Write the report as JSON."""
-        content = vars(self) | {name: _rows(getattr(self, name)) for name in ("in_step", "between")}
+        content = {item.name: getattr(self, item.name) for item in fields(self)}
+        content |= {name: _rows(content[name]) for name in ("in_step", "between")}
+        content["not_computed"] = sorted(self.not_computed)
         path.write_text(json.dumps(content, indent=1) + "\n")
 
     @classmethod
@@ -137,6 +150,5 @@ def _is_ours(path: str) -> bool:
 
 
 def _name(frame: traceback.FrameSummary) -> str:
-    path = Path(frame.filename)
-    parts = path.relative_to(REPOSITORY).parts if path.is_relative_to(PACKAGE) else path.parts[-3:]
-    return f"{'/'.join(parts)} {frame.name}"
+    path = frame.filename.partition("site-packages/")[2] or frame.filename
+    return f"{path.removeprefix(f'{REPOSITORY}/')} {frame.name}"

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tests.support.fake_gpu.compute import ComputeOnHost
 from tests.support.fake_gpu.report import Counters, Report, place_of_wait
 
 WAIT = "called a synchronizing CUDA operation"  # torch's words in its synchronization debug mode
@@ -30,6 +31,9 @@ def watch(out: Path | None, kernels: Path | None, timing: bool) -> None:
         accept_every_step()
     else:
         _watch_waits(report)
+        mode = ComputeOnHost()
+        mode.__enter__()  # until the process ends
+        report.not_computed = mode.not_computed
     _watch_steps(report, counters, kernels, timing)
     leave = os._exit
 
@@ -37,7 +41,9 @@ def watch(out: Path | None, kernels: Path | None, timing: bool) -> None:
         report.races += counters.read()["races"]
         print(f"\n{report.text()}", flush=True)
         sys.stderr.flush()
-        if out:
+        if out and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            report.write(out.with_stem(f"{out.stem}-{os.environ['RANK']}"))
+        elif out:
             report.write(out)
         leave(status)
 
@@ -45,6 +51,9 @@ def watch(out: Path | None, kernels: Path | None, timing: bool) -> None:
 
 
 def adapt_torch() -> None:
+    """Switch off what the stand-in does not have. Call it before DeepSpeed is imported."""
+    # Importing the compiler takes longer than a run, and DeepSpeed compiles functions when it is imported.
+    torch.compile = lambda function=None, **options: function or (lambda given: given)  # type: ignore[assignment]
     # cuDNN's kernels come from inside that library, which asks the driver itself.
     torch.backends.cudnn.enabled = False
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -63,7 +72,8 @@ def adapt_torch() -> None:
 
 def _watch_waits(report: Report) -> None:
     def note() -> None:
-        (report.in_step if report.facts.get("in_step") else report.between)[place_of_wait()] += 1
+        if report.waits is not None:
+            report.waits[place_of_wait()] += 1
 
     def show(message: Warning | str, *arguments: Any, **options: Any) -> None:
         if WAIT in str(message):
@@ -89,15 +99,16 @@ def _watch_steps(report: Report, counters: Counters, kernels: Path | None, timin
     def watched(engine: Any, task: Any, batches: Any, schedule: Any, *arguments: Any) -> Any:
         report.races += counters.read()["races"]
         counters.reset()
-        # The first step allocates, and DeepSpeed learns the order of the modules.
         report.facts = {"accumulation": schedule.accumulation, "groups": len(engine.optimizer.param_groups)}
-        report.facts["in_step"] = counted = report.steps > 0
+        # The first step is not counted: it allocates, and DeepSpeed learns the order of the modules.
+        counted = report.steps > 0
+        report.waits = report.in_step if counted else None
         if not timing:
             warnings.simplefilter("always")  # libraries change the filters
         began = time.process_time()
         status = run_step(engine, task, batches, schedule, *arguments)
         seconds = time.process_time() - began
-        report.facts["in_step"] = False
+        report.waits = report.between
         report.steps += 1
         if counted:
             report.counts.append(counters.read())
