@@ -55,6 +55,13 @@ class ZeroMemory:
         return trace_gathers(self.counts.modules, self.zero)
 
     @property
+    def keeps_gathered(self) -> bool:
+        """True if ZeRO-3 keeps parameters from one micro-batch of a step to the next (docs/deepspeed_patches.md)."""
+        total = self.counts.total
+        fits = total <= self.zero.max_live and 2 * total <= self.zero.max_reuse
+        return self.accumulation > 1 and fits and self.zero.offload_param != "nvme"
+
+    @property
     def share(self) -> float:
         """Trainable elements whose optimizer states a rank holds, from ZeRO-1 on."""
         return self.counts.trainable / self.world_size
@@ -78,7 +85,8 @@ class ZeroMemory:
         items: Items = {PARAMETERS: whole}
         if zero.stage == 3:
             items[PARAMETERS] = 0.0 if zero.offload_param else whole / self.world_size
-            items[BUCKETS] = self._buckets()
+            if zero.contiguous:
+                items[BUCKETS] = self._buckets()
             if zero.hpz > 1:
                 items[SECOND] = zero.travel_bytes(counts.total, counts.low) / zero.hpz
             if not zero.offload_optimizer:
@@ -131,8 +139,11 @@ class ZeroMemory:
         if steps := self.gathers.backward:
             starts, available = (np.array(column) for column in zip(*steps, strict=True))
             current = np.searchsorted(starts, completed, side="right") - 1
-            items[GATHERED] = zero.param_bytes * available[current].astype(float)
+            held = np.full(len(completed), self.gathers.forward) if self.keeps_gathered else available[current]
+            items[GATHERED] = zero.param_bytes * held.astype(float)
         if zero.stage == 3:
+            if not zero.contiguous:  # gradients wait until a bucket is full
+                items[BUCKETS] = zero.param_bytes * np.minimum(completed, self._bucket_elements()).astype(float)
             # A full bucket is copied to a flat tensor; gloo, the CPU's backend, reduces a copy of that.
             copies = 2 if self.on_cpu else 1
             full = copies * (completed >= min(zero.reduce_bucket, trainable)).astype(float)
@@ -188,6 +199,11 @@ class ZeroMemory:
             length = min(zero.reduce_bucket, elements) if self.on_cpu else zero.reduce_bucket
             sizes += length * (size if zero.stage == 3 else zero.param_bytes)
         return sizes * (2 if zero.overlap and zero.stage in (1, 2) else 1)
+
+    def _bucket_elements(self) -> int:
+        """Return the size of the reduce buckets in elements."""
+        types = self.zero.gradient_types(self.counts.trainable, self.counts.trainable_low)
+        return sum(min(self.zero.reduce_bucket, elements) for elements in types.values())
 
     def _communicated(self) -> float:
         """Return the communicated size of all gradients."""

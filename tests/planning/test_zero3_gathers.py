@@ -98,7 +98,7 @@ def test_equals_measured_gather_volume(name: str, models: float, model: nn.Modul
     )
     counts = count_parameters(model, zero, [total])
     trace = trace_gathers(counts.modules, zero)
-    times = 2 if name == "accumulation 2" else 1
-    assert times * trace.gathered / total == pytest.approx(models, abs=0.06)
+    # With accumulation too: the second micro-batch finds the parameters gathered.
+    assert trace.gathered / total == pytest.approx(models, abs=0.06)
     if zero.autocast:
         assert trace.low == counts.low > 0.8 * total

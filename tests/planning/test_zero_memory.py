@@ -84,6 +84,23 @@ def test_stage_3_partitions_all_states() -> None:
     assert engine(world_size=1).in_forward() == {}
 
 
+def test_stage_3_keeps_parameters_between_micro_batches_within_its_limits() -> None:
+    completed = np.array([0, 1000])
+    first, last = 4 * 1024, 4 * 624
+    assert engine(accumulation=2).in_backward(completed)["gathered parameters"].tolist() == [first, first]
+    for limits in ({"max_reuse": 2 * 1024 - 1}, {"offload_param": "nvme"}):
+        assert engine(accumulation=2, **limits).in_backward(completed)["gathered parameters"].tolist() == [first, last]
+    assert not engine(accumulation=2, max_live=1023).keeps_gathered
+
+
+def test_gradients_wait_for_a_full_bucket_unless_they_are_copied_into_it() -> None:
+    apart = engine(contiguous=False)
+    assert "reduce buckets" not in apart.persistent()
+    assert apart.in_backward(np.array([0, 60, 1000]))["reduce buckets"].tolist() == [0, 4 * 60, 4 * 100]
+    both = engine(contiguous=False, autocast=True)
+    assert both.in_backward(np.array([1000]))["reduce buckets"].tolist() == [4 * 200]
+
+
 def test_full_bucket_is_copied_and_gloo_copies_it_again() -> None:
     completed = np.array([0, 99, 100, 1000])
     assert engine().in_backward(completed)["gradients being reduced"].tolist() == [0, 0, 400, 400]

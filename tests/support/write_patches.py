@@ -7,7 +7,8 @@ from collections import defaultdict
 from importlib import import_module
 from pathlib import Path
 
-from mrmae_ds.training.engine.deepspeed_patches import PATCHES, Edit, Patch, edited_source
+from mrmae_ds.training.engine.deepspeed_edits import Edit, Patch, edited_source
+from mrmae_ds.training.engine.deepspeed_patches import PATCHES
 
 FOLDER = Path(__file__).parents[2] / "docs/patches"
 

@@ -67,7 +67,7 @@ def student_transfers(memory: ZeroMemory, cluster: Cluster) -> list[Transfer]:
 def _gathers(memory: ZeroMemory, cluster: Cluster) -> list[Transfer]:
     """Return the gathers of ZeRO-3; with hpZ, those after forward read the node's own copy."""
     zero, counts, gathers = memory.zero, memory.counts, memory.gathers
-    times = memory.accumulation
+    times = 1 if memory.keeps_gathered else memory.accumulation
     total = zero.travel_bytes(gathers.gathered, gathers.low) * times
     if zero.hpz == 1:
         calls = gathers.calls * times
@@ -89,7 +89,7 @@ def offload_transfers(memory: ZeroMemory, cluster: Cluster) -> list[Transfer]:
     if zero.offload_param:
         part = memory.counts.total * zero.param_bytes / memory.world_size
         uses = memory.gathers.gathered / memory.counts.total
-        size = part * uses * times
+        size = part * uses * (1 if memory.keeps_gathered else times)
         transfers.append(Transfer("parameters from the host", size, 0, cluster.copy_s(size), True, local=True))
     if zero.offload_optimizer:
         size = zero.accumulation_bytes * memory.share * times + zero.param_bytes * memory.share

@@ -7,75 +7,18 @@ noticed: the patch is left out with one warning. ``docs/patches`` holds every pa
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from importlib import import_module
-from types import CodeType, FunctionType
-from typing import Any
+from types import FunctionType
 
 import deepspeed
+from deepspeed.utils import nvtx
+
+from mrmae_ds.training.engine.deepspeed_edits import Edit, Patch, added_methods, edited_code
+from mrmae_ds.training.engine.zero3_patch import ZERO3_HOST_TIME
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A passage of DeepSpeed that is replaced.
-
-    Attributes:
-        module: path of its module.
-        function: name of the function there, or ``Class.method``.
-        before: passage of its source, which must occur once in the function.
-        after: the passage in its place, of as many lines or more.
-    """
-
-    module: str
-    function: str
-    before: str
-    after: str
-
-    def target(self) -> FunctionType:
-        """Return the function, without decorators.
-
-        Raises:
-            LookupError: if DeepSpeed has no such function.
-        """
-        found: Any = import_module(self.module)
-        for name in self.function.split("."):
-            found = getattr(found, name, None)
-        # DeepSpeed's own decorators keep what they wrap only in a closure.
-        while isinstance(found, FunctionType) and found.__code__.co_name != name:
-            cells = [cell.cell_contents for cell in found.__closure__ or ()]
-            found = next((cell for cell in cells if isinstance(cell, FunctionType)), None)
-        if not isinstance(found, FunctionType):
-            raise LookupError(f"{self.module} has no function {self.function}")
-        return found
-
-    def fits(self) -> bool:
-        """Return True if the passage is where it is expected."""
-        try:
-            return inspect.getsource(self.target()).count(self.before) == 1
-        except (ImportError, LookupError, OSError):
-            return False
-
-
-@dataclass(frozen=True)
-class Patch:
-    """Edits that belong together.
-
-    Attributes:
-        name: of its file in docs/patches, without suffix.
-        without: consequence of leaving it out, in words.
-        edits: all of them, or none, are applied.
-    """
-
-    name: str
-    without: str
-    edits: tuple[Edit, ...]
 
 
 _STAGE_1_AND_2 = "deepspeed.runtime.zero.stage_1_and_2"
@@ -138,12 +81,14 @@ PATCHES = (
             ),
         ),
     ),
+    ZERO3_HOST_TIME,
 )
 
 
 @cache
 def apply_patches() -> None:
     """Edit DeepSpeed in this process, once; leave out, with a warning, a patch that does not fit this DeepSpeed."""
+    nvtx.enable_nvtx = False  # ranges around its functions, hundreds of them in a micro-batch
     edits: defaultdict[FunctionType, list[Edit]] = defaultdict(list)
     for patch in PATCHES:
         misfits = [f"{edit.module}.{edit.function}" for edit in patch.edits if not edit.fits()]
@@ -160,37 +105,7 @@ def apply_patches() -> None:
         for edit in patch.edits:
             edits[edit.target()].append(edit)
     for function, own in edits.items():
+        for owner, method in added_methods(function, own):
+            setattr(owner, method.__name__, method)
         # The code and not the function: other modules have imported the function by name.
         function.__code__ = edited_code(function, own)
-
-
-def edited_code(function: FunctionType, edits: Sequence[Edit]) -> CodeType:
-    """Compile a function of DeepSpeed with edits.
-
-    Args:
-        function: a function of a module, or a method, not yet edited.
-        edits: of this function; each fits.
-
-    Returns:
-        The code, whose line numbers are those of the file up to an edit that adds lines.
-    """
-    source = edited_source(function, edits)
-    line = function.__code__.co_firstlineno
-    *owners, name = function.__qualname__.split(".")
-    # Inside a class of the same name, so that the indentation and private names are right.
-    header = "".join(f"class {owner}:\n" for owner in owners)
-    padding = "\n" * (line - 1 - len(owners))
-    flags = function.__code__.co_flags & annotations.compiler_flag  # the file's own __future__
-    filename = function.__code__.co_filename
-    code = compile(padding + header + source, filename, "exec", flags, dont_inherit=True)
-    for inner in (*owners, name):
-        code = next(c for c in code.co_consts if isinstance(c, CodeType) and c.co_name == inner)
-    return code
-
-
-def edited_source(function: FunctionType, edits: Sequence[Edit]) -> str:
-    """Return the source of a function of DeepSpeed with edits."""
-    source = inspect.getsource(function)
-    for edit in edits:
-        source = source.replace(edit.before, edit.after)
-    return source

@@ -49,6 +49,7 @@ FEW = [
     Case("finetune", 3, True, 2, 2),
     Case("finetune", 3, True, 1, 2, clipping=CLIPPED),
     Case("finetune", 3, True, 2, 2, "autocast"),
+    Case("finetune", 3, True, 2, 2, engine={"zero_optimization": {"contiguous_gradients": True}}, label="contiguous"),
     Case("finetune", 1, True, 2, 2, "bf16"),
     Case("finetune", 3, True, 2, 2, "bf16"),
     Case(

@@ -36,6 +36,7 @@ ZERO: dict[int, dict[str, Any]] = {
     3: {
         "stage": 3,
         "overlap_comm": True,
+        "contiguous_gradients": False,
         "reduce_bucket_size": 50_000,
         "stage3_prefetch_bucket_size": 50_000,
         "stage3_param_persistence_threshold": 0,

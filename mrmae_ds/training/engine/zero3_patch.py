@@ -1,0 +1,392 @@
+"""Patch of DeepSpeed's ZeRO-3 that spends less of the host's time per micro-batch.
+
+Parameters stay gathered from one micro-batch of a step to the next, so that nothing is fetched and released in between;
+gradients are added to buckets, scattered and accumulated by lists instead of one by one. No value changes.
+docs/deepspeed_patches.md lists the reasons, benchmarks/host_time.py measures the time.
+"""
+
+from mrmae_ds.training.engine.deepspeed_edits import Edit, Patch
+
+_COORDINATOR = "deepspeed.runtime.zero.partitioned_param_coordinator"
+_KEEP_GATHERED = (
+    Edit(
+        "deepspeed.runtime.engine",
+        "DeepSpeedEngine.forward",
+        "            self.optimizer.clear_backward_seen_flag()\n",
+        """\
+            self.optimizer.clear_backward_seen_flag()
+            if self.zero_optimization_partition_weights():
+                self.optimizer.parameter_offload.get_param_coordinator().keep_gathered = (
+                    self.module.training and torch.is_grad_enabled() and not self.is_gradient_accumulation_boundary())
+""",
+    ),
+    Edit(
+        _COORDINATOR,
+        "PartitionedParameterCoordinator.__init__",
+        "        self.__active_backward_submodules: Dict[int, Module] = {}\n",
+        """\
+        self.__active_backward_submodules: Dict[int, Module] = {}
+        # Set before a forward that is followed by another micro-batch of the same optimizer step.
+        self.keep_gathered: bool = False
+        # Parameters of a complete trace, and whether the limits allow to keep them all.
+        self.__trace_params: Set[Parameter] = set()
+        self.__may_keep: bool = False
+        # Whether this micro-batch keeps them, and whether it found them gathered, so that it fetches nothing.
+        self.__keep: bool = False
+        self.__resident: bool = False
+""",
+    ),
+    Edit(
+        _COORDINATOR,
+        "PartitionedParameterCoordinator.reset_step",
+        "                self.__trace_mode = ZeRoTraceMode.COMPLETE\n",
+        """\
+                self.__trace_mode = ZeRoTraceMode.COMPLETE
+                self.__trace_params = set(p.param for p in self.__param_order)
+                self.__may_keep = (not self.__prefetch_nvme
+                                   and sum(p.ds_numel for p in self.__trace_params) <= self.__max_n_available_params
+                                   and sum(p.param.ds_numel
+                                           for p in self.__param_order) <= self.__max_reuse_dist_in_numel)
+""",
+    ),
+    Edit(
+        _COORDINATOR,
+        "PartitionedParameterCoordinator.reset_step",
+        "        self.__param_queue = collections.deque(self.__param_order)  # reset fetch queue\n",
+        """\
+        self.__resident = self.is_complete_trace() and all(p.ds_status == ZeroParamStatus.AVAILABLE
+                                                           for p in self.__trace_params)
+        self.__keep = self.is_complete_trace() and self.keep_gathered and self.__may_keep
+        # reset fetch queue
+        self.__param_queue = collections.deque() if self.__resident else collections.deque(self.__param_order)
+""",
+    ),
+    Edit(
+        _COORDINATOR,
+        "PartitionedParameterCoordinator._invalidate_trace",
+        """\
+        self._clear_trace_structures()
+        self._clean_inflight_param_registry()
+""",
+        """\
+        self.__resident = self.__keep = False
+        self._clear_trace_structures()
+        self._clean_inflight_param_registry()
+
+    def needs_no_fetch(self, sub_module: Module, forward: bool) -> bool:
+        \"\"\"Advance past a module if every parameter is gathered.\"\"\"
+        if self.__resident:
+            self.trace_prologue(sub_module)  # may invalidate the trace
+        if self.__resident:
+            if not forward:
+                self.__active_backward_submodules[sub_module.ds_id] = sub_module
+            self.__step_id += 1
+        return self.__resident
+
+    def needs_no_release(self, sub_module: Module, forward: bool) -> bool:
+        \"\"\"Leave a module if every parameter was gathered and is used again.\"\"\"
+        if not (self.__resident and (forward or self.__keep)):
+            return False
+        if not forward:
+            self.__active_backward_submodules.pop(sub_module.ds_id, None)
+        return True
+""",
+    ),
+    Edit(
+        _COORDINATOR,
+        "PartitionedParameterCoordinator.release_sub_module",
+        """\
+            if param.ds_id in params_to_release and not param.is_external_param:
+                self.__release_param(param, free_data)
+            if not free_data:
+""",
+        """\
+            if self.__keep:
+                continue
+            if param.ds_id in params_to_release and not param.is_external_param:
+                self.__release_param(param, free_data)
+            if not free_data:
+""",
+    ),
+    Edit(
+        _COORDINATOR,
+        "PartitionedParameterCoordinator.release_backward_leftovers",
+        "                if not param.ds_persist and not param.is_external_param:\n",
+        "                if not param.ds_persist and not param.is_external_param and not self.__keep:\n",
+    ),
+)
+
+_OFFLOAD, _REGISTER = "deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload._register_deepspeed_module"
+_MODULE_HOOKS = (
+    Edit(
+        _OFFLOAD,
+        _REGISTER,
+        "            self.pre_sub_module_forward_function(module)\n",
+        """\
+            if not self.zenflow and self.param_coordinator.needs_no_fetch(module, forward=True):
+                FWD_MODULE_STACK.append(module)
+            else:
+                self.pre_sub_module_forward_function(module)
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        _REGISTER,
+        "            self.post_sub_module_forward_function(module)\n",
+        """\
+            if self.zenflow or not self.param_coordinator.needs_no_release(module, forward=True):
+                self.post_sub_module_forward_function(module)
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        _REGISTER,
+        "                    self.pre_sub_module_backward_function(sub_module)\n",
+        """\
+                    if self.zenflow or not self.param_coordinator.needs_no_fetch(sub_module, forward=False):
+                        self.pre_sub_module_backward_function(sub_module)
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        _REGISTER,
+        """\
+                if sub_module.ds_grads_remaining == 0:
+                    self.post_sub_module_backward_function(sub_module)
+""",
+        """\
+                if sub_module.ds_grads_remaining == 0:
+                    if self.zenflow or not self.param_coordinator.needs_no_release(sub_module, forward=False):
+                        self.post_sub_module_backward_function(sub_module)
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        _REGISTER,
+        """\
+                @staticmethod
+                def forward(outputs):
+                    return outputs.detach()
+
+                @staticmethod
+                def setup_context(ctx, inputs, output):
+                    ctx.module = module
+                    ctx.pre_backward_function = _run_before_backward_function
+                    if "applied_pre_backward_ref_cnt" not in ctx.module.__dict__:
+                        ctx.module.applied_pre_backward_ref_cnt = 0
+                    ctx.module.applied_pre_backward_ref_cnt += 1
+""",
+        """\
+                # With setup_context(), PyTorch would inspect the signature of forward() in every call.
+                @staticmethod
+                def forward(ctx, outputs):
+                    ctx.module = module
+                    ctx.pre_backward_function = _run_before_backward_function
+                    if "applied_pre_backward_ref_cnt" not in ctx.module.__dict__:
+                        ctx.module.applied_pre_backward_ref_cnt = 0
+                    ctx.module.applied_pre_backward_ref_cnt += 1
+                    return outputs.detach()
+
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        _REGISTER,
+        """\
+                @staticmethod
+                def forward(output):
+                    return output.detach()
+
+                @staticmethod
+                def setup_context(ctx, inputs, output):
+                    (output_in, ) = inputs
+                    ctx.module = module
+                    if output_in.requires_grad:
+""",
+        """\
+                @staticmethod
+                def forward(ctx, output):
+                    ctx.module = module
+                    if output.requires_grad:
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        _REGISTER,
+        "                        ctx.post_backward_function = _run_after_backward_function\n",
+        """\
+                        ctx.post_backward_function = _run_after_backward_function
+                    return output.detach()
+""",
+    ),
+    Edit(
+        "deepspeed.runtime.engine",
+        "DeepSpeedEngine._forward_prologue",
+        """\
+            for module in self.module.modules():
+                ensure_zero_ordered_dict(module)
+""",
+        """\
+            if self.micro_steps % self.gradient_accumulation_steps() == 0 or not hasattr(self, "_zero3_modules"):
+                self._zero3_modules = [module for module in self.module.modules() if module._parameters]
+            for module in self._zero3_modules:
+                ensure_zero_ordered_dict(module)
+""",
+    ),
+    Edit(
+        "deepspeed.runtime.engine",
+        "DeepSpeedEngine._forward_epilogue",
+        "            for module in self.module.modules():\n",
+        "            for module in self._zero3_modules:\n",
+    ),
+)
+
+_STAGE3, _OPTIMIZER = "deepspeed.runtime.zero.stage3", "DeepSpeedZeroOptimizer_Stage3"
+_GRADIENTS = (
+    Edit(
+        _STAGE3,
+        f"{_OPTIMIZER}.create_reduce_and_remove_grad_hooks",
+        """\
+                        if param.grad is None:
+                            param.grad = torch.zeros_like(param)
+                        self.reduce_ready_partitions_and_remove_grads(param)
+""",
+        """\
+                        if param.grad is None:
+                            param.grad = torch.zeros_like(param)
+                    for param in self.__add_leaf_grads_to_ipg_buckets(params):
+                        self.reduce_ready_partitions_and_remove_grads(param)
+""",
+    ),
+    Edit(
+        _STAGE3,
+        f"{_OPTIMIZER}.create_reduce_and_remove_grad_hooks",
+        "        print_rank_0('[End] Create gradient reduction hooks')\n",
+        """\
+        print_rank_0('[End] Create gradient reduction hooks')
+
+    def __add_leaf_grads_to_ipg_buckets(self, params: List[Parameter]) -> List[Parameter]:
+        \"\"\"Add a leaf module's gradients to buckets together, unless buckets are copies of them.
+
+        Returns the parameters that have to be added one by one.
+        \"\"\"
+        if (self.contiguous_gradients or self._coalesce_grad_reduction or self.zenflow
+                or self.autoep_folding_tp_group is not None
+                or not all(getattr(param, "ds_grad_is_ready", True) for param in params)):
+            return params
+        grouped = defaultdict(list)
+        for param in params:
+            grouped[self.get_param_comm_dtype(param), self._get_param_partition_group(param)].append(param)
+        for (comm_dtype, process_group), group in grouped.items():
+            bucket, elements = self.ipg_buckets[comm_dtype], sum(param.ds_numel for param in group)
+            if bucket.params and (bucket.process_group != process_group
+                                  or bucket.elements + elements > self.reduce_bucket_size):
+                self.__reduce_and_partition_ipg_grads(comm_dtype)
+            bucket.params += group
+            bucket.process_group = process_group
+            bucket.elements += elements
+        return []
+""",
+    ),
+    Edit(
+        _STAGE3,
+        f"{_OPTIMIZER}.__add_grad_to_ipg_bucket",
+        "        if not get_accelerator().resolves_data_dependency():\n",
+        "        if self.contiguous_gradients and not get_accelerator().resolves_data_dependency():\n",
+    ),
+    Edit(
+        _STAGE3,
+        f"{_OPTIMIZER}.__reduce_and_partition_ipg_grads",
+        "        with get_accelerator().stream(self.reduce_and_partition_stream):\n            if self.enable_sanity",
+        """\
+        if not self.contiguous_gradients and not get_accelerator().resolves_data_dependency():
+            self.reduce_and_partition_stream.wait_stream(get_accelerator().current_stream())
+
+        with get_accelerator().stream(self.reduce_and_partition_stream):
+            if self.enable_sanity""",
+    ),
+    Edit(
+        _STAGE3,
+        f"{_OPTIMIZER}.__avg_scatter_grads",
+        "        full_grads_for_rank = [p.grad for p in params_to_reduce]\n",
+        """\
+        world_size = dist.get_world_size(group=process_group)
+        if (self.all2all_process_group is None
+                and not (self.postscale_gradients and self.gradient_predivide_factor != 1.0)
+                and self._gradient_averaging_world_size(params_to_reduce, world_size) == world_size
+                and not any(p.ds_numel % world_size for p in params_to_reduce)):
+            # Nothing to scale or pad: cast and interleave at once, a row for each rank.
+            sizes = [p.ds_numel // world_size for p in params_to_reduce]
+            rows = torch.empty(world_size,
+                               sum(sizes),
+                               dtype=communication_data_type,
+                               device=params_to_reduce[0].grad.device)
+            torch._foreach_copy_(rows.split(sizes, dim=1), [p.grad.reshape(world_size, -1) for p in params_to_reduce])
+            rows.div_(world_size)
+            own = rows[dist.get_rank(group=process_group)]
+            dist.reduce_scatter_fn(own, rows.view(-1), group=process_group)
+            return list(own.to(self.gradient_accumulation_dtype).split(sizes))
+
+        full_grads_for_rank = [p.grad for p in params_to_reduce]
+""",
+    ),
+    Edit(
+        _STAGE3,
+        f"{_OPTIMIZER}.partition_grads",
+        """\
+        buffers = []
+        for param, grad_partition in""",
+        """\
+        buffers = []
+        if not self.offload_optimizer and params_to_release:
+            rank = self._get_param_partition_rank(params_to_release[0])
+            stream = None if get_accelerator().is_synchronized_device() else get_accelerator().current_stream()
+            partitions = []
+            for param, grad_partition in zip(params_to_release, grad_partitions):
+                if param.ds_tensor.ds_numel * rank < param.ds_numel:
+                    self._offload_boundary_param_ids.add(param.ds_id)
+                    buffer, numel = self.__param_id_to_grad_partition[param.ds_id], grad_partition.numel()
+                    buffers.append(buffer if buffer.numel() == numel else buffer.narrow(0, 0, numel))
+                    partitions.append(grad_partition.view(-1))
+                if stream is not None and param.grad is not None:
+                    param.grad.record_stream(stream)
+                param.grad = None
+            if buffers and self.micro_step_id == 0:  # don't accumulate
+                torch._foreach_copy_(buffers, partitions, non_blocking=True)
+            elif buffers:
+                torch._foreach_add_(buffers, partitions)
+            return buffers
+
+        for param, grad_partition in""",
+    ),
+    Edit(
+        _STAGE3,
+        f"{_OPTIMIZER}.independent_gradient_partition_epilogue",
+        "            self.reduce_and_partition_stream.synchronize()\n",
+        """\
+            if self.offload_optimizer:  # the host reads the gradients
+                self.reduce_and_partition_stream.synchronize()
+            else:
+                get_accelerator().current_stream().wait_stream(self.reduce_and_partition_stream)
+""",
+    ),
+)
+
+ZERO3_HOST_TIME = Patch(
+    "zero3-host-time",
+    "a micro-batch under ZeRO-3 takes three to four times the host time that it takes under ZeRO-1",
+    (
+        *_KEEP_GATHERED,
+        *_MODULE_HOOKS,
+        *_GRADIENTS,
+        Edit(
+            "deepspeed.accelerator.cuda_accelerator",
+            "CUDA_Accelerator.current_stream",
+            "        return torch.cuda.current_stream(device_index)\n",
+            """\
+        # Without an index, PyTorch searches for the current device.
+        return torch.cuda.current_stream(torch.cuda.current_device() if device_index is None else device_index)
+""",
+        ),
+    ),
+)
