@@ -117,11 +117,16 @@ def chosen_recipe(context: DoctorContext) -> Recipe:
 
 
 def engine_config(context: DoctorContext, zero: str, micro_batch: int, compile_blocks: bool = False) -> EngineConfig:
-    """Return an engine config: the precision of ``--ds_config``, without activation checkpointing."""
+    """Return an engine config of a ZeRO stage, without activation checkpointing.
+
+    Precision and, if it has this stage, ZeRO's settings are those of ``--ds_config``.
+    """
     given = context.request.ds_config
     content = load_engine_config(given).as_written() if given else {}
     kept = {key: value for key, value in content.items() if key in PRECISION}
-    ours = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.0, "zero_optimization": ENGINES[zero]}
+    own = content.get("zero_optimization", {})
+    settings = own if f"ZeRO-{own.get('stage')}" == zero else ENGINES[zero]
+    ours = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.0, "zero_optimization": settings}
     ours |= {"compile": {"blocks": True}} if compile_blocks else {}
     name = f"steps-{zero}-{micro_batch}"
     context.folder.mkdir(parents=True, exist_ok=True)

@@ -89,6 +89,8 @@ def test_a_check_over_its_limit_is_reported_with_stacks(tmp_path: Path) -> None:
     assert "in check" in done.stderr and (tmp_path / "doctor.json").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.multi_process
 def test_an_unknown_check_is_bad_input(tmp_path: Path) -> None:
     done = run([sys.executable, "-m", "mrmae_ds", "doctor", *_options(tmp_path, ["speed"])], LIMIT_S)
     assert done.status == 2 and done.stderr.splitlines()[-1].startswith("error: --only speed: no such check")

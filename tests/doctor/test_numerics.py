@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from mrmae_ds.doctor.kernels import check_launch
 from mrmae_ds.doctor.numerics import check_parity
 from mrmae_ds.doctor.ranks import RankStore
 from mrmae_ds.doctor.reading import NotApplicable
-from mrmae_ds.doctor.steps import check_memory, check_waits
+from mrmae_ds.doctor.steps import check_memory, check_waits, engine_config
 
 ALONE = Launch(0, 0, 1, 1)
 
@@ -34,6 +36,16 @@ def test_a_step_on_the_cpu_equals_itself(context: DoctorContext) -> None:
 def test_checks_of_a_gpu_are_not_passed_in_silence(context: DoctorContext, check: object) -> None:
     with pytest.raises(NotApplicable, match="needs CUDA"):
         check(context)  # type: ignore[operator]
+
+
+def test_steps_use_the_given_settings_of_their_stage(context: DoctorContext) -> None:
+    given = Path("ds_configs/base-zero1.json")
+    context.request = replace(context.request, ds_config=given)
+    written = json.loads(given.read_text())
+    zero1, zero3 = (engine_config(context, zero, 4).as_written() for zero in ("ZeRO-1", "ZeRO-3"))
+    assert zero1["zero_optimization"] == written["zero_optimization"] and zero3["zero_optimization"]["stage"] == 3
+    assert zero1["torch_autocast"] == zero3["torch_autocast"] == written["torch_autocast"]
+    assert zero1["train_micro_batch_size_per_gpu"] == 4 and "activation_checkpointing" not in zero1
 
 
 def test_an_operator_takes_some_microseconds(context: DoctorContext) -> None:
