@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, add_recipe_options
 
@@ -20,12 +21,14 @@ def add_arguments(parser: CommandParser) -> None:
     add("--num-images", type=int, metavar="N", help="number of training images; default: ImageNet-1K's 1,281,167")
     add("--classes", type=int, metavar="N", help="number of classes; default: ImageNet-1K's 1,000")
     add("--network", type=float, metavar="GB/S", help="one-way bandwidth per GPU to other nodes; default: 50")
-    add("--mfu", type=float, metavar="SHARE", help="model FLOPs utilization, a share of the peak; default: 0.35")
-    add("--tflops", type=float, metavar="TFLOPS", help="sustained TFLOP/s of one GPU, instead of --mfu")
+    add("--measured", type=Path, metavar="FILE", help="JSON file of `mrmae doctor`: constants measured on a node")
+    add("--tflops", type=float, metavar="TFLOPS", help="sustained TFLOP/s of one GPU, instead of a roofline estimate")
     add("--memory", type=float, metavar="GIB", help="memory of a GPU as torch reports it, for a type without a key")
     add("--peak", type=float, metavar="TFLOPS", help="dense bf16 peak of a GPU, for a type without a key")
     add("--micro-batch", type=int, metavar="N", help="micro-batch, instead of the engine config's")
     add("--loader", type=float, metavar="IMAGES/S", help="measured throughput of the loader of one node")
+    add("--search", action="store_true", help="find the fastest engine config for these GPUs")
+    add("--write", type=Path, metavar="FILE", help="with --search: write the engine config that it finds")
     parser.add_overrides()
 
 

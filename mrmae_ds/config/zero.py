@@ -80,7 +80,7 @@ class ZeroSettings:
         """Return these settings at another stage with nothing offloaded, the rest as in this project's configs."""
         if stage == self.stage and not (self.offload_optimizer or self.offload_param or self.hpz > 1):
             return self
-        settings = replace(self, stage=stage, overlap=stage == 3, offload_optimizer=None, offload_param=None, hpz=1)
+        settings = replace(self, stage=stage, overlap=stage > 0, offload_optimizer=None, offload_param=None, hpz=1)
         if stage == 3:
             return replace(settings, leaves=PROJECT_LEAVES, max_reuse=PROJECT_REUSE, max_live=PROJECT_REUSE)
         # bf16 needs float32 masters, which stage 0 does not have.

@@ -1,4 +1,4 @@
-"""Trace the activation memory of a micro-batch, operation by operation, on fake tensors.
+"""Trace the activation memory and the operators of a micro-batch, operation by operation, on fake tensors.
 
 Modules run, forward and backward, on fake tensors (shape, dtype and lifetime, no data; torch's ``FakeTensorMode``).
 After every operation, the bytes of all live storages are recorded: the tensors that autograd saves, each storage once,
@@ -25,6 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from mrmae_ds.planning.operator_trace import OperatorCost, Operators, operator_cost
+
 # Traced micro-batches: even, because mixup pairs images, and not 1, which broadcasts.
 TRACED_SIZES = (2, 4)
 
@@ -38,6 +40,7 @@ class TensorRecorder(TorchDispatchMode):
     Attributes:
         phase: name of the current phase, set by the caller.
         events: (phase, live bytes) after each operation.
+        costs: FLOPs and bytes of each operation.
         gradients: (number of preceding events, elements) of each parameter gradient, in the order of completion.
     """
 
@@ -45,6 +48,7 @@ class TensorRecorder(TorchDispatchMode):
         super().__init__()
         self.phase = ""
         self.events: list[tuple[str, int]] = []
+        self.costs: list[OperatorCost] = []
         self.gradients: list[tuple[int, int]] = []
         self._live = 0
         self._sizes: dict[int, int] = {}
@@ -54,11 +58,13 @@ class TensorRecorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and record the live bytes after it."""
-        outputs = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
         for output in tree_iter(outputs):
             if isinstance(output, Tensor):
                 self._count(output.untyped_storage())
         self.events.append((self.phase, self._live))
+        self.costs.append(operator_cost(func, args, kwargs, outputs))
         return outputs
 
     def take_gradient(self, parameter: Tensor) -> None:
@@ -96,12 +102,14 @@ class Timeline:
         fixed: live bytes after each operation that do not depend on the number of images, [N].
         per_image: live bytes after each operation per image, [N].
         gradients: elements of the parameter gradients completed before the end of each operation, [N].
+        operators: FLOPs and bytes of the operations.
     """
 
     phases: tuple[str, ...]
     fixed: npt.NDArray[np.float64]
     per_image: npt.NDArray[np.float64]
     gradients: npt.NDArray[np.int64]
+    operators: Operators
 
     def live_bytes(self, images: int) -> npt.NDArray[np.float64]:
         """Return the live bytes after each operation, [N]."""
@@ -143,4 +151,6 @@ def trace_timeline(run: Callable[[int], TensorRecorder]) -> Timeline:
     completed = np.zeros(len(at_low), dtype=np.int64)
     for before, elements in second.gradients:
         completed[min(before, len(completed) - 1)] += elements
-    return Timeline(tuple(phase for phase, _ in second.events), at_low - slope * low, slope, completed.cumsum())
+    phases = tuple(phase for phase, _ in second.events)
+    operators = Operators.fit(TRACED_SIZES, [first.costs, second.costs])
+    return Timeline(phases, at_low - slope * low, slope, completed.cumsum(), operators)

@@ -18,6 +18,7 @@ class ParameterCounts:
 
     Attributes:
         modules: the modules as ZeRO-3 gathers them.
+        tensors: number of parameter tensors.
         trainable: trainable elements.
         frozen: frozen elements.
         low: elements communicated in bf16.
@@ -28,6 +29,7 @@ class ParameterCounts:
     """
 
     modules: GatherUnit
+    tensors: int
     trainable: int
     frozen: int
     low: int
@@ -56,6 +58,7 @@ def count_parameters(model: nn.Module, zero: ZeroSettings, groups: Iterable[int]
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     return ParameterCounts(
         modules=_gather_unit(model, zero, low),
+        tensors=len(parameters),
         low=sum(p.numel() for p in parameters if id(p) in low),
         trainable=sum(p.numel() for p in trainable),
         frozen=sum(p.numel() for p in parameters if not p.requires_grad),

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mrmae_ds.config.engine import accumulation_steps, check_ranks, default_recipe, load_engine_config
+from mrmae_ds.config.engine import EngineConfig, accumulation_steps, check_ranks, default_recipe, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.planning.estimates.cluster import Cluster, check_cluster
 from mrmae_ds.planning.estimates.constants import CONSTANTS
 from mrmae_ds.planning.estimates.step import estimate_step
 from mrmae_ds.planning.fake_step import build_meta_task
+from mrmae_ds.planning.operator_trace import ATTENTION, CONVOLUTION, MATMUL, MATMUL_FP32, MEMORY, DeviceRates
 from mrmae_ds.planning.render import stage_lines
-from mrmae_ds.planning.stage import count_stage
+from mrmae_ds.planning.search import search, search_lines, write_engine
+from mrmae_ds.planning.stage import CountedStage, count_stage
 from mrmae_ds.profiling.flops import COUNTED_STAGES, recipe_cost
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
-from mrmae_ds.units import TERA
+from mrmae_ds.profiling.measured_node import MeasuredNode, read_measured
+from mrmae_ds.units import GIGA, TERA
 
 
 @dataclass(frozen=True)
@@ -37,12 +41,14 @@ class PlanRequest:
         num_images: images of an epoch.
         classes: classes of the data set.
         network: bandwidth of a GPU to other nodes, in GB/s per direction.
-        mfu: share of the GPU's peak that the counted operations reach; None uses the default.
-        tflops: sustained TFLOP/s of a GPU, instead of ``mfu``.
+        tflops: sustained TFLOP/s of a GPU, instead of the time of each operator.
+        measured: JSON file of ``mrmae doctor``, whose constants replace estimates.
         memory: GiB of a GPU.
         peak: peak dense bf16 TFLOP/s of a GPU.
         micro_batch: instead of the engine config's.
         loader: images/s that a node's loader delivers.
+        search: search for the fastest engine config instead.
+        write: file for the engine config that the search finds.
         overrides: ``key.path=value`` for the recipe.
     """
 
@@ -55,12 +61,14 @@ class PlanRequest:
     num_images: int = IMAGENET_TRAIN_SAMPLES
     classes: int = IMAGENET_CLASSES
     network: float = CONSTANTS.network_gbs
-    mfu: float | None = None
     tflops: float | None = None
+    measured: Path | None = None
     memory: float | None = None
     peak: float | None = None
     micro_batch: int | None = None
     loader: float | None = None
+    search: bool = False
+    write: Path | None = None
     overrides: Sequence[str] = ()
 
 
@@ -77,17 +85,17 @@ def describe_plan(request: PlanRequest) -> str:
     cluster = make_cluster(request)
     if request.micro_batch is not None:
         config = replace(config, micro_batch=request.micro_batch, declared_accumulation=None)
-    check_ranks(config, cluster.gpus, cluster.gpus_in_node)
     lines = [f"{path} with {request.ds_config} on {_hardware(cluster)}"]
-    stages = [name for name in COUNTED_STAGES if getattr(recipe.stages, name)]
-    for name in stages:
-        accumulation_steps(config, getattr(recipe.stages, name).batch_size, cluster.gpus, str(path))
-    # Building the tasks reports their errors before the first is traced.
-    tasks = [build_meta_task(recipe, name, config, request.classes) for name in stages]
-    for task, cost in zip(tasks, recipe_cost(recipe, config.checkpointing, request.classes), strict=True):
-        stage = count_stage(task, config, cost)
-        step = estimate_step(stage, config.zero, cluster, config.micro_batch)
-        lines += ["", *stage_lines(recipe, config, stage, step, request.num_images, request.loader)]
+    if request.search:
+        lines += ["", *_search(request, path, recipe, config, cluster)]
+    else:
+        check_ranks(config, cluster.gpus, cluster.gpus_in_node)
+        for name in COUNTED_STAGES:
+            if section := getattr(recipe.stages, name):
+                accumulation_steps(config, section.batch_size, cluster.gpus, str(path))
+        for stage in _count_stages(recipe, config, request.classes):
+            step = estimate_step(stage, config.zero, cluster, config.micro_batch)
+            lines += ["", *stage_lines(recipe, config, stage, step, request.num_images)]
     lines += [
         "",
         "memory is that of DeepSpeed 0.19.8 with AdamW: within 3 % of real steps on the CPU "
@@ -95,6 +103,27 @@ def describe_plan(request: PlanRequest) -> str:
         "assumptions of the estimates (mrmae_ds/planning/estimates/constants.yaml)",
     ]
     return "\n".join([*lines, *(f"  {line}" for line in _assumptions(request, cluster, config.zero))])
+
+
+def _search(request: PlanRequest, path: Path, recipe: Recipe, config: EngineConfig, cluster: Cluster) -> list[str]:
+    """Search, write the first candidate if that is requested, and return the report's lines."""
+
+    def trace(plan: CheckpointPlan) -> list[CountedStage]:
+        return list(_count_stages(recipe, replace(config, checkpointing=plan), request.classes))
+
+    found = search(config, trace, cluster, request.num_images)
+    if request.write is not None:
+        write_engine(found[0], request.write)
+    return search_lines(found, path, request.write)
+
+
+def _count_stages(recipe: Recipe, config: EngineConfig, classes: int) -> Iterator[CountedStage]:
+    """Trace the training stages of a recipe."""
+    names = [name for name in COUNTED_STAGES if getattr(recipe.stages, name)]
+    # Building the tasks reports their errors before the first is traced.
+    tasks = [build_meta_task(recipe, name, config, classes) for name in names]
+    for task, cost in zip(tasks, recipe_cost(recipe, config.checkpointing, classes), strict=True):
+        yield count_stage(task, config, cost)
 
 
 def make_cluster(request: PlanRequest) -> Cluster:
@@ -105,14 +134,15 @@ def make_cluster(request: PlanRequest) -> Cluster:
     """
     _check_numbers(request)
     check_cluster(request.gpus, request.gpus_per_node)
-    gpu = _gpu(request)
-    tflops = request.tflops
-    if tflops is None and gpu.peak_tflops is not None:
-        tflops = gpu.peak_tflops * (request.mfu or CONSTANTS.mfu)
-    elif tflops is None and request.mfu is not None:
-        raise UserError(f"--mfu: the bf16 peak of {gpu.key} is unknown; pass --tflops instead")
-    sustained = None if tflops is None else tflops * TERA
-    return Cluster(gpu, request.gpus, request.gpus_per_node, request.network, sustained)
+    gpu, sustained = _gpu(request), None if request.tflops is None else request.tflops * TERA
+    measured = MeasuredNode() if request.measured is None else read_measured(request.measured)
+    if measured.device and gpu.names and measured.device not in gpu.names:
+        raise UserError(f"{request.measured} was measured on {measured.device}, which is not --gpu {gpu.key}")
+    cluster = Cluster(gpu, request.gpus, request.gpus_per_node, request.network, sustained, measured, request.loader)
+    if cluster.node_loader is None and measured.loader_images_per_s_per_core and measured.loader_cores:
+        rank_rate = measured.loader_images_per_s_per_core * measured.loader_cores
+        cluster = replace(cluster, node_loader=rank_rate * cluster.gpus_in_node)
+    return cluster
 
 
 def _gpu(request: PlanRequest) -> Gpu:
@@ -141,20 +171,17 @@ def _check_numbers(request: PlanRequest) -> None:
         "--num-images": request.num_images,
         "--classes": request.classes,
         "--network": request.network,
-        "--mfu": request.mfu,
         "--tflops": request.tflops,
         "--memory": request.memory,
         "--peak": request.peak,
         "--micro-batch": request.micro_batch,
         "--loader": request.loader,
     }
+    if request.write is not None and not request.search:
+        raise UserError("--write takes the engine config that a search finds; pass --search too")
     for option, number in numbers.items():
         if number is not None and not 0 < number < math.inf:
             raise UserError(f"{option} must be above 0, got {number:g}")
-    if request.mfu is not None and request.mfu > 1:
-        raise UserError(f"--mfu is a share of the peak, at most 1, got {request.mfu:g}")
-    if request.mfu is not None and request.tflops is not None:
-        raise UserError("--mfu and --tflops both set the throughput of a GPU; pass only one")
 
 
 def _hardware(cluster: Cluster) -> str:
@@ -165,35 +192,48 @@ def _hardware(cluster: Cluster) -> str:
 def _assumptions(request: PlanRequest, cluster: Cluster, zero: ZeroSettings) -> list[str]:
     """Return the assumptions, one per line."""
     gpu = cluster.gpu
-    if cluster.sustained is None:
-        throughput = f"the bf16 peak of {gpu.key} is unknown, so times are omitted; pass --tflops"
-    elif request.tflops is not None:
+    if request.tflops is not None:
         throughput = f"each GPU sustains {request.tflops:g} TFLOP/s of the counted operations (--tflops)"
+    elif cluster.rates is None:
+        throughput = f"the bf16 peak of {gpu.key} is unknown, so times are omitted; pass --tflops"
     else:
-        throughput = (
-            f"each GPU sustains {request.mfu or CONSTANTS.mfu:.0%} (--mfu) of its dense bf16 peak, {gpu.peak_tflops:g} "
-            f"TFLOP/s: {cluster.sustained / TERA:.0f} TFLOP/s of the counted operations, including recomputed ones, at "
-            "any micro-batch"
-        )
+        throughput = _roofline(cluster.rates)
     custom = "" if request.gpu else f"; {CONSTANTS.unknown_gpu_gbs:g} GB/s are assumed for a custom GPU"
+    host = cluster.host
     lines = [
         throughput,
+        f"the host needs {host.operator_s * 1e6:.0f} us per operator, and per parameter {host.zero1_s * 1e6:.0f} us "
+        f"under ZeRO-1 and 2, {host.zero3_s * 1e6:.0f} us under ZeRO-3, and {host.update_s * 1e6:.0f} us once a step",
         f"bandwidth per direction: {gpu.node_gbs:g} GB/s between GPUs of a node, {cluster.network_gbs:g} GB/s per GPU "
         f"to other nodes (--network), {gpu.host_gbs:g} GB/s to the host{custom}; collectives and copies reach "
         f"{CONSTANTS.link_share:.0%} of it",
         f"latency of a collective: {CONSTANTS.call_s * 1e6:.0f} us, and {CONSTANTS.node_s * 1e6:.0f} us per node",
         f"of a GPU's {gpu.memory_gib:g} GiB, {CONSTANTS.context_gib:g} GiB are used by CUDA, NCCL and libraries, and "
         f"{CONSTANTS.fragmentation:.0%} of the rest is lost to fragmentation and kernels' workspaces",
-        f"an epoch has {request.num_images:,} images (--num-images); evaluation, checkpoints, startup and the update "
-        "on the GPU take no time",
+        f"an epoch has {request.num_images:,} images (--num-images); evaluation, checkpoints and startup take no time",
     ]
     if zero.offload_optimizer:
         lines.append(
             f"an update on the host moves {CONSTANTS.update_bytes:g} bytes per element through the node's memory, with "
             f"{CONSTANTS.node_memory_gbs:g} GB/s for all its ranks"
         )
+    if request.measured is not None:
+        names = ", ".join(cluster.measured.known())
+        lines.append(f"measured in {request.measured}, and used in place of the estimates above: {names}")
     lines.append(
         f"a rank takes {CONSTANTS.process_gib:g} GiB of host memory before its first tensor; an image of the .beton "
         f"file has {CONSTANTS.image_bytes / 1000:.0f} kB"
     )
     return lines
+
+
+def _roofline(rates: DeviceRates) -> str:
+    """Describe the rates of a GPU."""
+    tflops, gbs = (
+        {kind: rate / unit for kind, rate in of.items()} for of, unit in ((rates.flops, TERA), (rates.sizes, GIGA))
+    )
+    return (
+        f"an operator takes the longest of its operations at {tflops[MATMUL]:.0f} TFLOP/s ({tflops[ATTENTION]:.0f} in "
+        f"attention, {tflops[MATMUL_FP32]:.0f} in float32), its bytes at {gbs[MEMORY]:,.0f} GB/s "
+        f"({gbs[CONVOLUTION]:,.0f} in convolutions), and {rates.kernel_s * 1e6:.1f} us; no operators are fused"
+    )

@@ -25,7 +25,6 @@ def stage_lines(
     stage: CountedStage,
     step: StepEstimate,
     num_images: int,
-    loader_rate: float | None,
 ) -> list[str]:
     """Return the lines that ``mrmae plan`` prints for a stage.
 
@@ -35,7 +34,6 @@ def stage_lines(
         stage: the stage.
         step: estimate with the engine config's settings.
         num_images: images of an epoch.
-        loader_rate: images/s that a node's loader delivers; None if unknown.
     """
     memory, zero = step.memory, config.zero
     lines = [
@@ -51,10 +49,10 @@ def stage_lines(
         *_node_lines(recipe, stage, step, num_images),
         *_zero_table(stage, zero, step),
         *_placement_table(stage, zero, step),
-        *_scale_table(stage, zero, step, num_images, loader_rate),
+        *_scale_table(stage, zero, step, num_images),
         "  advice",
     ]
-    return lines + [f"    - {sentence}" for sentence in advise(stage, step, zero, loader_rate)]
+    return lines + [f"    - {sentence}" for sentence in advise(stage, step, zero)]
 
 
 def _parameters(step: StepEstimate) -> str:
@@ -79,7 +77,7 @@ def _memory_lines(stage: CountedStage, step: StepEstimate) -> Iterator[str]:
     fits = f"of {step.cluster.usable_memory / GIB:.1f} usable: {'fits' if step.fits else 'DOES NOT FIT'}"
     rows = [(name, f"{size / GIB:.2f}", "") for name, size in peak.items.items()]
     rows.append(("total", f"{peak.total / GIB:.2f}", fits))
-    yield from _table(f"peak GPU memory ({peak.name})", ("GiB", ""), rows)
+    yield from aligned_table(f"peak GPU memory ({peak.name})", ("GiB", ""), rows)
     peaks = phase_peaks(memory.zero, stage.timeline, memory.teachers, memory.micro_batch)
     others = ", ".join(f"{phase.name} {phase.total / GIB:.2f}" for phase in peaks if phase.name != peak.name)
     yield f"    other phases: {others}"
@@ -110,20 +108,26 @@ def _transfer_lines(step: StepEstimate) -> Iterator[str]:
         )
         for transfer in step.transfers
     ]
-    yield from _table("communication per step", ("GB", "calls", "ms", ""), rows)
+    yield from aligned_table("communication per step", ("GB", "calls", "ms", ""), rows)
 
 
 def _time_lines(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_images: int) -> Iterator[str]:
-    if step.step_s is None or step.compute_s is None or step.waiting_s is None or step.images_per_s is None:
+    compute, waiting = step.compute, step.waiting_s
+    if compute is None or waiting is None or step.step_s is None or step.images_per_s is None:
         return
     hours = step.hours(num_images, stage.config.epochs)
     yield (
-        f"  time: {1000 * step.step_s:,.0f} ms per step ({1000 * step.compute_s:,.0f} computing, "
-        f"{1000 * step.waiting_s:,.0f} waiting); {step.images_per_s:,.0f} images/s, "
+        f"  time: {1000 * step.step_s:,.0f} ms per step; {step.images_per_s:,.0f} images/s, "
         f"{step.images_per_s / step.cluster.gpus:,.1f} per GPU; {_hours(hours)} hours for the stage"
     )
-    images_per_s = step.images_per_s / step.cluster.nodes
-    yield f"  loader: {images_per_s:,.0f} images/s per node" + _cores(recipe, stage, images_per_s)
+    operators, tensors = len(stage.timeline.operators), step.memory.zero.counts.tensors
+    yield (
+        f"  a micro-batch: the GPU computes {1000 * compute.gpu_s:,.1f} ms; the host issues {operators:,} operators "
+        f"and handles {tensors:,} parameters for ZeRO-{step.memory.zero.zero.stage} in {1000 * compute.host_s:,.1f} ms"
+    )
+    yield f"  once a step: {1000 * compute.update_s:,.1f} ms update, {1000 * waiting:,.1f} ms waiting for transfers"
+    if step.node_demand is not None:
+        yield f"  loader: {step.node_demand:,.0f} images/s per node" + _cores(recipe, stage, step.node_demand)
 
 
 def _hours(hours: float | None) -> str:
@@ -144,7 +148,7 @@ def _node_lines(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
     items = node_memory(recipe, stage, step, num_images)
     rows = [(name, f"{size / GIB:.2f}") for name, size in items.items()]
     rows.append(("total", f"{sum(items.values()) / GIB:.2f}"))
-    yield from _table("host memory of a node", ("GiB",), rows)
+    yield from aligned_table("host memory of a node", ("GiB",), rows)
 
 
 def _zero_table(stage: CountedStage, zero: ZeroSettings, step: StepEstimate) -> Iterator[str]:
@@ -159,12 +163,12 @@ def _zero_table(stage: CountedStage, zero: ZeroSettings, step: StepEstimate) -> 
                 f"{other.memory.peak.total / GIB:.2f}",
                 "yes" if other.fits else "no",
                 f"{sum(transfer.size for transfer in other.transfers) / 1e9:.2f}",
-                _milliseconds(other.waiting_s),
+                _milliseconds(other.step_s),
                 "none" if best is None else str(best.memory.micro_batch),
             )
         )
-    columns = ("GiB", "fits", "GB sent", "waiting, ms", "largest micro-batch")
-    yield from _table("ZeRO stages at this micro-batch, no offloading", columns, rows)
+    columns = ("GiB", "fits", "GB sent", "step, ms", "largest micro-batch")
+    yield from aligned_table("ZeRO stages at this micro-batch, no offloading", columns, rows)
 
 
 def _placement_table(stage: CountedStage, zero: ZeroSettings, step: StepEstimate) -> Iterator[str]:
@@ -175,20 +179,18 @@ def _placement_table(stage: CountedStage, zero: ZeroSettings, step: StepEstimate
         placements = with_placement(stage.task.placements, kind)
         other = estimate_step(stage, zero, step.cluster, step.memory.micro_batch, placements)
         idle = sum(weights.idle for weights in other.memory.teachers.values())
-        peak, waiting = f"{other.memory.peak.total / GIB:.2f}", _milliseconds(other.waiting_s)
-        rows.append((kind, peak, f"{idle / GIB:.2f}", waiting, "yes" if other.fits else "no"))
-    yield from _table("placement of all teachers", ("GiB", "weights between calls", "waiting, ms", "fits"), rows)
+        peak, time = f"{other.memory.peak.total / GIB:.2f}", _milliseconds(other.step_s)
+        rows.append((kind, peak, f"{idle / GIB:.2f}", time, "yes" if other.fits else "no"))
+    yield from aligned_table("placement of all teachers", ("GiB", "weights between calls", "step, ms", "fits"), rows)
 
 
-def _scale_table(
-    stage: CountedStage, zero: ZeroSettings, step: StepEstimate, num_images: int, loader_rate: float | None
-) -> Iterator[str]:
+def _scale_table(stage: CountedStage, zero: ZeroSettings, step: StepEstimate, num_images: int) -> Iterator[str]:
     rows = []
     for gpus, best in scaling(stage, zero, step.cluster):
         if best is None:
             rows.append((f"{gpus} GPUs", "", "", "", "", reason_for_none(stage, gpus)))
             continue
-        throughput, node_throughput = best.images_per_s, best.node_images_per_s
+        throughput, node_throughput = best.images_per_s, best.node_demand
         rows.append(
             (
                 f"{gpus} GPUs",
@@ -196,18 +198,18 @@ def _scale_table(
                 _hours(best.hours(num_images, stage.config.epochs)),
                 "" if throughput is None else f"{throughput:,.0f}",
                 "" if node_throughput is None else f"{node_throughput:,.0f}",
-                "" if throughput is None else bottleneck(best, loader_rate),
+                "" if throughput is None else bottleneck(best),
             )
         )
     columns = ("micro-batch", "hours", "images/s", "per node", "bottleneck")
-    yield from _table("scaling, at the largest micro-batch", columns, rows)
+    yield from aligned_table("scaling, at the largest micro-batch", columns, rows)
 
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{1000 * seconds:.1f}"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+def aligned_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
     """Yield one line per row; numbers are right-aligned, a last column of words left-aligned."""
     widths = [max(len(line[i]) for line in ((title, *columns), *rows)) for i in range(len(columns) + 1)]
     widths[0] = max(widths[0], _NAME_WIDTH)

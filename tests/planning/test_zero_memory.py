@@ -27,6 +27,7 @@ COUNTS = ParameterCounts(
             GatherUnit((GatheredParam(400),), leaf=True),
         )
     ),
+    tensors=3,
     trainable=1000,
     frozen=24,
     low=600,

@@ -10,20 +10,19 @@ from mrmae_ds.planning.stage import CountedStage, with_placement
 from mrmae_ds.units import GIB
 
 
-def advise(stage: CountedStage, step: StepEstimate, zero: ZeroSettings, loader_rate: float | None) -> list[str]:
+def advise(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) -> list[str]:
     """Return recommendations, most important first.
 
     Args:
         stage: the stage.
         step: estimate with the engine config's settings.
         zero: these settings.
-        loader_rate: images/s that a node's loader delivers; None if unknown.
     """
     advice = [
         *_micro_batch(stage, step, zero),
         *_zero(stage, step, zero),
         *_teachers(stage, step, zero),
-        *_time(step, loader_rate),
+        *_time(step),
     ]
     return advice or ["no bottleneck found: the job fits, and neither the loader nor communication limits it"]
 
@@ -46,7 +45,7 @@ def _micro_batch(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) ->
         return [f"micro-batch {current} does not fit; {setting} does, and {accumulation}"]
     advice = []
     if largest > current:
-        advice.append(f"{setting} fits too: larger matrices, fewer collectives; {accumulation}")
+        advice.append(f"{setting} fits too{_faster(best, step)}; {accumulation}")
     recomputed = sum(part.recomputed for part in stage.cost.parts.values()) / stage.cost.per_image
     if recomputed > CONSTANTS.threshold and step.free_memory > step.cluster.usable_memory / 2:
         advice.append(
@@ -62,18 +61,12 @@ def _zero(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) -> list[s
         resident = estimate_step(stage, zero.at_stage(zero.stage), step.cluster, micro_batch)
         if resident.fits:
             advice.append(f"without offloading it would fit too, in {resident.memory.peak.total / GIB:.1f} GiB")
-    if zero.stage == 0 or step.cluster.gpus == 1:
+    if zero.stage == 0 or (step.cluster.gpus == 1 and zero.stage < 3):
         return advice
     if zero.stage == 3:
         one = estimate_step(stage, zero.at_stage(1), step.cluster, micro_batch)
         if one.fits:
-            shorter = (
-                one.waiting_share is not None
-                and step.waiting_share is not None
-                and one.waiting_share < step.waiting_share
-            )
-            ending = ", and steps would wait less" if shorter else ""
-            advice.append(f"ZeRO-1 would fit: it gathers no parameters during computation{ending}")
+            advice.append(f"ZeRO-1 would fit: it gathers no parameters during computation{_faster(one, step)}")
     elif not step.fits:
         three = estimate_step(stage, zero.at_stage(3), step.cluster, micro_batch)
         advice.append(f"ZeRO-3 {'would fit' if three.fits else 'would not fit either'}")
@@ -97,8 +90,14 @@ def _teachers(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) -> li
     return [f"placement: step frees {freed:.1f} GiB per GPU"] if freed >= 0.05 else []
 
 
-def _time(step: StepEstimate, loader_rate: float | None) -> list[str]:
-    advice = []
+def _time(step: StepEstimate) -> list[str]:
+    advice, compute = [], step.compute
+    if compute is not None and compute.host_s > compute.gpu_s:
+        advice.append(
+            f"the GPU waits for the host, which issues a micro-batch in {1000 * compute.host_s:.0f} ms, while the GPU "
+            f"computes it in {1000 * compute.gpu_s:.0f}; a larger micro-batch, ZeRO-1 or less recomputation would "
+            "reduce that"
+        )
     share = step.waiting_share
     if share is not None and share > CONSTANTS.threshold:
         longest = max(step.transfers, key=lambda transfer: transfer.seconds)
@@ -107,10 +106,18 @@ def _time(step: StepEstimate, loader_rate: float | None) -> list[str]:
             f"a step waits {share:.0%} of its time for transfers, mostly for: {longest.name}; a larger micro-batch "
             f"with less accumulation{fix} would reduce that"
         )
-    if (needed := step.node_images_per_s) is not None:
+    if (needed := step.node_demand) is not None:
         sentence = f"the loader must deliver {needed:,.0f} images/s per node"
-        if loader_rate is not None:
-            limit = ", so it is the bottleneck" if loader_rate < needed else ""
-            sentence += f"; it delivers {loader_rate:,.0f}{limit}"
+        if (delivered := step.cluster.node_loader) is not None:
+            limit = ", so it is the bottleneck" if delivered < needed else ""
+            sentence += f"; it delivers {delivered:,.0f}{limit}"
         advice.append(sentence)
     return advice
+
+
+def _faster(other: StepEstimate, step: StepEstimate) -> str:
+    """Compare the throughput of another estimate; empty if it is unknown or the same."""
+    if other.images_per_s is None or step.images_per_s is None:
+        return ""
+    ratio = other.images_per_s / step.images_per_s
+    return f", {ratio:.2f} times as fast" if abs(ratio - 1) > CONSTANTS.threshold else ""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.planning.estimates.constants import CONSTANTS
+from mrmae_ds.planning.estimates.rates import HostRates, device_rates
+from mrmae_ds.planning.operator_trace import DeviceRates
 from mrmae_ds.profiling.gpus import Gpu
+from mrmae_ds.profiling.measured_node import MeasuredNode
 from mrmae_ds.units import GIB, GIGA
 
 
@@ -19,14 +23,29 @@ class Cluster:
         gpus: number of GPUs, one rank each.
         gpus_per_node: number of GPUs of a node.
         network_gbs: bandwidth of a GPU to other nodes, in GB/s per direction.
-        sustained: sustained throughput of a GPU, in FLOP/s of the counted operations; None if unknown.
+        sustained: sustained throughput of a GPU, in FLOP/s of the counted operations, in place of the time of each
+            operator; None uses that.
+        measured: constants measured on a node, in place of estimates.
+        node_loader: images/s that the loader of a node delivers; None if unknown.
     """
 
     gpu: Gpu
     gpus: int
     gpus_per_node: int
     network_gbs: float
-    sustained: float | None
+    sustained: float | None = None
+    measured: MeasuredNode = field(default_factory=MeasuredNode)
+    node_loader: float | None = None
+
+    @cached_property
+    def rates(self) -> DeviceRates | None:
+        """Rates that a GPU reaches; None if unknown."""
+        return device_rates(self.gpu, self.measured)
+
+    @cached_property
+    def host(self) -> HostRates:
+        """Rates of the host thread of a rank."""
+        return HostRates.of(self.measured)
 
     @property
     def nodes(self) -> int:
@@ -60,15 +79,18 @@ class Cluster:
         if ranks == 1:
             return 0.0
         times = 2 if reduce else 1
-        within = size * (ranks - 1) / ranks / (self.gpu.node_gbs * GIGA) if self.gpus_in_node > 1 else 0.0
+        node_gbs = self.measured.node_gb_s or self.gpu.node_gbs * CONSTANTS.link_share
+        network_gbs = self.measured.network_gb_s or self.network_gbs * CONSTANTS.link_share
+        within = size * (ranks - 1) / ranks / (node_gbs * GIGA) if self.gpus_in_node > 1 else 0.0
         # The links of all GPUs of a node share the traffic to the other nodes.
-        between = size * (nodes - 1) / nodes / (self.gpus_in_node * self.network_gbs * GIGA) if nodes > 1 else 0.0
-        latency = CONSTANTS.call_s + CONSTANTS.node_s * nodes
-        return times * max(within, between) / CONSTANTS.link_share + calls * latency
+        between = size * (nodes - 1) / nodes / (self.gpus_in_node * network_gbs * GIGA) if nodes > 1 else 0.0
+        call_s = CONSTANTS.call_s if self.measured.collective_us is None else self.measured.collective_us * 1e-6
+        return times * max(within, between) + calls * (call_s + CONSTANTS.node_s * nodes)
 
     def copy_s(self, size: float) -> float:
-        """Return the seconds to copy ``size`` bytes between a GPU and its host's memory."""
-        return size / (self.gpu.host_gbs * GIGA * CONSTANTS.link_share)
+        """Return the seconds to copy ``size`` bytes from the host's memory to a GPU, or back."""
+        slower = [rate for rate in (self.measured.h2d_gb_s, self.measured.d2h_gb_s) if rate]
+        return size / (GIGA * (min(slower) if slower else self.gpu.host_gbs * CONSTANTS.link_share))
 
 
 def check_cluster(gpus: int, gpus_per_node: int) -> None:

@@ -25,7 +25,17 @@ class Constant(Section):
 class Constants:
     """Values of the constants; constants.yaml documents them under the same names."""
 
-    mfu: float
+    matmul_share: float
+    attention_share: float
+    fp32_share: float
+    memory_share: float
+    convolution_share: float
+    gbs_per_tflops: float
+    kernel_s: float
+    op_s: float
+    zero1_param_s: float
+    zero3_param_s: float
+    update_param_s: float
     network_gbs: float
     unknown_gpu_gbs: float
     link_share: float

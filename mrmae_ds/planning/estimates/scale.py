@@ -35,18 +35,15 @@ def reason_for_none(stage: CountedStage, gpus: int) -> str:
     return "memory"
 
 
-def bottleneck(step: StepEstimate, loader_rate: float | None) -> str:
-    """Return the component that limits a job: loader, network, host or compute.
-
-    Args:
-        step: estimate of a step.
-        loader_rate: images/s that a node's loader delivers; None if unknown.
-    """
-    needed = step.node_images_per_s
-    if loader_rate is not None and needed and needed > loader_rate:
-        return f"loader ({needed / loader_rate:.1f} times its rate)"
+def bottleneck(step: StepEstimate) -> str:
+    """Return the component that limits a job: loader, launches by the host, network, transfers of the host, compute."""
+    needed, delivered = step.node_demand, step.cluster.node_loader
+    if delivered is not None and needed and needed > delivered:
+        return f"loader ({needed / delivered:.1f} times its rate)"
+    compute = step.compute
+    limit = "launches" if compute is not None and compute.host_s > compute.gpu_s else "compute"
     share = step.waiting_share or 0.0
     if share > CONSTANTS.threshold:
         kind = "host" if max(step.transfers, key=lambda transfer: transfer.seconds).local else "network"
-        return f"{kind if share > 0.5 else f'compute; {kind}'} {share:.0%}"
-    return "compute"
+        return f"{kind if share > 0.5 else f'{limit}; {kind}'} {share:.0%}"
+    return limit

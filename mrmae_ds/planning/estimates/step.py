@@ -1,4 +1,4 @@
-"""Estimated time of an optimizer step: computation, and transfers that it does not overlap."""
+"""Estimated time of an optimizer step: the GPU or the host that issues its work, exposed transfers, the loader."""
 
 from __future__ import annotations
 
@@ -6,8 +6,44 @@ from dataclasses import dataclass
 
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.planning.estimates.cluster import Cluster
+from mrmae_ds.planning.estimates.constants import CONSTANTS
 from mrmae_ds.planning.estimates.traffic import Transfer, offload_transfers, student_transfers, teacher_transfer
+from mrmae_ds.planning.operator_trace import MEMORY
 from mrmae_ds.planning.stage import CountedStage, Placements, StageMemory, stage_memory
+from mrmae_ds.planning.zero_memory import ZeroMemory
+
+
+@dataclass(frozen=True)
+class ComputeTime:
+    """Time of the computation of a step, without transfers. GPU and host run at once, and the slower one decides.
+
+    Attributes:
+        gpu_s: seconds that the GPU computes a micro-batch.
+        host_s: seconds that the host issues a micro-batch.
+        update_s: seconds of the update, once a step.
+        accumulation: micro-batches per step.
+        backward_share: share of a micro-batch that is backward.
+    """
+
+    gpu_s: float
+    host_s: float
+    update_s: float
+    accumulation: int
+    backward_share: float
+
+    @property
+    def micro_batch_s(self) -> float:
+        """Seconds of a micro-batch."""
+        return max(self.gpu_s, self.host_s)
+
+    @property
+    def total_s(self) -> float:
+        """Seconds of a step."""
+        return self.accumulation * self.micro_batch_s + self.update_s
+
+    def hiding_s(self, zero: ZeroSettings) -> float:
+        """Return the seconds behind which overlapped transfers are hidden; ZeRO-1 reduces in the last backward only."""
+        return self.total_s if zero.stage > 1 else self.backward_share * self.micro_batch_s
 
 
 @dataclass(frozen=True)
@@ -18,13 +54,13 @@ class StepEstimate:
         memory: memory of a rank.
         cluster: the cluster.
         transfers: transfers of a step.
-        compute_s: seconds of the counted operations of a step; None if the GPU's throughput is unknown.
+        compute: time of its computation; None if the GPU's throughput is unknown.
     """
 
     memory: StageMemory
     cluster: Cluster
     transfers: tuple[Transfer, ...]
-    compute_s: float | None
+    compute: ComputeTime | None
 
     @property
     def fits(self) -> bool:
@@ -39,35 +75,41 @@ class StepEstimate:
     @property
     def waiting_s(self) -> float | None:
         """Seconds of a step in which computation waits for transfers."""
-        if self.compute_s is None:
+        if self.compute is None:
             return None
         overlapped = sum(transfer.seconds for transfer in self.transfers if transfer.overlapped)
         exposed = sum(transfer.seconds for transfer in self.transfers if not transfer.overlapped)
-        return max(overlapped - self.compute_s, 0.0) + exposed
+        return max(overlapped - self.compute.hiding_s(self.memory.zero.zero), 0.0) + exposed
 
     @property
     def waiting_share(self) -> float | None:
-        """Waiting time as a share of the step."""
-        if self.waiting_s is None or not self.step_s:
+        """Waiting time as a share of computation and waiting."""
+        if self.waiting_s is None or not self._unlimited_s:
             return None
-        return self.waiting_s / self.step_s
+        return self.waiting_s / self._unlimited_s
 
     @property
     def step_s(self) -> float | None:
+        """Seconds of an optimizer step."""
+        if self._unlimited_s is None or self.cluster.node_loader is None:
+            return self._unlimited_s
+        return max(self._unlimited_s, self.memory.batch / self.cluster.nodes / self.cluster.node_loader)
+
+    @property
+    def _unlimited_s(self) -> float | None:
         """Seconds of an optimizer step if the loader keeps up."""
         waiting = self.waiting_s
-        return None if waiting is None or self.compute_s is None else self.compute_s + waiting
+        return None if waiting is None or self.compute is None else self.compute.total_s + waiting
 
     @property
     def images_per_s(self) -> float | None:
         """Throughput of the whole job."""
-        step = self.step_s
-        return None if step is None else self.memory.batch / step
+        return None if self.step_s is None else self.memory.batch / self.step_s
 
     @property
-    def node_images_per_s(self) -> float | None:
-        """Throughput of a node, which its loader must deliver."""
-        return None if self.images_per_s is None else self.images_per_s / self.cluster.nodes
+    def node_demand(self) -> float | None:
+        """Images/s that a node trains if its loader keeps up."""
+        return None if self._unlimited_s is None else self.memory.batch / self.cluster.nodes / self._unlimited_s
 
     def hours(self, images: int, epochs: int) -> float | None:
         """Return the hours of ``epochs`` epochs of whole batches, as in training."""
@@ -89,14 +131,35 @@ def estimate_step(
     """
     memory = stage_memory(stage, zero, cluster.gpus, micro_batch, placements)
     transfers = [*student_transfers(memory.zero, cluster), *offload_transfers(memory.zero, cluster)]
-    accumulation = memory.zero.accumulation
-    images, throughput = micro_batch * accumulation, cluster.sustained
+    compute = _compute(stage, memory.zero, cluster, micro_batch)
     for name, weights in memory.teachers.items():
-        compute_s = stage.cost.parts[f"teacher {name}"].total * images / throughput if throughput else 0.0
-        if transfer := teacher_transfer(name, weights, cluster, accumulation, compute_s):
+        share = stage.cost.parts[f"teacher {name}"].total / stage.cost.per_image
+        computing = compute.gpu_s * memory.zero.accumulation * share if compute else 0.0
+        if transfer := teacher_transfer(name, weights, cluster, memory.zero.accumulation, computing):
             transfers.append(transfer)
-    compute = stage.cost.per_image * images / throughput if throughput else None
     return StepEstimate(memory, cluster, tuple(transfers), compute)
+
+
+def _compute(stage: CountedStage, memory: ZeroMemory, cluster: Cluster, micro_batch: int) -> ComputeTime | None:
+    """Return the time of a step's computation; None if the GPU's throughput is unknown."""
+    operators, rates, cost = stage.timeline.operators, cluster.rates, stage.cost
+    if cluster.sustained:
+        gpu_s = cost.per_image * micro_batch / cluster.sustained
+    elif rates:
+        gpu_s = float(operators.seconds(micro_batch, rates).sum())
+    else:
+        return None
+    on_device = 0.0
+    if rates and not memory.zero.offload_optimizer:
+        elements = memory.share if memory.zero.stage else memory.counts.trainable
+        on_device = CONSTANTS.update_bytes * elements / rates.sizes[MEMORY]
+    return ComputeTime(
+        gpu_s=gpu_s,
+        host_s=cluster.host.micro_batch_s(len(operators), memory),
+        update_s=max(on_device, cluster.host.step_s(memory)),
+        accumulation=memory.accumulation,
+        backward_share=sum(part.backward + part.recomputed for part in cost.parts.values()) / cost.per_image,
+    )
 
 
 def largest_fitting(
