@@ -55,18 +55,21 @@ class Configuration:
     overrides: tuple[str, ...] = ()
 
 
+CONV = {"activation_checkpointing": {"conv_stages": "all"}}
+# Small sub-groups per update, so that 16 GiB are enough.
+LARGE = {
+    "activation_checkpointing": {"conv_stages": "all", "transformer": "all"},
+    "zero_optimization": {"sub_group_size": 50_000_000},
+}
 # With and without checkpointing and partitioning, one rank and two, fine-tuning and pre-training.
 CONFIGURATIONS = {
-    "small-pretrain": Configuration("small", "small", "pretrain", 8, ranks=2),
-    "base-pretrain": Configuration("base", "base", "pretrain", 8),
-    "base-finetune": Configuration("base-zero1", "base", "finetune", 4, accumulation=2),
-    # Small sub-groups per update, so that 16 GiB are enough.
-    "large-pretrain": Configuration(
-        "large", "large", "pretrain", 4, changes={"zero_optimization": {"sub_group_size": 50_000_000}}
+    "small-pretrain": Configuration("small", "small", "pretrain", 8, ranks=2, changes=CONV),
+    "base-pretrain": Configuration("base", "base", "pretrain", 8, changes=CONV),
+    "base-finetune": Configuration(
+        "base-zero1", "base", "finetune", 4, accumulation=2, changes={"zero_optimization": {"overlap_comm": False}}
     ),
-    "huge-pretrain": Configuration(
-        "huge", "huge", "pretrain", 2, changes={"zero_optimization": {"sub_group_size": 50_000_000}}
-    ),
+    "large-pretrain": Configuration("large", "large", "pretrain", 4, changes=LARGE),
+    "huge-pretrain": Configuration("huge", "huge", "pretrain", 2, changes=LARGE),
 }
 DEFAULT = [name for name in CONFIGURATIONS if not name.startswith("huge")]
 

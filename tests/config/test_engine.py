@@ -52,19 +52,27 @@ def _error(load: Load, **changes: Any) -> str:
 def test_every_engine_config_of_the_project_is_good(path: Path) -> None:
     config = load_engine_config(path)
     validate_sections(config)
-    assert config.declared_accumulation is None
+    assert config.declared_accumulation is None and 1024 % (8 * config.micro_batch) == 0
     size, _, variant = path.stem.partition("-")
     assert default_recipe(path) == CONFIGS / f"{size}.yaml"
     assert config.zero.stage == (1 if variant == "zero1" else 3)
     assert config.offloads_optimizer == (variant == "offload")
-    assert (config.checkpointing == CheckpointPlan()) == (variant == "zero1")
+    assert (config.checkpointing != CheckpointPlan()) == (variant == "offload" or path.stem == "tiny")
 
 
 def test_every_size_has_its_variants() -> None:
     names = {path.stem for path in CONFIGS.glob("*.json")}
     sizes = {"tiny", "small", "base", "large", "huge", "huge392", "huge448"}
-    small = {"tiny", "small", "base", "large"}
-    assert names == sizes | {f"{size}-offload" for size in sizes} | {f"{size}-zero1" for size in small}
+    assert names == sizes | {f"{size}-{variant}" for size in sizes for variant in ("zero1", "offload")}
+
+
+def test_readme_says_of_every_engine_config_when_to_take_it() -> None:
+    named = set()
+    for line in (CONFIGS / "README.md").read_text().splitlines():
+        if line.startswith("|") and ".json`" in line:
+            _, files, micro_batch, *_ = line.split("|")
+            named |= {(name, micro_batch.strip()) for name in re.findall(r"`([\w-]+)\.json`", files)}
+    assert named == {(path.stem, str(load_engine_config(path).micro_batch)) for path in CONFIGS.glob("*.json")}
 
 
 @pytest.mark.parametrize("variant", ["tiny", "tiny-zero1", "tiny-offload"])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from mrmae_ds.config.engine import EngineConfig, accumulation_steps, load_engine_config
+from mrmae_ds.config.engine import EngineConfig, accumulation_steps, default_recipe, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
@@ -86,7 +86,7 @@ def test_the_header_is_complete_and_its_command_names_the_files(file: Path) -> N
     assert recipe.name == file.stem
     config = re.search(r"--ds_config (\S+)", command)
     assert config
-    beside = (REPOSITORY / config[1]).with_suffix(".yaml")
+    beside = default_recipe(REPOSITORY / config[1])
     assert f"--recipe {file.relative_to(REPOSITORY)}" in command or beside == file
     assert loaded(beside).size == recipe.size
     assert entries["run by us"] == ["no"]
@@ -193,10 +193,10 @@ def test_initial_weights_come_from_another_recipes_run(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", TRAINED, ids=named)
-def test_batches_divide_on_8_to_64_gpus(file: Path) -> None:
+def test_batches_divide_on_up_to_8_gpus(file: Path) -> None:
     config, stages = engine_config(file), loaded(file).stages
     for stage in (stages.pretrain, stages.finetune):
-        for gpus in (8, 16, 32, 64) if stage else ():
+        for gpus in (1, 2, 4, 8) if stage else ():
             steps = accumulation_steps(config, stage.batch_size, gpus, file.name)
             assert steps * gpus * config.micro_batch == stage.batch_size
     assert config.micro_batch % 2 == 0  # mixup pairs images
@@ -208,7 +208,6 @@ def test_the_engine_config_of_a_size(name: str) -> None:
     zero = config.as_written()["zero_optimization"]
     assert config.zero.stage == 3 and config.as_written()["gradient_clipping"] == 0.0
     assert config.as_written()["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
-    assert config.checkpointing.conv_stages == 1
     recipe = loaded(CONFIGS / f"{name}.yaml")
     pretrained = loaded(CONFIGS / "huge.yaml") if recipe.stages.pretrain is None else recipe
     assert pretrained.stages.pretrain is not None

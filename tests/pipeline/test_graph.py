@@ -7,6 +7,7 @@ from typing import Any, cast
 import pytest
 import yaml
 
+from mrmae_ds.config.engine import accumulation_steps, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import FinetuneConfig
 from mrmae_ds.errors import UserError
@@ -81,6 +82,15 @@ def test_ablations_pipeline_has_every_row_of_tables_3_to_5(tmp_path: Path) -> No
     separate = jobs["table4_separate-seed1/evaluate"]
     assert separate.dependencies == ("table4_dino-seed1/finetune", "base-seed1/finetune")
     assert separate.recipe.stages.evaluate.members == tuple(f"runs/{key}" for key in separate.dependencies)
+
+
+@pytest.mark.parametrize("name", ["table6", "ablations"])
+def test_nodes_of_eight_gpus_divide_the_batch(name: str) -> None:
+    for job in build_jobs(load_pipeline(Path(f"pipelines/{name}.yaml")), seeds=[0]):
+        if job.stage in ("pretrain", "finetune"):
+            assert job.nodes is not None
+            batch, config = job.recipe.stage(job.stage).batch_size, load_engine_config(job.config)
+            assert accumulation_steps(config, batch, 8 * job.nodes, job.key) >= 1
 
 
 @pytest.mark.parametrize("path", sorted(Path("pipelines").glob("*.yaml")), ids=str)

@@ -126,7 +126,7 @@ def test_command_writes_a_config_for_training(tmp_path: Path, capsys: pytest.Cap
     assert "fastest config of each engine, estimated" in out and "recomputation was not tried" in out
     recipe = CONFIGS / "small.yaml"
     assert f"deepspeed train.py --ds_config {path} --recipe {recipe}\n" in out
-    loaded, config = load_configs(TrainArgs(path, recipe))
+    loaded, config = load_configs(TrainArgs(path, recipe=recipe))
     assert (loaded.name, config.zero.stage, config.micro_batch) == ("small", 1, 64)
     assert main([*arguments, "--search", "--write", str(path)]) == 2
     assert "the file exists" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import replace
@@ -229,14 +230,20 @@ def test_unknown_teacher_is_refused(teacher: str, message: str) -> None:
         cost("small", f"teachers.clip={teacher}")
 
 
-def _command(*arguments: str) -> int:
-    return main(["cost", "--ds_config", str(CONFIGS / "small.json"), *arguments])
+def _command(*arguments: str, config: Path = CONFIGS / "small.json") -> int:
+    return main(["cost", "--ds_config", str(config), *arguments])
 
 
-def test_command_prints_the_cost_of_each_stage(short: list[StageFlops], capsys: pytest.CaptureFixture[str]) -> None:
-    assert _command("--num-images", "1000", "--tflops", "100", "--gpus", "8", *SHORT) == 0
+def test_command_prints_the_cost_of_each_stage(
+    short: list[StageFlops], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = json.loads((CONFIGS / "small.json").read_text())
+    recomputing = tmp_path / "small.json"
+    recomputing.write_text(json.dumps(config | {"activation_checkpointing": {"conv_stages": "all"}}))
+    recipe = ("--recipe", str(CONFIGS / "small.yaml"))
+    options = ("--num-images", "1000", "--tflops", "100", "--gpus", "8")
+    assert _command(*recipe, *options, *SHORT, config=recomputing) == 0
     out = capsys.readouterr().out
-    # ds_configs/small.json checkpoints the convolution stages.
     recomputed = {"encoder": CONV_RECOMPUTED, "classifier": DENSE_RECOMPUTED}
     costs = [
         replace(stage, parts={n: replace(part, recomputed=recomputed.get(n, 0)) for n, part in stage.parts.items()})

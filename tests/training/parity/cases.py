@@ -31,7 +31,7 @@ PRECISIONS: dict[Precision, dict[str, Any]] = {
 # Small buckets, so that a model of half a million parameters needs many of them.
 ZERO: dict[int, dict[str, Any]] = {
     0: {"stage": 0},
-    1: {"stage": 1, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000},
+    1: {"stage": 1, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000, "overlap_comm": True},
     2: {"stage": 2, "reduce_bucket_size": 50_000, "allgather_bucket_size": 50_000, "overlap_comm": True},
     3: {
         "stage": 3,
