@@ -122,7 +122,8 @@ def engine_json(
     """
     bucket = raw.get("zero_optimization", {}).get("reduce_bucket_size", 50_000_000)
     zero = {"stage": stage, **{key: {"device": "cpu", "pin_memory": True} for key in offloaded}}
-    zero |= {"overlap_comm": True, "contiguous_gradients": True, "reduce_bucket_size": bucket}
+    contiguous = stage < 3 or bool(offloaded)
+    zero |= {"overlap_comm": True, "contiguous_gradients": contiguous, "reduce_bucket_size": bucket}
     if stage < 3:
         zero["allgather_bucket_size"] = bucket
     else:
