@@ -50,7 +50,7 @@ def test_the_stages_follow_each_other(workspace: Workspace) -> None:
         done, report = workspace.program(f"stages-{stage}", "train.py", *command)
         assert (done.status, report.races) == (0, 0), done.stderr
     for stage in ("finetune", "evaluate"):
-        assert RunRecord.load(workspace.folder / "stages" / stage).results["eval_samples"] == 10
+        assert RunRecord.load(workspace.folder / "stages" / stage).results.eval_samples == 10
 
 
 @pytest.mark.slow
