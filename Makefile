@@ -5,9 +5,13 @@ DATA ?=
 # One process per core, four at most: some tests start two ranks of their own.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: setup demo lint docs test test-fast test-all coverage clean
+.PHONY: setup slurm demo lint docs test test-fast test-all coverage clean
 setup:
 	@bash scripts/setup.sh
+
+# For tests/slurm: needs root or sudo on Debian or Ubuntu; elsewhere these tests are skipped.
+slurm: setup
+	@bash scripts/setup.sh --slurm
 
 demo: setup
 	@bash scripts/demo.sh --data "$(DATA)"
@@ -20,14 +24,14 @@ lint: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --site-dir site
 
-test: lint docs
+test: lint docs slurm
 	$(PYTEST) -m "not slow"
 
 # Single-process tests only: under five minutes on two cores.
 test-fast: setup
 	$(PYTEST) -m "not slow and not multi_process"
 
-test-all: lint docs
+test-all: lint docs slurm
 	$(PYTEST)
 
 # Lines of the package that the tests of `make test-fast` reach; ranks and workers that other tests start are not measured.

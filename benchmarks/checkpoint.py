@@ -9,7 +9,7 @@ with its optimizer states. In every repeat each way of saving and resuming is ti
     deepspeed save, flushed   the same, and then each rank flushes its files (fsync), which a save needs to survive
                               a power failure
     save                      ours: write, checksum, flush, commit by a rename, remove an older one
-    background: standstill    ours in the background: until training continues
+    background: training waits   ours in the background: until training continues
     background: committed     until it is committed, if nothing else is computed meanwhile
     deepspeed resume          engine.load_checkpoint
     resume                    ours: every file read and its checksum compared, then loaded
@@ -173,7 +173,7 @@ def _save(folder: Path, engine: Any, note: Note) -> None:
             note(name, timed(lambda: flushed_save(engine, plain)))
     note("save", timed(lambda: front.save(state, {})))
     began = time.perf_counter()
-    note("background: standstill", timed(lambda: back.save(state, {})))
+    note("background: training waits", timed(lambda: back.save(state, {})))
     back.finish()
     note("background: committed", time.perf_counter() - began)
     engine.destroy()
@@ -228,7 +228,7 @@ def run(args: argparse.Namespace, accelerator: str, processes: int) -> dict[str,
 
 def table(result: dict[str, Any]) -> str:
     """Return Markdown: the median and range of each, and the ratio to DeepSpeed's own."""
-    own = {"save": "deepspeed save", "background: standstill": "deepspeed save", "resume": "deepspeed resume"}
+    own = {"save": "deepspeed save", "background: training waits": "deepspeed save", "resume": "deepspeed resume"}
     lines = ["| | median s | minimum | maximum | relative to DeepSpeed's |", "|---|---|---|---|---|"]
     medians = {name: statistics.median(values) for name, values in result["times"].items()}
     for name, values in result["times"].items():

@@ -1,12 +1,10 @@
 #!/usr/bin/env bash
-# Sets up everything that `make demo` and `make test` need, once: system packages, .venv with the pinned
-# versions, and DeepSpeed's shared-memory op for the CPU. Run again, it finds its stamp and does nothing.
+# Sets up what `make demo` needs, once: system packages, .venv with the pinned versions, and DeepSpeed's shared-memory
+# op for the CPU. Run again, it finds its stamp and does nothing.
 #   PYTHON=python3.11 scripts/setup.sh     to choose the interpreter (3.10 to 3.12)
+#   scripts/setup.sh --slurm               only installs Slurm and munge, for tests/slurm, as `make test` does
 set -euo pipefail
 cd "$(dirname "$0")/.."
-
-stamp=.venv/.setup-$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -c1-16)
-[ -f "$stamp" ] && exit 0
 
 fail() { printf '\nsetup: %s\n' "$*" >&2; exit 1; }
 
@@ -46,6 +44,21 @@ install_packages() {
     DEBIAN_FRONTEND=noninteractive "${sudo[@]}" apt-get install -y -qq --no-install-recommends "$@" >/dev/null
 }
 
+case ${1:-} in
+    "") ;;
+    --slurm)
+        # tests/slurm start a Slurm of their own in a temporary folder; without it they are skipped. A machine that has
+        # Slurm's commands belongs to a cluster and is left alone.
+        if ! command -v sbatch >/dev/null && ! install_packages slurm-wlm munge; then
+            echo "setup: Slurm is not installed, so tests/slurm will be skipped (with root: apt-get install slurm-wlm munge)"
+        fi
+        exit 0 ;;
+    *) fail "unknown argument $1; the only one is --slurm" ;;
+esac
+
+stamp=.venv/.setup-$(cat pyproject.toml constraints.txt scripts/setup.sh | sha256sum | cut -c1-16)
+[ -f "$stamp" ] && exit 0
+
 PYTHON=$(find_python)
 packages=$(missing_packages "$PYTHON")
 if [ -n "$packages" ]; then
@@ -56,19 +69,13 @@ if [ -n "$packages" ]; then
                  inside that environment (FFCV compiles against them)"
 fi
 
-# tests/slurm start a Slurm of their own in a temporary folder; without it they are skipped. A machine that has Slurm's
-# commands belongs to a cluster and is left alone.
-if ! command -v sbatch >/dev/null && ! install_packages slurm-wlm munge; then
-    echo "setup: Slurm is not installed, so tests/slurm will be skipped (with root: apt-get install slurm-wlm munge)"
-fi
-
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 python=.venv/bin/python
 echo "setup: installing the pinned Python packages into .venv (several GB the first time)"
 "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ffcv,docs,dev]'
 
 echo "setup: building DeepSpeed's shared-memory op for the CPU (about a minute the first time)"
-# One process builds it here, because a half-built op with a stale lock file makes later jobs wait for ever.
+# One process builds it here, because a half-built op with a stale lock file makes later jobs wait forever.
 rm -rf .venv/torch_extensions
 DS_ACCELERATOR=cpu TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions" PATH="$PWD/.venv/bin:$PATH" "$python" -c '
 from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder

@@ -210,7 +210,7 @@ def test_refuses_a_fresh_start_without_a_complete_checkpoint(copy: Path, runs: S
     before = sorted(path for path in copy.rglob("*"))
     ranks = runs.launch(copy.name)
     assert ranks.wait(LIMIT_S) == [2, 2], ranks.text()
-    assert "no complete checkpoint in it; --resume never starts anew" in ranks.text(0)
+    assert "no complete checkpoint in it; --resume never starts over" in ranks.text(0)
     assert "Traceback" not in ranks.text() and "error" not in ranks.text(1)
     assert sorted(path for path in copy.rglob("*")) == before
 

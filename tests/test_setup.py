@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -77,11 +78,22 @@ def root_machine(bare_machine: Path) -> Path:
     return bare_machine
 
 
+def test_slurm_is_installed_for_tests_only(root_machine: Path) -> None:
+    done = run(
+        ["bash", root_machine / "scripts/setup.sh"], 30, environment() | {"PATH": str(root_machine.parent / "bin")}
+    )
+    assert done.status == 0 and "setup: ready" in done.stdout, done.stderr
+    assert not (root_machine / "asked").exists()
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in ("test", "test-all"):
+        assert re.search(rf"^{target}:.* slurm$", makefile, re.M)
+
+
 @pytest.mark.parametrize("status", ["0", "100"])
 def test_slurm_is_installed_if_it_can_be(status: str, root_machine: Path) -> None:
     path = {"PATH": str(root_machine.parent / "bin"), "APT_STATUS": status}
-    done = run(["bash", root_machine / "scripts/setup.sh"], 30, environment() | path)
-    assert done.status == 0 and "setup: ready" in done.stdout, done.stderr
+    done = run(["bash", root_machine / "scripts/setup.sh", "--slurm"], 30, environment() | path)
+    assert done.status == 0 and "setup: ready" not in done.stdout, done.stderr
     asked = (root_machine / "asked").read_text().splitlines()
     assert asked == ["update -qq", "install -y -qq --no-install-recommends slurm-wlm munge"]
     assert ("tests/slurm will be skipped" in done.stdout) == (status != "0")
@@ -90,10 +102,10 @@ def test_slurm_is_installed_if_it_can_be(status: str, root_machine: Path) -> Non
 def test_a_machine_with_slurm_is_left_alone(root_machine: Path) -> None:
     _script(root_machine.parent / "bin" / "sbatch")
     path = {"PATH": str(root_machine.parent / "bin")}
-    done = run(["bash", root_machine / "scripts/setup.sh"], 30, environment() | path)
+    done = run(["bash", root_machine / "scripts/setup.sh", "--slurm"], 30, environment() | path)
     assert done.status == 0 and not (root_machine / "asked").exists(), done.stderr
 
 
 @pytest.mark.skipif(os.getuid() != 0 or not shutil.which("apt-get"), reason="only root may install Slurm")
 def test_the_tests_of_slurm_are_not_skipped_here() -> None:
-    assert find_program("sbatch"), "scripts/setup.sh should have installed slurm-wlm and munge; see what it printed"
+    assert find_program("sbatch"), "make slurm should have installed slurm-wlm and munge; see what it printed"

@@ -14,9 +14,9 @@ import pytest
 
 from tests.support.processes import REPOSITORY
 
-# Floor of every package and top-level module. A module imports from lower floors, or from its own floor without cycles
-# between the floor's packages.
-FLOORS = {
+# Layer of every package and top-level module. A module imports from lower layers, or from its own layer without cycles
+# between the layer's packages.
+LAYERS = {
     **dict.fromkeys(("errors", "files", "schema", "units", "imagenet", "timm_hook"), 1),
     **dict.fromkeys(("models", "records", "distributed"), 2),
     **dict.fromkeys(("config", "weights"), 3),
@@ -42,6 +42,9 @@ VOCABULARY = {
     r"so many": "N, this many",
     r"device-hours?": "GPU-hours",
     r"slips": "errata",
+    r"anew": "again, over",
+    r"for ever": "forever",
+    r"standstill": "pause, wait",
 }
 # The words in a sense of their own: quotations and names.
 EXCEPTIONS = (
@@ -86,16 +89,16 @@ def package_of(module: str) -> str:
 
 
 def upward_imports(root: Path) -> list[str]:
-    """List imports of a module on a higher floor, or on no floor."""
+    """List imports of a module of a higher layer, or of no layer."""
     graph = import_graph(root)
-    missing = {package_of(module) for module in graph} - {""} - FLOORS.keys()
-    wrong = [f"{name}: no floor in tests/test_structure.py" for name in sorted(missing)]
+    missing = {package_of(module) for module in graph} - {""} - LAYERS.keys()
+    wrong = [f"{name}: no layer in tests/test_structure.py" for name in sorted(missing)]
     for module, imported in graph.items():
-        floor = FLOORS.get(package_of(module))
+        layer = LAYERS.get(package_of(module))
         for other in sorted(imported):
-            above = FLOORS.get(package_of(other))
-            if floor is not None and above is not None and above > floor:
-                wrong.append(f"{module} (floor {floor}) imports {other} (floor {above})")
+            above = LAYERS.get(package_of(other))
+            if layer is not None and above is not None and above > layer:
+                wrong.append(f"{module} (layer {layer}) imports {other} (layer {above})")
     return wrong
 
 
@@ -128,7 +131,7 @@ def test_imports_go_down() -> None:
 def test_an_upward_import_is_found(copy: Path) -> None:
     with (copy / "mrmae_ds/models/layers.py").open("a") as file:
         file.write("\n\ndef late() -> None:\n    from mrmae_ds.training import loop\n")
-    assert upward_imports(copy) == ["mrmae_ds.models.layers (floor 2) imports mrmae_ds.training.loop (floor 9)"]
+    assert upward_imports(copy) == ["mrmae_ds.models.layers (layer 2) imports mrmae_ds.training.loop (layer 9)"]
 
 
 def test_imports_have_no_cycle() -> None:

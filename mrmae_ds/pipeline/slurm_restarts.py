@@ -42,7 +42,7 @@ class JobStart:
 
 
 def status_prefix(stage_dir: Path) -> Path:
-    """Return the path prefix of a stage's Slurm files: outside its folder, which starting anew moves aside."""
+    """Return the path prefix of a stage's Slurm files: outside its folder, which `--resume never` moves aside."""
     return stage_dir.parent / "slurm" / stage_dir.name
 
 

@@ -69,10 +69,12 @@ class Progress:
             return
         now = self._clock()
         if self._printed is None or now - self._printed >= self._every or step >= self._total:
-            self._printed = now
+            first, self._printed = self._printed is None, now
             share = 100 * step / self._total if self._total else 100.0
             position = f"{self._label}: step {step}/{self._total} ({share:.1f} %)"
             print(f"{position}, {numbers}, ETA {self._eta(step, now)}", file=self._stream, flush=True)
+            if first:  # the first step also starts and compiles: later estimates leave it out
+                self._start, self._first = now, step
 
     def close(self) -> None:
         """End the bar's line."""

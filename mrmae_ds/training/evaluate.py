@@ -138,7 +138,7 @@ def prepare_evaluation(args: TrainArgs, launch: Launch) -> PreparedEvaluation:
     if done and [member.sha256 for member in RunRecord.load(stage_dir).members] != [m.sha256 for m in members]:
         raise UserError(
             f"{stage_dir}: holds the evaluation of other weights of {', '.join(sources)}; name another folder with "
-            "--run, or start anew here with --resume never"
+            "--run, or start over here with --resume never"
         )
     if not done:
         cache_all([recipe.data.val], recipe.loader.cache_dir)

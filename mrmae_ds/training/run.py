@@ -45,7 +45,7 @@ from mrmae_ds.weights.model_file import MODEL_FILE, save_weights
 
 logger = logging.getLogger(__name__)
 
-ALREADY_FINISHED = "%s: already finished; --resume never starts anew, --run DIR elsewhere"
+ALREADY_FINISHED = "%s: already finished; --resume never starts over, --run DIR elsewhere"
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def _start(stage: Path, restart: int, job: str = "7", max_restarts: int = 50) ->
 
 
 def test_starts_are_stored_outside_the_stage_folder(stage: Path) -> None:
-    """Starting anew moves the stage's folder aside, and the job's starts must stay."""
+    """Starting over moves the stage's folder aside, and the job's starts must stay."""
     assert _start(stage, 0) == 0
     assert not stage.exists()
     assert stage_dir_of(status_prefix(stage)) == stage
@@ -106,7 +106,7 @@ def test_restarts_are_limited(node_lost: bool, stage: Path) -> None:
 
 
 def test_restarted_job_resumes_its_own_run(stage: Path) -> None:
-    """`--resume never` applies to the first start only, or the job would start anew each time."""
+    """`--resume never` applies to the first start only, or the job would start over each time."""
     assert resume_option(stage, "7", 0) is None and resume_option(stage, "7", 1) is None
     stage.mkdir(parents=True)
     make_record(slurm_job="6").write(stage)

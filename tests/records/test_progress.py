@@ -36,6 +36,16 @@ def test_prints_periodic_lines_to_a_log_file() -> None:
     assert "\r" not in stream.getvalue()
 
 
+def test_the_first_step_is_left_out_of_later_estimates() -> None:
+    stream, clock = io.StringIO(), _Clock()
+    progress = Progress("pretrain", 100, stream=stream, clock=clock)
+    for step, seconds in ((1, 60), (11, 40)):  # compilation, then four seconds a step
+        clock.now += seconds
+        progress.update(step, 1.0, 1.0, 1.0)
+    first, later = stream.getvalue().splitlines()
+    assert first.endswith("ETA 1:39:00") and later.endswith("ETA 0:05:56")
+
+
 def test_shows_a_bar_on_a_terminal() -> None:
     stream = _Terminal()
     progress = Progress("finetune", 10, 4, stream=stream)

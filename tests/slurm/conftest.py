@@ -25,7 +25,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two nodes that accept jobs."""
     missing = missing_programs()
     if missing:
-        pytest.skip(f"Slurm is not installed: no {', '.join(missing)} (scripts/setup.sh installs slurm-wlm and munge)")
+        pytest.skip(
+            f"Slurm is not installed: no {', '.join(missing)} (scripts/setup.sh --slurm installs slurm-wlm and munge)"
+        )
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     try:
         cluster.start()

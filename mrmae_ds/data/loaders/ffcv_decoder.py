@@ -8,6 +8,7 @@ Shapes: B samples in a batch, S output size, N samples in the file, T threads.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,6 +32,23 @@ from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
 
 from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
+
+logger = logging.getLogger(__name__)
+
+
+class CompilationNotice(numba.core.event.Listener):  # type: ignore[misc]
+    """Log that the kernel is compiled. Numba announces it only if it finds no compiled version on disk."""
+
+    def on_start(self, event: Any) -> None:
+        """Log the start."""
+        if event.data["dispatcher"] is jpeg_kernel.decode:
+            logger.info("compiling the JPEG decoder, once per installation and CPU type; about half a minute")
+
+    def on_end(self, event: Any) -> None:
+        """Log nothing."""
+
+
+numba.core.event.register("numba:compile", CompilationNotice())
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,6 @@ def layout_conflict(saved: EngineLayout, current: EngineLayout, checkpoint: Path
         if before != after:
             return (
                 f"{checkpoint}: written with {key.split('.')[0]} of {name} {before}, the engine config has {after}; "
-                f"restore the earlier value of {key}, or start anew with --resume never"
+                f"restore the earlier value of {key}, or start over with --resume never"
             )
     return None

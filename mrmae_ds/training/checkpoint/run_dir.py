@@ -21,7 +21,7 @@ from mrmae_ds.training.checkpoint.manifest import RunIdentity, check_sizes, read
 
 RECIPE_FILE = "recipe.yaml"
 ENGINE_FILE = "engine.json"
-FIX = "Name another folder with --run, or start anew here with --resume never"
+FIX = "Name another folder with --run, or start over here with --resume never"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def decide_start(stage_dir: Path, stage: StageName, identity: RunIdentity, resum
         stage_dir: runs/NAME/STAGE.
         stage: of the command.
         identity: of the command's run.
-        resume: ``auto`` resumes from the newest checkpoint if there is one; ``never`` starts anew; else a
+        resume: ``auto`` resumes from the newest checkpoint if there is one; ``never`` starts over; else a
             checkpoint folder.
 
     Raises:
@@ -115,7 +115,7 @@ def _from_checkpoints(stage_dir: Path, identity: RunIdentity) -> RunStart:
 
 def no_complete_checkpoint(stage_dir: Path, damaged: list[str]) -> str:
     """Return the message for a run that has checkpoints, but no complete one."""
-    return f"{stage_dir / FOLDER}: no complete checkpoint in it; --resume never starts anew. {' '.join(damaged)}"
+    return f"{stage_dir / FOLDER}: no complete checkpoint in it; --resume never starts over. {' '.join(damaged)}"
 
 
 def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, current: RunIdentity) -> RunIdentity:
@@ -151,13 +151,13 @@ def prepare_folder(stage_dir: Path, recipe: Recipe, engine_config: str, fresh: b
     """Make the folder and write the resolved recipe and engine config into it.
 
     Half-written files of killed processes are removed. A fresh start renames an earlier run's folder to
-    ``.STAGE.previous`` (replacing one that is already there), so that starting anew by mistake loses nothing.
+    ``.STAGE.previous`` (replacing one that is already there), so that starting over by mistake loses nothing.
 
     Args:
         stage_dir: runs/NAME/STAGE.
         recipe: resolved.
         engine_config: as used, JSON.
-        fresh: True to start anew, False to resume.
+        fresh: True to start over, False to resume.
     """
     if fresh and stage_dir.exists():
         previous = stage_dir.with_name(f".{stage_dir.name}.previous")

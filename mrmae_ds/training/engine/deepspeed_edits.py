@@ -48,6 +48,13 @@ class Edit:
         except (ImportError, LookupError, OSError):
             return False
 
+    def applied(self) -> bool:
+        """Return True if the file has the new passage already: its package was patched, or a newer version has it."""
+        try:
+            return inspect.getsource(import_module(self.module)).count(self.after) > 0
+        except (ImportError, OSError):
+            return False
+
 
 @dataclass(frozen=True)
 class Patch:

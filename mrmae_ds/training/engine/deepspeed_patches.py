@@ -87,10 +87,12 @@ PATCHES = (
 
 @cache
 def apply_patches() -> None:
-    """Edit DeepSpeed in this process, once; leave out, with a warning, a patch that does not fit this DeepSpeed."""
+    """Edit DeepSpeed in this process, once; leave out patches that its files have, and, with a warning, misfits."""
     nvtx.enable_nvtx = False  # ranges around its functions, hundreds of them in a micro-batch
     edits: defaultdict[FunctionType, list[Edit]] = defaultdict(list)
     for patch in PATCHES:
+        if all(edit.applied() for edit in patch.edits):
+            continue
         misfits = [f"{edit.module}.{edit.function}" for edit in patch.edits if not edit.fits()]
         if misfits:
             logger.warning(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import zlib
 from collections.abc import Sequence
 
@@ -16,7 +17,12 @@ from tests.support.sample_data import photograph
 
 import_ffcv()
 
-from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
+from numba.core import event  # noqa: E402
+
+from mrmae_ds.data.loaders import (  # noqa: E402
+    ffcv_decoder,  # noqa: F401, registers the listener
+    jpeg_kernel,
+)
 
 pytestmark = pytest.mark.timeout(240, method="thread")
 Box = tuple[float, float, float, float, int]
@@ -219,3 +225,12 @@ def test_checksum_equals_zlib(more: int) -> None:
     if more:
         changed = jpeg[:-1] + b"\xfe"
         assert _decode_table(changed, table, box, 8, checksums=[right])[1] == [jpeg_kernel.DAMAGED]
+
+
+def test_compilation_is_announced(caplog: pytest.LogCaptureFixture) -> None:
+    """Numba triggers this event for a function that it does not find compiled on disk."""
+    with caplog.at_level(logging.INFO):
+        for dispatcher in (jpeg_kernel.decode, jpeg_kernel._cubic):
+            with event.trigger_event("numba:compile", data={"dispatcher": dispatcher}):
+                pass
+    assert len(caplog.records) == 1 and "compiling the JPEG decoder" in caplog.text

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
@@ -17,7 +18,7 @@ import torch
 from deepspeed.runtime.utils import has_inf_or_nan
 from torch import Tensor
 
-from mrmae_ds.training.engine import deepspeed_patches
+from mrmae_ds.training.engine import deepspeed_edits, deepspeed_patches
 from mrmae_ds.training.engine.deepspeed_edits import Edit, Patch, edited_code
 from mrmae_ds.training.engine.deepspeed_patches import PATCHES, apply_patches
 from tests.support.write_patches import FOLDER, unified_diff
@@ -138,9 +139,34 @@ def test_committed_patch_is_current_and_applies_to_the_installed_deepspeed(patch
     """The committed file is the patch, and applies to the installed files."""
     file = FOLDER / f"{patch.name}.patch"
     assert file.read_text() == unified_diff(patch), "run python -m tests.support.write_patches"
-    installed = Path(deepspeed.__file__).parent
-    for module in {edit.module for edit in patch.edits}:
-        name = module.replace(".", "/") + ".py"
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(installed.parent / name, tmp_path / name)
+    _copies([patch], tmp_path)
     subprocess.run(["git", "apply", "--check", str(file)], cwd=tmp_path, check=True)
+
+
+def test_patched_files_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A DeepSpeed to which the committed files were applied needs no edit and gives no warning."""
+    copies = _copies(PATCHES, tmp_path)
+    assert not any(all(edit.applied() for edit in patch.edits) for patch in PATCHES)
+    for patch in PATCHES:
+        subprocess.run(["git", "apply", str(FOLDER / f"{patch.name}.patch")], cwd=tmp_path, check=True)
+    targets = [edit.target() for patch in PATCHES for edit in patch.edits]
+    before = [target.__code__ for target in targets]
+    source = SimpleNamespace(getsource=lambda module: copies[module.__name__].read_text())
+    monkeypatch.setattr(deepspeed_edits, "inspect", source)
+    with caplog.at_level(logging.WARNING):
+        apply_patches.__wrapped__()
+    assert not caplog.records
+    assert [target.__code__ for target in targets] == before
+
+
+def _copies(patches: Iterable[Patch], folder: Path) -> dict[str, Path]:
+    """Copy the installed files that patches change; return the copies by module."""
+    copies = {}
+    for module in {edit.module for patch in patches for edit in patch.edits}:
+        name = module.replace(".", "/") + ".py"
+        copies[module] = folder / name
+        copies[module].parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(deepspeed.__file__).parents[1] / name, copies[module])
+    return copies
