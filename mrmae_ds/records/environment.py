@@ -45,11 +45,11 @@ def collect_hardware(world_size: int, device: str | torch.device) -> Hardware:
     return Hardware(device=module.get_device_name(device), count=module.device_count(), world_size=world_size)
 
 
-def collect_kernels() -> Kernels:
-    """Return the choice of kernels that is in effect in this process."""
+def collect_kernels(device: str | torch.device) -> Kernels:
+    """Return the choice of kernels that is in effect in this process for `device`; a CPU has none for attention."""
     import torch  # Late, as above.
 
-    cuda = torch.backends.cuda
+    on_cpu, cuda = torch.device(device).type == "cpu", torch.backends.cuda
     attention = {
         "flash": cuda.flash_sdp_enabled(),
         "efficient": cuda.mem_efficient_sdp_enabled(),
@@ -57,7 +57,7 @@ def collect_kernels() -> Kernels:
         "math": cuda.math_sdp_enabled(),
     }
     return Kernels(
-        attention=tuple(name for name, enabled in attention.items() if enabled),
+        attention=None if on_cpu else tuple(name for name, enabled in attention.items() if enabled),
         deterministic=torch.are_deterministic_algorithms_enabled(),
         float32_matmul_precision=torch.get_float32_matmul_precision(),
         cudnn_benchmark=torch.backends.cudnn.benchmark,

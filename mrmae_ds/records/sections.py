@@ -58,14 +58,14 @@ class Kernels(RecordSection):
     """Torch's choice of kernels, as it was in effect.
 
     Attributes:
-        attention: kernels of scaled dot-product attention that torch could choose from.
+        attention: kernels of scaled dot-product attention that torch could choose from; None on a CPU.
         deterministic: torch was confined to deterministic kernels.
         float32_matmul_precision: of products of float32 tensors on a GPU.
         cudnn_benchmark: cuDNN tried its algorithms and took the fastest one.
         threads: of torch on the host.
     """
 
-    attention: tuple[str, ...]
+    attention: tuple[str, ...] | None
     deterministic: bool
     float32_matmul_precision: str
     cudnn_benchmark: bool

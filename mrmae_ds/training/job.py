@@ -28,6 +28,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.build import check_optional_callbacks
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import RunStart, decide_start
+from mrmae_ds.training.engine.build import check_leaf_modules
 from mrmae_ds.training.schedule import StageSchedule
 from mrmae_ds.training.tasks.base import Task
 from mrmae_ds.training.tasks.build import build_task
@@ -146,7 +147,8 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
 
     Raises:
         UserError: for everything that the user can fix: a missing data file, a batch that does not divide, an image
-            size that the patches do not tile, a teacher that does not fit, missing weights, a full disk.
+            size that the patches do not tile, a teacher that does not fit, missing weights, a full disk, a dry run of
+            a single step, a leaf module that the model does not have.
     """
     recipe, engine_config = load_configs(args)
     check_optional_callbacks(recipe)
@@ -171,8 +173,14 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
         micro_batch=engine_config.micro_batch,
         launch=launch,
     )
+    if args.dry_run and schedule.total_steps < 2:
+        raise UserError(
+            f"--dry-run runs two steps, and stages.{stage_name} has one; raise its epochs or lower its batch_size"
+        )
     torch.manual_seed(recipe.seed)
     task = build_task(recipe, stage_name, engine_config, train_data.num_classes, stage_dir.parent)
+    engine_config = task.adapt_engine_config(engine_config)
+    check_leaf_modules(task.model, engine_config)
     identity = RunIdentity(
         recipe_hash=recipe.hash(args.stage),
         seed=recipe.seed,
@@ -188,7 +196,7 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
     return PreparedStage(
         recipe=recipe,
         stage_name=args.stage,
-        engine_config=task.adapt_engine_config(engine_config),
+        engine_config=engine_config,
         schedule=schedule,
         stage_dir=stage_dir,
         identity=identity,

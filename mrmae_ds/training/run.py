@@ -17,7 +17,7 @@ from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.distributed.signals import StopSignals
 from mrmae_ds.distributed.watchdog import Watchdog
-from mrmae_ds.errors import RaisedOnAllRanks, StopRequested, UserError
+from mrmae_ds.errors import RaisedOnAllRanks, StopRequested
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.callbacks.build import build_optional_callbacks
 from mrmae_ds.training.callbacks.checkpoint import CheckpointCallback
@@ -225,10 +225,7 @@ def dry_run(job: PreparedStage) -> None:
     The shapes are the stage's largest: full micro-batches, and all of them in each step.
 
     Args:
-        job: the prepared stage.
-
-    Raises:
-        UserError: if the stage has a single step.
+        job: the prepared stage, of at least two steps.
     """
     with process_group(job.launch, job.recipe.watchdog.timeout_minutes) as (device, _):
         _dry_run(job, device)
@@ -236,8 +233,6 @@ def dry_run(job: PreparedStage) -> None:
 
 def _dry_run(job: PreparedStage, device: torch.device) -> None:
     engine, loader, schedule = _build_engine(job, device), job.train_loader(device), job.schedule
-    if schedule.total_steps < 2:
-        raise UserError("the stage has a single step; a dry run needs two")
     engine.train()
     batches, times = loader.epoch(0), []
     for step in range(2):

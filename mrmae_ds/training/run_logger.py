@@ -198,7 +198,7 @@ def describe_run(recipe: Recipe, stage: StageName, launch: Launch, device: torch
         "slurm_job": os.environ.get("SLURM_JOB_ID"),
         "versions": collect_versions(),
         "hardware": collect_hardware(launch.world_size, device),
-        "kernels": collect_kernels(),
+        "kernels": collect_kernels(device),
     }
 
 

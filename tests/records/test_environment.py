@@ -45,14 +45,15 @@ def test_versions_and_hardware_contain_no_host_name() -> None:
 
 
 def test_kernels_are_those_in_effect() -> None:
-    before = collect_kernels()
+    before = collect_kernels("cuda")
     assert not before.deterministic and before.attention == ("flash", "efficient", "cudnn", "math")
     assert before.threads == torch.get_num_threads()
     torch.use_deterministic_algorithms(True)
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
-        changed = collect_kernels()
+        changed, on_cpu = collect_kernels("cuda"), collect_kernels("cpu")
     finally:
         torch.use_deterministic_algorithms(False)
         torch.backends.cuda.enable_cudnn_sdp(True)
     assert changed.deterministic and changed.attention == ("flash", "efficient", "math")
+    assert on_cpu.deterministic and on_cpu.attention is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,21 @@ def test_the_class_token_can_be_finetuned(data: tuple[str, str], tmp_path: Path,
     assert "missing 2 (head.weight, head.bias)" in job.task.init_report
     with pytest.raises(UserError, match=r"stages\.finetune\.init: .*model.safetensors: its encoder differs.*depth"):
         _prepare(data, tmp_path, "finetune", *options, "model.overrides={depth: 2}")
+
+
+def test_a_dry_run_of_a_single_step_is_refused_while_preparing(data: tuple[str, str], tmp_path: Path) -> None:
+    overrides = (*data, "stages.pretrain.epochs=1", "stages.pretrain.batch_size=64")
+    overrides += ("stages.pretrain.optimizer.warmup_epochs=0",)
+    with pytest.raises(UserError, match=r"--dry-run runs two steps, and stages\.pretrain has one; raise its epochs"):
+        prepare_stage(TrainArgs(ENGINE, "pretrain", RECIPE, tmp_path, overrides=overrides, dry_run=True), ALONE)
+
+
+def test_leaf_modules_are_checked_while_preparing(data: tuple[str, str], tmp_path: Path) -> None:
+    engine = json.loads(ENGINE.read_text())
+    engine["zero_optimization"]["leaf_module"]["classes"] = ["Blok"]
+    (tmp_path / "engine.json").write_text(json.dumps(engine))
+    with pytest.raises(UserError, match=r"engine\.json: .*the model has no Blok"):
+        prepare_stage(TrainArgs(tmp_path / "engine.json", "pretrain", RECIPE, tmp_path, overrides=data), ALONE)
 
 
 def test_missing_wandb_package_is_reported_before_data_and_models(

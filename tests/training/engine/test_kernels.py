@@ -22,7 +22,7 @@ CONFIG = EngineConfig(Path("engine.json"), {}, 4, None, OFFLOADED, torch.float32
 
 
 def _switches() -> dict[str, Any]:
-    return collect_kernels().model_dump() | {
+    return collect_kernels(CUDA).model_dump() | {
         "cudnn_deterministic": torch.backends.cudnn.deterministic,
         "cudnn_tf32": torch.backends.cudnn.allow_tf32,
     }
@@ -60,7 +60,7 @@ def restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 )
 def test_attention_kernels_are_chosen_once_and_recorded(backend: Any, allowed: tuple[str, ...]) -> None:
     apply_kernel_settings(KernelSettings(attention_backend=backend), CUDA)
-    assert collect_kernels().attention == allowed
+    assert collect_kernels(CUDA).attention == allowed
 
 
 def test_cudnn_attention_is_off_by_default() -> None:
@@ -95,7 +95,7 @@ def test_keeps_a_workspace_that_was_set(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize(("precision", "tf32"), [("highest", False), ("high", True), ("medium", True)])
 def test_precision_of_float32_products_and_convolutions(precision: Any, tf32: bool) -> None:
     apply_kernel_settings(KernelSettings(float32_matmul_precision=precision), CUDA)
-    assert torch.get_float32_matmul_precision() == collect_kernels().float32_matmul_precision == precision
+    assert torch.get_float32_matmul_precision() == collect_kernels(CUDA).float32_matmul_precision == precision
     assert torch.backends.cudnn.allow_tf32 == tf32
 
 
@@ -117,7 +117,7 @@ def test_offloaded_optimizer_gets_the_cores_that_decoders_leave(
     monkeypatch.setattr("mrmae_ds.training.engine.kernels.default_num_workers", lambda: share)
     torch.set_num_threads(1)
     set_optimizer_threads(CONFIG, num_workers, CUDA)
-    assert torch.get_num_threads() == expected == collect_kernels().threads
+    assert torch.get_num_threads() == expected == collect_kernels(CUDA).threads
 
 
 def test_threads_stay_on_the_cpu_without_offloading_and_where_the_user_set_them(
