@@ -73,6 +73,8 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
             f"{path}: no such file; write it with data/folder.py or data/fashion_mnist.py (see docs/data.md)"
         )
     sidecar = sidecar_path(path)
+    if path.suffix != ".beton" and not sidecar.is_file():
+        raise UserError(f"{path}: not a data set; name a .beton file, such as data/NAME/train.beton (see docs/data.md)")
     if not sidecar.is_file():
         raise UserError(
             f"{sidecar}: no such file; it is written last, when {path.name} is complete: "

@@ -46,10 +46,13 @@ def import_ffcv() -> None:
             numba.config.DISABLE_JIT = before
     except ImportError as error:
         raise UserError(
-            f"the ffcv backend needs ffcv, numba and tbb ({error}): install the system packages "
-            "libopencv-dev, libturbojpeg0-dev and pkg-config, then pip install 'mrmae_ds[ffcv]'"
+            f"the ffcv backend needs ffcv, numba and tbb ({error}): install the system packages libopencv-dev, "
+            "libturbojpeg0-dev and pkg-config, then in the clone: pip install -e '.[ffcv]' -c constraints.txt; or do "
+            "without, with data.backend=pillow"
         ) from error
     except ValueError as error:
         if "threading layer" not in str(error):
             raise
-        raise UserError(f"numba finds no TBB library ({error}): pip install tbb") from error
+        raise UserError(
+            f"numba finds no TBB library ({error}); in the clone: pip install tbb -c constraints.txt"
+        ) from error

@@ -25,7 +25,10 @@ def check_installed() -> None:
         UserError: if it is not.
     """
     if find_spec("wandb") is None:
-        raise UserError("wandb: the package is not installed; pip install wandb, or remove the recipe's section wandb")
+        raise UserError(
+            "wandb: the package is not installed; in the clone: pip install -e '.[wandb]' -c constraints.txt, or "
+            "remove the recipe's section wandb"
+        )
 
 
 class WandbCallback(Callback):

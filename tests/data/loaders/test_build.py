@@ -431,5 +431,5 @@ def test_missing_ffcv_is_an_error_naming_the_remedy(monkeypatch: pytest.MonkeyPa
     from mrmae_ds.data.loaders.build import check_backend
 
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
-    with pytest.raises(UserError, match=r"needs ffcv.*libopencv-dev.*pip install 'mrmae_ds\[ffcv\]'"):
+    with pytest.raises(UserError, match=r"needs ffcv.*pip install -e '\.\[ffcv\]' -c constraints\.txt.*=pillow"):
         check_backend()

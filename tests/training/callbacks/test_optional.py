@@ -198,7 +198,9 @@ def test_garbage_is_collected_every_few_steps_only(monkeypatch: pytest.MonkeyPat
 def test_a_missing_wandb_package_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe(RECIPE, ["wandb={project: p}"])
     monkeypatch.setattr("mrmae_ds.training.callbacks.wandb.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="wandb: the package is not installed; pip install wandb"):
+    with pytest.raises(
+        UserError, match=r"wandb: the package is not installed; .*pip install -e '\.\[wandb\]' -c constraints\.txt"
+    ):
         check_optional_callbacks(recipe)
     check_optional_callbacks(load_recipe(RECIPE))
 
