@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mrmae_ds.cli.parser import CommandParser
+from mrmae_ds.cli.parser import CommandParser, require_path
 
 SUMMARY = "identify a checkpoint, verify its checksums, and print how to load it"
 
@@ -17,6 +17,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the description."""
+    require_path(args.path)
     from mrmae_ds.cli.inspect import describe
 
     print(describe(args.path))

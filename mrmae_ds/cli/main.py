@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shtab
+
 from mrmae_ds import __version__
 from mrmae_ds.cli import check, cost, data, doctor, export, migrate, plan, replay, show, submit, table, teachers, train
-from mrmae_ds.cli.parser import Command, CommandParser, run_command
+from mrmae_ds.cli.parser import Command, CommandParser, quiet_without_reader, run_command
 
 COMMANDS: dict[str, Command] = {
     "data": data,
@@ -30,8 +32,6 @@ def build_parser() -> CommandParser:
         description="Tools for MR-MAE pre-training: data, training, planning, visualization, tables and export.",
     )
     parser.add_argument("--version", action="version", version=f"mrmae_ds {__version__}")
-    import shtab  # here, because the commands themselves run without it
-
     shtab.add_argument_to(parser, "--print-completion", help="print a completion script of this shell")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -48,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         argv: arguments; default: those of the process.
 
     Returns:
-        The exit status: 0, or 2 for bad input.
+        The exit status: 0, 2 for bad input, or 130 after Ctrl-C.
+
+    Raises:
+        SystemExit: by argparse, by commands with other statuses, and with status 141 if nobody reads the output.
     """
-    args = build_parser().parse_args(argv)
-    return run_command(args.run_command, args)
+    with quiet_without_reader():
+        args = build_parser().parse_args(argv)
+        return run_command(args.run_command, args)

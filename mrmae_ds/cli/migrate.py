@@ -24,6 +24,7 @@ def run(args: argparse.Namespace) -> None:
     from mrmae_ds.training.migrate import migrate
 
     done, problems = migrate(args.paths, dry_run=args.dry_run)
-    print("\n".join(done or ["nothing to change"]))
+    if done or not problems:
+        print("\n".join(done or ["nothing to change"]))
     if problems:
         raise UserError("\n".join(problems))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import re
+import select
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,6 +92,33 @@ def add_recipe_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--recipe", type=Path, help="recipe; default: the YAML of the same name beside the engine config"
     )
+
+
+def require_path(path: Path) -> None:
+    """Check that a path exists, before slow imports.
+
+    Raises:
+        UserError: if it does not.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder")
+
+
+@contextlib.contextmanager
+def quiet_without_reader() -> Iterator[None]:
+    """End the process quietly, with a shell's status of SIGPIPE, if nobody reads its output any longer, as `head`."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):  # another pipe is broken, as a worker's
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        raise SystemExit(128 + signal.SIGPIPE) from None
 
 
 def run_command(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -17,6 +18,9 @@ from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.distributed.signals import end_at_interrupt
 
 if TYPE_CHECKING:
+    from mrmae_ds.config.engine import EngineConfig
+    from mrmae_ds.config.recipe import Recipe
+    from mrmae_ds.config.stages import StageName
     from mrmae_ds.training.job import TrainArgs
 
 SUMMARY = "train one stage of a recipe, or evaluate a fine-tuned model; one rank per process, like train.py"
@@ -33,7 +37,9 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="run two real steps, print time and memory, write nothing"
     )
-    parser.add_argument("--print-config", action="store_true", help="print the resolved recipe and engine config")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the recipe and the engine config with all defaults"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK has it too
     parser.add_overrides()
 
@@ -82,8 +88,8 @@ def train(args: argparse.Namespace) -> int:
         if args.print_config:
             recipe, engine_config = load_configs(options)
             if launch.rank == 0:
-                print(f"# recipe {recipe.hash(args.stage)}\n{recipe.to_yaml()}\n# engine config {args.ds_config}")
-                print(json.dumps(engine_config.as_written(), indent=2))
+                with contextlib.suppress(BrokenPipeError):  # `| head` reads a part
+                    _print_configs(recipe, engine_config, args.stage)
             return 0
         run_prepared = _prepare(options, launch)
         started = True
@@ -95,14 +101,21 @@ def train(args: argparse.Namespace) -> int:
         return report_exit(error, launch, started)
 
 
+def _print_configs(recipe: Recipe, engine_config: EngineConfig, stage: StageName) -> None:
+    print(f"# recipe {recipe.hash(stage)}\n{recipe.to_yaml()}")
+    print(f"# engine config {engine_config.path}\n{json.dumps(engine_config.as_written(), indent=2)}\n")
+    print(f"# defaults of the engine config's other keys\n{json.dumps(engine_config.defaults(), indent=2)}")
+
+
 def end_process(status: int) -> NoReturn:
     """End the process without running the interpreter's shutdown.
 
     A library's thread that outlives the interpreter can abort a process whose work is done, and a finished job would
     count as failed.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(BrokenPipeError):
+            stream.flush()
     os._exit(status)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import torch
 
 from mrmae_ds.config.engine_rules import (
     CHECKPOINTING_KEYS,
+    DEEPSPEED_ADAM_KEYS,
     check_compile,
     check_keys,
     check_precision,
     check_zero,
+    zero_key_problem,
 )
-from mrmae_ds.config.files import nearest_key, read_json
+from mrmae_ds.config.files import json_text, nearest_key, read_json
 from mrmae_ds.config.kernels import KERNEL_KEYS, KernelSettings, parse_kernels
 from mrmae_ds.config.zero import ZeroSettings, offload_devices, parse_zero
 from mrmae_ds.errors import UserError
@@ -102,6 +104,31 @@ class EngineConfig:
         """Return the file's content with the accumulation filled in, for the run's record; an engine config again."""
         return {**self.as_written(), "gradient_accumulation_steps": accumulation}
 
+    def defaults(self) -> dict[str, Any]:
+        """Return the keys that the file leaves out, with the values that are used; both together are the same config.
+
+        Left out are keys that have no effect at this ZeRO stage. The accumulation follows from the ranks of the job.
+        """
+        from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+        zero = DeepSpeedZeroConfig(**self.as_written().get("zero_optimization", {}))
+        # DeepSpeed's leaf modules are classes of language models.
+        own = {"leaf_module": True, "offload_optimizer": set(DEEPSPEED_ADAM_KEYS)}
+        resolved = {
+            "gradient_accumulation_steps": "auto",
+            **asdict(self.kernels),
+            "bf16": {"enabled": self.zero.bf16},
+            "torch_autocast": {"enabled": self.zero.autocast},
+            "activation_checkpointing": asdict(self.checkpointing),
+            "compile": {"blocks": self.compile_blocks},
+            "zero_optimization": {
+                key: value
+                for key, value in zero.model_dump(mode="json", by_alias=True, exclude=own).items()
+                if (key == "stage" or self.zero.stage > 0) and not zero_key_problem(key, self.zero.stage)
+            },
+        }
+        return _without(resolved, self._raw)
+
     def for_deepspeed(self, accumulation: int) -> dict[str, Any]:
         """Return the dictionary for DeepSpeed: this project's own keys removed, the accumulation filled in."""
         own = ("activation_checkpointing", "compile", *KERNEL_KEYS)
@@ -132,6 +159,11 @@ def load_engine_config(path: Path) -> EngineConfig:
     Raises:
         UserError: naming the file and the key.
     """
+    if path.suffix in (".yaml", ".yml"):
+        raise UserError(
+            f"{path}: a YAML file, and an engine config is JSON: give ds_configs/NAME.json to --ds_config, a recipe to "
+            "--recipe"
+        )
     raw = read_json(path)
     check_keys(path, raw)
     if "gradient_clipping" not in raw:
@@ -140,7 +172,7 @@ def load_engine_config(path: Path) -> EngineConfig:
         )
     clipping = raw["gradient_clipping"]
     if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
-        raise UserError(f"{path}: gradient_clipping must be a number of at least 0, got {clipping!r}")
+        raise UserError(f"{path}: gradient_clipping must be a number of at least 0, got {json_text(clipping)}")
     check_precision(path, raw)
     check_zero(path, raw)
     micro_batch = _positive_int(path, raw, "train_micro_batch_size_per_gpu")
@@ -277,12 +309,24 @@ def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, r
     return accumulation
 
 
+def _without(values: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Return the values whose keys are not given, in nested sections too."""
+    kept: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(given.get(key), dict):
+            if below := _without(value, given[key]):
+                kept[key] = below
+        elif key not in given:
+            kept[key] = value
+    return kept
+
+
 def _positive_int(path: Path, raw: dict[str, Any], key: str) -> int | None:
     value = raw.get(key, "auto")
     if value == "auto":
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{path}: {key} must be a whole number above 0, got {value!r}")
+        raise UserError(f"{path}: {key} must be a whole number above 0, got {json_text(value)}")
     return value
 
 
@@ -293,7 +337,8 @@ def _checkpoint_plan(path: Path, section: dict[str, Any]) -> CheckpointPlan:
         every = {"none": 0, "all": 1}.get(value, value) if isinstance(value, str) else value
         if isinstance(every, bool) or not isinstance(every, int) or every < 0:
             raise UserError(
-                f'{path}: activation_checkpointing.{key} must be "all", "none" or n for every n-th block, got {value!r}'
+                f'{path}: activation_checkpointing.{key} must be "all", "none" or n for every n-th block, got '
+                f"{json_text(value)}"
             )
         setattr(plan, key, every)
     return plan

@@ -11,7 +11,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from mrmae_ds.config.files import nearest_key
+from mrmae_ds.config.files import json_text, nearest_key
 from mrmae_ds.config.kernels import KERNEL_KEYS
 from mrmae_ds.config.zero import BFLOAT16, FLOAT32, offload_devices
 from mrmae_ds.errors import UserError
@@ -57,6 +57,8 @@ COMPILE_KEYS = ("blocks",)
 AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
 BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
 DATA_TYPE_KEYS = ("grad_accum_dtype",)
+# Keys of offload_optimizer that work with DeepSpeed's own Adam only.
+DEEPSPEED_ADAM_KEYS = ("ratio", "super_offload", "cpuadam_cores_perc")
 
 # Keys of DeepSpeed's own activation checkpointing. They have no effect, because torch checkpoints the blocks.
 DEEPSPEED_CHECKPOINTING = (
@@ -114,7 +116,7 @@ def check_keys(path: Path, raw: dict[str, Any]) -> None:
     for name, known in sections.items():
         section = raw.get(name, {})
         if not isinstance(section, dict):
-            raise UserError(f"{path}: {name} must be a section of keys and values, got {section!r}")
+            raise UserError(f"{path}: {name} must be a section of keys and values, got {json_text(section)}")
         for key in section:
             if name == "activation_checkpointing" and key in DEEPSPEED_CHECKPOINTING:
                 raise UserError(
@@ -136,7 +138,7 @@ def check_precision(path: Path, raw: dict[str, Any]) -> None:
     bf16, autocast = (raw.get(name, {}) for name in ("bf16", "torch_autocast"))
     for name, section in {"bf16": bf16, "torch_autocast": autocast}.items():
         if not isinstance(section.get("enabled", False), bool):
-            raise UserError(f"{path}: {name}.enabled must be true or false, got {section['enabled']!r}")
+            raise UserError(f"{path}: {name}.enabled must be true or false, got {json_text(section['enabled'])}")
     accumulated = raw.get("data_types", {}).get("grad_accum_dtype")
     if autocast.get("enabled"):
         if bf16.get("enabled"):
@@ -146,8 +148,8 @@ def check_precision(path: Path, raw: dict[str, Any]) -> None:
             )
         if autocast.get("dtype") not in BFLOAT16:
             raise UserError(
-                f'{path}: torch_autocast.dtype must be "bfloat16", got {autocast.get("dtype")!r} (float16 is not '
-                "supported)"
+                f'{path}: torch_autocast.dtype must be "bfloat16", got {json_text(autocast.get("dtype"))} (float16 '
+                "is not supported)"
             )
         if "communication_data_type" in raw:
             raise UserError(
@@ -180,15 +182,10 @@ def check_zero(path: Path, raw: dict[str, Any]) -> None:
     zero = raw.get("zero_optimization", {})
     stage = zero.get("stage", 0)
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3")
+        raise UserError(f"{path}: zero_optimization.stage must be 0, 1, 2 or 3, got {json_text(stage)}")
     for key in zero:
-        name = f"{path}: zero_optimization.{key}"
-        if key in _NOT_SUPPORTED:
-            raise UserError(f"{name} {_NOT_SUPPORTED[key]}")
-        if stage < 3 and (key in _STAGE_3_KEYS or key.startswith("stage3_")):
-            raise UserError(f"{name} has an effect at stage 3 only, and the stage is {stage}; leave it out")
-        if stage not in (1, 2) and key in _STAGE_1_2_KEYS:
-            raise UserError(f"{name} has an effect at stages 1 and 2 only, and the stage is {stage}; leave it out")
+        if problem := zero_key_problem(key, stage):
+            raise UserError(f"{path}: zero_optimization.{key} {problem}")
     if stage == 3 and zero.get("memory_efficient_linear") is not False:
         raise UserError(
             f"{path}: zero_optimization.memory_efficient_linear must be false: left out, DeepSpeed replaces "
@@ -197,11 +194,23 @@ def check_zero(path: Path, raw: dict[str, Any]) -> None:
     leaf_module = zero.get("leaf_module", {})
     if not isinstance(leaf_module, dict) or not isinstance(leaf_module.get("classes", []), list):
         raise UserError(
-            f'{path}: zero_optimization.leaf_module must be a section {{"classes": [NAME, ...]}}, got {leaf_module!r}'
+            f'{path}: zero_optimization.leaf_module must be a section {{"classes": [NAME, ...]}}, got '
+            f"{json_text(leaf_module)}"
         )
     _check_offload(path, zero, stage)
     if "aio" in raw and "nvme" not in offload_devices(raw).values():
         raise UserError(f"{path}: aio has an effect only where something is offloaded to nvme; leave it out")
+
+
+def zero_key_problem(key: str, stage: int) -> str:
+    """Return the fault of a key of ``zero_optimization`` that is not supported or has no effect; "" if it has none."""
+    if key in _NOT_SUPPORTED:
+        return _NOT_SUPPORTED[key]
+    if stage < 3 and (key in _STAGE_3_KEYS or key.startswith("stage3_")):
+        return f"has an effect at stage 3 only, and the stage is {stage}; leave it out"
+    if stage not in (1, 2) and key in _STAGE_1_2_KEYS:
+        return f"has an effect at stages 1 and 2 only, and the stage is {stage}; leave it out"
+    return ""
 
 
 def check_compile(path: Path, raw: dict[str, Any]) -> bool:
@@ -212,7 +221,7 @@ def check_compile(path: Path, raw: dict[str, Any]) -> bool:
     """
     compiled = raw.get("compile", {}).get("blocks", False)
     if not isinstance(compiled, bool):
-        raise UserError(f"{path}: compile.blocks must be true or false, got {compiled!r}")
+        raise UserError(f"{path}: compile.blocks must be true or false, got {json_text(compiled)}")
     zero = raw.get("zero_optimization", {})
     leaves = zero.get("leaf_module", {}).get("classes", [])
     if compiled and zero.get("stage", 0) == 3 and not {"Block", "ConvBlock"} <= set(leaves):
@@ -230,7 +239,7 @@ def _check_offload(path: Path, zero: dict[str, Any], stage: int) -> None:
         if section is None:
             continue
         if not isinstance(section, dict):
-            raise UserError(f"{where} must be a section of keys and values, got {section!r}")
+            raise UserError(f"{where} must be a section of keys and values, got {json_text(section)}")
         if stage == 0:
             raise UserError(f"{where} needs stage 1, 2 or 3, and the stage is 0")
         if section.get("device") == "nvme":
@@ -238,7 +247,7 @@ def _check_offload(path: Path, zero: dict[str, Any], stage: int) -> None:
                 raise UserError(f"{where}.device nvme needs stage 3, and the stage is {stage}; use cpu")
             if not section.get("nvme_path"):
                 raise UserError(f"{where}.nvme_path is required with nvme: a folder on the node's own disk")
-        for name in ("ratio", "super_offload", "cpuadam_cores_perc"):
+        for name in DEEPSPEED_ADAM_KEYS:
             if name in section:
                 raise UserError(f"{where}.{name} works with DeepSpeed's own Adam only, not with torch's; leave it out")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from mrmae_ds.config.renamed import refuse_renamed
 from mrmae_ds.errors import ConfigError, UserError
+from mrmae_ds.units import first_few
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -45,7 +46,35 @@ def read_extended(path: Path, model: type[BaseModel], ancestors: tuple[Path, ...
     if parent is None:
         return raw
     refuse_unknown_nulls(raw, model, path)
-    return merge(read_extended(path.parent / str(parent), model, (*ancestors, path.resolve())), raw)
+    base = path.parent / str(parent)
+    if not base.is_file():
+        raise UserError(f"{path}: extends: {base}: no such file{_nearest_file(base, besides=path)}")
+    return merge(read_extended(base, model, (*ancestors, path.resolve())), raw)
+
+
+# Kinds of configuration: a key that every file of the kind has and no other, what takes it, and an example.
+_KINDS = {
+    "a recipe": ("model", "--recipe", "ds_configs/NAME.yaml"),
+    "an engine config": ("train_micro_batch_size_per_gpu", "--ds_config", "ds_configs/NAME.json"),
+    "a pipeline file": ("runs", "mrmae submit", "pipelines/NAME.yaml"),
+}
+
+
+def refuse_other_kind(raw: dict[str, Any], expected: str, path: Path) -> None:
+    """Check that a file is not a configuration of another kind, all of whose keys would be unknown.
+
+    Args:
+        raw: its content.
+        expected: "a recipe", "an engine config" or "a pipeline file".
+        path: of the file.
+
+    Raises:
+        UserError: naming the kind and what takes it.
+    """
+    own, _, example = _KINDS[expected]
+    for kind, (key, taker, _) in _KINDS.items():
+        if key in raw and own not in raw:
+            raise UserError(f"{path}: is {kind}, for {taker}; expected {expected}, {example}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,15 +109,29 @@ def _parsed(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        near = _nearest(path.name, [p.name for p in path.parent.glob(f"*{path.suffix}")])
-        raise UserError(f"{path}: no such file{near}") from None
+        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
+    except IsADirectoryError:
+        raise UserError(f"{path}: cannot be read: it is a folder; name a file in it") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be parsed: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: cannot be parsed: {parse_problem(error)}") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected keys and values, found {type(content).__name__}")
     return content
+
+
+def parse_problem(error: Exception) -> str:
+    """Return a parser's error as one line, without the name that PyYAML gives to every text."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split()).replace(' in "<unicode string>"', "")
+
+
+def json_text(value: Any) -> str:
+    """Return a value for a message as configuration files write it: null and true, not None and True."""
+    return repr(value) if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def merge(base: dict[str, Any], over: dict[str, Any], keep_null: bool = False) -> dict[str, Any]:
@@ -146,13 +189,19 @@ def _parse_override(text: str) -> dict[str, Any]:
     try:
         value = parse_yaml(value_text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"override {text!r}: the value is not YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"override {text!r}: the value is not YAML: {parse_problem(error)}") from None
     for part in reversed(key.split(".")):
         value = {part: value}
     return dict(value)
 
 
-def refuse_unknown_nulls(over: dict[str, Any], model: type[BaseModel], path: Path, above: tuple[str, ...] = ()) -> None:
+def refuse_unknown_nulls(
+    over: dict[str, Any],
+    model: type[BaseModel],
+    path: Path,
+    above: tuple[str, ...] = (),
+    overrides: Sequence[str] = (),
+) -> None:
     """Check that null removes only keys of the schema: after merging, no validation sees the others.
 
     Args:
@@ -160,6 +209,7 @@ def refuse_unknown_nulls(over: dict[str, Any], model: type[BaseModel], path: Pat
         model: schema of the merged content.
         path: file to name in the error.
         above: path of ``over`` in the content.
+        overrides: ``key.path=value`` strings that ``over`` was joined from, if it was.
 
     Raises:
         UserError: naming the key and the nearest known key.
@@ -167,30 +217,51 @@ def refuse_unknown_nulls(over: dict[str, Any], model: type[BaseModel], path: Pat
     known = _fields_at(model, above)
     for key, value in over.items():
         if isinstance(value, dict):
-            refuse_unknown_nulls(value, model, path, (*above, key))
+            refuse_unknown_nulls(value, model, path, (*above, key), overrides)
         elif value is None and known and key not in known:
-            raise UserError(f"{path}: {'.'.join((*above, key))}: unknown key{_nearest(key, known)}")
+            where = ".".join((*above, key))
+            raise UserError(f"{_origin(where, path, overrides)}: {where}: unknown key{_nearest(key, known)}")
 
 
-def describe_errors(error: ValidationError, model: type[BaseModel], path: Path) -> str:
-    """Return all problems of a validation, one per line: file, key path, problem, nearest known key."""
+def describe_errors(error: ValidationError, model: type[BaseModel], path: Path, overrides: Sequence[str] = ()) -> str:
+    """Return all problems of a validation, one per line: file or override, key path, problem, nearest known key.
+
+    Args:
+        error: raised by the validation.
+        model: schema of the content.
+        path: of the file.
+        overrides: ``key.path=value`` strings that were applied to its content.
+    """
     lines = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
+        unknown = item["type"] == "extra_forbidden"
+        if unknown:
             known = _fields_at(model, item["loc"][:-1])
-            lines.append(f"{path}: {where}: unknown key{_nearest(str(item['loc'][-1]), known)}")
+            problem = f"unknown key{_nearest(str(item['loc'][-1]), known)}"
         elif item["type"] == "missing":
-            lines.append(f"{path}: {where}: this key is required")
+            problem = "this key is required"
         else:
             given = item.get("input")
-            shown = f" (got {given!r})" if not isinstance(given, dict | list | BaseModel) else ""
+            shown = f" (got {json_text(given)})" if not isinstance(given, dict | list | BaseModel) else ""
             reason = item["msg"].removeprefix("Value error, ")
             cause = item.get("ctx", {}).get("error")
             if isinstance(cause, ConfigError):  # raised by a section for a key below it
                 where, reason = (f"{where}.{cause.key}" if where else cause.key), cause.reason
-            lines.append(f"{path}: {where}{': ' if where else ''}{reason}{shown}")
+            problem = f"{reason}{shown}"
+        lines.append(": ".join(part for part in (_origin(where, path, overrides, unknown), where, problem) if part))
     return "\n".join(lines)
+
+
+def _origin(where: str, path: Path, overrides: Sequence[str], below: bool = False) -> str:
+    """Return the last override that gave a key or its section, or with ``below`` a key below it; else the file."""
+    keys, own = [f"{text.partition('=')[0]}." for text in overrides], f"{where}."
+    given = [
+        text
+        for text, key in zip(overrides, keys, strict=True)
+        if own.startswith(key) or (below and key.startswith(own))
+    ]
+    return f"override {given[-1]!r} of {path}" if given else str(path)
 
 
 def nearest_key(key: str, known: Iterable[str]) -> str:
@@ -203,6 +274,21 @@ def _nearest(key: str, known: list[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known are {', '.join(sorted(known))}" if known else ""
+
+
+def _nearest_file(path: Path, besides: Path | None = None) -> str:
+    """Return the hint for a missing file: the one of the closest name beside it, else some that are there.
+
+    Args:
+        path: the missing file.
+        besides: a file that is no answer.
+    """
+    files = sorted(p for p in path.parent.glob(f"*{path.suffix}") if p.is_file() and p != besides)
+    names = {p.stem: p.name for p in files}
+    # Names alone and a high cutoff: the suffix that all share would make any two of them similar.
+    if close := difflib.get_close_matches(path.stem, names, n=1, cutoff=0.75):
+        return f"; did you mean {names[close[0]]!r}?"
+    return f"; there are {first_few(list(names.values()), 12)}" if names and path.suffix else ""
 
 
 def _fields_at(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mrmae_ds.config.files import json_text
 from mrmae_ds.errors import UserError
 
 AttentionBackend = Literal["flash", "efficient", "cudnn", "math", "auto"]
@@ -44,7 +45,7 @@ def parse_kernels(path: Path, raw: dict[str, Any]) -> KernelSettings:
     given = {key: raw[key] for key in KERNEL_KEYS if key in raw}
     for key, value in given.items():
         if key == "deterministic" and not isinstance(value, bool):
-            raise UserError(f"{path}: {key} must be true or false, got {value!r}")
+            raise UserError(f"{path}: {key} must be true or false, got {json_text(value)}")
         if key in _CHOICES and value not in _CHOICES[key]:
-            raise UserError(f"{path}: {key} must be one of {', '.join(_CHOICES[key])}, got {value!r}")
+            raise UserError(f"{path}: {key} must be one of {', '.join(_CHOICES[key])}, got {json_text(value)}")
     return KernelSettings(**given)

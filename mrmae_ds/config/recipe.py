@@ -20,6 +20,7 @@ from mrmae_ds.config.files import (
     describe_errors,
     join_overrides,
     read_extended,
+    refuse_other_kind,
     refuse_unknown_nulls,
 )
 from mrmae_ds.config.renamed import refuse_renamed, values_hash
@@ -185,14 +186,16 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     Raises:
         UserError: naming file, key and nearest known key.
     """
-    given = join_overrides(overrides or [])
+    overrides = overrides or []
+    given = join_overrides(overrides)
     refuse_renamed(given, path, source="override")
-    refuse_unknown_nulls(given, Recipe, path)
-    raw = apply_overrides(read_extended(path, Recipe), overrides or [], path)
+    refuse_unknown_nulls(given, Recipe, path, overrides=overrides)
+    raw = read_extended(path, Recipe)
+    refuse_other_kind(raw, "a recipe", path)
     try:
-        return Recipe.model_validate(raw)
+        return Recipe.model_validate(apply_overrides(raw, overrides, path))
     except ValidationError as error:
-        raise UserError(describe_errors(error, Recipe, path)) from None
+        raise UserError(describe_errors(error, Recipe, path, overrides)) from None
 
 
 def run_and_stage(source: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from mrmae_ds.config.files import json_text
 from mrmae_ds.errors import UserError
 
 FP32, BF16 = 4, 2
@@ -162,7 +163,7 @@ def offload_devices(raw: dict[str, Any]) -> dict[str, str]:
 
 def _whole(path: Path, key: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int | float) or not float(value).is_integer():
-        raise UserError(f"{path}: zero_optimization.{key} must be a whole number, got {value!r}")
+        raise UserError(f"{path}: zero_optimization.{key} must be a whole number, got {json_text(value)}")
     return int(value)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from mrmae_ds.config.files import describe_errors, nearest_key, read_extended
+from mrmae_ds.config.files import describe_errors, nearest_key, read_extended, refuse_other_kind
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.schema import Section
@@ -102,7 +102,9 @@ def load_pipeline(path: Path) -> PipelineConfig:
     Raises:
         UserError: naming file, key and nearest known key.
     """
+    raw = read_extended(path, PipelineConfig)
+    refuse_other_kind(raw, "a pipeline file", path)
     try:
-        return PipelineConfig.model_validate(read_extended(path, PipelineConfig))
+        return PipelineConfig.model_validate(raw)
     except ValidationError as error:
         raise UserError(describe_errors(error, PipelineConfig, path)) from None

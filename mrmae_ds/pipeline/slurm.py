@@ -104,6 +104,9 @@ def _slurm(*command: str) -> str:
         raise UserError(f"{command[0]}: not found; submit on a login node, or run here with --local") from None
     except subprocess.TimeoutExpired:
         raise UserError(f"{command[0]} did not answer within {_TIMEOUT_S} s; try again later") from None
+    if result.returncode and command[0] == "squeue":  # the first contact; the last of its lines is the cause
+        cause = (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]
+        raise UserError(f"squeue: {cause.removeprefix('squeue: ')}; without Slurm: --local")
     if result.returncode:
         raise UserError(f"{shlex.join(command)}: {result.stderr.strip() or f'exit status {result.returncode}'}")
     return result.stdout

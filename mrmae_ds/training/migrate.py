@@ -17,7 +17,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from mrmae_ds.config.files import describe_errors, read_json, read_yaml
+from mrmae_ds.config.files import describe_errors, parse_problem, read_json, read_yaml
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.renamed import former_hash, rename_in_text, rename_keys, values_hash
 from mrmae_ds.config.stages import StageName
@@ -191,7 +191,7 @@ def _rewritten(path: Path, text: str, hashes: dict[str, str]) -> str:
     try:
         return rename_in_text(text)
     except (UserError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: {parse_problem(error)}") from None
 
 
 def _with_hashes(value: Any, hashes: dict[str, str], key: str = "") -> Any:

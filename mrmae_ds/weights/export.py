@@ -137,7 +137,7 @@ def _finished(source: Path) -> Path:
             )
         if stages := sorted(str(file.parent) for file in source.glob(f"*/{MODEL_FILE}")):
             raise UserError(f"{source}: contains {len(stages)} finished stages; choose one: {', '.join(stages)}")
-    return find_weights(source, "export")
+    return find_weights(source)
 
 
 def _provenance(path: Path) -> dict[str, Any]:

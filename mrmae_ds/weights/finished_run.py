@@ -66,7 +66,7 @@ class FinishedRun:
         Raises:
             UserError: if there is none, or it is not the model file of a finished stage.
         """
-        path = find_weights(source, "run")
+        path = find_weights(source)
         metadata = read_metadata(path)
         try:
             recipe = Recipe.model_validate(rename_keys(metadata["recipe"]))

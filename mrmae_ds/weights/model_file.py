@@ -76,12 +76,12 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         save_file(contiguous, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
 
 
-def find_weights(source: Path, key: str) -> Path:
+def find_weights(source: Path, key: str = "") -> Path:
     """Return the model file of a stage folder, or ``source`` itself if it is a file.
 
     Args:
         source: stage folder or model file.
-        key: recipe key or option that named it, for errors.
+        key: recipe key that named it, for errors; empty for an argument.
 
     Raises:
         UserError: if the file does not exist.
@@ -90,7 +90,8 @@ def find_weights(source: Path, key: str) -> Path:
     if not path.is_file():
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
         raise UserError(
-            f"{key}: {source} {what}; run that stage first, or name a stage folder (runs/NAME/STAGE) or a model file"
+            f"{key}{': ' if key else ''}{source} {what}; run that stage first, or name a stage folder "
+            "(runs/NAME/STAGE) or a model file"
         )
     return path
 
@@ -118,6 +119,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
+        if path.suffix != ".safetensors":
+            raise UserError(f"{path}: not a weights file; name a finished stage, runs/NAME/STAGE") from None
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     if METADATA_KEY not in metadata:
         raise UserError(f"{path}: a safetensors file, but not one written by this project (no 'mrmae' metadata)")

@@ -36,6 +36,8 @@ def _train(*arguments: str | Path) -> Finished:
         ["table", "{}/nowhere"],
         ["table", "{}/file.txt"],
         ["table", "{}/torn"],
+        ["table", "{}/empty"],
+        ["migrate", "{}/file.txt"],
         ["show", "{}/nowhere"],
         ["show", "{}/torn"],
         ["show", "{}/file.txt", "{}/nowhere", "--images", "3", "--num-images", "2"],
@@ -60,13 +62,46 @@ def test_bad_input_is_one_line_and_status_2(
 ) -> None:
     (tmp_path / "file.txt").write_text("no .beton")
     (tmp_path / "torn").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "torn" / "record.json").write_text("{")
     (tmp_path / "code.pkl").write_bytes(pickle.dumps(print))
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
-    assert str(tmp_path) in err
+    assert str(tmp_path) in err and not list((tmp_path / "empty").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "ds_configs/tiny.yaml"], "ds_configs/tiny.yaml: not a weights file; name a finished stage"),
+        (["show", "README.md"], "README.md: not a weights file; name a finished stage"),
+        (["data", "info", "README.md"], "README.md: not a data set; name a .beton file"),
+    ],
+)
+def test_another_kind_of_file_is_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+def test_missing_paths_are_reported_before_torch_is_imported() -> None:
+    code = """
+import sys
+from mrmae_ds.cli.main import main
+print([main([command, "nowhere"]) for command in ("check", "show", "export")], "torch" in sys.modules)
+"""
+    finished = run([sys.executable, "-c", code], LIMIT_S)
+    assert finished.stdout == "[2, 2, 2] False\n"
+    assert finished.stderr == "error: nowhere: no such file or folder\n" * 3
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_ends_quietly_without_a_reader(unbuffered: str) -> None:
+    command = f"PYTHONUNBUFFERED={unbuffered} {sys.executable} -m mrmae_ds --print-completion bash"
+    script = f"{command} | true; echo ${{PIPESTATUS[0]}}"
+    finished = run(["bash", "-c", script], LIMIT_S)
+    assert (finished.stdout, finished.stderr) == ("141\n", "")
 
 
 def test_torchrun_leaves_every_option_to_train_py() -> None:
@@ -290,6 +325,7 @@ def test_print_config_prints_the_resolved_recipe_and_the_engine_config(tmp_path:
     done = _train("--ds_config", CONFIG, *overrides, "--print-config")
     assert done.status == 0, done.stderr
     recipe_text, _, engine_text = done.stdout.partition("\n# engine config ds_configs/tiny.json\n")
+    engine_text, _, defaults_text = engine_text.partition("\n# defaults of the engine config's other keys\n")
     (tmp_path / "printed.yaml").write_text(recipe_text)
     printed = load_recipe(tmp_path / "printed.yaml")
     expected = load_recipe(REPOSITORY / "ds_configs/tiny.yaml", overrides)
@@ -297,6 +333,8 @@ def test_print_config_prints_the_resolved_recipe_and_the_engine_config(tmp_path:
     assert recipe_text.startswith(f"# recipe {expected.hash('pretrain')}\n")
     assert yaml.safe_load(recipe_text)["stages"]["pretrain"]["epochs"] == 9
     assert json.loads(engine_text) == json.loads((REPOSITORY / CONFIG).read_text())
+    defaults = json.loads(defaults_text)
+    assert (defaults["attention_backend"], defaults["deterministic"]) == ("flash", False)
 
 
 def test_print_config_validates_deepspeed_sections(tmp_path: Path) -> None:
@@ -312,7 +350,8 @@ def test_print_config_of_other_recipe_names_wrong_key() -> None:
     recipe = "ds_configs/baselines/mae_tiny.yaml"
     done = _train("--ds_config", CONFIG, "--recipe", recipe, "--print-config", "stages.pretrain.epoch=3")
     assert done.status == 2
-    error = f"error: {recipe}: stages.pretrain.epoch: unknown key; did you mean 'epochs'?"
+    override = f"override 'stages.pretrain.epoch=3' of {recipe}"
+    error = f"error: {override}: stages.pretrain.epoch: unknown key; did you mean 'epochs'?"
     assert done.stderr.splitlines().count(error) == 1
     assert "Traceback" not in done.stderr and done.stdout == ""
 

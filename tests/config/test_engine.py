@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mrmae_ds.config.engine import (
     load_engine_config,
     validate_sections,
 )
+from mrmae_ds.config.files import json_text, merge
 from mrmae_ds.config.kernels import KernelSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
@@ -175,7 +177,7 @@ def test_the_micro_batch_must_be_stated(load: Load, value: str | None) -> None:
 @pytest.mark.parametrize("key", ["train_micro_batch_size_per_gpu", "gradient_accumulation_steps"])
 @pytest.mark.parametrize("value", [0, -1, True, False, 4.0, "4", [4]])
 def test_counts_are_whole_numbers_above_0(load: Load, key: str, value: Any) -> None:
-    assert f"{key} must be a whole number above 0, got {value!r}" in _error(load, **{key: value})
+    assert f"{key} must be a whole number above 0, got {json_text(value)}" in _error(load, **{key: value})
 
 
 def test_an_automatic_accumulation_is_derived(load: Load) -> None:
@@ -184,7 +186,8 @@ def test_an_automatic_accumulation_is_derived(load: Load) -> None:
 
 @pytest.mark.parametrize("value", [{"stage": 4}, {"stage": -1}, {"stage": "3"}, {"stage": None}, {"stage": True}])
 def test_zero_stages_are_0_to_3(load: Load, value: Any) -> None:
-    assert "zero_optimization.stage must be 0, 1, 2 or 3" in _error(load, zero_optimization=value)
+    message = _error(load, zero_optimization=value)
+    assert f"zero_optimization.stage must be 0, 1, 2 or 3, got {json_text(value['stage'])}" in message
 
 
 @pytest.mark.parametrize("part", ["conv_stages", "transformer", "decoder"])
@@ -192,7 +195,7 @@ def test_zero_stages_are_0_to_3(load: Load, value: Any) -> None:
 def test_activation_checkpointing_is_all_none_or_every_nth(load: Load, part: str, value: Any) -> None:
     message = _error(load, activation_checkpointing={part: value})
     assert f'activation_checkpointing.{part} must be "all", "none" or n' in message
-    assert message.endswith(f"got {value!r}")
+    assert message.endswith(f"got {json_text(value)}")
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,7 @@ def test_activation_checkpointing_is_all_none_or_every_nth(load: Load, part: str
 def test_kernels_are_one_of_the_choices(tmp_path: Path, key: str, value: Any, choices: str) -> None:
     path = tmp_path / "engine.json"
     path.write_text(json.dumps(SMALLEST | {key: value}))
-    with pytest.raises(UserError, match=rf"engine\.json: {key} must be {choices}, got {value!r}"):
+    with pytest.raises(UserError, match=rf"engine\.json: {key} must be {choices}, got {json_text(value)}"):
         load_engine_config(path)
 
 
@@ -215,6 +218,33 @@ def test_a_linear_classifier_runs_on_the_same_kernels(load: Load) -> None:
     config = load(deterministic=True, attention_backend="math").for_probe()
     assert config.kernels == KernelSettings("math", True)
     assert load(**config.as_used(2)).kernels == config.kernels
+
+
+@pytest.mark.parametrize("name", ["tiny", "base-zero1", "base-offload", "small"])
+def test_written_and_default_keys_are_together_the_same_config(load: Load, name: str) -> None:
+    config = load_engine_config(CONFIGS / f"{name}.json")
+    written, defaults = config.as_written(), config.defaults()
+    assert defaults["attention_backend"] == "flash" and defaults["compile"] == {"blocks": False}
+    both = merge(written, defaults, keep_null=True)
+    assert merge(defaults, written, keep_null=True) == both  # no key is in both
+    again = load(**both)
+    validate_sections(again)
+    assert replace(again, path=config.path, _raw=written) == config
+    assert again.defaults() == {}
+
+
+def test_defaults_are_keys_with_an_effect(load: Load) -> None:
+    plain = load().defaults()
+    assert plain["zero_optimization"] == {"stage": 0}
+    assert plain["activation_checkpointing"] == {"conv_stages": 0, "transformer": 0, "decoder": 0}
+    stage_1 = load(zero_optimization={"stage": 1}, deterministic=True).defaults()
+    assert "deterministic" not in stage_1 and not any("stage3" in key for key in stage_1["zero_optimization"])
+    assert stage_1["zero_optimization"]["reduce_bucket_size"] == 500_000_000
+
+
+def test_a_recipe_is_no_engine_config() -> None:
+    with pytest.raises(UserError, match=r"tiny\.yaml: a YAML file.*NAME\.json to --ds_config, a recipe to --recipe"):
+        load_engine_config(CONFIGS / "tiny.yaml")
 
 
 def test_an_unknown_key_of_activation_checkpointing(load: Load) -> None:
@@ -280,7 +310,7 @@ def test_both_kinds_of_mixed_precision(load: Load) -> None:
 @pytest.mark.parametrize("dtype", ["float16", None, "bf"])
 def test_autocast_is_to_bfloat16(load: Load, dtype: str | None) -> None:
     section = {"enabled": True} | ({"dtype": dtype} if dtype else {})
-    assert f'torch_autocast.dtype must be "bfloat16", got {dtype!r}' in _error(load, torch_autocast=section)
+    assert f'torch_autocast.dtype must be "bfloat16", got {json_text(dtype)}' in _error(load, torch_autocast=section)
 
 
 def test_bf16_requires_the_type_of_accumulated_gradients(load: Load) -> None:

@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from pydantic import Field, ValidationError, model_validator
 
-from mrmae_ds.config.files import apply_overrides, describe_errors, merge, nearest_key, read_json, read_yaml
+from mrmae_ds.config.files import (
+    apply_overrides,
+    describe_errors,
+    merge,
+    nearest_key,
+    read_extended,
+    read_json,
+    read_yaml,
+)
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.schema import Section
 
@@ -52,6 +60,13 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(UserError, match=r"tinny\.yaml: no such file; did you mean 'tiny\.yaml'\?"):
         read_yaml(tmp_path / "tinny.yaml")
+    (tmp_path / "mine.yaml").write_text("extends: min.yaml")
+    with pytest.raises(UserError, match=r"nope\.json: no such file; there are tinny\.json$"):
+        read_json(tmp_path / "nope.json")
+    with pytest.raises(UserError) as caught:
+        read_extended(tmp_path / "mine.yaml", Tree)
+    missing = f"{tmp_path / 'mine.yaml'}: extends: {tmp_path / 'min.yaml'}: no such file"
+    assert str(caught.value) == f"{missing}; there are huge.yaml, tiny.yaml"
     with pytest.raises(UserError, match=r"nowhere/x\.yaml: no such file$"):
         read_yaml(tmp_path / "nowhere/x.yaml")
 
@@ -76,7 +91,7 @@ def test_names_a_file_that_is_not_a_mapping(case: str, read: Any, tmp_path: Path
     with pytest.raises(UserError) as caught:
         read(path)
     assert str(caught.value).startswith(f"{path}: ")
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and "<unicode string>" not in str(caught.value)
 
 
 def test_reports_the_position_of_a_syntax_error(tmp_path: Path) -> None:
@@ -89,7 +104,7 @@ def test_reports_the_position_of_a_syntax_error(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read: it is a folder"):
         read_yaml(tmp_path)
 
 
@@ -188,6 +203,11 @@ def test_every_problem_has_a_line_with_what_was_given() -> None:
     assert "leaf.width" in lines[0] and lines[0].endswith("(got 0)")
     assert "leaf.label" in lines[1] and lines[1].endswith("(got 3)")
     assert "named.a.width" in lines[2] and lines[2].endswith("(got 'x')")
+
+
+def test_null_is_shown_as_the_file_has_it() -> None:
+    (line,) = _problems({"leaf": {"width": None}})
+    assert line.endswith("(got null)")
 
 
 def test_a_section_names_a_key_below_it() -> None:

@@ -205,7 +205,7 @@ UNKNOWN_KEYS = {
 @pytest.mark.parametrize("override", UNKNOWN_KEYS)
 def test_an_unknown_key_at_any_depth(override: str, path: Path) -> None:
     where, nearest = UNKNOWN_KEYS[override]
-    assert _error(path, override) == f"{path}: {where}: unknown key; did you mean {nearest!r}?"
+    assert _error(path, override) == f"override {override!r} of {path}: {where}: unknown key; did you mean {nearest!r}?"
 
 
 @pytest.mark.parametrize("override", UNKNOWN_KEYS)
@@ -215,7 +215,7 @@ def test_an_unknown_key_that_is_null(override: str, path: Path) -> None:
     if where != key:  # the section is unknown, and only its key null
         key = where
     expected = f"{where}: unknown key; did you mean {nearest!r}?"
-    assert _error(path, f"{key}=null") == f"{path}: {expected}"
+    assert _error(path, f"{key}=null") == f"override '{key}=null' of {path}: {expected}"
     over: Any = None
     for part in reversed(key.split(".")):
         over = {part: over}
@@ -234,7 +234,7 @@ REQUIRED = ["name", "method", "model.arch", "data.train", "stages.pretrain.epoch
 
 @pytest.mark.parametrize("key", [*REQUIRED, "stages.pretrain.objectives.mimic.tap", "teachers.clip.kind"])
 def test_a_required_key_that_is_missing(key: str, path: Path) -> None:
-    assert _error(path, f"{key}=null") == f"{path}: {key}: this key is required"
+    assert _error(path, f"{key}=null") == f"override '{key}=null' of {path}: {key}: this key is required"
 
 
 WRONG_TYPES = {
@@ -257,7 +257,24 @@ WRONG_TYPES = {
 
 @pytest.mark.parametrize("override", WRONG_TYPES)
 def test_a_value_of_the_wrong_type_names_its_key(override: str, path: Path) -> None:
-    assert all(line.startswith(f"{path}: {WRONG_TYPES[override]}") for line in _error(path, override).splitlines())
+    start = f"override {override!r} of {path}: {WRONG_TYPES[override]}"
+    assert all(line.startswith(start) for line in _error(path, override).splitlines())
+
+
+def test_a_fault_of_the_file_is_not_an_overrides(path: Path) -> None:
+    path.write_text(path.read_text() + "sed: 1\n")
+    file, seed = _error(path, "seed=1", "seed=-1", "name=x").splitlines()[::-1]
+    if file.startswith("override"):
+        file, seed = seed, file
+    assert file == f"{path}: sed: unknown key; did you mean 'seed'?"
+    assert seed.startswith(f"override 'seed=-1' of {path}: seed: Input should be greater")
+
+
+@pytest.mark.parametrize("file", ["tiny.json", "../pipelines/toy6.yaml"])
+def test_another_kind_of_file_is_no_recipe(file: str) -> None:
+    kind = "an engine config, for --ds_config" if file == "tiny.json" else "a pipeline file, for mrmae submit"
+    folder = Path(__file__).resolve().parents[2] / "ds_configs"
+    assert _error(folder / file) == f"{folder / file}: is {kind}; expected a recipe, ds_configs/NAME.yaml"
 
 
 def test_numbers_that_yaml_reads_as_text_are_numbers(path: Path) -> None:
@@ -323,7 +340,7 @@ IMPOSSIBLE = {
 @pytest.mark.parametrize("override", IMPOSSIBLE)
 def test_an_impossible_value_is_one_error(override: str, path: Path) -> None:
     message = _error(path, override)
-    assert "\n" not in message and message.startswith(f"{path}: ")
+    assert "\n" not in message and message.startswith((f"{path}: ", f"override {override!r} of {path}: "))
     for part in IMPOSSIBLE[override]:
         assert part in message
 

@@ -247,6 +247,21 @@ def test_missing_slurm_is_reported(
     assert _submit(tmp_path, "--dry-run", "--only", "scratch_tiny") == 0
 
 
+def test_unreachable_slurm_is_one_line(slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ["squeue: error: fetch_config: DNS SRV lookup failed", "squeue: fatal: Could not establish a source"]
+    (slurm.room.parent / "squeue").write_text("#!/bin/sh\nprintf '%s\\n' '" + "' '".join(lines) + "' >&2; exit 1\n")
+    assert _submit(tmp_path) == 2
+    assert capsys.readouterr().err == f"error: {lines[1]}; without Slurm: --local\n"
+
+
+@pytest.mark.parametrize("file", ["tiny.yaml", "tiny.json"])
+def test_other_files_than_pipelines_are_one_line(file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["submit", f"ds_configs/{file}"]) == 2
+    kind = "a recipe, for --recipe" if file.endswith("yaml") else "an engine config, for --ds_config"
+    expected = f"error: ds_configs/{file}: is {kind}; expected a pipeline file, pipelines/NAME.yaml\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_concurrent_submission_is_refused(slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from mrmae_ds.pipeline.status import lock_runs
 

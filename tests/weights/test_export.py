@@ -259,7 +259,7 @@ def test_refuses_runs_that_are_not_finished(tmp_path: Path) -> None:
     make_record(status="failed", schedule=schedule, top1=None).write(unfinished)
     with pytest.raises(UserError, match=r"not finished \(30 of 100 steps, status failed\).*training command again"):
         export_run(unfinished)
-    with pytest.raises(UserError, match=r"export: .*small has not finished .*name a stage folder"):
+    with pytest.raises(UserError, match=r"^/.*small has not finished .*name a stage folder"):
         export_run(tmp_path / "small")
     classifier_run(tmp_path / "small" / "finetune", CVIT)
     with pytest.raises(UserError, match=r"small: contains 1 finished stages; choose one: .*small/finetune$"):
