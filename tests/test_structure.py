@@ -193,6 +193,18 @@ def test_the_vocabulary_is_the_fields(word: str) -> None:
     assert found.stdout == "", f"write {VOCABULARY[word]}"
 
 
+def test_tests_that_pages_cite_exist() -> None:
+    """Every `FILE::test_name` of a page is a test of that file; `::test_name` alone is one of the file before it."""
+    missing, cited = [], 0
+    for page in sorted((REPOSITORY / "docs").glob("*.md")):
+        path = REPOSITORY
+        for file, name in re.findall(r"`(tests/[\w/.]+)?::(test_\w+)`", page.read_text()):
+            path, cited = REPOSITORY / file if file else path, cited + 1
+            if not path.is_file() or f"def {name}(" not in path.read_text():
+                missing.append(f"{page.name}: {path.relative_to(REPOSITORY)}::{name}")
+    assert missing == [] and cited
+
+
 def test_commands_of_the_pages_select_tests() -> None:
     """Every word of `pytest FILE -k "A or B"` in the documentation occurs in a test of that file."""
     wrong = []

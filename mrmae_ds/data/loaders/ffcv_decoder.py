@@ -36,7 +36,7 @@ from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
 logger = logging.getLogger(__name__)
 
 
-class CompilationNotice(numba.core.event.Listener):  # type: ignore[misc]
+class CompilationNotice(numba.core.event.Listener):
     """Log that the kernel is compiled. Numba announces it only if it finds no compiled version on disk."""
 
     def on_start(self, event: Any) -> None:
