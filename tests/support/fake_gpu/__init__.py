@@ -9,5 +9,7 @@ Operators on at most a million elements are computed on the CPU after they were 
 values of tiny models are real; those of larger ones are meaningless, and so are all GPU times.
 
 Limits: no cuDNN, no Triton (``torch.compile`` returns its argument), no CUDA graphs. NCCL serves one rank; several use
-gloo. Operators run in the order in which they are issued, so that a missing wait between two streams goes unnoticed.
+gloo. Operators run in the order in which they are issued, so that a missing wait between two streams goes unnoticed, as
+does reading pinned memory before its copy from the device was waited for. A copy to pageable memory blocks as on a GPU;
+it is counted through the wait for its stream that PyTorch adds.
 """

@@ -186,7 +186,10 @@ static int ranges_up_to(const void *at) {
 
 static void add_range(void *at, size_t size, enum kind kind) {
     pthread_mutex_lock(&lock);
-    if (num_ranges == MAX_RANGES) abort();
+    if (num_ranges == MAX_RANGES) {
+        fprintf(stderr, "GPU stand-in: more than %d allocations at once: raise MAX_RANGES in memory.c\n", MAX_RANGES);
+        abort();
+    }
     int place = ranges_up_to(at);
     memmove(ranges + place + 1, ranges + place, (num_ranges - place) * sizeof *ranges);
     ranges[place] = (Range){at, size ? size : 1, kind, current_device};
@@ -199,6 +202,15 @@ static Range range_of(const void *at) {
     pthread_mutex_lock(&lock);
     int place = ranges_up_to(at) - 1;
     if (place >= 0 && (const char *)at < ranges[place].at + ranges[place].size) found = ranges[place];
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+
+static int overlaps_range(const char *at, size_t size) {
+    pthread_mutex_lock(&lock);
+    int place = ranges_up_to(at);
+    int found = (place > 0 && at < ranges[place - 1].at + ranges[place - 1].size)
+                || (place < num_ranges && ranges[place].at < at + size);
     pthread_mutex_unlock(&lock);
     return found;
 }
@@ -228,7 +240,12 @@ cudaError_t cudaMalloc(void **at, size_t size) { *at = allocate(size, DEVICE); r
 cudaError_t cudaFree(void *at) { return release(at, 1); }
 cudaError_t cudaHostAlloc(void **at, size_t size, unsigned flags) { *at = allocate(size, PINNED); return OK; }
 cudaError_t cudaFreeHost(void *at) { return release(at, 1); }
-cudaError_t cudaHostRegister(void *at, size_t size, unsigned flags) { add_range(at, size, PINNED); return OK; }
+cudaError_t cudaHostRegister(void *at, size_t size, unsigned flags) {
+    if (!at || !size) return cudaErrorInvalidValue;
+    if (overlaps_range(at, size)) return cudaErrorHostMemoryAlreadyRegistered;
+    add_range(at, size, PINNED);
+    return OK;
+}
 cudaError_t cudaHostUnregister(void *at) { return release(at, 0); }
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
     *total = DEVICE_MEMORY;
@@ -248,8 +265,9 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMe
     Stream *stream = stream_of(s);
     enum kind source = range_of(from).kind, target = range_of(to).kind;
     COUNT(source != DEVICE ? TO_DEVICE : target != DEVICE ? TO_HOST : ON_DEVICE);
-    /* The host reads what comes back after a wait of its own, which ends what the stream did before. */
-    if (source == DEVICE && target != DEVICE) finish_stream(stream, stream->issued);
+    /* A copy to pageable memory blocks until the stream's work is done; one to pinned memory ends nothing. It is not
+     * counted as a wait: PyTorch waits for the stream after it, which is. */
+    if (source == DEVICE && target == PAGEABLE) finish_stream(stream, stream->issued);
     if (!is_free(size) || (source != DEVICE && target != DEVICE)) memmove(to, from, size);
     pthread_mutex_lock(&lock);
     stream->issued++;
