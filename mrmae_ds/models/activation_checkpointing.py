@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.masking import VisibleCells
 
 
 @dataclass
@@ -30,22 +30,22 @@ def run_blocks(
     blocks: Iterable[nn.Module],
     x: Tensor,
     every: int,
-    visible: VisibleSet | None = None,
+    cells: VisibleCells | None = None,
     collect: list[Tensor] | None = None,
 ) -> Tensor:
     """Run blocks in order.
 
     Args:
-        blocks: modules that take a tensor, or a tensor and a visible set.
+        blocks: modules that take a tensor, or a tensor and visible cells.
         x: input of the first block, [B, ...].
         every: block i is checkpointed if i is a multiple of this number; 0 checkpoints none.
-        visible: visible set to pass to every block.
+        cells: visible cells to pass to every block.
         collect: list to append each block's output to.
 
     Returns:
         Output of the last block, of the shape of ``x``.
     """
-    extra = () if visible is None else (visible,)
+    extra = () if cells is None else (cells,)
     for i, block in enumerate(blocks):
         if every and i % every == 0 and block.training:
             # Reentrant checkpointing computes no gradients where no input requires one (the first stage).

@@ -299,9 +299,10 @@ class CViT(nn.Module):
     def _forward_visible(self, images: Tensor, visible: VisibleSet, taps: tuple[int, ...]) -> VisibleFeatures:
         """Encode visible tokens, as :meth:`forward` does with a visible set."""
         self._check_size(images)
-        x = visible.take_blocks(images.permute(0, 2, 3, 1))
-        x1 = run_blocks(self.blocks1, self.patch_embed1(x), self.checkpointing.conv_stages, visible)
-        x2 = run_blocks(self.blocks2, self.patch_embed2(x1), self.checkpointing.conv_stages, visible)
+        cells = visible.cells()
+        x = cells.take(images.permute(0, 2, 3, 1))
+        x1 = run_blocks(self.blocks1, self.patch_embed1(x), self.checkpointing.conv_stages, cells)
+        x2 = run_blocks(self.blocks2, self.patch_embed2(x1), self.checkpointing.conv_stages, cells)
         x = self.patch_embed4(self.patch_embed3(x2).flatten(2).reshape(*x2.shape[:2], -1))
         x = x + visible.take(self.pos_embed)
         outputs: list[Tensor] = []

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.masking import VisibleCells
 
 
 class PatchConv(nn.Conv2d):
@@ -85,14 +85,14 @@ class ConvBlock(nn.Module):
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio))
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
-    def forward(self, x: Tensor, visible: VisibleSet | None = None) -> Tensor:
-        """Map to the same shape: a dense map [B, H, W, C], or visible blocks [B, K, s, s, C] given ``visible``."""
+    def forward(self, x: Tensor, cells: VisibleCells | None = None) -> Tensor:
+        """Map to the same shape: a dense map [B, H, W, C], or visible blocks [B, K, s, s, C] given their ``cells``."""
         mixed = self.conv1(self.norm1(x))
-        if visible is not None:
-            mixed = visible.put_blocks(mixed)
+        if cells is not None:
+            mixed = cells.put(mixed)
         # The permuted view is a channels-last tensor for the convolution: no copy, and cuDNN's fast path.
         mixed = self.attn(mixed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        if visible is not None:
-            mixed = visible.take_blocks(mixed)
+        if cells is not None:
+            mixed = cells.take(mixed)
         x = x + self.drop_path(self.conv2(mixed))
         return x + self.drop_path(self.mlp(self.norm2(x)))

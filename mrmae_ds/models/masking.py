@@ -11,7 +11,7 @@ neighbor), without computing cells that are never used.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -50,22 +50,84 @@ class VisibleSet:
         tokens = tokens.expand(batch, *tokens.shape[1:])
         return tokens.gather(1, index.expand(batch, keep, *tokens.shape[2:]))
 
-    def take_blocks(self, grid_map: Tensor) -> Tensor:
-        """Return the visible blocks [B, K, s, s, C] of a stage's map [B, rows*s, columns*s, C]."""
+    def cells(self) -> VisibleCells:
+        """Return where the cells of the visible tokens lie in the map of any stage."""
         rows, columns = self.grid
-        batch, height, _, channels = grid_map.shape
-        s = height // rows
-        blocks = grid_map.reshape(batch, rows, s, columns, s, channels).transpose(2, 3)
-        return self.take(blocks.reshape(batch, rows * columns, s, s, channels))
+        batch, keep = self.ids_keep.shape
+        first = torch.arange(0, batch * rows * columns, rows * columns, device=self.ids_keep.device)
+        tokens = (self.ids_keep + first[:, None]).flatten()
+        return VisibleCells(tokens // columns, tokens % columns, (batch, keep), self.grid)
 
-    def put_blocks(self, blocks: Tensor) -> Tensor:
+
+@dataclass(frozen=True)
+class VisibleCells:
+    """Places of the visible tokens' cells in the map [B, rows*s, columns*s, C] of a stage.
+
+    A block is taken from the map and put into it as it lies there: the map keeps the layout that a convolution over
+    channels-last tensors wants, and nothing is rearranged.
+
+    Attributes:
+        rows: row of each visible token among the token rows of all images, int64 [B * K].
+        columns: its column in the final grid, int64 [B * K].
+        counts: B and K.
+        grid: rows and columns of the final grid.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    counts: tuple[int, int]
+    grid: tuple[int, int]
+
+    def take(self, grid_map: Tensor) -> Tensor:
+        """Return the visible blocks [B, K, s, s, C] of a map [B, rows*s, columns*s, C]."""
+        s, channels = grid_map.shape[1] // self.grid[0], grid_map.shape[-1]
+        grid_map = grid_map.reshape(-1, s, self.grid[1], s * channels)
+        blocks: Tensor = _TakeBlocks.apply(grid_map, self.rows, self.columns)
+        return blocks.reshape(*self.counts, s, s, channels)
+
+    def put(self, blocks: Tensor) -> Tensor:
         """Scatter visible blocks [B, K, s, s, C] into a map of zeros [B, rows*s, columns*s, C]."""
-        rows, columns = self.grid
-        batch, keep, s, _, channels = blocks.shape
-        index = self.ids_keep.reshape(batch, keep, 1, 1, 1).expand_as(blocks)
-        full = blocks.new_zeros(batch, rows * columns, s, s, channels).scatter(1, index, blocks)
-        full = full.reshape(batch, rows, columns, s, s, channels).transpose(2, 3)
-        return full.reshape(batch, rows * s, columns * s, channels)
+        s, channels = blocks.shape[-2:]
+        batch, (rows, columns) = self.counts[0], self.grid
+        blocks = blocks.reshape(-1, s, s * channels)
+        grid_map: Tensor = _PutBlocks.apply(blocks, self.rows, self.columns, (batch * rows, s, columns, s * channels))
+        return grid_map.reshape(batch, rows * s, columns * s, channels)
+
+
+def _put(blocks: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+    grid_map = blocks.new_zeros(shape)
+    grid_map[rows, :, columns] = blocks
+    return grid_map
+
+
+# Each place occurs once: torch's own gradient would add what is only to be copied, atomically on a GPU.
+class _TakeBlocks(torch.autograd.Function):
+    """Blocks [B * K, s, s*C] of a map [B * rows, s, columns, s*C]."""
+
+    @staticmethod
+    def forward(ctx: Any, grid_map: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        ctx.shape = tuple(grid_map.shape)
+        return grid_map[rows, :, columns]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        rows, columns = ctx.saved_tensors
+        return _put(grad, rows, columns, ctx.shape), None, None
+
+
+class _PutBlocks(torch.autograd.Function):
+    """Map [B * rows, s, columns, s*C] with blocks [B * K, s, s*C], and zeros elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: Tensor, rows: Tensor, columns: Tensor, shape: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(rows, columns)
+        return _put(blocks, rows, columns, shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        rows, columns = ctx.saved_tensors
+        return grad[rows, :, columns], None, None, None
 
 
 class VisibleFeatures(TypedDict):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from itertools import permutations
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrmae_ds.models.masking import VisibleSet, choose_visible, num_visible
 
@@ -177,23 +179,56 @@ def test_take_gathers_tokens(visible: VisibleSet) -> None:
 
 @pytest.mark.parametrize("s", [1, 2, 4])
 def test_blocks_of_pixels_match_the_position_of_their_token(visible: VisibleSet, s: int) -> None:
-    grid_map = torch.randn(3, 2 * s, 3 * s, 5)
-    blocks = visible.take_blocks(grid_map)
+    grid_map, cells = torch.randn(3, 2 * s, 3 * s, 5), visible.cells()
+    blocks = cells.take(grid_map)
     assert blocks.shape == (3, 3, s, s, 5)
-    laid = visible.put_blocks(blocks)
+    laid = cells.put(blocks)
     expected = torch.zeros_like(grid_map)
     for row in range(3):
         for place, token in enumerate(visible.ids_keep[row].tolist()):
             top, left = token // 3 * s, token % 3 * s
-            cells = grid_map[row, top : top + s, left : left + s]
-            assert torch.equal(blocks[row, place], cells)
-            expected[row, top : top + s, left : left + s] = cells
+            block = grid_map[row, top : top + s, left : left + s]
+            assert torch.equal(blocks[row, place], block)
+            expected[row, top : top + s, left : left + s] = block
     assert torch.equal(laid, expected)
-    assert torch.equal(visible.take_blocks(laid), blocks)
+    assert torch.equal(cells.take(laid), blocks)
 
 
 def test_gradients_of_blocks_stay_with_the_visible(visible: VisibleSet) -> None:
-    grid_map = torch.randn(3, 4, 6, 5, requires_grad=True)
-    visible.put_blocks(visible.take_blocks(grid_map)).sum().backward()
+    grid_map, cells = torch.randn(3, 4, 6, 5, requires_grad=True), visible.cells()
+    cells.put(cells.take(grid_map)).sum().backward()
     removed = visible.mask.reshape(3, 2, 3).repeat_interleave(2, 1).repeat_interleave(2, 2)
     assert torch.equal(grid_map.grad[..., 0], 1 - removed)
+
+
+def test_gradients_of_blocks_of_both_orders(visible: VisibleSet) -> None:
+    cells = visible.cells()
+    grid_map, blocks = torch.randn(3, 4, 6, 2), torch.randn(3, 3, 2, 2, 2)
+    for function, value in ((cells.take, grid_map), (cells.put, blocks)):
+        inputs = (value.double().requires_grad_(),)
+        assert torch.autograd.gradcheck(function, inputs) and torch.autograd.gradgradcheck(function, inputs)
+
+
+class Launches(TorchDispatchMode):
+    """Names of the operations that compute or copy, views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_map_is_neither_rearranged_nor_added_up(visible: VisibleSet) -> None:
+    """Between the layouts of the block and of the convolution there is one copy each way, and zeros for the rest."""
+    cells, blocks = visible.cells(), torch.randn(3, 3, 2, 2, 5, requires_grad=True)
+    with Launches() as forward:
+        result = cells.take(cells.put(blocks).permute(0, 3, 1, 2).permute(0, 2, 3, 1))
+    grad = torch.ones_like(result)
+    with Launches() as backward:
+        result.backward(grad)
+    assert forward.names == ["new_zeros", "index_put_", "index"]
+    assert [name for name in backward.names if name != "detach"] == forward.names
