@@ -119,10 +119,10 @@ def test_a_checkpoint_of_a_finetuning_is_refused_before_and_resumed_after(folder
     old = now.model_copy(update={"recipe": former, "recipe_hash": "10313a478866"})
     manifest.model_copy(update={"identity": old}).write(checkpoint)
     with pytest.raises(UserError, match=r"stages\.finetune\.erasing is now stages\.finetune\.random_erasing"):
-        decide_start(folder, "finetune", now, str(checkpoint))
+        decide_start(folder / "resumed", "finetune", now, str(checkpoint))
     assert migrate([checkpoint])[0] == [f"rewritten: {checkpoint}/manifest.json"]
     assert read_manifest(checkpoint).identity == now
-    assert decide_start(folder, "finetune", now, str(checkpoint)).action == "resume"
+    assert decide_start(folder / "resumed", "finetune", now, str(checkpoint)).action == "resume"
 
 
 def test_weights_are_read_as_they_were_written(folder: Path) -> None:
