@@ -120,7 +120,9 @@ def read_metadata(path: Path) -> dict[str, Any]:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
         if path.suffix != ".safetensors":
-            raise UserError(f"{path}: not a weights file; name a finished stage, runs/NAME/STAGE") from None
+            raise UserError(
+                f"{path}: not a model file of this project (model.safetensors); name a finished stage, runs/NAME/STAGE"
+            ) from None
         raise UserError(f"{path}: not a readable safetensors file: {error}") from None
     if METADATA_KEY not in metadata:
         raise UserError(f"{path}: a safetensors file, but not one written by this project (no 'mrmae' metadata)")

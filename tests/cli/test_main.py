@@ -36,7 +36,6 @@ def _train(*arguments: str | Path) -> Finished:
         ["table", "{}/nowhere"],
         ["table", "{}/file.txt"],
         ["table", "{}/torn"],
-        ["table", "{}/empty"],
         ["migrate", "{}/file.txt"],
         ["show", "{}/nowhere"],
         ["show", "{}/torn"],
@@ -62,21 +61,27 @@ def test_bad_input_is_one_line_and_status_2(
 ) -> None:
     (tmp_path / "file.txt").write_text("no .beton")
     (tmp_path / "torn").mkdir()
-    (tmp_path / "empty").mkdir()
     (tmp_path / "torn" / "record.json").write_text("{")
     (tmp_path / "code.pkl").write_bytes(pickle.dumps(print))
     assert main([argument.format(tmp_path) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
-    assert str(tmp_path) in err and not list((tmp_path / "empty").iterdir())
+    assert str(tmp_path) in err
+
+
+def test_table_without_runs_has_blank_cells_and_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["table", str(tmp_path)]) == 0
+    out, err = capsys.readouterr()
+    assert err == f"{tmp_path}: no run (record.json) at any depth, our cells are blank\n"
+    assert "written: " in out and (tmp_path / "table.md").exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "ds_configs/tiny.yaml"], "ds_configs/tiny.yaml: not a weights file; name a finished stage"),
-        (["show", "README.md"], "README.md: not a weights file; name a finished stage"),
+        (["export", "ds_configs/tiny.yaml"], "ds_configs/tiny.yaml: not a model file of this project"),
+        (["show", "README.md"], "README.md: not a model file of this project"),
         (["data", "info", "README.md"], "README.md: not a data set; name a .beton file"),
     ],
 )

@@ -81,4 +81,4 @@ def test_resolved_recipe_contains_the_placement_of_each_teacher(path: Path) -> N
 def test_refuses_invalid_placements(override: str, message: str, path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(path, [f"stages.pretrain.{override}"])
-    assert str(caught.value).startswith(f"{path}: stages.pretrain.{message}")
+    assert str(caught.value).startswith(f"override 'stages.pretrain.{override}' of {path}: stages.pretrain.{message}")

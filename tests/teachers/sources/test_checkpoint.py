@@ -103,5 +103,5 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"teachers.t.source: .* has not finished"):
         build(tmp_path)
     torch.save({}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match=r"foreign.pt: not a readable safetensors file"):
+    with pytest.raises(UserError, match=r"foreign.pt: not a model file of this project"):
         build(tmp_path / "foreign.pt")
