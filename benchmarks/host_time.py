@@ -126,7 +126,7 @@ def _difference(begin: tuple[float, dict[str, int]], end: tuple[float, dict[str,
 
 def measure(args: argparse.Namespace, name: str, ranks: int, zero: int | None) -> dict[str, Any]:
     """Run one process: ``name`` as written, or with ZeRO stage ``zero`` in place of its own."""
-    from tests.support.fake_gpu import library
+    from tests.support.fake_gpu import preload
 
     config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
     if zero is not None:
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, name: str, ranks: int, zero: int | None) -
         engine.write_text(json.dumps(config))
         settings = {key: getattr(args, key) for key in ("steps", "accumulation")}
         job.write_text(json.dumps({"name": name, "engine": str(engine), **settings}))
-        variables = library.variables(timing=True) | {"WORLD_SIZE": str(ranks), "PYTHONPATH": str(REPOSITORY)}
+        variables = preload.variables(timing=True) | {"WORLD_SIZE": str(ranks), "PYTHONPATH": str(REPOSITORY)}
         variables.pop("DS_ACCELERATOR")
         return dict(run_ranks([__file__, "--rank-of", str(job)], 1, "cuda", args.limit, **variables))
 
@@ -203,9 +203,9 @@ def main() -> None:
     sys.path.insert(0, str(REPOSITORY))
     if args.rank_of:
         run_rank(json.loads(args.rank_of.read_text()))
-    from tests.support.fake_gpu import library
+    from tests.support.fake_gpu import preload
 
-    if reason := library.missing_requirement():
+    if reason := preload.missing_requirement():
         sys.exit(f"the GPU stand-in {reason}")
     try:
         rows = [row for name in args.names for ranks in args.ranks for row in rows_of(args, name, ranks)]

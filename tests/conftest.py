@@ -14,7 +14,7 @@ from torch import Tensor
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import write_beton
 from tests.fixtures import load_reference
-from tests.support.fake_gpu.library import missing_requirement
+from tests.support.fake_gpu.preload import missing_requirement
 from tests.support.sample_data import Photographs, write_sample_beton
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from mrmae_ds.profiling.measured_node import read_measured
-from tests.support.fake_gpu.library import missing_requirement
+from tests.support.fake_gpu.preload import missing_requirement
 from tests.support.processes import REPOSITORY, Finished, environment, finish, free_port, run
 
 PROGRAM = "tests/support/doctor_program.py"

@@ -21,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from tests.support.fake_gpu import library
+from tests.support.fake_gpu import preload
 from tests.support.fake_gpu.report import Report, Wait
 from tests.support.processes import REPOSITORY, Finished, environment, finish, rank_processes, run
 from tests.support.release_worker import save_teacher
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", default=[*CASES], metavar="NAME", help=", ".join(CASES))
     parser.add_argument("--record", action="store_true", help=f"write {COUNTS.name}")
     args = parser.parse_args()
-    if reason := library.missing_requirement():
+    if reason := preload.missing_requirement():
         sys.exit(f"the GPU stand-in {reason}")
     runs: dict[str, dict[str, int]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 
 from tests.support import processes
-from tests.support.fake_gpu import library
+from tests.support.fake_gpu import preload
 from tests.support.sample_data import write_crops_beton
 
 pytestmark = [
     pytest.mark.multi_process,
     pytest.mark.ffcv,
     pytest.mark.timeout(300, method="thread"),
-    pytest.mark.skipif(bool(library.missing_requirement()), reason=f"stand-in: {library.missing_requirement()}"),
+    pytest.mark.skipif(bool(preload.missing_requirement()), reason=f"stand-in: {preload.missing_requirement()}"),
 ]
 
 
@@ -27,7 +27,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder: Path = tmp_path_factory.mktemp("copies")
     write_crops_beton(folder, train=40, val=8)
     command = [sys.executable, "-m", "tests.support.device_copies_worker", str(folder)]
-    environment = processes.environment(**library.variables())
+    environment = processes.environment(**preload.variables())
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "RACE" not in done.stderr

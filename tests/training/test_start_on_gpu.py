@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from mrmae_ds.records.record import RunRecord
-from tests.support.fake_gpu import library
+from tests.support.fake_gpu import preload
 from tests.support.processes import environment, run
 from tests.support.small_runs import ENGINE, SmallRuns
 
-MISSING = library.missing_requirement()
+MISSING = preload.missing_requirement()
 pytestmark = [
     pytest.mark.multi_process,
     pytest.mark.timeout(300),
@@ -28,7 +28,7 @@ def test_a_task_that_sees_one_gpu_trains_with_deterministic_kernels(tmp_path: Pa
     (tmp_path / "engine.json").write_text(json.dumps(engine))
     fourth_task = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "LOCAL_SIZE": "4", "CUDA_HOME": "/nonexistent"}
     command = [sys.executable, "-m", "tests.support.fake_gpu", "train.py", *runs.arguments("run")]
-    done = run(command, 240, environment(**library.variables(devices=1) | fourth_task))
+    done = run(command, 240, environment(**preload.variables(devices=1) | fourth_task))
     assert done.status == 0, done.stdout + done.stderr
     assert "on 1 x cuda" in done.stdout and "compatibility check failed" not in done.stdout + done.stderr
     kernels = RunRecord.load(runs.stage("run")).kernels

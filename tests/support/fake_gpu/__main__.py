@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from tests.support.fake_gpu import library
+from tests.support.fake_gpu import preload
 
 
 def parse() -> argparse.Namespace:
@@ -34,7 +34,7 @@ def parse() -> argparse.Namespace:
 def main() -> NoReturn:
     """Run the program; the exit status is the program's."""
     options = parse()
-    library.restart(options.timing)
+    preload.restart(options.timing)
     from tests.support.fake_gpu.watch import watch
 
     watch(options.out, options.kernels, options.timing)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from tests.support.fake_gpu import library
+from tests.support.fake_gpu import preload
 from tests.support.processes import REPOSITORY
 
 PACKAGE = REPOSITORY / "mrmae_ds"
@@ -117,7 +117,7 @@ class Counters:
     """Counters of the preloaded stand-in."""
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(library.build()))
+        self._library = ctypes.CDLL(str(preload.build()))
 
     def read(self) -> dict[str, int]:
         """Return all counters."""
