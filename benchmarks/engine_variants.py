@@ -75,8 +75,8 @@ class _Run:
         from mrmae_ds.config.engine import default_recipe, load_engine_config
         from mrmae_ds.config.recipe import load_recipe
         from mrmae_ds.doctor.workload import build_random_task, noise_batches
-        from mrmae_ds.training.engine.build import build_engine
         from mrmae_ds.training.schedule import StageSchedule
+        from mrmae_ds.training.tasks.build import build_task_engine
 
         source = REPOSITORY / "ds_configs" / f"{name}.json"
         with tempfile.TemporaryDirectory() as folder:
@@ -88,11 +88,7 @@ class _Run:
         stage = recipe.stage(job["stage"])
         torch.manual_seed(0)
         self.task = build_random_task(recipe, config, job["stage"])
-        self.engine = build_engine(
-            self.task.model, self.task.param_groups(), self.task.make_optimizer, config, 1, device
-        )
-        self.task.to(device)
-        self.engine.train()
+        self.engine = build_task_engine(self.task, config, 1, device)
         self.batches = noise_batches(job["micro_batch"], self.task.image_size, device)
         self.schedule, self.taken = StageSchedule(stage, 0, 1000, 1, job["micro_batch"], launch), 0
 

@@ -83,11 +83,11 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, start_process_group
     from mrmae_ds.doctor.workload import build_random_task, noise_batches
-    from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.loop import run_step
     from mrmae_ds.training.meter import Meter
     from mrmae_ds.training.schedule import StageSchedule
     from mrmae_ds.training.step_sync import StepSync
+    from mrmae_ds.training.tasks.build import build_task_engine
     from tests.support.fake_gpu.watch import accept_every_step, adapt_torch
 
     adapt_torch()
@@ -102,9 +102,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     for module in (task.model, *task.teachers.values()):
         module.to_empty(device="cpu")
     accumulation = settings["accumulation"]
-    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, accumulation, device)
-    task.to(device)
-    engine.train()
+    engine = build_task_engine(task, config, accumulation, device)
     schedule = StageSchedule(recipe.stage("pretrain"), 0, 1000, accumulation, config.micro_batch, launch)
     clock = Clock(next(noise_batches(config.micro_batch, task.image_size, device)))
     samples: dict[str, list[Any]] = {"micro_batch": [], "last": []}

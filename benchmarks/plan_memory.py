@@ -182,7 +182,7 @@ def run_rank(job: dict[str, Any]) -> None:
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
     from mrmae_ds.doctor.workload import build_random_task, noise_batches
-    from mrmae_ds.training.engine.build import build_engine
+    from mrmae_ds.training.tasks.build import build_task_engine
 
     settings = Configuration(**job["settings"])
     config = load_engine_config(Path(job["engine"]))
@@ -194,9 +194,7 @@ def run_rank(job: dict[str, Any]) -> None:
     memory.start()
     torch.manual_seed(0)
     task = build_random_task(recipe, config, settings.stage)
-    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, settings.accumulation, device)
-    task.to(device)
-    engine.train()
+    engine = build_task_engine(task, config, settings.accumulation, device)
     batches = noise_batches(settings.micro_batch, task.image_size, device)
     most = steps(task, engine, batches, settings, launch.rank, memory)
     if launch.rank == 0:

@@ -69,12 +69,12 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
     from mrmae_ds.doctor.workload import build_random_task, noise_batches
     from mrmae_ds.profiling.flops import recipe_cost
-    from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.loop import run_step
     from mrmae_ds.training.meter import Meter
     from mrmae_ds.training.perf_metrics import PerfMeter, device_peak, peak_memory, utilization
     from mrmae_ds.training.schedule import StageSchedule
     from mrmae_ds.training.step_sync import StepSync
+    from mrmae_ds.training.tasks.build import build_task_engine
 
     config = load_engine_config(Path(settings["engine"]))
     unpaired = ["stages.finetune.mixup=0", "stages.finetune.cutmix=0"] if config.micro_batch % 2 else []
@@ -85,9 +85,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     torch.manual_seed(0)
     task = build_random_task(recipe, config, settings["stage"])
     parameters = sum(p.numel() for p in task.model.parameters())
-    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, 1, device)
-    task.to(device)
-    engine.train()
+    engine = build_task_engine(task, config, 1, device)
     accountant = PerfMeter(engine, device)
     batches = noise_batches(config.micro_batch, task.image_size, device)
     schedule = StageSchedule(stage, 0, 1000, 1, config.micro_batch, launch)

@@ -15,7 +15,8 @@ from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.doctor import expectations
 from mrmae_ds.doctor.context import DoctorContext
 from mrmae_ds.doctor.reading import Reading
-from mrmae_ds.doctor.tiny_job import prepare_tiny, tiny_engine
+from mrmae_ds.doctor.tiny_job import prepare_tiny
+from mrmae_ds.doctor.workload import task_engine
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.loop import run_step
 from mrmae_ds.training.meter import Meter
@@ -97,7 +98,7 @@ def _losses(context: DoctorContext, name: str, engine_config: dict[str, Any]) ->
     """Return the losses of the first steps of a new training."""
     job = prepare_tiny(context, name.replace(", ", "-"), engine_config)
     loader, losses = job.train_loader(context.device), []
-    with tiny_engine(job, context.device) as engine:
+    with task_engine(job.task, job.engine_config, job.schedule.accumulation, context.device) as engine:
         batches = (batch for epoch in range(STEPS) for batch in loader.epoch(epoch))
         for step in range(STEPS):
             meter = Meter()

@@ -10,11 +10,11 @@ from mrmae_ds.doctor import expectations
 from mrmae_ds.doctor.context import DoctorContext
 from mrmae_ds.doctor.numerics import ENGINES
 from mrmae_ds.doctor.reading import Expected, Reading
-from mrmae_ds.doctor.tiny_job import prepare_tiny, tiny_engine
+from mrmae_ds.doctor.tiny_job import prepare_tiny
+from mrmae_ds.doctor.workload import task_engine
 from mrmae_ds.errors import StopRequested
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.callbacks.checkpoint import CheckpointCallback
-from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
 from mrmae_ds.training.checkpoint.folder import CheckpointPolicy
 from mrmae_ds.training.checkpoint.resume import load_checkpoint
 from mrmae_ds.training.checkpoint.run_dir import decide_start
@@ -74,20 +74,13 @@ def _train(context: DoctorContext, name: str, deterministic: bool, signal_after:
     job = prepare_tiny(context, name, ENGINES[ENGINE] | {"deterministic": deterministic})
     start = decide_start(job.stage_dir, job.stage_name, job.identity, "auto")
     observer, state = _Observer(signal_after), TrainState()
-    with tiny_engine(job, context.device) as engine, StopSignals() as signals:
+    built = task_engine(job.task, job.engine_config, job.schedule.accumulation, context.device)
+    with built as engine, StopSignals() as signals:
         if start.checkpoint:
             state, _ = load_checkpoint(engine, start.checkpoint, job.launch, job.schedule.micro_batch)
         config, schedule = job.recipe.checkpoint, job.schedule
         policy = CheckpointPolicy(config, 10 * TOTAL, schedule.total_steps)
-        checkpointer = AsyncCheckpointer(
-            engine,
-            job.stage_dir,
-            job.identity,
-            policy.retention(),
-            schedule.micro_batch,
-            background=False,
-            committed=lambda *_: None,
-        )
+        checkpointer = job.checkpointer(engine, policy.retention(), committed=lambda *_: None)
         callbacks = [observer, CheckpointCallback(checkpointer, policy)]
         loader = job.train_loader(context.device)
         try:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import numpy as np
 import torch
 import yaml
@@ -23,7 +20,6 @@ from mrmae_ds.doctor.context import DoctorContext
 from mrmae_ds.doctor.reading import HardFailure
 from mrmae_ds.doctor.workload import write_engine_config
 from mrmae_ds.factory import build_pretraining
-from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.weights.model_file import MODEL_FILE, encoder_metadata, save_weights
 
@@ -133,21 +129,6 @@ def prepare_tiny(context: DoctorContext, name: str, engine: dict[str, Any]) -> P
     config = write_engine_config(context.folder, name, context.launch.rank, content)
     options = TrainArgs(config.path, recipe=job.recipe, run=context.folder / name, resume="never")
     return prepare_stage(replace(options, dry_run=True), context.launch)
-
-
-@contextmanager
-def tiny_engine(job: PreparedStage, device: torch.device) -> Iterator[deepspeed.DeepSpeedEngine]:
-    """Build the job's engine, and free it at the end."""
-    task = job.task
-    groups, accumulation = task.param_groups(), job.schedule.accumulation
-    engine = build_engine(task.model, groups, task.make_optimizer, job.engine_config, accumulation, device)
-    try:
-        task.to(device)
-        engine.train()
-        yield engine
-    finally:
-        task.release()
-        engine.destroy()
 
 
 def _write(context: DoctorContext, job: TinyJob) -> None:

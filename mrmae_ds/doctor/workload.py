@@ -103,20 +103,29 @@ class NoiseTraining:
 
 
 @contextmanager
+def task_engine(
+    task: Task[Any], config: EngineConfig, accumulation: int, device: torch.device
+) -> Iterator[deepspeed.DeepSpeedEngine]:
+    """Build a task's engine; at the end, also after a failure, free the memory of both."""
+    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, accumulation, device)
+    try:
+        task.to(device)
+        engine.train()
+        yield engine
+    finally:
+        task.release()
+        engine.destroy()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@contextmanager
 def noise_training(
     recipe: Recipe, config: EngineConfig, launch: Launch, device: torch.device, accumulation: int = 1
 ) -> Iterator[NoiseTraining]:
     """Build pre-training of a recipe, and free it at the end."""
     torch.manual_seed(0)
     task = build_random_task(recipe, config, "pretrain")
-    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, accumulation, device)
-    try:
-        task.to(device)
-        engine.train()
+    with task_engine(task, config, accumulation, device) as engine:
         schedule = StageSchedule(recipe.stage("pretrain"), 0, 1000, accumulation, config.micro_batch, launch)
         yield NoiseTraining(engine, task, schedule, noise_batches(config.micro_batch, task.image_size, device))
-    finally:
-        task.release()
-        engine.destroy()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import deepspeed
 import torch
 
 from mrmae_ds.config.engine import (
@@ -26,6 +27,8 @@ from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.build import check_optional_callbacks
+from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer, OnCommit
+from mrmae_ds.training.checkpoint.folder import Retention
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import RunStart, decide_start
 from mrmae_ds.training.engine.build import check_leaf_modules
@@ -125,6 +128,20 @@ class PreparedStage:
             rank=self.launch.rank,
         )
         return build_loader(self.recipe.data, self.recipe.loader, request, device)
+
+    def checkpointer(
+        self, engine: deepspeed.DeepSpeedEngine, retention: Retention, committed: OnCommit
+    ) -> AsyncCheckpointer:
+        """Return the writer of the stage's checkpoints.
+
+        Args:
+            engine: built from ``engine_config``.
+            retention: of older checkpoints.
+            committed: called with folder, step and results of each checkpoint once it is committed.
+        """
+        background = self.recipe.checkpoint.async_save
+        micro_batch = self.schedule.micro_batch
+        return AsyncCheckpointer(engine, self.stage_dir, self.identity, retention, micro_batch, background, committed)
 
 
 def load_configs(args: TrainArgs) -> tuple[Recipe, EngineConfig]:

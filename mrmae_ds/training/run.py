@@ -24,13 +24,12 @@ from mrmae_ds.training.callbacks.checkpoint import CheckpointCallback
 from mrmae_ds.training.callbacks.evaluation import EvaluationCallback
 from mrmae_ds.training.callbacks.metrics import MetricsCallback
 from mrmae_ds.training.callbacks.nonfinite_capture import CaptureSource, NonfiniteCaptureCallback
-from mrmae_ds.training.checkpoint.async_saver import AsyncCheckpointer
 from mrmae_ds.training.checkpoint.folder import CheckpointPolicy
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.checkpoint.resume import load_checkpoint, verify_start
 from mrmae_ds.training.checkpoint.run_dir import RunStart, prepare_folder
 from mrmae_ds.training.checkpoint.train_state import TrainState
-from mrmae_ds.training.engine.build import build_engine, gather_state
+from mrmae_ds.training.engine.build import gather_state
 from mrmae_ds.training.engine.kernels import set_optimizer_threads
 from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.final_figures import draw, finish_drawing
@@ -40,6 +39,7 @@ from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.perf_metrics import PerfMeter, peak_memory
 from mrmae_ds.training.run_logger import RunLogger, export_metadata
 from mrmae_ds.training.step_sync import StepSync
+from mrmae_ds.training.tasks.build import build_task_engine
 from mrmae_ds.units import GIB
 from mrmae_ds.weights.model_file import MODEL_FILE, save_weights
 
@@ -144,15 +144,7 @@ def _train_context(
         if run_logger:
             run_logger.saved(step, saved)
 
-    checkpointer = AsyncCheckpointer(
-        engine,
-        job.stage_dir,
-        job.identity,
-        policy.retention(),
-        schedule.micro_batch,
-        background=config.async_save,
-        committed=committed,
-    )
+    checkpointer = job.checkpointer(engine, policy.retention(), committed)
     source = CaptureSource(
         stage=job.stage_name,
         seed=schedule.seed,
@@ -190,12 +182,8 @@ def _train_context(
 
 
 def _build_engine(job: PreparedStage, device: torch.device) -> deepspeed.DeepSpeedEngine:
-    task = job.task
     set_optimizer_threads(job.engine_config, job.recipe.loader.num_workers, device)
-    groups, accumulation = task.param_groups(), job.schedule.accumulation
-    engine = build_engine(task.model, groups, task.make_optimizer, job.engine_config, accumulation, device)
-    task.to(device)
-    return engine
+    return build_task_engine(job.task, job.engine_config, job.schedule.accumulation, device)
 
 
 def _announce(job: PreparedStage, start: RunStart, device: torch.device, step: int, num_parameters: int) -> None:
@@ -233,7 +221,6 @@ def dry_run(job: PreparedStage) -> None:
 
 def _dry_run(job: PreparedStage, device: torch.device) -> None:
     engine, loader, schedule = _build_engine(job, device), job.train_loader(device), job.schedule
-    engine.train()
     batches, times = loader.epoch(0), []
     for step in range(2):
         meter, started = Meter(), time.perf_counter()

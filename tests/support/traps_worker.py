@@ -22,6 +22,7 @@ from mrmae_ds.distributed.process_group import choose_device, end_process_group,
 from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.param_groups import adamw
+from mrmae_ds.training.tasks.build import build_task_engine
 from tests.training.parity.cases import ZERO, Case
 from tests.training.parity.gathers import gathered
 from tests.training.parity.job import batches, prepare
@@ -119,13 +120,7 @@ def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
 
 
 def _engine(job: Any) -> Any:
-    task = job.task
-    engine = build_engine(
-        task.model, task.param_groups(), task.make_optimizer, job.engine_config, job.schedule.accumulation, CPU
-    )
-    task.to(CPU)
-    engine.train()
-    return engine
+    return build_task_engine(job.task, job.engine_config, job.schedule.accumulation, CPU)
 
 
 def main(folder: Path) -> None:

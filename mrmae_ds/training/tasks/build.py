@@ -1,15 +1,19 @@
-"""Factory of tasks: the one place that maps a stage's name to its task."""
+"""Factory of tasks, the one place that maps a stage's name to its task, and of their engines."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, cast
 
+import deepspeed
+import torch
+
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.teachers import build_teacher
+from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.tasks.base import Task
 from mrmae_ds.training.tasks.finetune import FinetuneTask
 from mrmae_ds.training.tasks.linear_probe import ProbeTask
@@ -46,3 +50,20 @@ def build_task(
     """
     config = recipe.stage(stage_name)
     return TASKS[stage_name].from_recipe(recipe, config, engine_config, num_classes, run_dir, teacher_builder)
+
+
+def build_task_engine(
+    task: Task[Any], config: EngineConfig, accumulation: int, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap a task's model for training, and move what the engine does not own to the device. All ranks must call it.
+
+    Args:
+        task: on the CPU.
+        config: engine config.
+        accumulation: micro-batches per step.
+        device: of this rank.
+    """
+    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, accumulation, device)
+    task.to(device)
+    engine.train()
+    return engine

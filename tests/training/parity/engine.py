@@ -18,9 +18,10 @@ from mrmae_ds.distributed.launch import Launch, prepare_environment
 from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.checkpoint.train_state import TrainState
-from mrmae_ds.training.engine.build import build_engine, gather_state
+from mrmae_ds.training.engine.build import gather_state
 from mrmae_ds.training.loop import train
 from mrmae_ds.training.step_sync import StepStatus, StepSync
+from mrmae_ds.training.tasks.build import build_task_engine
 from tests.support.processes import finish, rank_processes
 from tests.training.parity.cases import Case, Trace
 from tests.training.parity.job import prepare
@@ -46,10 +47,7 @@ def run_engine(case: Case, folder: Path, launch: Launch) -> Trace:
     """Train the case's engine in this process group; all ranks must call it. Rank 0 returns the weights."""
     job, device = prepare(case, folder, launch), torch.device("cpu")
     task, schedule = job.task, job.schedule
-    engine = build_engine(
-        task.model, task.param_groups(), task.make_optimizer, job.engine_config, schedule.accumulation, device
-    )
-    task.to(device)
+    engine = build_task_engine(task, job.engine_config, schedule.accumulation, device)
     loader, recorder, began = job.train_loader(device), _Recorder(), time.perf_counter()
     train(TrainContext(engine, task, loader, schedule, TrainState(), StepSync(), 1, [recorder]))
     loader.close()
