@@ -74,11 +74,8 @@ def _report_slow_start(report_after_s: float, limit_s: float) -> Iterator[None]:
 
     The watchdog cannot do this: it needs the process group.
     """
-    started = threading.Event()
 
     def report() -> None:
-        if started.wait(report_after_s):
-            return
         rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         print(
@@ -91,7 +88,8 @@ def _report_slow_start(report_after_s: float, limit_s: float) -> Iterator[None]:
         )
         faulthandler.dump_traceback(file=sys.stderr)
 
-    reporter = threading.Thread(target=report, daemon=True)
+    reporter = threading.Timer(report_after_s, report)
+    reporter.daemon = True
     reporter.start()
     # By faulthandler, which needs no interpreter: NCCL has no limit of its own while it connects.
     faulthandler.dump_traceback_later(limit_s, exit=True)
@@ -99,7 +97,7 @@ def _report_slow_start(report_after_s: float, limit_s: float) -> Iterator[None]:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        started.set()
+        reporter.cancel()
         reporter.join()
 
 

@@ -114,11 +114,8 @@ def _limit(context: DoctorContext, check: Check, report: DoctorReport) -> Iterat
 
     A thread that waits inside a collective or a kernel cannot be interrupted, and what it holds cannot be used again.
     """
-    done = threading.Event()
 
-    def watch() -> None:
-        if done.wait(check.seconds + GATHER_S * (context.launch.world_size > 1)):
-            return
+    def end() -> None:
         faulthandler.dump_traceback(all_threads=True)
         text = f"over its limit of {check.seconds:g} s on rank {context.launch.rank}; stacks are above. Continue with "
         report.add(CheckResult(check.name, "stop", text + f"--skip '{check.name}'", check.seconds, check.decides, []))
@@ -127,13 +124,14 @@ def _limit(context: DoctorContext, check: Check, report: DoctorReport) -> Iterat
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
 
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
+    timer = threading.Timer(check.seconds + GATHER_S * (context.launch.world_size > 1), end)
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        done.set()
-        watcher.join()
+        timer.cancel()
+        timer.join()
 
 
 def _linger(context: DoctorContext) -> None:
