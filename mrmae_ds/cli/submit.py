@@ -148,10 +148,12 @@ def _submit(
 
 
 def _write_tables(root: Path, tables: Sequence[int]) -> None:
+    from mrmae_ds.records.record import find_records
     from mrmae_ds.tables.write import write_table
 
+    records = find_records([root]) if tables else []
     for number in tables:
-        _, written = write_table([root], root, number)
+        _, written = write_table(records, root, number)
         print(f"written: {', '.join(map(str, written))}")
 
 

@@ -35,11 +35,12 @@ def run(args: argparse.Namespace) -> None:
     from mrmae_ds.tables.markdown import to_markdown
     from mrmae_ds.tables.write import write_table
 
-    if not find_records(args.runs):
+    records = find_records(args.runs)
+    if not records:
         print(
             f"{', '.join(map(str, args.runs))}: no run (record.json) at any depth, our cells are blank", file=sys.stderr
         )
     for number in args.paper or [None]:
-        table, paths = write_table(args.runs, args.out or args.runs[0], number)
+        table, paths = write_table(records, args.out or args.runs[0], number)
         print(to_markdown(table))
         print(f"written: {', '.join(map(str, paths))}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from mrmae_ds.files import write_text
-from mrmae_ds.records.record import find_records
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.ablations import ablation_table
 from mrmae_ds.tables.base import Run, Table
@@ -24,24 +23,19 @@ def build_table(number: int, records: Iterable[Run]) -> Table:
     return scaling_table(records) if number == paper.TABLE_6.number else ablation_table(number, records)
 
 
-def write_table(
-    roots: Sequence[str | Path], out_dir: str | Path, number: int | None = None
-) -> tuple[Table, list[Path]]:
-    """Build a table from the runs below `roots` and write it.
+def write_table(records: Iterable[Run], out_dir: str | Path, number: int | None = None) -> tuple[Table, list[Path]]:
+    """Build a table and write it.
 
     Args:
-        roots: folders that hold runs, at any depth.
+        records: run folders and their records (see `find_records`).
         out_dir: folder for Markdown, CSV, LaTeX, a plot of the table, and one of accuracy over parameters and
             GPU-hours.
         number: the paper's table; None is the scaling table, Table 6, in files without a number.
 
     Returns:
         The table and the files.
-
-    Raises:
-        UserError: for a root that is not a folder and for a record that cannot be read.
     """
-    table = build_table(number or paper.TABLE_6.number, find_records(roots))
+    table = build_table(number or paper.TABLE_6.number, records)
     folder, stem = Path(out_dir), f"table{number or ''}"
     texts = {
         folder / f"{stem}.md": to_markdown(table),

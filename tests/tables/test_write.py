@@ -15,7 +15,7 @@ from PIL import Image
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures import style
-from mrmae_ds.records.record import RunRecord, summarize_finetuning
+from mrmae_ds.records.record import RunRecord, find_records, summarize_finetuning
 from mrmae_ds.records.sections import DataInfo, Init, Member, PretrainSummary, Results, Schedule, TeacherInfo
 from mrmae_ds.tables import plot_scaling
 from mrmae_ds.tables.base import Row, Run, Table
@@ -301,7 +301,7 @@ def test_imagenet_runs_are_in_the_papers_panel(tmp_path: Path, monkeypatch: pyte
 
 def test_write_table_writes_all_files(tmp_path: Path) -> None:
     make_record(top1=71.23).write(tmp_path / "runs" / "tiny" / "finetune")
-    table, written = write_table([tmp_path / "runs"], tmp_path / "out")
+    table, written = write_table(find_records([tmp_path / "runs"]), tmp_path / "out")
     assert sorted(written) == sorted((tmp_path / "out").iterdir())
     assert [path.name for path in written] == ["table.md", "table.csv", "table.tex", "table.png", "table_cost.png"]
     assert (tmp_path / "out" / "table.tex").read_text() == to_latex(table)
@@ -313,7 +313,7 @@ def test_write_table_writes_all_files(tmp_path: Path) -> None:
         colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
     assert tuple(bytes.fromhex(style.PALETTE[2][1:])) in colors  # MR-MAE's
     with pytest.raises(UserError, match="no such folder"):
-        write_table([tmp_path / "missing"], tmp_path / "out")
+        find_records([tmp_path / "missing"])
 
 
 def _ensemble(folder: str, *tuned: RunRecord | None, top1: float = 90.0, **fields: Any) -> Run:
