@@ -12,6 +12,7 @@ from mrmae_ds.config.sections import Backend, DataConfig, LoaderConfig
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.loaders.augment import Augment
 from mrmae_ds.data.loaders.base import Loader, LoaderRequest, LoaderSettings
+from mrmae_ds.data.loaders.worker import ranks_of_launcher
 from mrmae_ds.data.node_cache import cached_path
 from mrmae_ds.errors import UserError
 
@@ -86,10 +87,9 @@ def default_num_workers() -> int:
     started inside this task (``LOCAL_WORLD_SIZE``, or DeepSpeed's ``LOCAL_SIZE``). Where Slurm started every rank as
     a task of its own, its CPUs are not divided.
     """
-    cores = len(os.sched_getaffinity(0))
-    environment = os.environ
+    cores, environment = len(os.sched_getaffinity(0)), os.environ
     if environment.get("SLURM_CPUS_PER_TASK"):
         cores = min(cores, int(environment["SLURM_CPUS_PER_TASK"]))
         if environment.get("SLURM_NTASKS", "") == environment.get("WORLD_SIZE"):
             return max(1, cores)
-    return max(1, cores // int(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or 1))
+    return max(1, cores // ranks_of_launcher())

@@ -45,6 +45,11 @@ def _end_with(process: BaseProcess) -> None:
     os._exit(1)
 
 
+def ranks_of_launcher() -> int:
+    """Return the number of ranks that a launcher started on this node, or inside this task of Slurm."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+
+
 def check_shared_memory(needed: int) -> None:
     """Check that /dev/shm holds the buffers of every rank of this node; a process that finds it full dies of SIGBUS.
 
@@ -56,8 +61,7 @@ def check_shared_memory(needed: int) -> None:
     """
     if not SHARED_MEMORY.is_dir():
         return
-    present = shutil.disk_usage(SHARED_MEMORY)
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
+    present, ranks = shutil.disk_usage(SHARED_MEMORY), ranks_of_launcher()
     # Free memory counts for this rank alone: the other ranks may or may not have theirs already.
     if present.total < ranks * needed or present.free < needed:
         raise UserError(
