@@ -44,6 +44,7 @@ def _faults(words: str) -> tuple[str, ...]:
     return ("tests/test_faults.py", "-k", words)
 
 
+BAD_STEPS = ("tests/training/engine/test_nonfinite.py", "-k", "changes_no_state")
 TRAPS = "tests/training/engine/test_traps.py"
 RESUMING = "tests/training/checkpoint/test_resume.py"
 UNIVERSAL = ("tests/training/checkpoint/test_universal.py", "-k", "resumes_two_ranks or resumes_any_zero")
@@ -53,19 +54,19 @@ GUARDS = {
         "training/step_sync.py",
         "bad_loss = self.bad_loss()",
         "bad_loss = torch.zeros_like(self.bad_loss())",
-        ("tests/training/engine/test_nonfinite.py", "-k", "changes_no_state"),
+        BAD_STEPS,
     ),
     "non-finite gradient": Guard(
         "training/step_sync.py",
         "any_nonfinite(local_gradients(engine), device)",
         "torch.zeros((), device=device)",
-        ("tests/training/engine/test_nonfinite.py", "-k", "changes_no_state"),
+        BAD_STEPS,
     ),
     "the norm of a bad step": Guard(
         "training/step_sync.py",
         "        spoil_norm(engine, exchange.bad)\n",
         "",
-        ("tests/training/engine/test_nonfinite.py", "-k", "changes_no_state"),
+        BAD_STEPS,
     ),
     "all ranks skip": Guard(
         "training/step_sync.py", "        dist.all_reduce(flags, dist.ReduceOp.MAX)\n", "", _faults("not_finite")
