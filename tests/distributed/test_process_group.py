@@ -88,7 +88,8 @@ def _rank(rank: int, port: int, delay_s: float, limit_s: float, log: Path) -> No
     vars(deepspeed.ops).pop("__compatible_ops__", None)
     deepspeed.ops._probe_compatible_ops = _refuse  # prints a warning for each operation, if there is no CUDA toolkit
     before = threading.active_count()
-    start_process_group(torch.device("cpu"), report_after_s=1.0, limit_s=limit_s)
+    # The late rank is awaited already, so it has nothing to report, however slow a loaded machine starts it.
+    start_process_group(torch.device("cpu"), report_after_s=30.0 if delay_s else 1.0, limit_s=limit_s)
     assert threading.active_count() == before
     end_process_group()
     os._exit(0)
