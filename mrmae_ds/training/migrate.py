@@ -32,7 +32,7 @@ _YAML = (".yaml", ".yml")
 _OLD_IMAGES, _IMAGES = "pictures", "images"
 # Indentation of the JSON files that hold hashes of recipes.
 _INDENTS = {RECORD_FILE: 2, CAPTURE_FILE: 1}
-# A key that tells the JSON files of runs from others of the same name.
+# A key by which the JSON files of runs differ from others of the same name.
 _MARKS = {RECORD_FILE: "recipe_hash", CAPTURE_FILE: "recipe_hash", MANIFEST: "content"}
 
 
