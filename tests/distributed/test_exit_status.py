@@ -61,15 +61,16 @@ def test_what_the_file_system_refuses_is_bad_input(
 
 
 def test_an_interrupt_before_training_ends_the_process_at_once() -> None:
-    with end_at_interrupt():
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in background jobs
     try:
+        with end_at_interrupt():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as nohup does
         with end_at_interrupt():
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_unforeseen_exception_is_reported_with_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
