@@ -81,3 +81,12 @@ def file_sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def split_choice(source: Path | str) -> tuple[Path, str]:
+    """Split ``FILE#KEY``, one of several sets of weights in a file, into the file and the key.
+
+    The key is "" if there is none, or if a file of the whole name exists.
+    """
+    path, _, choice = str(source).rpartition("#")
+    return (Path(path), choice) if path and not Path(source).exists() else (Path(source), "")

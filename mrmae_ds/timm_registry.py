@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
 from mrmae_ds.weights.formats import TensorFile, unwrap
-from mrmae_ds.weights.identify import identify
 
 FIELDS = [field.name for field in fields(CViTSpec)]
 PREFIX = "encoder."
@@ -68,10 +67,12 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
             model's.
     """
     from mrmae_ds.models.cvit import CViT
+    from mrmae_ds.weights.identify import identify
     from mrmae_ds.weights.load import fit_pos_embed
+    from mrmae_ds.weights.names import canonical
 
-    tensors = unwrap(state_dict)
-    identity = identify(TensorFile(Path("the file"), "pickle", tensors))
+    file = canonical(TensorFile(Path("the file"), "pickle", unwrap(state_dict)))
+    tensors, identity = file.tensors, identify(file)
     if identity.family != "cvit":
         return state_dict
     ours = {full.removeprefix(PREFIX): name for name, full in identity.names.items() if full.startswith(PREFIX)}

@@ -6,18 +6,23 @@ import argparse
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, require_path
+from mrmae_ds.files import split_choice
 
 SUMMARY = "identify a checkpoint, verify its checksums, and print how to load it"
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("path", type=Path, help="a weights file, a stage's folder, or a checkpoint in it")
+    parser.add_argument(
+        "path",
+        type=Path,
+        help="a weights file (FILE#KEY if it holds several sets of weights), a stage's folder, or a checkpoint in it",
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the description."""
-    require_path(args.path)
+    require_path(split_choice(args.path)[0])
     from mrmae_ds.cli.inspect import describe
 
     print(describe(args.path))

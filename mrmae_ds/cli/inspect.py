@@ -8,21 +8,23 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256
+from mrmae_ds.files import split_choice
 from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
+from mrmae_ds.teachers.sources.gelu import gelu_of_file
 from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.export import input_statistics
 from mrmae_ds.weights.finished_run import with_present_keys
-from mrmae_ds.weights.formats import read_tensor_file, verify_checksums
-from mrmae_ds.weights.identify import WeightIdentity, identify, nearest_architecture
+from mrmae_ds.weights.formats import INDEX_SUFFIX, verify_checksums, weights_sha256
+from mrmae_ds.weights.identify import WeightIdentity, nearest_architecture
 from mrmae_ds.weights.model_file import MODEL_FILE
+from mrmae_ds.weights.names import describe_names
+from mrmae_ds.weights.resolve import Weights, model_metadata, nonfinite_tensors, resolve
 
 FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle without code", "torchscript": "TorchScript archive"}
 # Training options to print, of those in a released file.
@@ -34,12 +36,13 @@ def describe(path: Path) -> str:
     """Describe a file or folder in aligned lines.
 
     Args:
-        path: a weights file, a stage folder, its folder ``checkpoints``, or a checkpoint ``step_N`` in it.
+        path: a weights file (``FILE#KEY`` for one of several sets of weights), a stage folder, its folder
+            ``checkpoints``, or a checkpoint ``step_N`` in it.
 
     Raises:
         UserError: if it does not exist, is damaged, contains code, or is none of these.
     """
-    if path.is_file():
+    if split_choice(path)[0].is_file():
         return _block(str(path), describe_file(path))
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder")
@@ -50,8 +53,8 @@ def describe(path: Path) -> str:
     else:
         blocks = [_block(str(path), _record_rows(path))] if (path / RECORD_FILE).is_file() else []
         blocks += _checkpoint_blocks(list_checkpoints(path))
-        if (path / MODEL_FILE).is_file():
-            blocks.append(_block(str(path / MODEL_FILE), describe_file(path / MODEL_FILE)))
+        files = [file for file in (path / MODEL_FILE, *path.glob(f"*{INDEX_SUFFIX}")) if file.is_file()]
+        blocks += [_block(str(file), describe_file(file)) for file in files]
     if not blocks:
         raise UserError(
             f"{path}: neither a stage folder (runs/NAME/STAGE) nor a checkpoint in one (checkpoints/step_N with a "
@@ -61,30 +64,37 @@ def describe(path: Path) -> str:
 
 
 def describe_file(path: Path) -> list[InfoRow]:
-    """Describe a weights file.
+    """Describe a weights file as the loaders resolve it.
 
     Args:
-        path: the file.
+        path: the file, ``FILE#KEY`` for one of several sets of weights.
 
     Returns:
         Rows of label and text.
 
     Raises:
-        UserError: if it is damaged, contains code, or contains no weights.
+        UserError: if it is damaged, contains code, contains no weights, or several sets of them and none is chosen.
     """
-    file = read_tensor_file(path)
-    verify_checksums(path)
-    identity = identify(file)
+    weights = resolve(path)
+    file, identity = weights.file, weights.identity
+    verify_checksums(file.path)
     rows = [("kind", identity.title), ("format", FORMATS[file.format])]
+    if chosen := describe_names(file):
+        rows.append(("taken", "; ".join(chosen)))
     if identity.family:
         rows += _encoder_rows(identity)
+    if identity.kind == "clip":
+        gelu = gelu_of_file(file)
+        rows.append(("GELU", str(gelu) if gelu else "not recorded; a teacher needs the key quickgelu: true or false"))
     rows += _tensor_rows(file.tensors)
-    rows.append(("sha256", file_sha256(path)))
+    rows.append(("sha256", weights_sha256(path)))
     rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
     if options := [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]:
         rows.append(("made with", ", ".join(options)))
+    if weights.problem:
+        return [*rows, ("NOT USABLE", weights.problem)]
     rows.append(("use it", usage(identity, path)))
-    return rows
+    return rows + (_evaluation_rows(weights) if identity.kind == "classifier" and not identity.extras else [])
 
 
 def usage(identity: WeightIdentity, path: Path) -> str:
@@ -120,6 +130,16 @@ def _heads(identity: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> s
     return f", if it has {ARCHITECTURES[arch].num_heads} heads (the file does not contain their number)"
 
 
+def _evaluation_rows(weights: Weights) -> list[InfoRow]:
+    """Return the setting that evaluates a classifier, or the reason why it cannot be."""
+    try:
+        names = model_metadata(weights).get("class_names")
+    except UserError as error:
+        return [("evaluate it", str(error).removeprefix(f"{weights.where}: "))]
+    known = "" if names else ", once a config.json beside it names its classes (id2label)"
+    return [("evaluate it", f"stages.evaluate.members=[{weights.where}]{known}")]
+
+
 def _encoder_rows(identity: WeightIdentity) -> list[InfoRow]:
     sizes = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in identity.sizes.items())
     rows = [("encoder", sizes)]
@@ -130,10 +150,17 @@ def _encoder_rows(identity: WeightIdentity) -> list[InfoRow]:
         rows.append(("image", f"{pixels} pixels, grid {identity.grid[0]} x {identity.grid[1]}, patch {stride}"))
     if identity.family == "cvit" and identity.prefix_rows:
         rows.append(("class token", "present with its own position; a CViT does not use it, so it is left out"))
+    origin = identity.origin
     if statistics := input_statistics(identity.metadata):
         rows.append(("input", statistics))
+    elif origin.statistics is not None:
+        mean, std = origin.statistics
+        rows.append(("input", f"{input_statistics({'mean': mean, 'std': std})}, by {origin.statistics_by}"))
+    if origin.num_heads is not None and not identity.ours:
+        rows.append(("heads", f"{origin.num_heads}, by {origin.heads_by}"))
+    rows += [("not verified", "; ".join(origin.unverified()))] if origin.unverified() else []
     if identity.num_classes:
-        names = identity.metadata.get("class_names") or []
+        names = origin.class_names
         shown = f": {first_few(names, 5)}" if names else ""
         rows.append(("classes", f"{identity.num_classes}{shown}"))
     return rows
@@ -146,10 +173,7 @@ def _tensor_rows(tensors: Mapping[str, Tensor]) -> list[InfoRow]:
         ("values", f"{total:,} in {len(tensors)} tensors"),
         ("dtype", ", ".join(kinds) if len(kinds) == 1 else ", ".join(f"{kind} ({n})" for kind, n in kinds.items())),
     ]
-    nonfinite = [
-        name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()
-    ]
-    if nonfinite:
+    if nonfinite := nonfinite_tensors(tensors):
         rows.append(("NOT FINITE", f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}"))
     return rows
 

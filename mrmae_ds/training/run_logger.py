@@ -15,7 +15,6 @@ from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.distributed.launch import Launch
-from mrmae_ds.files import file_sha256
 from mrmae_ds.records.environment import collect_hardware, collect_kernels, collect_versions, git_state
 from mrmae_ds.records.metrics import MetricsWriter, read_metrics
 from mrmae_ds.records.progress import Progress
@@ -33,6 +32,7 @@ from mrmae_ds.records.sections import (
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
+from mrmae_ds.weights.formats import weights_sha256
 from mrmae_ds.weights.model_file import encoder_metadata
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ def _describe_init(path: Path) -> Init:
     summary = None
     if record is not None:  # of fine-tuned weights, their pre-training is what counts
         summary = summarize_pretraining(record) if record.stage == "pretrain" else record.init and record.init.pretrain
-    return Init(file=path.name, sha256=file_sha256(path), pretrain=summary)
+    return Init(file=path.name, sha256=weights_sha256(path), pretrain=summary)
 
 
 def export_metadata(job: PreparedStage, results: ResultValues) -> dict[str, Any]:

@@ -1,32 +1,67 @@
 """Read weights files of any origin without executing code in them.
 
-Supported are safetensors, torch pickles (with ``weights_only``; the only allowed class is ``argparse.Namespace``, in
-which the files released by MAE and MCMAE store their command line), and TorchScript archives (OpenAI's CLIP).
+Supported are safetensors (also in shards with an index), torch pickles (with ``weights_only``), and TorchScript
+archives (OpenAI's CLIP). The only classes that a pickle may name besides torch's own are those of a stored command
+line: ``argparse.Namespace``, and the paths and numpy scalars in it.
+
+A file may hold several sets of weights (``model`` and ``model_ema``, ``student`` and ``teacher``); ``FILE#KEY`` names
+one.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import pickle
 import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256, split_choice
+from mrmae_ds.units import first_few
 
-# Keys of the weights in a training script's checkpoint, in the order of lookup.
-STATE_KEYS = ("model", "state_dict", "module")
+# Keys of the weights in a training script's checkpoint.
+STATE_KEYS = (
+    *("model", "state_dict", "module", "model_state_dict", "network", "net", "backbone", "encoder"),
+    *("model_ema", "state_dict_ema", "ema", "ema_state_dict", "student", "teacher"),
+)
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+INDEX_SUFFIX = ".safetensors.index.json"
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+
+
+def _numpy_scalar(dtype: np.dtype, data: bytes) -> int | float | bool | str:
+    """Return a pickled numpy scalar as Python's own number or text; other types are refused."""
+    if dtype.kind not in "biufU":
+        raise pickle.UnpicklingError(f"a numpy scalar of type {dtype}")
+    return np.frombuffer(data, dtype)[0].item()
+
+
+# Classes of a stored command line by their names in pickles; concrete paths exist on one system only.
+_ARGUMENT_CLASSES = [
+    argparse.Namespace,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in dir(np.dtypes) if re.fullmatch(r"(Bool|Float|U?Int|Str)\d*DType", name)),
+    *((_numpy_scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(
+        (kind, f"pathlib.{module}{prefix}{name}")
+        for kind, name in ((PurePosixPath, "PosixPath"), (PureWindowsPath, "WindowsPath"))
+        for module in ("", "_local.")
+        for prefix in ("", "Pure")
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -40,6 +75,11 @@ class TensorFile:
         metadata: header metadata of a safetensors file; empty for others.
         args: command line stored in a released file, by option.
         code: source text of a TorchScript archive; empty for others.
+        state_key: key of the weights in a checkpoint; "" if they are its whole content.
+        choice: part of the tensor names that the user chose; "" for none.
+        prefix: prefix of the tensor names in the file, which was removed.
+        left: names of tensors outside that prefix.
+        layout: other project whose names were converted to timm's or open_clip's; "" for none.
     """
 
     path: Path
@@ -48,18 +88,38 @@ class TensorFile:
     metadata: dict[str, str] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
     code: str = ""
+    state_key: str = ""
+    choice: str = ""
+    prefix: str = ""
+    left: tuple[str, ...] = ()
+    layout: str = ""
 
 
-def read_tensor_file(path: Path, key: str = "") -> TensorFile:
+def weights_sha256(source: Path) -> str:
+    """Return the SHA-256 of a weights file, in hexadecimal; of an index, that of the checksums of index and shards.
+
+    Args:
+        source: the file, with or without a key.
+    """
+    path, _ = split_choice(source)
+    if not path.name.endswith(INDEX_SUFFIX):
+        return file_sha256(path)
+    files = [path, *(path.parent / name for name in sorted(set(_shards(path).values())))]
+    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+
+
+def read_tensor_file(source: Path, key: str = "") -> TensorFile:
     """Read all tensors of a file; the format is detected from its bytes, not its name.
 
     Args:
-        path: .safetensors, .pt, .pth, .bin, or a TorchScript archive.
+        source: .safetensors, .pt, .pth, .bin, a TorchScript archive, or the index of safetensors in shards;
+            ``FILE#KEY`` if it holds several sets of weights.
         key: recipe key that named the file, for errors.
 
     Raises:
-        UserError: if the file does not exist, is damaged, contains code, or contains no weights.
+        UserError: if the file does not exist, is damaged, contains code, or contains no weights or several sets.
     """
+    path, choice = split_choice(source)
     where = f"{key}: {path}" if key else str(path)
     if not path.is_file():
         raise UserError(f"{where}: no such file")
@@ -68,32 +128,72 @@ def read_tensor_file(path: Path, key: str = "") -> TensorFile:
             # torch warns that TorchScript is deprecated, and that a pickle's protocol is unusual.
             warnings.simplefilter("ignore")
             content = _read(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}" if key else str(error)) from None
     # Damaged pickles and archives raise many types of exception: TypeError, struct.error, BadZipFile, ...
     except Exception as error:
-        if refused := _code_named_in(path, str(error)):
-            raise UserError(
-                f"{where}: a pickle that calls {refused}, and code in a file is never executed; if you trust the file, "
-                "open it with the program that wrote it and save only its state_dict, as safetensors"
-            ) from None
-        raise UserError(f"{where}: not a readable weights file, or truncated ({_first_line(error)})") from None
+        raise UserError(f"{where}: {_reason(path, error)}") from None
     if isinstance(content, TensorFile):
-        return content
-    state, args = _state_of(content, where)
-    return TensorFile(path, "pickle", unwrap(state), args=args)
+        return replace(content, choice=choice)
+    state, args, state_key = _state_of(content, choice, where)
+    rest = choice.removeprefix(state_key).removeprefix(".") if state_key else choice
+    return TensorFile(path, "pickle", unwrap(state), args=args, state_key=state_key, choice=rest)
 
 
 def _read(path: Path) -> Any:
-    """Return the content of a safetensors file or TorchScript archive; of others, the result of ``torch.load``."""
+    """Return the content of safetensors or a TorchScript archive; of other files, the result of ``torch.load``."""
+    if path.name.endswith(INDEX_SUFFIX):
+        return _read_shards(path)
     if _is_safetensors(path):
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
-            return TensorFile(path, "safetensors", unwrap(tensors), metadata=dict(file.metadata() or {}))
+        index = next(path.parent.glob(f"{SHARD.split(path.name)[0]}{INDEX_SUFFIX}"), None)
+        if SHARD.search(path.name) and index is not None:
+            raise UserError(f"{path}: one shard of several; name their index, {index}")
+        tensors, metadata = _read_safetensors(path)
+        return TensorFile(path, "safetensors", unwrap(tensors), metadata=metadata)
     if code := _torchscript_code(path):
         if "__setstate__" in code:
             raise ValueError("a TorchScript archive whose __setstate__ would run when it is loaded")
         return TensorFile(path, "torchscript", dict(torch.jit.load(path, map_location="cpu").state_dict()), code=code)
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with torch.serialization.safe_globals(_ARGUMENT_CLASSES):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return tensors, dict(file.metadata() or {})
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor in an index."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    return {str(name): str(file) for name, file in content["weight_map"].items()}
+
+
+def _read_shards(index: Path) -> TensorFile:
+    """Read the tensors that an index names, each from its shard.
+
+    Raises:
+        UserError: naming a shard that is missing, lies elsewhere, or does not have exactly its tensors.
+    """
+    try:
+        shards = _shards(index)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from None
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(shards.values())):
+        path = index.parent / name
+        if Path(name).name != name or not path.is_file():
+            raise UserError(f"{index}: its shard {name} is not beside it; download it to {index.parent}")
+        expected = {tensor for tensor, file in shards.items() if file == name}
+        found, _ = _read_safetensors(path)
+        if found.keys() != expected:
+            wrong = sorted(found.keys() ^ expected)
+            raise UserError(
+                f"{path}: does not hold the tensors that {index.name} names, first {wrong[0]}; copy both again"
+            )
+        tensors |= found
+    return TensorFile(index, "safetensors", unwrap(tensors))
 
 
 def verify_checksums(path: Path) -> None:
@@ -135,44 +235,97 @@ def _torchscript_code(path: Path) -> str:
         return "\n".join(archive.read(name).decode() for name in names)
 
 
-def _code_named_in(path: Path, error: str) -> str:
-    """Return the name of a callable in a refused pickle, from torch's error or the pickle's opcodes; "" if none."""
-    if refused := re.search(r"GLOBAL ([\w.]+)", error):
-        return refused[1]
-    called: list[str] = []
-    strings: list[str] = []
+def _reason(path: Path, error: Exception) -> str:
+    """Explain why a file could not be read."""
+    if zipfile.is_zipfile(path) and not isinstance(error, pickle.UnpicklingError):
+        return f"not a readable weights file, or truncated ({_first_line(error)})"
+    refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+    protocol, called = _pickle_contents(path)
+    # torch's own functions, of which every torch pickle consists, and the classes of a command line are no code.
+    foreign = [name for name in called if not name.startswith(("torch.", "collections.", "argparse.", "numpy."))]
+    if code := refused[1] if refused else next(iter(foreign), ""):
+        return (
+            f"a pickle that calls {code}, and code in a file is never executed; if you trust the file, open it with "
+            "the program that wrote it and save only its state_dict, as safetensors"
+        )
+    if protocol > 2 and called:
+        return (
+            f"a pickle of protocol {protocol}, and only protocol 2 (torch.save's default) is read without executing "
+            "code; save its state_dict again, as safetensors or without pickle_protocol"
+        )
+    return f"not a readable weights file, or truncated ({_first_line(error)})"
+
+
+def _pickle_contents(path: Path) -> tuple[int, list[str]]:
+    """Return a pickle's highest protocol and the names of the classes and functions in it; (0, []) for other files."""
+    protocol, called = 0, []
+    strings: list[str] = [""]
+    memo: list[str] = []
+    last = ""  # the object that MEMOIZE stores, if it is a string
     try:
-        with path.open("rb") as file:
-            for opcode, argument, _ in pickletools.genops(file):
-                if opcode.name in ("GLOBAL", "INST"):
-                    called.append(str(argument).replace(" ", "."))
-                elif opcode.name == "STACK_GLOBAL":
-                    called.append(".".join(strings[-2:]))
-                elif isinstance(argument, str):
-                    strings.append(argument)
+        for opcode, argument in _opcodes(path):
+            if opcode == "PROTO":
+                protocol, memo = max(protocol, int(argument)), []
+            elif opcode in ("GLOBAL", "INST"):
+                called.append(str(argument).replace(" ", "."))
+            elif opcode == "STACK_GLOBAL":
+                called.append(".".join(strings[-2:]))
+            elif opcode == "MEMOIZE":
+                memo.append(last)
+            elif opcode in ("BINGET", "LONG_BINGET") and int(argument) < len(memo):
+                strings.append(memo[int(argument)])
+            elif isinstance(argument, str):
+                strings.append(argument)
+            last = argument if isinstance(argument, str) else ""
     except Exception:  # not a pickle, or truncated
-        return ""
-    return called[0] if called else ""
+        return 0, []
+    return protocol, called
 
 
-def _state_of(content: Any, where: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights in the result of ``torch.load``, and the command line stored beside them."""
+def _opcodes(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield names and arguments of the opcodes of a pickle, of torch's archives or of its older files of several."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            content = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+            yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(archive.read(content)))
+        return
+    with path.open("rb") as file:
+        start, more = 0, True
+        while more:
+            file.seek(start)
+            yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(file))
+            start = file.tell()
+            more = file.read(1) == b"\x80"  # PROTO: another pickle
+
+
+def _state_of(content: Any, choice: str, where: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
+    """Return the weights in the result of ``torch.load``, the command line stored beside them, and the weights' key.
+
+    Raises:
+        UserError: if there are no weights, or several sets of them and no choice.
+    """
     if not isinstance(content, Mapping):
         raise UserError(f"{where}: contains a {type(content).__name__}, not a dictionary of tensors")
     args = content.get("args", {})
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    for state in (content, *(content.get(key) for key in STATE_KEYS)):
-        if state is not None and _is_state(state):
-            return dict(state), options
-    networks = [str(name) for name, value in content.items() if _is_state(value)]
-    if networks:
+    if _is_state(content):
+        return dict(content), options, ""
+    states = {str(name): value for name, value in content.items() if _is_state(value)}
+    known = [name for name in states if name in STATE_KEYS]
+    chosen = choice if choice in states else choice.partition(".")[0] if choice.partition(".")[0] in states else ""
+    if chosen or len(known) == 1:
+        chosen = chosen or known[0]
+        return dict(states[chosen]), options, chosen
+    if states:
+        what = f"{len(states)} sets of weights" if known else f"weights under unknown keys ({len(states)})"
         raise UserError(
-            f"{where}: contains {len(networks)} sets of weights under unknown keys ({', '.join(networks)}); save the "
-            "one to load as a separate safetensors file"
+            f"{where}: contains {what}: {', '.join(states)}; choose one: {where.split(': ')[-1]}#{next(iter(states))}"
         )
     shown = json.dumps([str(name) for name in list(content)[:8]])
-    places = ", ".join(STATE_KEYS)
-    raise UserError(f"{where}: no weights found, neither at the top level nor under {places}; its keys are {shown}")
+    raise UserError(
+        f"{where}: no weights found, neither at the top level nor under {first_few(STATE_KEYS, 4)}; its keys are "
+        f"{shown}"
+    )
 
 
 def _is_state(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Identify a checkpoint's architecture from its tensor names and shapes, and map them to this project's names.
 
 Sizes are never inferred from a file's name: the published CViT-Large and CViT-Huge files share theirs and differ in
-depth and MLP ratio. No shape depends on the number of heads; this project's files store it in their metadata.
+depth and MLP ratio. No shape depends on the number of heads, which origin.py finds elsewhere.
 """
 
 from __future__ import annotations
@@ -10,12 +10,17 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from math import isqrt, prod
 from typing import Any, Literal
 
+import torch
+
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec, height_width
+from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec, height_width, make_spec
+from mrmae_ds.units import first_few
 from mrmae_ds.weights.formats import TensorFile
+from mrmae_ds.weights.origin import Origin, find_origin
 
 Kind = Literal["pretrain", "classifier", "encoder", "clip", "unknown"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -53,7 +58,7 @@ class WeightIdentity:
         family: ``cvit``, ``vit``, or "" if there is no such encoder.
         title: the kind in words.
         ours: True if written by this project.
-        sizes: fields of the family's spec; ``num_heads`` only if ``ours``.
+        sizes: fields of the family's spec; ``num_heads`` only if ``ours``, see ``origin``.
         grid: rows and columns of the position embedding: as recorded in this project's files, otherwise a square; None
             if its rows do not form one.
         prefix_rows: rows of the position embedding before the grid's (of a class token).
@@ -63,6 +68,8 @@ class WeightIdentity:
         names: names in this project's pre-training model, by the file's names, for tensors that have one.
         extras: names of tensors that a plain ViT lacks; with them the results differ.
         metadata: metadata of this project's files.
+        origin: heads, statistics and classes, with the evidence for them.
+        problem: reason why no loader takes the file; "" if it is complete.
     """
 
     kind: Kind
@@ -77,10 +84,12 @@ class WeightIdentity:
     names: dict[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
     metadata: dict[str, Any] = field(default_factory=dict)
+    origin: Origin = field(default_factory=Origin)
+    problem: str = ""
 
 
 def identify(file: TensorFile) -> WeightIdentity:
-    """Identify a weights file.
+    """Identify a weights file with canonical names.
 
     Raises:
         UserError: if this project wrote the file, but its metadata cannot be read.
@@ -98,15 +107,19 @@ def identify(file: TensorFile) -> WeightIdentity:
         patch = next((name for name in CLIP_PATCHES if name in shapes), "")
         if patch:
             return WeightIdentity(
-                "clip", "", f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}"
+                "clip",
+                "",
+                f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}",
+                origin=find_origin(file, metadata, "", {}),
+                problem=_missing_of_tower(shapes),
             )
         return WeightIdentity("unknown", "", "no encoder supported by this project")
     has_decoder = "decoder.embed.weight" in names.values()  # DINOv2's encoders have a mask token too
-    inferred: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in shapes else "encoder"
+    inferred: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in encoder else "encoder"
     kind = metadata.get("kind", inferred)
     pos_embed = encoder.get("pos_embed", ())
     grid, prefix_rows = _grid(pos_embed[1] if len(pos_embed) == 3 else 0, _recorded_grid(metadata, sizes))
-    pool = metadata.get("pool", _pool(family, shapes) if inferred == "classifier" else "")
+    pool = metadata.get("pool", _pool(family, encoder) if inferred == "classifier" else "")
     return WeightIdentity(
         kind=kind,
         family=family,
@@ -115,11 +128,13 @@ def identify(file: TensorFile) -> WeightIdentity:
         sizes=sizes | heads,
         grid=grid,
         prefix_rows=prefix_rows,
-        num_classes=shapes["head.weight"][0] if inferred == "classifier" else 0,
+        num_classes=(classes := encoder["head.weight"][0] if inferred == "classifier" else 0),
         pool=pool,
         names=names,
-        extras=_extras(encoder) if family == "vit" else (),
+        extras=(extras := _extras(encoder) if family == "vit" else ()),
         metadata=metadata,
+        origin=find_origin(file, metadata, family, sizes, classes),
+        problem=_uneven_blocks(encoder, "blocks.") if extras else _incomplete(family, sizes, shapes, names, grid),
     )
 
 
@@ -240,6 +255,58 @@ def _pool(family: str, names: Iterable[str]) -> str:
     if "fc_norm.weight" in names:
         return "avg"
     return "token" if family == "vit" else ""
+
+
+def _incomplete(
+    family: str, sizes: Mapping[str, Any], shapes: Shapes, names: Mapping[str, str], grid: tuple[int, int] | None
+) -> str:
+    """Compare an encoder's tensors with those of the model of its sizes; "" if all are there in the right shape."""
+    try:
+        # Any number of heads gives the same shapes.
+        spec = make_spec(FAMILIES[family], {**sizes, "num_heads": 1}, "the file")
+        expected = _bare_shapes(spec, grid or (1, 1))
+    except UserError as error:
+        return str(error)
+    theirs = {ours.removeprefix("encoder."): name for name, ours in names.items() if ours.startswith("encoder.")}
+    missing = [name for name in expected if name not in theirs]
+    if missing:
+        return f"encoder tensors are missing: {len(missing)} ({first_few(missing, 6)})"
+    for name, shape in expected.items():
+        if shapes[theirs[name]] != shape and name != "pos_embed":
+            return f"{theirs[name]} is {shapes[theirs[name]]}, expected {shape}"
+    return ""
+
+
+@cache
+def _bare_shapes(spec: EncoderSpec, grid: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    from mrmae_ds.models.encoders import build_encoder  # imports timm, which may be importing timm_registry.py
+
+    with torch.device("meta"):
+        encoder = build_encoder(spec, (grid[0] * spec.stride, grid[1] * spec.stride))
+    return {name: tuple(tensor.shape) for name, tensor in encoder.state_dict().items()}
+
+
+def _uneven_blocks(names: Iterable[str], prefix: str) -> str:
+    """Report a tensor that some of a transformer's equal blocks lack; "" if they are equal."""
+    blocks: dict[int, set[str]] = {}
+    for name in names:
+        number, _, rest = name.removeprefix(prefix).partition(".")
+        if name.startswith(prefix) and number.isdecimal():
+            blocks.setdefault(int(number), set()).add(rest)
+    whole = set().union(*blocks.values())
+    missing = [f"{prefix}{i}.{rest}" for i in range(max(blocks) + 1) for rest in sorted(whole - blocks.get(i, set()))]
+    return f"encoder tensors are missing: {len(missing)} ({first_few(missing, 6)})" if missing else ""
+
+
+def _missing_of_tower(shapes: Shapes) -> str:
+    """Report a tensor that a CLIP image tower lacks; towers of timm are not checked."""
+    if "visual.conv1.weight" not in shapes:
+        return ""
+    layers = ("ln_post.weight", "class_embedding", "positional_embedding")  # some towers have no ln_pre
+    missing = [f"visual.{name}" for name in layers if f"visual.{name}" not in shapes]
+    if missing:
+        return f"tensors of the image tower are missing: {len(missing)} ({first_few(missing, 6)})"
+    return _uneven_blocks(shapes, "visual.transformer.resblocks.")
 
 
 def _recorded_grid(metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -16,18 +16,8 @@ from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.objectives import PIXELS, Objective
 from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
-from mrmae_ds.models.sizes import FAMILIES, EncoderSpec
 from mrmae_ds.units import first_few
-from mrmae_ds.weights.formats import read_tensor_file
-from mrmae_ds.weights.identify import (
-    FAMILY_TITLES,
-    PIXEL_HEAD,
-    WeightIdentity,
-    decoder_sizes,
-    identify,
-    size_differences,
-    spec_sizes,
-)
+from mrmae_ds.weights.identify import PIXEL_HEAD, WeightIdentity, decoder_sizes, size_differences
 from mrmae_ds.weights.model_file import (
     build_classifier,
     read_metadata,
@@ -35,6 +25,7 @@ from mrmae_ds.weights.model_file import (
     size_from_metadata,
     spec_from_metadata,
 )
+from mrmae_ds.weights.resolve import Weights, resolve
 
 
 @dataclass
@@ -46,12 +37,14 @@ class LoadReport:
         resized: those of them that were resized.
         missing: tensors of the model that the file lacks.
         unexpected: tensors of the file that were not used, by its names.
+        notes: choice of the weights, conversion of their names, and what could not be verified.
     """
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         def listed(label: str, names: list[str]) -> str:
@@ -63,6 +56,7 @@ class LoadReport:
                 listed("resized", self.resized),
                 listed("missing", self.missing),
                 listed("not used", self.unexpected),
+                *self.notes,
             ]
         )
 
@@ -74,7 +68,7 @@ def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
         encoder: encoder with or without a head. A head in the file is loaded only if it has the same shape and pooling
             (mean of the patches or class token) as the model's. The norm of a pre-training becomes the norm before the
             class token's head (MAE's fine-tuning).
-        path: file of this project, or one released by MCMAE, MAE or for a plain ViT, as safetensors or torch pickle.
+        path: file of this project, or one released by MCMAE, MAE or for a plain ViT, in any form of docs/weights.md.
         key: recipe key that named the file, for errors.
 
     Returns:
@@ -83,19 +77,26 @@ def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
     Raises:
         UserError: if the file cannot be read, or its encoder differs from ``encoder``; it names the differences.
     """
-    file, where = read_tensor_file(path, key), f"{key}: {path}" if key else str(path)
-    identity = identify(file)
-    check_encoder(identity, encoder.spec, where)
-    names = identity.names
+    return load_encoder_weights(encoder, resolve(path, key))
+
+
+def load_encoder_weights(encoder: Encoder, weights: Weights) -> LoadReport:
+    """Load a resolved file into ``encoder``, as :func:`load_encoder` does."""
+    weights.check_encoder(encoder.spec)
+    identity, where = weights.identity, weights.where
+    names, notes = identity.names, weights.notes()
     if identity.pool != encoder.global_pool:
         names = {name: ours for name, ours in names.items() if not ours.startswith("encoder.head.")}
+        if identity.num_classes and encoder.num_classes:
+            notes.append(f"head left out: its input is {identity.pool or 'unknown'}, the model's {encoder.global_pool}")
     if encoder.global_pool == "token":
         names = {name: ours.replace("fusion.norm.", "encoder.norm.") for name, ours in names.items()}
     identity = replace(identity, names=names)
-    incoming, report = match_tensors(file.tensors, identity, encoder.state_dict(), encoder, where, "encoder.")
+    incoming, report = match_tensors(weights.file.tensors, identity, encoder.state_dict(), encoder, where, "encoder.")
     if any(not name.startswith(("head.", "fc_norm.", "norm.")) for name in report.missing):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
-    encoder.load_state_dict(incoming, strict=False)
+    encoder.load_state_dict(incoming, strict=False)  # what is missing was checked
+    report.notes = notes
     return report
 
 
@@ -117,9 +118,9 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
         UserError: if the file cannot be read, or its encoder or decoder differs from the model's; it names the
             differences.
     """
-    file, where = read_tensor_file(path, key), f"{key}: {path}" if key else str(path)
-    identity = identify(file)
-    check_encoder(identity, model.encoder.spec, where)
+    weights = resolve(path, key)
+    weights.check_encoder(model.encoder.spec)
+    file, identity, where = weights.file, weights.identity, weights.where
     state = model.state_dict()
     state.pop("decoder.pos_embed", None)
     shapes = {ours: tuple(file.tensors[name].shape) for name, ours in identity.names.items()}
@@ -136,7 +137,8 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
     incoming, report = match_tensors(file.tensors, identity, state, model.encoder, where)
     if any(name.startswith("encoder.") and name != "encoder.pos_embed" for name in report.missing):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
-    model.load_state_dict(incoming, strict=False)
+    model.load_state_dict(incoming, strict=False)  # what is missing was checked, or is reported
+    report.notes = weights.notes()
     return report
 
 
@@ -174,32 +176,6 @@ def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder |
     decoder = DecoderSpec.model_validate(recipe["model"]["decoder"])
     encoder = build_encoder(spec_from_metadata(metadata), size_from_metadata(metadata))
     return PretrainModel.of_tensors(encoder, fusion, decoder, objectives, tensors)
-
-
-def check_encoder(identity: WeightIdentity, spec: EncoderSpec, where: str) -> None:
-    """Check that the encoder in a file has the sizes of a spec.
-
-    Args:
-        identity: identity of the file.
-        spec: spec of the model's encoder.
-        where: name of the file, for errors.
-
-    Raises:
-        UserError: naming every size that differs.
-    """
-    family = next(name for name, kind in FAMILIES.items() if isinstance(spec, kind))
-    if identity.family != family:
-        raise UserError(f"{where}: contains {identity.title}, but the recipe's model is a {FAMILY_TITLES[family]}")
-    if identity.extras:
-        raise UserError(
-            f"{where}: contains a ViT with tensors that a plain ViT lacks ({', '.join(identity.extras[:6])}), so that "
-            "its results would differ here; use it as a teacher (kind: timm)"
-        )
-    if differences := size_differences(identity.sizes, spec_sizes(spec)):
-        raise UserError(
-            f"{where}: its encoder differs from the recipe's: {'; '.join(differences)}; "
-            "use another file, or set model.arch and model.overrides to these sizes"
-        )
 
 
 def match_tensors(

@@ -17,10 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import replacing
+from mrmae_ds.files import replacing, split_choice
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, ImageSize, make_spec
+from mrmae_ds.weights.formats import INDEX_SUFFIX
 from mrmae_ds.weights.identify import METADATA_KEY
 
 MODEL_FILE = "model.safetensors"
@@ -77,23 +78,26 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
 
 
 def find_weights(source: Path, key: str = "") -> Path:
-    """Return the model file of a stage folder, or ``source`` itself if it is a file.
+    """Return the model file of a folder (a stage's, or one with the index of a file in shards), or ``source`` itself.
 
     Args:
-        source: stage folder or model file.
+        source: folder or file; ``#KEY`` at its end chooses one of several sets of weights and is kept.
         key: recipe key that named it, for errors; empty for an argument.
 
     Raises:
         UserError: if the file does not exist.
     """
+    source, choice = split_choice(source)
     path = source / MODEL_FILE if source.is_dir() else source
+    if source.is_dir() and not path.is_file():
+        path = next(source.glob(f"*{INDEX_SUFFIX}"), path)
     if not path.is_file():
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
         raise UserError(
             f"{key}{': ' if key else ''}{source} {what}; run that stage first, or name a stage folder "
             "(runs/NAME/STAGE) or a model file"
         )
-    return path
+    return Path(f"{path}#{choice}") if choice else path
 
 
 def run_folder_name(path: Path, stage: str) -> str | None:

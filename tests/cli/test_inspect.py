@@ -25,7 +25,7 @@ from mrmae_ds.weights.model_file import MODEL_FILE
 from tests.fixtures import load_reference, part
 from tests.support.processes import REPOSITORY
 from tests.support.records import make_record
-from tests.support.released import file_of, mcmae_state, released_shapes, tiny_vit, write_released
+from tests.support.released import file_of, mcmae_state, released_shapes, tiny_clip, tiny_vit, write_released
 from tests.weights.test_export import COMMIT, CVIT, VIT, classifier_run, pretraining_run
 
 
@@ -144,9 +144,10 @@ def test_advice_for_teachers(tmp_path: Path) -> None:
     rows = rows_of(describe(path))
     assert rows["use it"].startswith(f"as a teacher: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}")
     assert "blocks.*.ls1.gamma" in rows["use it"]
-    torch.save({"visual.conv1.weight": torch.zeros(8, 3, 4, 4)}, path)
+    torch.save(tiny_clip().state_dict(), path)
     rows = rows_of(describe(path))
-    assert rows["kind"] == "CLIP model, image tower 8 wide, patch 4"
+    assert rows["kind"] == "CLIP model, image tower 64 wide, patch 8"
+    assert rows["GELU"].startswith("not recorded")
     assert rows["use it"].startswith(f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}")
     torch.save({"weight": torch.zeros(2)}, path)
     assert rows_of(describe(path))["use it"].startswith("as a teacher, if timm has the model: teachers.NAME=")

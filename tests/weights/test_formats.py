@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import pickle
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.weights.formats import TensorFile, read_tensor_file, unwrap, verify_checksums
+from mrmae_ds.files import split_choice
+from mrmae_ds.weights.formats import (
+    TensorFile,
+    read_tensor_file,
+    unwrap,
+    verify_checksums,
+    weights_sha256,
+)
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
 
@@ -72,7 +82,7 @@ def test_detects_safetensors_by_their_bytes(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
-@pytest.mark.parametrize("key", [None, "model", "state_dict", "module"])
+@pytest.mark.parametrize("key", [None, "model", "state_dict", "module", "model_state_dict"])
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
 def test_torch_files_are_read_whatever_holds_their_state(
     zipped: bool, key: str | None, prefix: str, tmp_path: Path
@@ -193,16 +203,115 @@ def test_errors_name_the_recipes_key(tmp_path: Path) -> None:
     [
         ([torch.ones(2)], "contains a list, not a dictionary of tensors"),
         (torch.ones(2), "contains a Tensor, not a dictionary of tensors"),
-        ({}, r"no weights found, neither at the top level nor under model, state_dict, module; its keys are \[\]"),
+        ({}, r"no weights found, neither at the top level nor under model, state_dict, .*; its keys are \[\]"),
         ({"model": {}, "epoch": 1}, r'no weights found, .* its keys are \["model", "epoch"\]'),
-        ({"student": STATE, "teacher": STATE, "epoch": 3}, r"contains 2 sets of weights .*\(student, teacher\)"),
+        ({"student": STATE, "teacher": STATE, "epoch": 3}, r"contains 2 sets of weights: student, teacher; choose one"),
+        (
+            {"model": STATE, "model_ema": STATE},
+            r"contains 2 sets of weights: model, model_ema; choose one: .*x.pt#model",
+        ),
+        ({"generator": STATE}, r"contains weights under unknown keys \(1\): generator; choose one: .*x.pt#generator"),
     ],
-    ids=["list", "tensor", "empty", "empty-model", "dino"],
+    ids=["list", "tensor", "empty", "empty-model", "dino", "ema", "unknown"],
 )
 def test_torch_files_without_a_state_dict(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pt")
     with pytest.raises(UserError, match=rf"x.pt: {message}"):
         read_tensor_file(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("chosen", ["teacher", "student"])
+def test_one_of_two_sets_is_chosen_by_key(chosen: str, tmp_path: Path) -> None:
+    other = {name: value + 1 for name, value in STATE.items()}
+    content = {"student": STATE, "teacher": STATE, "dino_loss": {"center": torch.ones(1)}} | {chosen: other}
+    torch.save(content, tmp_path / "x.pt")
+    file = read_tensor_file(Path(f"{tmp_path}/x.pt#{chosen}"))
+    assert torch.equal(file.tensors["b"], other["b"])
+    assert (file.path, file.state_key, file.choice) == (tmp_path / "x.pt", chosen, "")
+    with pytest.raises(UserError, match=r"contains 3 sets of weights: student, teacher, dino_loss; choose one"):
+        read_tensor_file(Path(f"{tmp_path}/x.pt#ema"))
+
+
+def test_a_number_sign_may_be_part_of_a_file_name(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "a#b")
+    assert split_choice(tmp_path / "a#b") == (tmp_path / "a#b", "")
+    assert_holds_state(read_tensor_file(tmp_path / "a#b"))
+    assert split_choice(f"{tmp_path}/a#b#teacher") == (tmp_path / "a#b", "teacher")
+    assert weights_sha256(Path(f"{tmp_path}/a#b#teacher")) == weights_sha256(tmp_path / "a#b")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_a_command_line_may_hold_numpy_scalars_and_paths(zipped: bool, tmp_path: Path) -> None:
+    values = {"lr": np.float64(0.1), "epochs": np.int64(300), "ema": np.bool_(True), "arch": np.str_("vit")}
+    args = argparse.Namespace(**values, out=Path("/some/folder"), data=PureWindowsPath("C:/data"))
+    torch.save({"model": STATE, "args": args}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    file = read_tensor_file(tmp_path / "x.pth")
+    assert_holds_state(file)
+    read = {name: file.args[name] for name in values}
+    assert read == {"lr": 0.1, "epochs": 300, "ema": True, "arch": "vit"}
+    assert [type(value) for value in read.values()] == [float, int, bool, str]
+    assert [str(file.args[name]) for name in ("out", "data")] == ["/some/folder", "C:\\data"]
+
+
+def test_a_command_line_with_other_classes_is_refused(tmp_path: Path) -> None:
+    torch.save({"model": STATE, "args": argparse.Namespace(when=datetime.date(2024, 1, 1))}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x.pth: a pickle that calls datetime.date, and code in a file is never"):
+        read_tensor_file(tmp_path / "x.pth")
+    torch.save({"model": STATE, "args": argparse.Namespace(when=np.datetime64("2024-01-01"))}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x.pth: "):
+        read_tensor_file(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
+def test_the_protocol_of_a_pickle_is_named(zipped: bool, tmp_path: Path) -> None:
+    args = argparse.Namespace(lr=np.float64(0.1))
+    for content in (STATE, {"model": STATE, "args": args}):
+        torch.save(content, tmp_path / "x.pt", pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(
+            UserError, match=r"x.pt: a pickle of protocol 4, and only protocol 2 .* save its state_dict"
+        ):
+            read_tensor_file(tmp_path / "x.pt")
+    hidden = {"model": STATE, "hook": TouchesAFile(tmp_path / "ran")}
+    torch.save(hidden, tmp_path / "x.pt", pickle_protocol=4, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"x.pt: a pickle that calls (getattr|builtins.getattr|pathlib.Path.touch)"):
+        read_tensor_file(tmp_path / "x.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+def write_shards(folder: Path) -> Path:
+    """Two shards with the index that Hugging Face's libraries write; return the index."""
+    names = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for file, name in zip(names, STATE, strict=True):
+        save_file({name: STATE[name]}, folder / file, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 40}, "weight_map": dict(zip(STATE, names, strict=True))}))
+    return index
+
+
+def test_safetensors_in_shards_are_read_by_their_index(tmp_path: Path) -> None:
+    index = write_shards(tmp_path)
+    file = read_tensor_file(index)
+    assert_holds_state(file)
+    assert file.format == "safetensors"
+    before = weights_sha256(index)
+    with pytest.raises(UserError, match=r"00002.safetensors: one shard of several; name their index, .*index.json"):
+        read_tensor_file(tmp_path / "model-00001-of-00002.safetensors")
+    save_file({"b": STATE["b"] + 1}, tmp_path / "model-00002-of-00002.safetensors")
+    assert weights_sha256(index) != before
+    save_file({"c": STATE["b"]}, tmp_path / "model-00002-of-00002.safetensors")
+    with pytest.raises(
+        UserError, match=r"00002.safetensors: does not hold the tensors that .*index.json names, first b"
+    ):
+        read_tensor_file(index)
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"index.json: its shard model-00002-of-00002.safetensors is not beside it"):
+        read_tensor_file(index)
+    index.write_text('{"weight_map": 3}')
+    with pytest.raises(UserError, match=r"t.weights: .*index.json: not an index of safetensors"):
+        read_tensor_file(index, "t.weights")
+    index.write_text(json.dumps({"weight_map": {"b": "../b.safetensors"}}))
+    with pytest.raises(UserError, match=r"its shard ../b.safetensors is not beside it"):
+        read_tensor_file(index)
 
 
 def test_checksums_of_an_archive(tmp_path: Path) -> None:

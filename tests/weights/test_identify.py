@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict
 from typing import Any
 
-import open_clip
 import pytest
 import torch
 from torch import Tensor
@@ -17,8 +17,16 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import ARCHITECTURES, EncoderSpec, ViTSpec, encoder_spec
 from mrmae_ds.weights.identify import identify, nearest_architecture
+from mrmae_ds.weights.names import canonical
 from tests.support.reference import MCMAE, pixel_model
-from tests.support.released import file_of, released_shapes, tiny_vit, without_decoder
+from tests.support.released import (
+    file_of,
+    hugging_face_clip,
+    released_shapes,
+    tiny_clip,
+    tiny_vit,
+    without_decoder,
+)
 
 BASE_SIZES = {"dims": (256, 384, 768), "depths": (2, 2, 11), "mlp_ratios": (4, 4, 4), "patches": (4, 2, 2)}
 
@@ -162,14 +170,16 @@ def test_a_mask_token_alone_is_no_decoder() -> None:
 
 
 def test_clip_models_are_identified_by_their_image_tower() -> None:
-    vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 8}
-    text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
-    tower = open_clip.model.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text)
-    hugging_face = {"vision_model.embeddings.patch_embedding.weight": (64, 3, 8, 8), "logit_scale": ()}
-    for state in (tower.state_dict(), hugging_face):
-        found = identify(file_of(state))
-        assert (found.kind, found.family) == ("clip", "")
+    model = tiny_clip()
+    for state in (model.state_dict(), model.visual.state_dict(), hugging_face_clip(model)):
+        found = identify(canonical(file_of(state)))
+        assert (found.kind, found.family, found.problem) == ("clip", "", "")
         assert found.title == "CLIP model, image tower 64 wide, patch 8"
+        for lost in list(state):
+            if re.search(r"visual.*(resblocks.1|class_emb)|vision.*(layers.1|class_emb)", lost):
+                part = {name: tensor for name, tensor in state.items() if name != lost}
+                problem = identify(canonical(file_of(part))).problem
+                assert problem.startswith(("encoder tensors are missing", "tensors of the image tower are missing"))
 
 
 @pytest.mark.parametrize(

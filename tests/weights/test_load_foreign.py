@@ -288,7 +288,7 @@ def test_a_file_without_a_tensor_of_the_encoder_is_refused(lost: str, mcmae: dic
     state = mcmae_state(mcmae)
     del state[lost]
     path = write_released(tmp_path / "x.pth", state)
-    with pytest.raises(UserError, match=rf"x.pth: encoder tensors are missing: .*missing \d+ \(.*{lost}"):
+    with pytest.raises(UserError, match=rf"x.pth: encoder tensors are missing: \d+ \({lost}"):
         load_encoder(build_encoder(MCMAE, 224), path)
-    with pytest.raises(UserError, match=rf"x.pth: encoder tensors are missing: .*missing \d+ \(.*{lost}"):
+    with pytest.raises(UserError, match=rf"x.pth: encoder tensors are missing: \d+ \({lost}"):
         load_pretrained(new_model("mcmae"), path)

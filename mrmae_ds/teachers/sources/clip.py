@@ -10,7 +10,7 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256
+from mrmae_ds.files import split_choice
 from mrmae_ds.teachers.base import (
     LastBlockInput,
     LibraryTeacher,
@@ -23,6 +23,7 @@ from mrmae_ds.teachers.base import (
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.clip_loading import NO_TEXT, ClipTower, load_clip_tower
 from mrmae_ds.teachers.sources.timm_readers import TimmReader, timm_reader
+from mrmae_ds.weights.formats import weights_sha256
 
 
 class ClipTeacher(LibraryTeacher):
@@ -42,7 +43,8 @@ class ClipTeacher(LibraryTeacher):
     def __init__(self, options: TeacherOptions) -> None:
         tower = load_clip_tower(options)
         weights = Path(options.weights) if options.weights else None
-        sha256 = file_sha256(weights) if weights and weights.is_file() else tensors_sha256(tower.visual)
+        is_file = weights is not None and split_choice(weights)[0].is_file()
+        sha256 = weights_sha256(weights) if weights and is_file else tensors_sha256(tower.visual)
         reader = tower_reader(tower.visual, options)
         network = tower.visual.trunk if isinstance(tower.visual, TimmModel) else tower.visual
         super().__init__(network, reader, options, tower.statistics, sha256, _details(tower, options))

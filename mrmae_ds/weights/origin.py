@@ -1,0 +1,146 @@
+"""Origin of a weights file: what its tensors do not say (heads, statistics, classes), by its metadata or known origin.
+
+Evidence is taken in this order: this project's metadata, configurations beside the file, the stored command line, and
+tensors that only one project writes. Nothing is inferred from the file's own name.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD, Rgb
+from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, ViTSpec
+from mrmae_ds.weights.formats import TensorFile
+
+CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+# Entries of OpenAI's archives, and of state dicts taken from them, besides the weights.
+OPENAI_SCALARS = {"input_resolution", "context_length", "vocab_size"}
+# Options that only these scripts have; all of them train with ImageNet's statistics.
+SCRIPTS = {
+    "norm_pix_loss": "MAE's pre-training script",
+    "layer_decay": "MAE's fine-tuning script",
+    "local_crops_number": "DINO's script",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Properties of weights that no tensor shows, each with its evidence in words; "" where there is none.
+
+    Attributes:
+        statistics: mean and std of the input, of pixels in [0, 1].
+        statistics_by: evidence for them.
+        num_heads: attention heads of the transformer blocks.
+        heads_by: evidence for them.
+        class_names: names of the head's outputs.
+        classes_by: evidence for them.
+    """
+
+    statistics: tuple[Rgb, Rgb] | None = None
+    statistics_by: str = ""
+    num_heads: int | None = None
+    heads_by: str = ""
+    class_names: tuple[str, ...] = ()
+    classes_by: str = ""
+
+    def unverified(self) -> list[str]:
+        """List what could not be verified."""
+        unknown = [] if self.num_heads else ["the number of heads cannot be checked: the file does not record it"]
+        return unknown + ([] if self.statistics else ["the statistics of its input are not recorded"])
+
+
+def find_origin(
+    file: TensorFile, metadata: Mapping[str, Any], family: str, sizes: Mapping[str, Any], num_classes: int = 0
+) -> Origin:
+    """Find the origin of a file.
+
+    Args:
+        file: the file, with canonical names.
+        metadata: this project's metadata of it.
+        family: ``cvit``, ``vit`` or "".
+        sizes: fields of the family's spec.
+        num_classes: outputs of its head.
+    """
+    config = _config_beside(file, "config.json")
+    width = config.get("hidden_size", config.get("num_features"))
+    if width is not None and "dim" in sizes and width != sizes["dim"]:
+        config = {}  # of another file in the same folder
+    statistics, statistics_by = _statistics(file, metadata, family, config)
+    heads, heads_by = _heads(metadata, family, sizes, config)
+    names, classes_by = _classes(metadata, config, num_classes)
+    return Origin(statistics, statistics_by, heads, heads_by, names, classes_by)
+
+
+def _statistics(
+    file: TensorFile, metadata: Mapping[str, Any], family: str, config: Mapping[str, Any]
+) -> tuple[tuple[Rgb, Rgb] | None, str]:
+    if "mean" in metadata and "std" in metadata:
+        return (tuple(metadata["mean"]), tuple(metadata["std"])), "its metadata"
+    timm, hugging_face = config.get("pretrained_cfg", {}), _config_beside(file, "preprocessor_config.json")
+    open_clip = _config_beside(file, "open_clip_config.json").get("preprocess_cfg", {})
+    for values, mean, std, where in (
+        (timm, "mean", "std", "config.json beside it"),
+        (hugging_face, "image_mean", "image_std", "preprocessor_config.json beside it"),
+        (open_clip, "mean", "std", "open_clip_config.json beside it"),
+    ):
+        if mean in values and std in values:
+            return (tuple(values[mean]), tuple(values[std])), where
+    imagenet = (IMAGENET_MEAN, IMAGENET_STD)
+    if script := next((script for option, script in SCRIPTS.items() if option in file.args), ""):
+        return imagenet, f"the options of {script} in it"
+    if file.tensors.keys() >= OPENAI_SCALARS:
+        return CLIP_STATISTICS, "OpenAI's scalars in the file"
+    marks = {
+        "MCMAE's architecture": family == "cvit",
+        "MAE's decoder": "decoder_pred.weight" in file.tensors,
+        "DINO's projection head": any("head.last_layer" in name for name in file.left),
+        "DINOv2's mask token and layer scale": {"mask_token", "blocks.0.ls1.gamma"} <= file.tensors.keys(),
+    }
+    mark = next((mark for mark, found in marks.items() if found), "")
+    return (imagenet, mark) if mark else (None, "")
+
+
+def _heads(
+    metadata: Mapping[str, Any], family: str, sizes: Mapping[str, Any], config: Mapping[str, Any]
+) -> tuple[int | None, str]:
+    if metadata.get("spec"):
+        return metadata["spec"]["num_heads"], "its metadata"
+    recorded = config.get("num_attention_heads", config.get("model_args", {}).get("num_heads"))
+    if recorded is not None:
+        return int(recorded), "config.json beside it"
+    kind = {"cvit": CViTSpec, "vit": ViTSpec}.get(family)
+    for arch, spec in ARCHITECTURES.items():
+        if kind is not None and isinstance(spec, kind) and _same_widths(spec, sizes):
+            return spec.num_heads, f"its width and depth, those of {arch}"
+    return None, ""
+
+
+def _same_widths(spec: CViTSpec | ViTSpec, sizes: Mapping[str, Any]) -> bool:
+    if isinstance(spec, CViTSpec):
+        return (spec.dims, spec.depths) == (tuple(sizes["dims"]), tuple(sizes["depths"]))
+    return (spec.dim, spec.depth) == (sizes["dim"], sizes["depth"])
+
+
+def _classes(metadata: Mapping[str, Any], config: Mapping[str, Any], num_classes: int) -> tuple[tuple[str, ...], str]:
+    if metadata.get("class_names"):
+        return tuple(metadata["class_names"]), "its metadata"
+    labels = config.get("id2label", {})
+    if num_classes and len(labels) == num_classes:
+        return tuple(str(labels[key]) for key in sorted(labels, key=int)), "config.json beside it"
+    if num_classes == IMAGENET_CLASSES:
+        from timm.data import ImageNetInfo
+
+        return tuple(ImageNetInfo().label_names()), "their number, ImageNet-1K's in the order of the WordNet ids"
+    return (), ""
+
+
+def _config_beside(file: TensorFile, name: str) -> dict[str, Any]:
+    """Return a JSON object beside the file; empty if there is none."""
+    try:
+        content = json.loads((file.path.parent / name).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,158 @@
+"""Resolve a weights file: its tensors by known names, its identity, and the verdict that check and loading share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, make_spec
+from mrmae_ds.units import first_few
+from mrmae_ds.weights.formats import TensorFile, read_tensor_file
+from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify, size_differences, spec_sizes
+from mrmae_ds.weights.names import canonical, describe_names
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file with canonical names.
+
+    Attributes:
+        file: its tensors.
+        identity: their architecture and origin.
+        where: key and path, for errors.
+        problem: reason why no loader takes the file; "" if it is usable.
+    """
+
+    file: TensorFile
+    identity: WeightIdentity
+    where: str
+    problem: str
+
+    def check_usable(self) -> None:
+        """Check that the file is complete and finite.
+
+        Raises:
+            UserError: if it is not.
+        """
+        if self.problem:
+            raise UserError(f"{self.where}: {self.problem}")
+
+    def check_encoder(self, spec: EncoderSpec) -> None:
+        """Check that the file has an encoder of a spec that this project's models compute.
+
+        Raises:
+            UserError: naming every size that differs.
+        """
+        identity, family = self.identity, next(name for name, kind in FAMILIES.items() if isinstance(spec, kind))
+        if identity.family != family:
+            raise UserError(
+                f"{self.where}: contains {identity.title}, but the recipe's model is a {FAMILY_TITLES[family]}"
+            )
+        self.check_usable()
+        self.check_plain()
+        found, origin = dict(identity.sizes), identity.origin
+        by = f" (num_heads by {origin.heads_by}; a config.json beside the file with num_attention_heads overrules it)"
+        if origin.num_heads is not None:
+            found["num_heads"] = origin.num_heads
+        if differences := size_differences(found, spec_sizes(spec)):
+            stated = by if not identity.ours and any(text.startswith("num_heads") for text in differences) else ""
+            raise UserError(
+                f"{self.where}: its encoder differs from the recipe's: {'; '.join(differences)}{stated}; "
+                "use another file, or set model.arch and model.overrides to these sizes"
+            )
+
+    def check_plain(self) -> None:
+        """Check that a plain ViT has no tensors that this project's ViT lacks.
+
+        Raises:
+            UserError: naming them.
+        """
+        if self.identity.extras:
+            raise UserError(
+                f"{self.where}: contains a ViT with tensors that a plain ViT lacks "
+                f"({', '.join(self.identity.extras[:6])}), so that its results would differ here; use it as a teacher "
+                "(kind: timm)"
+            )
+
+    def notes(self) -> list[str]:
+        """Describe the choice of weights, the conversion of names, and what could not be verified."""
+        heads = [text for text in self.identity.origin.unverified() if "heads" in text]
+        return describe_names(self.file) + (heads if self.identity.family else [])
+
+
+def resolve(source: Path, key: str = "") -> Weights:
+    """Read and identify a weights file of any origin.
+
+    Args:
+        source: the file; ``FILE#KEY`` if it holds several sets of weights.
+        key: recipe key that named it, for errors.
+
+    Raises:
+        UserError: if it cannot be read, contains code, or holds several networks and none was chosen.
+    """
+    where = f"{key}: {source}" if key else str(source)
+    raw = read_tensor_file(source, key)
+    try:
+        file = canonical(raw)
+        identity = identify(file)
+    except UserError as error:
+        raise UserError(f"{key}: {error}" if key else str(error)) from None
+    nonfinite = nonfinite_tensors(file.tensors)
+    problem = f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
+    return Weights(file, identity, where, problem or identity.problem)
+
+
+def nonfinite_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors with NaN or infinite values."""
+    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+
+
+def model_metadata(weights: Weights, *, statistics: bool = True) -> dict[str, Any]:
+    """Return the metadata of a model file: of this project's as stored, of others as far as their origin is known.
+
+    Args:
+        weights: a usable file with an encoder that this project's models compute.
+        statistics: they are needed.
+
+    Raises:
+        UserError: if the file is not usable, or the number of heads or the statistics are not known.
+    """
+    identity, origin = weights.identity, weights.identity.origin
+    if not identity.family:
+        raise UserError(f"{weights.where}: contains {identity.title}")
+    weights.check_usable()
+    weights.check_plain()
+    if identity.ours:
+        return dict(identity.metadata)
+    if origin.num_heads is None:
+        raise UserError(
+            f"{weights.where}: does not record its number of attention heads, and its sizes are not those of a known "
+            'model; put a config.json with {"num_attention_heads": N} beside it'
+        )
+    if statistics and origin.statistics is None:
+        raise UserError(
+            f"{weights.where}: does not record the mean and std of its input, and its origin is unknown; put a "
+            'preprocessor_config.json with {"image_mean": [...], "image_std": [...]} beside it'
+        )
+    if identity.grid is None:
+        raise UserError(f"{weights.where}: the rows of its pos_embed do not form a square grid")
+    spec = make_spec(FAMILIES[identity.family], {**identity.sizes, "num_heads": origin.num_heads}, "weights file")
+    height, width = (side * spec.stride for side in identity.grid)
+    metadata: dict[str, Any] = {
+        "kind": identity.kind,
+        "family": identity.family,
+        "spec": asdict(spec),
+        "image_size": height if height == width else [height, width],
+    }
+    if identity.kind == "classifier":
+        metadata |= {"num_classes": identity.num_classes, "pool": identity.pool, "class_names": [*origin.class_names]}
+    if origin.statistics is not None:
+        mean, std = origin.statistics
+        metadata |= {"mean": list(mean), "std": list(std)}
+    return metadata

@@ -1,0 +1,228 @@
+"""Wrapped, renamed and ambiguous files: each accepted form gives its source's values, each near twin is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from mrmae_ds.cli.inspect import describe
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.sizes import ViTSpec
+from mrmae_ds.models.vit import MaskedViT
+from mrmae_ds.weights.load import LoadReport, load_encoder
+from mrmae_ds.weights.resolve import resolve
+from tests.fixtures import part
+from tests.support.reference import MCMAE, random_images
+from tests.support.released import TINY_VIT, hugging_face_vit, tiny_vit, write_released
+
+SPEC = ViTSpec(24, 2, 3, patch=8)
+CLOSE = {"atol": 1e-5, "rtol": 1e-4}
+IMAGES = random_images(2, 32, seed=1)
+
+
+def load_into_vit(path: Path, pool: str = "token", classes: int = 5) -> tuple[MaskedViT, LoadReport]:
+    model = MaskedViT(SPEC, 32, classes, pool=pool).eval()
+    return model, load_encoder(model, path)
+
+
+def assert_refused(path: Path, message: str) -> None:
+    """Assert that loading refuses a file, and that check does not call it usable, for the same reason."""
+    with pytest.raises(UserError, match=message):
+        load_into_vit(path)
+    try:
+        text = describe(path)
+    except UserError as error:
+        text = f"NOT USABLE {error}"
+    assert "NOT USABLE" in text and "use it" not in text
+    reason = text.split("NOT USABLE")[1].strip()
+    with pytest.raises(UserError) as refused:
+        load_into_vit(path)
+    assert reason in str(refused.value)
+
+
+PREFIXES = ["model.", "backbone.", "encoder.", "net.", "module.backbone.", "_orig_mod.module.model.", "backbone.net."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes_of_wrappers_are_removed(prefix: str, mcmae: dict[str, Tensor], tmp_path: Path) -> None:
+    state = part(mcmae, "finetune/")
+    path = write_released(tmp_path / "x.pth", {prefix + name: tensor for name, tensor in state.items()})
+    model = CViT(MCMAE, 224, 10).eval()
+    report = load_encoder(model, path)
+    assert (report.missing, report.unexpected) == ([], [])
+    with torch.no_grad():
+        torch.testing.assert_close(model(mcmae["image"]), mcmae["logits"], **CLOSE)
+    left = prefix.replace("_orig_mod.", "").replace("module.", "")
+    assert any(f"names without {left}" in note for note in report.notes)
+
+
+def test_an_unknown_prefix_is_refused_until_it_is_chosen(tmp_path: Path) -> None:
+    source = tiny_vit()
+    torch.save({f"generator.{name}": tensor for name, tensor in source.state_dict().items()}, tmp_path / "x.pth")
+    assert_refused(tmp_path / "x.pth", r"names begin with 'generator.', which is unknown .* name .*x.pth#generator$")
+    model, report = load_into_vit(Path(f"{tmp_path}/x.pth#generator"))
+    assert report.missing == []
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), source(IMAGES))
+    assert_refused(Path(f"{tmp_path}/x.pth#gen"), r"x.pth: has no weights under 'gen'; remove #gen")
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["top level", "under a key"])
+def test_of_student_and_teacher_one_is_chosen(held: bool, tmp_path: Path) -> None:
+    networks = {"student": tiny_vit(num_classes=0), "teacher": tiny_vit(num_classes=0, depth=2)}
+    nn.init.normal_(networks["student"].cls_token)
+    state = {
+        f"{name}.backbone.{key}": tensor for name, net in networks.items() for key, tensor in net.state_dict().items()
+    }
+    state["student.head.last_layer.weight_g"] = torch.ones(3, 1)
+    torch.save({"model": state, "epoch": 3} if held else state, tmp_path / "x.pth")
+    assert_refused(tmp_path / "x.pth", r"contains 2 networks: student.backbone, teacher.backbone; choose: .*x.pth#")
+    for name, source in networks.items():
+        path = Path(f"{tmp_path}/x.pth#{name}")
+        model, report = load_into_vit(path)
+        with torch.no_grad():
+            torch.testing.assert_close(model.forward_features(IMAGES), source.forward_features(IMAGES))
+        assert f"names without {name}.backbone." in "; ".join(report.notes)
+        assert f"names without {name}.backbone." in describe(path)
+
+
+def test_the_choice_between_weights_and_their_average_is_reported(tmp_path: Path) -> None:
+    source, average = tiny_vit(), tiny_vit()
+    nn.init.ones_(average.head.bias)
+    content = {"model": source.state_dict(), "model_ema": average.state_dict(), "epoch": 3}
+    torch.save(content, tmp_path / "x.pth")
+    assert_refused(tmp_path / "x.pth", r"contains 2 sets of weights: model, model_ema; choose one: .*x.pth#model")
+    for key, expected in (("model", source), ("model_ema", average)):
+        model, report = load_into_vit(Path(f"{tmp_path}/x.pth#{key}"))
+        assert report.notes[0] == f"weights under {key}"
+        with torch.no_grad():
+            torch.testing.assert_close(model(IMAGES), expected(IMAGES))
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["inside", "beside"])
+def test_a_classifier_under_an_encoder_prefix_keeps_its_head(beside: bool, tmp_path: Path) -> None:
+    source = tiny_vit(global_pool="avg")
+    state = {f"encoder.{name}": tensor for name, tensor in source.state_dict().items()}
+    if beside:
+        state = {name.replace("encoder.head.", "head."): tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "x.pth")
+    model, report = load_into_vit(tmp_path / "x.pth", "avg")
+    assert (report.missing, report.unexpected) == ([], [])
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), source(IMAGES))
+
+
+def test_a_head_whose_input_is_unknown_is_left_out(tmp_path: Path) -> None:
+    state = {f"encoder.{name}": tensor for name, tensor in tiny_vit().state_dict().items()}
+    state = {name.replace("encoder.head.", "head."): tensor for name, tensor in state.items()}
+    torch.save(state, tmp_path / "x.pth")
+    _, report = load_into_vit(tmp_path / "x.pth")
+    assert sorted(report.missing) == ["head.bias", "head.weight"]
+    assert "2 tensors outside the encoder left out (head)" in "; ".join(report.notes)
+
+
+def test_a_linear_probes_batch_norm_is_folded_into_its_head(tmp_path: Path) -> None:
+    """As MAE's script saves it: a BatchNorm without parameters, then the linear layer, on the class token."""
+    source = tiny_vit()
+    source.head = nn.Sequential(nn.BatchNorm1d(24, affine=False, eps=1e-6), source.head).eval()
+    nn.init.normal_(source.head[0].running_mean)
+    nn.init.uniform_(source.head[0].running_var, 0.5, 2)
+    state = source.state_dict()
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model, report = load_into_vit(tmp_path / "x.pth")
+    assert (report.missing, report.unexpected) == ([], [])
+    with torch.no_grad():
+        torch.testing.assert_close(model(IMAGES), source(IMAGES), **CLOSE)
+    torch.save({"model": state | {"head.0.weight": torch.ones(24)}}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"a plain ViT lacks \(head.*.weight\)"):
+        load_into_vit(tmp_path / "x.pth")
+
+
+def test_a_class_token_head_is_reported_and_not_taken_into_mean_pooling(tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict(), tmp_path / "x.pth")
+    _, report = load_into_vit(tmp_path / "x.pth", "avg")
+    assert "head.weight" in report.missing and "head.weight" in report.unexpected
+    assert "head left out: its input is token, the model's avg" in str(report)
+
+
+@pytest.mark.parametrize("prefix", ["", "vit."])
+def test_hugging_faces_vit(prefix: str, tmp_path: Path) -> None:
+    source = tiny_vit()
+    state = {prefix + name: tensor for name, tensor in hugging_face_vit(source.state_dict()).items()}
+    if prefix:
+        state |= {"classifier.weight": source.head.weight, "classifier.bias": source.head.bias}
+        state |= {"vit.pooler.dense.weight": torch.ones(24, 24)}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    model, report = load_into_vit(tmp_path / "pytorch_model.bin")
+    assert report.missing == ([] if prefix else ["head.weight", "head.bias"])
+    assert "names converted from Hugging Face's ViT or DINOv2" in report.notes
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(IMAGES), source.forward_features(IMAGES))
+        if prefix:
+            torch.testing.assert_close(model(IMAGES), source(IMAGES))
+            assert "pooler" in "; ".join(report.notes)
+    lost = f"{prefix}encoder.layer.1.attention.attention.key.bias"
+    torch.save({name: tensor for name, tensor in state.items() if name != lost}, tmp_path / "x.pth")
+    assert_refused(tmp_path / "x.pth", r"encoder tensors are missing: 1 \(blocks.1.attn.qkv.bias\)")
+
+
+def test_heads_are_compared_with_the_configuration_beside_the_file(tmp_path: Path) -> None:
+    torch.save(tiny_vit(num_heads=4).state_dict(), tmp_path / "x.pth")
+    _, report = load_into_vit(tmp_path / "x.pth")
+    assert report.notes == ["the number of heads cannot be checked: the file does not record it"]
+    assert "the number of heads cannot be checked" in describe(tmp_path / "x.pth")
+    for config in ({"num_attention_heads": 4, "hidden_size": 24}, {"model_args": {"num_heads": 4}}):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(UserError, match=r"num_heads 4 instead of 3 \(num_heads by config.json beside it"):
+            load_into_vit(tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 3, "hidden_size": 24}))
+    assert load_into_vit(tmp_path / "x.pth")[1].notes == []
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4, "hidden_size": 768}))  # of another file
+    assert len(load_into_vit(tmp_path / "x.pth")[1].notes) == 1
+
+
+def test_heads_of_a_known_size_are_compared(tmp_path: Path) -> None:
+    small = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32)
+    torch.save(small.state_dict(), tmp_path / "x.pth")
+    load_encoder(MaskedViT(ViTSpec(384, 12, 6), 32), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"num_heads 6 instead of 12 .* by its width and depth, those of vit_small"):
+        load_encoder(MaskedViT(ViTSpec(384, 12, 12), 32), tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    state = tiny_vit().state_dict()
+    state["blocks.1.mlp.fc1.bias"][3] = value
+    torch.save(state, tmp_path / "x.pth")
+    assert_refused(tmp_path / "x.pth", r"x.pth: 1 tensors contain NaN or infinity: blocks.1.mlp.fc1.bias$")
+
+
+def test_a_detectors_file_gives_its_backbone(tmp_path: Path) -> None:
+    source = tiny_vit(num_classes=0)
+    state = {f"backbone.{name}": tensor for name, tensor in source.state_dict().items()}
+    state |= {"roi_heads.box.weight": torch.ones(2), "rpn.conv.weight": torch.ones(2)}
+    torch.save({"model": state}, tmp_path / "x.pth")
+    model, report = load_into_vit(tmp_path / "x.pth")
+    assert "2 tensors outside the encoder left out (roi_heads, rpn)" in report.notes
+    with torch.no_grad():
+        torch.testing.assert_close(model.forward_features(IMAGES), source.forward_features(IMAGES))
+    relative = {f"backbone.blocks.{i}.attn.rel_pos_h": torch.ones(7, 8) for i in (0, 1)}
+    torch.save({"model": state | relative}, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"a plain ViT lacks \(blocks.\*.attn.rel_pos_h\)"):
+        load_into_vit(tmp_path / "x.pth")
+    assert "this project's plain ViT has no blocks.*.attn.rel_pos_h" in describe(tmp_path / "x.pth")
+
+
+def test_lost_tensors_are_reported_by_check_as_by_loading(tmp_path: Path) -> None:
+    state = tiny_vit().state_dict()
+    for lost in ("cls_token", "pos_embed", "patch_embed.proj.bias", "blocks.0.attn.proj.weight", "blocks.1.norm2.bias"):
+        torch.save({name: tensor for name, tensor in state.items() if name != lost}, tmp_path / "x.pth")
+        assert_refused(tmp_path / "x.pth", rf"encoder tensors are missing: 1 \({lost}\)")
+    assert resolve(tmp_path / "x.pth").problem
+    assert TINY_VIT["depth"] == 2
