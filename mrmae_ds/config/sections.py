@@ -97,9 +97,10 @@ class TeacherConfig(Section):
         stage: stage of a network with feature maps, 0-based; null is the deepest one with the student's grid.
         position_resize: interpolation of a timm ViT's position embedding: ``library`` as in timm, ``dino`` as in the
             code of DINO and DINOv2; null is ``dino`` for these two (without registers), else ``library``.
-        quickgelu: CLIP weights were trained with QuickGELU; only for files that do not state it.
+        quickgelu: CLIP weights were trained with QuickGELU; only for files and names that do not state it.
         statistics: normalize the input by the teacher's or the student's mean and standard deviation.
-        mean: mean of the weights' training per channel, of pixels in 0 to 1, if the library's is another.
+        mean: mean of the weights' training per channel, of pixels in 0 to 1, if the library's is another, or the origin
+            of a local file is unknown.
         std: standard deviation of the weights' training per channel, if the library's is another.
         precision: of weights and arithmetic.
     """
@@ -119,7 +120,7 @@ class TeacherConfig(Section):
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> TeacherConfig:
-        used_by = {"weights": "clip, timm", "stage": "clip, timm", "position_resize": "timm", "quickgelu": "clip"}
+        used_by = {"weights": "clip, timm", "stage": "clip, timm", "position_resize": "timm", "quickgelu": "clip, timm"}
         for key, kinds in used_by.items():
             if getattr(self, key) is not None and self.kind not in kinds:
                 raise ConfigError(key, f"has no effect on kind {self.kind} (only on {kinds}); remove it")

@@ -302,6 +302,8 @@ def _missing_of_tower(shapes: Shapes) -> str:
     """Report a tensor that a CLIP image tower lacks; towers of timm are not checked."""
     if "visual.conv1.weight" not in shapes:
         return ""
+    if any(name.startswith("visual.layer1.") for name in shapes):
+        return "its image tower is a ResNet, which has no patch tokens; choose the weights of a ViT-* model"
     layers = ("ln_post.weight", "class_embedding", "positional_embedding")  # some towers have no ln_pre
     missing = [f"visual.{name}" for name in layers if f"visual.{name}" not in shapes]
     if missing:

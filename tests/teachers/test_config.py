@@ -27,7 +27,6 @@ def test_quickgelu_is_the_one_key_that_may_be_true_or_false(value: bool | None) 
         ("checkpoint", {"weights": "file.pt"}),
         ("checkpoint", {"stage": 2}),
         ("checkpoint", {"quickgelu": True}),
-        ("timm", {"quickgelu": False}),
         ("clip", {"position_resize": "dino"}),
         ("checkpoint", {"position_resize": "library"}),
     ],

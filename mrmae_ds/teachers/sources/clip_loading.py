@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,17 @@ from open_clip.transformer import VisionTransformer
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import split_choice
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.sources.gelu import OPEN_CLIP_CONFIG, Gelu, gelu_of_file
-from mrmae_ds.weights.formats import TensorFile, read_tensor_file
+from mrmae_ds.teachers.sources.gelu import OPEN_CLIP_CONFIG, Gelu, gelu_of_file, resolve_gelu
+from mrmae_ds.weights.formats import TensorFile
+from mrmae_ds.weights.resolve import Weights, resolve
 
 # The text tower is never used; open_clip requires one, so it is as small as possible.
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 _QUICK_NAME = "-quickgelu"
+_BESIDE = f"put its {OPEN_CLIP_CONFIG} beside it"
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _from_named_files(options: TeacherOptions, config: dict[str, Any]) -> ClipTo
     where = f"{OPEN_CLIP_CONFIG} of {options.source}"
     gelu = None
     if not _is_timm(config):
-        gelu = _resolve_gelu(Gelu(bool(config.get("quick_gelu", False)), where), options)
+        gelu = resolve_gelu(Gelu(bool(config.get("quick_gelu", False)), where), options, _BESIDE)
     model = open_clip.create_model(options.source, force_image_size=options.image_size, require_pretrained=True)
     return _tower(model.visual, gelu, config, (*_preprocessing(model.visual), where))
 
@@ -91,7 +93,7 @@ def _from_tag(options: TeacherOptions, name: str, tag: dict[str, Any], config: d
     where = f"open_clip's entry for {options.weights}"
     gelu, extra = None, {}
     if not _is_timm(config):
-        gelu = _resolve_gelu(Gelu(bool(tag.get("quick_gelu", False)), where), options)
+        gelu = resolve_gelu(Gelu(bool(tag.get("quick_gelu", False)), where), options, _BESIDE)
         extra = {"force_quick_gelu": True} if gelu.quick else {"quick_gelu": False}
     model = open_clip.create_model(
         name, pretrained=options.weights, force_image_size=options.image_size, require_pretrained=True, **extra
@@ -101,14 +103,15 @@ def _from_tag(options: TeacherOptions, name: str, tag: dict[str, Any], config: d
 
 def _from_file(options: TeacherOptions, name: str, config: dict[str, Any]) -> ClipTower:
     path = Path(options.weights or "")
-    if not path.is_file():
+    if not split_choice(path)[0].is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise UserError(
             f"{options.key}.weights: {path} is neither a file nor a tag of {options.source} (its tags: {tags})"
         )
-    file = read_tensor_file(path, f"{options.key}.weights")
-    is_timm = _is_timm(config)
-    gelu = None if is_timm else _resolve_gelu(gelu_of_file(file), options)
+    found = resolve(path, f"{options.key}.weights")
+    found.check_usable()
+    file, is_timm = found.file, _is_timm(config)
+    gelu = None if is_timm else resolve_gelu(gelu_of_file(file), options, _BESIDE)
     vision = dict(config["vision_cfg"])
     vision |= {"timm_model_pretrained": False} if is_timm else {"image_size": options.image_size}
     model = open_clip.CLIP(
@@ -117,7 +120,7 @@ def _from_file(options: TeacherOptions, name: str, config: dict[str, Any]) -> Cl
     _load_tower(model, file, options)
     if isinstance(model.visual, TimmModel):
         model.visual.set_input_size(options.image_size)
-    return _tower(model.visual, gelu, config, _statistics_of_file(path, name))
+    return _tower(model.visual, gelu, config, _statistics_of_file(found, name, options))
 
 
 def _tower(
@@ -131,25 +134,6 @@ def _tower(
 def _preprocessing(visual: VisionTransformer | TimmModel) -> tuple[Rgb, Rgb]:
     """Return the mean and std that open_clip stored in a model that it loaded itself."""
     return tuple(visual.preprocess_cfg["mean"]), tuple(visual.preprocess_cfg["std"])
-
-
-def _resolve_gelu(evidence: Gelu | None, options: TeacherOptions) -> Gelu:
-    """Return the GELU by evidence, or by the recipe if there is no evidence."""
-    given = options.quickgelu
-    if evidence is None:
-        if given is None:
-            raise UserError(
-                f"{options.key}.quickgelu: {options.weights} does not record the GELU that it was trained with, and "
-                "the wrong one silently changes the features; set true (OpenAI's weights and those tuned from them) or "
-                f"false, or put its {OPEN_CLIP_CONFIG} beside it"
-            )
-        return Gelu(given, "the recipe")
-    if given is not None and given != evidence.quick:
-        raise UserError(
-            f"{options.key}.quickgelu: {str(given).lower()} in the recipe, but the weights are of {evidence}; remove "
-            "the key"
-        )
-    return evidence
 
 
 def _is_timm(config: dict[str, Any]) -> bool:
@@ -181,20 +165,26 @@ def _load_tower(model: open_clip.CLIP, file: TensorFile, options: TeacherOptions
     model.visual.load_state_dict({name.removeprefix("visual."): tensor for name, tensor in tower.items()})
 
 
-def _statistics_of_file(path: Path, name: str) -> tuple[Rgb, Rgb, str]:
-    """Return mean, std and their origin for a weights file, which does not contain them."""
-    beside = path.parent / OPEN_CLIP_CONFIG
-    if beside.is_file():
-        cfg = json.loads(beside.read_text(encoding="utf-8")).get("preprocess_cfg", {})
-        if "mean" in cfg and "std" in cfg:
-            return tuple(cfg["mean"]), tuple(cfg["std"]), f"{OPEN_CLIP_CONFIG} beside the weights"
+def _statistics_of_file(weights: Weights, name: str, options: TeacherOptions) -> tuple[Rgb, Rgb, str]:
+    """Return mean, std and their origin for a weights file.
+
+    Raises:
+        UserError: naming the recipe key, if neither the file nor the model's name determines them.
+    """
+    origin = weights.identity.origin
+    if origin.statistics is not None:
+        return *origin.statistics, origin.statistics_by
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
     known = {(tuple(tag["mean"]), tuple(tag["std"])) for tag in tags if tag.get("mean") and tag.get("std")}
     if len(known) == 1:
         ((mean, std),) = known
         return mean, std, f"all of open_clip's weights of {name}"
-    return (
-        open_clip.OPENAI_DATASET_MEAN,
-        open_clip.OPENAI_DATASET_STD,
-        "OpenAI's, assumed: the file has none",
+    if not known:
+        default = f"open_clip's default, since it has no weights of {name}"
+        return open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD, default
+    if options.statistics is not None:
+        return *options.statistics, "the recipe"
+    raise UserError(
+        f"{options.key}.mean: the statistics of the input that {options.weights} was trained with are not known; give "
+        f"mean and std, or put its {OPEN_CLIP_CONFIG} beside it"
     )

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.weights.formats import TensorFile
+from mrmae_ds.weights.names import HF_CLIP
+from mrmae_ds.weights.origin import OPENAI_SCALARS
 
-# Entries of OpenAI's archives, and of state dicts taken from them, besides the weights.
-OPENAI_SCALARS = {"input_resolution", "context_length", "vocab_size"}
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
@@ -43,13 +44,42 @@ def gelu_of_file(file: TensorFile) -> Gelu | None:
     Raises:
         UserError: if they contradict each other.
     """
-    evidence = [gelu for gelu in (_from_archive(file), _from_scalars(file), _from_config(file.path)) if gelu]
+    found = (_from_archive(file), _from_scalars(file), _from_config(file.path), _from_hugging_face(file))
+    evidence = [gelu for gelu in found if gelu]
     if len({gelu.quick for gelu in evidence}) > 1:
         listed = "; ".join(map(str, evidence))
         raise UserError(
             f"{file.path}: contradictory evidence for its GELU ({listed}); remove the file that does not belong to it"
         )
     return evidence[0] if evidence else None
+
+
+def resolve_gelu(evidence: Gelu | None, options: TeacherOptions, fix: str) -> Gelu:
+    """Return the GELU by evidence, or by the recipe if there is no evidence.
+
+    Args:
+        evidence: GELU of the weights by their origin, if it is known.
+        options: options from the recipe.
+        fix: the alternative to the recipe's key, in words.
+
+    Raises:
+        UserError: naming the key, if the GELU is undetermined or the recipe contradicts the evidence.
+    """
+    given = options.quickgelu
+    if evidence is None:
+        if given is None:
+            raise UserError(
+                f"{options.key}.quickgelu: {options.weights} does not record the GELU that it was trained with, and "
+                "the wrong one silently changes the features; set true (OpenAI's weights and those tuned from them) or "
+                f"false, or {fix}"
+            )
+        return Gelu(given, "the recipe")
+    if given is not None and given != evidence.quick:
+        raise UserError(
+            f"{options.key}.quickgelu: {str(given).lower()} in the recipe, but the weights are of {evidence}; remove "
+            "the key"
+        )
+    return evidence
 
 
 def _from_archive(file: TensorFile) -> Gelu | None:
@@ -67,6 +97,18 @@ def _from_archive(file: TensorFile) -> Gelu | None:
 
 def _from_scalars(file: TensorFile) -> Gelu | None:
     return Gelu(True, "OpenAI's scalars in the file") if file.tensors.keys() >= OPENAI_SCALARS else None
+
+
+def _from_hugging_face(file: TensorFile) -> Gelu | None:
+    """Read ``hidden_act`` of the configuration that transformers writes beside a CLIP."""
+    if file.layout != HF_CLIP:
+        return None
+    try:
+        content = json.loads((file.path.parent / "config.json").read_text(encoding="utf-8"))
+        act = content.get("vision_config", content).get("hidden_act")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return Gelu(act == "quick_gelu", "config.json beside it") if act in ("quick_gelu", "gelu") else None
 
 
 def _from_config(path: Path) -> Gelu | None:

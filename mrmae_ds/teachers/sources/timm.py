@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,18 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import QuickGELU
 from timm.models import is_model, model_entrypoint
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256
+from mrmae_ds.imagenet import Rgb
 from mrmae_ds.teachers.base import LibraryTeacher, MetaTeacher, tensors_sha256
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.sources.gelu import gelu_of_file
-from mrmae_ds.teachers.sources.timm_readers import TimmNetwork, timm_reader
-from mrmae_ds.weights.formats import TensorFile, read_tensor_file
+from mrmae_ds.teachers.sources.timm_origin import check_gelu, check_heads, check_kind, statistics_of
+from mrmae_ds.teachers.sources.timm_readers import BlockReader, TimmNetwork, timm_reader
+from mrmae_ds.weights.formats import weights_sha256
+from mrmae_ds.weights.names import PREFIX_WORDS, describe_names
+from mrmae_ds.weights.resolve import Weights, resolve
 
 # DINO's guard against rounding when a position embedding is resized.
 DINO_OFFSET = 0.1
@@ -43,8 +44,10 @@ class TimmTeacher(LibraryTeacher):
             raise UserError(f"{options.key}.features: timm models have no projection; use raw or ln_post")
         loaded = load_timm(options)
         network = loaded.network
-        sha256 = file_sha256(Path(options.weights)) if options.weights else tensors_sha256(network)
+        sha256 = weights_sha256(Path(options.weights)) if options.weights else tensors_sha256(network)
         reader = timm_reader(network, options)
+        if loaded.is_mean_pooled and isinstance(reader, BlockReader):
+            reader.ignore_class_token()
         # The file may lack tensors that pruning removed, because they are not needed.
         missing = [name for name in loaded.missing if name in network.state_dict()]
         if missing:
@@ -52,9 +55,7 @@ class TimmTeacher(LibraryTeacher):
                 f"{options.key}.weights: {options.weights} is not a file of {options.source}: it lacks {len(missing)} "
                 f"of its tensors, first {missing[0]}"
             )
-        config = network.pretrained_cfg
-        statistics = tuple(config["mean"]), tuple(config["std"])
-        super().__init__(network, reader, options, statistics, sha256, loaded.details)
+        super().__init__(network, reader, options, loaded.statistics, sha256, loaded.details)
 
 
 def build_meta(options: TeacherOptions) -> MetaTeacher:
@@ -78,13 +79,17 @@ class LoadedNetwork:
 
     Attributes:
         network: the model, without head.
+        statistics: mean and std of its input, of pixels in [0, 1].
         missing: names of tensors that the file lacks, which timm would silently leave at random values.
         details: decisions made while loading, by topic.
+        is_mean_pooled: a plain ViT whose head takes the mean of the patches.
     """
 
     network: TimmNetwork
+    statistics: tuple[Rgb, Rgb]
     missing: list[str] = field(default_factory=list)
     details: dict[str, str] = field(default_factory=dict)
+    is_mean_pooled: bool = False
 
 
 def load_timm(options: TeacherOptions) -> LoadedNetwork:
@@ -94,12 +99,15 @@ def load_timm(options: TeacherOptions) -> LoadedNetwork:
         UserError: naming the recipe key.
     """
     key, source = options.key, options.source
-    file = read_tensor_file(Path(options.weights), f"{key}.weights") if options.weights else None
+    weights = resolve(Path(options.weights), f"{key}.weights") if options.weights else None
+    if weights is not None:
+        weights.check_usable()
+        check_kind(weights, options)
     try:
         if _use_dino_resize(options):
-            return _load(options, file, dino=True)
-        if file is not None:
-            return _load(options, file, dino=False)
+            return _load(options, weights, dino=True)
+        if weights is not None:
+            return _load(options, weights, dino=False)
         network = create_network(source, options.image_size, pretrained=True)
     except UserError:
         raise
@@ -109,18 +117,37 @@ def load_timm(options: TeacherOptions) -> LoadedNetwork:
             f"{' '.join(str(error).split())}); check the name, or give a local file as {key}.weights if the hub cannot "
             "be reached"
         ) from None
-    _check_gelu(network, None, options)
-    return LoadedNetwork(network)
+    statistics, details = _decide(network, None, options)
+    return LoadedNetwork(network, statistics, details=details)
 
 
-def _load(options: TeacherOptions, file: TensorFile | None, *, dino: bool) -> LoadedNetwork:
-    """Load the tensors of ``file`` (of the hub if None) into a network of the required input size."""
-    tensors = create_network(options.source, None, pretrained=True).state_dict() if file is None else file.tensors
-    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+def _decide(
+    network: TimmNetwork, weights: Weights | None, options: TeacherOptions
+) -> tuple[tuple[Rgb, Rgb], dict[str, str]]:
+    """Decide what no tensor shows (GELU, heads, statistics, pooling), and describe the decisions.
+
+    Raises:
+        UserError: naming the recipe key, for what is undecided or contradicts the weights.
+    """
+    details = check_gelu(network, weights, options)
+    statistics, by = statistics_of(network, weights, options)
+    if weights is not None:
+        details |= check_heads(network, weights, options) | {"statistics": by}
+        if chosen := describe_names(weights.file):
+            details["weights"] = "; ".join(chosen)
+    return statistics, details
+
+
+def _load(options: TeacherOptions, weights: Weights | None, *, dino: bool) -> LoadedNetwork:
+    """Load the tensors of a file (of the hub if None) into a network of the required input size."""
     network = create_network(options.source, options.image_size, pretrained=False)
-    if file is not None:
-        _check_gelu(network, file, options)
-    details = _resize_pos_embed(state, network, options, dino)
+    statistics, details = _decide(network, weights, options)
+    if weights is None:
+        tensors: Mapping[str, Tensor] = create_network(options.source, None, pretrained=True).state_dict()
+    else:
+        tensors = _without_prefix(weights.file.tensors, network)
+    state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    details |= _resize_pos_embed(state, network, options, dino)
     filter_fn = _checkpoint_filter(network)
     state = filter_fn(state, network) if filter_fn else state
     result = network.load_state_dict(state, strict=False)
@@ -133,7 +160,19 @@ def _load(options: TeacherOptions, file: TensorFile | None, *, dino: bool) -> Lo
             f"{len(foreign)} of its tensors, first {foreign[0]}"
         )
     missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
-    return LoadedNetwork(network, missing, details)
+    identity = weights.identity if weights is not None else None
+    is_mean_pooled = identity is not None and not identity.extras and identity.pool == "avg"
+    return LoadedNetwork(network, statistics, missing, details, is_mean_pooled)
+
+
+def _without_prefix(tensors: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:
+    """Remove a known prefix from the names of a network that is not a ViT, found by its first tensor."""
+    first = next(iter(network.state_dict()), "")
+    prefixes = {name.removesuffix(first) for name in tensors if name.endswith(f".{first}") or name == first}
+    prefix = next(iter(prefixes)) if len(prefixes) == 1 else ""
+    if not prefix or not set(prefix.removesuffix(".").split(".")) <= PREFIX_WORDS:
+        return tensors
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _resize_pos_embed(
@@ -222,24 +261,3 @@ def _use_dino_resize(options: TeacherOptions) -> bool:
         return options.position_resize == "dino"
     name, _, tag = options.source.partition(".")
     return tag == "dino" or ("dinov2" in name and "_reg" not in name)
-
-
-def _check_gelu(network: TimmNetwork, file: TensorFile | None, options: TeacherOptions) -> None:
-    """Check the GELU of CLIP weights under a timm name.
-
-    timm has separate names for models with either GELU, but loads the wrong weights with no more than a note.
-    """
-    notes = " ".join(network.pretrained_cfg.get("notes") or ())
-    gelu = gelu_of_file(file) if file is not None else None
-    if file is None and "natively QuickGELU" in notes:
-        quick, why = True, "timm's note on them"
-    elif gelu is not None:
-        quick, why = gelu.quick, gelu.why
-    else:
-        return
-    if any(isinstance(module, QuickGELU) for module in network.modules()) != quick:
-        other = "a name with clip_quickgelu" if quick else "the name without quickgelu"
-        raise UserError(
-            f"{options.key}.source: these weights were trained with {'Quick' if quick else 'plain '}GELU (by {why}), "
-            f"which {options.source} does not compute; use {other}"
-        )

@@ -103,6 +103,11 @@ class BlockReader:
         check_tiles(network.feature_info[-1]["reduction"], size, options.key)
         network.prune_intermediate_layers(1, prune_norm=not self.normalized, prune_head=True)
 
+    def ignore_class_token(self) -> None:
+        """Use the attention that patches receive, for weights whose head takes their mean and not the class token."""
+        self.has_class = False
+        self.importance = "last block's attention, received by each patch on average (the class token was not trained)"
+
     def _tokens(self, network: TimmNetwork, images: Tensor, output_fmt: str) -> Tensor:
         """Return the last block's patch tokens of images: [B, L, C] for ``NLC``, [B, C, rows, columns] for ``NCHW``."""
         return network.forward_intermediates(

@@ -308,7 +308,7 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     """Refuse a file with more blocks, although its first blocks would fit."""
     state = model_of(quick_gelu=True).state_dict()
     torch.save({n: t for n, t in state.items() if n != "visual.ln_post.weight"}, tmp_path / "partial.pt")
-    with pytest.raises(UserError, match=r"partial.pt is not a file of mrmae-test: it lacks visual.ln_post.weight \(1 "):
+    with pytest.raises(UserError, match=r"partial.pt: tensors of the image tower are missing: 1 \(visual.ln_post.w"):
         build(tmp_path / "partial.pt", quickgelu=True)
     torch.save(state, tmp_path / "deep.pt")
     with pytest.raises(UserError, match=r"the model has no visual.transformer.resblocks.1.attn.in_proj_bias \(24 such"):
@@ -429,17 +429,22 @@ def test_unreachable_hub_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_statistics_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Statistics come from the configuration beside the file, from all weights of that name, or are OpenAI's."""
+    """Statistics come from the file's origin, from all weights of that name, from the recipe, or are open_clip's."""
     save_model(tmp_path / "clip.pt")
     teacher = build(tmp_path / "clip.pt", quickgelu=True)
     assert teacher.mean.flatten().tolist() == pytest.approx(CLIP_MEAN)
     assert teacher.std.flatten().tolist() == pytest.approx(CLIP_STD)
-    assert teacher.details["statistics"] == "OpenAI's, assumed: the file has none"
+    assert teacher.details["statistics"] == "open_clip's default, since it has no weights of mrmae-test"
     known = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "mrmae-test", {"a": known, "b": known})
     teacher = build(tmp_path / "clip.pt", quickgelu=True)
     assert teacher.mean.flatten().tolist() == [0.5, 0.5, 0.5]
     assert teacher.details["statistics"] == "all of open_clip's weights of mrmae-test"
+    other = {"mean": (0.4, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "mrmae-test", {"a": known, "b": other})
+    with pytest.raises(UserError, match=r"teachers.clip.mean: the statistics .* are not known; give mean and std"):
+        build(tmp_path / "clip.pt", quickgelu=True)
+    build(tmp_path / "clip.pt", quickgelu=True, statistics=((0.1, 0.1, 0.1), (2.0, 2.0, 2.0)))
     config = {"model_cfg": config_of("mrmae-test"), "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5] * 3}}
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
     teacher = build(tmp_path / "clip.pt")
@@ -469,9 +474,12 @@ def test_errors_name_the_key(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("source", "match"),
-    [("mrmae-test-resnet", "is not a ViT; choose a ViT-"), ("mrmae-test-cosine", "has cosine attention")],
+    [
+        ("mrmae-test-resnet", "is a ResNet, .* choose the weights of a ViT-"),
+        ("mrmae-test-cosine", "has cosine attention"),
+    ],
 )
 def test_refuses_unsupported_towers(source: str, match: str, tmp_path: Path) -> None:
     save_model(tmp_path / "clip.pt", source)
-    with pytest.raises(UserError, match=rf"teachers.clip.source: .*{match}"):
+    with pytest.raises(UserError, match=rf"teachers.clip.(source|weights): .*{match}"):
         build(tmp_path / "clip.pt", source, quickgelu=True)

@@ -229,12 +229,12 @@ def test_errors_name_the_key(tmp_path: Path) -> None:
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     """Without the check the teacher would silently be a random network."""
     state = save_model(tmp_path / "weights.pt").state_dict()
-    torch.save({f"backbone.{name}": value for name, value in state.items()}, tmp_path / "prefixed.pt")
-    with pytest.raises(UserError, match=r"teachers\.dino\.weights: .*prefixed.pt is not a file of mrmae_test_vit"):
+    torch.save({f"generator.{name}": value for name, value in state.items()}, tmp_path / "prefixed.pt")
+    with pytest.raises(UserError, match=r"teachers\.dino\.weights: .*prefixed.pt: its encoder's names begin with 'gen"):
         build(tmp_path / "prefixed.pt")
     part_of = {name: value for name, value in state.items() if name != "blocks.1.attn.qkv.weight"}
     torch.save(part_of, tmp_path / "partial.pt")
-    with pytest.raises(UserError, match=r"lacks 1 of its tensors, first blocks.1.attn.qkv.weight"):
+    with pytest.raises(UserError, match=r"encoder tensors are missing: 1 \(blocks.1.attn.qkv.weight"):
         build(tmp_path / "partial.pt")
     save_model(tmp_path / "deeper.pt", depth=4)
     with pytest.raises(UserError, match=r"the model lacks 12 of its tensors, first blocks.3.norm1.weight"):
