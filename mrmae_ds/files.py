@@ -60,9 +60,9 @@ def _is_alive(process: int) -> bool:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace ``path`` by a file that holds ``text``, UTF-8."""
+    """Replace ``path`` by a file that holds ``text``, UTF-8; bytes of file names that are not UTF-8 are escaped."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def flush_folder(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 GIB = 2**30
@@ -19,3 +20,23 @@ def significant(number: float) -> str:
 def first_few(names: Sequence[object], count: int) -> str:
     """Return the first ``count`` names, separated by commas, and an ellipsis if there are more."""
     return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "")
+
+
+def describe_difference(ours: Sequence[str], theirs: Sequence[str]) -> str:
+    """Describe the first place at which two lists of names differ, with escapes where the terminal shows no difference.
+
+    Args:
+        ours: the names.
+        theirs: other names.
+
+    Returns:
+        "number 3 is 'cat', the other 'dog'", for example; "" if they are equal.
+    """
+    for place, (one, other) in enumerate(zip(ours, theirs, strict=False)):
+        if one == other:
+            continue
+        if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other):
+            return f"number {place} is {one!a}, the other {other!a}: the same text in another Unicode form"
+        return f"number {place} is {one!r}, the other {other!r}"
+    counts = len(ours), len(theirs)
+    return f"{counts[0]} names, the other has {counts[1]}" if counts[0] != counts[1] else ""

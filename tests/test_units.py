@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mrmae_ds.units import first_few, significant
+from mrmae_ds.units import describe_difference, first_few, significant
 
 
 @pytest.mark.parametrize(
@@ -15,3 +15,17 @@ def test_numbers_are_rounded_to_three_significant_digits(number: float, text: st
 
 def test_an_ellipsis_stands_for_the_rest() -> None:
     assert (first_few([], 2), first_few([1, 2], 2), first_few(["a", "b", "c"], 2)) == ("", "1, 2", "a, b, ...")
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "text"),
+    [
+        (["a", "b"], ["a", "b"], ""),
+        (["a", "b"], ["a", "c"], "number 1 is 'b', the other 'c'"),
+        (["a"], ["a", "b"], "1 names, the other has 2"),
+        (["caf\u00e9"], ["cafe\u0301"],
+         r"number 0 is 'caf\xe9', the other 'cafe\u0301': the same text in another Unicode form"),
+    ],
+)  # fmt: skip
+def test_difference_of_lists_is_visible(ours: list[str], theirs: list[str], text: str) -> None:
+    assert describe_difference(ours, theirs) == text

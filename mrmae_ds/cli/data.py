@@ -42,8 +42,11 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every source of images has."""
     default = WriteOptions()
     parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
-    parser.add_argument("--num-train-images", type=int, metavar="N", help="at most N, class-balanced; default: all")
-    parser.add_argument("--num-val-images", type=int, metavar="N", help="at most N, class-balanced; default: all")
+    for part in ("train", "val"):
+        parser.add_argument(
+            f"--num-{part}-images", f"--{part}-count", type=int, metavar="N",
+            help="at most N, class-balanced; default: all",
+        )  # fmt: skip
     parser.add_argument(
         "--max-side", type=int, default=default.max_side, metavar="PIXELS",
         help="reduce the longer side to this; default: %(default)s",
@@ -86,6 +89,11 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
         "--val-fraction", type=float, default=0.1, metavar="F",
         help="share of each class that becomes val.beton where SRC has no val/; default: %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--nested-classes", action=argparse.BooleanOptionalAction,
+        help="each folder that holds images is a class, at any depth; --no-nested-classes: each folder below train/ "
+        "is one; default: as the tree shows, or an error",
+    )  # fmt: skip
 
 
 def run_folder(args: argparse.Namespace) -> None:
@@ -93,7 +101,7 @@ def run_folder(args: argparse.Namespace) -> None:
     from mrmae_ds.data.convert.folder import write_folder
 
     with _stoppable():
-        written = write_folder(args.source, _output(args), val_fraction=args.val_fraction)
+        written = write_folder(args.source, _output(args), val_fraction=args.val_fraction, nested=args.nested_classes)
     report(written)
 
 

@@ -16,6 +16,7 @@ from mrmae_ds.schema import Section
 
 Backend = Literal["ffcv", "pillow"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_MAX_STD = 0.5  # of pixels in 0 to 1: half of them 0, half of them 1
 
 
 class ModelConfig(Section):
@@ -76,10 +77,26 @@ class DataConfig(Section):
     mean: Rgb = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
 
+    @model_validator(mode="after")
+    def _statistics_are_of_pixels(self) -> DataConfig:
+        _check_statistics(self.mean, self.std)
+        return self
+
     @property
     def val_backend(self) -> Backend:
         """Backend that reads the validation set."""
         return self.eval_backend or self.backend
+
+
+def _check_statistics(mean: Rgb, std: tuple[float, float, float]) -> None:
+    """Refuse a mean and a standard deviation that pixels in 0 to 1 cannot have, such as those of pixels in 0 to 255."""
+    for key, values, highest in (("mean", mean, 1.0), ("std", std, _MAX_STD)):
+        if not all(0 <= value <= highest for value in values):
+            divided = [round(value / 255, 4) for value in values]
+            hint = f"; divided by 255 it is {divided}" if max(values) > 1 else ""
+            raise ConfigError(
+                key, f"{list(values)} is not a {key} of pixels in 0 to 1, which is in 0 to {highest:g}{hint}"
+            )
 
 
 class TeacherConfig(Section):
@@ -128,6 +145,8 @@ class TeacherConfig(Section):
             raise ValueError("give both mean and std, or neither")
         if self.mean is not None and self.statistics == "student":
             raise ConfigError("mean", "statistics: student takes the student's; remove one of the two")
+        if self.mean is not None and self.std is not None:
+            _check_statistics(self.mean, self.std)
         return self
 
 

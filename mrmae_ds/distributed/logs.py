@@ -5,6 +5,7 @@ Imports neither torch nor DeepSpeed, so that it can be called before the environ
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 
@@ -16,12 +17,16 @@ PACKAGE = "mrmae_ds"
 def configure_logging(launch: Launch | None = None) -> None:
     """Print the package's messages, of level INFO and above, to the terminal. A second call replaces the first.
 
-    Warnings and errors go to stderr, prefixed by their level. Libraries' loggers are left alone.
+    Warnings and errors go to stderr, prefixed by their level. Libraries' loggers are left alone. Characters that the
+    terminal's encoding lacks, and bytes of file names that are not UTF-8, are escaped from now on.
 
     Args:
         launch: this rank of a training job; its other messages go to stdout. None is a command whose stdout is its
             product (a table, a path), so all messages go to stderr.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     logger = logging.getLogger(PACKAGE)
     for handler in [handler for handler in logger.handlers if isinstance(handler, ConsoleHandler)]:
         logger.removeHandler(handler)

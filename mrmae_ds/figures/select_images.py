@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import check_beton
-from mrmae_ds.data.convert.folder import EXTENSIONS
 from mrmae_ds.data.convert.images import open_image, pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.options import MAX_SIDE, WriteOptions
+from mrmae_ds.data.convert.splits import EXTENSIONS
 from mrmae_ds.data.loaders.crop import resize_and_corner
 from mrmae_ds.data.loaders.pillow import BetonSource, center_crop
 from mrmae_ds.errors import UserError

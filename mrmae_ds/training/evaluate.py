@@ -40,6 +40,7 @@ from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import RecordWriter, describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
+from mrmae_ds.units import describe_difference
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import build_classifier, find_weights, read_metadata
 
@@ -164,7 +165,8 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
     if tuple(metadata["class_names"]) != val_data.class_names:
         raise UserError(
             f"{key}: {path} was trained on other classes ({metadata['num_classes']}) than data.val, {val_data.path} "
-            f"({val_data.num_classes}); evaluate it on data of its own classes, in their order"
+            f"({val_data.num_classes}; {describe_difference(metadata['class_names'], val_data.class_names)}); "
+            "evaluate it on data of its own classes, in their order"
         )
     image_size = stage.image_size or metadata["image_size"]
     try:

@@ -35,6 +35,7 @@ from mrmae_ds.training.engine.build import check_leaf_modules
 from mrmae_ds.training.schedule import StageSchedule
 from mrmae_ds.training.tasks.base import Task
 from mrmae_ds.training.tasks.build import build_task
+from mrmae_ds.units import describe_difference
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
     if train_data.class_names != val_data.class_names:
         raise UserError(
             f"data.train and data.val: {train_data.path} and {val_data.path} name different classes "
-            f"({train_data.num_classes} and {val_data.num_classes}); write both from the same tree"
+            f"({train_data.num_classes} and {val_data.num_classes}; "
+            f"{describe_difference(train_data.class_names, val_data.class_names)}); write both from the same tree"
         )
     schedule = StageSchedule(
         stage=stage,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,9 @@ def test_write_fails_beyond_max_bad(tree: Path, tmp_path: Path, capsys: pytest.C
         (["write", "{}/nowhere", "--out", "{}/out"], "nowhere: no such folder"),
         (["write", "{}/birds", "--out", "{}/out", "--background", "whitish"], "background must be a color"),
         (["imagenet", "{}/birds", "--out", "{}/out"], "has no train/"),
+        (["write", "{}/birds", "--out", "{}/birds/wren/1.png"], "1.png: no files can be written there (File exists)"),
+        (["write", "{}/birds", "--out", "{}/birds/wren/1.png/x"], "no files can be written there (Not a directory)"),
+        (["write", "{}/birds", "--out", "{}/out", "--num-val-images", "1"], "fewer images than the 2 classes"),
         (["verify", "{}/x.beton", "--num-images", "0"], "--num-images must be at least 1"),
     ],
 )
@@ -66,8 +70,8 @@ def test_user_errors_are_one_line_and_status_2(
     arguments: list[str], message: str, tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["data", *(argument.format(tmp_path) for argument in arguments)]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and message in error
+    errors = [line for line in capsys.readouterr().err.splitlines() if "taken as" not in line]
+    assert len(errors) == 1 and errors[0].startswith("error: ") and message in errors[0]
 
 
 @pytest.mark.parametrize("text", ["many", "1.5.2", "x%"])
@@ -88,3 +92,26 @@ def test_write_imports_neither_torch_nor_ffcv(tree: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     assert check_beton(tmp_path / "out" / "val.beton").num_samples == 4
+
+
+def test_an_output_that_is_a_folder_is_refused_before_anything_is_converted(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out" / "val.beton").mkdir(parents=True)
+    assert main(["data", "write", str(tree), "--out", str(tmp_path / "out"), "--val-fraction", "0.34"]) == 2
+    assert "val.beton: is a folder; remove it" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "train.beton").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_show_are_escaped(tree: Path, tmp_path: Path, encoding: str) -> None:
+    (tree / "wren").rename(tree / "caf\udce9 鳥")
+    program = "import sys; from mrmae_ds.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    out = tmp_path / "out"
+    for arguments in (["write", str(tree), "--out", str(out), "--val-fraction", "0.34"], ["info", f"{out}/val.beton"]):
+        command = [sys.executable, "-c", program, "data", *arguments]
+        done = subprocess.run(command, capture_output=True, timeout=60, check=False, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert rb"2 classes (caf\udce9 " in done.stdout
+    assert check_beton(out / "val.beton").class_names[0] == "caf\udce9 鳥"

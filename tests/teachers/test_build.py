@@ -14,7 +14,7 @@ from mrmae_ds.teachers import Teacher, build_meta_teacher, build_teacher
 from mrmae_ds.teachers.build import _source
 from tests.support.sample_teachers import CVIT, MEAN, VIT, pixels_of, save_run
 
-DATA = DataConfig(train=Path("train.beton"), val=Path("val.beton"), mean=(0.1, 0.2, 0.3), std=(0.9, 0.8, 0.7))
+DATA = DataConfig(train=Path("train.beton"), val=Path("val.beton"), mean=(0.1, 0.2, 0.3), std=(0.5, 0.4, 0.3))
 
 
 def build(source: Path, student_size: int = 16, grid: int = 4, **options: Any) -> Teacher:
@@ -38,7 +38,7 @@ def test_student_statistics_and_fp32(tmp_path: Path) -> None:
     teacher = build(tmp_path, statistics="student", precision="fp32")
     assert teacher.dtype == torch.float32
     assert teacher.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
-    assert teacher.std.flatten().tolist() == pytest.approx([0.9, 0.8, 0.7])
+    assert teacher.std.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3])
 
 
 def test_teacher_of_another_size_on_the_students_grid(tmp_path: Path) -> None:

@@ -232,7 +232,10 @@ def _altered(workspace: Workspace, folder: Path, drop: str = "", **metadata: obj
     [
         ({"kind": "pretrain"}, r"members\[1\]: .*no classifier \(pretrain\)"),
         ({"class_names": [str(i) for i in range(10)]}, r"members\[1\]: .*other classes"),
-        ({"class_names": ["a", "b"], "num_classes": 2}, r"members\[1\]: .*other classes \(2\).*\(10\)"),
+        (
+            {"class_names": ["a", "b"], "num_classes": 2},
+            r"members\[1\]: .*other classes \(2\).*\(10; number 0 is .*the other",
+        ),
         ({"drop": "fc_norm"}, r"members\[1\]: .*incomplete: .*fc_norm"),
         ({"drop": "head"}, r"members\[1\]: .*incomplete: .*head.weight"),
     ],

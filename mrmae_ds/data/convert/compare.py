@@ -12,9 +12,10 @@ from tqdm import tqdm
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
-from mrmae_ds.data.convert.folder import ImageFolder, open_folder
+from mrmae_ds.data.convert.folder import open_folder
 from mrmae_ds.data.convert.imagenet import ImageNetSource, open_imagenet
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
+from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.skipped import format_list
 from mrmae_ds.data.convert.writer import ImageDataset
@@ -35,7 +36,7 @@ def compare_with_source(path: str | Path, source: str | Path, count: int, seed: 
     return compare(path, open_origin(Path(source), read_sidecar(path)), count, seed)
 
 
-def open_origin(source: Path, sidecar: dict[str, Any]) -> ImageFolder:
+def open_origin(source: Path, sidecar: dict[str, Any]) -> ImageIndex:
     """Open the files of ``source`` that a .beton was made from, in its order.
 
     Args:

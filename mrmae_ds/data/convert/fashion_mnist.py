@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
+from mrmae_ds.data.convert.index import check_subset_size
 from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.subset import balanced_subset
 from mrmae_ds.data.convert.writer import write_beton
@@ -57,6 +58,7 @@ class FashionMNIST:
         if count is not None:
             if not 0 < count <= len(self.labels):
                 raise UserError(f"the {part} count must be in 1..{len(self.labels)}, not {count}")
+            check_subset_size(count, self.labels, part)
             self.rows = balanced_subset(self.labels, count)
 
     def __len__(self) -> int:

@@ -11,9 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.convert.folder import ImageFolder, find_classes, scan, write_parts
+from mrmae_ds.data.convert.folder import scan
 from mrmae_ds.data.convert.imagenet_labels import VAL_FILE, WORDNET_ID, read_class_names, read_val_labels
+from mrmae_ds.data.convert.index import FileStore, ImageIndex
 from mrmae_ds.data.convert.options import Output
+from mrmae_ds.data.convert.parts import write_parts
+from mrmae_ds.data.convert.splits import check_same_classes, find_classes, kind_of
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 
@@ -76,7 +79,7 @@ class ImageNetSource:
         return next((self.root / name for name in names if (self.root / name).is_file()), None)
 
 
-def open_imagenet(source: ImageNetSource) -> tuple[ImageFolder, ImageFolder, list[str]]:
+def open_imagenet(source: ImageNetSource) -> tuple[ImageIndex, ImageIndex, list[str]]:
     """Open the images.
 
     Args:
@@ -89,7 +92,7 @@ def open_imagenet(source: ImageNetSource) -> tuple[ImageFolder, ImageFolder, lis
         UserError: for a tree of another shape, labels that do not match, and other counts than the published ones.
     """
     images = source.images
-    wnids = find_classes(images / "train")
+    wnids, _ = find_classes(images / "train", nested=False)
     invalid = [name for name in wnids if not WORDNET_ID.fullmatch(name)]
     if invalid:
         raise UserError(f"{images}/train: {invalid[0]} is no WordNet id (n01440764); for other folders: data/folder.py")
@@ -99,15 +102,13 @@ def open_imagenet(source: ImageNetSource) -> tuple[ImageFolder, ImageFolder, lis
     return train, val, wnids
 
 
-def _open_val(source: ImageNetSource, folder: Path, wnids: list[str]) -> ImageFolder:
+def _open_val(source: ImageNetSource, folder: Path, wnids: list[str]) -> ImageIndex:
     """Open the validation images, from class folders or from a single one."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; unpack ILSVRC2012_img_val.tar there")
     class_folders = [entry.name for entry in folder.iterdir() if entry.is_dir() and WORDNET_ID.fullmatch(entry.name)]
     if class_folders:
-        differing = sorted(set(class_folders) ^ set(wnids))
-        if differing:
-            raise UserError(f"{folder.parent}: train/ and val/ differ in the classes {', '.join(differing[:10])}")
+        check_same_classes(folder.parent, wnids, class_folders)
         return scan(folder, wnids)
     labels_file = source.labels_file
     if labels_file is None:
@@ -121,14 +122,14 @@ def _open_val(source: ImageNetSource, folder: Path, wnids: list[str]) -> ImageFo
 
 def _open_flat(
     folder: Path, wnid_of: dict[int, str], wnids: Sequence[str], labels_file: Path, allow_partial: bool
-) -> ImageFolder:
+) -> ImageIndex:
     """Join the images of one folder with their WordNet ids by the numbers in their names."""
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
     paths, labels, ignored = [], [], Counter[str]()
     for path in sorted(folder.iterdir()):
         match = VAL_FILE.fullmatch(path.name)
         if match is None or not match[2]:
-            ignored[path.suffix.lower() or "no extension"] += 1
+            ignored[kind_of(path.name)] += 1
             continue
         wnid = wnid_of.get(int(match[1]))
         if wnid is None:
@@ -142,7 +143,7 @@ def _open_flat(
             raise UserError(f"{labels_file}: {path.name} is of {wnid}, of which train/ has no folder")
     if not paths:
         raise UserError(f"{folder}: no images ILSVRC2012_val_*.JPEG of the classes of train/")
-    return ImageFolder(paths, np.array(labels, dtype=np.int64), ignored)
+    return ImageIndex(FileStore(), paths, np.array(labels, dtype=np.int64), ignored)
 
 
 def _check_counts(source: ImageNetSource, classes: int, train: int, val: int) -> None:

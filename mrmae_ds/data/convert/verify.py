@@ -133,7 +133,7 @@ def describe_beton(path: str | Path) -> str:
             f"core-second, {info.size / info.num_samples:,.0f} bytes per image"
         )
     if sidecar.get("ignored"):
-        lines.append(f"  ignored   files that are no images: {_listing('', sidecar['ignored'])}")
+        lines.append(f"  ignored   {_listing('', sidecar['ignored'])}")
     if sidecar.get("skipped"):
         where = report_path(info.path).name
         lines.append(f"  left out  {len(sidecar['skipped']):,} that cannot be read, listed in {where}")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import errno
 import io
 import json
+import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -124,6 +125,26 @@ def write_beton(
             sidecar_path(path).unlink(missing_ok=True)
         write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
     return check_beton(path)
+
+
+def check_outputs(paths: Iterable[Path]) -> None:
+    """Check that files can be created, before hours of work.
+
+    Raises:
+        UserError: naming the path and the fix.
+    """
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or path.parent}: no files can be written there ({error.strerror}); "
+                "name another folder with --out"
+            ) from error
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; remove it, or name another folder with --out")
 
 
 def _write_images(

@@ -97,6 +97,8 @@ def test_folders_are_written(tmp_path: Path) -> None:
     assert write_folder(tmp_path / "in", replace(output, val_count=9), val_fraction=0.5)[1].num_samples == 8
     with pytest.raises(UserError, match=r"the val count must be at least 1, not 0"):
         write_folder(tmp_path / "in", replace(output, val_count=0), val_fraction=0.5)
+    with pytest.raises(UserError, match=r"--num-train-images 1: fewer images than the 2 classes .*; give 2 or more"):
+        write_folder(tmp_path / "in", replace(output, train_count=1), val_fraction=0.5)
 
 
 def test_unexpected_trees_are_errors(tmp_path: Path) -> None:
@@ -117,8 +119,8 @@ def test_unexpected_trees_are_errors(tmp_path: Path) -> None:
         open_folder(tmp_path / "half", 0.1)
     with pytest.raises(UserError, match="between 0 and 1"):
         open_folder(_tree(tmp_path / "flat", {"a": 2}), 1.0)
-    with pytest.raises(UserError, match="single image"):
-        open_folder(_tree(tmp_path / "single", {"a": 1}), 0.5)
+    with pytest.raises(UserError, match="the class b has a single image"):
+        open_folder(_tree(tmp_path / "single", {"a": 2, "b": 1}), 0.5)
 
 
 def test_other_files_links_and_subfolders_of_a_class_folder(tmp_path: Path) -> None:
@@ -138,11 +140,13 @@ def test_other_files_links_and_subfolders_of_a_class_folder(tmp_path: Path) -> N
     assert [Path(images.name(row)).relative_to(tmp_path / "in").as_posix() for row in range(len(images))] == [
         "a/00.jpg", "a/gone.png", "a/like.jpg/01.JPG", "b/linked/00.jpg"
     ]  # fmt: skip
-    assert images.ignored == {".txt": 1, ".jpg": 1, "no extension": 1}
+    assert images.ignored == {".txt": 1, "hidden files": 1, "no extension": 1, "links to folders already read": 1}
     for name in ("02.png", "03.png", "04.png"):
         photograph().resize((40, 50)).save(folder / name)
+    photograph().resize((40, 50)).save(tmp_path / "elsewhere" / "01.png")
     info, _ = write_folder(tmp_path / "in", Output(tmp_path / "out", options=WriteOptions(max_bad=1)), val_fraction=0.5)
-    assert "ignored   files that are no images: 1 .jpg, 1 .txt, 1 no extension" in describe_beton(info.path)
+    ignored = "1 .txt, 1 hidden files, 1 links to folders already read, 1 no extension"
+    assert f"ignored   {ignored}" in describe_beton(info.path)
 
 
 def test_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +156,7 @@ def test_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.Monke
         raise PermissionError(errno.EACCES, "Permission denied", str(folder))
 
     monkeypatch.setattr("os.scandir", refused)
-    with pytest.raises(UserError, match=r"/a: cannot be read \(Permission denied\)"):
+    with pytest.raises(UserError, match=r": cannot be read \(Permission denied\)"):
         scan(tmp_path, ["a"])
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.convert.compare import compare_with_source
-from mrmae_ds.data.convert.folder import ImageFolder
 from mrmae_ds.data.convert.imagenet import ImageNetSource, open_imagenet, write_imagenet
 from mrmae_ds.data.convert.imagenet_labels import read_class_names, read_synsets
+from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.errors import UserError
 from tests.support.jpegs import stored_jpegs
@@ -53,7 +53,7 @@ def flat(tmp_path: Path) -> Path:
     return _flat_val(_train(tmp_path / "in"))
 
 
-def _opened(source: Path, **options: Path) -> ImageFolder:
+def _opened(source: Path, **options: Path) -> ImageIndex:
     """Check the training set and return the validation set."""
     train, val, wnids = open_imagenet(ImageNetSource(source, allow_partial=True, **options))
     assert wnids == SORTED
@@ -62,7 +62,7 @@ def _opened(source: Path, **options: Path) -> ImageFolder:
     return val
 
 
-def _numbers(val: ImageFolder) -> list[int]:
+def _numbers(val: ImageIndex) -> list[int]:
     return [int(Path(val.name(row)).stem[-8:]) for row in range(len(val))]
 
 

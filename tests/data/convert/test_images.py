@@ -16,9 +16,10 @@ from torchvision.transforms import v2
 
 from mrmae_ds.config.sections import Backend
 from mrmae_ds.data.beton.sidecar import read_sidecar
-from mrmae_ds.data.convert.folder import find_classes, scan
+from mrmae_ds.data.convert.folder import scan
 from mrmae_ds.data.convert.images import ImageError, open_image, pixel_limit, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.splits import find_classes
 from mrmae_ds.data.convert.verify import verify_beton
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.data.loaders.crop import CropSettings
@@ -42,7 +43,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("odd")
     make_odd_images(root / "in" / "class")
     options = WriteOptions(quality=97, max_side=MAX_SIDE, max_pixels=MAX_PIXELS, max_bad=len(REFUSED), workers=2)
-    classes = find_classes(root / "in")
+    classes, _ = find_classes(root / "in")
     dataset = scan(root / "in", classes)
     write_beton(dataset, root / "x.beton", options, class_names=classes, name="odd", source="tests")
     return root / "x.beton"

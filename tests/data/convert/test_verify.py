@@ -14,7 +14,8 @@ from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.convert.compare import compare, compare_with_source, psnr
-from mrmae_ds.data.convert.folder import ImageFolder, open_folder, write_folder
+from mrmae_ds.data.convert.folder import open_folder, write_folder
+from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.verify import verify_beton
 from mrmae_ds.data.convert.writer import write_beton
@@ -124,7 +125,7 @@ def test_psnr_equals_opencv() -> None:
     assert psnr(one, one) == float("inf")
 
 
-def _training(tree: Path) -> ImageFolder:
+def _training(tree: Path) -> ImageIndex:
     return open_folder(tree, 0.25)[0].limited(10, "train")
 
 
@@ -150,7 +151,7 @@ def test_stored_images_equal_their_source(written: Path, tree: Path) -> None:
     assert len(read_sidecar(written)["skipped"]) == 1
     lowest = compare_with_source(written, tree, count=100)
     stored = [Image.open(io.BytesIO(jpeg)) for jpeg, _, _ in stored_jpegs(written)]
-    sources = [path for path in _training(tree).paths if Path(path).stat().st_size]
+    sources = [path for path in _training(tree).places if Path(path).stat().st_size]
     expected = []
     for image, path in zip(stored, sources, strict=True):
         reduced = np.asarray(Image.open(path).resize((48, 64), Image.Resampling.BICUBIC))
