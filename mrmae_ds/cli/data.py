@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> None:
 def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that every source of images has."""
     default = WriteOptions()
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made if missing")
     for part in ("train", "val"):
         parser.add_argument(
             f"--num-{part}-images", f"--{part}-count", type=int, metavar="N",
@@ -77,12 +77,14 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 def _output(args: argparse.Namespace) -> Output:
     names = ("max_side", "quality", "workers", "max_bad", "max_pixels", "background", "timeout_s")
     options = WriteOptions(**{name: getattr(args, name) for name in names})
-    return Output(Path(args.out), args.name, options, args.num_train_images, args.num_val_images)
+    return Output(args.out, args.name, options, args.num_train_images, args.num_val_images)
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mrmae data write`` and ``data/folder.py``."""
-    parser.add_argument("source", metavar="SRC", help="SRC/train/CLASS/* and SRC/val/CLASS/*, or SRC/CLASS/*")
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="SRC/train/CLASS/* and SRC/val/CLASS/*, or SRC/CLASS/*"
+    )
     _add_writing_arguments(parser)
     parser.add_argument("--name", help="name of the data set in tables; default: the folder's")
     parser.add_argument(
@@ -108,20 +110,24 @@ def run_folder(args: argparse.Namespace) -> None:
 def add_imagenet_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mrmae data imagenet`` and ``data/imagenet.py``."""
     parser.add_argument(
-        "source", metavar="SRC", help="SRC/train/n01440764/*.JPEG, and SRC/val/ with class folders or flat"
+        "source", type=Path, metavar="SRC", help="SRC/train/n01440764/*.JPEG, and SRC/val/ with class folders or flat"
     )
     _add_writing_arguments(parser)
     parser.add_argument("--name", default="ImageNet-1K", help="name of the data set in tables; default: %(default)s")
     parser.add_argument(
         "--val-labels",
+        type=Path,
         metavar="FILE",
         help="labels of the images in SRC/val; default: the first file of a usual name in SRC",
     )
     parser.add_argument(
-        "--synsets", metavar="FILE", help="map_clsloc.txt, needed if the labels are the devkit's numbers"
+        "--synsets", type=Path, metavar="FILE", help="map_clsloc.txt, needed if the labels are the devkit's numbers"
     )
     parser.add_argument(
-        "--class-names", metavar="FILE", help="lines `n01440764 tench, ...`: readable names; default: WordNet ids"
+        "--class-names",
+        type=Path,
+        metavar="FILE",
+        help="lines `n01440764 tench, ...`: readable names; default: WordNet ids",
     )
     parser.add_argument(
         "--allow-partial", action="store_true", help="accept counts other than 1,281,167 and 50,000 images"
@@ -132,7 +138,7 @@ def run_imagenet(args: argparse.Namespace) -> None:
     """Write the files and report them."""
     from mrmae_ds.data.convert.imagenet import ImageNetSource, write_imagenet
 
-    source = ImageNetSource(Path(args.source), args.val_labels, args.synsets, args.allow_partial)
+    source = ImageNetSource(args.source, args.val_labels, args.synsets, args.allow_partial)
     with _stoppable():
         written = write_imagenet(source, _output(args), class_names=args.class_names)
     report(written)
@@ -178,7 +184,7 @@ def _run_info(args: argparse.Namespace) -> None:
 def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("beton", type=Path)
     parser.add_argument(
-        "--source", metavar="SRC", help="also compare stored images with the files that they were made from"
+        "--source", type=Path, metavar="SRC", help="also compare stored images with the files that they were made from"
     )
     parser.add_argument(
         "--num-images", type=int, default=1000, metavar="N", help="number of images to compare; default: %(default)s"

@@ -63,11 +63,14 @@ class CommandParser(argparse.ArgumentParser):
         self.add_argument("overrides", nargs="*", metavar="key.path=value", help=help)
 
     def add_argument(self, *names: str, **kwargs: Any) -> argparse.Action:
-        """Add an argument; see :meth:`argparse.ArgumentParser.add_argument`."""
+        """Add an argument; see :meth:`argparse.ArgumentParser.add_argument`. :func:`path_argument` reads paths."""
+        is_path = kwargs.get("type") is Path
+        if is_path:
+            kwargs["type"] = path_argument
         action = super().add_argument(*names, **kwargs)
         if action.nargs is None:
             self._single_valued.update(action.option_strings)
-        if action.type is Path:
+        if is_path:
             setattr(action, "complete", _COMPLETE_FILES)  # noqa: B010  (an attribute that shtab reads)
         return action
 
@@ -84,6 +87,20 @@ class CommandParser(argparse.ArgumentParser):
         namespace, unknown = super().parse_known_args(others, namespace)
         namespace.overrides = [*overrides, *namespace.overrides]
         return namespace, unknown
+
+
+def path_argument(text: str) -> Path:
+    """Return the path of an argument, with a leading tilde expanded, which a shell leaves alone in ``--run=~/x``.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is empty, as an unset variable is, or names an unknown user.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("is empty; name a file or folder")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
 
 
 def add_recipe_options(parser: CommandParser) -> None:

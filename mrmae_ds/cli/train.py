@@ -8,11 +8,12 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from mrmae_ds.cli.parser import CommandParser, add_recipe_options
+from mrmae_ds.cli.parser import CommandParser, add_recipe_options, path_argument
 from mrmae_ds.distributed.launch import Launch, prepare_environment
 from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.distributed.signals import end_at_interrupt
@@ -33,7 +34,9 @@ def add_arguments(parser: CommandParser) -> None:
     add_recipe_options(parser)
     parser.add_argument("--stage", choices=STAGES, default="pretrain", help="stage to run; default: %(default)s")
     parser.add_argument("--run", type=Path, help="folder of the run; default: runs/NAME")
-    parser.add_argument("--resume", default="auto", help="auto (default), never, or a checkpoint folder")
+    parser.add_argument(
+        "--resume", type=_resume_argument, default="auto", help="auto (default), never, or a checkpoint folder"
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="run two real steps, print time and memory, write nothing"
     )
@@ -42,6 +45,10 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK has it too
     parser.add_overrides()
+
+
+def _resume_argument(text: str) -> str:
+    return text if text in ("auto", "never") else str(path_argument(text))
 
 
 def run(args: argparse.Namespace) -> NoReturn:
@@ -91,9 +98,10 @@ def train(args: argparse.Namespace) -> int:
                 with contextlib.suppress(BrokenPipeError):  # `| head` reads a part
                     _print_configs(recipe, engine_config, args.stage)
             return 0
-        run_prepared = _prepare(options, launch)
-        started = True
-        run_prepared()
+        with _locked(options, launch):
+            run_prepared = _prepare(options, launch)
+            started = True
+            run_prepared()
         return 0
     except Exception as error:
         from mrmae_ds.distributed.exit_status import report_exit
@@ -117,6 +125,16 @@ def end_process(status: int) -> NoReturn:
         with contextlib.suppress(BrokenPipeError):
             stream.flush()
     os._exit(status)
+
+
+def _locked(args: TrainArgs, launch: Launch) -> AbstractContextManager[None]:
+    """Return the lock of the stage's folder, which rank 0 holds; a dry run writes nothing and needs none."""
+    if launch.rank or args.dry_run:
+        return contextlib.nullcontext()
+    from mrmae_ds.config.recipe import load_recipe
+    from mrmae_ds.training.checkpoint.run_lock import locked
+
+    return locked(args.stage_dir(load_recipe(args.recipe_path, list(args.overrides))))
 
 
 def _prepare(args: TrainArgs, launch: Launch) -> Callable[[], None]:

@@ -288,6 +288,35 @@ def test_values_and_files_with_equals_sign_are_no_overrides(tmp_path: Path, monk
     assert (args.out, args.images, args.overrides) == (Path("a=b"), ["seed=1", "c.jpg"], ["seed=2"])
 
 
+TILDE_EXAMPLES = (
+    ["train", "--ds_config=~/c.json", "--recipe=~/r.yaml", "--run=~/x", "--resume=~/x"],
+    ["data", "write", "~/src", "--out=~/x"],
+    ["table", "~/runs", "--out=~/x"],
+    ["export", "~/run", "--out=~/x"],
+    ["show", "~/run", "--out=~/x"],
+    ["submit", "~/p.yaml", "--runs=~/x"],
+)
+
+
+@pytest.mark.parametrize("words", TILDE_EXAMPLES, ids=lambda words: words[0])
+def test_a_leading_tilde_is_the_home_folder_in_every_path(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell leaves it alone after an equals sign, and argparse would make a folder named ~."""
+    monkeypatch.setenv("HOME", "/home/me")
+    values = [str(value) for value in vars(build_parser().parse_args(words)).values() if not callable(value)]
+    assert not any("~" in value for value in values)
+    assert sum("/home/me/" in value for value in values) == sum("~" in word for word in words)
+
+
+@pytest.mark.parametrize("words", TILDE_EXAMPLES, ids=lambda words: words[0])
+def test_an_empty_path_is_an_error(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An unset variable's; it would be the working folder."""
+    for word in (word for word in words if "~" in word):
+        emptied = [f"{word.partition('~')[0]}" if other == word else other for other in words]
+        with pytest.raises(SystemExit) as caught:
+            build_parser().parse_args(emptied)
+        assert caught.value.code == 2 and "is empty; name a file or folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
