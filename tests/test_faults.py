@@ -129,7 +129,7 @@ def test_resumes_in_mid_epoch(copy: Path, runs: SmallRuns, undisturbed: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_the_other_signals_save_and_stop_all(number: int, runs: SmallRuns, undisturbed: Path) -> None:
     name = f"signal {number}"
     ranks = runs.launch(name, fault=f"signal:rank=0,step=4,micro=1,number={number}")

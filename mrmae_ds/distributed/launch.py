@@ -5,12 +5,15 @@ Imports neither torch nor DeepSpeed, because they read some of these variables w
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from mrmae_ds.distributed.processes import WatchedProcess, find_launcher
 from mrmae_ds.errors import UserError
 
 
@@ -23,12 +26,14 @@ class Launch:
         local_rank: rank on this node.
         world_size: number of ranks.
         local_size: number of ranks on this node.
+        launcher: processes of the launcher, without which the ranks must not continue.
     """
 
     rank: int
     local_rank: int
     world_size: int
     local_size: int
+    launcher: tuple[WatchedProcess, ...] = field(default=(), compare=False)
 
 
 def prepare_environment() -> Launch:
@@ -38,10 +43,12 @@ def prepare_environment() -> Launch:
     SLURM_LOCALID, SLURM_NTASKS) and plain ``python`` (one rank).
 
     Raises:
-        UserError: if the launcher's variables are incomplete or not numbers.
+        UserError: if the launcher's variables are incomplete or not numbers, if Slurm's are those of a batch script
+            without srun, or if the port of rank 0 is taken.
     """
     env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1:
+    launched = "RANK" in env
+    if not launched and "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1:
         _export_slurm(env)
     defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     given = [name for name in defaults if name in env]
@@ -67,8 +74,35 @@ def prepare_environment() -> Launch:
             f"environment: RANK {launch.rank}, LOCAL_RANK {launch.local_rank} and WORLD_SIZE {launch.world_size} "
             "contradict each other"
         )
+    if launched:
+        launch = replace(launch, launcher=find_launcher())
+    _check_port(env, launch)
     _set_defaults(env, launch)
     return launch
+
+
+def _check_port(env: os._Environ[str], launch: Launch) -> None:
+    """Check that rank 0 can listen, before the others connect to whatever does. Torchrun listens for its ranks."""
+    if launch.rank or env.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    port = _number(env, "MASTER_PORT", 0)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OverflowError:
+            raise UserError(f"environment: MASTER_PORT must be below 65536, got {port}") from None
+        except OSError as error:  # any other is the process group's to report
+            if error.errno == errno.EADDRINUSE:
+                raise UserError(port_taken(port)) from None
+
+
+def port_taken(port: int | str) -> str:
+    """Return the message for a port on which another process listens."""
+    return (
+        f"port {port} is taken on this machine, probably by another job; choose another one: deepspeed --master_port "
+        "N, torchrun --master_port N, or export MASTER_PORT=N under srun"
+    )
 
 
 def _number(env: os._Environ[str], name: str, default: int) -> int:
@@ -81,11 +115,17 @@ def _number(env: os._Environ[str], name: str, default: int) -> int:
 def _local_size(env: os._Environ[str]) -> int:
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE"):
         if env.get(name):
-            return _number(env, name, 1)
+            return min(_number(env, name, 1), _number(env, "WORLD_SIZE", 1))
     return _number(env, "WORLD_SIZE", 1)
 
 
 def _export_slurm(env: os._Environ[str]) -> None:
+    if "SLURM_STEP_ID" not in env:
+        raise UserError(
+            f"environment: this Slurm job has {env['SLURM_NTASKS']} tasks, but srun did not start this process (there "
+            "is no SLURM_STEP_ID), so the other ranks would never come: put srun in front of the command, or sbatch "
+            "slurm/train.sbatch DS_CONFIG ...; for a single rank, SLURM_NTASKS=1 in front of it"
+        )
     env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
     env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
     tasks, node = _tasks_per_node(env), _number(env, "SLURM_NODEID", 0)

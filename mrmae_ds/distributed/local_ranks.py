@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mrmae_ds.distributed.collectives import gather
 from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.distributed.processes import start_time
 
 DUMP_SIGNAL = signal.SIGUSR2
 WRITE_S = 1.0  # for a rank to write its stacks
@@ -61,13 +62,13 @@ class LocalRanks:
         self._file = os.memfd_create("stacks")
         faulthandler.register(DUMP_SIGNAL, file=self._file, all_threads=True)
         pid = os.getpid()
-        self.own = RankProcess(launch.rank, socket.gethostname(), pid, _start_time(pid) or "", self._file)
+        self.own = RankProcess(launch.rank, socket.gethostname(), pid, start_time(pid) or "", self._file)
         local = [rank for rank in gather(self.own) if rank.host == self.own.host and rank.rank != self.own.rank]
-        self.others = [rank for rank in local if rank.start_time and _start_time(rank.pid) == rank.start_time]
+        self.others = [rank for rank in local if rank.start_time and start_time(rank.pid) == rank.start_time]
 
     def dead(self) -> RankProcess | None:
         """Return a rank of this node that has ended; None if all are alive."""
-        return next((rank for rank in self.others if _start_time(rank.pid) != rank.start_time), None)
+        return next((rank for rank in self.others if start_time(rank.pid) != rank.start_time), None)
 
     def postpone_last_resort(self, now: float) -> None:
         """Reset faulthandler's timer, which ends this process. Cheap enough to call every step.
@@ -104,14 +105,3 @@ class LocalRanks:
 
 def _stacks(rank: RankProcess) -> Path:
     return Path(f"/proc/{rank.pid}/fd/{rank.stacks}")
-
-
-def _start_time(pid: int) -> str | None:
-    """Return when a process started; None if it has ended or cannot be seen."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return None
-    # The name, in brackets, may hold anything; the state and the times follow it (proc(5)).
-    fields = text.rpartition(")")[2].split()
-    return None if fields[0] in "ZX" else fields[19]

@@ -18,8 +18,10 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.distributed.launch import Launch, port_taken
 from mrmae_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 GROUP_LIMIT_S = 30 * 60.0
 REPORT_START_S = 120.0  # a start that takes longer is reported, with all stacks
@@ -51,7 +53,13 @@ def start_process_group(
         device: of this rank.
         report_after_s: time after which a start that waits prints what it waits for, and all stacks.
         limit_s: time after which a start or a collective operation fails.
+
+    Raises:
+        UserError: if the port of rank 0 is taken, or the other ranks do not come.
     """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1 and os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.info("waiting for %d ranks at %s, at most %g minutes", world_size, _address(), limit_s / 60)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has deprecated; users cannot change that.
     warnings.filterwarnings("ignore", category=FutureWarning, message=".*torch.distributed")
@@ -63,9 +71,23 @@ def start_process_group(
     # toolkit. On CPUs it would compile an all-reduce whose buffers (66 MiB per rank) stay in /dev/shm afterwards.
     deepspeed.ops.__compatible_ops__ = {}
     with _report_slow_start(report_after_s, limit_s + GRACE_S):
-        deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=limit_s))
+        try:
+            deepspeed.init_distributed(verbose=False, timeout=datetime.timedelta(seconds=limit_s))
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise UserError(_explain(error, world_size)) from None
         if dist.get_world_size() > 1:
             dist.barrier()  # NCCL opens its connections at the first operation
+
+
+def _address() -> str:
+    return f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+
+
+def _explain(error: Exception, world_size: int) -> str:
+    text = str(error).partition("\n")[0]
+    if "EADDRINUSE" in text:
+        return port_taken(os.environ.get("MASTER_PORT", ""))
+    return f"{world_size} ranks do not come together at {_address()} (MASTER_ADDR:MASTER_PORT): {text}"
 
 
 @contextmanager
@@ -77,10 +99,9 @@ def _report_slow_start(report_after_s: float, limit_s: float) -> Iterator[None]:
 
     def report() -> None:
         rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         print(
             f"warning: rank {rank} has waited {report_after_s:g} s for the start of {world_size} ranks. A rank has not "
-            f"come yet, or does not reach MASTER_ADDR:MASTER_PORT ({address}), or NCCL does not connect: set "
+            f"come yet, or does not reach MASTER_ADDR:MASTER_PORT ({_address()}), or NCCL does not connect: set "
             "NCCL_SOCKET_IFNAME to the interface between the nodes and NCCL_IB_HCA to its adapters; NCCL_DEBUG=INFO "
             "shows NCCL's choice. Stacks of this rank:",
             file=sys.stderr,

@@ -1,4 +1,7 @@
-"""Graceful shutdown: SIGTERM, SIGUSR1 and SIGINT set a flag that all ranks act on at the next optimizer step."""
+"""Graceful shutdown: stop signals set a flag that all ranks act on at the next optimizer step.
+
+SIGHUP comes from a terminal that closes or a connection that is lost. ``nohup`` has it ignored, which stays so.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 @contextmanager
@@ -43,6 +46,8 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         for number in WATCHED:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue
             self._before[number] = signal.signal(number, self._note)
         return self
 
@@ -57,4 +62,15 @@ class StopSignals:
         if not self.received:
             self.received = number
             # Neither print nor logging: this handler may interrupt one of them.
-            os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+            try:
+                os.write(2, f"{signal.Signals(number).name}: saving after this step, then stopping\n".encode())
+            except OSError:
+                _discard_output()
+
+
+def _discard_output() -> None:
+    """Send what goes to the terminal to nowhere: it has closed, and an error of writing must not prevent the save."""
+    nowhere, closed = os.open(os.devnull, os.O_WRONLY), os.fstat(2)
+    for output in (1, 2):
+        if os.path.samestat(os.fstat(output), closed):
+            os.dup2(nowhere, output)

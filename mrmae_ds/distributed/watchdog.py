@@ -5,6 +5,7 @@ threads that check, twice a second,
 
 * the process group's store: if another rank has reported a failure, this rank exits,
 * the other ranks of this node: if one has died without a report (killed, out of memory), this rank reports it,
+* the launcher: if it has ended, this rank takes it for a stop signal, upon which all ranks save and stop,
 * this rank's progress: if there was none within the timeout, all ranks dump their stacks, and the job fails.
 
 The first failure is printed last: the rank that failed first waits until the others have stopped printing.
@@ -13,7 +14,9 @@ docs/checkpoints.md lists the failures that nothing else notices.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
 import threading
 import time
@@ -48,6 +51,7 @@ class Watchdog:
         self._last, self._activity = time.monotonic(), "starting"
         self._closed = threading.Event()
         self._exiting = threading.Lock()
+        self._orphaned = False
 
     def __enter__(self) -> Watchdog:
         self._local = LocalRanks(self.launch, self.timeout_s)
@@ -102,7 +106,8 @@ class Watchdog:
                     end()
 
     def _check_node(self) -> Callable[[], None] | None:
-        """Check the other ranks of this node, and this rank's progress."""
+        """Check the launcher, the other ranks of this node, and this rank's progress."""
+        self._check_launcher()
         if dead := self._local.dead():
             self._store.note_death(dead.rank)
             text = f"rank {dead.rank} (process {dead.pid}) died without reporting an error: killed, or out of memory"
@@ -113,12 +118,22 @@ class Watchdog:
             return partial(self._lead, Failure(self.launch.rank, text, hung=True))
         return None
 
+    def _check_launcher(self) -> None:
+        """Stop as after SIGTERM if the launcher has ended: nobody else would end these ranks."""
+        ended = next((process for process in self.launch.launcher if process.ended()), None)
+        if ended is not None and not self._orphaned:
+            self._orphaned = True
+            self._print(f"warning: the launcher (process {ended.pid}) has ended without ending its ranks")
+            os.kill(os.getpid(), signal.SIGTERM)
+
     def _check_store(self) -> Callable[[], None] | None:
         """Check the reports of other ranks."""
         if failure := self._store.read():
             return partial(self._follow, failure)
         if self._store.lost:
             time.sleep(2 * POLL_S)  # if its process was on this node, the other thread has found its death by now
+            if self._orphaned:  # torchrun's store ends with it; the ranks save without
+                return None
             text = "the process that holds the job's store, rank 0 or its launcher, has ended"
             return partial(self._lead, Failure(0, text))
         return None
@@ -162,4 +177,5 @@ class Watchdog:
     def _print(self, text: str) -> None:
         """Print to stderr. Not by logging: the main thread may hang while it holds the lock of a log handler."""
         prefix = f"[rank {self.launch.rank}] " if self.launch.rank else ""
-        print(f"{prefix}{text}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the terminal, or the launcher that read a pipe, may be gone
+            print(f"{prefix}{text}", file=sys.stderr, flush=True)

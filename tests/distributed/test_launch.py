@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ SLURM = {
     "SLURM_NTASKS": "8",
     "SLURM_NTASKS_PER_NODE": "4",
     "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
     "MASTER_ADDR": "node7",
 }
 
@@ -108,6 +110,33 @@ def test_srun_on_one_node_needs_no_address(environment: pytest.MonkeyPatch) -> N
     environment.delenv("MASTER_ADDR")
     assert prepare_environment().local_size == 8
     assert os.environ["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_batch_script_without_srun_is_refused_naming_srun(environment: pytest.MonkeyPatch) -> None:
+    """Its shell has the variables of task 0, and the other tasks do not exist."""
+    _set(environment, SLURM | {"SLURM_PROCID": "0"})
+    environment.delenv("SLURM_STEP_ID")
+    with pytest.raises(UserError, match=r"8 tasks.*no SLURM_STEP_ID.*put srun in front.*SLURM_NTASKS=1"):
+        prepare_environment()
+    environment.setenv("SLURM_NTASKS", "1")
+    assert prepare_environment() == Launch(0, 0, 1, 1)
+
+
+@pytest.mark.parametrize("agent", ["", "True"])
+def test_a_port_on_which_another_job_listens_is_refused(environment: pytest.MonkeyPatch, agent: str) -> None:
+    """Torchrun's own agent listens there for rank 0. Without a listener the port is free, even if just used."""
+    with socket.create_server(("", 0)) as other:
+        port = str(other.getsockname()[1])
+        _set(environment, LAUNCHED | {"RANK": "0", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": agent})
+        if agent:
+            prepare_environment()
+        else:
+            with pytest.raises(UserError, match=f"port {port} is taken.*deepspeed --master_port N"):
+                prepare_environment()
+        environment.setenv("RANK", "1")
+        prepare_environment()
+    environment.setenv("RANK", "0")
+    prepare_environment()
 
 
 def test_rejects_a_number_of_tasks_that_is_not_a_number(environment: pytest.MonkeyPatch) -> None:

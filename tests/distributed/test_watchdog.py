@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.distributed.local_ranks import _start_time
+from mrmae_ds.distributed.processes import start_time
 from tests.support.processes import free_port
 from tests.support.ranks import fork_server
 
@@ -154,15 +154,15 @@ def test_reports_a_hang_with_the_stacks_of_all_ranks(tmp_path: Path) -> None:
 
 
 def test_identifies_a_process_by_its_start_time() -> None:
-    own = _start_time(os.getpid())
-    assert own is not None and _start_time(os.getpid()) == own
+    own = start_time(os.getpid())
+    assert own is not None and start_time(os.getpid()) == own
     pid = os.fork()
     if pid == 0:
         os._exit(0)
     time.sleep(0.2)
-    assert _start_time(pid) is None, "a zombie: it has ended, but is not reaped"
+    assert start_time(pid) is None, "a zombie: it has ended, but is not reaped"
     os.waitpid(pid, 0)
-    assert _start_time(pid) is None
+    assert start_time(pid) is None
     assert sys.platform == "linux"
 
 

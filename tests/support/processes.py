@@ -84,6 +84,8 @@ def rank_processes(
     for rank in range(world_size) if start is None else start:
         values = {"rank": rank, "local_rank": rank, "world_size": world_size}
         ranks = {names[key]: str(value) for key, value in values.items()}
+        if names is SRUN:
+            ranks["SLURM_STEP_ID"] = "0"
         processes.append(_start([sys.executable, *program, *arguments], environment(**address, **ranks), cwd))
     return processes
 
