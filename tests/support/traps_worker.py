@@ -89,6 +89,42 @@ def stale_gradients(zero: int, watched: bool, folder: Path, rank: int) -> str | 
     return seen[0] - seen[1]
 
 
+def accumulate(folder: Path, rank: int, branch_in: int | str) -> dict[str, list[Any]]:
+    """Accumulate four micro-batches per step under ZeRO-3.
+
+    Args:
+        folder: for the engine config.
+        rank: of this process.
+        branch_in: micro-batch of the fourth of six steps which alone runs the branch; ``none`` for no such branch.
+
+    Returns:
+        By micro-batch: ``hooks``, a layer's number of hooks during the fourth step's backward, and ``losses`` of the
+        last three steps.
+    """
+    import deepspeed
+
+    path = folder / f"accumulate-{rank}.json"
+    content = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": ZERO[3]}
+    path.write_text(json.dumps(content))
+    model = Branches()
+    for weight in model.parameters():
+        nn.init.constant_(weight, 0.5)
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": 0.0, "lr": 0.0}]
+    engine = build_engine(model, groups, adamw((0.0, 0.0)), load_engine_config(path), 4, CPU)
+    hooks, losses = [], []
+    for step in range(6):
+        for micro_batch in range(4):
+            loss = engine(torch.full((1, 4), 1.0 + micro_batch), step == 3 and micro_batch == branch_in)
+            if step == 3:
+                hooks.append(len(model.always._forward_pre_hooks) + len(model.always._forward_hooks))
+            if step >= 3:
+                losses.append(loss.item())
+            deepspeed.DeepSpeedEngine.backward(engine, loss)
+            engine.step()
+    engine.destroy()
+    return {"hooks": hooks, "losses": losses}
+
+
 def modules_in_order(folder: Path, launch: Launch) -> list[str]:
     """Return the modules that three micro-batches of fine-tuning run, with nearly every path dropped."""
     job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
@@ -135,6 +171,7 @@ def main(folder: Path) -> None:
         "modules": modules_in_order(folder, launch),
         "evaluation": evaluation(folder, launch),
         "linear": F.linear is LINEAR,
+        "accumulated": {branch_in: accumulate(folder, rank, branch_in) for branch_in in ("none", 1, 2)},
         "gathers": {
             name: [asdict(step) for step in gathered(changes, accumulation, folder, rank)]
             for name, (changes, accumulation) in GATHERS.items()

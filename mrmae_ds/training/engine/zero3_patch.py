@@ -28,7 +28,8 @@ _KEEP_GATHERED = (
         self.__active_backward_submodules: Dict[int, Module] = {}
         # Set before a forward that is followed by another micro-batch of the same optimizer step.
         self.keep_gathered: bool = False
-        # Parameters of a complete trace, and whether the limits allow to keep them all.
+        # Modules and parameters of a complete trace, and whether the limits allow to keep them all.
+        self.__trace_modules: Set[Module] = set()
         self.__trace_params: Set[Parameter] = set()
         self.__may_keep: bool = False
         # Whether this micro-batch keeps them, and whether it found them gathered, so that it fetches nothing.
@@ -42,6 +43,7 @@ _KEEP_GATHERED = (
         "                self.__trace_mode = ZeRoTraceMode.COMPLETE\n",
         """\
                 self.__trace_mode = ZeRoTraceMode.COMPLETE
+                self.__trace_modules = set(self.__submodule_order)
                 self.__trace_params = set(p.param for p in self.__param_order)
                 self.__may_keep = (not self.__prefetch_nvme
                                    and sum(p.ds_numel for p in self.__trace_params) <= self.__max_n_available_params
@@ -54,8 +56,7 @@ _KEEP_GATHERED = (
         "PartitionedParameterCoordinator.reset_step",
         "        self.__param_queue = collections.deque(self.__param_order)  # reset fetch queue\n",
         """\
-        self.__resident = self.is_complete_trace() and all(p.ds_status == ZeroParamStatus.AVAILABLE
-                                                           for p in self.__trace_params)
+        self.__resident = self.is_complete_trace() and self.__all_available()
         self.__keep = self.is_complete_trace() and self.keep_gathered and self.__may_keep
         # reset fetch queue
         self.__param_queue = collections.deque() if self.__resident else collections.deque(self.__param_order)
@@ -73,8 +74,23 @@ _KEEP_GATHERED = (
         self._clear_trace_structures()
         self._clean_inflight_param_registry()
 
+    def __all_available(self) -> bool:
+        return all(p.ds_status == ZeroParamStatus.AVAILABLE for p in self.__trace_params)
+
+    def is_idle(self) -> bool:
+        \"\"\"Return True if every parameter is gathered and stays so until the next micro-batch.\"\"\"
+        return self.__resident and self.__keep
+
+    def is_traced(self, sub_module: Module) -> bool:
+        \"\"\"Return True if a module is part of a complete trace.\"\"\"
+        return sub_module in self.__trace_modules
+
     def needs_no_fetch(self, sub_module: Module, forward: bool) -> bool:
         \"\"\"Advance past a module if every parameter is gathered.\"\"\"
+        if not forward and self.__keep and not self.__resident:
+            self.__resident = self.__all_available()  # the forward gathered them
+        if self.is_idle():
+            return self.is_traced(sub_module)
         if self.__resident:
             self.trace_prologue(sub_module)  # may invalidate the trace
         if self.__resident:
@@ -85,11 +101,7 @@ _KEEP_GATHERED = (
 
     def needs_no_release(self, sub_module: Module, forward: bool) -> bool:
         \"\"\"Leave a module if every parameter was gathered and is used again.\"\"\"
-        if not (self.__resident and (forward or self.__keep)):
-            return False
-        if not forward:
-            self.__active_backward_submodules.pop(sub_module.ds_id, None)
-        return True
+        return self.is_traced(sub_module) if self.is_idle() else self.__resident and forward
 """,
     ),
     Edit(
@@ -118,6 +130,53 @@ _KEEP_GATHERED = (
 
 _OFFLOAD, _REGISTER = "deepspeed.runtime.zero.parameter_offload", "DeepSpeedZeRoOffload._register_deepspeed_module"
 _MODULE_HOOKS = (
+    Edit(
+        _OFFLOAD,
+        "DeepSpeedZeRoOffload.setup_zero_stage3_hooks",
+        "        self.hierarchy = 0\n",
+        """\
+        self.hierarchy = 0
+        # Hook dictionaries from which hooks are detached, with their contents before.
+        self._detached_hooks = []
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        "DeepSpeedZeRoOffload.setup_zero_stage3_hooks",
+        "            self.get_param_coordinator().reset_step()\n",
+        """\
+            self.get_param_coordinator().reset_step()
+            if self.get_param_coordinator().is_idle() != bool(self._detached_hooks):
+                self._toggle_module_hooks()
+""",
+    ),
+    Edit(
+        _OFFLOAD,
+        "DeepSpeedZeRoOffload.setup_zero_stage3_hooks",
+        "        FWD_MODULE_STACK.append(self.module)\n",
+        """\
+        FWD_MODULE_STACK.append(self.module)
+
+    def _toggle_module_hooks(self):
+        \"\"\"Detach the hooks of modules that neither fetch nor release, or attach them again.\"\"\"
+        own = {handle.id for handle in (*self.forward_hooks, *self.backward_hooks)}
+        if self._detached_hooks:
+            for hooks, before in self._detached_hooks:
+                now = dict(hooks)
+                hooks.clear()
+                hooks.update({key: hook for key, hook in before.items() if key in own or key in now})
+                hooks.update(now)
+            self._detached_hooks = []
+            return
+        for module in self.module.modules():
+            if module is self.module or not self.get_param_coordinator().is_traced(module):
+                continue
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                self._detached_hooks.append((hooks, dict(hooks)))
+                for key in own.intersection(hooks):
+                    del hooks[key]
+""",
+    ),
     Edit(
         _OFFLOAD,
         _REGISTER,
@@ -315,13 +374,17 @@ _GRADIENTS = (
                 and not (self.postscale_gradients and self.gradient_predivide_factor != 1.0)
                 and self._gradient_averaging_world_size(params_to_reduce, world_size) == world_size
                 and not any(p.ds_numel % world_size for p in params_to_reduce)):
-            # Nothing to scale or pad: cast and interleave at once, a row for each rank.
+            # Nothing to scale or pad: cast all at once, then interleave all at once, a row for each rank.
+            grads = [p.grad.reshape(-1) for p in params_to_reduce]
             sizes = [p.ds_numel // world_size for p in params_to_reduce]
-            rows = torch.empty(world_size,
-                               sum(sizes),
-                               dtype=communication_data_type,
-                               device=params_to_reduce[0].grad.device)
-            torch._foreach_copy_(rows.split(sizes, dim=1), [p.grad.reshape(world_size, -1) for p in params_to_reduce])
+            if world_size == 1 or communication_data_type != grads[0].dtype:
+                numels = [p.ds_numel for p in params_to_reduce]
+                flat = torch.empty(sum(numels), dtype=communication_data_type, device=grads[0].device)
+                cast = flat.split(numels)
+                torch._foreach_copy_(cast, grads)
+                grads, rows = cast, flat.view(1, -1)
+            if world_size > 1:
+                rows = torch.cat([grad.view(world_size, -1) for grad in grads], dim=1)
             rows.div_(world_size)
             own = rows[dist.get_rank(group=process_group)]
             dist.reduce_scatter_fn(own, rows.view(-1), group=process_group)

@@ -43,6 +43,7 @@ FEW = [
     Case("pretrain", 2, True, 1, 2, clipping=CLIPPED),
     Case("pretrain", 3, True, 2, 2, placement="sharded"),
     Case("pretrain", 3, False, 1, 2),
+    Case("pretrain", 3, False, 4, 2, "autocast"),  # two micro-batches between the first and the last
     Case("finetune", 0, True, 1, 2, clipping=CLIPPED),
     Case("finetune", 1, False, 2, 2),
     Case("finetune", 2, True, 2, 2),

@@ -87,3 +87,22 @@ def test_huge_gathers_its_model_once_per_step(ranks: list[dict[str, Any]]) -> No
             for models in steady[name]:
                 # A parameter that the ranks cannot share evenly is padded.
                 assert expected <= models < 1.001 * expected, (name, steady[name])
+
+
+def test_modules_have_no_hooks_where_every_parameter_stays_gathered(ranks: list[dict[str, Any]]) -> None:
+    for results in ranks:
+        first, *middle, last = results["accumulated"]["none"]["hooks"]
+        assert first == last > 0
+        assert middle == [0, 0]
+
+
+@pytest.mark.parametrize("branch_in", ["none", "1", "2"])
+def test_a_module_that_runs_for_the_first_time_gathers_its_parameters(
+    branch_in: str, ranks: list[dict[str, Any]]
+) -> None:
+    """Both layers' weights are 0.5, and micro-batch i holds four times 1 + i."""
+    expected = [4 * (2.0 * (1 + i)) ** 2 for i in range(4)] * 3
+    if branch_in != "none":
+        expected[int(branch_in)] *= 4
+    for results in ranks:
+        assert results["accumulated"][branch_in]["losses"] == expected
