@@ -277,11 +277,15 @@ class FinetuneSummary(RecordSection):
 
 
 class Member(RecordSection):
-    """A fine-tuned model of an evaluation. `finetune` is None if its origin is unknown."""
+    """A fine-tuned model of an evaluation. `finetune` is None if its origin is unknown.
+
+    `of_classes` is the number of its classes if the data have only some of them, among which it was evaluated.
+    """
 
     file: FileName
     sha256: str
     finetune: FinetuneSummary | None = None
+    of_classes: Count | None = None
 
 
 class Results(BaseModel):

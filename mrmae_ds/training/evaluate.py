@@ -27,7 +27,6 @@ from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import ConfigError, RaisedOnAllRanks, UserError
-from mrmae_ds.files import file_sha256
 from mrmae_ds.records.metrics import MetricsWriter
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, summarize_finetuning
 from mrmae_ds.records.sections import Member, Parameters, Schedule
@@ -36,13 +35,15 @@ from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
 from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.evaluation.accuracy import AccuracyCounter
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
+from mrmae_ds.training.evaluation.classes import match_classes
 from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import RecordWriter, describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
-from mrmae_ds.units import describe_difference
-from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import build_classifier, find_weights, read_metadata
+from mrmae_ds.weights.formats import weights_sha256
+from mrmae_ds.weights.load import load_encoder_weights
+from mrmae_ds.weights.model_file import build_classifier, find_weights
+from mrmae_ds.weights.resolve import model_metadata, resolve
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Classifier:
         model: in eval mode.
         normalize: with the model's own statistics.
         image_size: pixels, both sides.
+        classes: outputs of the validation set's classes, in its order; None if they are all of them.
     """
 
     source: str
@@ -64,6 +66,7 @@ class Classifier:
     model: nn.Module
     normalize: Normalize
     image_size: int
+    classes: tuple[int, ...] | None = None
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move and convert the model; move its statistics."""
@@ -77,7 +80,8 @@ class Classifier:
             images: decoded images, uint8 [B, 3, H, W].
             dtype: dtype of the model's input.
         """
-        return self.model(self.normalize.student(self.normalize.pixels(images), dtype)).float()
+        logits = self.model(self.normalize.student(self.normalize.pixels(images), dtype)).float()
+        return logits if self.classes is None else logits[:, self.classes]
 
 
 @dataclass(frozen=True)
@@ -150,39 +154,38 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
     """Build a classifier from its weights file.
 
     Args:
-        source: a stage folder or model file.
+        source: a stage folder, or the file of a classifier of any origin.
         key: its key in the recipe, for error messages.
         stage: the recipe's stage, for the image size.
-        val_data: validation set, whose classes must be the model's.
+        val_data: validation set, whose classes must be among the model's.
 
     Raises:
         UserError: naming ``key`` and what does not fit.
     """
     path = find_weights(Path(source), key)
-    metadata = read_metadata(path)
+    weights = resolve(path, key)
+    metadata = model_metadata(weights)
     if metadata["kind"] != "classifier":
         raise UserError(f"{key}: {path} holds no classifier ({metadata['kind']}); name a fine-tuned model")
-    if tuple(metadata["class_names"]) != val_data.class_names:
-        raise UserError(
-            f"{key}: {path} was trained on other classes ({metadata['num_classes']}) than data.val, {val_data.path} "
-            f"({val_data.num_classes}; {describe_difference(metadata['class_names'], val_data.class_names)}); "
-            "evaluate it on data of its own classes, in their order"
-        )
+    if not metadata.get("pool", "avg"):
+        raise UserError(f"{key}: {path} has a head whose input is not known, so it cannot be evaluated")
+    classes = match_classes(metadata["class_names"], metadata["num_classes"], val_data, f"{key}: {path}")
     image_size = stage.image_size or metadata["image_size"]
     try:
         model = build_classifier(metadata, image_size)
     except ConfigError as error:
         raise ConfigError(f"stages.evaluate.{error.key}", f"{error.reason}, for {path}") from None
-    report = load_encoder(model, path, key)
+    report = load_encoder_weights(model, weights)
     if report.missing:
         raise UserError(f"{key}: {path} is incomplete: {report}")
     finetune = None
     if (path.parent / RECORD_FILE).exists():
         record = RunRecord.load(path.parent)
         finetune = summarize_finetuning(record) if record.stage == "finetune" else None
-    member = Member(file=path.name, sha256=file_sha256(path), finetune=finetune)
+    restricted = metadata["num_classes"] if classes is not None and len(classes) < metadata["num_classes"] else None
+    member = Member(file=path.name, sha256=weights_sha256(path), finetune=finetune, of_classes=restricted)
     normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))
-    return Classifier(source, member, model.eval(), normalize, image_size)
+    return Classifier(source, member, model.eval(), normalize, image_size, classes)
 
 
 def run_evaluation(job: PreparedEvaluation) -> None:
@@ -298,6 +301,10 @@ def _print_scores(job: PreparedEvaluation, average: Scores, members: list[Scores
     rows = [(classifier.source, scores) for classifier, scores in zip(job.classifiers, members, strict=True)]
     if len(rows) > 1:
         rows.append((f"average of {len(rows)}", average))
+    of_classes = {c.source: c.member.of_classes for c in job.classifiers if c.member.of_classes is not None}
     for label, scores in rows:
         top5 = f", top-5 {scores['top5']:.2f} %" if "top5" in scores else ""
+        label += (
+            f" (among {job.val_data.num_classes} of its {of_classes[label]} classes)" if label in of_classes else ""
+        )
         print(f"  {label}: top-1 {scores['top1']:.2f} %{top5}, loss {scores['loss']:.4f}", flush=True)

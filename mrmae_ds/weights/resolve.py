@@ -113,12 +113,13 @@ def nonfinite_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
     return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
 
 
-def model_metadata(weights: Weights, *, statistics: bool = True) -> dict[str, Any]:
+def model_metadata(weights: Weights, *, statistics: bool = True, fix: str = "") -> dict[str, Any]:
     """Return the metadata of a model file: of this project's as stored, of others as far as their origin is known.
 
     Args:
         weights: a usable file with an encoder that this project's models compute.
         statistics: they are needed.
+        fix: another way to give them, for errors.
 
     Raises:
         UserError: if the file is not usable, or the number of heads or the statistics are not known.
@@ -137,7 +138,7 @@ def model_metadata(weights: Weights, *, statistics: bool = True) -> dict[str, An
         )
     if statistics and origin.statistics is None:
         raise UserError(
-            f"{weights.where}: does not record the mean and std of its input, and its origin is unknown; put a "
+            f"{weights.where}: does not record the mean and std of its input, and its origin is unknown; {fix}put a "
             'preprocessor_config.json with {"image_mean": [...], "image_std": [...]} beside it'
         )
     if identity.grid is None:

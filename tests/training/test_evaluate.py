@@ -219,6 +219,62 @@ def test_default_member_is_the_runs_fine_tuning(workspace: Workspace) -> None:
             prepare_evaluation(options, ALONE)
 
 
+def _foreign(workspace: Workspace, folder: Path, **config: object) -> Path:
+    """The member ``vit`` as another project saves it: among twelve classes, in another order, without metadata."""
+    tensors = load_file(workspace.member("vit") / "model.safetensors")
+    names = list(check_beton(workspace.folder / "val.beton").class_names)
+    order = [*range(9, -1, -1)]
+    for end in ("weight", "bias"):
+        rows = tensors[f"head.{end}"]
+        other = torch.full_like(rows[:1], 100.0 if end == "bias" else 0.0)  # would win every image
+        tensors[f"head.{end}"] = torch.cat([other, rows[order], other])
+    labels = dict(enumerate(["other", *(names[i] for i in order), "another"]))
+    mean, std = STATISTICS["vit"]
+    config = {"id2label": labels, "num_attention_heads": VIT.num_heads, "hidden_size": VIT.dim} | config
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value}))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": mean, "image_std": std}))
+    torch.save({"model": tensors, "epoch": 3}, folder / "x.pth")
+    return folder / "x.pth"
+
+
+def test_a_classifier_of_another_project_on_some_of_its_classes(
+    workspace: Workspace, expected: dict[str, dict[str, float]], tmp_path: Path, alone: None
+) -> None:
+    job = workspace.prepare(_foreign(workspace, tmp_path), "vit")
+    (foreign, ours) = job.classifiers
+    assert (foreign.member.of_classes, ours.member.of_classes) == (12, None)
+    assert foreign.classes == (*range(10, 0, -1),)
+    average, members = evaluate(job, CPU)
+    assert members == [pytest.approx(expected["vit"], rel=1e-5)] * 2 and average == pytest.approx(
+        expected["vit"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"id2label": None}, r"members\[0\]: .*x.pth does not record the names of its 12 classes; put a config.json"),
+        (
+            {"id2label": {i: f"c{i}" for i in range(12)}},
+            r"x.pth was trained on other classes \(12\) than .*, and not on '",
+        ),
+        ({"num_attention_heads": None}, r"x.pth: does not record its number of attention heads"),
+    ],
+    ids=["classes", "other classes", "heads"],
+)
+def test_a_classifier_of_another_project_that_is_not_known(
+    config: dict[str, object], message: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    path = _foreign(workspace, tmp_path, **config)
+    with pytest.raises(UserError, match=message):
+        workspace.prepare(path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    _foreign(workspace, tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match=r"x.pth: does not record the mean and std of its input.*preprocessor_config"):
+        workspace.prepare(path)
+
+
 def _altered(workspace: Workspace, folder: Path, drop: str = "", **metadata: object) -> Path:
     """A member's file with other metadata, or without some of its tensors."""
     path = workspace.member("cvit") / "model.safetensors"

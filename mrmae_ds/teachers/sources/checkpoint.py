@@ -1,15 +1,15 @@
-"""A checkpoint of this project as a teacher (as in the demo; DMAE distills from MAE the same way)."""
+"""An encoder of this project's models as a teacher (as in the demo; DMAE distills from MAE the same way)."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.teachers.base import (
     LastBlockInput,
@@ -20,8 +20,10 @@ from mrmae_ds.teachers.base import (
     describe_importance,
 )
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import find_weights, read_metadata, read_tensors, spec_from_metadata
+from mrmae_ds.weights.formats import weights_sha256
+from mrmae_ds.weights.load import load_encoder_weights
+from mrmae_ds.weights.model_file import find_weights, spec_from_metadata
+from mrmae_ds.weights.resolve import Weights, model_metadata, resolve
 
 
 def encoder_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,14 +47,15 @@ def encoder_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]
 
 
 class CheckpointTeacher(Teacher):
-    """An encoder trained by this project; its source is a run's stage folder or a model file.
+    """A CViT or a plain ViT; its source is a run's stage folder, or any weights file that ``mrmae check`` calls usable.
 
     ``raw`` features are those of the last block; ``ln_post`` applies the norm that pre-training put after it. The
     position embedding is resized if the input differs from that of training; the default statistics are those of
     training.
 
     Raises:
-        UserError: for a file that is missing or of another project, or for features that it does not have (``proj``).
+        UserError: for a file that is missing or not usable, whose heads or statistics are not known, or for features
+            that it does not have (``proj``).
     """
 
     network: Encoder
@@ -60,12 +63,15 @@ class CheckpointTeacher(Teacher):
     norm_bias: Tensor
 
     def __init__(self, options: TeacherOptions) -> None:
-        path = find_weights(Path(options.source), f"{options.key}.source")
-        metadata, features = read_metadata(path), options.features
-        if features == "proj" or (features == "ln_post" and metadata["kind"] != "pretrain"):
+        path, weights, metadata = _resolve(options)
+        features = options.features
+        norm = {
+            ours: weights.file.tensors[name] for name, ours in weights.identity.names.items() if "fusion.norm" in ours
+        }
+        if features == "proj" or (features == "ln_post" and not norm):
             raise UserError(f"{options.key}.features: {path} has no {features} features; use raw")
         encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
-        load_encoder(encoder, path, f"{options.key}.source")
+        notes = load_encoder_weights(encoder, weights).notes
         mean, std = options.statistics or (tuple(metadata["mean"]), tuple(metadata["std"]))
         super().__init__(
             encoder,
@@ -76,15 +82,17 @@ class CheckpointTeacher(Teacher):
                 mean=mean,
                 std=std,
                 dtype=options.dtype,
-                sha256=file_sha256(path),
-                details={"importance": describe_importance(encoder.num_prefix_tokens > 0)},
+                sha256=weights_sha256(path),
+                details={
+                    "importance": describe_importance(encoder.num_prefix_tokens > 0),
+                    **({"weights": "; ".join(notes)} if notes else {}),
+                },
             ),
         )
         if features == "ln_post":
-            tensors = read_tensors(path)
             for name in ("weight", "bias"):
                 # Copied, because safetensors returns views of the whole file.
-                tensor = tensors[f"fusion.norm.{name}"].to(options.dtype, copy=True)
+                tensor = norm[f"fusion.norm.{name}"].to(options.dtype, copy=True)
                 self.register_buffer(f"norm_{name}", tensor, persistent=False)
         self.features = features
 
@@ -94,6 +102,15 @@ class CheckpointTeacher(Teacher):
         if self.features == "ln_post":
             tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)
         return tokens, importance
+
+
+def _resolve(options: TeacherOptions) -> tuple[Path, Weights, dict[str, Any]]:
+    """Return the teacher's file, its weights and its metadata."""
+    key = options.key
+    path = find_weights(Path(options.source), f"{key}.source")
+    weights = resolve(path, f"{key}.source")
+    fix = f"give {key}.mean and std, or "
+    return path, weights, model_metadata(weights, statistics=options.statistics is None, fix=fix)
 
 
 class _Reader:
@@ -107,7 +124,7 @@ class _Reader:
 
 def build_meta(options: TeacherOptions) -> MetaTeacher:
     """Build the encoder without weights; see :class:`~mrmae_ds.teachers.build.TeacherSource`."""
-    metadata = read_metadata(find_weights(Path(options.source), f"{options.key}.source"))
+    *_, metadata = _resolve(options)
     encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
     return MetaTeacher(encoder, _Reader(encoder), options)
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import MODEL_FILE
+from tests.support.reference import reference_mcmae
+from tests.support.released import mcmae_state, tiny_vit, write_released
 from tests.support.sample_teachers import CVIT, MEAN, STD, VIT, normalize, options, pixels_of, save_run, timm_attention
 
 BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
@@ -103,5 +109,40 @@ def test_missing_and_foreign_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"teachers.t.source: .* has not finished"):
         build(tmp_path)
     torch.save({}, tmp_path / "foreign.pt")
-    with pytest.raises(UserError, match=r"foreign.pt: not a model file of this project"):
+    with pytest.raises(UserError, match=r"teachers.t.source: .*foreign.pt: no weights found"):
         build(tmp_path / "foreign.pt")
+    torch.save(tiny_vit(init_values=1e-5).state_dict(), tmp_path / "foreign.pt")
+    with pytest.raises(UserError, match=r"foreign.pt: contains a ViT with tensors that a plain ViT lacks .*kind: timm"):
+        build(tmp_path / "foreign.pt")
+
+
+@pytest.mark.parametrize("features", ["raw", "ln_post"])
+def test_a_released_pretraining(features: str, mcmae: dict[str, Tensor], tmp_path: Path) -> None:
+    path = write_released(tmp_path / "x.pth", mcmae_state(mcmae))
+    with pytest.raises(UserError, match=r"teachers.t.source: .*x.pth: does not record its number of attention heads"):
+        build(path, image_size=224, student_grid=(14, 14))
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    teacher = build(path, features, image_size=224, student_grid=(14, 14))
+    assert teacher.mean.flatten().tolist() == pytest.approx(IMAGENET_MEAN)
+    pixels = pixels_of(1, 224)
+    model = reference_mcmae(mcmae).eval()
+    with torch.no_grad():
+        expected = model.encoder.forward_features(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
+        expected = model.fusion.norm(expected) if features == "ln_post" else expected
+    torch.testing.assert_close(teacher(pixels).tokens, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_vit_of_unknown_origin_needs_its_statistics(tmp_path: Path) -> None:
+    source = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=0).eval()
+    torch.save({"model": source.state_dict()}, tmp_path / "x.pth")
+    settings = {"image_size": 32, "student_grid": (2, 2)}
+    with pytest.raises(
+        UserError, match=r"x.pth: does not record the mean .* give teachers.t.mean and std, or put a pre"
+    ):
+        build(tmp_path / "x.pth", **settings)
+    teacher = build(tmp_path / "x.pth", "ln_post", statistics=((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), **settings)
+    pixels = pixels_of(2, 32)
+    with torch.no_grad():
+        expected = source.forward_features(normalize(pixels, (0.5,) * 3, (0.5,) * 3))[:, 1:]
+    torch.testing.assert_close(teacher(pixels).tokens, expected, atol=1e-5, rtol=1e-4)
+    assert teacher.details["weights"] == "weights under model"
