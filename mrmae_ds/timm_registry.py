@@ -17,6 +17,7 @@ import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
 from mrmae_ds.weights.formats import TensorFile, unwrap
@@ -92,7 +93,30 @@ def _build(
     model = CViT(spec, **settings)
     if model.num_classes:
         init_classifier(model)
+    model.register_load_state_dict_pre_hook(_convert_foreign)
     return model.to(device=device, dtype=dtype)
+
+
+def _convert_foreign(
+    model: nn.Module, state_dict: dict[str, Tensor], prefix: str, metadata: dict[str, Any], strict: bool, *_: list[str]
+) -> None:
+    """Convert a file with other names than the model's, for ``checkpoint_path``, which timm loads without a filter.
+
+    Raises:
+        UserError: if the model has a head and the file has none.
+    """
+    names = model.state_dict().keys()
+    if prefix or state_dict.keys() <= names:
+        return
+    converted = checkpoint_filter_fn(state_dict, model)
+    if strict and "head.weight" in names and "patch_embed1.proj.weight" in converted and "head.weight" not in converted:
+        raise UserError(
+            "the file contains a CViT without a head, but the model has one; create the model with num_classes=0 and "
+            "global_pool='', or replace checkpoint_path by pretrained=True, pretrained_cfg_overlay={'file': FILE}, "
+            "which leaves the head at its initial values"
+        )
+    state_dict.clear()
+    state_dict.update(converted)
 
 
 def _create(arch: str, pretrained: bool, settings: dict[str, Any]) -> nn.Module:

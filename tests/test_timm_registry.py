@@ -21,7 +21,7 @@ from mrmae_ds.timm_registry import checkpoint_filter_fn
 from tests.fixtures import load_reference, part
 from tests.support.processes import REPOSITORY, environment
 from tests.support.reference import MCMAE, perturb, random_images, reference_mcmae
-from tests.support.released import mcmae_state
+from tests.support.released import mcmae_state, write_released
 
 NARROW: dict[str, Any] = {"dims": (8, 12, 16), "depths": [1, 2, 2], "num_heads": 4}
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -163,6 +163,29 @@ def test_a_checkpoint_file_is_loaded_bit_by_bit(tmp_path: Path) -> None:
     save_file(state, path)
     with pytest.raises(RuntimeError, match=r"Missing key.*fc_norm\.bias"):
         timm.create_model("cvit_base", **settings, num_classes=10)
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
+def test_checkpoint_path_of_released_files(wrapped: bool, tmp_path: Path) -> None:
+    reference = load_reference("mcmae")
+    fields = {"dims": MCMAE.dims, "depths": MCMAE.depths, "num_heads": MCMAE.num_heads}
+    prefix = "module.model." if wrapped else ""
+    states = {"finetune.pth": part(reference, "finetune/"), "pretrain.pth": mcmae_state(reference)}
+    for name, state in states.items():
+        write_released(tmp_path / name, {prefix + key: tensor for key, tensor in state.items()})
+    model = timm.create_model("cvit_base", **fields, num_classes=10, checkpoint_path=tmp_path / "finetune.pth").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(reference["image"]), reference["logits"], **CLOSE)
+    path = tmp_path / "pretrain.pth"
+    bare = timm.create_model("cvit_base", **fields, num_classes=0, global_pool="", checkpoint_path=path).eval()
+    student = reference_mcmae(reference).eval()
+    images = random_images(1, 224, seed=3)
+    with torch.no_grad():
+        torch.testing.assert_close(bare(images), student.encoder.forward_features(images))
+    with pytest.raises(UserError, match=r"contains a CViT without a head.*num_classes=0 .*pretrained_cfg_overlay"):
+        timm.create_model("cvit_base", **fields, num_classes=10, checkpoint_path=path)
+    with pytest.raises(RuntimeError, match=r"size mismatch for head.weight"):
+        timm.create_model("cvit_base", **fields, num_classes=9, checkpoint_path=tmp_path / "finetune.pth")
 
 
 def pretrained(path: Path, **settings: Any) -> CViT:

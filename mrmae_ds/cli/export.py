@@ -1,4 +1,4 @@
-"""``mrmae export``: weights of a finished run for other programs."""
+"""``mrmae export``: weights of a finished run, or of another project, for other programs."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import argparse
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, require_path
+from mrmae_ds.files import split_choice
 
 SUMMARY = "export a finished run's weights to a safetensors file, for timm or complete"
 
 
 def add_arguments(parser: CommandParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("run", type=Path, help="a finished stage, runs/NAME/STAGE, or its model.safetensors")
+    parser.add_argument(
+        "run",
+        type=Path,
+        help="a finished stage, runs/NAME/STAGE, or a weights file that `mrmae check` calls usable",
+    )
     parser.add_argument(
         "--to",
         choices=("timm", "safetensors"),
@@ -26,7 +31,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the file; print its path and the line of Python that loads it."""
-    require_path(args.run)
+    require_path(split_choice(args.run)[0])
     from mrmae_ds.weights.export import export_run
 
     exported = export_run(args.run, args.to, args.out, args.force)

@@ -18,7 +18,7 @@ from mrmae_ds.teachers.sources.gelu import gelu_of_file
 from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
 from mrmae_ds.units import first_few
-from mrmae_ds.weights.export import input_statistics
+from mrmae_ds.weights.export import input_statistics, timm_line
 from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.formats import INDEX_SUFFIX, verify_checksums, weights_sha256
 from mrmae_ds.weights.identify import WeightIdentity, nearest_architecture
@@ -114,7 +114,7 @@ def usage(identity: WeightIdentity, path: Path) -> str:
     if not identity.family:
         return f"as a teacher, if timm has the model: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}"
     if "create_model" in identity.metadata:
-        return f"{identity.metadata['create_model'][:-1]}, checkpoint_path={str(path)!r})"
+        return timm_line(identity.metadata, path)
     arch, changes = nearest_architecture(identity.family, identity.sizes)
     settings = [f"model.arch={arch}", *(f"model.overrides.{key}={_yaml(value)}" for key, value in changes.items())]
     settings += ["stages.finetune.pool=token"] if identity.pool == "token" else []

@@ -1,4 +1,4 @@
-"""Export a finished run's weights: the whole model, or a file that timm loads."""
+"""Export weights of a finished run or of another project: the whole model, or a file that timm loads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import build_encoder
+from mrmae_ds.models.sizes import height_width
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.identify import nearest_architecture
+from mrmae_ds.weights.load import load_encoder_weights
 from mrmae_ds.weights.model_file import (
     MODEL_FILE,
     find_weights,
@@ -23,6 +26,7 @@ from mrmae_ds.weights.model_file import (
     size_from_metadata,
     spec_from_metadata,
 )
+from mrmae_ds.weights.resolve import model_metadata, resolve
 
 WeightLayout = Literal["timm", "safetensors"]
 SUFFIX = ".safetensors"
@@ -57,10 +61,10 @@ class Exported:
 
 
 def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = None, force: bool = False) -> Exported:
-    """Export the weights of a finished run.
+    """Export the weights of a finished run, or of a CViT or plain ViT of another project.
 
     Args:
-        source: stage folder (runs/NAME/STAGE) or its model.safetensors.
+        source: stage folder (runs/NAME/STAGE) or its model.safetensors, or a weights file of known origin.
         layout: ``safetensors`` exports the whole model. ``timm`` exports a file that ``timm.create_model`` loads
             strictly: a classifier, or the bare encoder of a pre-training (for a plain ViT with the norm after its last
             block).
@@ -68,29 +72,81 @@ def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = N
         force: replace an existing file that this project did not write.
 
     Raises:
-        UserError: if ``source`` is not a finished run, or ``out`` must not be written.
+        UserError: if ``source`` is not a finished run, its heads or statistics are not known, or ``out`` must not be
+            written.
     """
     path = _finished(source)
-    metadata = with_present_keys(read_metadata(path))
+    metadata, tensors = _content(path, layout)
     if "layout" in metadata:
         raise UserError(f"{path}: is itself an export; give the run's folder or its {MODEL_FILE}")
     metadata |= {"layout": layout, **_provenance(path)}
-    tensors = read_tensors(path)
     statistics = input_statistics(metadata)
     notes = (f"its input is {statistics}",) if statistics else ()
     if layout == "timm":
-        call = timm_call(metadata)
         if metadata["kind"] == "pretrain":
             tensors, notes = _bare(tensors, metadata), (_bare_note(metadata), *notes)
             metadata["kind"] = "encoder"
-        metadata["create_model"] = f"timm.create_model({call})"
+        notes = (*notes, f"evaluation takes {_describe_crop(metadata)}")
+        metadata["create_model"] = f"timm.create_model({timm_call(metadata)})"
     target = _target(path, metadata, layout, out, force)
     save_weights(target, tensors, metadata)
     if layout == "safetensors":
         return Exported(target, f"from mrmae_ds.weights.load import load_model; model = load_model({str(target)!r})")
     modules = "mrmae_ds, timm" if metadata["family"] == "cvit" else "timm"
-    line = f"import {modules}; model = timm.create_model({call}, checkpoint_path={str(target)!r})"
-    return Exported(target, line, notes)
+    return Exported(target, f"import {modules}; model = {timm_line(metadata, target)}", notes)
+
+
+def _content(path: Path, layout: WeightLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return metadata and tensors of a file of this project, or of another's encoder by this project's names."""
+    if _is_ours(path):
+        return with_present_keys(read_metadata(path)), read_tensors(path)
+    weights = resolve(path)
+    metadata = model_metadata(weights)
+    classifier = metadata["kind"] == "classifier"
+    if layout == "safetensors" and not classifier:
+        raise UserError(f"{path}: only a run has a complete pre-training; export its encoder with --to timm")
+    pool = metadata.get("pool") or "avg"
+    size = size_from_metadata(metadata)
+    model = build_encoder(spec_from_metadata(metadata), size, metadata.get("num_classes", 0), pool=pool)
+    report = load_encoder_weights(model, weights)
+    if report.missing:
+        raise UserError(f"{path}: is incomplete: {report}")
+    if classifier:
+        return metadata, model.state_dict()
+    tensors = {f"encoder.{name}": tensor for name, tensor in model.state_dict().items()}
+    norm = {ours: weights.file.tensors[name] for name, ours in weights.identity.names.items() if "fusion.norm" in ours}
+    if metadata["family"] == "vit" and not norm:
+        raise UserError(f"{path}: lacks the norm after its last block (norm.weight), without which timm cannot load it")
+    return metadata | {"kind": "pretrain"}, tensors | norm
+
+
+def timm_line(metadata: Mapping[str, Any], path: Path) -> str:
+    """Return the call that loads a file exported for timm, with the input that its results were measured on.
+
+    ``pretrained=True`` with the file in the configuration, and not ``checkpoint_path``, so that ``num_classes``,
+    ``img_size`` and ``features_only`` may be changed as for timm's own weights.
+
+    Args:
+        metadata: metadata of the exported file.
+        path: the file.
+    """
+    height, width = height_width(size_from_metadata(metadata))
+    classes = metadata["num_classes"] if metadata["kind"] == "classifier" else 0
+    overlay: dict[str, Any] = {"file": str(path), "num_classes": classes, "input_size": (3, height, width)}
+    overlay |= {"crop_pct": _crop_pct(metadata), "interpolation": "bicubic"}
+    overlay |= {key: tuple(metadata[key]) for key in ("mean", "std") if key in metadata}
+    return f"timm.create_model({timm_call(metadata)}, pretrained=True, pretrained_cfg_overlay={overlay!r})"
+
+
+def _crop_pct(metadata: Mapping[str, Any]) -> float:
+    """Return the side of evaluation's crop as a share of the resized short side (data/loaders/crop.py)."""
+    return 0.875 if max(height_width(size_from_metadata(metadata))) <= 224 else 1.0
+
+
+def _describe_crop(metadata: Mapping[str, Any]) -> str:
+    height, width = height_width(size_from_metadata(metadata))
+    crop = f"the center crop of {height} x {width} pixels"
+    return f"{crop}, the short side resized to {int(min(height, width) / _crop_pct(metadata))} (bicubic)"
 
 
 def timm_call(metadata: Mapping[str, Any]) -> str:

@@ -121,7 +121,7 @@ def test_describes_own_classifier(tmp_path: Path) -> None:
     assert rows["commit"] == COMMIT
     assert rows["input"] == "RGB in [0, 1], minus the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3"
     assert rows["use it"].startswith('timm.create_model("cvit_tiny", ')
-    assert rows["use it"].endswith(f"checkpoint_path={str(exported)!r})")
+    assert f"pretrained=True, pretrained_cfg_overlay={{'file': {str(exported)!r}, " in rows["use it"]
 
 
 def test_describes_class_token_classifier_of_rectangular_images(tmp_path: Path) -> None:

@@ -7,13 +7,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mrmae_ds.data.loaders.pillow import center_crop
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_MEAN
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import choose_visible
@@ -35,8 +40,11 @@ from mrmae_ds.weights.model_file import (
     read_tensors,
     save_weights,
 )
+from tests.fixtures import part
+from tests.support import dense
 from tests.support.records import make_record
 from tests.support.reference import perturb, random_images, random_noise
+from tests.support.released import mae_state, write_released
 
 CVIT = CViTSpec((8, 12, 16), (1, 1, 2), 4, (4, 4, 2), (2, 2, 1))
 VIT = ViTSpec(16, 2, 4, patch=4)
@@ -97,7 +105,98 @@ def test_a_classifier_for_timm(spec: EncoderSpec, changes: dict[str, bool], tmp_
         assert torch.equal(loaded(images), model(images))
         assert torch.equal(loaded.forward_features(images), model.forward_features(images))
     assert loaded.num_classes == 3
-    assert exported.notes == ("its input is RGB in [0, 1], minus the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3",)
+    assert exported.notes == (
+        "its input is RGB in [0, 1], minus the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3",
+        "evaluation takes the center crop of 24 x 24 pixels, the short side resized to 27 (bicubic)",
+    )
+
+
+@BOTH
+@pytest.mark.parametrize("size", [24, 224, 240])
+def test_timms_own_transform_gives_evaluations_pixels(spec: EncoderSpec, size: int, tmp_path: Path) -> None:
+    """So that timm measures the run's accuracy: mean, std, size and crop are the run's, on images of any shape."""
+    classifier_run(tmp_path, spec, size)
+    loaded = load_by(export_run(tmp_path, "timm", tmp_path / "out.safetensors"))
+    data_config = timm.data.resolve_model_data_config(loaded)
+    transform = timm.data.create_transform(**data_config, is_training=False)
+    generator = np.random.default_rng(0)
+    mean, std = (torch.tensor(values)[:, None, None] for values in ([0.5, 0.25, 0.125], [0.1, 0.2, 0.3]))
+    for shape in ((300, 280), (260, 333), (40, 31)):
+        image = Image.fromarray(generator.integers(0, 256, (*shape, 3), dtype=np.uint8))
+        pixels = torch.from_numpy(np.array(center_crop(image, size))).permute(2, 0, 1).float() / 255
+        torch.testing.assert_close(transform(image), (pixels - mean) / std, atol=1e-5, rtol=1e-5)
+    assert data_config["crop_pct"] == (0.875 if size <= 224 else 1.0)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["classifier", "encoder"])
+def test_the_line_may_be_changed_as_for_timms_own_models(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
+    encoder = classifier_run(tmp_path, spec) if kind == "classifier" else pretraining_run(tmp_path, spec).encoder
+    exported = export_run(tmp_path, "timm", tmp_path / "out.safetensors")
+
+    def changed(new: str, old: str = "pretrained=True") -> Any:
+        assert exported.line.count(old) == 1
+        return load_by(replace(exported, line=exported.line.replace(old, new)))
+
+    images = random_images(2, 24, seed=3)
+    # By default timm takes the last three blocks of a ViT, and this one has two.
+    last = "" if isinstance(spec, CViTSpec) else ", out_indices=(0, 1)"
+    features = changed(f"pretrained=True, features_only=True{last}")(images)
+    expected = encoder.forward_intermediates(images, intermediates_only=True)
+    if isinstance(spec, CViTSpec):
+        assert [tuple(map.shape[1:]) for map in features] == [(8, 12, 12), (12, 6, 6), (16, 6, 6)]
+        assert all(torch.equal(found, map) for found, map in zip(features, expected, strict=True))
+    else:
+        assert torch.equal(features[-1], expected[-1])
+    classes = "num_classes=3" if kind == "classifier" else "num_classes=0"
+    new_head = changed(f"{classes[:-1]}7", old=f", {classes},"[2:-1])
+    assert new_head.num_classes == 7
+    blocks = "blocks3" if isinstance(spec, CViTSpec) else "blocks"
+    state, original = new_head.state_dict(), encoder.state_dict()
+    assert all(torch.equal(state[name], original[name]) for name in state if name.startswith((blocks, "patch_embed")))
+    larger = changed("img_size=32", old="img_size=24")
+    assert larger(random_images(2, 32, seed=3)).shape[0] == 2
+    assert torch.equal(larger.state_dict()[f"{blocks}.0.attn.qkv.weight"], original[f"{blocks}.0.attn.qkv.weight"])
+
+
+@BOTH
+def test_the_hubs_configuration_reproduces_the_model(spec: EncoderSpec, tmp_path: Path) -> None:
+    model = classifier_run(tmp_path, spec)
+    loaded = load_by(export_run(tmp_path, "timm", tmp_path / "out.safetensors"))
+    timm.models.save_for_hf(loaded, tmp_path / "hub", safe_serialization=True)
+    from_hub = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    data_config = timm.data.resolve_model_data_config(from_hub)
+    expected = timm.data.resolve_model_data_config(loaded)
+    assert {key: list(value) if isinstance(value, tuple) else value for key, value in expected.items()} == {
+        key: list(value) if isinstance(value, tuple) else value for key, value in data_config.items()
+    }
+    assert (expected["mean"], expected["input_size"]) == ((0.5, 0.25, 0.125), (3, 24, 24))
+    images = random_images(2, 24, seed=3)
+    with torch.no_grad():
+        assert torch.equal(from_hub(images), model(images))
+        program = torch.export.export(loaded, (images,))  # as torch.onnx.export(dynamo=True) captures it
+        torch.testing.assert_close(program.module()(images), model(images))
+
+
+@pytest.mark.parametrize("family", ["mcmae", "mae"])
+def test_exports_released_files(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    reference = request.getfixturevalue(family)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    state = part(reference, "finetune/") if family == "mcmae" else mae_state(reference)
+    exported = export_run(write_released(tmp_path / "x.pth", state), out=tmp_path / "out.safetensors")
+    loaded = load_by(exported)
+    with torch.no_grad():
+        if family == "mcmae":
+            expected, found = reference["logits"], loaded(reference["image"])
+        else:
+            images = reference["images"]
+            expected = dense.vit_latent(images, [list(range(16))] * len(images), (4, 4), state, 4)
+            found = loaded.forward_features(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert timm.data.resolve_model_data_config(loaded)["mean"] == IMAGENET_MEAN
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"x.pth: does not record its number of attention heads"):
+        export_run(tmp_path / "x.pth", out=tmp_path / "out.safetensors")
 
 
 @pytest.mark.parametrize(("spec", "pool"), [(VIT, "token"), (VIT, "avg"), (CVIT, "max")])
@@ -270,7 +369,7 @@ def test_refuses_runs_that_are_not_finished(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"out.safetensors: is itself an export; give the run's folder"):
         export_run(exported, out=tmp_path / "again.safetensors")
     save_file({"weight": torch.zeros(2)}, tmp_path / "foreign.safetensors")
-    with pytest.raises(UserError, match=r"foreign.safetensors: .*not one written by this project"):
+    with pytest.raises(UserError, match=r"foreign.safetensors: contains no encoder supported by this project"):
         export_run(tmp_path / "foreign.safetensors")
 
 
