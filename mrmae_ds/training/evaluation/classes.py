@@ -43,8 +43,8 @@ def match_classes(names: Sequence[str], num_classes: int, data: BetonInfo, where
     if missing:
         raise UserError(
             f"{where} was trained on other classes ({num_classes}) than data.val, {data.path} ({data.num_classes}; "
-            f"{describe_difference(names, data.class_names)}), and not on {missing[0]!a}; evaluate it on data of its own "
-            "classes"
+            f"{describe_difference(names, data.class_names)}), and not on {missing[0]!a}; evaluate it on data of its "
+            "own classes"
         )
     return tuple(outputs[name] for name in data.class_names)
 
