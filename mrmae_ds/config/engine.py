@@ -1,7 +1,7 @@
 """The engine config: DeepSpeed's JSON, parsed and checked before DeepSpeed reads it.
 
 The global batch size belongs to the recipe, so ``gradient_accumulation_steps`` is derived. This project's own keys are
-the section ``activation_checkpointing`` (``conv_stages``, ``transformer``, ``decoder``), ``compile.blocks``, and
+the section ``activation_checkpointing`` (``conv_stages``, ``transformer``, ``decoder``), ``compile``, and
 torch's kernels (:mod:`mrmae_ds.config.kernels`). The rules on keys and their combinations are in
 :mod:`mrmae_ds.config.engine_rules`, the ZeRO settings in :mod:`mrmae_ds.config.zero`.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mrmae_ds.config.engine_rules import (
 )
 from mrmae_ds.config.files import json_text, nearest_key, read_json
 from mrmae_ds.config.kernels import KERNEL_KEYS, KernelSettings, parse_kernels
+from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.config.zero import ZeroSettings, offload_devices, parse_zero
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
@@ -71,7 +73,8 @@ class EngineConfig:
         zero: ZeRO settings.
         model_dtype: of the parameters as modules see them: bfloat16 with ``bf16``, else float32.
         checkpointing: the blocks that recompute their activations.
-        compile_blocks: ``torch.compile`` compiles each block.
+        compile_blocks: ``torch.compile`` compiles each block of the model.
+        compile_teachers: it compiles each block of the teachers.
         leaf_module_classes: ``zero_optimization.leaf_module.classes`` as written, with or without their modules.
         kernels: torch's kernels.
     """
@@ -84,6 +87,7 @@ class EngineConfig:
     model_dtype: torch.dtype
     checkpointing: CheckpointPlan
     compile_blocks: bool = False
+    compile_teachers: bool = False
     leaf_module_classes: tuple[str, ...] = ()
     kernels: KernelSettings = field(default_factory=KernelSettings)
 
@@ -120,7 +124,7 @@ class EngineConfig:
             "bf16": {"enabled": self.zero.bf16},
             "torch_autocast": {"enabled": self.zero.autocast},
             "activation_checkpointing": asdict(self.checkpointing),
-            "compile": {"blocks": self.compile_blocks},
+            "compile": {"blocks": self.compile_blocks, "teachers": self.compile_teachers},
             "zero_optimization": {
                 key: value
                 for key, value in zero.model_dump(mode="json", by_alias=True, exclude=own).items()
@@ -188,7 +192,8 @@ def load_engine_config(path: Path) -> EngineConfig:
         zero=zero,
         model_dtype=torch.bfloat16 if zero.bf16 else torch.float32,
         checkpointing=_checkpoint_plan(path, raw.get("activation_checkpointing", {})),
-        compile_blocks=compiled,
+        compile_blocks=compiled["blocks"],
+        compile_teachers=compiled["teachers"],
         leaf_module_classes=tuple(raw.get("zero_optimization", {}).get("leaf_module", {}).get("classes", ())),
         kernels=parse_kernels(path, raw),
     )
@@ -266,6 +271,24 @@ def check_paired(config: EngineConfig, pairs: bool) -> None:
             f"{config.path}: mixup pairs the images of a micro-batch, and so does cutmix, so "
             f"train_micro_batch_size_per_gpu must be even, not {config.micro_batch}"
         )
+
+
+def check_compiled_teachers(config: EngineConfig, placements: Mapping[str, PlacementConfig]) -> None:
+    """Check that the weights of compiled teachers stay where they are.
+
+    Args:
+        config: the engine config.
+        placements: of the teachers' weights, by the teachers' names.
+
+    Raises:
+        UserError: for ``compile.teachers`` with a placement that moves or gathers weights, which a graph does not see.
+    """
+    for name, placement in placements.items():
+        if config.compile_teachers and placement.kind != "device":
+            raise UserError(
+                f"{config.path}: compile.teachers needs stages.pretrain.placement: device, and that of {name} is "
+                f"{placement}; change the placement, or leave compile.teachers out"
+            )
 
 
 def accumulation_steps(config: EngineConfig, batch_size: int, world_size: int, recipe: str) -> int:

@@ -53,7 +53,7 @@ REFUSED_KEYS = {
     "disable_allgather": "leave it out; it has no effect in this version of DeepSpeed",
 }
 CHECKPOINTING_KEYS = ("conv_stages", "transformer", "decoder")
-COMPILE_KEYS = ("blocks",)
+COMPILE_KEYS = ("blocks", "teachers")
 AUTOCAST_KEYS = ("enabled", "dtype", "lower_precision_safe_modules")
 BF16_KEYS = ("enabled", "immediate_grad_update", "check_grad_overflow")
 DATA_TYPE_KEYS = ("grad_accum_dtype",)
@@ -213,18 +213,19 @@ def zero_key_problem(key: str, stage: int) -> str:
     return ""
 
 
-def check_compile(path: Path, raw: dict[str, Any]) -> bool:
-    """Return True if blocks are compiled.
+def check_compile(path: Path, raw: dict[str, Any]) -> dict[str, bool]:
+    """Return the section ``compile``: whether the student's blocks are compiled, and the teachers'.
 
     Raises:
         UserError: for a value that is not boolean, and if hooks of ZeRO-3 inside the blocks would break every graph.
     """
-    compiled = raw.get("compile", {}).get("blocks", False)
-    if not isinstance(compiled, bool):
-        raise UserError(f"{path}: compile.blocks must be true or false, got {json_text(compiled)}")
+    compiled = {key: raw.get("compile", {}).get(key, False) for key in COMPILE_KEYS}
+    for key, value in compiled.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: compile.{key} must be true or false, got {json_text(value)}")
     zero = raw.get("zero_optimization", {})
     leaves = zero.get("leaf_module", {}).get("classes", [])
-    if compiled and zero.get("stage", 0) == 3 and not {"Block", "ConvBlock"} <= set(leaves):
+    if compiled["blocks"] and zero.get("stage", 0) == 3 and not {"Block", "ConvBlock"} <= set(leaves):
         raise UserError(
             f"{path}: compile.blocks at stage 3 needs whole blocks to be gathered at once; write "
             '"leaf_module": {"classes": ["Block", "ConvBlock"]} into zero_optimization'

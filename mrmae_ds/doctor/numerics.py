@@ -53,7 +53,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 }
 # Compiling takes minutes on a CPU.
 COMPILED: dict[str, dict[str, Any]] = {
-    "ZeRO-1, compiled": {"zero_optimization": ZERO1, "compile": {"blocks": True}},
+    "ZeRO-1, compiled": {"zero_optimization": ZERO1, "compile": {"blocks": True, "teachers": True}},
 }
 
 

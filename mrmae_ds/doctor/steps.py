@@ -127,7 +127,10 @@ def engine_config(context: DoctorContext, zero: str, micro_batch: int, compile_b
     own = content.get("zero_optimization", {})
     settings = own if f"ZeRO-{own.get('stage')}" == zero else ENGINES[zero]
     ours = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.0, "zero_optimization": settings}
-    ours |= {"compile": {"blocks": True}} if compile_blocks else {}
+    if compile_blocks:
+        pretrain = chosen_recipe(context).stages.pretrain
+        resident = pretrain is not None and all(p.kind == "device" for p in pretrain.placement.values())
+        ours["compile"] = {"blocks": True, "teachers": resident}
     name = f"steps-{zero}-{micro_batch}"
     context.folder.mkdir(parents=True, exist_ok=True)
     return write_engine_config(context.folder, name, context.launch.rank, merge(kept, ours))

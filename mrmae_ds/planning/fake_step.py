@@ -46,13 +46,16 @@ def build_meta_task(
         return build_task(recipe, stage_name, config, num_classes, teacher_builder=teacher_builder)
 
 
-def trace_micro_batch(task: Task[Any], config: EngineConfig, *, on_cpu: bool = False) -> Timeline:
+def trace_micro_batch(
+    task: Task[Any], config: EngineConfig, *, on_cpu: bool = False, recorder: type[TensorRecorder] = TensorRecorder
+) -> Timeline:
     """Run a micro-batch of a task on fake tensors.
 
     Args:
         task: on the meta device; its tensors are replaced by fake ones.
         config: engine config; its precision and activation checkpointing are applied.
         on_cpu: use autocast's dtypes of the CPU instead of CUDA's.
+        recorder: class of the recorder of each run.
 
     Returns:
         Memory over the phases ``teacher NAME``, ``targets``, ``forward`` and ``backward``.
@@ -63,7 +66,7 @@ def trace_micro_batch(task: Task[Any], config: EngineConfig, *, on_cpu: bool = F
             make_fake(teacher)
         task.normalize.to(torch.device("cpu"))
         set_checkpointing(task.model, config.checkpointing)
-        return trace_timeline(lambda num_images: _run(task, config, num_images, on_cpu))
+        return trace_timeline(lambda num_images: _run(task, config, recorder, num_images, on_cpu))
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -102,9 +105,11 @@ class _Engine:
             return self.model(*inputs)
 
 
-def _run(task: Task[Any], config: EngineConfig, num_images: int, on_cpu: bool) -> TensorRecorder:
+def _run(
+    task: Task[Any], config: EngineConfig, make_recorder: type[TensorRecorder], num_images: int, on_cpu: bool
+) -> TensorRecorder:
     """Run forward and backward of a micro-batch."""
-    recorder = TensorRecorder([task.model, *task.teachers.values()])
+    recorder = make_recorder([task.model, *task.teachers.values()])
     engine: Any = _Engine(task.model, config.zero.autocast, recorder)
     key = MicroBatchKey(seed=0, step=0, index=0, rank=0, world_size=1, micro_batch=num_images)
     with ExitStack() as stack:

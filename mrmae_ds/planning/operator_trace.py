@@ -52,7 +52,7 @@ def operator_cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> OperatorCo
         return OperatorCost(VIEW)
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     written = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
-    size = float(sum(_bytes(tensor) for tensor in (*inputs, *written)))
+    size = float(sum(tensor_bytes(tensor) for tensor in (*inputs, *written)))
     formula = _FORMULAS.get(func._overloadpacket)
     flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=outputs))
     if "attention" in name:
@@ -67,7 +67,7 @@ def operator_cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> OperatorCo
     return OperatorCost(kind, flops, size)
 
 
-def _bytes(tensor: Tensor) -> int:
+def tensor_bytes(tensor: Tensor) -> int:
     """Return the bytes that a kernel reads or writes; an expanded dimension is read once."""
     sizes = (size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride)
     return math.prod(sizes) * tensor.element_size()

@@ -13,6 +13,7 @@ import torch
 from mrmae_ds.config.engine import (
     EngineConfig,
     accumulation_steps,
+    check_compiled_teachers,
     check_ranks,
     default_recipe,
     load_engine_config,
@@ -20,6 +21,7 @@ from mrmae_ds.config.engine import (
 )
 from mrmae_ds.config.files import json_text, merge
 from mrmae_ds.config.kernels import KernelSettings
+from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.profiling.flops_report import describe_cost
@@ -122,7 +124,7 @@ def test_parses_every_setting(load: Load) -> None:
         bf16={"enabled": True},
         data_types={"grad_accum_dtype": "fp32"},
         activation_checkpointing={"conv_stages": "all", "transformer": 2, "decoder": "none"},
-        compile={"blocks": True},
+        compile={"blocks": True, "teachers": True},
         attention_backend="efficient",
         deterministic=True,
         float32_matmul_precision="high",
@@ -130,7 +132,7 @@ def test_parses_every_setting(load: Load) -> None:
     assert config.kernels == KernelSettings("efficient", True, "high")
     assert (config.declared_accumulation, config.zero.stage) == (3, 2)
     assert config.model_dtype == torch.bfloat16
-    assert config.compile_blocks and not config.offloads_optimizer
+    assert config.compile_blocks and config.compile_teachers and not config.offloads_optimizer
     assert config.checkpointing == CheckpointPlan(conv_stages=1, transformer=2, decoder=0)
     assert load(bf16={"enabled": False}).model_dtype == torch.float32
 
@@ -224,7 +226,7 @@ def test_a_linear_classifier_runs_on_the_same_kernels(load: Load) -> None:
 def test_written_and_default_keys_are_together_the_same_config(load: Load, name: str) -> None:
     config = load_engine_config(CONFIGS / f"{name}.json")
     written, defaults = config.as_written(), config.defaults()
-    assert defaults["attention_backend"] == "flash" and defaults["compile"] == {"blocks": False}
+    assert defaults["attention_backend"] == "flash" and defaults["compile"] == {"blocks": False, "teachers": False}
     both = merge(written, defaults, keep_null=True)
     assert merge(defaults, written, keep_null=True) == both  # no key is in both
     again = load(**both)
@@ -383,7 +385,20 @@ def test_compiled_blocks_are_gathered_whole(load: Load) -> None:
     assert load(**blocks, zero_optimization=STAGE_3 | leaves).compile_blocks
     for section in (STAGE_3, STAGE_3 | {"leaf_module": {"classes": ["Block"]}}):
         assert "compile.blocks at stage 3 needs whole blocks" in _error(load, **blocks, zero_optimization=section)
-    assert "compile.blocks must be true or false, got 'all'" in _error(load, compile={"blocks": "all"})
+    for key in ("blocks", "teachers"):
+        assert f"compile.{key} must be true or false, got 'all'" in _error(load, compile={key: "all"})
+
+
+def test_only_teachers_that_stay_on_the_device_are_compiled(load: Load) -> None:
+    config = load(compile={"teachers": True})
+    assert config.compile_teachers and not config.compile_blocks
+    placements = {"dino": PlacementConfig(), "clip": PlacementConfig(kind="stream")}
+    check_compiled_teachers(load(), placements)
+    check_compiled_teachers(config, {"dino": placements["dino"]})
+    with pytest.raises(
+        UserError, match=r"json: compile\.teachers needs .*placement: device, and that of clip is stream; "
+    ):
+        check_compiled_teachers(config, placements)
 
 
 def test_offloading_needs_zero_and_a_supported_optimizer(load: Load) -> None:

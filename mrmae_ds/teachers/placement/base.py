@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
+from mrmae_ds.models.compiled import compile_each
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
-from mrmae_ds.teachers.placement.offload_units import count_bytes, tensors_of
+from mrmae_ds.teachers.placement.offload_units import composite_units, count_bytes, tensors_of
 
 
 class PlacedTeacher(ABC):
@@ -65,10 +66,18 @@ class PlacedTeacher(ABC):
 
 
 class ResidentTeacher(PlacedTeacher):
-    """``device``: all weights stay on the device."""
+    """``device``: all weights stay on the device.
 
-    def __init__(self, teacher: Teacher, device: torch.device) -> None:
+    Args:
+        teacher: the teacher.
+        device: of this rank.
+        compiled: compile each block with torch.
+    """
+
+    def __init__(self, teacher: Teacher, device: torch.device, compiled: bool = False) -> None:
         super().__init__(teacher.to(device))
+        if compiled:
+            compile_each(composite_units(teacher.network))
         self._count(count_bytes(tensors_of(teacher)))
 
     def _targets(self, pixels: Tensor) -> TeacherOutput:

@@ -10,7 +10,9 @@ from mrmae_ds.teachers.placement.base import PlacedTeacher, ResidentTeacher
 from mrmae_ds.teachers.placement.offloaded import OffloadedTeacher
 
 
-def place_teacher(name: str, teacher: Teacher, placement: PlacementConfig, device: torch.device) -> PlacedTeacher:
+def place_teacher(
+    name: str, teacher: Teacher, placement: PlacementConfig, device: torch.device, compiled: bool = False
+) -> PlacedTeacher:
     """Place a teacher that was built on the CPU, and record the placement in its ``details``.
 
     Args:
@@ -18,6 +20,7 @@ def place_teacher(name: str, teacher: Teacher, placement: PlacementConfig, devic
         teacher: the teacher; the placement owns its weights afterwards.
         placement: the recipe's placement. ``sharded`` requires a process group and that all ranks call this function.
         device: device of this rank.
+        compiled: compile each block with torch; only for ``device``.
 
     Raises:
         UserError: if this machine does not support the requested offloading, or if ``step`` or ``stream`` cannot run
@@ -25,7 +28,7 @@ def place_teacher(name: str, teacher: Teacher, placement: PlacementConfig, devic
     """
     teacher.details["placement"] = str(placement)
     if placement.kind == "device":
-        return ResidentTeacher(teacher, device)
+        return ResidentTeacher(teacher, device, compiled)
     if placement.kind == "sharded":
         # Imported late: it imports DeepSpeed, which is slow and not needed for any other placement.
         from mrmae_ds.teachers.placement.sharded import ShardedTeacher

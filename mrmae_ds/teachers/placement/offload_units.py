@@ -107,6 +107,11 @@ def split_units(network: nn.Module) -> list[nn.Module]:
     return [module for module in dict.fromkeys(units) if tensors_of(module)]
 
 
+def composite_units(network: nn.Module) -> list[nn.Module]:
+    """Return the units of several layers with weights: blocks, and whatever else is more than one layer."""
+    return [unit for unit in split_units(network) if _is_composite(unit)]
+
+
 def _is_list(module: nn.Module) -> bool:
     """Return True for a list of composite modules; a list of plain layers (MLP, stem) is part of its owner."""
     children = list(module.children())

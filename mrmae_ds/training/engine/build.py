@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.compiled import compile_each
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.training.engine.deepspeed_patches import apply_patches
@@ -98,14 +99,8 @@ def compile_blocks(model: nn.Module) -> None:
     """Compile every transformer and convolution block with torch, at its first call.
 
     Only blocks: DeepSpeed's hooks on a full model break the graph at every layer, those of a leaf block lie outside it.
-    Shapes are fixed: encoder and decoder have different numbers of tokens, and a graph that became dynamic between
-    forward and its recomputation would save other tensors. A block that is not one graph is an error.
     """
-    blocks = [module for module in model.modules() if isinstance(module, Block | ConvBlock)]
-    # Blocks share their code, and each drop path rate, precision and mode is a graph of its own.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(blocks))
-    for block in blocks:
-        block.forward = torch.compile(block.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+    compile_each([module for module in model.modules() if isinstance(module, Block | ConvBlock)])
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

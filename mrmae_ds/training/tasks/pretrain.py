@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.engine import EngineConfig, check_compiled_teachers
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, PretrainConfig
@@ -42,6 +42,7 @@ class PretrainTask(Task[PretrainConfig]):
     Attributes:
         placed: the teachers where the recipe places their weights, filled by :meth:`to`. Until then the teachers are
             called where they are.
+        compile_teachers: compile their blocks when they are placed.
     """
 
     stage_name = "pretrain"
@@ -53,6 +54,7 @@ class PretrainTask(Task[PretrainConfig]):
     ) -> None:
         super().__init__(model, config, data, teachers)
         self.placed: dict[str, PlacedTeacher] = {}
+        self.compile_teachers = False
         self.grid = model.encoder.grid
 
     @classmethod
@@ -66,11 +68,13 @@ class PretrainTask(Task[PretrainConfig]):
         teacher_builder: TeacherBuilder = build_teacher,
     ) -> PretrainTask:
         """Build student and teachers; see :func:`mrmae_ds.training.tasks.build.build_task`."""
+        check_compiled_teachers(engine_config, config.placement)
         init = None
         if run_dir is not None and config.init is not None:
             init = find_weights(Path(config.init), "stages.pretrain.init")
         model, teachers = build_pretraining(recipe, config, teacher_builder)
         task = cls(model, teachers, config, recipe.data)
+        task.compile_teachers = engine_config.compile_teachers
         if init is not None:
             task.init = init
             task.init_report = f"{init}: {load_pretrained(model, init, 'stages.pretrain.init')}"
@@ -103,7 +107,8 @@ class PretrainTask(Task[PretrainConfig]):
         """Move the statistics and place the teachers."""
         super().to(device)
         for name, teacher in self.teachers.items():
-            self.placed[name] = place_teacher(name, teacher, self.config.placement[name], device)
+            placement = self.config.placement[name]
+            self.placed[name] = place_teacher(name, teacher, placement, device, self.compile_teachers)
 
     def release(self) -> None:
         """Release the teachers."""

@@ -17,6 +17,7 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel, set_checkpointing
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
+from mrmae_ds.training.engine import build
 from mrmae_ds.training.engine.build import (
     build_engine,
     check_leaf_modules,
@@ -101,6 +102,23 @@ def test_compiles_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.decoder is not None
     expected = [encoder.blocks1[0], encoder.blocks2[0], *encoder.blocks3, model.decoder.blocks[0]]
     assert {id(block) for block in compiled} == {id(block) for block in expected} and len(compiled) == 5
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cuda:0", True), ("cpu", False)])
+def test_a_gpu_gets_the_fused_adamw(device: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[torch.optim.Optimizer] = []
+
+    def initialize(optimizer: torch.optim.Optimizer, **_: Any) -> tuple[None]:
+        given.append(optimizer)
+        return (None,)
+
+    monkeypatch.setattr(build.deepspeed, "initialize", initialize)
+    for name in ("apply_kernel_settings", "apply_patches", "watch_gradients"):
+        monkeypatch.setattr(build, name, lambda *_: None)
+    model = _model("decoder")
+    build_engine(model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), CONFIG, 1, torch.device(device))
+    assert [type(optimizer) for optimizer in given] == [torch.optim.AdamW]
+    assert given[0].defaults["fused"] is fused
 
 
 def test_scales_the_learning_rate_of_each_group() -> None:

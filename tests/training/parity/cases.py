@@ -160,8 +160,8 @@ def beside_the_matrix() -> list[Case]:
 
 
 def compiled_cases(world_size: int) -> list[Case]:
-    """Return cases with compiled blocks: ZeRO-3 with activation checkpointing, ZeRO-1 without."""
-    compiled: dict[str, Any] = {"engine": {"compile": {"blocks": True}}, "label": "compiled"}
+    """Return cases with compiled blocks and teachers: ZeRO-3 with activation checkpointing, ZeRO-1 without."""
+    compiled: dict[str, Any] = {"engine": {"compile": {"blocks": True, "teachers": True}}, "label": "compiled"}
     stages: tuple[tuple[Stage, int], ...] = (("pretrain", 3), ("finetune", 3), ("finetune", 1))
     return [Case(stage, zero, zero == 3, 2, world_size, **compiled) for stage, zero in stages]
 
