@@ -48,7 +48,8 @@ def read_extended(path: Path, model: type[BaseModel], ancestors: tuple[Path, ...
     refuse_unknown_nulls(raw, model, path)
     base = path.parent / str(parent)
     if not base.is_file():
-        raise UserError(f"{path}: extends: {base}: no such file{_nearest_file(base, besides=path)}")
+        problem = "a folder; name a file in it" if base.is_dir() else f"no such file{_nearest_file(base, besides=path)}"
+        raise UserError(f"{path}: extends: {base}: {problem}")
     return merge(read_extended(base, model, (*ancestors, path.resolve())), raw)
 
 

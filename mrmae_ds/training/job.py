@@ -21,7 +21,7 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import StageConfig, StageName, TrainStageName
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
 from mrmae_ds.data.loaders.base import Loader, LoaderRequest
-from mrmae_ds.data.loaders.build import build_loader, check_backend
+from mrmae_ds.data.loaders.build import build_loader, check_backend, check_loader_memory
 from mrmae_ds.data.loaders.sampler import steps_per_epoch
 from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
@@ -112,13 +112,10 @@ class PreparedStage:
         """This rank among the others."""
         return self.schedule.launch
 
-    def train_loader(self, device: torch.device) -> Loader:
-        """Open this rank's share of the training set.
-
-        Args:
-            device: device of the batches.
-        """
-        request = LoaderRequest(
+    @property
+    def train_request(self) -> LoaderRequest:
+        """This rank's batches of the training set."""
+        return LoaderRequest(
             split="train",
             image_size=self.task.image_size,
             micro_batch=self.schedule.micro_batch,
@@ -128,7 +125,14 @@ class PreparedStage:
             world_size=self.launch.world_size,
             rank=self.launch.rank,
         )
-        return build_loader(self.recipe.data, self.recipe.loader, request, device)
+
+    def train_loader(self, device: torch.device) -> Loader:
+        """Open this rank's share of the training set.
+
+        Args:
+            device: device of the batches.
+        """
+        return build_loader(self.recipe.data, self.recipe.loader, self.train_request, device)
 
     def checkpointer(
         self, engine: deepspeed.DeepSpeedEngine, retention: Retention, committed: OnCommit
@@ -165,8 +169,8 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
 
     Raises:
         UserError: for everything that the user can fix: a missing data file, a batch that does not divide, an image
-            size that the patches do not tile, a teacher that does not fit, missing weights, a full disk, a dry run of
-            a single step, a leaf module that the model does not have.
+            size that the patches do not tile, a teacher that does not fit, missing weights, a full disk or /dev/shm, a
+            dry run of a single step, a leaf module that the model does not have.
     """
     recipe, engine_config = load_configs(args)
     check_optional_callbacks(recipe)
@@ -209,10 +213,7 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
         recipe=recipe.counted(args.stage),
     )
     start = RunStart("fresh") if args.dry_run else decide_start(stage_dir, args.stage, identity, args.resume)
-    if start.action != "done":
-        paths = [recipe.data.train, recipe.data.val] if task.reads_val_data else [recipe.data.train]
-        cache_all(paths, recipe.loader.cache_dir)
-    return PreparedStage(
+    job = PreparedStage(
         recipe=recipe,
         stage_name=args.stage,
         engine_config=engine_config,
@@ -224,3 +225,8 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
         val_data=val_data,
         task=task,
     )
+    if start.action != "done":
+        check_loader_memory(recipe.data, recipe.loader, job.train_request)
+        paths = [recipe.data.train, recipe.data.val] if task.reads_val_data else [recipe.data.train]
+        cache_all(paths, recipe.loader.cache_dir)
+    return job

@@ -122,7 +122,7 @@ def read_tensor_file(source: Path, key: str = "") -> TensorFile:
     path, choice = split_choice(source)
     where = f"{key}: {path}" if key else str(path)
     if not path.is_file():
-        raise UserError(f"{where}: no such file")
+        raise UserError(f"{where}: {'a folder; name a file in it' if path.is_dir() else 'no such file'}")
     try:
         with warnings.catch_warnings():
             # torch warns that TorchScript is deprecated, and that a pickle's protocol is unusual.

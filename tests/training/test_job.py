@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,16 @@ def test_missing_wandb_package_is_reported_before_data_and_models(
     absent = ("data.train=absent.beton", "data.val=absent.beton")
     with pytest.raises(UserError, match="wandb: the package is not installed"):
         _prepare(absent, tmp_path, "pretrain", "wandb={project: p}")
+
+
+def test_shared_memory_is_checked_while_preparing(
+    data: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not after the process group and the engine, for whose ranks a late error would be a failure of one of them."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 16, 0, 1 << 16))
+    with pytest.raises(UserError, match=r"/dev/shm: the Pillow reader needs"):
+        _prepare(data, tmp_path, "pretrain", "data.backend=pillow")
+    _prepare(data, tmp_path, "pretrain")
+    options = ("stages.finetune.init=scratch", "stages.finetune.rand_augment=rand-m9-mstd0.5-inc1")
+    with pytest.raises(UserError, match=r"/dev/shm: RandAugment needs"):
+        _prepare(data, tmp_path, "finetune", *options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import first_few
 
 SIDECAR_FORMAT = 1
 _REQUIRED = (
@@ -68,6 +69,12 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
         UserError: if the .beton or its sidecar is missing, or the sidecar is of another kind.
     """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.glob("*.beton"))
+        fix = (
+            f"name a file in it: {first_few(files, 4)}" if files else f"mrmae data write {path} --out DIR converts one"
+        )
+        raise UserError(f"{path}: a folder, and a data set is a .beton file; {fix} (see docs/data.md)")
     if not path.is_file():
         raise UserError(
             f"{path}: no such file; write it with data/folder.py or data/fashion_mnist.py (see docs/data.md)"

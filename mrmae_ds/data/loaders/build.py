@@ -35,11 +35,12 @@ def build_loader(data: DataConfig, config: LoaderConfig, request: LoaderRequest,
         The loader.
 
     Raises:
-        UserError: if the file is missing, truncated or smaller than a global batch, or a setting is invalid.
+        UserError: if the file is missing, truncated or smaller than a global batch, a setting is invalid, or /dev/shm
+            is too small.
     """
-    training = request.transform is not None
-    backend = data.backend if training else data.val_backend
+    backend = _backend_of(data, request)
     check_backend(backend)
+    check_loader_memory(data, config, request)
     settings = LoaderSettings(
         info=check_beton(cached_path(data.train if request.split == "train" else data.val, config.cache_dir)),
         request=request,
@@ -60,9 +61,41 @@ def build_loader(data: DataConfig, config: LoaderConfig, request: LoaderRequest,
         return FFCVLoader(settings)
     from mrmae_ds.data.loaders.rand_augment import RandAugmentLoader
 
-    threads = max(1, settings.num_workers // 2)
+    threads, processes = _divide(settings.num_workers)
     inner = FFCVLoader(replace(settings, num_workers=threads, device=_CPU))
-    return RandAugmentLoader(inner, settings, augment, processes=max(1, settings.num_workers - threads))
+    return RandAugmentLoader(inner, settings, augment, processes)
+
+
+def check_loader_memory(data: DataConfig, config: LoaderConfig, request: LoaderRequest) -> None:
+    """Check that /dev/shm holds what a loader shares with its processes.
+
+    Args:
+        data: paths and backends.
+        config: workers.
+        request: the batches of this rank.
+
+    Raises:
+        UserError: naming the bytes that are needed and present, and the fix.
+    """
+    workers = config.num_workers or default_num_workers()
+    if _backend_of(data, request) == "pillow":
+        from mrmae_ds.data.loaders.pillow import check_pillow_memory
+
+        check_pillow_memory(request, workers)
+    elif request.transform is not None and request.transform.augment is not None:
+        from mrmae_ds.data.loaders.rand_augment import check_augment_memory
+
+        check_augment_memory(request, _divide(workers)[1])
+
+
+def _backend_of(data: DataConfig, request: LoaderRequest) -> Backend:
+    return data.backend if request.transform is not None else data.val_backend
+
+
+def _divide(workers: int) -> tuple[int, int]:
+    """Return the numbers of decoding threads and of augmenting processes."""
+    threads = max(1, workers // 2)
+    return threads, max(1, workers - threads)
 
 
 def check_backend(backend: Backend = "ffcv") -> None:

@@ -10,7 +10,8 @@ Shapes: B micro-batch, S image size.
 from __future__ import annotations
 
 import io
-import multiprocessing
+import multiprocessing.queues
+import os
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -22,13 +23,20 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.loaders.augment import Augment
-from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, LoaderSettings, to_device
+from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, LoaderRequest, LoaderSettings, to_device
 from mrmae_ds.data.loaders.crop import CropSettings, random_boxes, resize_and_corner, sample_keys
-from mrmae_ds.data.loaders.worker import become_worker
+from mrmae_ds.data.loaders.worker import become_worker, check_shared_memory, fork_server, worker_died
 from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
 Key = tuple[int, int]  # epoch and row
+_AHEAD = 2  # batches in progress of each worker
+
+
+def check_pillow_memory(request: LoaderRequest, workers: int) -> None:
+    """Check that /dev/shm holds the batches in progress, and two in use; raises UserError."""
+    images = (_AHEAD * workers + 2) * request.micro_batch
+    check_shared_memory("the Pillow reader", images * 3 * request.image_size**2, workers)
 
 
 class Source(Protocol):
@@ -156,7 +164,7 @@ class PillowLoader:
         self._batches.epoch, self._batches.rows = epoch, rows
         current = self._current = object()
         device = self.settings.device
-        for images, batch_rows, batch_valid in zip(self._loader, rows, valid, strict=True):
+        for images, batch_rows, batch_valid in zip(self._images(self._loader), rows, valid, strict=True):
             if self._current is not current:
                 raise RuntimeError(EPOCH_ENDED)
             if isinstance(images, str):
@@ -167,12 +175,22 @@ class PillowLoader:
             keys = sample_keys(self.settings.request.seed, epoch, batch_rows)
             yield Batch(moved.permute(0, 3, 1, 2), labels, indices, counted, keys)
 
+    @staticmethod
+    def _images(loader: DataLoader) -> Iterator[Tensor | str]:
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker"):
+                raise worker_died(error) from None
+            raise
+
     def _open(self) -> DataLoader:
         settings = self.settings
         return DataLoader(
             _Samples(self._source, settings),
             batch_sampler=self._batches,
             num_workers=settings.num_workers,
+            prefetch_factor=_AHEAD,
             collate_fn=_stack,
             pin_memory=settings.device.type == "cuda",
             persistent_workers=True,
@@ -190,9 +208,15 @@ def _start_method(device: torch.device) -> str:
     if device.type == "cpu":
         return "fork"
     # The server imports once for all workers; with InfiniBand a fork of this process could lose registered memory.
-    multiprocessing.get_context("forkserver").set_forkserver_preload([__name__])
+    fork_server(__name__)
     return "forkserver"
 
 
 def _begin(_worker: int) -> None:
     become_worker()
+    # A batch for which /dev/shm has no room would be dropped, and the training would wait for it.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+
+
+def _end(error: Exception, batch: object) -> None:
+    os._exit(1)

@@ -8,8 +8,6 @@ Shapes: B micro-batch, S image size.
 
 from __future__ import annotations
 
-import math
-import multiprocessing
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
@@ -23,12 +21,26 @@ from PIL import Image
 from torch import Tensor
 
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings
-from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, DeviceCopier, Loader, LoaderSettings, to_device
-from mrmae_ds.data.loaders.worker import become_worker, check_shared_memory
+from mrmae_ds.data.loaders.base import (
+    EPOCH_ENDED,
+    Batch,
+    DeviceCopier,
+    Loader,
+    LoaderRequest,
+    LoaderSettings,
+    to_device,
+)
+from mrmae_ds.data.loaders.worker import become_worker, check_shared_memory, fork_server, worker_died
 from mrmae_ds.data.types import ImageArray, UIntArray
 
 _AHEAD = 2  # batches in progress while one is used
 _CHUNKS = 2  # pieces of a batch per process: small ones balance the load at its end
+
+
+def check_augment_memory(request: LoaderRequest, processes: int) -> None:
+    """Check that /dev/shm holds the batches in progress; raises UserError."""
+    images = (_AHEAD + 1) * request.micro_batch
+    check_shared_memory("RandAugment", images * 3 * request.image_size**2, processes)
 
 
 class _Pending(NamedTuple):
@@ -45,9 +57,6 @@ class RandAugmentLoader:
         settings: data set, batches and device.
         augment: the policy.
         processes: number of worker processes; they live until ``close``.
-
-    Raises:
-        UserError: if /dev/shm is too small.
     """
 
     def __init__(self, inner: Loader, settings: LoaderSettings, augment: AugmentSettings, processes: int) -> None:
@@ -55,7 +64,6 @@ class RandAugmentLoader:
         self.device, self.image_size = settings.device, settings.request.image_size
         self.num_samples, self.batches_per_epoch = inner.num_samples, inner.batches_per_epoch
         shape = (_AHEAD + 1, settings.request.micro_batch, self.image_size, self.image_size, 3)
-        check_shared_memory(math.prod(shape))
         self._slots = torch.empty(shape, dtype=torch.uint8).share_memory_()
         self._uploader = _Uploader(self._slots[0], self.device) if self.device.type == "cuda" else None
         self._pool: ProcessPoolExecutor | None = None
@@ -66,7 +74,7 @@ class RandAugmentLoader:
         """Iterate over the batches of an epoch; see ``Loader.epoch``.
 
         Raises:
-            RuntimeError: if a worker process dies.
+            UserError: if a worker process dies.
         """
         return self._deliver(self.inner.epoch(epoch, start_batch))
 
@@ -106,8 +114,8 @@ class RandAugmentLoader:
         try:
             for future in work:
                 future.result()
-        except BrokenProcessPool:
-            raise RuntimeError("an augmentation process died (out of memory?)") from None
+        except BrokenProcessPool as error:
+            raise worker_died(error) from None
         augmented = self._slots.numpy()[slot, : len(batch.keys)]
         images = self._uploader(augmented) if self._uploader else torch.from_numpy(augmented.copy())
         free.append(slot)
@@ -118,8 +126,7 @@ class RandAugmentLoader:
 
     def _start(self) -> ProcessPoolExecutor:
         # Not forked from here: FFCV's threads run in this process. The server imports once for all workers.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
+        context = fork_server(__name__)
         prepare = partial(_prepare, self._slots, self.augment, self.image_size)
         return ProcessPoolExecutor(self.processes, mp_context=context, initializer=prepare)
 

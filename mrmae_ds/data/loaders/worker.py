@@ -13,15 +13,19 @@ import os
 import shutil
 import signal
 import threading
+from multiprocessing import forkserver, resource_tracker
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import significant
 
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 SHARED_MEMORY = Path("/dev/shm")
+_SEMAPHORES = 1 << 16  # bytes of a worker's queues: each semaphore takes a page
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -40,6 +44,24 @@ def become_worker() -> None:
         threading.Thread(target=_end_with, args=(starter,), daemon=True).start()
 
 
+def fork_server(module: str) -> ForkServerContext:
+    """Return the context of a fork server that stop signals do not reach, running, with a module imported.
+
+    It is a process of its own, which a signal to the whole step would end, and its workers with it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+            # A new process inherits the mask. Python unblocks some of these signals after it has started the first.
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+            start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return context
+
+
 def _end_with(process: BaseProcess) -> None:
     process.join()
     os._exit(1)
@@ -50,26 +72,43 @@ def ranks_of_launcher() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
-def check_shared_memory(needed: int) -> None:
-    """Check that /dev/shm holds the buffers of every rank of this node; a process that finds it full dies of SIGBUS.
+def check_shared_memory(user: str, batches: int, processes: int) -> None:
+    """Check that /dev/shm holds the images and semaphores of every rank of this node.
+
+    A process that finds it full fails or dies of SIGBUS, and the training waits for what it should have delivered.
 
     Args:
-        needed: bytes of this rank.
+        user: of the memory, for the message.
+        batches: bytes of this rank's images.
+        processes: workers of this rank.
 
     Raises:
         UserError: naming the bytes that are needed and present, and the fix.
     """
     if not SHARED_MEMORY.is_dir():
         return
+    needed = batches + (processes + 1) * _SEMAPHORES
     present, ranks = shutil.disk_usage(SHARED_MEMORY), ranks_of_launcher()
     # Free memory counts for this rank alone: the other ranks may or may not have theirs already.
     if present.total < ranks * needed or present.free < needed:
         raise UserError(
-            f"{SHARED_MEMORY}: RandAugment needs {_mib(needed)} for each of {ranks} ranks on this node, but it has "
+            f"{SHARED_MEMORY}: {user} needs {_mib(needed)} for each of {ranks} ranks on this node, but it has "
             f"{_mib(present.total)}, {_mib(present.free)} of them free. Enlarge it (docker run --shm-size=8g, or "
-            f"mount -o remount,size=8G {SHARED_MEMORY}), remove leftover files there, or lower the micro-batch"
+            f"mount -o remount,size=8G {SHARED_MEMORY}), remove leftover files there, or lower loader.num_workers or "
+            "the micro-batch"
         )
 
 
 def _mib(count: int) -> str:
-    return f"{count / (1 << 20):.0f} MiB"
+    return f"{significant(count / (1 << 20))} MiB"
+
+
+def worker_died(error: BaseException) -> UserError:
+    """Return the error of a training whose worker process ended.
+
+    Args:
+        error: raised instead of its images.
+    """
+    free = f", or {SHARED_MEMORY} is full ({_mib(shutil.disk_usage(SHARED_MEMORY).free)} free)"
+    where = free if SHARED_MEMORY.is_dir() else ""
+    return UserError(f"a process that prepares images ended: out of memory{where}: {str(error).partition(chr(10))[0]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,29 @@ def test_damaged_image_is_an_error_naming_the_sample(betons: tuple[Path, Path], 
     sidecar_path(copy).write_text(sidecar_path(betons[0]).read_text())
     with pytest.raises(UserError, match=r"train\.beton: damaged image in sample 7 "):
         _samples(_loader(copy, True))
+
+
+@pytest.mark.multi_process
+def test_a_batch_that_shared_memory_cannot_take_ends_the_epoch(
+    betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of a worker that sends it only prints a traceback, and the training would wait for the batch."""
+    import mrmae_ds.data.loaders.pillow as module
+
+    def unsendable(images: object) -> object:
+        return lambda: None
+
+    monkeypatch.setattr(module, "_stack", unsendable)
+    with pytest.raises(UserError, match=r"a process that prepares images ended: out of memory, or /dev/shm is full"):
+        _samples(_loader(betons[0], True))
+
+
+def test_too_small_a_shared_memory_is_found_at_the_start(
+    betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 16, 0, 1 << 16))
+    with pytest.raises(UserError, match=r"/dev/shm: the Pillow reader needs .* MiB .* has 0.0625 MiB.*num_workers"):
+        _loader(betons[0], True)
 
 
 def test_pillow_backend_imports_no_ffcv(betons: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

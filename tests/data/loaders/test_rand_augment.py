@@ -96,7 +96,9 @@ def test_dead_worker_is_an_error(betons: tuple[Path, Path]) -> None:
     assert loader._pool is not None
     for process in list(loader._pool._processes.values()):
         os.kill(process.pid, signal.SIGKILL)
-    with pytest.raises(RuntimeError, match="an augmentation process died"):
+    with pytest.raises(
+        UserError, match=r"a process that prepares images ended: out of memory, or /dev/shm is full \(.* free\)"
+    ):
         list(batches)
     loader.close()
 

@@ -110,6 +110,39 @@ def test_augmentation_workers_end_with_their_training_process(betons: tuple[Path
     assert all(_wait_for_end(pid) for pid in workers)
 
 
+_SIGNALED = """
+import os, signal, sys
+from pathlib import Path
+from mrmae_ds.data.loaders.worker import STOP_SIGNALS
+from tests.data.loaders.test_rand_augment import _loader
+
+if __name__ == "__main__":
+    for number in STOP_SIGNALS:
+        signal.signal(number, lambda number, frame: None)
+    loader = _loader(Path(sys.argv[1]), num_workers=4)
+    batches = loader.epoch(0)
+    next(batches)
+    for number in STOP_SIGNALS:
+        os.killpg(0, number)
+    print(1 + len(list(batches)), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.multi_process
+@pytest.mark.timeout(300, method="thread")
+def test_augmentation_survives_a_signal_to_every_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
+    """As Slurm and terminals send it. The fork server is not one of the workers, and they end with it."""
+    script = tmp_path / "training.py"
+    script.write_text(_SIGNALED)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NUMBA_NUM_THREADS": "4"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(betons[0])], capture_output=True, text=True, env=environment,
+        start_new_session=True, timeout=200,
+    )  # fmt: skip
+    assert done.stdout == "18\n", done
+
+
 @pytest.mark.parametrize(
     ("total", "free", "ranks", "fits"), [(64, 64, 1, True), (64, 64, 2, False), (256, 20, 2, False), (256, 58, 4, True)]
 )
@@ -122,9 +155,10 @@ def test_shared_memory_is_checked_for_all_ranks_of_a_node(
     monkeypatch.setenv("LOCAL_SIZE", str(ranks))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if fits:
-        check_shared_memory(58 * mib)
+        check_shared_memory("RandAugment", 57 * mib, processes=15)
         return
-    with pytest.raises(
-        UserError, match=rf"58 MiB for each of {ranks} ranks .* has {total} MiB, {free} MiB .*--shm-size"
-    ):
-        check_shared_memory(58 * mib)
+    message = (
+        rf"RandAugment needs 58.0 MiB for each of {ranks} ranks .* has {total}[.\d]* MiB, {free}.0 MiB .*--shm-size"
+    )
+    with pytest.raises(UserError, match=message):
+        check_shared_memory("RandAugment", 57 * mib, processes=15)
