@@ -18,6 +18,7 @@ from mrmae_ds.teachers.sources.gelu import gelu_of_file
 from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
 from mrmae_ds.units import first_few
+from mrmae_ds.weights.changed import changed_weights
 from mrmae_ds.weights.export import input_statistics, timm_line
 from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.formats import INDEX_SUFFIX, verify_checksums, weights_sha256
@@ -193,7 +194,12 @@ def _our_rows(metadata: Mapping[str, Any]) -> list[InfoRow]:
 def _record_rows(stage: Path) -> list[InfoRow]:
     record = RunRecord.load(stage)
     schedule = record.schedule
+    changed = [
+        ("OTHER WEIGHTS", f"{path} was made over since this run read it: start this one over with --resume never")
+        for path in changed_weights(stage, record)
+    ]
     return [
+        *changed,
         ("run", f"{record.name}, {record.stage}: {record.method}, {record.size}, seed {record.seed}"),
         ("status", f"{record.status}, step {schedule.steps_done:,} of {schedule.steps:,}"),
     ]

@@ -21,6 +21,7 @@ from mrmae_ds.tables.base import (
 )
 from mrmae_ds.tables.costs import run_costs
 from mrmae_ds.tables.scaling import split_size
+from mrmae_ds.weights.changed import changed_weights
 
 Marks = dict[tuple[str, str], str]  # (row label, column) of a cell of ours to its number, "[1]"
 Grid = tuple[list[str], list[list[str]]]  # head and body, as text
@@ -166,7 +167,7 @@ def run_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
             record = run[1]
             yield [
                 marks[row.label, column],
-                run_path(run),
+                _folder(run),
                 f"{record.pretrain_method}, {record.size}",
                 f"{record.results.top1:.2f}",
                 f"± {sampling_error(record):.2f}",
@@ -193,7 +194,7 @@ def cost_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
 def _probe_line(run: Run) -> list[str]:
     record = run[1]
     return [
-        run_path(run),
+        _folder(run),
         f"{record.pretrain_method}, {record.size}",
         record.data.dataset,
         f"{record.results.top1:.2f}",
@@ -202,6 +203,11 @@ def _probe_line(run: Run) -> list[str]:
         _epochs(record.schedule.epochs),
         str(record.seed),
     ]
+
+
+def _folder(run: Run) -> str:
+    changed = ", ".join(f"{path.parent.parent.name}/{path.parent.name}" for path in changed_weights(*run))
+    return run_path(run) + (f" (of other weights than {changed} has by now)" if changed else "")
 
 
 def _epochs(value: float | None) -> str:

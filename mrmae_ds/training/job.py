@@ -36,6 +36,7 @@ from mrmae_ds.training.schedule import StageSchedule
 from mrmae_ds.training.tasks.base import Task
 from mrmae_ds.training.tasks.build import build_task
 from mrmae_ds.units import describe_difference
+from mrmae_ds.weights.formats import weights_sha256
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
         train=train_data.sha256,
         val=val_data.sha256,
         teachers={name: teacher.sha256 for name, teacher in task.teachers.items()},
+        init=weights_sha256(task.init) if task.init else "",
         recipe=recipe.counted(args.stage),
     )
     start = RunStart("fresh") if args.dry_run else decide_start(stage_dir, args.stage, identity, args.resume)

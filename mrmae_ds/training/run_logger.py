@@ -32,7 +32,6 @@ from mrmae_ds.records.sections import (
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
-from mrmae_ds.weights.formats import weights_sha256
 from mrmae_ds.weights.model_file import encoder_metadata
 
 logger = logging.getLogger(__name__)
@@ -181,7 +180,7 @@ def new_record(job: PreparedStage, parameters: Parameters, device: torch.device)
             for name, teacher in task.teachers.items()
         },
         schedule=Schedule(epochs=schedule.epochs, global_batch=schedule.stage.batch_size, steps=schedule.total_steps),
-        init=_describe_init(task.init) if task.init else None,
+        init=_describe_init(task.init, job.identity.init) if task.init else None,
     )
 
 
@@ -228,12 +227,12 @@ def count_operations(job: PreparedStage) -> Operations | None:
         return None
 
 
-def _describe_init(path: Path) -> Init:
+def _describe_init(path: Path, sha256: str) -> Init:
     record = RunRecord.load(path.parent) if (path.parent / RECORD_FILE).exists() else None
     summary = None
     if record is not None:  # of fine-tuned weights, their pre-training is what counts
         summary = summarize_pretraining(record) if record.stage == "pretrain" else record.init and record.init.pretrain
-    return Init(file=path.name, sha256=weights_sha256(path), pretrain=summary)
+    return Init(file=path.name, sha256=sha256, pretrain=summary)
 
 
 def export_metadata(job: PreparedStage, results: ResultValues) -> dict[str, Any]:

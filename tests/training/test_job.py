@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
@@ -15,7 +16,7 @@ from mrmae_ds.factory import build_pretraining
 from mrmae_ds.records.sections import Parameters, Results
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.training.run_logger import new_record
-from mrmae_ds.weights.model_file import encoder_metadata, save_weights
+from mrmae_ds.weights.model_file import encoder_metadata, read_metadata, save_weights
 from tests.support.jobs import ALONE
 from tests.support.records import make_record
 from tests.support.sample_data import write_sample_beton
@@ -131,6 +132,23 @@ def test_missing_wandb_package_is_reported_before_data_and_models(
     absent = ("data.train=absent.beton", "data.val=absent.beton")
     with pytest.raises(UserError, match="wandb: the package is not installed"):
         _prepare(absent, tmp_path, "pretrain", "wandb={project: p}")
+
+
+def test_a_fine_tuning_of_weights_that_were_made_over_is_refused(
+    data: tuple[str, str], tmp_path: Path, earlier: Path
+) -> None:
+    """Its result is of a pre-training that does not exist any longer, whether it has finished or not."""
+    option = f"stages.finetune.init={earlier}"
+    job = _prepare(data, tmp_path, "finetune", option)
+    record = new_record(job, Parameters(total=1, trainable=1, encoder=1), torch.device("cpu"))
+    assert record.init is not None and record.init.sha256 == job.identity.init
+    record.write(job.stage_dir)
+    assert _prepare(data, tmp_path, "finetune", option).start.action == "fresh"
+    other = load_file(earlier / "model.safetensors")
+    save_weights(earlier / "model.safetensors", other, read_metadata(earlier / "model.safetensors") | {"step": 7})
+    message = rf"changed since: initial weights: sha256 {job.identity.init[:12]} -> sha256 \w+\. .*--resume never"
+    with pytest.raises(UserError, match=message):
+        _prepare(data, tmp_path, "finetune", option)
 
 
 def test_shared_memory_is_checked_while_preparing(

@@ -48,6 +48,7 @@ class RunIdentity(_Section):
         train: SHA-256 of the training set's .beton file.
         val: SHA-256 of the validation set's .beton file.
         teachers: SHA-256 of the weights, by the recipe's names.
+        init: SHA-256 of the initial weights; empty without, and in checkpoints of earlier versions.
         recipe: the values that the hash covers.
     """
 
@@ -56,6 +57,7 @@ class RunIdentity(_Section):
     train: str
     val: str
     teachers: dict[str, str] = {}
+    init: str = ""
     recipe: dict[str, Any] = {}
 
     def differences(self, new: RunIdentity) -> list[str]:
@@ -68,6 +70,8 @@ class RunIdentity(_Section):
             lines.append(f"seed: {self.seed} -> {new.seed}")
         for key in ("train", "val"):
             lines += _checksum_difference(f"data.{key}", getattr(self, key), getattr(new, key))
+        if self.init and new.init:  # the recipe says whether there are any
+            lines += _checksum_difference("initial weights", self.init, new.init)
         for name in dict.fromkeys([*self.teachers, *new.teachers]):
             lines += _checksum_difference(f"teachers.{name}", self.teachers.get(name), new.teachers.get(name))
         return lines

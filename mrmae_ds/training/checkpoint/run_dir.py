@@ -137,6 +137,7 @@ def _recorded(record: RunRecord, stage_dir: Path, stage: StageName, current: Run
         train=(record.data.sha256 or "") if trains else current.train,
         val=current.val if trains else (record.data.sha256 or ""),
         teachers={name: teacher.sha256 or "" for name, teacher in record.teachers.items()},
+        init=(record.init.sha256 or "") if record.init else "",
         recipe=recipe,
     )
 

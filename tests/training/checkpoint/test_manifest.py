@@ -131,6 +131,13 @@ def test_names_every_difference_between_two_runs() -> None:
     assert old.differences(old) == []
 
 
+def test_initial_weights_are_compared_where_both_are_known() -> None:
+    """Checkpoints of earlier versions do not have them."""
+    first, second = (IDENTITY.model_copy(update={"init": digit * 64}) for digit in "12")
+    assert first.differences(second) == ["initial weights: sha256 111111111111 -> sha256 222222222222"]
+    assert IDENTITY.differences(second) == second.differences(IDENTITY) == []
+
+
 def test_another_recipe_is_a_difference_even_where_its_text_is_not_known() -> None:
     old = IDENTITY.model_copy(update={"recipe": {}})
     assert old.differences(IDENTITY.model_copy(update={"recipe_hash": "xyz"})) == ["recipe: abc -> xyz"]

@@ -1,0 +1,56 @@
+"""Weights that a run started from or evaluated, and that were made over since."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.files import split_choice
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.weights.formats import weights_sha256
+from mrmae_ds.weights.model_file import find_weights
+
+
+def changed_weights(folder: Path, record: RunRecord) -> list[Path]:
+    """Return the weights files that the run's recipe names and that are not those it read.
+
+    Only a file that is newer than the run is read. A file that is gone, or a recipe that is, is no finding.
+
+    Args:
+        folder: of the stage, with its recipe.yaml.
+        record: of the stage.
+    """
+    changed = []
+    for source, sha256 in _sources(folder, record):
+        try:
+            path = find_weights(source)
+            written = split_choice(path)[0].stat().st_mtime_ns
+            newer = written > record.started.timestamp() * 1e9
+            if sha256 and newer and _sha256(path, written) != sha256:
+                changed.append(path)
+        except (UserError, OSError):
+            continue
+    return changed
+
+
+def _sources(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str | None]]:
+    try:
+        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        stage = recipe["stages"][record.stage]
+        names = stage.get("members") or [folder.parent / "finetune"]
+        if record.members:
+            yield from zip(map(Path, names), (member.sha256 for member in record.members), strict=False)
+        elif record.init is not None:
+            init = stage["init"]
+            yield folder.parent / "pretrain" if init == "pretrain" else Path(init), record.init.sha256
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+        return
+
+
+@functools.cache
+def _sha256(path: Path, written: int) -> str:
+    return weights_sha256(path)
