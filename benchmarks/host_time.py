@@ -32,6 +32,7 @@ from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO1 = {"stage": 1, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
+BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 SETTLED = 3  # steps after which DeepSpeed knows the order of the modules
 
 
@@ -44,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="timed steps of a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-recompute", action="store_true", help="without activation checkpointing")
+    parser.add_argument("--bf16", action="store_true", help="with the section bf16 in place of torch_autocast")
     parser.add_argument("--limit", type=float, default=600, help="seconds per process")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
@@ -131,6 +133,9 @@ def measure(args: argparse.Namespace, name: str, ranks: int, zero: int | None) -
         config["zero_optimization"] = ZERO1
     if args.no_recompute:
         config.pop("activation_checkpointing", None)
+    if args.bf16:
+        config.pop("torch_autocast", None)
+        config |= BF16
     with tempfile.TemporaryDirectory() as folder:
         engine, job = Path(folder) / "engine.json", Path(folder) / "job.json"
         engine.write_text(json.dumps(config))
