@@ -17,4 +17,4 @@ def compile_each(modules: Sequence[nn.Module]) -> None:
     # Modules of a class share their code, and each drop path rate, precision and mode is a graph of its own.
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 8 * len(modules))
     for module in modules:
-        module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True)  # type: ignore[method-assign]
+        module.forward = torch.compile(module.forward, dynamic=False, fullgraph=True)
