@@ -18,11 +18,12 @@ from mrmae_ds.timm_hook import register_with_timm
 
 _MODULES = {
     "MRMAE": "mrmae_ds.api",
+    "ImageEncoder": "mrmae_ds.api",
     "Recipe": "mrmae_ds.config.recipe",
     "UserError": "mrmae_ds.errors",
     "load_recipe": "mrmae_ds.config.recipe",
 }
-__all__ = ["MRMAE", "Recipe", "UserError", "__version__", "load_recipe"]
+__all__ = ["MRMAE", "ImageEncoder", "Recipe", "UserError", "__version__", "load_recipe"]
 
 try:
     __version__ = version("mrmae_ds")

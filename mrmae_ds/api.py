@@ -17,14 +17,14 @@ from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.imagenet import Rgb
-from mrmae_ds.models.encoders import mean_features
+from mrmae_ds.models.encoders import Encoder, mean_features
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import reconstruct
 from mrmae_ds.teachers import Teacher, build_teacher
 from mrmae_ds.teachers.base import TeacherOutput, draw_visible
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
-from mrmae_ds.weights.finished_run import FinishedRun
+from mrmae_ds.weights.finished_run import FinishedRun, SavedEncoder, open_saved
 from mrmae_ds.weights.load import load_pretrained
 from mrmae_ds.weights.model_file import find_weights
 
@@ -69,6 +69,82 @@ class Attention(NamedTuple):
 
     student: Tensor
     teachers: dict[str, Tensor]
+
+
+def check_pixels(images: Tensor, size: int) -> Tensor:
+    """Check images and return their pixels in 0 to 1, float32 [B, 3, S, S].
+
+    Args:
+        images: [B, 3, S, S], uint8 or float in 0 to 1.
+        size: S.
+
+    Raises:
+        UserError: if images have a wrong shape, type or range.
+    """
+    if not isinstance(images, Tensor):
+        raise UserError(f"images are a {type(images).__name__}, expected a tensor [B, 3, {size}, {size}]")
+    if images.dim() != 4 or images.shape[1:] != (3, size, size):
+        raise UserError(f"images have shape {list(images.shape)}, expected [B, 3, {size}, {size}]")
+    if images.dtype == torch.uint8:
+        return images.float() / 255
+    if not images.is_floating_point():
+        raise UserError(f"images are {images.dtype}, expected torch.uint8, or a float type with values in 0 to 1")
+    pixels = images.float()
+    low, high = torch.aminmax(pixels.detach()) if len(pixels) else (0.0, 1.0)
+    if low < _FLOAT_RANGE[0] or high > _FLOAT_RANGE[1]:
+        raise UserError(
+            f"images have values of {low:.4g} to {high:.4g}, expected floats in 0 to 1; divide pixels of 0 to 255 "
+            "by 255 or pass them as torch.uint8, and do not normalize them"
+        )
+    return pixels
+
+
+class ImageEncoder(nn.Module):
+    """Encoder of a weights file that ``mrmae check`` calls usable, of this project or another, with its normalization.
+
+    Example::
+
+        features = ImageEncoder.from_file("mae_pretrain_vit_base.pth").features(images)
+
+    Args:
+        saved: the file, whose heads and statistics are known.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, saved: SavedEncoder) -> None:
+        super().__init__()
+        model = saved.load()
+        self.encoder: Encoder = model.encoder if isinstance(model, PretrainModel) else model
+        self.image_size = saved.image_size
+        self.register_buffer("mean", torch.tensor(saved.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(saved.std).view(1, 3, 1, 1), persistent=False)
+        self.eval()
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ImageEncoder:
+        """Load an encoder, in eval mode on the CPU.
+
+        Args:
+            path: weights file (``FILE#KEY`` for one of several sets of weights) or stage folder.
+
+        Raises:
+            UserError: if the file is not usable, or its heads or statistics are not known.
+        """
+        return cls(open_saved(Path(path)))
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Features:
+        """Compute the encoder's features.
+
+        Args:
+            images: [B, 3, S, S], uint8 or float in 0 to 1.
+        """
+        inputs = (check_pixels(images, self.image_size) - self.mean) / self.std
+        tokens = self.encoder.forward_features(inputs.to(self.encoder.pos_embed.dtype))
+        tokens = tokens[:, self.encoder.num_prefix_tokens :]
+        return Features(tokens, mean_features(tokens))
 
 
 class MRMAE(nn.Module):
@@ -259,23 +335,7 @@ class MRMAE(nn.Module):
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Check images and return their pixels in 0 to 1, float32 [B, 3, S, S]."""
-        size = self.image_size
-        if not isinstance(images, Tensor):
-            raise UserError(f"images are a {type(images).__name__}, expected a tensor [B, 3, {size}, {size}]")
-        if images.dim() != 4 or images.shape[1:] != (3, size, size):
-            raise UserError(f"images have shape {list(images.shape)}, expected [B, 3, {size}, {size}]")
-        if images.dtype == torch.uint8:
-            return images.float() / 255
-        if not images.is_floating_point():
-            raise UserError(f"images are {images.dtype}, expected torch.uint8, or a float type with values in 0 to 1")
-        pixels = images.float()
-        low, high = torch.aminmax(pixels.detach()) if len(pixels) else (0.0, 1.0)
-        if low < _FLOAT_RANGE[0] or high > _FLOAT_RANGE[1]:
-            raise UserError(
-                f"images have values of {low:.4g} to {high:.4g}, expected floats in 0 to 1; divide pixels of 0 to 255 "
-                "by 255 or pass them as torch.uint8, and do not normalize them"
-            )
-        return pixels
+        return check_pixels(images, self.image_size)
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         """Return the student's input in full precision: pixel targets are computed from it."""

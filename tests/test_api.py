@@ -14,17 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import mrmae_ds
-from mrmae_ds.api import MRMAE
+from mrmae_ds.api import MRMAE, ImageEncoder
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.pretrain import PretrainTask
+from mrmae_ds.weights.export import export_run
 from tests.support.jobs import make_batch
 from tests.support.processes import REPOSITORY, run
 from tests.support.record_runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretraining
-from tests.support.reference import perturb
+from tests.support.reference import perturb, reference_mae
+from tests.support.released import mae_state, write_released
 
 SIDE, COUNT = 16, 3
 KEY = MicroBatchKey(seed=1, step=2, index=0, rank=0, world_size=1, micro_batch=COUNT)
@@ -298,3 +301,28 @@ def test_python_example_of_readme_runs(tmp_path: Path, monkeypatch: pytest.Monke
     _prepare_demo(tmp_path)
     monkeypatch.chdir(tmp_path)
     exec(compile(match[1], "README.md", "exec"), {})
+
+
+def test_features_of_a_released_file(mae: dict[str, Tensor], tmp_path: Path) -> None:
+    path = write_released(tmp_path / "x.pth", mae_state(mae))
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    found = ImageEncoder.from_file(path).features(images)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        tokens = reference_mae(mae).eval().encoder.forward_features((images / 255 - mean) / std)[:, 1:]
+    torch.testing.assert_close(found.tokens, tokens, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.pooled, F.layer_norm(tokens.mean(1), (32,), eps=1e-6), atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match=r"images have shape .* expected \[B, 3, 64, 64\]"):
+        ImageEncoder.from_file(path).features(images[:, :, :32])
+
+
+@pytest.mark.parametrize("exported", [False, True], ids=["run", "export"])
+def test_features_of_a_run_by_file(exported: bool, folder: Path, tmp_path: Path) -> None:
+    run_folder = folder / "mrmae" / "pretrain"
+    path = export_run(run_folder, out=tmp_path).path if exported else run_folder
+    images = torch.rand(2, 3, SIDE, SIDE)
+    found = ImageEncoder.from_file(path).features(images)
+    expected = MRMAE.from_run(run_folder, teachers=False).features(images)
+    torch.testing.assert_close(found.tokens, expected.tokens)
+    torch.testing.assert_close(found.pooled, expected.pooled)

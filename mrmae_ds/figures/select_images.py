@@ -57,11 +57,11 @@ class SelectedImages:
         return torch.from_numpy(np.stack([np.asarray(crop) for crop in crops])).permute(0, 3, 1, 2).float() / 255
 
 
-def select_images(val: Path, names: Sequence[str], count: int | None, default_count: int) -> SelectedImages:
+def select_images(val: Path | None, names: Sequence[str], count: int | None, default_count: int) -> SelectedImages:
     """Select the images named on a command line.
 
     Args:
-        val: .beton file of the validation set, read only if images are taken from it.
+        val: .beton file of the validation set, read only if images are taken from it; None if there is none.
         names: numbers of samples of ``val``; or image files and folders of them, at any depth; or nothing, which
             selects samples of ``val``, evenly spaced.
         count: number of images from ``val`` or from the folders; None for the default.
@@ -79,6 +79,8 @@ def select_images(val: Path, names: Sequence[str], count: int | None, default_co
             "files (./7 for a file named 7)"
         )
     if not names or all(numbers):
+        if val is None:
+            raise UserError("--images: give image files or folders; weights of other projects name no validation set")
         return _from_validation_set(val, [int(name) for name in names], count, default_count)
     return _from_files([Path(name) for name in names], count, default_count)
 

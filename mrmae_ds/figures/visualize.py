@@ -24,7 +24,7 @@ from mrmae_ds.models.reconstruction import Reconstruction, reconstruct
 from mrmae_ds.teachers import build_teacher
 from mrmae_ds.teachers.base import describe_importance
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
-from mrmae_ds.weights.finished_run import FinishedRun
+from mrmae_ds.weights.finished_run import FinishedRun, SavedEncoder, open_saved
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ def show_runs(
     pre-training, the teachers and the mask. A teacher that cannot be loaded is omitted with a warning.
 
     Args:
-        sources: stage folders (runs/NAME/STAGE) or model files, of pre-trainings and fine-tunings.
+        sources: stage folders (runs/NAME/STAGE) or model files, of pre-trainings and fine-tunings, or weights files of
+            other projects, of which only the attention is drawn.
         images: numbers of validation images, files or folders (see
             :func:`~mrmae_ds.figures.select_images.select_images`).
         count: number of images; None is the first run's ``logging.num_images``, or 8 if that is 0.
@@ -79,14 +80,15 @@ def show_runs(
     Raises:
         UserError: for a run without weights, images that cannot be read, or a folder that cannot be written.
     """
-    runs = [FinishedRun.open(source) for source in sources]
+    runs = [open_saved(source) for source in sources]
     first, labels = runs[0], _labels(runs)
-    selection = select_images(first.recipe.data.val, images, count, first.recipe.logging.num_images or NUM_IMAGES)
+    val = next((run.val_data for run in runs if run.val_data is not None), None)
+    selection = select_images(val, images, count, first.num_images or NUM_IMAGES)
     if selection.note:
         logger.warning(selection.note)
     folder = _folder(runs, out)
     view = first.image_size
-    pretrained = [run for run in runs if run.kind == "pretrain"]
+    pretrained = [run for run in runs if isinstance(run, FinishedRun) and run.kind == "pretrain"]
     lead = next((run for run in pretrained if run.pretraining.teachers), next(iter(pretrained), None))
     maps = _AttentionMaps({}, {})
     mask = _add_teachers(lead, selection.crop(view, lead.image_size), maps, seed) if lead else None
@@ -167,7 +169,7 @@ def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: 
 
 @torch.no_grad()
 def _add_student(
-    run: FinishedRun, label: str, pixels: Tensor, maps: _AttentionMaps, mask: _Mask | None
+    run: SavedEncoder, label: str, pixels: Tensor, maps: _AttentionMaps, mask: _Mask | None
 ) -> Reconstruction | None:
     """Add a student's row for pixels [N, 3, S, S] in [0, 1].
 
@@ -228,7 +230,7 @@ def _draw_reconstructions(
     )
 
 
-def _labels(runs: Sequence[FinishedRun]) -> list[str]:
+def _labels(runs: Sequence[SavedEncoder]) -> list[str]:
     """Return the rows' labels (method, run, training), numbered where they are equal."""
     labels: list[str] = []
     for run in runs:
@@ -239,11 +241,11 @@ def _labels(runs: Sequence[FinishedRun]) -> list[str]:
     return labels
 
 
-def _title(runs: Sequence[FinishedRun]) -> str:
+def _title(runs: Sequence[SavedEncoder]) -> str:
     return runs[0].describe() if len(runs) == 1 else f"{len(runs)} runs on the same images"
 
 
-def _folder(runs: Sequence[FinishedRun], out: Path | None) -> Path:
+def _folder(runs: Sequence[SavedEncoder], out: Path | None) -> Path:
     beside = runs[0].path.parent / IMAGES
     folder = out or (beside if len(runs) == 1 else beside / COMPARED)
     try:

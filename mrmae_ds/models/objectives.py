@@ -29,6 +29,7 @@ class Objective(Section):
         tokens: tokens that the loss is averaged over. The encoder has visible tokens only.
         loss: per-token distance: ``l2`` mean squared error over channels, ``l2_sum`` its sum over channels
             (Eq. 2 of the MR-MAE paper, literally), ``smooth_l1``, or ``cosine`` (1 - cosine similarity).
+        beta: of ``smooth_l1``: difference from which it is linear instead of quadratic; null is 1 (data2vec: 2).
         normalize: per-token normalization of the target: ``standardize`` by mean and unbiased variance + 1e-6 (MAE's
             norm_pix), ``layer_norm`` without affine, ``l2`` to unit length, or ``none``.
         weight: factor in the total.
@@ -38,6 +39,8 @@ class Objective(Section):
     tap: Literal["encoder", "decoder"]
     tokens: Literal["visible", "masked", "all"]
     loss: Literal["l2", "l2_sum", "smooth_l1", "cosine"] = "l2"
+    # Left out of records and hashes at its default, so that runs from before it existed keep their hash.
+    beta: float | None = Field(None, gt=0, allow_inf_nan=False, exclude_if=lambda value: value is None)
     normalize: Literal["standardize", "layer_norm", "l2", "none"]
     weight: float = Field(gt=0)
 
@@ -45,6 +48,12 @@ class Objective(Section):
     def _encoder_sees_visible_tokens_only(self) -> Objective:
         if self.tap == "encoder" and self.tokens != "visible":
             raise ValueError(f"tap: encoder has visible tokens only, so tokens: {self.tokens} cannot be supervised")
+        return self
+
+    @model_validator(mode="after")
+    def _beta_has_an_effect(self) -> Objective:
+        if self.beta is not None and self.loss != "smooth_l1":
+            raise ValueError(f"beta: has no effect on loss: {self.loss} (only on smooth_l1); remove it")
         return self
 
 
@@ -104,13 +113,14 @@ def normalize_target(target: Tensor, how: str) -> Tensor:
     return target
 
 
-def token_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
+def token_loss(prediction: Tensor, target: Tensor, loss: str, beta: float = 1.0) -> Tensor:
     """Compute the distance of prediction and target for each token.
 
     Args:
         prediction: [..., D].
         target: [..., D].
         loss: one of :attr:`Objective.loss`.
+        beta: of ``smooth_l1``.
 
     Returns:
         Distance [...]: float32, or float64 if an input is.
@@ -119,7 +129,7 @@ def token_loss(prediction: Tensor, target: Tensor, loss: str) -> Tensor:
     if loss == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
     if loss == "smooth_l1":
-        return F.smooth_l1_loss(prediction, target, reduction="none").mean(-1)
+        return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).mean(-1)
     squared = (prediction - target).square()
     return squared.sum(-1) if loss == "l2_sum" else squared.mean(-1)
 
@@ -144,7 +154,7 @@ def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible:
         target = visible.take(target)
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ")
-    per_token = token_loss(prediction, target, spec.loss)
+    per_token = token_loss(prediction, target, spec.loss, 1.0 if spec.beta is None else spec.beta)
     if spec.tap == "encoder" or spec.tokens == "all":
         return per_token.mean()
     removed = visible.mask

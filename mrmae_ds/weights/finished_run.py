@@ -1,4 +1,4 @@
-"""Finished stages on disk: recipe, input statistics and trained model."""
+"""Trained models on disk: finished stages with their recipe, and encoders of other projects."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.records.record import RunRecord
+from mrmae_ds.weights.identify import FAMILY_TITLES
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import find_weights, read_metadata, read_tensors, run_folder_name, spec_from_metadata
+from mrmae_ds.weights.resolve import model_metadata, resolve
 
 
 def with_present_keys(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -38,14 +40,13 @@ def with_present_keys(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class FinishedRun:
-    """A finished pre-training or fine-tuning on disk.
+class SavedEncoder:
+    """An encoder of another project on disk.
 
     Attributes:
-        path: model file.
-        metadata: of the model file.
-        recipe: resolved recipe.
-        kind: ``pretrain``, ``classifier``, or ``encoder`` for a file that :meth:`load` refuses.
+        path: weights file, ``FILE#KEY`` if one of several sets of weights was chosen.
+        metadata: of the model file, or what is known of another project's.
+        kind: ``pretrain``, ``classifier``, or ``encoder``.
         image_size: side of the model's input in pixels.
         mean: by which the input is normalized.
         std: by which the input is normalized.
@@ -53,11 +54,93 @@ class FinishedRun:
 
     path: Path
     metadata: dict[str, Any]
-    recipe: Recipe
     kind: Literal["pretrain", "classifier", "encoder"]
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+
+    @property
+    def stride(self) -> int:
+        """Side of a patch in pixels."""
+        return spec_from_metadata(self.metadata).stride
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        side = self.image_size // self.stride
+        return side, side
+
+    @property
+    def val_data(self) -> Path | None:
+        """Validation set that the file names; another project's names none."""
+        return None
+
+    @property
+    def num_images(self) -> int:
+        """Number of images in a figure; 0 if none is recorded."""
+        return 0
+
+    @property
+    def name(self) -> str:
+        """Name of the file."""
+        return self.path.name
+
+    def load(self) -> PretrainModel | Encoder:
+        """Load the encoder, without a head, in eval mode on the CPU.
+
+        Raises:
+            UserError: if the file is not usable.
+        """
+        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
+        load_encoder(encoder, self.path)
+        return encoder.eval()
+
+    def label(self) -> str:
+        """Return two lines: architecture, file."""
+        return f"{self.describe_model()}\n{self.name}"
+
+    def describe(self) -> str:
+        """Return the same in one line."""
+        return f"{self.name} ({self.describe_model()})"
+
+    def describe_model(self) -> str:
+        """Return family and kind of the model: ``CViT classifier``."""
+        return f"{FAMILY_TITLES[self.metadata['family']]} {self.kind}"
+
+
+def open_saved(source: Path) -> SavedEncoder:
+    """Open a finished stage, or an encoder of another project whose heads and statistics are known.
+
+    Args:
+        source: stage folder or its model file, or a weights file.
+
+    Raises:
+        UserError: if it is none of these.
+    """
+    path = find_weights(source)
+    weights = resolve(path)
+    if weights.identity.ours and weights.identity.kind != "encoder":
+        return FinishedRun.open(source)
+    metadata = model_metadata(weights)
+    if "mean" not in metadata:
+        raise UserError(f"{path}: its metadata lacks the statistics of its input; export it again")
+    size = metadata["image_size"]
+    if not isinstance(size, int):
+        raise UserError(f"{path}: is of rectangular images; only square ones are shown")
+    # Without a recipe, the decoder of a released pre-training cannot be built: its encoder is taken.
+    kind: Literal["classifier", "encoder"] = "classifier" if metadata["kind"] == "classifier" else "encoder"
+    return SavedEncoder(path, metadata, kind, size, tuple(metadata["mean"]), tuple(metadata["std"]))
+
+
+@dataclass(frozen=True)
+class FinishedRun(SavedEncoder):
+    """A finished pre-training or fine-tuning on disk.
+
+    Attributes:
+        recipe: resolved recipe.
+    """
+
+    recipe: Recipe
 
     @classmethod
     def open(cls, source: Path) -> FinishedRun:
@@ -79,7 +162,7 @@ class FinishedRun:
                 f"{path}: its metadata lacks {error}, so it is not the model file of a finished stage; name a stage "
                 "folder (runs/NAME/STAGE)"
             ) from None
-        return cls(path, metadata, recipe, metadata["kind"], metadata["image_size"], mean, std)
+        return cls(path, metadata, metadata["kind"], metadata["image_size"], mean, std, recipe)
 
     @property
     def pretraining(self) -> PretrainConfig:
@@ -89,15 +172,14 @@ class FinishedRun:
         return stage
 
     @property
-    def stride(self) -> int:
-        """Side of a patch in pixels."""
-        return spec_from_metadata(self.metadata).stride
+    def val_data(self) -> Path | None:
+        """Validation set of the recipe."""
+        return self.recipe.data.val
 
     @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        side = self.image_size // self.stride
-        return side, side
+    def num_images(self) -> int:
+        """Number of images in the recipe's figures."""
+        return self.recipe.logging.num_images
 
     def load(self) -> PretrainModel | Encoder:
         """Load the pre-trained model, or a classifier's encoder, in eval mode on the CPU; no teacher is needed.

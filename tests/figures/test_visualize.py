@@ -29,6 +29,7 @@ from mrmae_ds.weights.model_file import (
 )
 from tests.support.jpegs import stored_jpegs
 from tests.support.record_runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretraining
+from tests.support.released import tiny_vit
 from tests.support.sample_data import Photographs, photograph
 from tests.support.sample_teachers import normalize, timm_attention
 
@@ -102,6 +103,27 @@ def scaled_attention(model: nn.Module, images: Tensor) -> np.ndarray:
     maps = attention[:, 0, 1:] if encoder.num_prefix_tokens else attention.mean(1)
     low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
     return ((maps - low) / (high - low)).unflatten(1, encoder.grid).numpy()
+
+
+def test_attention_of_another_projects_file(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
+    source = tiny_vit()
+    torch.save({"model": source.state_dict()}, tmp_path / "x.pth")
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 44, 3), dtype=np.uint8))
+    image.save(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"x.pth: does not record its number of attention heads"):
+        show_runs([tmp_path / "x.pth"], [str(tmp_path / "a.png")], out=tmp_path)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
+    (tmp_path / "preprocessor_config.json").write_text(f'{{"image_mean": {list(MEAN)}, "image_std": {list(STD)}}}')
+    with pytest.raises(UserError, match=r"--images: give image files or folders; weights of other projects name no"):
+        show_runs([tmp_path / "x.pth"], out=tmp_path)
+    written = show_runs([tmp_path / "x.pth"], [str(tmp_path / "a.png")], out=tmp_path)
+    assert written == [tmp_path / "attention.png"]
+    page = pages["attention.png"]
+    row = page.rows["plain ViT classifier\nx.pth"]
+    images = normalize(evaluated_image(image, 32)[None], MEAN, STD)
+    maps = timm_attention(source.blocks[-1], source.forward_features, images).mean(1)[:, 0, 1:]
+    expected = ((maps - maps.min()) / (maps.max() - maps.min())).unflatten(1, (4, 4)).numpy()
+    np.testing.assert_allclose(row.heat, expected, atol=1e-4)
 
 
 def test_rows_of_a_pretraining(runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path) -> None:
@@ -414,7 +436,7 @@ def test_rejects_files_that_are_not_runs(runs: Runs, val: Path, tmp_path: Path) 
     with pytest.raises(UserError, match=r"newer: novelty: unknown key"):
         show_runs([tmp_path / "newer"])
     save_weights(tmp_path / "encoder", tensors, {**metadata, "kind": "encoder"})
-    with pytest.raises(UserError, match=r"encoder: holds weights of kind encoder, expected pretrain or classifier"):
+    with pytest.raises(UserError, match=r"--images: give image files or folders; weights of other projects name no"):
         show_runs([tmp_path / "encoder"], ["0"], out=tmp_path)
     assert show_run(tmp_path / "encoder") == []
     less = {name: tensor for name, tensor in tensors.items() if name != "decoder.mask_token"}

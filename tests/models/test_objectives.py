@@ -86,6 +86,29 @@ def test_objective_loss_is_the_formula(
     assert found.item() == pytest.approx(total / count, rel=tolerance)
 
 
+@pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
+def test_smooth_l1_turns_linear_at_beta(beta: float, visible: VisibleSet) -> None:
+    settings = {"target": "t", "tap": "decoder", "tokens": "all", "normalize": "none", "weight": 1}
+    spec = Objective(**settings, loss="smooth_l1", beta=beta)
+    prediction, target = normal(B, L, D, seed=1), normal(B, L, D)
+    gaps = (prediction - target).abs().double()
+    expected = torch.where(gaps < beta, gaps**2 / (2 * beta), gaps - beta / 2).mean()
+    assert objective_loss(spec, prediction, target, visible).item() == pytest.approx(expected.item(), rel=1e-5)
+    if beta == 1:
+        default = Objective(**settings, loss="smooth_l1")
+        assert torch.equal(*(objective_loss(s, prediction, target, visible) for s in (spec, default)))
+
+
+def test_beta_is_recorded_only_if_given_and_only_of_smooth_l1() -> None:
+    settings = {"target": "t", "tap": "decoder", "tokens": "all", "normalize": "none", "weight": 1}
+    assert "beta" not in Objective(**settings, loss="smooth_l1").model_dump(mode="json")  # as in runs before it existed
+    assert Objective(**settings, loss="smooth_l1", beta=2).model_dump(mode="json")["beta"] == 2
+    with pytest.raises(ValidationError, match="beta: has no effect on loss: l2"):
+        Objective(**settings, beta=2)
+    with pytest.raises(ValidationError, match="greater than 0"):
+        Objective(**settings, loss="smooth_l1", beta=0)
+
+
 @pytest.mark.parametrize("normalize", NORMALIZATIONS)
 def test_a_constant_target_is_no_division_by_zero(normalize: str, visible: VisibleSet) -> None:
     """A patch of one color has no variance, a dead teacher token no length."""
