@@ -20,11 +20,24 @@ SUMMARY = "convert images to .beton files, and check them"
 
 
 def add_arguments(parser: CommandParser) -> None:
-    """Add the subcommands ``write``, ``imagenet``, ``info`` and ``verify``."""
+    """Add the subcommands."""
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name, add, run_subcommand, summary in (
         ("write", add_folder_arguments, run_folder, "convert a tree of images, a folder per class, to .beton files"),
         ("imagenet", add_imagenet_arguments, run_imagenet, "convert ImageNet-1K to .beton files"),
+        (
+            "tars",
+            _add_tars_arguments,
+            _run_tars,
+            "convert WebDataset's tar archives to .beton files, without unpacking",
+        ),
+        (
+            "parquet",
+            _add_parquet_arguments,
+            _run_parquet,
+            "convert Hugging Face's Parquet or Arrow files to .beton files",
+        ),
+        ("adopt", _add_adopt_arguments, _run_adopt, "check a .beton of FFCV's own writer, and write its sidecar"),
         ("info", _add_info_arguments, _run_info, "describe a .beton"),
         ("verify", _add_verify_arguments, _run_verify, "check the checksum of a .beton and decode every image"),
     ):
@@ -144,6 +157,43 @@ def run_imagenet(args: argparse.Namespace) -> None:
     report(written)
 
 
+def _add_tars_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="folder of train-*.tar and val-*.tar, or of any *.tar")
+    _add_writing_arguments(parser)
+    parser.add_argument("--name", help="name of the data set in tables; default: the folder's")
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.1, metavar="F",
+        help="share of each class that becomes val.beton where no file is named like val; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
+        "--class-names", metavar="FILE",
+        help="class names, a line for each label from 0; default: those of the files, or the labels' numbers",
+    )  # fmt: skip
+
+
+def _run_tars(args: argparse.Namespace) -> None:
+    from mrmae_ds.data.convert.shards import ShardOptions, write_shards
+
+    with _stoppable():
+        written = write_shards(args.source, _output(args), "tars", ShardOptions(args.val_fraction, args.class_names))
+    report(written)
+
+
+def _add_parquet_arguments(parser: argparse.ArgumentParser) -> None:
+    _add_tars_arguments(parser)
+    for kind in ("image", "label"):
+        parser.add_argument(f"--{kind}-column", metavar="NAME", help="default: the one of its type, or of a usual name")
+
+
+def _run_parquet(args: argparse.Namespace) -> None:
+    from mrmae_ds.data.convert.shards import ShardOptions, write_shards
+
+    options = ShardOptions(args.val_fraction, args.class_names, args.image_column, args.label_column)
+    with _stoppable():
+        written = write_shards(args.source, _output(args), "parquet", options)
+    report(written)
+
+
 def report(written: Sequence[BetonInfo]) -> None:
     """Print descriptions of written data sets, and warn of images that were left out."""
     from mrmae_ds.data.convert.verify import describe_beton
@@ -171,6 +221,20 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+def _add_adopt_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("beton", type=Path)
+    parser.add_argument(
+        "--classes", metavar="FILE", help="class names, a line for each label from 0; default: the labels' numbers"
+    )
+    parser.add_argument("--name", help="name of the data set in tables; default: the file's")
+
+
+def _run_adopt(args: argparse.Namespace) -> None:
+    from mrmae_ds.data.convert.adopt import adopt_beton
+
+    report([adopt_beton(args.beton, args.classes, args.name)])
+
+
 def _add_info_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("beton", type=Path)
 
@@ -193,7 +257,7 @@ def _add_verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_verify(args: argparse.Namespace) -> None:
-    from mrmae_ds.data.convert.verify import verify_beton
+    from mrmae_ds.data.convert.verify import find_stored_copies, verify_beton
 
     if args.num_images < 1 or args.seed < 0:
         raise UserError(
@@ -201,6 +265,8 @@ def _run_verify(args: argparse.Namespace) -> None:
         )
     info = verify_beton(args.beton)
     print(f"{info.path}: {info.num_samples:,} images decode, checksum as written")
+    for line in find_stored_copies(info):
+        print(f"{info.path}: {line}")
     if args.source:
         from mrmae_ds.data.convert.compare import compare_with_source
 

@@ -89,6 +89,7 @@ class DataInfo(RecordSection):
         sha256: of the file.
         samples: images in one epoch.
         classes: number of classes; None if the stage reads no labels.
+        val_copies: validation images that are exact copies of training images; None if unknown.
     """
 
     dataset: str
@@ -96,6 +97,7 @@ class DataInfo(RecordSection):
     sha256: str | None = None
     samples: Count
     classes: Annotated[int, Field(ge=1)] | None = None
+    val_copies: Count | None = None
 
 
 class TeacherInfo(RecordSection):

@@ -119,6 +119,18 @@ def sampling_error(record: RunRecord) -> float:
     return 100 * math.sqrt(share * (1 - share) / (record.results.eval_samples or 1))
 
 
+def val_copies(record: RunRecord) -> int:
+    """Return the validation images behind a record's accuracy that are copies of training images, as far as known."""
+    return record.data.val_copies or (record.finetune_data.val_copies if record.finetune_data else None) or 0
+
+
+def copies_note(record: RunRecord) -> str:
+    """Return the text beside an accuracy that rests on copies of training images; "" for any other."""
+    copies = val_copies(record)
+    total = record.results.eval_samples or 0
+    return f" ({copies:,} of {total:,} validation images are copies of training images)" if copies else ""
+
+
 def teacher_sources(record: RunRecord) -> dict[str, str]:
     """Return the sources of the teachers behind a record's weights, by their names in the recipes."""
     summaries = [t.init.pretrain for t in record.finetunings if t and t.init and t.init.pretrain]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
-from mrmae_ds.tables.base import Cell, Table, chance_accuracy, run_path, seeds, teacher_sources
+from mrmae_ds.tables.base import Cell, Table, chance_accuracy, run_path, seeds, teacher_sources, val_copies
 from mrmae_ds.tables.costs import cell_costs
 
 COLUMNS = (
@@ -34,6 +34,7 @@ COLUMNS = (
     "recipe_hash",
     "seeds",
     "runs",
+    "val_copies",
 )
 
 
@@ -81,6 +82,7 @@ def _cell(cell: Cell) -> dict[str, object]:
         "recipe_hash": record.recipe_hash,
         "seeds": " ".join(seeds(record) for _, record in cell.runs),
         "runs": " ".join(run_path(run) for run in cell.runs),
+        "val_copies": max(val_copies(record) for _, record in cell.runs) or "",
     }
 
 

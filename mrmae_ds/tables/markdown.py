@@ -13,6 +13,7 @@ from mrmae_ds.tables.base import (
     Run,
     Table,
     chance_accuracy,
+    copies_note,
     format_number,
     run_path,
     sampling_error,
@@ -147,7 +148,8 @@ def cell_text(row: Row, column: str, marks: Marks, bold: str) -> str:
         return "-" if cell.value is None else _as_printed(column, cell.value)
     if not cell.runs:
         return format_number(cell.value)
-    return f"{bold.format(_measured(cell))} {marks[row.label, column]}"
+    note = max((copies_note(record) for _, record in cell.runs), key=len)
+    return f"{bold.format(_measured(cell))} {marks[row.label, column]}{note}"
 
 
 def _measured(cell: Cell) -> str:
@@ -197,7 +199,7 @@ def _probe_line(run: Run) -> list[str]:
         _folder(run),
         f"{record.pretrain_method}, {record.size}",
         record.data.dataset,
-        f"{record.results.top1:.2f}",
+        f"{record.results.top1:.2f}{copies_note(record)}",
         f"{chance_accuracy(record):.4g}",
         _epochs(record.pretrain_epochs),
         _epochs(record.schedule.epochs),

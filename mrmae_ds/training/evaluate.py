@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import EvaluateConfig
-from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
+from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
 from mrmae_ds.data.loaders.build import check_backend
 from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
@@ -276,13 +276,21 @@ def log_mean_softmax(logits: list[Tensor]) -> Tensor:
     return torch.stack([F.softmax(output.double(), dim=1) for output in logits]).mean(dim=0).log()
 
 
+def _known_copies(job: PreparedEvaluation) -> int | None:
+    """Return the validation images that are exact copies of a member's training images, as far as it is recorded."""
+    recorded = read_sidecar(job.val_data.path).get("copies") or {}
+    tunings = [classifier.member.finetune for classifier in job.classifiers]
+    trained_on = {tuning.data.sha256 for tuning in tunings if tuning and tuning.data}
+    return recorded.get("of_train") if recorded.get("train") in trained_on - {None} else None
+
+
 def new_record(job: PreparedEvaluation, device: torch.device) -> RunRecord:
     """Return the record of an evaluation that is about to run; its schedule is empty."""
     total = sum(p.numel() for classifier in job.classifiers for p in classifier.model.parameters())
     return RunRecord(
         **describe_run(job.recipe, "evaluate", job.launch, device),
         parameters=Parameters(total=total, trainable=0, encoder=total),
-        data=describe_data(job.val_data, job.val_data.num_classes),
+        data=describe_data(job.val_data, job.val_data.num_classes, _known_copies(job)),
         schedule=Schedule(epochs=0, global_batch=job.engine_config.micro_batch * job.launch.world_size, steps=0),
         members=tuple(classifier.member for classifier in job.classifiers),
     )

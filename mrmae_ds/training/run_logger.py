@@ -13,6 +13,7 @@ import torch
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import StageName
+from mrmae_ds.data.beton.copies import count_val_copies
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.records.environment import collect_hardware, collect_kernels, collect_versions, git_state
@@ -169,7 +170,7 @@ def new_record(job: PreparedStage, parameters: Parameters, device: torch.device)
         design=task.describe_design(recipe),
         parameters=parameters,
         operations=count_operations(job),
-        data=describe_data(job.train_data, task.num_classes),
+        data=describe_data(job.train_data, task.num_classes, _count_copies(job)),
         teachers={
             name: TeacherInfo(
                 kind=recipe.teachers[name].kind,
@@ -201,14 +202,32 @@ def describe_run(recipe: Recipe, stage: StageName, launch: Launch, device: torch
     }
 
 
-def describe_data(data: BetonInfo, num_classes: int) -> DataInfo:
-    """Return the record's description of a data set; ``num_classes`` is 0 where its labels are not used."""
+def _count_copies(job: PreparedStage) -> int:
+    """Count validation images that are exact copies of training images, with a warning if there are any."""
+    copies = count_val_copies(job.train_data, job.val_data)
+    if copies:
+        logger.warning(
+            "data: %d of %d images of %s are exact copies of images of %s: accuracies count what was trained on",
+            copies, job.val_data.num_samples, job.val_data.path, job.train_data.path,
+        )  # fmt: skip
+    return copies
+
+
+def describe_data(data: BetonInfo, num_classes: int, val_copies: int | None = None) -> DataInfo:
+    """Return the record's description of a data set.
+
+    Args:
+        data: the data set.
+        num_classes: 0 where its labels are not used.
+        val_copies: validation images that are exact copies of training images; None if unknown.
+    """
     return DataInfo(
         dataset=data.name,
         file=data.path.name,
         sha256=data.sha256,
         samples=data.num_samples,
         classes=num_classes or None,
+        val_copies=val_copies,
     )
 
 

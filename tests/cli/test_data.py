@@ -59,7 +59,7 @@ def test_write_fails_beyond_max_bad(tree: Path, tmp_path: Path, capsys: pytest.C
     [
         (["write", "{}/nowhere", "--out", "{}/out"], "nowhere: no such folder"),
         (["write", "{}/birds", "--out", "{}/out", "--background", "whitish"], "background must be a color"),
-        (["imagenet", "{}/birds", "--out", "{}/out"], "has no train/"),
+        (["imagenet", "{}/birds", "--out", "{}/out"], "has neither train/ nor ILSVRC2012_img_train.tar"),
         (["write", "{}/birds", "--out", "{}/birds/wren/1.png"], "1.png: no files can be written there (File exists)"),
         (["write", "{}/birds", "--out", "{}/birds/wren/1.png/x"], "no files can be written there (Not a directory)"),
         (["write", "{}/birds", "--out", "{}/out", "--num-val-images", "1"], "fewer images than the 2 classes"),

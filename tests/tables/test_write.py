@@ -371,3 +371,14 @@ def test_labels_an_ensemble_of_different_pretraining() -> None:
     runs = [_ensemble("both", make_record(), make_record(method="MAE", pretrain=40), method="Two")]
     (row,) = [row for row in scaling_table(runs).rows if row.cells and row.source == "ours"]
     assert row.label == "Two, ours (different or unknown pre-training, Fashion-MNIST, chance 10 %, 2 models averaged)"
+
+
+def test_a_cell_that_rests_on_copies_says_so() -> None:
+    data = DataInfo(dataset="d", file="train.beton", sha256="ab", samples=80, classes=2, val_copies=8)
+    runs = [make_run("a", top1=99.0, data=data, eval_samples=20), make_run("b", size="Base", top1=90.0)]
+    table = scaling_table(runs)
+    text = to_markdown(table)
+    assert "**99.00** [2] (8 of 20 validation images are copies of training images)" in text
+    assert "**90.00** [1] |" in text and "(8 of 20 validation" in to_latex(table)
+    copies = {line["value"]: line["val_copies"] for line in csv.DictReader(io.StringIO(to_csv(table)))}
+    assert (copies["99"], copies["90"]) == ("8", "")

@@ -29,7 +29,7 @@ from tests.support.sample_teachers import MEAN, STD, VIT, normalize, save_run
 
 SIDE, GRID = 32, (8, 8)
 STUDENT_MEAN, STUDENT_STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.4)
-NET_MEAN, NET_STD = (0.3, 0.6, 0.2), (0.7, 0.9, 0.4)
+NET_MEAN, NET_STD = (0.3, 0.6, 0.2), (0.35, 0.45, 0.2)
 DATA = DataConfig(train="train.beton", val="val.beton", mean=STUDENT_MEAN, std=STUDENT_STD)
 
 

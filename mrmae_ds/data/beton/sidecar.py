@@ -35,7 +35,7 @@ class BetonInfo:
         num_classes: labels are 0..num_classes-1.
         class_names: in the order of the labels.
         max_side: upper limit of the images' longer side, pixels.
-        quality: of the JPEGs.
+        quality: of the JPEGs; None if it is unknown.
         size: bytes.
         sha256: of the whole file.
         tables_sha256: result of ``file.tables_sha256``; None for files that were written without it.
@@ -48,7 +48,7 @@ class BetonInfo:
     num_classes: int
     class_names: tuple[str, ...]
     max_side: int
-    quality: int
+    quality: int | None
     size: int
     sha256: str
     tables_sha256: str | None
@@ -85,7 +85,8 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
     if not sidecar.is_file():
         raise UserError(
             f"{sidecar}: no such file; it is written last, when {path.name} is complete: "
-            "copy it from the origin of the .beton, or write the set again (see docs/data.md)"
+            "copy it from the origin of the .beton, run `mrmae data adopt` on a file of FFCV's writer, or write the "
+            "set again (see docs/data.md)"
         )
     try:
         content = json.loads(sidecar.read_text(encoding="utf-8"))

@@ -17,6 +17,7 @@ from mrmae_ds.data.convert.imagenet import ImageNetSource, open_imagenet
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.shards import ShardOptions, open_parts
 from mrmae_ds.data.convert.skipped import format_list
 from mrmae_ds.data.convert.writer import ImageDataset
 from mrmae_ds.errors import UserError
@@ -55,6 +56,8 @@ def open_origin(source: Path, sidecar: dict[str, Any]) -> ImageIndex:
         train, val, _ = open_folder(source, **origin)
     elif layout == "imagenet":
         train, val, _ = open_imagenet(ImageNetSource(source, **origin))
+    elif layout in ("tars", "parquet"):
+        train, val, _ = open_parts(source, layout, ShardOptions(**origin))
     else:
         raise UserError(
             "the sidecar names no folder of images, so there is nothing to compare with; "
@@ -121,13 +124,13 @@ def _compare_one(
                 expected, _ = to_rgb(image, max_side=info.max_side, max_pixels=limit, background=background)
     except Exception as error:
         return f"{name} cannot be read: {reason(error, limit)}"
-    stored = Image.open(io.BytesIO(file.jpeg(row))).convert("RGB")
+    stored = file.image(row).convert("RGB")
     if file.labels[row] != label:
         return f"has the label {file.labels[row]}, {name} {label}"
     if stored.size != expected.size:
         return f"{stored.width} x {stored.height}, {name} gives {expected.width} x {expected.height}"
     again = io.BytesIO()
-    expected.save(again, "JPEG", quality=info.quality)
+    expected.save(again, "JPEG", quality=info.quality or WriteOptions.quality)
     bound = psnr(Image.open(again).convert("RGB"), expected) - _SLACK_DB
     ratio = psnr(stored, expected)
     return ratio if ratio >= bound else f"{ratio:.1f} dB from {name}, a JPEG of it has {bound + _SLACK_DB:.1f}"

@@ -19,7 +19,7 @@ from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.index import check_subset_size
 from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.subset import balanced_subset
-from mrmae_ds.data.convert.writer import write_beton
+from mrmae_ds.data.convert.writer import record_copies, write_beton
 from mrmae_ds.data.types import ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
@@ -58,7 +58,6 @@ class FashionMNIST:
         if count is not None:
             if not 0 < count <= len(self.labels):
                 raise UserError(f"the {part} count must be in 1..{len(self.labels)}, not {count}")
-            check_subset_size(count, self.labels, part)
             self.rows = balanced_subset(self.labels, count)
 
     def __len__(self) -> int:
@@ -149,7 +148,10 @@ def write_fashion_mnist(output: Output, source: str = "auto") -> list[BetonInfo]
         "train": FashionMNIST(folder, "train", output.train_count),
         "val": FashionMNIST(folder, "val", output.val_count),
     }
-    return [
+    for part, count in (("train", output.train_count), ("val", output.val_count)):
+        if count is not None:
+            check_subset_size(count, parts[part].labels, part)
+    written = [
         write_beton(
             dataset,
             output.folder / f"{part}.beton",
@@ -160,3 +162,5 @@ def write_fashion_mnist(output: Output, source: str = "auto") -> list[BetonInfo]
         )
         for part, dataset in parts.items()
     ]
+    record_copies(written[1].path, parts["val"], written[0].path, parts["train"])
+    return written

@@ -14,7 +14,7 @@ import numpy as np
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.index import FileStore, ImageIndex
 from mrmae_ds.data.convert.options import Output
-from mrmae_ds.data.convert.parts import write_parts
+from mrmae_ds.data.convert.parts import split_validation, write_parts
 from mrmae_ds.data.convert.splits import (
     check_same_classes,
     count_ignored,
@@ -26,7 +26,6 @@ from mrmae_ds.data.convert.splits import (
     kind_of,
     list_folder,
 )
-from mrmae_ds.data.convert.subset import split_off
 from mrmae_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -151,17 +150,8 @@ def open_folder(
         _report(train_root, "train", train, class_names)
         _report(val_root, "val", val, class_names)
         return train, val, class_names
-    if not 0 < val_fraction < 1:
-        raise UserError(f"the validation fraction must be between 0 and 1, not {val_fraction}")
     _report(train_root, f"train, and {val_fraction:g} of each class as val", train, class_names)
-    single = [class_names[label] for label, count in enumerate(np.bincount(train.labels)) if count == 1]
-    if single:
-        raise UserError(
-            f"{train_root}: the class {single[0]} has a single image, none is left for validation; add images, remove "
-            "the class, or make a folder val"
-        )
-    first, second = split_off(train.labels, val_fraction)
-    return train.take(first), train.take(second), class_names
+    return *split_validation(train, val_fraction, class_names, train_root), class_names
 
 
 def _report(folder: Path, use: str, images: ImageIndex, class_names: Sequence[str]) -> None:

@@ -7,21 +7,25 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.folder import scan
 from mrmae_ds.data.convert.imagenet_labels import VAL_FILE, WORDNET_ID, read_class_names, read_val_labels
-from mrmae_ds.data.convert.index import FileStore, ImageIndex
+from mrmae_ds.data.convert.index import FileStore, ImageIndex, Store
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.parts import write_parts
 from mrmae_ds.data.convert.splits import check_same_classes, find_classes, kind_of
+from mrmae_ds.data.convert.tar_files import TarStore, list_members
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 
 logger = logging.getLogger(__name__)
 
+TRAIN_ARCHIVE, VAL_ARCHIVE = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _ROOTS = (".", "ILSVRC/Data/CLS-LOC", "Data/CLS-LOC")  # the second is Kaggle's
 _DEVKIT = "ILSVRC2012_devkit_t12/data"
 _LABEL_FILES = (
@@ -54,6 +58,11 @@ class ImageNetSource:
     allow_partial: bool = False
 
     @property
+    def has_tree(self) -> bool:
+        """True if the training archive is unpacked."""
+        return any((self.root / place / "train").is_dir() for place in _ROOTS)
+
+    @property
     def images(self) -> Path:
         """Folder of train/ and val/.
 
@@ -62,7 +71,10 @@ class ImageNetSource:
         """
         root = next((self.root / place for place in _ROOTS if (self.root / place / "train").is_dir()), None)
         if root is None:
-            raise UserError(f"{self.root}: has no train/; expected {self.root}/train/n01440764/*.JPEG and val/ beside")
+            raise UserError(
+                f"{self.root}: has neither train/ nor {TRAIN_ARCHIVE}; expected {self.root}/train/n01440764/*.JPEG and "
+                "val/ beside"
+            )
         return root
 
     @property
@@ -91,6 +103,12 @@ def open_imagenet(source: ImageNetSource) -> tuple[ImageIndex, ImageIndex, list[
     Raises:
         UserError: for a tree of another shape, labels that do not match, and other counts than the published ones.
     """
+    archive = source.root / TRAIN_ARCHIVE
+    if not source.has_tree and archive.is_file():
+        train, wnids = _open_train_archive(archive)
+        val = _open_val(source, source.root / "val", wnids)
+        _check_counts(source, len(wnids), len(train), len(val))
+        return train, val, wnids
     images = source.images
     wnids, _ = find_classes(images / "train", nested=False)
     invalid = [name for name in wnids if not WORDNET_ID.fullmatch(name)]
@@ -104,12 +122,24 @@ def open_imagenet(source: ImageNetSource) -> tuple[ImageIndex, ImageIndex, list[
 
 def _open_val(source: ImageNetSource, folder: Path, wnids: list[str]) -> ImageIndex:
     """Open the validation images, from class folders or from a single one."""
+    archive = source.root / VAL_ARCHIVE
+    if not folder.is_dir() and archive.is_file():
+        members = sorted((Path(member.name).name, member) for member in list_members(archive))
+        return _join_labels(source, members, TarStore(), archive, wnids)
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; unpack ILSVRC2012_img_val.tar there")
+        raise UserError(f"{folder}: no such folder; unpack {VAL_ARCHIVE} there, or put it into {source.root}")
     class_folders = [entry.name for entry in folder.iterdir() if entry.is_dir() and WORDNET_ID.fullmatch(entry.name)]
     if class_folders:
         check_same_classes(folder.parent, wnids, class_folders)
         return scan(folder, wnids)
+    files = [(path.name, str(path)) for path in sorted(folder.iterdir())]
+    return _join_labels(source, files, FileStore(), folder, wnids)
+
+
+def _join_labels(
+    source: ImageNetSource, files: Sequence[tuple[str, Any]], store: Store, folder: Path, wnids: Sequence[str]
+) -> ImageIndex:
+    """Join named places of validation images with their WordNet ids by the numbers in their names."""
     labels_file = source.labels_file
     if labels_file is None:
         raise UserError(
@@ -117,33 +147,42 @@ def _open_val(source: ImageNetSource, folder: Path, wnids: list[str]) -> ImageIn
             f"{Path(_LABEL_FILES[3]).name} into {source.root}, or pass a file with --val-labels"
         )
     wnid_of = read_val_labels(labels_file, wnids, source.synsets_file)
-    return _open_flat(folder, wnid_of, wnids, labels_file, source.allow_partial)
-
-
-def _open_flat(
-    folder: Path, wnid_of: dict[int, str], wnids: Sequence[str], labels_file: Path, allow_partial: bool
-) -> ImageIndex:
-    """Join the images of one folder with their WordNet ids by the numbers in their names."""
     label_of = {wnid: label for label, wnid in enumerate(wnids)}
-    paths, labels, ignored = [], [], Counter[str]()
-    for path in sorted(folder.iterdir()):
-        match = VAL_FILE.fullmatch(path.name)
+    places, labels, ignored = [], [], Counter[str]()
+    for name, place in files:
+        match = VAL_FILE.fullmatch(name)
         if match is None or not match[2]:
-            ignored[kind_of(path.name)] += 1
+            ignored[kind_of(name)] += 1
             continue
         wnid = wnid_of.get(int(match[1]))
         if wnid is None:
-            raise UserError(f"{labels_file}: has no label of {path.name}")
+            raise UserError(f"{labels_file}: has no label of {name}")
         if wnid in label_of:
-            paths.append(str(path))
+            places.append(place)
             labels.append(label_of[wnid])
-        elif allow_partial:
+        elif source.allow_partial:
             ignored["of classes that train/ lacks"] += 1
         else:
-            raise UserError(f"{labels_file}: {path.name} is of {wnid}, of which train/ has no folder")
-    if not paths:
+            raise UserError(f"{labels_file}: {name} is of {wnid}, of which train/ has no folder")
+    if not places:
         raise UserError(f"{folder}: no images ILSVRC2012_val_*.JPEG of the classes of train/")
-    return ImageIndex(FileStore(), paths, np.array(labels, dtype=np.int64), ignored)
+    return ImageIndex(store, places, np.array(labels, dtype=np.int64), ignored)
+
+
+def _open_train_archive(path: Path) -> tuple[ImageIndex, list[str]]:
+    """Index the training archive, an archive of an archive for each class, without unpacking; returns the ids too."""
+    archives = {Path(member.name).stem: member for member in list_members(path)}
+    wnids = sorted(archives)
+    invalid = [name for name in wnids if not WORDNET_ID.fullmatch(name)]
+    if invalid or not wnids:
+        raise UserError(f"{path}: holds {invalid[0] if invalid else 'nothing'}, expected n01440764.tar ...")
+    places: list[Any] = []
+    labels: list[int] = []
+    for label, wnid in enumerate(tqdm(wnids, desc=f"index {path.name}", unit="class")):
+        members = sorted(list_members(path, archives[wnid]), key=lambda member: member.name)
+        places += members
+        labels += [label] * len(members)
+    return ImageIndex(TarStore(), places, np.array(labels, dtype=np.int64)), wnids
 
 
 def _check_counts(source: ImageNetSource, classes: int, train: int, val: int) -> None:

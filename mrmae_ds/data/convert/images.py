@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import stat
 import warnings
 from collections.abc import Iterator
@@ -41,12 +42,26 @@ def open_image(path: str | Path) -> Image.Image:
         raise ImageError("not a regular file")  # opening a pipe would block forever
     if status.st_size == 0:
         raise ImageError("empty file")
+    return _open(path)
+
+
+def open_content(content: bytes) -> Image.Image:
+    """Open the content of an image file without decoding it; see ``open_image``."""
+    if not content:
+        raise ImageError("empty file")
+    return _open(io.BytesIO(content))
+
+
+def _open(source: str | Path | io.BytesIO) -> Image.Image:
     Image.init()
     try:
-        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+        return Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])
     except UnidentifiedImageError:
-        with open(path, "rb") as file:
-            head = file.read(12)
+        if isinstance(source, io.BytesIO):
+            head = source.getvalue()[:12]
+        else:
+            with open(source, "rb") as file:
+                head = file.read(12)
         if head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS:
             raise ImageError("HEIC, which Pillow cannot read: convert it to JPEG") from None
         kinds = ", ".join(FORMATS)

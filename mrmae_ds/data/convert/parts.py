@@ -6,10 +6,43 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output
-from mrmae_ds.data.convert.writer import check_outputs, write_beton
+from mrmae_ds.data.convert.subset import split_off
+from mrmae_ds.data.convert.writer import check_outputs, record_copies, write_beton
+from mrmae_ds.errors import UserError
+
+
+def split_validation(
+    images: ImageIndex, fraction: float, class_names: Sequence[str], source: Path
+) -> tuple[ImageIndex, ImageIndex]:
+    """Split the same share of every class off for validation, the same images each time.
+
+    Args:
+        images: all images.
+        fraction: the share, between 0 and 1.
+        class_names: in the order of the labels.
+        source: of the images, for the error.
+
+    Returns:
+        The training set and the validation set.
+
+    Raises:
+        UserError: if ``fraction`` is out of range, or a class has one image only.
+    """
+    if not 0 < fraction < 1:
+        raise UserError(f"the validation fraction must be between 0 and 1, not {fraction}")
+    single = [class_names[label] for label, count in enumerate(np.bincount(images.labels)) if count == 1]
+    if single:
+        raise UserError(
+            f"{source}: the class {single[0]} has a single image, none is left for validation; add images, remove the "
+            "class, or make a folder val"
+        )
+    first, second = split_off(images.labels, fraction)
+    return images.take(first), images.take(second)
 
 
 def write_parts(
@@ -40,7 +73,7 @@ def write_parts(
     parts = {"train": train.limited(counts["train"], "train"), "val": val.limited(counts["val"], "val")}
     paths = {part: output.folder / f"{part}.beton" for part in parts}
     check_outputs(paths.values())
-    return [
+    written = [
         write_beton(
             dataset,
             paths[part],
@@ -53,3 +86,5 @@ def write_parts(
         )
         for part, dataset in parts.items()
     ]
+    record_copies(paths["val"], parts["val"], paths["train"], parts["train"])
+    return written

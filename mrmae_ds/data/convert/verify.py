@@ -11,7 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mrmae_ds.data.beton.file import BetonFile
+from mrmae_ds.data.beton.copies import describe_copies, find_copies
+from mrmae_ds.data.beton.file import RAW, BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
 from mrmae_ds.data.convert.skipped import format_list, report_path
 from mrmae_ds.data.types import IntArray
@@ -37,21 +38,47 @@ def verify_beton(path: str | Path) -> BetonInfo:
     info = check_beton(path)
     if file_sha256(info.path) != info.sha256:
         raise UserError(f"{path}: its SHA-256 differs from its sidecar's, so it changed: copy or write it again")
-    problems = list(_problems(info))
+    problems = list(find_problems(info, read_sidecar(path)))
     if problems:
         raise UserError(format_list(f"{path}: {len(problems)} bad samples or counts; write it again:", problems))
     return info
 
 
-def _problems(info: BetonInfo) -> Iterator[str]:
-    """Yield one line for each fault."""
+def find_stored_copies(info: BetonInfo) -> list[str]:
+    """Find the exact copies in a file, also of images of the train.beton beside a val.beton.
+
+    Returns:
+        Lines for the terminal that name the rows.
+    """
+    beside = info.path.with_name("train.beton")
+    train = check_beton(beside) if info.path.name == "val.beton" and beside.is_file() else None
+    file = BetonFile(info)
+
+    def name(row: int) -> str:
+        return f"sample {row} ({info.class_names[file.labels[row]]})"
+
+    copies = find_copies(file, BetonFile(train) if train else None)
+    found = copies.describe(train, name, lambda row: f"{beside.name}'s sample {row}")
+    return describe_copies(found, info.num_samples)
+
+
+def find_problems(info: BetonInfo, sidecar: dict[str, Any]) -> Iterator[str]:
+    """Check every sample.
+
+    Args:
+        info: the data set.
+        sidecar: its sidecar, or {} if there is none yet.
+
+    Yields:
+        One line for each fault.
+    """
     file = BetonFile(info)
     labels, rows = file.labels, np.arange(info.num_samples)
     strange = (labels < 0) | (labels >= info.num_classes)
     for row in rows[(file.indices != rows) | strange]:
         yield f"sample {row}: index {file.indices[row]}, label {labels[row]} of {info.num_classes}"
     counts = np.bincount(labels[~strange], minlength=info.num_classes).tolist()
-    described = read_sidecar(info.path).get("class_counts") or counts
+    described = sidecar.get("class_counts") or counts
     for name, count, expected in zip(info.class_names, counts, described, strict=True):
         if count != expected:
             yield f"class {name}: {count:,} images, {expected:,} in the sidecar"
@@ -68,7 +95,9 @@ def _problems(info: BetonInfo) -> Iterator[str]:
 def _sizes(file: BetonFile, rows: IntArray) -> Iterator[tuple[int, str]]:
     """Yield the samples whose JPEG's size differs from the file's table, or that are no JPEG."""
     for row in rows.tolist():
-        height, width = file.table[row, 2:].tolist()
+        height, width, mode = file.table[row, 2:].tolist()
+        if mode == RAW:
+            continue
         try:
             with Image.open(io.BytesIO(file.jpeg(row)), formats=["JPEG"]) as image:
                 if image.size != (width, height):
@@ -90,15 +119,15 @@ def _damaged(file: BetonFile, rows: IntArray) -> list[int]:
     try:
         check_backend("ffcv")
     except UserError:
-        return [row for row in rows.tolist() if not _decodes(file.jpeg(row))]
+        return [row for row in rows.tolist() if not _decodes(file, row)]
     from mrmae_ds.data.loaders.ffcv_decoder import damaged_rows
 
     return damaged_rows(file, rows).tolist()
 
 
-def _decodes(jpeg: bytes) -> bool:
+def _decodes(file: BetonFile, row: int) -> bool:
     try:
-        Image.open(io.BytesIO(jpeg)).load()
+        file.image(row)
     except (OSError, ValueError, SyntaxError):
         return False
     return True
@@ -117,7 +146,7 @@ def describe_beton(path: str | Path) -> str:
         f"{info.path}: {info.name}, {info.num_samples:,} images, {info.num_classes} classes ({names}), "
         f"{info.size / 1e6:.1f} MB",
         f"  source    {info.source}",
-        f"  images    JPEG quality {info.quality}, longer side at most {info.max_side} pixels"
+        f"  images    {_quality(info, sidecar)}, longer side at most {info.max_side} pixels"
         + _listing(", ", sidecar.get("converted")),
         f"  written   {sidecar.get('written', 'unknown')} with "
         + ", ".join(f"{name} {number}" for name, number in sidecar["versions"].items()),
@@ -134,10 +163,16 @@ def describe_beton(path: str | Path) -> str:
         )
     if sidecar.get("ignored"):
         lines.append(f"  ignored   {_listing('', sidecar['ignored'])}")
+    lines += [f"  copies    {line}" for line in describe_copies(sidecar.get("copies"), info.num_samples)]
     if sidecar.get("skipped"):
         where = report_path(info.path).name
         lines.append(f"  left out  {len(sidecar['skipped']):,} that cannot be read, listed in {where}")
     return "\n".join(lines)
+
+
+def _quality(info: BetonInfo, sidecar: dict[str, Any]) -> str:
+    """Return how the images are stored."""
+    return f"JPEG quality {info.quality}" if info.quality else "as FFCV wrote them, " + _listing("", sidecar["modes"])
 
 
 def _listing(start: str, counts: dict[str, int] | None) -> str:

@@ -9,7 +9,7 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,9 +20,10 @@ import numpy as np
 from PIL import Image, features
 from tqdm import tqdm
 
-from mrmae_ds.data.beton.file import tables_sha256
+from mrmae_ds.data.beton.copies import find_copies
+from mrmae_ds.data.beton.file import BetonFile, tables_sha256
 from mrmae_ds.data.beton.file_writer import BetonWriter
-from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
+from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.pool import map_in_order
@@ -124,7 +125,35 @@ def write_beton(
             # A .beton never stands beside the sidecar of another.
             sidecar_path(path).unlink(missing_ok=True)
         write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
+        record_copies(path, dataset)
     return check_beton(path)
+
+
+def record_copies(
+    path: Path, dataset: ImageDataset, train_path: Path | None = None, train: ImageDataset | None = None
+) -> None:
+    """Count and name the exact copies in a written file, and write them into its sidecar.
+
+    Args:
+        path: the .beton.
+        dataset: the images that it was made from, for their names.
+        train_path: the .beton of the training set, to find validation images that are copies of its images.
+        train: the images that it was made from.
+    """
+    info, train_info = check_beton(path), check_beton(train_path) if train_path else None
+    copies = find_copies(BetonFile(info), BetonFile(train_info) if train_info else None)
+    sidecar = read_sidecar(path)
+    sidecar["copies"] = copies.describe(
+        train_info, _stored_name(path, dataset), _stored_name(train_path or path, train or dataset)
+    )
+    write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
+
+
+def _stored_name(path: Path, dataset: ImageDataset) -> Callable[[int], str]:
+    """Return the function that names a row of the file; the data set has the images that were left out as well."""
+    skipped = [entry["row"] for entry in read_sidecar(path)["skipped"]]
+    rows = np.setdiff1d(np.arange(len(dataset)), skipped)
+    return lambda row: _name(dataset, int(rows[row]))
 
 
 def check_outputs(paths: Iterable[Path]) -> None:
@@ -201,7 +230,7 @@ def _describe(partial: Path, tally: _Tally, options: WriteOptions, class_names: 
         "size": partial.stat().st_size,
         "sha256": file_sha256(partial),
         "tables_sha256": tables_sha256(np.memmap(partial, dtype=np.uint8, mode="r").view(np.ndarray)),
-        "versions": dict(_versions()),
+        "versions": dict(record_versions()),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(tally.seconds, 3),
         "cpu_seconds": round(tally.cpu_seconds, 3),
@@ -275,7 +304,7 @@ def _disk_errors(path: Path) -> Iterator[None]:
         raise UserError(f"{path}: cannot be written ({error})") from error
 
 
-def _versions() -> Iterator[tuple[str, str]]:
+def record_versions() -> Iterator[tuple[str, str]]:
     """Yield the versions of the packages that shaped the file."""
     for package in _RECORDED:
         try:

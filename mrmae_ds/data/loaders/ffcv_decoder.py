@@ -67,7 +67,7 @@ class Decoded:
 
 
 class BoxDecoder(SimpleRGBImageDecoder):
-    """Decoder for an ``RGBImageField`` in JPEG mode, with square output.
+    """Decoder for an ``RGBImageField`` of JPEGs and raw images, with square output.
 
     Args:
         size: S, pixels.
@@ -83,7 +83,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
     def __init__(self, size: int, file: BetonFile, threads: int) -> None:
         super().__init__()
         self.size = size
-        self.table, self.checksums = file.table, file.checksums
+        self.table, self.checksums, self.fields = file.table, file.checksums, file.names
         self.boxes: Callable[[IntArray, IntArray, IntArray], IntArray | FloatArray] | None = None
         self.beyond = False
         self.torch_threads = torch.get_num_threads()
@@ -150,7 +150,7 @@ def build_stock_loader(path: Path, decoder: BoxDecoder, *, batch_size: int, thre
     enabled = Compiler.is_enabled
     Compiler.set_enabled(False)
     try:
-        pipelines = {"image": [decoder], "label": None, "index": None, "adler32": None}
+        pipelines = {**dict.fromkeys(decoder.fields), "image": [decoder]}
         return Loader(str(path), batch_size=batch_size, num_workers=threads, os_cache=True, pipelines=pipelines)
     finally:
         Compiler.set_enabled(enabled)

@@ -239,14 +239,15 @@ def _to_rgb(columns, pixels):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True)
-def _resize(planes, sides, box, beyond, image, scratch, thread):  # type: ignore[no-untyped-def]
+def _resize(planes, sides, box, beyond, raw, image, scratch, thread):  # type: ignore[no-untyped-def]
     """Resize a box of three planes and convert it to RGB.
 
     Args:
-        planes: luma, Cb, Cr, uint8 [height, width], padded to whole chroma samples.
+        planes: luma, Cb, Cr, or R, G, B if ``raw``, uint8 [height, width], padded to whole chroma samples.
         sides: height and width without padding.
         box: float64 [5]; see ``decode``.
         beyond: see ``decode``.
+        raw: True for planes that are RGB already.
         image: uint8 [S, S, 3], written.
         scratch: memory of the threads.
         thread: index of this thread.
@@ -276,7 +277,12 @@ def _resize(planes, sides, box, beyond, image, scratch, thread):  # type: ignore
             across = 1 if plane == 0 else 3
             first = firsts[across, x] - used[across, 1]
             _reduce_column(reduced[plane], first, weights[across, x], used[across, 0], columns[plane])
-        _to_rgb(columns, pixels)
+        if raw:
+            for plane in range(3):
+                for y in range(image.shape[0]):
+                    pixels[plane, y] = _byte(np.int32(columns[plane, y] << 14))
+        else:
+            _to_rgb(columns, pixels)
         for y in range(image.shape[0]):
             for channel in range(3):
                 image[y, x, channel] = pixels[channel, y]
@@ -304,8 +310,9 @@ def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status)
 
     Args:
         file: uint8 [bytes], the whole .beton, mapped.
-        table: int64 [N, 4]: offset and length of each JPEG in ``file``, its height and width.
-        checksums: int64 [N], Adler-32 of each JPEG; -1 where it is unknown.
+        table: int64 [N, 5]: offset and length of each image in ``file``, its height and width, and 1 for raw RGB
+            pixels instead of a JPEG.
+        checksums: int64 [N], Adler-32 of each image; -1 where it is unknown.
         rows: int64 [B], the samples.
         boxes: float64 [B, 5]: top, left, height, width (pixels of the stored image), 1 if mirrored.
         beyond: True includes pixels outside the box in the filter at its border, as resizing before cropping does;
@@ -317,13 +324,29 @@ def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status)
     threads = scratch.handles.size
     for thread in prange(threads):
         for b in range(thread, rows.shape[0], threads):
-            offset, length, height, width = table[rows[b]]
+            offset, length, height, width, raw = table[rows[b]]
             source = np.uint64(file.ctypes.data) + np.uint64(offset)
             handle, header, pointers = scratch.handles[thread], scratch.header[thread], scratch.pointers[thread]
             place = np.uint64(header.ctypes.data)
             four, eight, twelve = np.uint64(4), np.uint64(8), np.uint64(12)
             status[b] = DAMAGED
             if checksums[rows[b]] >= 0 and checksums[rows[b]] != _adler32(file[offset : offset + length]):
+                continue
+            memory = scratch.planes[thread]
+            if raw:
+                if length != 3 * height * width:
+                    continue
+                interleaved = file[offset : offset + length].reshape((height, width, 3))
+                area = height * width
+                red, green = memory[:area].reshape((height, width)), memory[area : 2 * area].reshape((height, width))
+                blue = memory[2 * area : 3 * area].reshape((height, width))
+                for y in range(height):
+                    for x in range(width):
+                        red[y, x] = interleaved[y, x, 0]
+                        green[y, x] = interleaved[y, x, 1]
+                        blue[y, x] = interleaved[y, x, 2]
+                _resize((red, green, blue), (height, width), boxes[b], beyond, True, images[b], scratch, thread)
+                status[b] = 0
                 continue
             if _read_header(handle, source, np.uint64(length), place, place + four, place + eight, place + twelve):
                 continue
@@ -335,7 +358,6 @@ def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status)
                 continue
             across, down = -(-width // wider), -(-height // higher)
             luma, chroma = across * wider * down * higher, across * down
-            memory = scratch.planes[thread]
             pointers[0] = np.uint64(memory.ctypes.data)
             pointers[1] = pointers[0] + np.uint64(luma)
             pointers[2] = pointers[1] + np.uint64(chroma)
@@ -346,5 +368,5 @@ def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status)
                 memory[luma : luma + chroma].reshape((down, across)),
                 memory[luma + chroma : luma + 2 * chroma].reshape((down, across)),
             )
-            _resize(planes, (height, width), boxes[b], beyond, images[b], scratch, thread)
+            _resize(planes, (height, width), boxes[b], beyond, False, images[b], scratch, thread)
             status[b] = 0

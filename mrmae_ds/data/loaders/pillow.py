@@ -9,7 +9,6 @@ Shapes: B micro-batch, S image size.
 
 from __future__ import annotations
 
-import io
 import multiprocessing.queues
 import os
 from collections.abc import Iterator
@@ -56,7 +55,7 @@ class Source(Protocol):
 
 
 class BetonSource:
-    """JPEGs of a .beton."""
+    """Images of a .beton."""
 
     def __init__(self, file: BetonFile) -> None:
         self.file = file
@@ -64,9 +63,7 @@ class BetonSource:
 
     def image(self, row: int) -> Image.Image:
         """Return one sample, RGB."""
-        image = Image.open(io.BytesIO(self.file.jpeg(row)))
-        image.load()
-        return image
+        return self.file.image(row)
 
 
 class _Samples(Dataset[ImageArray | str]):

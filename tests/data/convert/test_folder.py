@@ -215,6 +215,8 @@ def test_fashion_mnist_script_reads_a_folder(idx_files: Path) -> None:
     assert "val.beton: Fashion-MNIST, 20 images, 10 classes" in done.stdout
     done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--num-val-images", "21")
     assert (done.returncode, done.stderr.strip()) == (2, "error: the val count must be in 1..20, not 21")
+    done = _script("fashion_mnist.py", "--out", str(out), "--source", str(idx_files), "--num-val-images", "9")
+    assert done.returncode == 2 and "--num-val-images 9: fewer images than the 10 classes" in done.stderr
 
 
 def test_invalid_fashion_mnist_files_are_errors(idx_files: Path) -> None:

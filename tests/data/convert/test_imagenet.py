@@ -175,7 +175,7 @@ def test_labels_that_do_not_match_are_errors(flat: Path) -> None:
 
 
 def test_unexpected_trees_are_errors(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no train/; expected .*/train/n01440764/"):
+    with pytest.raises(UserError, match=r"has neither train/ nor .*; expected .*/train/n01440764/"):
         open_imagenet(ImageNetSource(tmp_path))
     _train(tmp_path)
     with pytest.raises(UserError, match=r"val: no such folder; unpack ILSVRC2012_img_val\.tar there"):

@@ -58,7 +58,7 @@ def _decode(
     """Return images [B, S, S, 3] and their statuses; sizes are read by Pillow."""
     offsets = np.cumsum([0, *(len(jpeg) for jpeg in jpegs)])
     sides = [Image.open(io.BytesIO(jpeg)).size[::-1] for jpeg in jpegs]
-    table = np.array([[offset, len(jpeg), *side] for offset, jpeg, side in zip(offsets, jpegs, sides, strict=False)])
+    table = np.array([[offset, len(jpeg), *side, 0] for offset, jpeg, side in zip(offsets, jpegs, sides, strict=False)])
     sums = [zlib.adler32(jpeg) for jpeg in jpegs]
     return _decode_table(b"".join(jpegs), table, boxes, size, beyond, threads, sums)
 
@@ -195,7 +195,7 @@ def test_anything_but_an_intact_ycbcr_jpeg_is_damaged() -> None:
         "intact again": sound,
     }
     offsets = np.cumsum([0, *(len(jpeg) for jpeg in cases.values())])
-    table = np.array([[offset, len(jpeg), 301, 203] for offset, jpeg in zip(offsets, cases.values(), strict=False)])
+    table = np.array([[offset, len(jpeg), 301, 203, 0] for offset, jpeg in zip(offsets, cases.values(), strict=False)])
     _, status = _decode_table(b"".join(cases.values()), table, [(0, 0, 301, 203, 0)] * len(cases), 16)
     expected = [0 if name.startswith("intact") else jpeg_kernel.DAMAGED for name in cases]
     assert dict(zip(cases, status, strict=True)) == dict(zip(cases, expected, strict=True))
@@ -210,7 +210,7 @@ def _png() -> bytes:
 @pytest.mark.parametrize("side", [(300, 203), (302, 203), (301, 202), (301, 204), (20, 20), (203, 301)])
 def test_jpeg_of_another_size_is_damaged(side: tuple[int, int]) -> None:
     jpeg = _jpeg(_image(), quality=90)
-    _, status = _decode_table(jpeg, np.array([[0, len(jpeg), *side]]), [(0, 0, 10, 10, 0)], 16)
+    _, status = _decode_table(jpeg, np.array([[0, len(jpeg), *side, 0]]), [(0, 0, 10, 10, 0)], 16)
     assert status == [jpeg_kernel.DAMAGED]
 
 
@@ -218,7 +218,7 @@ def test_jpeg_of_another_size_is_damaged(side: tuple[int, int]) -> None:
 def test_checksum_equals_zlib(more: int) -> None:
     """Vary the length by bytes after the end of the JPEG, which the decoder ignores."""
     jpeg = _jpeg(_image().resize((20, 30)), quality=90) + b"\xff" * more
-    table, box = np.array([[0, len(jpeg), 30, 20]]), [(0, 0, 30, 20, 0)]
+    table, box = np.array([[0, len(jpeg), 30, 20, 0]]), [(0, 0, 30, 20, 0)]
     right = zlib.adler32(jpeg)
     for checksum, status in ((right, 0), (-1, 0), (right ^ 1, jpeg_kernel.DAMAGED), (0, jpeg_kernel.DAMAGED)):
         assert _decode_table(jpeg, table, box, 8, checksums=[checksum])[1] == [status]

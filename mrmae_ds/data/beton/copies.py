@@ -1,0 +1,120 @@
+"""Exact copies among the stored images of one or two .beton files.
+
+Images whose decoded pixels are equal are stored as equal bytes, and their checksums are in the files' tables. So only
+the candidates are read, and nothing is decoded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mrmae_ds.data.beton.file import BetonFile
+from mrmae_ds.data.beton.sidecar import BetonInfo, read_sidecar
+from mrmae_ds.data.types import UIntArray
+
+_MAX_NAMED = 20
+Name = Callable[[int], str]
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Exact copies in a data set.
+
+    Attributes:
+        repeated: pairs of rows of one class; one pair less than the equal images.
+        across_classes: the same for images that are also in another class.
+        of_train: pairs of a row and an equal row of the training set, one for each such row; None without one.
+    """
+
+    repeated: list[tuple[int, int]]
+    across_classes: list[tuple[int, int]]
+    of_train: list[tuple[int, int]] | None
+
+    def describe(self, train: BetonInfo | None, name: Name, train_name: Name) -> dict[str, Any]:
+        """Return the sidecar's description: counts, the training set they refer to, and the first names.
+
+        Args:
+            train: the training set.
+            name: returns the name of a row.
+            train_name: returns the name of a row of the training set.
+        """
+        pairs = [(name(row), name(other)) for row, other in [*self.across_classes, *self.repeated]]
+        pairs = [(name(row), train_name(other)) for row, other in self.of_train or ()] + pairs
+        return {
+            "repeated": len(self.repeated),
+            "across_classes": len(self.across_classes),
+            "of_train": None if self.of_train is None else len(self.of_train),
+            "train": train.sha256 if train else None,
+            "examples": pairs[:_MAX_NAMED],
+        }
+
+
+def find_copies(file: BetonFile, train: BetonFile | None = None) -> Copies:
+    """Find the exact copies in a file, and those of the images of a training set."""
+    keys = _keys(file)
+    train_keys = _keys(train) if train is not None else keys[:0]
+    values, counts = np.unique(keys, return_counts=True)
+    shared = np.union1d(values[counts > 1], np.intersect1d(keys, train_keys))
+    equal: dict[bytes, list[int]] = defaultdict(list)
+    for row in np.flatnonzero(np.isin(keys, shared)).tolist():
+        equal[_digest(file, row)].append(row)
+    known: dict[bytes, int] = {}
+    if train is not None:
+        for row in np.flatnonzero(np.isin(train_keys, shared)).tolist():
+            known.setdefault(_digest(train, row), row)
+    repeated: list[tuple[int, int]] = []
+    across: list[tuple[int, int]] = []
+    for rows in equal.values():
+        for row in rows[1:]:
+            (repeated if file.labels[row] == file.labels[rows[0]] else across).append((row, rows[0]))
+    of_train = sorted((row, known[digest]) for digest, rows in equal.items() if digest in known for row in rows)
+    return Copies(sorted(repeated), sorted(across), of_train if train is not None else None)
+
+
+def count_val_copies(train: BetonInfo, val: BetonInfo) -> int:
+    """Return the number of validation images that are exact copies of training images."""
+    if train.sha256 == val.sha256:
+        return val.num_samples
+    recorded = read_sidecar(val.path).get("copies") or {}
+    if recorded.get("train") == train.sha256:
+        return int(recorded["of_train"])
+    return len(find_copies(BetonFile(val), BetonFile(train)).of_train or ())
+
+
+def _keys(file: BetonFile) -> UIntArray:
+    """Return a number of each image, equal for equal images: its checksum and the lower bits of its length."""
+    lengths = file.table[:, 1].astype(np.uint64) & np.uint64(0xFFFFFFFF)
+    return (file.checksums.astype(np.uint64) << np.uint64(32)) | lengths
+
+
+def _digest(file: BetonFile, row: int) -> bytes:
+    height, width = file.table[row, 2:4].tolist()
+    return hashlib.blake2b(b"%d %d " % (height, width) + file.jpeg(row), digest_size=16).digest()
+
+
+def describe_copies(copies: dict[str, Any] | None, samples: int) -> list[str]:
+    """Return lines for the terminal from the sidecar's description; none if there are no copies.
+
+    Args:
+        copies: ``Copies.describe``; None for files of earlier versions.
+        samples: number of images of the data set.
+    """
+    if not copies:
+        return []
+    kinds = {
+        "of_train": "are exact copies of training images",
+        "across_classes": "are exact copies of an image of another class",
+        "repeated": "are exact copies of another image of their class",
+    }
+    lines = [f"{copies[kind]:,} of {samples:,} images {text}" for kind, text in kinds.items() if copies[kind]]
+    if lines:
+        more = sum(copies[kind] or 0 for kind in kinds) - len(copies["examples"])
+        lines += [f"  {one} = {other}" for one, other in copies["examples"]]
+        lines += [f"  and {more:,} more"] if more > 0 else []
+    return lines

@@ -1,0 +1,146 @@
+"""Data sets that come as several archives or tables: WebDataset's tars, Hugging Face's Parquet and Arrow files."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from mrmae_ds.data.beton.sidecar import BetonInfo
+from mrmae_ds.data.convert.adopt import read_classes
+from mrmae_ds.data.convert.index import ImageIndex
+from mrmae_ds.data.convert.options import Output
+from mrmae_ds.data.convert.parquet import open_tables
+from mrmae_ds.data.convert.parts import split_validation, write_parts
+from mrmae_ds.data.convert.splits import part_of_file
+from mrmae_ds.data.convert.tar_files import open_shards
+from mrmae_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Kind = Literal["tars", "parquet"]
+_SUFFIXES = {"tars": (".tar",), "parquet": (".parquet", ".arrow")}
+
+
+@dataclass(frozen=True)
+class ShardOptions:
+    """Options of reading shards.
+
+    Attributes:
+        val_fraction: share of each class that becomes validation data where no shard is named like val.
+        class_names: file of the names, a line for each label from 0; None takes those of the files, or the numbers.
+        image_column: of tables; None is the one of a usual type or name.
+        label_column: the same for labels.
+    """
+
+    val_fraction: float = 0.1
+    class_names: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+
+
+def find_shards(source: Path, kind: Kind) -> dict[str, list[Path]]:
+    """Find the files below a folder by their part, and print which are taken for what.
+
+    Args:
+        source: the folder; ``part_of_file`` says which names are parts.
+        kind: of the files.
+
+    Returns:
+        The files, sorted, by "train", "val" and "test". Files without a part's name are "train".
+
+    Raises:
+        UserError: if there are none, if some have a part's name and some do not, or none is for training.
+    """
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder")
+    found: dict[str | None, list[Path]] = defaultdict(list)
+    for path in sorted(source.rglob("*")):
+        inner = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in inner.parts) or path.name.startswith("cache-")
+        if path.is_file() and path.suffix in _SUFFIXES[kind] and not hidden:
+            found[part_of_file(str(inner))].append(path)
+    unnamed = found.pop(None, [])
+    if unnamed and found:
+        raise UserError(f"{source}: {unnamed[0].name} is named like no part, other files are; rename or move it away")
+    parts = {"train": unnamed} if unnamed else {str(part): paths for part, paths in found.items()}
+    if "train" not in parts:
+        raise UserError(f"{source}: no {' or '.join(_SUFFIXES[kind])} files for training; expected train-*")
+    for part, paths in parts.items():
+        use = "not used" if part == "test" else f"taken as {part}"
+        logger.info("%s: %d files, %s ... %s: %s", source, len(paths), paths[0].name, paths[-1].name, use)
+    return parts
+
+
+def open_parts(source: Path, kind: Kind, options: ShardOptions) -> tuple[ImageIndex, ImageIndex, list[str]]:
+    """Open a data set of shards.
+
+    Args:
+        source: the folder.
+        kind: of the files.
+        options: of reading.
+
+    Returns:
+        The training set, the validation set and the class names.
+
+    Raises:
+        UserError: for files of another form, labels without a class, and classes without images.
+    """
+    parts = find_shards(source, kind)
+    names = read_classes(Path(options.class_names)) if options.class_names else None
+    train, stated = _open(parts["train"], kind, options)
+    names = names or stated or [str(label) for label in range(int(train.labels.max()) + 1)]
+    if "val" in parts:
+        val, of_val = _open(parts["val"], kind, options)
+        if of_val != stated:
+            raise UserError(f"{source}: the files for train and for val state different classes")
+    else:
+        _check_labels(train, names, source)
+        train, val = split_validation(train, options.val_fraction, names, source)
+    for images in (train, val):
+        _check_labels(images, names, source)
+    return train, val, names
+
+
+def _open(paths: Sequence[Path], kind: Kind, options: ShardOptions) -> tuple[ImageIndex, list[str] | None]:
+    if kind == "tars":
+        return open_shards(paths), None
+    return open_tables(paths, options.image_column, options.label_column)
+
+
+def _check_labels(images: ImageIndex, names: Sequence[str], source: Path) -> None:
+    """Check that every label has a class, and every class an image."""
+    highest = int(images.labels.max())
+    if highest >= len(names):
+        raise UserError(f"{source}: has the label {highest}, but there are {len(names)} classes, from 0")
+    counts = np.bincount(images.labels, minlength=len(names))
+    empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
+    if empty:
+        raise UserError(f"{source}: no image of the class {', '.join(empty[:10])} in one of train and val")
+
+
+def write_shards(source: str | Path, output: Output, kind: Kind, options: ShardOptions) -> list[BetonInfo]:
+    """Write a data set of shards as train.beton and val.beton.
+
+    Args:
+        source: the folder.
+        output: the files; the default name is the folder's.
+        kind: of the files.
+        options: of reading.
+
+    Returns:
+        The written data sets.
+
+    Raises:
+        UserError: as ``open_parts`` and ``write_beton`` do.
+    """
+    source = Path(source)
+    train, val, names = open_parts(source, kind, options)
+    output = replace(output, name=output.name or os.path.basename(source.resolve()))
+    return write_parts(train, val, output, names, source, {"layout": kind, **asdict(options)})

@@ -1,0 +1,187 @@
+"""WebDataset, Hugging Face files and ImageNet's archives give the same bytes as a tree of the same images."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mrmae_ds.cli.main import main
+from mrmae_ds.data.beton.sidecar import check_beton
+from mrmae_ds.data.convert.compare import compare_with_source
+from mrmae_ds.data.convert.imagenet import ImageNetSource, open_imagenet, write_imagenet
+from mrmae_ds.data.convert.options import Output, WriteOptions
+from mrmae_ds.data.convert.shards import ShardOptions, find_shards, open_parts
+from mrmae_ds.data.convert.writer import write_beton
+from mrmae_ds.errors import UserError
+from tests.support.jpegs import stored_jpegs
+from tests.support.sample_data import photograph
+
+pytestmark = pytest.mark.timeout(120, method="thread")
+NAMES = ["finch", "wren"]
+SAMPLES = [(number, number % 2) for number in range(8)]
+
+
+def _png(number: int) -> bytes:
+    stream = io.BytesIO()
+    photograph().crop((9 * number, 0, 9 * number + 40, 30)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def _tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def _expected(folder: Path, numbers: Iterable[int]) -> list[tuple[bytes, int, int]]:
+    """Return what the same images give as a plain data set."""
+    images = [(Image.open(io.BytesIO(_png(number))), number % 2) for number in numbers]
+    path = folder / "expected.beton"
+    write_beton(images, path, WriteOptions(workers=1), class_names=NAMES, name="x", source="x")  # type: ignore[arg-type]
+    return stored_jpegs(path)
+
+
+def _webdataset(folder: Path) -> Path:
+    def sample(number: int, label: int) -> list[tuple[str, bytes]]:
+        text = [(f"a/{number}.cls", str(label).encode()), (f"a/{number}.json", json.dumps({"label": label}).encode())]
+        return [(f"a/{number}.png", _png(number)), text[number % 2], (f"a/{number}.txt", b"a caption")]
+
+    for shard, part in enumerate(("train-000000", "train-000001", "validation-0")):
+        rows = SAMPLES[3 * shard : 3 * shard + 3] if shard < 2 else SAMPLES[6:]
+        _tar(folder / f"{part}.tar", [file for number, label in rows for file in sample(number, label)])
+    (folder / "names.txt").write_text("finch\nwren\n")
+    return folder
+
+
+def test_webdataset_gives_the_bytes_of_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = _webdataset(tmp_path / "in"), tmp_path / "out"
+    arguments = ["--class-names", str(source / "names.txt"), "--workers", "2"]
+    assert main(["data", "tars", str(source), "--out", str(out), *arguments]) == 0
+    printed = capsys.readouterr()
+    assert "2 files, train-000000.tar ... train-000001.tar: taken as train" in printed.err
+    assert "ignored   6 .txt" in printed.out
+    assert stored_jpegs(out / "train.beton") == _expected(tmp_path, range(6))
+    assert stored_jpegs(out / "val.beton") == _expected(tmp_path, range(6, 8))
+    assert check_beton(out / "val.beton").class_names == ("finch", "wren")
+    assert compare_with_source(out / "train.beton", source, 10) > 25
+
+
+def test_shards_that_are_refused(tmp_path: Path) -> None:
+    def message() -> str:
+        with pytest.raises(UserError) as caught:
+            open_parts(tmp_path, "tars", ShardOptions())
+        return str(caught.value)
+
+    assert "no .tar files for training" in message()
+    _tar(tmp_path / "x.tar", [("1.png", _png(1))])
+    assert "1.png has no label" in message()
+    _tar(tmp_path / "x.tar", [("1.png", _png(1)), ("1.cls", b"cat")])
+    assert "1.cls is no label" in message()
+    _tar(tmp_path / "x.tar", [("1.png", _png(1)), ("1.jpg", _png(2)), ("1.cls", b"0")])
+    assert "two images of one sample" in message()
+    _tar(tmp_path / "x.tar", [("1.png", _png(1)), ("1.cls", b"0"), ("2.png", _png(1)), ("2.cls", b"2")])
+    assert "no image of the class 1" in message() or "single image" in message()
+    content = (tmp_path / "x.tar").read_bytes()
+    for length in (1000, 512 * 3 + 100, len(content.rstrip(b"\0")) // 512 * 512 + 512):
+        (tmp_path / "x.tar").write_bytes(content[:length])
+        assert "no complete, uncompressed tar archive" in message()
+    _tar(tmp_path / "train-0.tar", [])
+    with pytest.raises(UserError, match=r"x\.tar is named like no part"):
+        find_shards(tmp_path, "tars")
+
+
+def _table(rows: Iterable[tuple[int, int]], names: list[str] | None = NAMES) -> Any:
+    pa = pytest.importorskip("pyarrow")
+    rows = list(rows)
+    images = [{"bytes": _png(number), "path": f"{number}.png"} for number, _ in rows]
+    table = pa.table({"image": images, "label": pa.array([label for _, label in rows], pa.int64())})
+    features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow"])
+def test_hugging_face_files_give_the_bytes_of_a_tree(form: str, tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    source, out = tmp_path / "in", tmp_path / "out"
+    for part, rows in (("train", SAMPLES[:6]), ("validation", SAMPLES[6:]), ("test", [(0, -1)])):
+        if form == "parquet":
+            path = source / "data" / f"{part}-00000-of-00001.parquet"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pq.write_table(_table(rows), path, row_group_size=4)
+        else:
+            path = source / part / "data-00000-of-00001.arrow"
+            path.parent.mkdir(parents=True)
+            with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _table(rows).schema) as writer:
+                writer.write_table(_table(rows), max_chunksize=4)
+    assert main(["data", "parquet", str(source), "--out", str(out), "--workers", "2"]) == 0
+    assert stored_jpegs(out / "train.beton") == _expected(tmp_path, range(6))
+    assert stored_jpegs(out / "val.beton") == _expected(tmp_path, range(6, 8))
+    assert check_beton(out / "train.beton").class_names == ("finch", "wren")
+    assert compare_with_source(out / "train.beton", source, 10) > 25
+
+
+def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "x.parquet"
+    command = ["data", "parquet", str(tmp_path), "--out", str(tmp_path / "out"), "--val-fraction", "0.5"]
+
+    def message() -> str:
+        assert main(command) == 2
+        return capsys.readouterr().err
+
+    pq.write_table(_table([(0, -1)]), path)
+    assert "row 0 has the label -1" in message()
+    pq.write_table(_table(SAMPLES, ["finch"]), path)
+    assert "has the label 1, but there are 1 classes" in message()
+    pq.write_table(_table(SAMPLES).rename_columns(["pixels", "target"]).replace_schema_metadata(None), path)
+    assert "0 columns may hold the images, of pixels, target; name it with --image-column" in message()
+    assert main([*command, "--image-column", "pixels", "--label-column", "target", "--workers", "1"]) == 0
+    path.write_bytes(path.read_bytes()[:-9])
+    assert "cannot be read" in message()
+
+
+def test_imagenets_archives_give_the_bytes_of_the_tree(tmp_path: Path) -> None:
+    tree, archives = tmp_path / "tree", tmp_path / "archives"
+    wnids = ["n01440764", "n01443537"]
+    inner = []
+    for wnid in wnids:
+        files = [(f"{wnid}_{number}.JPEG", _png(number)) for number in range(3)]
+        (tree / "train" / wnid).mkdir(parents=True)
+        for name, content in files:
+            (tree / "train" / wnid / name).write_bytes(content)
+        _tar(tmp_path / f"{wnid}.tar", reversed(files))
+        inner.append((f"{wnid}.tar", (tmp_path / f"{wnid}.tar").read_bytes()))
+    val = [(f"ILSVRC2012_val_{number:08}.JPEG", _png(number + 3)) for number in (1, 2, 3)]
+    (tree / "val").mkdir()
+    for name, content in val:
+        (tree / "val" / name).write_bytes(content)
+    _tar(archives / "ILSVRC2012_img_train.tar", reversed(inner))
+    _tar(archives / "ILSVRC2012_img_val.tar", reversed(val))
+    for folder in (tree, archives):
+        (folder / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join([wnids[1], *wnids]))
+    options = WriteOptions(workers=2)
+    for folder in (tree, archives):
+        source = ImageNetSource(folder, allow_partial=True)
+        write_imagenet(source, Output(tmp_path / "out" / folder.name, options=options))
+    for part in ("train", "val"):
+        paths = [tmp_path / "out" / folder.name / f"{part}.beton" for folder in (tree, archives)]
+        assert paths[0].read_bytes() == paths[1].read_bytes()
+        assert compare_with_source(paths[1], archives, 10) > 25
+    damaged = archives / "ILSVRC2012_img_train.tar"
+    damaged.write_bytes(damaged.read_bytes()[:-12000])
+    with pytest.raises(UserError, match=r"ILSVRC2012_img_train\.tar.*no complete, uncompressed tar archive"):
+        open_imagenet(ImageNetSource(archives, allow_partial=True))
