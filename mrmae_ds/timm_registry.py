@@ -77,7 +77,8 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     if identity.family != "cvit":
         return state_dict
     ours = {full.removeprefix(PREFIX): name for name, full in identity.names.items() if full.startswith(PREFIX)}
-    encoder = {name: tensors[original] for name, original in ours.items() if name != "cls_token"}
+    has_token = cast(CViT, model).cls_token is not None
+    encoder = {name: tensors[original] for name, original in ours.items() if name != "cls_token" or has_token}
     if "pos_embed" in encoder:
         encoder["pos_embed"] = fit_pos_embed(encoder["pos_embed"], identity, cast(CViT, model), "the file")
     return encoder

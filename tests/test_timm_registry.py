@@ -121,7 +121,7 @@ def test_settings_reach_the_model() -> None:
         ({"depths": (1, 0, 1)}, "cvit_base.depths.1: .*got 0"),
         ({"num_heads": 5}, "cvit_base: the transformer's width 768 must be a multiple of num_heads 5"),
         ({"dims": (8, 8, 18), "num_heads": 3}, "width 18 .* and of 4"),
-        ({"global_pool": "token"}, "global_pool: 'token' is unknown; CViT has 'avg'"),
+        ({"global_pool": "map"}, "global_pool: 'map' is unknown; CViT has 'avg'"),
     ],
 )
 def test_wrong_settings_are_named(settings: dict[str, Any], message: str) -> None:

@@ -150,7 +150,7 @@ def _encoder_rows(identity: WeightIdentity) -> list[InfoRow]:
         pixels = f"{height}" if height == width else f"{height} x {width}"
         rows.append(("image", f"{pixels} pixels, grid {identity.grid[0]} x {identity.grid[1]}, patch {stride}"))
     if identity.family == "cvit" and identity.prefix_rows:
-        rows.append(("class token", "present with its own position; a CViT does not use it, so it is left out"))
+        rows.append(("class token", "present with its own position; left out, unless the pooling is token"))
     origin = identity.origin
     if statistics := input_statistics(identity.metadata):
         rows.append(("input", statistics))

@@ -50,7 +50,7 @@ from mrmae_ds.config.stages import (
 )
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.models.objectives import PIXELS
-from mrmae_ds.models.sizes import CViTSpec, token_grid
+from mrmae_ds.models.sizes import token_grid
 from mrmae_ds.schema import Section
 
 # Sections that change no result.
@@ -119,8 +119,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _finetuning_suits_the_model(self) -> Recipe:
         stage = self.stages.finetune
-        if stage is not None and stage.pool == "token" and isinstance(self.model.spec(), CViTSpec):
-            raise ConfigError("stages.finetune.pool", "a CViT has no class token; use avg, or a plain ViT")
         for name, size in {"finetune": stage and stage.image_size, "probe": self.stages.probe.image_size}.items():
             try:
                 token_grid(self.model.spec(), size or self.model.image_size)

@@ -243,7 +243,8 @@ class FinetuneConfig(StageConfig):
     Attributes:
         init: ``pretrain`` (this run's own pre-training), ``scratch`` (random), or a run's stage folder or model file.
         image_size: side of the input in pixels; null is the model's. The position embedding is resized to another.
-        pool: input of the head: mean of the patches (``avg``) or class token (``token``, plain ViT only).
+        pool: input of the head: mean of the patches (``avg``) or class token (``token``; a CViT's ``init`` must then
+            have one).
         layer_decay: factor of the learning rate from one layer to the one below it.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0.
         rand_augment: timm's RandAugment policy (``rand-m9-mstd0.5-inc1``); null disables it.

@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from timm.layers import global_pool_nlc
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
@@ -22,7 +23,7 @@ from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
 from mrmae_ds.models.pos_embed import resize_pos_embed, sincos_pos_embed
 from mrmae_ds.models.sizes import CViTSpec, ImageSize, height_width, token_grid
 
-POOLS = ("avg", "max", "avgmax", "")
+POOLS = ("avg", "max", "avgmax", "token", "")
 NORM = partial(nn.LayerNorm, eps=1e-6)
 # Modules and parameters of each stage, which pruning the stage removes.
 STAGES = (
@@ -40,9 +41,10 @@ class CViT(nn.Module):
         img_size: input size in pixels, one side of a square or (height, width); the patches must tile it.
         num_classes: outputs of the head; 0 returns features.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 over all blocks of all stages.
-        global_pool: pooling of the tokens: ``avg`` (the authors'), ``max`` or ``avgmax``, each followed by ``fc_norm``,
-            or ``""`` for no pooling. ``""`` without classes builds the bare encoder for pre-training: no parameters
-            after the blocks, and a frozen position embedding.
+        global_pool: pooling of the tokens: ``avg`` (the authors'), ``max`` or ``avgmax``, each followed by ``fc_norm``;
+            ``token``, a class token that joins the patches in the transformer stage, followed by ``norm``; or ``""``
+            for no pooling. ``""`` without classes builds the bare encoder for pre-training: no parameters after the
+            blocks, and a frozen position embedding.
         drop_rate: dropout before the head.
         in_chans: channels of the input.
 
@@ -50,8 +52,7 @@ class CViT(nn.Module):
         UserError: if the patches do not tile ``img_size``, or for an unknown pooling.
     """
 
-    num_prefix_tokens = 0
-    cls_token: Tensor | None = None
+    cls_token: nn.Parameter | None
 
     def __init__(
         self,
@@ -77,7 +78,11 @@ class CViT(nn.Module):
         self.patch_embed3 = PatchEmbed(c2, c3, p3)
         self.patch_embed4 = nn.Linear(c3, c3)
         bare = num_classes == 0 and not global_pool
-        self.pos_embed = nn.Parameter(sincos_pos_embed(c3, self.grid), requires_grad=not bare)
+        self.num_prefix_tokens = int(global_pool == "token")
+        token = nn.Parameter(torch.zeros(1, 1, c3)) if self.num_prefix_tokens else None
+        self.register_parameter("cls_token", token)
+        positions = sincos_pos_embed(c3, self.grid, self.num_prefix_tokens)
+        self.pos_embed = nn.Parameter(positions, requires_grad=not bare)
         conv = [
             nn.ModuleList(ConvBlock(dim, ratio, next(rates)) for _ in range(depth))
             for dim, depth, ratio in zip(spec.dims[:2], spec.depths[:2], spec.mlp_ratios[:2], strict=True)
@@ -94,6 +99,7 @@ class CViT(nn.Module):
         ]
         self.global_pool = ""
         self.fc_norm: nn.Module = nn.Identity()
+        self.norm: nn.Module = nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
 
@@ -137,20 +143,22 @@ class CViT(nn.Module):
         return self._forward_visible(images, visible, taps)
 
     def forward_features(self, images: Tensor) -> Tensor:
-        """Compute all tokens after the last block, [B, L, C3], of images [B, 3, H, W]."""
-        return self._maps(images, self.num_stages)[-1].flatten(1, 2)
+        """Compute all tokens after the last block, [B, P + L, C3], of [B, 3, H, W]; P is 1 with a class token."""
+        maps = self._maps(images, min(self.num_stages, 2))
+        return self._tokens(maps[-1]) if self.num_stages == len(STAGES) else maps[-1].flatten(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Apply pooling, norm, dropout and the linear layer.
 
         Args:
-            x: tokens [B, L, C3].
+            x: tokens [B, P + L, C3].
             pre_logits: leave out the linear layer.
 
         Returns:
             Logits [B, classes], or features [B, C3]; without pooling [B, L, ...].
         """
-        x = self.head_drop(self.fc_norm(global_pool_nlc(x, self.global_pool, num_prefix_tokens=0)))
+        x = global_pool_nlc(x, self.global_pool, num_prefix_tokens=self.num_prefix_tokens)
+        x = self.head_drop(self.norm(self.fc_norm(x)))
         return x if pre_logits else self.head(x)
 
     def forward_intermediates(
@@ -182,13 +190,18 @@ class CViT(nn.Module):
         if norm or output_fmt not in ("NCHW", "NHWC", "NLC"):
             raise UserError(f"norm: {norm}, output_fmt: {output_fmt!r}; CViT has norm=False and NCHW, NHWC or NLC")
         selected, last = feature_take_indices(self.num_stages, indices)
-        maps = self._maps(x, last + 1 if stop_early else self.num_stages)
+        stages = last + 1 if stop_early else self.num_stages
+        maps = self._maps(x, min(stages, 2))
+        tokens = maps[-1].flatten(1, 2)
+        if stages == len(STAGES):
+            tokens = self._tokens(maps[-1])
+            maps.append(tokens[:, self.num_prefix_tokens :].unflatten(1, self.grid))
         intermediates = [m for i, m in enumerate(maps) if i in selected]
         if output_fmt == "NCHW":
             intermediates = [m.permute(0, 3, 1, 2).contiguous() for m in intermediates]
         elif output_fmt == "NLC":
             intermediates = [m.flatten(1, 2) for m in intermediates]
-        return intermediates if intermediates_only else (maps[-1].flatten(1, 2), intermediates)
+        return intermediates if intermediates_only else (tokens, intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] | tuple[int, ...] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -206,6 +219,8 @@ class CViT(nn.Module):
         selected, last = feature_take_indices(self.num_stages, indices)
         for part in (part for stage in STAGES[last + 1 : self.num_stages] for part in stage):
             delattr(self, part)
+        if last + 1 < len(STAGES):
+            self.cls_token, self.num_prefix_tokens = None, 0
         if prune_head or last + 1 < self.num_stages:
             self.num_features = self.head_hidden_size = self.spec.dims[last]
             self.reset_classifier(0, "")
@@ -217,24 +232,26 @@ class CViT(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head, and ``fc_norm`` if pooling is added or removed.
+        """Replace the head, and the norm before it if pooling is added, removed, or moved to the class token.
 
         Args:
             num_classes: outputs of the new head; 0 removes it.
             global_pool: pooling, as for the constructor; None keeps the current one.
 
         Raises:
-            UserError: for an unknown pooling.
+            UserError: for an unknown pooling, or the class token of a model that was built without it.
         """
         like = next(self.parameters())
         width, device, dtype = self.head_hidden_size, like.device, like.dtype
         if global_pool is not None:
             if global_pool not in POOLS:
                 raise UserError(f"global_pool: {global_pool!r} is unknown; CViT has {', '.join(map(repr, POOLS))}")
-            if bool(global_pool) != isinstance(self.fc_norm, nn.LayerNorm):
-                self.fc_norm = (NORM(width, device=device, dtype=dtype) if global_pool else nn.Identity()).train(
-                    self.training
-                )
+            if global_pool == "token" and self.cls_token is None:
+                raise UserError("global_pool: 'token' needs a class token; build the model with global_pool='token'")
+            for name, needed in (("fc_norm", global_pool not in ("", "token")), ("norm", global_pool == "token")):
+                if needed != isinstance(getattr(self, name), nn.LayerNorm):
+                    norm = NORM(width, device=device, dtype=dtype) if needed else nn.Identity()
+                    setattr(self, name, norm.train(self.training))
             self.global_pool = global_pool
         self.num_classes = num_classes
         head = nn.Linear(width, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
@@ -246,7 +263,7 @@ class CViT(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters without weight decay besides the one-dimensional ones."""
-        return {"pos_embed"}
+        return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Return the name patterns of layers for timm's layer decay; a name without a match is in the last layer.
@@ -257,7 +274,7 @@ class CViT(nn.Module):
         """
         if coarse:
             return {f"stage{i}": rf"^(?:{'|'.join(parts)})(?:\.|$)" for i, parts in enumerate(STAGES, 1)}
-        return {"stem": r"^(?:pos_embed|patch_embed|blocks[12]\.)", "blocks": r"^blocks3\.(\d+)\."}
+        return {"stem": r"^(?:cls_token|pos_embed|patch_embed|blocks[12]\.)", "blocks": r"^blocks3\.(\d+)\."}
 
     def set_input_size(self, img_size: ImageSize) -> None:
         """Change the input size; the position embedding is resized into a new parameter.
@@ -271,14 +288,14 @@ class CViT(nn.Module):
         grid, old = token_grid(self.spec, img_size), self.grid
         self.img_size, self.grid = height_width(img_size), grid
         if self.num_stages == len(STAGES) and grid != old:
-            resized = resize_pos_embed(self.pos_embed.detach(), old, grid)
+            resized = resize_pos_embed(self.pos_embed.detach(), old, grid, self.num_prefix_tokens)
             self.pos_embed = nn.Parameter(resized, requires_grad=self.pos_embed.requires_grad)
         # timm stores the size that it built the model for here.
         traits: dict[str, Any] = getattr(self, "_traits", {})
         self._traits = {**traits, "img_size": self.img_size}
 
     def _maps(self, images: Tensor, stages: int) -> list[Tensor]:
-        """Compute the outputs of the first stages, [B, h, w, C] each."""
+        """Compute the outputs of the first one or two stages, [B, h, w, C] each."""
         self._check_size(images)
         x, maps = images.permute(0, 2, 3, 1), []
         for stage in range(stages):
@@ -287,14 +304,20 @@ class CViT(nn.Module):
         return maps
 
     def _stage(self, stage: int, x: Tensor) -> Tensor:
-        """Run one stage: [B, h, w, C] of the previous stage to [B, h', w', C']."""
+        """Run a convolutional stage: [B, h, w, C] of the previous stage to [B, h', w', C']."""
         if stage == 0:
             return run_blocks(self.blocks1, self.patch_embed1(x), self.checkpointing.conv_stages)
-        if stage == 1:
-            return run_blocks(self.blocks2, self.patch_embed2(x), self.checkpointing.conv_stages)
-        x = self.patch_embed4(self.patch_embed3(x).flatten(1, 2)) + self.pos_embed
-        x = run_blocks(self.blocks3, x, self.checkpointing.transformer)
-        return x.unflatten(1, self.grid)
+        return run_blocks(self.blocks2, self.patch_embed2(x), self.checkpointing.conv_stages)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """Run the transformer stage: [B, h, w, C2] of the stage before it to [B, P + L, C3]."""
+        x = self.patch_embed4(self.patch_embed3(x).flatten(1, 2))
+        if self.cls_token is None:
+            x = x + self.pos_embed
+        else:
+            token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+            x = torch.cat([token, x + self.pos_embed[:, 1:]], dim=1)
+        return run_blocks(self.blocks3, x, self.checkpointing.transformer)
 
     def _forward_visible(self, images: Tensor, visible: VisibleSet, taps: tuple[int, ...]) -> VisibleFeatures:
         """Encode visible tokens, as :meth:`forward` does with a visible set."""

@@ -254,7 +254,7 @@ def _mlp_ratio(shapes: Shapes, prefix: str, dim: int) -> float:
 def _pool(family: str, names: Iterable[str]) -> str:
     if "fc_norm.weight" in names:
         return "avg"
-    return "token" if family == "vit" else ""
+    return "token" if family == "vit" or "cls_token" in names else ""
 
 
 def _incomplete(

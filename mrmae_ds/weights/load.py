@@ -93,6 +93,8 @@ def load_encoder_weights(encoder: Encoder, weights: Weights) -> LoadReport:
         names = {name: ours.replace("fusion.norm.", "encoder.norm.") for name, ours in names.items()}
     identity = replace(identity, names=names)
     incoming, report = match_tensors(weights.file.tensors, identity, encoder.state_dict(), encoder, where, "encoder.")
+    if "cls_token" in report.missing:
+        raise UserError(f"{where}: has no class token (cls_token), which pool: token takes; use pool: avg")
     if any(not name.startswith(("head.", "fc_norm.", "norm.")) for name in report.missing):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
     encoder.load_state_dict(incoming, strict=False)  # what is missing was checked

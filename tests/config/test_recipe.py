@@ -331,7 +331,6 @@ IMPOSSIBLE = {
     "teachers=null": ["stages.pretrain.teachers[0]", "defined are none"],
     "stages.finetune.layer_decay=0": ["stages.finetune.layer_decay"],
     "stages.finetune.image_size=392": ["stages.finetune.image_size: 392", "384 and 400"],
-    "stages.finetune.pool=token": ["stages.finetune.pool", "no class token"],
     "stages.finetune.pool=max": ["stages.finetune.pool"],
     "stages.finetune.drop_path=1": ["stages.finetune.drop_path"],
     "stages.finetune.label_smoothing=1.5": ["stages.finetune.label_smoothing"],

@@ -169,7 +169,7 @@ def test_the_head_is_replaced() -> None:
     assert isinstance(model.fc_norm, nn.Identity) and model(images).shape == (2, 16, 2)
     model.reset_classifier(2, "max")
     assert isinstance(model.fc_norm, nn.LayerNorm) and model(images).dtype == torch.bfloat16
-    with pytest.raises(UserError, match="global_pool: 'token' is unknown"):
+    with pytest.raises(UserError, match="global_pool: 'token' needs a class token"):
         model.reset_classifier(2, "token")
 
 
@@ -286,3 +286,31 @@ def test_positions_are_fixed_in_pretraining_and_trained_in_finetuning() -> None:
     assert not bare.pos_embed.requires_grad
     assert CViT(spec, 64, num_classes=3).pos_embed.requires_grad
     assert not any(name.startswith(("head", "fc_norm")) for name in bare.state_dict())
+
+
+def test_a_class_token_joins_the_transformer_stage() -> None:
+    spec = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))
+    model = CViT(spec, 16, 3, global_pool="token").eval()
+    perturb(model, seed=1)
+    images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        cells = model.forward_intermediates(images, indices=[1], output_fmt="NHWC", intermediates_only=True)[0]
+        patches = model.patch_embed4(model.patch_embed3(cells).flatten(1, 2))
+        x = torch.cat([model.cls_token.expand(2, -1, -1), patches], dim=1) + model.pos_embed
+        for block in model.blocks3:
+            x = block(x)
+        normed = torch.nn.functional.layer_norm(x[:, 0], (16,), model.norm.weight, model.norm.bias, eps=1e-6)
+        torch.testing.assert_close(model.forward_features(images), x)
+        torch.testing.assert_close(model(images), model.head(normed))
+        tokens, maps = model.forward_intermediates(images)
+        torch.testing.assert_close(tokens, x)
+        torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), x[:, 1:])
+    assert {"cls_token", "norm.weight", "norm.bias"} <= model.state_dict().keys()
+    assert not any(name.startswith("fc_norm") for name in model.state_dict())
+    model.set_input_size(24)
+    assert model.pos_embed.shape == (1, 1 + 36, 16) and model(torch.randn(1, 3, 24, 24)).shape == (1, 3)
+    model.reset_classifier(5, "avg")
+    with torch.no_grad():
+        expected = model.head(model.fc_norm(model.forward_features(torch.ones(1, 3, 24, 24))[:, 1:].mean(1)))
+        torch.testing.assert_close(model(torch.ones(1, 3, 24, 24)), expected)
+    assert "cls_token" not in CViT(spec, 16, 3).state_dict()

@@ -24,7 +24,7 @@ from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.weights.load import load_encoder, load_pretrained
 from tests.fixtures import part
 from tests.support import dense
-from tests.support.reference import MAE, MCMAE, pixel_model, pixel_objective, random_images
+from tests.support.reference import MAE, MCMAE, perturb, pixel_model, pixel_objective, random_images
 from tests.support.released import mae_state, mcmae_state, tiny_vit, without_decoder, write_released
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -292,3 +292,20 @@ def test_a_file_without_a_tensor_of_the_encoder_is_refused(lost: str, mcmae: dic
         load_encoder(build_encoder(MCMAE, 224), path)
     with pytest.raises(UserError, match=rf"x.pth: encoder tensors are missing: \d+ \({lost}"):
         load_pretrained(new_model("mcmae"), path)
+
+
+def test_a_cvit_with_a_class_token_is_pooled_by_it(tmp_path: Path) -> None:
+    source = CViT(MCMAE, 224, 10, global_pool="token").eval()
+    perturb(source, seed=2)
+    path = write_released(tmp_path / "x.pth", source.state_dict())
+    model = CViT(MCMAE, 224, 10, global_pool="token").eval()
+    report = load_encoder(model, path)
+    assert (report.missing, report.unexpected) == ([], [])
+    images = random_images(1, 224, seed=1)
+    with torch.no_grad():
+        assert torch.equal(model(images), source(images))
+    mean_pooled = CViT(MCMAE, 224, 10)
+    assert load_encoder(mean_pooled, path).missing == ["fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"]
+    without = {name: tensor for name, tensor in source.state_dict().items() if name != "cls_token"}
+    with pytest.raises(UserError, match=r"x.pth: has no class token \(cls_token\), which pool: token takes"):
+        load_encoder(model, write_released(tmp_path / "x.pth", without))
