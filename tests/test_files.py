@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, flush_folder, replacing, write_text
 
 
@@ -92,3 +93,12 @@ def test_checksum_is_that_of_the_whole_content(size: int, tmp_path: Path) -> Non
     content = bytes(range(256)) * (size // 256) + b"x" * (size % 256)
     (tmp_path / "a").write_bytes(content)
     assert file_sha256(tmp_path / "a") == hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("folder", ["/proc/x", "file/below", "n" * 300])
+def test_a_folder_that_cannot_be_made_is_named(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system calls a folder below /proc missing, which reads as if an input were."""
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(UserError, match=f"^{folder}: cannot be made"):
+        write_text(Path(folder) / "table.md", "")

@@ -107,6 +107,8 @@ def _run_locally(
     finished = sum(status.state == "finished" for status in statuses.values())
     print(f"{len(jobs)} jobs, {finished} finished already")
     signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup; the jobs have sessions of their own
+        signal.signal(signal.SIGHUP, _interrupt)
     pipeline = LocalPipeline(
         jobs, statuses, processes=args.processes or gpus or 1, gpus=gpus, parallel_jobs=args.jobs, log=_print_line
     )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from filelock import FileLock, Timeout
+from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, sidecar_path
 from mrmae_ds.errors import UserError
@@ -97,7 +97,7 @@ def cache_beton(path: str | Path, folder: str | Path, *, timeout_s: float = 3600
     if copy.is_complete():
         return copy.target
     try:
-        with FileLock(copy.lock).acquire(timeout=timeout_s, poll_interval=_POLL_S):
+        with _hold(FileLock(copy.lock), timeout_s):
             if not copy.is_complete():
                 _raise_failure_since(copy, started)
                 _make(copy)
@@ -106,6 +106,16 @@ def cache_beton(path: str | Path, folder: str | Path, *, timeout_s: float = 3600
     except OSError as error:
         raise UserError(_explain(copy, error)) from error
     return copy.target
+
+
+def _hold(lock: FileLock, timeout_s: float) -> AcquireReturnProxy:
+    """Acquire a lock; if another process holds it, say so before waiting."""
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        limit_min = timeout_s / 60
+        logger.info("%s: waiting for another process to copy, at most %g minutes", lock.lock_file, limit_min)
+        return lock.acquire(timeout=timeout_s, poll_interval=_POLL_S)
 
 
 def cache_all(paths: Iterable[str | Path], folder: str | Path | None) -> None:

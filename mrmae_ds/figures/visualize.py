@@ -18,6 +18,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalize, reconstruction_grid
 from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
 from mrmae_ds.figures.teachers import CHUNK, importance_of, short_source
+from mrmae_ds.files import make_folder
 from mrmae_ds.models.masking import VisibleSet, choose_visible
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import Reconstruction, reconstruct
@@ -249,7 +250,7 @@ def _folder(runs: Sequence[SavedEncoder], out: Path | None) -> Path:
     beside = runs[0].path.parent / IMAGES
     folder = out or (beside if len(runs) == 1 else beside / COMPARED)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as error:
         raise UserError(f"--out: cannot create folder {folder} ({error.strerror}); name another") from None
     return folder

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from mrmae_ds.files import make_folder
 from mrmae_ds.pipeline.graph import REPOSITORY, PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
@@ -85,7 +86,7 @@ class LocalPipeline:
 
     def _launch(self, job: PipelineJob) -> _RunningJob:
         path = log_file(job)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         log = path.open("ab")
         number = self.total - len(self.waiting)
         self.log(f"[{number}/{self.total}] {job.key} started; output: {path}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import write_text
+from mrmae_ds.files import make_folder, write_text
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 
@@ -115,7 +115,7 @@ def lock_runs(root: Path) -> Iterator[None]:
     Raises:
         UserError: if another command holds the lock.
     """
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder(root)
     with (root / LOCK_FILE).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

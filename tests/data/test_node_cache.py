@@ -250,12 +250,14 @@ def test_full_disk_is_an_error_and_leaves_nothing(beton: Path, tmp_path: Path, m
 
 
 def test_waiting_for_another_copy_ends_with_an_error(
-    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]
+    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
     _start(ranks, beton, tmp_path / "disk", rate=1)
     _wait_for_line(ranks[0], "copying")
-    with pytest.raises(UserError, match=r"\.lock: another process has been copying for more than 0\.5 s"):
+    error = pytest.raises(UserError, match=r"\.lock: another process has been copying for more than 0\.5 s")
+    with caplog.at_level("INFO"), error:
         cache_beton(beton, tmp_path / "disk", timeout_s=0.5)
+    assert ".lock: waiting for another process to copy, at most" in caplog.text
 
 
 def test_unusable_folder_is_an_error(beton: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from filelock import SoftFileLease, Timeout
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import write_text
+from mrmae_ds.files import make_folder, write_text
 from mrmae_ds.records.record import utc_now
 
 logger = logging.getLogger(__name__)
@@ -74,11 +74,10 @@ def locked(stage_dir: Path) -> Iterator[None]:
         UserError: if another job holds it, or the run's folder cannot be made.
     """
     folder = stage_dir.parent
-    try:
+    made: list[Path] = []
+    with contextlib.suppress(OSError):  # a name that is too long
         made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); name another folder with --run") from None
+    make_folder(folder)
     lock = SoftFileLease(
         folder / f".{stage_dir.name}.lock",
         lease_duration=LEASE_S,
