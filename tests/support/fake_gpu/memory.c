@@ -85,6 +85,17 @@ static void finish(Stream *stream, long number) {
     pthread_mutex_unlock(&lock);
 }
 
+/* End a stream's copies out of memory that a later copy of the same stream writes: the stream orders the two. */
+static void end_copies_of(Stream *stream, const char *at, size_t size) {
+    pthread_mutex_lock(&lock);
+    for (Copy **link = &in_flight; *link;) {
+        const char *source = (*link)->source;
+        if ((*link)->stream == stream && source < at + size && at < source + (*link)->size) end_copy(link);
+        else link = &(*link)->next;
+    }
+    pthread_mutex_unlock(&lock);
+}
+
 static void finish_stream(Stream *stream, long number) {
     if (stream->follows_others) finish(NULL, 0);
     else finish(stream, number);
@@ -268,6 +279,7 @@ cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMe
     /* A copy to pageable memory blocks until the stream's work is done; one to pinned memory ends nothing. It is not
      * counted as a wait: PyTorch waits for the stream after it, which is. */
     if (source == DEVICE && target == PAGEABLE) finish_stream(stream, stream->issued);
+    if (source == DEVICE && target == PINNED) end_copies_of(stream, to, size);
     if (!is_free(size) || (source != DEVICE && target != DEVICE)) memmove(to, from, size);
     pthread_mutex_lock(&lock);
     stream->issued++;
