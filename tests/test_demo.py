@@ -34,6 +34,6 @@ def test_demo_on_a_folder(tree: Path) -> None:
     runs = REPOSITORY / "runs" / f"demo_{tree.name}"
     stages = {(record.name, record.stage): record.status for _, record in find_records([runs])}
     assert len(stages) == 7 and set(stages.values()) == {"finished"}
-    rows = [line for line in (runs / "table.md").read_text().splitlines() if f", {tree.name})" in line]
+    rows = [line for line in (runs / "table.md").read_text().splitlines() if f", {tree.name}, chance" in line]
     assert len(rows) == 4 and all("**" in row for row in rows)
     assert f"{runs.relative_to(REPOSITORY)}/tiny/pretrain/images/" in result.stdout
