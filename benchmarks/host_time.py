@@ -8,10 +8,14 @@ the process's CPU time: Python, the dispatcher, autograd, DeepSpeed; a launch on
 images are whatever memory holds, and no loader runs. Of several ranks, rank 0 alone runs, and its collectives end at
 once.
 
-A config with ZeRO-3 is also measured with ZeRO-1 in its place and everything else equal, in alternation, so that load
-on the machine affects both; ``ratio`` relates them. ``ms a micro-batch`` is what one more micro-batch costs: the time
-from one to the next, the least of all steps and rounds, since load only adds to it. ``ms once a step`` is what the
-last micro-batch takes longer: status exchange, norm, optimizer. Counts are a micro-batch's + those once a step.
+A config with ZeRO-3 is also measured without an engine and with ZeRO-1 in its place, everything else equal, in
+alternation, so that load on the machine affects all; ``ratio`` relates ZeRO-3 to ZeRO-1. Times are the least of all
+steps and rounds, since load only adds to them. ``first`` is the first micro-batch of a step, in which ZeRO-3 fetches
+the parameters, ``another`` one between first and last, and ``once a step`` what the last takes longer: status exchange,
+norm, optimizer; under ZeRO-3 the release of the parameters. Counts are another micro-batch's + those once a step.
+
+Without an engine, gradients add up over all micro-batches. ``constants`` are those of the planner in us
+(``mrmae_ds/planning/estimates/constants.yaml``), with the number of operators of its own trace.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ from result_file import write_result
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO1 = {"stage": 1, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+PLAIN = 0
+NAMES = {PLAIN: "none", 1: "ZeRO-1", 3: "ZeRO-3"}
+PARTS = ("first", "another", "last")  # micro-batches of a step
 SETTLED = 3  # steps after which DeepSpeed knows the order of the modules
 
 
@@ -49,7 +56,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=600, help="seconds per process")
     parser.add_argument("--out", type=Path, help="JSON file")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.accumulation < len(PARTS):
+        parser.error(f"--accumulation {args.accumulation}: a first, another and a last micro-batch are needed")
+    return args
 
 
 class Clock:
@@ -104,19 +114,34 @@ def run_rank(settings: dict[str, Any]) -> None:
     for module in (task.model, *task.teachers.values()):
         module.to_empty(device="cpu")
     accumulation = settings["accumulation"]
-    engine = build_task_engine(task, config, accumulation, device)
-    schedule = StageSchedule(recipe.stage("pretrain"), 0, 1000, accumulation, config.micro_batch, launch)
     clock = Clock(next(noise_batches(config.micro_batch, task.image_size, device)))
-    samples: dict[str, list[Any]] = {"micro_batch": [], "last": []}
+    schedule = StageSchedule(recipe.stage("pretrain"), 0, 1000, accumulation, config.micro_batch, launch)
+    if settings["plain"]:
+        task.model.to(device, config.model_dtype)
+        task.to(device)
+    else:
+        engine = build_task_engine(task, config, accumulation, device)
+
+    def run(step: int) -> None:
+        if not settings["plain"]:
+            run_step(engine, task, clock, schedule, step, Meter(), StepSync())
+            return
+        for index in range(accumulation):
+            batch = next(clock)
+            with config.autocast(device):
+                loss = task.losses(task.model, batch, schedule.key(step, index))["loss"]
+            loss.backward()
+
+    samples: dict[str, list[Any]] = {part: [] for part in PARTS}
     for step in range(SETTLED + settings["steps"]):
         clock.marks.clear()
-        run_step(engine, task, clock, schedule, step, Meter(), StepSync())
+        run(step)
         clock.mark()
         if step >= SETTLED:
-            parts = [_difference(a, b) for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
-            samples["micro_batch"] += parts[:-1]
-            samples["last"].append(parts[-1])
-    report_result({"parameters": sum(getattr(p, "ds_numel", p.numel()) for p in task.model.parameters()), **samples})
+            first, *others, last = [_difference(a, b) for a, b in zip(clock.marks, clock.marks[1:], strict=False)]
+            for part, found in zip(PARTS, ([first], others, [last]), strict=True):
+                samples[part] += found
+    report_result({"tensors": sum(1 for _ in task.model.parameters()), "samples": samples})
     os._exit(0)
 
 
@@ -124,80 +149,118 @@ def _difference(begin: tuple[float, dict[str, int]], end: tuple[float, dict[str,
     return {"ms": 1e3 * (end[0] - begin[0]), **{name: value - begin[1][name] for name, value in end[1].items()}}
 
 
-def measure(args: argparse.Namespace, name: str, ranks: int, zero: int | None) -> dict[str, Any]:
-    """Run one process: ``name`` as written, or with ZeRO stage ``zero`` in place of its own."""
-    from tests.support.fake_gpu import preload
-
-    config = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
-    if zero is not None:
-        config["zero_optimization"] = ZERO1
+def engine_json(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    """Return the engine config ``name`` with the changes of the command line."""
+    config: dict[str, Any] = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())
     if args.no_recompute:
         config.pop("activation_checkpointing", None)
     if args.bf16:
         config.pop("torch_autocast", None)
         config |= BF16
+    return config
+
+
+def measure(args: argparse.Namespace, name: str, ranks: int, engine: int) -> dict[str, Any]:
+    """Run one process: ``name`` as written, with ZeRO-1 in place of its own stage, or without an engine."""
+    from tests.support.fake_gpu import preload
+
+    config = engine_json(args, name)
+    if engine != config["zero_optimization"]["stage"]:
+        config["zero_optimization"] = ZERO1
     with tempfile.TemporaryDirectory() as folder:
-        engine, job = Path(folder) / "engine.json", Path(folder) / "job.json"
-        engine.write_text(json.dumps(config))
-        settings = {key: getattr(args, key) for key in ("steps", "accumulation")}
-        job.write_text(json.dumps({"name": name, "engine": str(engine), **settings}))
+        path, job = Path(folder) / "engine.json", Path(folder) / "job.json"
+        path.write_text(json.dumps(config))
+        settings = {key: getattr(args, key) for key in ("steps", "accumulation")} | {"plain": engine == PLAIN}
+        job.write_text(json.dumps({"name": name, "engine": str(path), **settings}))
         variables = preload.variables(timing=True) | {"WORLD_SIZE": str(ranks), "PYTHONPATH": str(REPOSITORY)}
         variables.pop("DS_ACCELERATOR")
         return dict(run_ranks([__file__, "--rank-of", str(job)], 1, "cuda", args.limit, **variables))
 
 
-def summary(found: dict[str, Any]) -> dict[str, Any]:
-    """Return a micro-batch's least milliseconds and median counts, and what the last one of a step has more of them."""
-    micro, last = (
-        {
-            key: (min if key == "ms" else statistics.median)(sample[key] for sample in found[part])
-            for key in found[part][0]
-        }
-        for part in ("micro_batch", "last")
-    )
-    return {"micro_batch": micro, "once_a_step": {key: last[key] - micro[key] for key in micro}}
+def least(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Return the least milliseconds and the median counts of micro-batches."""
+    return {key: (min if key == "ms" else statistics.median)(sample[key] for sample in samples) for key in samples[0]}
 
 
 def rows_of(args: argparse.Namespace, name: str, ranks: int) -> list[dict[str, Any]]:
-    """Measure a config, and ZeRO-1 in its place, in alternation."""
+    """Measure a config, ZeRO-1 in its place and no engine, in alternation."""
     stage = json.loads((REPOSITORY / "ds_configs" / f"{name}.json").read_text())["zero_optimization"]["stage"]
-    variants = {1: 1, 3: None} if stage == 3 else {stage: None}
-    rounds: dict[int, list[dict[str, Any]]] = {zero: [] for zero in variants}
+    engines = sorted({PLAIN, 1, stage})
+    rounds: dict[int, list[dict[str, Any]]] = {engine: [] for engine in engines}
     for _ in range(args.rounds):
-        for zero, replaced in variants.items():
-            found = measure(args, name, ranks, replaced)
-            rounds[zero].append(summary(found))
-            note = {part: round(values["ms"], 1) for part, values in rounds[zero][-1].items()}
-            print(f"{name}, ZeRO-{zero}, {ranks} ranks: {note}", file=sys.stderr, flush=True)
+        for engine in engines:
+            rounds[engine].append(measure(args, name, ranks, engine))
+            note = {part: round(least(found)["ms"], 1) for part, found in rounds[engine][-1]["samples"].items()}
+            print(f"{name}, {NAMES[engine]}, {ranks} ranks: {note}", file=sys.stderr, flush=True)
     rows = []
-    for zero, results in rounds.items():
-        best = min(results, key=lambda result: result["micro_batch"]["ms"])
-        row = {"config": name, "zero": zero, "ranks": ranks, "parameters": found["parameters"], **best}
-        row["rounds_ms"] = [result["micro_batch"]["ms"] for result in results]
-        if rows:
-            row["ratio"] = best["micro_batch"]["ms"] / rows[0]["micro_batch"]["ms"]
-        rows.append(row)
+    for engine, results in rounds.items():
+        parts = {part: [sample for found in results for sample in found["samples"][part]] for part in PARTS}
+        first, another, last = (least(parts[part]) for part in PARTS)
+        row = {"config": name, "engine": NAMES[engine], "ranks": ranks, "tensors": results[0]["tensors"]}
+        row |= {"first": first, "another": another, "once_a_step": {key: last[key] - another[key] for key in another}}
+        rows.append(row | {"rounds_ms": [least(found["samples"]["another"])["ms"] for found in results]})
     return rows
+
+
+def operators(args: argparse.Namespace, name: str) -> int:
+    """Return the planner's number of operators of a micro-batch."""
+    from mrmae_ds.config.engine import default_recipe, load_engine_config
+    from mrmae_ds.config.recipe import load_recipe
+    from mrmae_ds.imagenet import IMAGENET_CLASSES
+    from mrmae_ds.planning.fake_step import build_meta_task, trace_micro_batch
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "engine.json"
+        path.write_text(json.dumps(engine_json(args, name)))
+        config = load_engine_config(path)
+    recipe = load_recipe(default_recipe(REPOSITORY / "ds_configs" / f"{name}.json"), [])
+    task = build_meta_task(recipe, "pretrain", config, IMAGENET_CLASSES)
+    return len(trace_micro_batch(task, config).operators)
+
+
+def constants(rows: list[dict[str, Any]], count: int) -> dict[str, float]:
+    """Return the planner's constants in us, from the rows of one config and number of ranks.
+
+    Args:
+        rows: those without an engine, with ZeRO-1 and with ZeRO-3.
+        count: operators of a micro-batch.
+    """
+    plain, one, three = rows
+    us = 1e3 / plain["tensors"]
+    fetched = three["first"]["ms"] - plain["another"]["ms"] + three["once_a_step"]["ms"] - one["once_a_step"]["ms"]
+    return {
+        "op": 1e3 * plain["another"]["ms"] / count,
+        "zero1_param": us * (one["another"]["ms"] - plain["another"]["ms"]),
+        "zero3_first_param": us * fetched,
+        "zero3_param": us * (three["another"]["ms"] - plain["another"]["ms"]),
+        "update_param": us * one["once_a_step"]["ms"],
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format as Markdown: time and counts per micro-batch, plus what a step adds once."""
     lines = [
-        "| config | ZeRO | ranks | ms a micro-batch | ratio | ms once a step | launches | library | copies | waits |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| config | engine | ranks | first, ms | another, ms | ratio | once a step, ms | launches | library | copies "
+        "| waits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        micro, step = row["micro_batch"], row["once_a_step"]
+        first, micro, step = row["first"], row["another"], row["once_a_step"]
         copies, waits = (
             [sum(value for key, value in part.items() if word in key) for part in (micro, step)]
             for word in ("copies", "waits")
         )
         pairs = [(micro[key], step[key]) for key in ("launches", "library_calls")] + [copies, waits]
         counts = " | ".join(f"{a:,.0f} + {b:,.0f}" for a, b in pairs)
-        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
-        which = f"{row['config']} | {row['zero']} | {row['ranks']}"
-        lines.append(f"| {which} | {micro['ms']:.1f} | {ratio} | {step['ms']:.1f} | {counts} |")
+        zero1 = [other for other in rows if _same(other, row) and other["engine"] == NAMES[1]]
+        ratio = f"{micro['ms'] / zero1[0]['another']['ms']:.2f}" if row["engine"] == NAMES[3] else ""
+        which = f"{row['config']} | {row['engine']} | {row['ranks']}"
+        lines.append(f"| {which} | {first['ms']:.1f} | {micro['ms']:.1f} | {ratio} | {step['ms']:.1f} | {counts} |")
     return "\n".join(lines)
+
+
+def _same(row: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(row[key] == other[key] for key in ("config", "ranks"))
 
 
 def main() -> None:
@@ -210,13 +273,24 @@ def main() -> None:
 
     if reason := preload.missing_requirement():
         sys.exit(f"the GPU stand-in {reason}")
+    rows, per = [], []
     try:
-        rows = [row for name in args.names for ranks in args.ranks for row in rows_of(args, name, ranks)]
+        for name in args.names:
+            count = operators(args, name)
+            for ranks in args.ranks:
+                found = rows_of(args, name, ranks)
+                rows += found
+                if len(found) == len(NAMES):
+                    per.append({"config": name, "ranks": ranks, "operators": count, **constants(found, count)})
     except RanksError as error:
         sys.exit(str(error))
     print(table(rows))
+    for each in per:
+        print(
+            ", ".join(f"{key} {value:.1f}" if isinstance(value, float) else str(value) for key, value in each.items())
+        )
     if args.out:
-        write_result(args.out, 1, "cpu", note="GPU stand-in: host time only, no GPU", rows=rows)
+        write_result(args.out, 1, "cpu", note="GPU stand-in: host time only, no GPU", rows=rows, constants=per)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from mrmae_ds.doctor.links import check_network, check_node_links, check_start
 from mrmae_ds.doctor.loader import check_loader
 from mrmae_ds.doctor.node import check_binding, check_driver, check_imports, check_limits
 from mrmae_ds.doctor.numerics import check_engines, check_parity
+from mrmae_ds.doctor.operators import check_operators
 from mrmae_ds.doctor.placements import check_placements
 from mrmae_ds.doctor.resume import check_resume
 from mrmae_ds.doctor.steps import check_memory, check_steps, check_waits
@@ -25,6 +26,7 @@ CHECKS: tuple[Check, ...] = (
     Check("launch", check_launch, "train_micro_batch_size_per_gpu, mrmae plan --measured", 60, True),
     Check("bandwidth", check_bandwidth, "stages.pretrain.placement, mrmae plan --measured", 60),
     Check("products", check_products, "mrmae plan --measured", 60),
+    Check("operators", check_operators, "mrmae plan --measured", 120),
     Check("attention", check_attention, "the attention backend, deterministic runs", 120),
     Check("convolution", check_convolution, "torch.backends.cudnn.benchmark", 120),
     Check("parity", check_parity, "whether the CUDA path is correct", 120, True),

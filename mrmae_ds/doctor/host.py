@@ -5,39 +5,61 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
+from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.doctor.context import DoctorContext
 from mrmae_ds.doctor.reading import Reading
 from mrmae_ds.doctor.steps import ENGINES, chosen_recipe, engine_config
 from mrmae_ds.doctor.workload import build_random_task, noise_batches, noise_training
+from mrmae_ds.imagenet import IMAGENET_CLASSES
+from mrmae_ds.planning.fake_step import build_meta_task, trace_micro_batch
 from mrmae_ds.training.step_sync import StepSync, take_step
 from mrmae_ds.training.tasks.base import MicroBatchKey
 
 IMAGES = 2  # so few that the GPU waits for the host
 WARM_UP, TIMED = 3, 10
-CONSTANTS = {"ZeRO-1": "zero1_param_us", "ZeRO-3": "zero3_param_us"}
+MICRO_BATCHES = 3  # of a step: ZeRO-3 fetches parameters in the first and releases them in the last
 
 
 def check_host(context: DoctorContext) -> list[Reading]:
     """Measure the host time to issue a micro-batch and an update, at a micro-batch that costs the GPU little."""
-    plain = _plain_micro_batch(context)
-    readings = [Reading("micro-batch without an engine", plain * 1e3, "ms")]
+    recipe, config = chosen_recipe(context), engine_config(context, "ZeRO-1", IMAGES)
+    plain, operators = _plain_micro_batch(context, recipe, config), count_operators(recipe, config)
+    readings = [
+        Reading("micro-batch without an engine", plain * 1e3, "ms"),
+        Reading("operators of a micro-batch", float(operators)),
+        # A CPU computes while it issues.
+        Reading("per operator", plain / operators * 1e6, "us", None, "op_us" if context.on_cuda else None),
+    ]
+    updates: dict[str, float] = {}
     for zero in ENGINES:
-        micro_batch, update, parameters = _micro_batch_and_update(context, zero)
-        extra = max(micro_batch - plain, 0.0) / parameters
+        first, another, updates[zero], parameters = _step_parts(context, recipe, zero)
+        extra = {"zero3_param_us" if zero == "ZeRO-3" else "zero1_param_us": another - plain}
+        if zero == "ZeRO-3":
+            extra["zero3_first_param_us"] = first - plain + updates[zero] - updates["ZeRO-1"]
+        else:
+            extra["update_param_us"] = updates[zero]
         readings += [
-            Reading(f"{zero}: micro-batch", micro_batch * 1e3, "ms"),
-            Reading(f"{zero}: more per parameter", extra * 1e6, "us", None, CONSTANTS[zero]),
-            Reading(f"{zero}: update", update * 1e3, "ms"),
+            Reading(f"{zero}: first micro-batch of a step", first * 1e3, "ms"),
+            Reading(f"{zero}: another", another * 1e3, "ms"),
+            Reading(f"{zero}: once a step", updates[zero] * 1e3, "ms"),
         ]
-        if zero == "ZeRO-1":
-            readings.append(Reading("update per parameter", update / parameters * 1e6, "us", None, "update_param_us"))
+        for constant, seconds in extra.items():
+            name = f"{zero}: {constant.removesuffix('_us').replace('_', ' ')}"
+            readings.append(Reading(name, max(seconds, 0.0) / parameters * 1e6, "us", None, constant))
     return readings
 
 
-def _plain_micro_batch(context: DoctorContext) -> float:
+def count_operators(recipe: Recipe, config: EngineConfig) -> int:
+    """Return the planner's number of operators of a pre-training's micro-batch; weights are not read."""
+    task = build_meta_task(recipe, "pretrain", config, IMAGENET_CLASSES)
+    return len(trace_micro_batch(task, config).operators)
+
+
+def _plain_micro_batch(context: DoctorContext, recipe: Recipe, config: EngineConfig) -> float:
     """Return the seconds of a micro-batch of the recipe in plain torch."""
-    recipe, config = chosen_recipe(context), engine_config(context, "ZeRO-1", IMAGES)
     task = build_random_task(recipe, config, "pretrain")
     task.model.to(context.device, config.model_dtype)
     task.to(context.device)
@@ -54,33 +76,29 @@ def _plain_micro_batch(context: DoctorContext) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def _micro_batch_and_update(context: DoctorContext, zero: str) -> tuple[float, float, int]:
-    """Return the seconds of a micro-batch that is not a step's last and of the update, and the number of parameters."""
-    recipe, config = chosen_recipe(context), engine_config(context, zero, IMAGES)
-    inner, updates = [], []
-    with noise_training(recipe, config, context.launch, context.device, accumulation=2) as training:
+def _step_parts(context: DoctorContext, recipe: Recipe, zero: str) -> tuple[float, float, float, int]:
+    """Return seconds of a step's first micro-batch, of another, what the last takes longer, and the parameters."""
+    config = engine_config(context, zero, IMAGES)
+    steps: list[list[float]] = []
+    with noise_training(recipe, config, context.launch, context.device, accumulation=MICRO_BATCHES) as training:
         engine, task, batch = training.engine, training.task, next(training.batches)
         for step in range(WARM_UP + TIMED):
             sync = StepSync()
             sync.begin()
-            for index in range(2):
 
-                def micro_batch(index: int = index, step: int = step, sync: StepSync = sync) -> None:
-                    losses = task.losses(engine, batch, training.schedule.key(step, index))
-                    engine.backward(losses["loss"])
-                    sync.add(batch, losses)
-                    if not index:
-                        engine.step()
+            def micro_batch(index: int, step: int = step, sync: StepSync = sync) -> None:
+                losses = task.losses(engine, batch, training.schedule.key(step, index))
+                engine.backward(losses["loss"])
+                sync.add(batch, losses)
+                if index < MICRO_BATCHES - 1:
+                    engine.step()
+                else:
+                    take_step(engine, sync.exchange(engine))
 
-                seconds = _timed(context, micro_batch)
-                inner += [seconds] if not index else []
-
-            def update(sync: StepSync = sync) -> None:
-                take_step(engine, sync.exchange(engine))
-
-            updates.append(_timed(context, update))
+            steps.append([_timed(context, partial(micro_batch, index)) for index in range(MICRO_BATCHES)])
         parameters = sum(1 for _ in engine.module.parameters())
-    return statistics.median(inner[WARM_UP:]), statistics.median(updates[WARM_UP:]), parameters
+    first, another, last = (statistics.median(times) for times in zip(*steps[WARM_UP:], strict=True))
+    return first, another, last - another, parameters
 
 
 def _timed(context: DoctorContext, run: Callable[[], None]) -> float:

@@ -43,7 +43,8 @@ class Reading:
         value: a number, or a text, which is never judged.
         unit: of the number.
         expected: range of the number; None if none is known.
-        constant: name of the value in :class:`~mrmae_ds.profiling.measured_node.MeasuredNode`.
+        constant: name of the value in :class:`~mrmae_ds.profiling.measured_node.MeasuredNode`; ``operator_gb_s.NAME``
+            of an operator.
     """
 
     name: str

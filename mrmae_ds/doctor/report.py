@@ -170,7 +170,11 @@ def measured_node(context: DoctorContext, results: list[CheckResult]) -> Measure
     values: dict[str, Any] = {"device": collect_hardware(1, context.device).device} if context.on_cuda else {}
     for row in (row for result in results for row in result.rows if row.constant):
         if isinstance(row.value, float | int) and math.isfinite(row.value) and row.value > 0:
-            values[str(row.constant)] = row.value
+            constant, _, operator = str(row.constant).partition(".")
+            if operator:
+                values.setdefault(constant, {})[operator] = row.value
+            else:
+                values[constant] = row.value
     return MeasuredNode.model_validate(values)
 
 

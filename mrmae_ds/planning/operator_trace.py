@@ -30,6 +30,16 @@ for _name in ("", "_backward"):
     _FORMULAS[_on_cpu] = _FORMULAS[getattr(torch.ops.aten, f"_scaled_dot_product_flash_attention{_name}")]
 
 
+def _multi_head_attention_flops(query: Tensor, *_: Any, out_val: Any) -> int:
+    """Count the four projections and two products of a layer's attention in inference, [B, N, C]."""
+    batch, tokens, width = query.shape
+    return 2 * batch * tokens * width * (4 * width + 2 * tokens)
+
+
+_FUSED_LAYER = torch.ops.aten._native_multi_head_attention
+_FORMULAS[_FUSED_LAYER] = _multi_head_attention_flops
+
+
 @dataclass(frozen=True)
 class OperatorCost:
     """Cost of one call of an operator.
@@ -38,11 +48,13 @@ class OperatorCost:
         kind: one of ``KINDS``.
         flops: operations of its products.
         size: bytes of its inputs and outputs.
+        name: of the operator, without its overload.
     """
 
     kind: str
     flops: float = 0.0
     size: float = 0.0
+    name: str = ""
 
 
 def operator_cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> OperatorCost:
@@ -55,7 +67,7 @@ def operator_cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> OperatorCo
     size = float(sum(tensor_bytes(tensor) for tensor in (*inputs, *written)))
     formula = _FORMULAS.get(func._overloadpacket)
     flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=outputs))
-    if "attention" in name:
+    if "attention" in name and func._overloadpacket is not _FUSED_LAYER:
         kind = ATTENTION
     elif "convolution" in name:
         kind = CONVOLUTION
@@ -64,7 +76,7 @@ def operator_cost(func: Any, args: Any, kwargs: Any, outputs: Any) -> OperatorCo
         kind = MATMUL_FP32 if wide else MATMUL
     else:
         kind = MEMORY
-    return OperatorCost(kind, flops, size)
+    return OperatorCost(kind, flops, size, name)
 
 
 def tensor_bytes(tensor: Tensor) -> int:
@@ -79,7 +91,7 @@ class DeviceRates:
 
     Attributes:
         flops: FLOP/s by kind of operator, for the kinds with products.
-        sizes: B/s by kind of operator.
+        sizes: B/s by kind of operator, and by the names of single operators that differ from their kind.
         kernel_s: seconds of the shortest kernel.
     """
 
@@ -96,11 +108,13 @@ class Operators:
         kinds: kind of each operator.
         flops: operations, [2, N]: those of no image, and those that each image adds.
         sizes: bytes in the same form, [2, N].
+        names: name of each operator.
     """
 
     kinds: tuple[str, ...]
     flops: npt.NDArray[np.float64]
     sizes: npt.NDArray[np.float64]
+    names: tuple[str, ...]
 
     @classmethod
     def fit(cls, counts: Sequence[int], traces: Sequence[Iterable[OperatorCost]]) -> Operators:
@@ -119,7 +133,8 @@ class Operators:
             return np.stack([at_low - counts[0] * slope, slope])
 
         flops = linear([[cost.flops for cost in trace] for trace in (low, high)])
-        return cls(kinds, flops, linear([[cost.size for cost in trace] for trace in (low, high)]))
+        sizes = linear([[cost.size for cost in trace] for trace in (low, high)])
+        return cls(kinds, flops, sizes, tuple(cost.name for cost in low))
 
     def __len__(self) -> int:
         """Return the number of operators with kernels."""
@@ -133,5 +148,6 @@ class Operators:
         """Return the time of each operator on a device, [N]."""
         flops, sizes = (values[0] + values[1] * images for values in (self.flops, self.sizes))
         computing = flops / np.array([rates.flops.get(kind, math.inf) for kind in self.kinds])
-        moving = sizes / np.array([rates.sizes[kind] for kind in self.kinds])
+        named = zip(self.names, self.kinds, strict=True)
+        moving = sizes / np.array([rates.sizes.get(name, rates.sizes[kind]) for name, kind in named])
         return np.maximum(np.maximum(computing, moving), rates.kernel_s)

@@ -203,7 +203,8 @@ def _assumptions(request: PlanRequest, cluster: Cluster, zero: ZeroSettings) -> 
     lines = [
         throughput,
         f"the host needs {host.operator_s * 1e6:.0f} us per operator, and per parameter {host.zero1_s * 1e6:.0f} us "
-        f"under ZeRO-1 and 2, {host.zero3_s * 1e6:.0f} us under ZeRO-3, and {host.update_s * 1e6:.0f} us once a step",
+        f"under ZeRO-1 and 2, {host.zero3_s * 1e6:.0f} us under ZeRO-3 ({host.zero3_first_s * 1e6:.0f} us if it is "
+        f"fetched), and {host.update_s * 1e6:.0f} us once a step",
         f"bandwidth per direction: {gpu.node_gbs:g} GB/s between GPUs of a node, {cluster.network_gbs:g} GB/s per GPU "
         f"to other nodes (--network), {gpu.host_gbs:g} GB/s to the host{custom}; collectives and copies reach "
         f"{CONSTANTS.link_share:.0%} of it",

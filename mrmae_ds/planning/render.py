@@ -120,10 +120,13 @@ def _time_lines(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         f"  time: {1000 * step.step_s:,.0f} ms per step; {step.images_per_s:,.0f} images/s, "
         f"{step.images_per_s / step.cluster.gpus:,.1f} per GPU; {_hours(hours)} hours for the stage"
     )
+    several = compute.accumulation > 1 and compute.host_s < compute.first_host_s
+    later = f", {1000 * compute.host_s:,.1f} after the first of a step" if several else ""
     operators, tensors = len(stage.timeline.operators), step.memory.zero.counts.tensors
     yield (
         f"  a micro-batch: the GPU computes {1000 * compute.gpu_s:,.1f} ms; the host issues {operators:,} operators "
-        f"and handles {tensors:,} parameters for ZeRO-{step.memory.zero.zero.stage} in {1000 * compute.host_s:,.1f} ms"
+        f"and handles {tensors:,} parameters for ZeRO-{step.memory.zero.zero.stage} in "
+        f"{1000 * compute.first_host_s:,.1f} ms{later}"
     )
     yield f"  once a step: {1000 * compute.update_s:,.1f} ms update, {1000 * waiting:,.1f} ms waiting for transfers"
     if step.node_demand is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, ValidationError
 
@@ -13,6 +13,7 @@ from mrmae_ds.schema import Section
 
 # Section of the doctor's JSON file; its other sections are the doctor's own.
 MEASURED_KEY = "measured"
+ADAMW = "adamw"  # in ``operator_gb_s``
 
 
 class MeasuredNode(Section):
@@ -25,16 +26,21 @@ class MeasuredNode(Section):
             DeepSpeed over its operators.
         kernel_us: shortest kernel, from its start to the start of the next in a full queue, in us.
         matmul_tflops: bf16 matrix products at the models' shapes, in TFLOP/s.
+        fp32_tflops: float32 matrix products at the models' shapes, in TFLOP/s.
         attention_tflops: bf16 attention, forward and backward, in TFLOP/s.
         memory_gb_s: device memory, reads and writes added, in GB/s.
         depthwise_gb_s: bytes of input, weight and output of a depthwise convolution over its time, in GB/s.
+        operator_gb_s: bytes of the inputs and outputs of an operator over its time, in GB/s, by the operator's name;
+            ``adamw`` is the optimizer's update.
         h2d_gb_s: from pinned host memory to the device, in GB/s.
         d2h_gb_s: from the device to pinned host memory, in GB/s.
         node_gb_s: bus bandwidth of a large all-reduce within a node, in GB/s per GPU.
         network_gb_s: bus bandwidth of a large all-reduce between nodes, in GB/s per GPU.
         collective_us: a small all-reduce within a node, in us.
         zero1_param_us: host time that ZeRO-1 adds per parameter and micro-batch, in us.
-        zero3_param_us: host time that ZeRO-3 adds per parameter and micro-batch, in us.
+        zero3_first_param_us: host time that ZeRO-3 adds per parameter to a step's first micro-batch, which fetches it,
+            and for its release, in us.
+        zero3_param_us: host time that ZeRO-3 adds per parameter to a micro-batch that finds it gathered, in us.
         update_param_us: host time per parameter and optimizer step outside the micro-batches, in us.
         loader_images_per_s_per_core: images that the loader decodes on one core, in images/s.
         loader_cores: cores of a rank that decode.
@@ -47,15 +53,18 @@ class MeasuredNode(Section):
     op_us: float | None = Field(None, gt=0)
     kernel_us: float | None = Field(None, gt=0)
     matmul_tflops: float | None = Field(None, gt=0)
+    fp32_tflops: float | None = Field(None, gt=0)
     attention_tflops: float | None = Field(None, gt=0)
     memory_gb_s: float | None = Field(None, gt=0)
     depthwise_gb_s: float | None = Field(None, gt=0)
+    operator_gb_s: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
     h2d_gb_s: float | None = Field(None, gt=0)
     d2h_gb_s: float | None = Field(None, gt=0)
     node_gb_s: float | None = Field(None, gt=0)
     network_gb_s: float | None = Field(None, gt=0)
     collective_us: float | None = Field(None, gt=0)
     zero1_param_us: float | None = Field(None, ge=0)
+    zero3_first_param_us: float | None = Field(None, ge=0)
     zero3_param_us: float | None = Field(None, ge=0)
     update_param_us: float | None = Field(None, ge=0)
     loader_images_per_s_per_core: float | None = Field(None, gt=0)
@@ -63,7 +72,7 @@ class MeasuredNode(Section):
 
     def known(self) -> dict[str, Any]:
         """Return the measured constants by name, as they are written to the file."""
-        return self.model_dump(exclude_none=True)
+        return self.model_dump(exclude_none=True, exclude_defaults=True)
 
 
 def read_measured(path: Path) -> MeasuredNode:

@@ -103,9 +103,10 @@ def test_different_texts_are_listed() -> None:
 def test_the_plan_reads_the_medians_of_the_constants(tmp_path: Path) -> None:
     report = DoctorReport(_context(tmp_path))
     zero = Reading("x", 0.0, "", None, "op_us")  # not measured: it must be above 0
-    ranks = [_rank(Reading("empty kernel", value, "us", None, "launch_us"), zero) for value in (2.0, 3.0, 7.0)]
+    gelu = Reading("gelu", 900.0, "GB/s", None, "operator_gb_s.gelu")
+    ranks = [_rank(Reading("empty kernel", value, "us", None, "launch_us"), zero, gelu) for value in (2.0, 3.0, 7.0)]
     report.add(_summary(*ranks))
     report.finish()
-    assert read_measured(tmp_path / "doctor.json") == MeasuredNode(launch_us=3.0)
+    assert read_measured(tmp_path / "doctor.json") == MeasuredNode(launch_us=3.0, operator_gb_s={"gelu": 900.0})
     written = json.loads((tmp_path / "doctor.json").read_text())
     assert written["versions"]["torch"] == torch.__version__ and written["host"] and written["world_size"] == 1

@@ -25,9 +25,11 @@ from mrmae_ds.planning.operator_trace import (
     MATMUL,
     MATMUL_FP32,
     MEMORY,
+    VIEW,
     DeviceRates,
     Operators,
 )
+from mrmae_ds.profiling.flops import flop_counter
 from mrmae_ds.profiling.gpus import find_gpu
 from mrmae_ds.profiling.measured_node import MeasuredNode
 
@@ -70,11 +72,13 @@ def test_costs_of_a_linear_layer_and_a_sum() -> None:
 
 def test_an_operator_takes_the_longest_of_three() -> None:
     flops, sizes = np.array([[0.0, 0.0], [6.0, 1.0]]), np.array([[1.0, 0.0], [2.0, 4.0]])
-    operators = Operators((MATMUL, MEMORY), flops, sizes)
+    operators = Operators((MATMUL, MEMORY), flops, sizes, ("mm", "add"))
     rates = DeviceRates({MATMUL: 2.0}, dict.fromkeys(KINDS, 1.0), kernel_s=4.5)
     assert list(operators.seconds(1, rates)) == [4.5, 4.5]  # 3 of FLOPs and 3 of bytes, 4 of bytes
     assert list(operators.seconds(2, rates)) == [6.0, 8.0]
     assert list(operators.seconds(2, replace(rates, flops={MATMUL: 1.0}))) == [12.0, 8.0]
+    # An operator's own rate is used in place of its kind's.
+    assert list(operators.seconds(2, replace(rates, sizes=rates.sizes | {"add": 0.5}))) == [6.0, 16.0]
 
 
 def test_attention_has_four_products_and_convolutions_count_groups() -> None:
@@ -91,6 +95,19 @@ def test_attention_has_four_products_and_convolutions_count_groups() -> None:
         found = trace(Both(), 8, 4, 4)
     flops = {kind: found.flops[1][i] for i, kind in enumerate(found.kinds)}
     assert flops == {CONVOLUTION: 2 * 8 * 16 * 25, ATTENTION: 2 * 2 * 8 * 8 * 16}
+
+
+def test_a_fused_attention_layer_has_the_flops_of_its_parts() -> None:
+    layer = nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+    x = torch.randn(2, 6, WIDTH)
+    with flop_counter() as parts, torch.no_grad():
+        layer.train()(x, x, x, need_weights=False)
+    with TensorRecorder([layer]) as recorder, torch.no_grad():
+        layer.eval()(x, x, x, need_weights=False)
+    (cost,) = (cost for cost in recorder.costs if cost.kind != VIEW)
+    assert (cost.name, cost.kind) == ("_native_multi_head_attention", MATMUL_FP32)
+    # On the CPU, torch's counter has no formula for the two products.
+    assert cost.flops == parts.get_total_flops() + 2 * 2 * (2 * 6 * 6 * WIDTH)
 
 
 def operators_of(name: str, plan: CheckpointPlan) -> Operators:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,9 +76,14 @@ def test_step_is_micro_batches_update_and_waiting(stages: dict[str, CountedStage
     computing = stage.cost.per_image * 16 / 300e12
     assert step.compute.gpu_s == pytest.approx(computing)
     tensors = sum(1 for _ in stage.task.model.parameters())
-    host_s = len(stage.timeline.operators) * CONSTANTS.op_s + tensors * CONSTANTS.zero3_param_s
-    assert step.compute.host_s == pytest.approx(host_s) and host_s > computing
-    total_s = 4 * host_s + tensors * CONSTANTS.update_param_s
+    operators_s = len(stage.timeline.operators) * CONSTANTS.op_s
+    first_s, host_s = (
+        operators_s + tensors * each for each in (CONSTANTS.zero3_first_param_s, CONSTANTS.zero3_param_s)
+    )
+    assert step.compute.first_host_s == pytest.approx(first_s)
+    assert step.compute.host_s == pytest.approx(host_s) and first_s > host_s > computing
+    assert step.compute.mean_host_s == pytest.approx((first_s + 3 * host_s) / 4)
+    total_s = first_s + 3 * host_s + tensors * CONSTANTS.update_param_s
     assert step.compute.total_s == pytest.approx(total_s)
     # ZeRO-3 overlaps communication with computation; the excess is waiting time.
     sent = sum(transfer.seconds for transfer in step.transfers)
@@ -95,9 +101,10 @@ def test_operators_have_the_flops_of_torchs_counter(stages: dict[str, CountedSta
 
 
 def test_a_fast_host_leaves_the_gpu_as_limit(stages: dict[str, CountedStage]) -> None:
-    fast = MeasuredNode(op_us=0.1, zero1_param_us=0, zero3_param_us=0, update_param_us=0.001)
+    fast = MeasuredNode(op_us=0.1, zero1_param_us=0, zero3_first_param_us=0, zero3_param_us=0, update_param_us=0.001)
     step = estimate_step(stages["pretrain"], ZERO, replace(CLUSTER, measured=fast), 64)
-    assert step.compute is not None and step.compute.micro_batch_s == step.compute.gpu_s > step.compute.host_s
+    assert step.compute is not None and not step.compute.waits_for_host
+    assert step.compute.micro_batches_s == step.compute.accumulation * step.compute.gpu_s
 
 
 def test_zero3_loses_on_the_host_at_small_micro_batches(stages: dict[str, CountedStage]) -> None:
@@ -105,6 +112,14 @@ def test_zero3_loses_on_the_host_at_small_micro_batches(stages: dict[str, Counte
     one, three = (estimate_step(stages["pretrain"], ZERO.at_stage(number), CLUSTER, 4) for number in (1, 3))
     assert one.waiting_s is not None and three.waiting_s is not None and one.waiting_s > three.waiting_s
     assert one.step_s is not None and three.step_s is not None and one.step_s < three.step_s
+
+
+def test_zero3_fetches_in_every_micro_batch_unless_it_keeps_parameters(stages: dict[str, CountedStage]) -> None:
+    kept, fetched = (
+        estimate_step(stages["pretrain"], replace(ZERO, max_live=live), CLUSTER, 16).compute for live in (10**10, 0)
+    )
+    assert kept is not None and fetched is not None and kept.accumulation == 4
+    assert kept.host_s < kept.first_host_s == fetched.first_host_s == fetched.host_s
 
 
 def test_more_gpus_do_not_shorten_a_step_below_the_host(stages: dict[str, CountedStage]) -> None:
@@ -120,7 +135,7 @@ def test_overlapped_reduction_of_zero1_is_hidden_by_one_backward(stages: dict[st
     assert exposed.waiting_s is not None and overlapped.waiting_s is not None and exposed.compute is not None
     backward = sum(part.backward + part.recomputed for part in stages["pretrain"].cost.parts.values())
     share = backward / stages["pretrain"].cost.per_image
-    assert exposed.waiting_s - overlapped.waiting_s == pytest.approx(share * exposed.compute.micro_batch_s)
+    assert exposed.waiting_s - overlapped.waiting_s == pytest.approx(share * exposed.compute.first_host_s)
 
 
 def test_a_slow_loader_limits_the_step(stages: dict[str, CountedStage]) -> None:
@@ -274,6 +289,7 @@ def test_throughput_of_a_gpu_comes_from_its_data_sheet_or_an_option() -> None:
 def test_measured_constants_replace_estimates(tmp_path: Path) -> None:
     path = tmp_path / "doctor.json"
     measured: dict[str, Any] = {"device": "NVIDIA H100 80GB HBM3", "op_us": 7, "kernel_us": 3, "node_gb_s": 300}
+    measured |= {"zero3_first_param_us": 90, "fp32_tflops": 30, "operator_gb_s": {"gelu": 1000, "adamw": 500}}
     measured |= {"matmul_tflops": 500, "memory_gb_s": 2000, "h2d_gb_s": 50, "d2h_gb_s": 40}
     measured |= {"loader_images_per_s_per_core": 1000, "loader_cores": 10}
     path.write_text(json.dumps({"measured": measured}))
@@ -281,14 +297,32 @@ def test_measured_constants_replace_estimates(tmp_path: Path) -> None:
     cluster = make_cluster(request)
     assert cluster.rates is not None and cluster.rates.kernel_s == 3e-6
     assert (cluster.rates.flops["matmul"], cluster.rates.sizes["memory"]) == (500e12, 2e12)
+    assert (cluster.rates.flops["matmul_fp32"], cluster.rates.sizes["gelu"]) == (30e12, 1e12)
     assert cluster.rates.sizes["convolution"] == pytest.approx(0.4 * 3.35e12)  # not measured
-    assert (cluster.host.operator_s, cluster.host.zero3_s) == (7e-6, CONSTANTS.zero3_param_s)
+    assert (cluster.host.operator_s, cluster.host.zero3_first_s) == pytest.approx((7e-6, 90e-6))
+    assert cluster.host.zero3_s == CONSTANTS.zero3_param_s  # not measured
     assert cluster.node_loader == 40_000
     assert cluster.collective_s(3e9, 0) == pytest.approx(3 / 4 * 3e9 / 300e9)
     assert cluster.copy_s(4e9) == pytest.approx(0.1)
     assert make_cluster(replace(request, loader=5.0)).node_loader == 5.0
     with pytest.raises(UserError, match=r"measured on NVIDIA H100 80GB HBM3, which is not --gpu h200"):
         make_cluster(replace(request, gpu="h200"))
+
+
+def test_update_takes_the_measured_rate_of_adamw(stages: dict[str, CountedStage]) -> None:
+    slow = MeasuredNode(operator_gb_s={"adamw": 0.1})
+    step = estimate_step(stages["pretrain"], ZERO.at_stage(1), replace(CLUSTER, measured=slow), 16)
+    assert step.compute is not None
+    assert step.compute.update_s == pytest.approx(28 * step.memory.zero.counts.trainable / 16 / 0.1e9)
+
+
+def test_host_constants_are_those_of_the_benchmark() -> None:
+    """Medians over Base and Huge with one rank and two, in us."""
+    rows = json.loads((host.RESULTS / "host_time_cpu.json").read_text())["constants"]
+    assert {(row["config"], row["ranks"]) for row in rows} == {(size, n) for size in ("base", "huge") for n in (1, 2)}
+    for name in ("op", "zero1_param", "zero3_first_param", "zero3_param", "update_param"):
+        median = statistics.median(row[name] for row in rows)
+        assert 1e6 * getattr(CONSTANTS, f"{name}_s") == pytest.approx(median, rel=0.05), name
 
 
 @pytest.mark.parametrize(

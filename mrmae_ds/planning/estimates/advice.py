@@ -92,10 +92,10 @@ def _teachers(stage: CountedStage, step: StepEstimate, zero: ZeroSettings) -> li
 
 def _time(step: StepEstimate) -> list[str]:
     advice, compute = [], step.compute
-    if compute is not None and compute.host_s > compute.gpu_s:
+    if compute is not None and compute.waits_for_host:
         advice.append(
-            f"the GPU waits for the host, which issues a micro-batch in {1000 * compute.host_s:.0f} ms, while the GPU "
-            f"computes it in {1000 * compute.gpu_s:.0f}; a larger micro-batch, ZeRO-1 or less recomputation would "
+            f"the GPU waits for the host, which issues a micro-batch in {1000 * compute.mean_host_s:.0f} ms, while the "
+            f"GPU computes it in {1000 * compute.gpu_s:.0f}; a larger micro-batch, ZeRO-1 or less recomputation would "
             "reduce that"
         )
     share = step.waiting_share

@@ -34,6 +34,7 @@ class Constants:
     kernel_s: float
     op_s: float
     zero1_param_s: float
+    zero3_first_param_s: float
     zero3_param_s: float
     update_param_s: float
     network_gbs: float

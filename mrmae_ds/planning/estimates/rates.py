@@ -29,9 +29,13 @@ def device_rates(gpu: Gpu, measured: MeasuredNode) -> DeviceRates | None:
     convolution = measured.depthwise_gb_s or (memory and memory * CONSTANTS.convolution_share)
     if not (matmul and attention and moving and convolution):
         return None
-    wide = peak * CONSTANTS.fp32_share if peak else matmul * CONSTANTS.fp32_share / CONSTANTS.matmul_share
-    flops = {MATMUL: matmul * TERA, MATMUL_FP32: wide * TERA, ATTENTION: attention * TERA}
+    wide = measured.fp32_tflops
+    if wide is None:
+        wide = peak * CONSTANTS.fp32_share if peak else matmul * CONSTANTS.fp32_share / CONSTANTS.matmul_share
+    # Patch embeddings are convolutions with as many operations as a product.
+    flops = {MATMUL: matmul * TERA, MATMUL_FP32: wide * TERA, ATTENTION: attention * TERA, CONVOLUTION: matmul * TERA}
     sizes = dict.fromkeys(KINDS, moving * GIGA) | {CONVOLUTION: convolution * GIGA}
+    sizes |= {name: rate * GIGA for name, rate in measured.operator_gb_s.items()}
     kernel_s = CONSTANTS.kernel_s if measured.kernel_us is None else measured.kernel_us * _MICRO
     return DeviceRates(flops, sizes, kernel_s)
 
@@ -43,12 +47,14 @@ class HostRates:
     Attributes:
         operator_s: seconds to issue an eager operator, forward or backward.
         zero1_s: seconds that ZeRO-1 and 2 add per parameter tensor and micro-batch.
-        zero3_s: seconds that ZeRO-3 adds per parameter tensor and micro-batch.
+        zero3_first_s: seconds that ZeRO-3 adds per parameter tensor to a micro-batch that fetches and releases it.
+        zero3_s: seconds that ZeRO-3 adds per parameter tensor to a micro-batch that finds it gathered.
         update_s: seconds per parameter tensor and optimizer step: agreement of ranks, gradient norm, optimizer.
     """
 
     operator_s: float
     zero1_s: float
+    zero3_first_s: float
     zero3_s: float
     update_s: float
 
@@ -62,13 +68,16 @@ class HostRates:
         return cls(
             operator_s=seconds(measured.op_us, CONSTANTS.op_s),
             zero1_s=seconds(measured.zero1_param_us, CONSTANTS.zero1_param_s),
+            zero3_first_s=seconds(measured.zero3_first_param_us, CONSTANTS.zero3_first_param_s),
             zero3_s=seconds(measured.zero3_param_us, CONSTANTS.zero3_param_s),
             update_s=seconds(measured.update_param_us, CONSTANTS.update_param_s),
         )
 
-    def micro_batch_s(self, operators: int, memory: ZeroMemory) -> float:
-        """Return the seconds to issue a micro-batch of this many operators."""
-        each = {0: 0.0, 3: self.zero3_s}.get(memory.zero.stage, self.zero1_s)
+    def micro_batch_s(self, operators: int, memory: ZeroMemory, first: bool) -> float:
+        """Return the seconds to issue a micro-batch of this many operators, the first of a step or another."""
+        fetches = first or not memory.keeps_gathered
+        zero3_s = self.zero3_first_s if fetches else self.zero3_s
+        each = {0: 0.0, 3: zero3_s}.get(memory.zero.stage, self.zero1_s)
         return operators * self.operator_s + memory.counts.tensors * each
 
     def step_s(self, memory: ZeroMemory) -> float:

@@ -41,7 +41,7 @@ def bottleneck(step: StepEstimate) -> str:
     if delivered is not None and needed and needed > delivered:
         return f"loader ({needed / delivered:.1f} times its rate)"
     compute = step.compute
-    limit = "launches" if compute is not None and compute.host_s > compute.gpu_s else "compute"
+    limit = "launches" if compute is not None and compute.waits_for_host else "compute"
     share = step.waiting_share or 0.0
     if share > CONSTANTS.threshold:
         kind = "host" if max(step.transfers, key=lambda transfer: transfer.seconds).local else "network"

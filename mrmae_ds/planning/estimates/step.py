@@ -11,6 +11,7 @@ from mrmae_ds.planning.estimates.traffic import Transfer, offload_transfers, stu
 from mrmae_ds.planning.operator_trace import MEMORY
 from mrmae_ds.planning.stage import CountedStage, Placements, StageMemory, stage_memory
 from mrmae_ds.planning.zero_memory import ZeroMemory
+from mrmae_ds.profiling.measured_node import ADAMW
 
 
 @dataclass(frozen=True)
@@ -19,31 +20,43 @@ class ComputeTime:
 
     Attributes:
         gpu_s: seconds that the GPU computes a micro-batch.
-        host_s: seconds that the host issues a micro-batch.
+        first_host_s: seconds that the host issues the first micro-batch of a step, in which ZeRO-3 fetches parameters.
+        host_s: seconds that the host issues another micro-batch.
         update_s: seconds of the update, once a step.
         accumulation: micro-batches per step.
         backward_share: share of a micro-batch that is backward.
     """
 
     gpu_s: float
+    first_host_s: float
     host_s: float
     update_s: float
     accumulation: int
     backward_share: float
 
     @property
-    def micro_batch_s(self) -> float:
-        """Seconds of a micro-batch."""
-        return max(self.gpu_s, self.host_s)
+    def micro_batches_s(self) -> float:
+        """Seconds of all micro-batches of a step."""
+        return max(self.gpu_s, self.first_host_s) + (self.accumulation - 1) * max(self.gpu_s, self.host_s)
+
+    @property
+    def mean_host_s(self) -> float:
+        """Seconds that the host issues a micro-batch, as the mean of a step."""
+        return (self.first_host_s + (self.accumulation - 1) * self.host_s) / self.accumulation
+
+    @property
+    def waits_for_host(self) -> bool:
+        """True if the host needs longer than the GPU."""
+        return self.mean_host_s > self.gpu_s
 
     @property
     def total_s(self) -> float:
         """Seconds of a step."""
-        return self.accumulation * self.micro_batch_s + self.update_s
+        return self.micro_batches_s + self.update_s
 
     def hiding_s(self, zero: ZeroSettings) -> float:
         """Return the seconds behind which overlapped transfers are hidden; ZeRO-1 reduces in the last backward only."""
-        return self.total_s if zero.stage > 1 else self.backward_share * self.micro_batch_s
+        return self.total_s if zero.stage > 1 else self.backward_share * self.micro_batches_s / self.accumulation
 
 
 @dataclass(frozen=True)
@@ -152,10 +165,11 @@ def _compute(stage: CountedStage, memory: ZeroMemory, cluster: Cluster, micro_ba
     on_device = 0.0
     if rates and not memory.zero.offload_optimizer:
         elements = memory.share if memory.zero.stage else memory.counts.trainable
-        on_device = CONSTANTS.update_bytes * elements / rates.sizes[MEMORY]
+        on_device = CONSTANTS.update_bytes * elements / rates.sizes.get(ADAMW, rates.sizes[MEMORY])
     return ComputeTime(
         gpu_s=gpu_s,
-        host_s=cluster.host.micro_batch_s(len(operators), memory),
+        first_host_s=cluster.host.micro_batch_s(len(operators), memory, first=True),
+        host_s=cluster.host.micro_batch_s(len(operators), memory, first=False),
         update_s=max(on_device, cluster.host.step_s(memory)),
         accumulation=memory.accumulation,
         backward_share=sum(part.backward + part.recomputed for part in cost.parts.values()) / cost.per_image,
