@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -25,10 +23,6 @@ class Store(Protocol):
 
     def name(self, place: Any) -> str:
         """Return the origin of an image, for messages."""
-        ...
-
-    def file(self, place: Any) -> str:
-        """Return the path of the file that holds an image."""
         ...
 
 
@@ -64,21 +58,6 @@ class ImageIndex:
     def label(self, index: int) -> int:
         """Return a label without reading the image."""
         return int(self.labels[index])
-
-    def stamp(self, index: int) -> str:
-        """Return size and time of the file that holds an image, by which a change is noticed; "" if it is missing."""
-        try:
-            status = os.stat(self.store.file(self.places[index]))
-        except OSError:
-            return ""
-        return f"{status.st_size}-{status.st_mtime_ns}"
-
-    def digest(self) -> str:
-        """Return the SHA-256 of all names and labels in order, in hexadecimal."""
-        digest = hashlib.sha256(self.labels.tobytes())
-        for index in range(len(self)):
-            digest.update(os.fsencode(self.name(index)) + b"\0")
-        return digest.hexdigest()
 
     def take(self, rows: IntArray) -> ImageIndex:
         """Return some of the samples, by row."""
@@ -129,9 +108,5 @@ class FileStore:
         return open_image(place)
 
     def name(self, place: str) -> str:
-        """Return the path."""
-        return place
-
-    def file(self, place: str) -> str:
         """Return the path."""
         return place

@@ -52,10 +52,6 @@ class TableStore:
         """Return file, row group and row."""
         return f"{place.file}:{place.group}:{place.row}"
 
-    def file(self, place: Place) -> str:
-        """Return the path of the file."""
-        return place.file
-
 
 def _read(path: str, group: int, column: str) -> Any:
     """Return one column of a row group."""

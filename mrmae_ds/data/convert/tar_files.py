@@ -38,10 +38,6 @@ class TarStore:
         """Return archive and member."""
         return f"{place.archive}:{place.name}"
 
-    def file(self, place: TarMember) -> str:
-        """Return the path of the archive."""
-        return place.archive
-
 
 def read_member(place: TarMember) -> bytes:
     """Return the content of a member; raises ImageError if the archive has become shorter."""

@@ -221,7 +221,7 @@ def test_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_unwritable_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(UserError, match=r"file/x\.beton: cannot be written \("):
+    with pytest.raises(UserError, match=r"file: cannot be made \(File exists\); name another folder"):
         write_beton(FunctionDataset([_small]), tmp_path / "file" / "x.beton", OPTIONS, **ABOUT)
 
 
