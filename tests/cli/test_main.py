@@ -80,8 +80,8 @@ def test_table_without_runs_has_blank_cells_and_a_note(tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "ds_configs/tiny.yaml"], "ds_configs/tiny.yaml: not a model file of this project"),
-        (["show", "README.md"], "README.md: not a model file of this project"),
+        (["export", "ds_configs/tiny.yaml"], "ds_configs/tiny.yaml: not a readable weights file"),
+        (["show", "README.md"], "README.md: not a readable weights file"),
         (["data", "info", "README.md"], "README.md: not a data set; name a .beton file"),
     ],
 )

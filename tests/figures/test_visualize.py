@@ -410,7 +410,7 @@ MISTAKES = {
         "--num-images: not allowed with files after --images",
     ),
     "too many": (["--images", *["0"] * 65], "65 images are too many for one figure; select 64 or fewer"),
-    "no folder": (["--out", "{0}/notes.txt"], "cannot create folder {0}/notes.txt"),
+    "no folder": (["--out", "{0}/notes.txt"], "{0}/notes.txt: cannot be made (File exists)"),
 }
 
 
