@@ -18,7 +18,7 @@ from mrmae_ds.training.param_groups import adamw
 from mrmae_ds.units import GIGA, TERA
 
 HEADS = 12
-UPDATED = 32  # matrices of the optimizer: more than caches hold
+LAYERS = 32  # matrices of products and optimizer: more than caches hold, as in a step
 aten = torch.ops.aten
 
 
@@ -36,7 +36,7 @@ def operator_readings(device: torch.device, images: int, measure: Callable[..., 
         measure: returns the seconds of a call.
     """
     products = _products(device, images)
-    flops = 3 * 2 * images * 49 * PRODUCTS["Base"][1] * PRODUCTS["Base"][2]
+    flops = LAYERS * 3 * 2 * images * 49 * PRODUCTS["Base"][1] * PRODUCTS["Base"][2]
     speed = flops / measure(products) / TERA
     readings = [Reading("float32 products, forward and gradients", speed, "TFLOP/s", constant="fp32_tflops")]
     for name, run, moved in [*_elementwise(device, images), *_convolution(device, images), _update(device)]:
@@ -46,11 +46,11 @@ def operator_readings(device: torch.device, images: int, measure: Callable[..., 
 
 
 def _products(device: torch.device, images: int) -> Callable[[], object]:
-    """Return the products of a layer: its output, and the gradients of input and weight."""
+    """Return the products of layers: the output of each, and the gradients of its input and weight."""
     _, inputs, outputs = PRODUCTS["Base"]
     x, y = (torch.randn(images * 49, width, device=device) for width in (inputs, outputs))
-    weight, bias = torch.randn(outputs, inputs, device=device), torch.randn(outputs, device=device)
-    return lambda: (torch.addmm(bias, x, weight.t()), y @ weight, y.t() @ x)
+    weights, bias = torch.randn(LAYERS, outputs, inputs, device=device), torch.randn(outputs, device=device)
+    return lambda: [(torch.addmm(bias, x, w.t()), y @ w, y.t() @ x) for w in weights]
 
 
 def _elementwise(device: torch.device, images: int) -> list[tuple[str, Callable[[], Any], int]]:
@@ -103,7 +103,7 @@ def _convolution(device: torch.device, images: int) -> list[tuple[str, Callable[
 def _update(device: torch.device) -> tuple[str, Callable[[], Any], int]:
     """Return a step of AdamW."""
     _, width, wide = PRODUCTS["Base"]
-    parameters = [nn.Parameter(torch.randn(wide, width, device=device)) for _ in range(UPDATED)]
+    parameters = [nn.Parameter(torch.randn(wide, width, device=device)) for _ in range(LAYERS)]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
     optimizer = adamw((0.9, 0.95))([{"params": parameters}], device.type == "cuda")
