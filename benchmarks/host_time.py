@@ -36,7 +36,6 @@ from result_file import write_result
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO1 = {"stage": 1, "reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
-BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 PLAIN = 0
 NAMES = {PLAIN: "none", 1: "ZeRO-1", 3: "ZeRO-3"}
 PARTS = ("first", "another", "last")  # micro-batches of a step
@@ -88,19 +87,18 @@ def run_rank(settings: dict[str, Any]) -> None:
     from mrmae_ds.distributed.launch import prepare_environment
 
     launch = prepare_environment()
-    import torch
     import torch.distributed as dist
 
     from mrmae_ds.config.engine import default_recipe, load_engine_config
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, start_process_group
-    from mrmae_ds.doctor.workload import build_random_task, noise_batches
+    from mrmae_ds.doctor.workload import noise_batches
     from mrmae_ds.training.loop import run_step
     from mrmae_ds.training.meter import Meter
     from mrmae_ds.training.schedule import StageSchedule
     from mrmae_ds.training.step_sync import StepSync
     from mrmae_ds.training.tasks.build import build_task_engine
-    from tests.support.fake_gpu.watch import accept_every_step, adapt_torch
+    from tests.support.fake_gpu.watch import accept_every_step, adapt_torch, build_empty_task
 
     adapt_torch()
     accept_every_step()
@@ -109,10 +107,7 @@ def run_rank(settings: dict[str, Any]) -> None:
     # A store of its own: the other ranks, which would be waited for, do not exist.
     dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=launch.world_size)
     start_process_group(device)
-    with torch.device("meta"):
-        task = build_random_task(recipe, config, "pretrain")
-    for module in (task.model, *task.teachers.values()):
-        module.to_empty(device="cpu")
+    task = build_empty_task(recipe, config)
     accumulation = settings["accumulation"]
     clock = Clock(next(noise_batches(config.micro_batch, task.image_size, device)))
     schedule = StageSchedule(recipe.stage("pretrain"), 0, 1000, accumulation, config.micro_batch, launch)
@@ -155,6 +150,8 @@ def engine_json(args: argparse.Namespace, name: str) -> dict[str, Any]:
     if args.no_recompute:
         config.pop("activation_checkpointing", None)
     if args.bf16:
+        from mrmae_ds.doctor.numerics import BF16
+
         config.pop("torch_autocast", None)
         config |= BF16
     return config
@@ -204,18 +201,14 @@ def rows_of(args: argparse.Namespace, name: str, ranks: int) -> list[dict[str, A
 
 def operators(args: argparse.Namespace, name: str) -> int:
     """Return the planner's number of operators of a micro-batch."""
-    from mrmae_ds.config.engine import default_recipe, load_engine_config
+    from mrmae_ds.config.engine import default_recipe
     from mrmae_ds.config.recipe import load_recipe
-    from mrmae_ds.imagenet import IMAGENET_CLASSES
-    from mrmae_ds.planning.fake_step import build_meta_task, trace_micro_batch
+    from mrmae_ds.doctor.host import count_operators
+    from mrmae_ds.doctor.workload import write_engine_config
 
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "engine.json"
-        path.write_text(json.dumps(engine_json(args, name)))
-        config = load_engine_config(path)
-    recipe = load_recipe(default_recipe(REPOSITORY / "ds_configs" / f"{name}.json"), [])
-    task = build_meta_task(recipe, "pretrain", config, IMAGENET_CLASSES)
-    return len(trace_micro_batch(task, config).operators)
+        config = write_engine_config(Path(folder), name, 0, engine_json(args, name))
+    return count_operators(load_recipe(default_recipe(REPOSITORY / "ds_configs" / f"{name}.json"), []), config)
 
 
 def constants(rows: list[dict[str, Any]], count: int) -> dict[str, float]:

@@ -56,14 +56,10 @@ def measure_node() -> dict[str, Any]:
     import torch.nn.functional as F
 
     from mrmae_ds.doctor.operators import operator_readings
+    from mrmae_ds.doctor.reading import collect_constants
 
-    found: dict[str, Any] = {"operator_gb_s": {}}
-    for reading in operator_readings(torch.device("cpu"), IMAGES, cpu_time):
-        section, _, name = str(reading.constant).partition(".")
-        if name:
-            found[section][name] = reading.value
-        else:
-            found[section] = reading.value
+    readings = operator_readings(torch.device("cpu"), IMAGES, cpu_time)
+    found = collect_constants((reading.constant, reading.value) for reading in readings)
     heads = [torch.randn(IMAGES, 12, 197, 64, requires_grad=True) for _ in range(3)]
     attention_s = cpu_time(lambda: F.scaled_dot_product_attention(*heads).sum().backward())
     moved, convolved = (found["operator_gb_s"][name] for name in ("add", "convolution"))
@@ -107,20 +103,18 @@ def run_rank(job: dict[str, Any]) -> None:
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, start_process_group
     from mrmae_ds.doctor.workload import build_random_task, noise_batches
-    from mrmae_ds.training.engine.build import build_engine
     from mrmae_ds.training.loop import run_step
     from mrmae_ds.training.meter import Meter
     from mrmae_ds.training.schedule import StageSchedule
     from mrmae_ds.training.step_sync import StepSync
+    from mrmae_ds.training.tasks.build import build_task_engine
 
     torch.set_num_threads(1)
     config, device = load_engine_config(Path(job["engine"])), choose_device(launch)
     recipe = load_recipe(REPOSITORY / "ds_configs" / f"{job['name']}.yaml", OVERRIDES)
     start_process_group(device)
     task = build_random_task(recipe, config, "pretrain")
-    engine = build_engine(task.model, task.param_groups(), task.make_optimizer, config, 1, device)
-    task.to(device)
-    engine.train()
+    engine = build_task_engine(task, config, 1, device)
     batches = noise_batches(config.micro_batch, task.image_size, device)
     schedule = StageSchedule(recipe.stage("pretrain"), 0, 1000, 1, config.micro_batch, launch)
     steps, rates = [], []

@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -31,6 +31,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._pytree import tree_iter  # noqa: E402
 
+from mrmae_ds.doctor.numerics import BF16  # noqa: E402
 from mrmae_ds.planning.activation_trace import TRACED_SIZES, TensorRecorder  # noqa: E402
 from mrmae_ds.planning.operator_trace import (  # noqa: E402
     ATTENTION,
@@ -44,7 +45,6 @@ from mrmae_ds.planning.operator_trace import (  # noqa: E402
     tensor_bytes,
 )
 
-BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
 SHOWN = {"products": (MATMUL, MATMUL_FP32), "attention": (ATTENTION,), "convolutions": (CONVOLUTION,)}
 Bytes = dict[int, float]  # of each tensor, by the number of its storage
 
@@ -53,18 +53,14 @@ class FlowRecorder(TensorRecorder):
     """Recorder of the tensors that each operator reads and writes.
 
     Attributes:
-        made: every instance, in the order of the runs.
         flows: tensors read and written by each operator of ``costs``.
     """
-
-    made: ClassVar[list[FlowRecorder]] = []
 
     def __init__(self, owned: Iterable[torch.nn.Module]) -> None:
         super().__init__(owned)
         self.flows: list[tuple[Bytes, Bytes]] = []
         self._numbers: dict[int, int] = {}
         self._next = itertools.count()
-        self.made.append(self)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         read = self._flow((args, kwargs))
@@ -143,8 +139,9 @@ def _inside(number: int, run: list[int], end: int, last_read: dict[int, int]) ->
 
 def trace(name: str, changes: dict[str, Any]) -> tuple[int, dict[str, Operators]]:
     """Trace a size's pre-training; return its micro-batch, and its operators eager and compiled."""
-    from mrmae_ds.config.engine import default_recipe, load_engine_config
+    from mrmae_ds.config.engine import default_recipe
     from mrmae_ds.config.recipe import load_recipe
+    from mrmae_ds.doctor.workload import write_engine_config
     from mrmae_ds.imagenet import IMAGENET_CLASSES
     from mrmae_ds.planning.fake_step import build_meta_task, trace_micro_batch
 
@@ -153,13 +150,16 @@ def trace(name: str, changes: dict[str, Any]) -> tuple[int, dict[str, Operators]
     if changes:
         content = {key: value for key, value in content.items() if key != "torch_autocast"} | changes
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "engine.json"
-        path.write_text(json.dumps(content))
-        config = load_engine_config(path)
+        config = write_engine_config(Path(folder), name, 0, content)
     task = build_meta_task(load_recipe(default_recipe(source)), "pretrain", config, IMAGENET_CLASSES)
-    FlowRecorder.made.clear()
-    eager = trace_micro_batch(task, config, recorder=FlowRecorder).operators
-    compiled = Operators.fit(TRACED_SIZES, [fuse(run.costs, run.flows) for run in FlowRecorder.made[-2:]])
+    runs: list[FlowRecorder] = []
+
+    def record(owned: Iterable[torch.nn.Module]) -> FlowRecorder:
+        runs.append(FlowRecorder(owned))
+        return runs[-1]
+
+    eager = trace_micro_batch(task, config, make_recorder=record).operators
+    compiled = Operators.fit(TRACED_SIZES, [fuse(run.costs, run.flows) for run in runs[-len(TRACED_SIZES) :]])
     return config.micro_batch, {"eager": eager, "compiled": compiled}
 
 

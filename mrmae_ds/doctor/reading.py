@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 
 class HardFailure(Exception):
@@ -52,3 +55,20 @@ class Reading:
     unit: str = ""
     expected: Expected | None = None
     constant: str | None = None
+
+
+def collect_constants(values: Iterable[tuple[str | None, float | str]]) -> dict[str, Any]:
+    """Return the fields of a :class:`~mrmae_ds.profiling.measured_node.MeasuredNode`.
+
+    Args:
+        values: ``constant`` and ``value`` of readings; only positive finite numbers that have a constant are taken.
+    """
+    constants: dict[str, Any] = {}
+    for constant, value in values:
+        if constant and isinstance(value, float | int) and math.isfinite(value) and value > 0:
+            field, _, operator = constant.partition(".")
+            if operator:
+                constants.setdefault(field, {})[operator] = value
+            else:
+                constants[field] = value
+    return constants

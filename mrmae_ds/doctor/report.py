@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrmae_ds.doctor.context import Check, DoctorContext
-from mrmae_ds.doctor.reading import Expected
+from mrmae_ds.doctor.reading import Expected, collect_constants
 from mrmae_ds.files import write_text
 from mrmae_ds.profiling.measured_node import MEASURED_KEY, MeasuredNode
 from mrmae_ds.records.environment import collect_hardware, collect_versions
@@ -167,15 +167,9 @@ class DoctorReport:
 
 def measured_node(context: DoctorContext, results: list[CheckResult]) -> MeasuredNode:
     """Return the constants that ``mrmae plan --measured`` reads: medians over ranks, positive and finite ones only."""
-    values: dict[str, Any] = {"device": collect_hardware(1, context.device).device} if context.on_cuda else {}
-    for row in (row for result in results for row in result.rows if row.constant):
-        if isinstance(row.value, float | int) and math.isfinite(row.value) and row.value > 0:
-            constant, _, operator = str(row.constant).partition(".")
-            if operator:
-                values.setdefault(constant, {})[operator] = row.value
-            else:
-                values[constant] = row.value
-    return MeasuredNode.model_validate(values)
+    device = {"device": collect_hardware(1, context.device).device} if context.on_cuda else {}
+    rows = ((row.constant, row.value) for result in results for row in result.rows)
+    return MeasuredNode.model_validate(device | collect_constants(rows))
 
 
 def page(results: list[CheckResult]) -> str:

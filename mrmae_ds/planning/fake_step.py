@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Any, cast
 
@@ -21,6 +21,8 @@ from mrmae_ds.planning.activation_trace import CudaPolicy, TensorRecorder, Timel
 from mrmae_ds.teachers import build_meta_teacher
 from mrmae_ds.training.tasks.base import MicroBatchKey, Task
 from mrmae_ds.training.tasks.build import build_task
+
+RecorderMaker = Callable[[Iterable[nn.Module]], TensorRecorder]
 
 
 def build_meta_task(
@@ -47,7 +49,7 @@ def build_meta_task(
 
 
 def trace_micro_batch(
-    task: Task[Any], config: EngineConfig, *, on_cpu: bool = False, recorder: type[TensorRecorder] = TensorRecorder
+    task: Task[Any], config: EngineConfig, *, on_cpu: bool = False, make_recorder: RecorderMaker = TensorRecorder
 ) -> Timeline:
     """Run a micro-batch of a task on fake tensors.
 
@@ -55,7 +57,7 @@ def trace_micro_batch(
         task: on the meta device; its tensors are replaced by fake ones.
         config: engine config; its precision and activation checkpointing are applied.
         on_cpu: use autocast's dtypes of the CPU instead of CUDA's.
-        recorder: class of the recorder of each run.
+        make_recorder: makes the recorder of each run, from the modules whose tensors it does not count.
 
     Returns:
         Memory over the phases ``teacher NAME``, ``targets``, ``forward`` and ``backward``.
@@ -66,7 +68,7 @@ def trace_micro_batch(
             make_fake(teacher)
         task.normalize.to(torch.device("cpu"))
         set_checkpointing(task.model, config.checkpointing)
-        return trace_timeline(lambda num_images: _run(task, config, recorder, num_images, on_cpu))
+        return trace_timeline(lambda num_images: _run(task, config, make_recorder, num_images, on_cpu))
 
 
 def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
@@ -106,7 +108,7 @@ class _Engine:
 
 
 def _run(
-    task: Task[Any], config: EngineConfig, make_recorder: type[TensorRecorder], num_images: int, on_cpu: bool
+    task: Task[Any], config: EngineConfig, make_recorder: RecorderMaker, num_images: int, on_cpu: bool
 ) -> TensorRecorder:
     """Run forward and backward of a micro-batch."""
     recorder = make_recorder([task.model, *task.teachers.values()])

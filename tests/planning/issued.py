@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import load_recipe
-from mrmae_ds.doctor.workload import build_random_task, noise_batches
+from mrmae_ds.doctor.workload import noise_batches
 from mrmae_ds.planning.operator_trace import VIEW, operator_cost
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from tests.support.fake_gpu.report import Counters
-from tests.support.fake_gpu.watch import adapt_torch
+from tests.support.fake_gpu.watch import adapt_torch, build_empty_task
 from tests.support.processes import REPOSITORY
 
 
@@ -43,10 +43,7 @@ def main() -> None:
     adapt_torch()
     config, device = load_engine_config(REPOSITORY / f"ds_configs/{name}.json"), torch.device("cuda:0")
     recipe = load_recipe(REPOSITORY / f"ds_configs/{name}.yaml", overrides)
-    with torch.device("meta"):
-        task = build_random_task(recipe, config, "pretrain")
-    for module in (task.model, *task.teachers.values()):
-        module.to_empty(device="cpu")
+    task = build_empty_task(recipe, config)
     task.model.to(device, config.model_dtype)
     task.to(device)
     batch = next(noise_batches(config.micro_batch, task.image_size, device))

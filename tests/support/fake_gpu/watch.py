@@ -7,12 +7,17 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tests.support.fake_gpu.compute import ComputeOnHost
 from tests.support.fake_gpu.report import Counters, Report, place_of_wait
+
+if TYPE_CHECKING:
+    from mrmae_ds.config.engine import EngineConfig
+    from mrmae_ds.config.recipe import Recipe
+    from mrmae_ds.training.tasks.base import Task
 
 WAIT = "called a synchronizing CUDA operation"  # torch's words in its synchronization debug mode
 
@@ -68,6 +73,17 @@ def adapt_torch() -> None:
         from deepspeed.accelerator import get_accelerator
 
         get_accelerator()._communication_backend_name = "gloo"
+
+
+def build_empty_task(recipe: Recipe, config: EngineConfig) -> Task[Any]:
+    """Build the pre-training of a recipe on the CPU, with whatever its memory holds for weights."""
+    from mrmae_ds.doctor.workload import build_random_task
+
+    with torch.device("meta"):
+        task = build_random_task(recipe, config, "pretrain")
+    for module in (task.model, *task.teachers.values()):
+        module.to_empty(device="cpu")
+    return task
 
 
 def _watch_waits(report: Report) -> None:
