@@ -67,6 +67,13 @@ def make(code: Path, folder: Path) -> None:
     _pack(folder)
 
 
+def unpack_runs(folder: Path) -> None:
+    """Unpack the runs and the recipes into ``folder``, as their user left them."""
+    # Not tarfile's extractall(filter=...), which Python 3.11.2 of Debian 12 lacks.
+    shutil.unpack_archive(HERE / "legacy.tar.xz", folder)
+    shutil.copytree(HERE / "recipes", folder / "recipes")
+
+
 def _pack(folder: Path) -> None:
     """Archive ``runs/``, without what is easily made again, and of the checkpoints those of the interrupted run."""
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ import pytest
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.renamed import former_hash
 from mrmae_ds.training.migrate import migrate
-from tests.legacy.make import HERE, TRAIN, VAL
+from tests.legacy.make import HERE, TRAIN, VAL, unpack_runs
 from tests.support.pinned import PINNED, incomparable, weights_sha256
 from tests.support.processes import REPOSITORY, Finished, environment, finish, rank_processes, run
 from tests.support.sample_data import write_crops_beton
@@ -31,9 +29,7 @@ CAPTURE = "runs/skipped/pretrain/captures/step_000000004"
 
 def legacy_runs(folder: Path) -> Path:
     """Unpack the runs, the recipes and the data into ``folder``, as its user left it, and migrate them."""
-    with tarfile.open(HERE / "legacy.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
-    shutil.copytree(HERE / "recipes", folder / "recipes")
+    unpack_runs(folder)
     (folder / "datasets").mkdir()
     write_crops_beton(folder / "datasets", TRAIN, VAL)
     done, problems = migrate([folder / "recipes", folder / "runs"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -22,16 +20,13 @@ from mrmae_ds.training.migrate import migrate
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.finished_run import FinishedRun
 from mrmae_ds.weights.model_file import read_metadata
-
-LEGACY = Path(__file__).resolve().parents[1] / "legacy"
+from tests.legacy.make import unpack_runs
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The user's recipes and runs; the interrupted fine-tuning is a copy of the pre-training's checkpoint."""
-    with tarfile.open(LEGACY / "legacy.tar.xz") as archive:
-        archive.extractall(tmp_path, filter="data")
-    shutil.copytree(LEGACY / "recipes", tmp_path / "recipes")
+    unpack_runs(tmp_path)
     return tmp_path
 
 

@@ -78,6 +78,15 @@ def test_worker_ends_with_its_parent() -> None:
     os.close(write_end)
 
 
+def _start(code: str, beton: Path, folder: Path) -> subprocess.Popen[str]:
+    """Start a training process, the first of a session of its own."""
+    script = folder / "training.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NUMBA_NUM_THREADS": "4"}
+    command = [sys.executable, str(script), str(beton)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+
+
 _TRAINING = """
 import os, sys, time
 from pathlib import Path
@@ -94,12 +103,7 @@ if __name__ == "__main__":
 @pytest.mark.timeout(300, method="thread")
 def test_augmentation_workers_end_with_their_training_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
     """The workers are children of a fork server, which would keep running with them."""
-    script = tmp_path / "training.py"
-    script.write_text(_TRAINING)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NUMBA_NUM_THREADS": "4"}
-    training = subprocess.Popen(
-        [sys.executable, str(script), str(betons[0])], stdout=subprocess.PIPE, text=True, env=environment
-    )
+    training = _start(_TRAINING, betons[0], tmp_path)
     try:
         assert training.stdout is not None
         workers = [int(pid) for pid in training.stdout.readline().split()]
@@ -133,14 +137,12 @@ if __name__ == "__main__":
 @pytest.mark.timeout(300, method="thread")
 def test_augmentation_survives_a_signal_to_every_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
     """As Slurm and terminals send it. The fork server is not one of the workers, and they end with it."""
-    script = tmp_path / "training.py"
-    script.write_text(_SIGNALED)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NUMBA_NUM_THREADS": "4"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(betons[0])], capture_output=True, text=True, env=environment,
-        start_new_session=True, timeout=200,
-    )  # fmt: skip
-    assert done.stdout == "18\n", done
+    training = _start(_SIGNALED, betons[0], tmp_path)
+    try:
+        stdout, _ = training.communicate(timeout=200)
+    finally:
+        training.kill()
+    assert stdout == "18\n", training.returncode
 
 
 @pytest.mark.parametrize(
