@@ -16,13 +16,13 @@ from mrmae_ds.data.convert.options import Output
 
 
 def _run(args: argparse.Namespace) -> None:
-    output = Output(Path(args.out), train_count=args.num_train_images, val_count=args.num_val_images)
+    output = Output(args.out, train_count=args.num_train_images, val_count=args.num_val_images)
     report(write_fashion_mnist(output, args.source))
 
 
 if __name__ == "__main__":
     parser = CommandParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder to write to, made if missing")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write to, made if missing")
     parser.add_argument(
         "--source", default="auto", metavar="DIR",
         help="folder with the four idx-ubyte.gz files; auto: Debian's dataset-fashion-mnist, else a download",

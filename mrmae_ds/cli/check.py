@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, require_path
-from mrmae_ds.files import split_choice
 
 SUMMARY = "identify a checkpoint, verify its checksums, and print how to load it"
 
@@ -22,7 +21,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the description."""
-    require_path(split_choice(args.path)[0])
+    require_path(args.path)
     from mrmae_ds.cli.inspect import describe
 
     print(describe(args.path))

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 from mrmae_ds.cli.parser import CommandParser
 from mrmae_ds.data.beton.sidecar import BetonInfo
@@ -93,17 +94,22 @@ def _output(args: argparse.Namespace) -> Output:
     return Output(args.out, args.name, options, args.num_train_images, args.num_val_images)
 
 
+def _add_split_arguments(parser: argparse.ArgumentParser, unsplit: str) -> None:
+    """Add the arguments of sources that may have no validation set; ``unsplit`` says when."""
+    parser.add_argument("--name", help="name of the data set in tables; default: the folder's")
+    parser.add_argument(
+        "--val-fraction", type=float, default=0.1, metavar="F",
+        help=f"share of each class that becomes val.beton where {unsplit}; default: %(default)s",
+    )  # fmt: skip
+
+
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``mrmae data write`` and ``data/folder.py``."""
     parser.add_argument(
         "source", type=Path, metavar="SRC", help="SRC/train/CLASS/* and SRC/val/CLASS/*, or SRC/CLASS/*"
     )
     _add_writing_arguments(parser)
-    parser.add_argument("--name", help="name of the data set in tables; default: the folder's")
-    parser.add_argument(
-        "--val-fraction", type=float, default=0.1, metavar="F",
-        help="share of each class that becomes val.beton where SRC has no val/; default: %(default)s",
-    )  # fmt: skip
+    _add_split_arguments(parser, "SRC has no val/")
     parser.add_argument(
         "--nested-classes", action=argparse.BooleanOptionalAction,
         help="each folder that holds images is a class, at any depth; --no-nested-classes: each folder below train/ "
@@ -158,39 +164,39 @@ def run_imagenet(args: argparse.Namespace) -> None:
 
 
 def _add_tars_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SRC", help="folder of train-*.tar and val-*.tar, or of any *.tar")
+    _add_shard_arguments(parser, "folder of train-*.tar and val-*.tar, or of any *.tar")
+
+
+def _add_shard_arguments(parser: argparse.ArgumentParser, source: str) -> None:
+    parser.add_argument("source", type=Path, metavar="SRC", help=source)
     _add_writing_arguments(parser)
-    parser.add_argument("--name", help="name of the data set in tables; default: the folder's")
+    _add_split_arguments(parser, "no file is named like val")
     parser.add_argument(
-        "--val-fraction", type=float, default=0.1, metavar="F",
-        help="share of each class that becomes val.beton where no file is named like val; default: %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--class-names", metavar="FILE",
+        "--class-names", type=Path, metavar="FILE",
         help="class names, a line for each label from 0; default: those of the files, or the labels' numbers",
     )  # fmt: skip
 
 
 def _run_tars(args: argparse.Namespace) -> None:
-    from mrmae_ds.data.convert.shards import ShardOptions, write_shards
-
-    with _stoppable():
-        written = write_shards(args.source, _output(args), "tars", ShardOptions(args.val_fraction, args.class_names))
-    report(written)
+    _run_shards(args, "tars")
 
 
 def _add_parquet_arguments(parser: argparse.ArgumentParser) -> None:
-    _add_tars_arguments(parser)
+    _add_shard_arguments(parser, "folder of train-*.parquet and val-*.parquet, of any *.parquet, or of *.arrow")
     for kind in ("image", "label"):
         parser.add_argument(f"--{kind}-column", metavar="NAME", help="default: the one of its type, or of a usual name")
 
 
 def _run_parquet(args: argparse.Namespace) -> None:
+    _run_shards(args, "parquet", args.image_column, args.label_column)
+
+
+def _run_shards(args: argparse.Namespace, kind: Literal["tars", "parquet"], *columns: str | None) -> None:
     from mrmae_ds.data.convert.shards import ShardOptions, write_shards
 
-    options = ShardOptions(args.val_fraction, args.class_names, args.image_column, args.label_column)
+    class_names = str(args.class_names) if args.class_names else None  # the sidecar keeps it
     with _stoppable():
-        written = write_shards(args.source, _output(args), "parquet", options)
+        written = write_shards(args.source, _output(args), kind, ShardOptions(args.val_fraction, class_names, *columns))
     report(written)
 
 
@@ -224,7 +230,10 @@ def _stoppable() -> Iterator[None]:
 def _add_adopt_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("beton", type=Path)
     parser.add_argument(
-        "--classes", metavar="FILE", help="class names, a line for each label from 0; default: the labels' numbers"
+        "--classes",
+        type=Path,
+        metavar="FILE",
+        help="class names, a line for each label from 0; default: the labels' numbers",
     )
     parser.add_argument("--name", help="name of the data set in tables; default: the file's")
 

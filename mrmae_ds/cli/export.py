@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, require_path
-from mrmae_ds.files import split_choice
 
 SUMMARY = "export a finished run's weights to a safetensors file, for timm or complete"
 
@@ -31,7 +30,7 @@ def add_arguments(parser: CommandParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the file; print its path and the line of Python that loads it."""
-    require_path(split_choice(args.run)[0])
+    require_path(args.run)
     from mrmae_ds.weights.export import export_run
 
     exported = export_run(args.run, args.to, args.out, args.force)

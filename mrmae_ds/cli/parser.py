@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.errors import UserError, user_message
+from mrmae_ds.files import split_choice
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
@@ -112,11 +113,12 @@ def add_recipe_options(parser: CommandParser) -> None:
 
 
 def require_path(path: Path) -> None:
-    """Check that a path exists, before slow imports.
+    """Check that a path exists, before slow imports; ``FILE#KEY`` is the path of FILE.
 
     Raises:
         UserError: if it does not.
     """
+    path, _ = split_choice(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
 

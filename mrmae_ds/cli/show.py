@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, require_path
-from mrmae_ds.files import split_choice
 
 SUMMARY = "draw attention maps and reconstructions of one or several runs on the same images"
 
@@ -32,7 +31,7 @@ def add_arguments(parser: CommandParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the figures and print their paths."""
     for path in args.runs:
-        require_path(split_choice(path)[0])
+        require_path(path)
     from mrmae_ds.figures.visualize import show_runs
 
     for path in show_runs(args.runs, args.images, count=args.num_images, seed=args.seed, out=args.out):

@@ -6,6 +6,7 @@ import base64
 import json
 import time
 import zlib
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 from mrmae_ds.data.beton.copies import find_copies
 from mrmae_ds.data.beton.file import HEADER, RAW, BetonFile, tables_sha256
 from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
+from mrmae_ds.data.convert.imagenet_labels import read_lines
 from mrmae_ds.data.convert.skipped import format_list
 from mrmae_ds.data.convert.verify import find_problems
 from mrmae_ds.data.convert.writer import record_versions
@@ -108,11 +110,8 @@ def _describe(path: Path, name: str) -> BetonInfo:
 
 def read_classes(path: Path) -> list[str]:
     """Read class names, a line each; raises UserError for a name that is there twice, and for an empty file."""
-    try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as text ({error})") from error
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    names = read_lines(path)
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated or not names:
         fault = f"{repeated[0]} is there twice" if repeated else "it is empty"
         raise UserError(f"{path}: expected one class name a line, each once, but {fault}")

@@ -19,7 +19,7 @@ from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.index import check_subset_size
 from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.subset import balanced_subset
-from mrmae_ds.data.convert.writer import record_copies, write_beton
+from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.data.types import ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
@@ -151,7 +151,7 @@ def write_fashion_mnist(output: Output, source: str = "auto") -> list[BetonInfo]
     for part, count in (("train", output.train_count), ("val", output.val_count)):
         if count is not None:
             check_subset_size(count, parts[part].labels, part)
-    written = [
+    return [
         write_beton(
             dataset,
             output.folder / f"{part}.beton",
@@ -159,8 +159,7 @@ def write_fashion_mnist(output: Output, source: str = "auto") -> list[BetonInfo]
             class_names=CLASS_NAMES,
             name=output.name or "Fashion-MNIST",
             source=f"Fashion-MNIST, {part}, {len(dataset)} images padded to {SIDE}x{SIDE}",
+            train=(output.folder / "train.beton", parts["train"]) if part == "val" else None,
         )
         for part, dataset in parts.items()
     ]
-    record_copies(written[1].path, parts["val"], written[0].path, parts["train"])
-    return written

@@ -6,7 +6,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +177,5 @@ def write_folder(
     """
     source = Path(source)
     train, val, class_names = open_folder(source, val_fraction, nested)
-    name = output.name or source.resolve().name
     origin = {"layout": "folder", "val_fraction": val_fraction, "nested": nested}
-    return write_parts(train, val, replace(output, name=name), class_names, source, origin)
+    return write_parts(train, val, output, class_names, source, origin)

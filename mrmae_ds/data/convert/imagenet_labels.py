@@ -37,7 +37,7 @@ def read_val_labels(path: Path, wnids: Sequence[str], synsets: Path | None) -> d
     """
     labels: dict[int, str] = {}
     numbers: dict[int, str] | None = None
-    lines = _lines(path)
+    lines = read_lines(path)
     if lines and lines[0].startswith("ImageId"):
         lines = lines[1:]
     for place, line in enumerate(lines, start=1):
@@ -86,7 +86,7 @@ def read_synsets(path: Path) -> dict[int, str]:
     numbers: dict[int, str] = {}
     if path.suffix == ".mat":
         raise UserError(f"{path}: a MATLAB file; docs/data.md has the command that converts it to map_clsloc.txt")
-    for place, line in enumerate(_lines(path), start=1):
+    for place, line in enumerate(read_lines(path), start=1):
         words = line.split()
         if len(words) < 2 or not WORDNET_ID.fullmatch(words[0]) or not words[1].isdecimal():
             raise UserError(f"{path}: line {place} is not `n02119789 1 kit_fox`: {line[:60]}")
@@ -113,11 +113,11 @@ def read_class_names(path: Path, wnids: Sequence[str]) -> list[str]:
     """
     if path.suffix == ".json":
         try:
-            names = {str(wnid): str(name) for wnid, name in json.loads("\n".join(_lines(path))).items()}
+            names = {str(wnid): str(name) for wnid, name in json.loads("\n".join(read_lines(path))).items()}
         except (ValueError, AttributeError) as error:
             raise UserError(f"{path}: not a JSON object of WordNet ids to names ({error})") from error
     else:
-        pairs = (line.partition(" ") for line in _lines(path))
+        pairs = (line.partition(" ") for line in read_lines(path))
         names = {wnid: name.split(",")[0].strip() for wnid, _, name in pairs}
     missing = [wnid for wnid in wnids if not names.get(wnid)]
     if missing:
@@ -126,7 +126,8 @@ def read_class_names(path: Path, wnids: Sequence[str]) -> list[str]:
     return [names[wnid] if used[names[wnid]] == 1 else f"{names[wnid]} ({wnid})" for wnid in wnids]
 
 
-def _lines(path: Path) -> list[str]:
+def read_lines(path: Path) -> list[str]:
+    """Return a text's lines that are not empty, stripped; raises UserError if it cannot be read."""
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

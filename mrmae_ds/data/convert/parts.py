@@ -12,7 +12,7 @@ from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.subset import split_off
-from mrmae_ds.data.convert.writer import check_outputs, record_copies, write_beton
+from mrmae_ds.data.convert.writer import check_outputs, write_beton
 from mrmae_ds.errors import UserError
 
 
@@ -58,7 +58,7 @@ def write_parts(
     Args:
         train: all training images.
         val: all validation images.
-        output: the files.
+        output: the files; the default name is the tree's.
         class_names: in the order of the labels.
         source: the tree, for the record.
         origin: arguments that open it again (``compare.open_origin``).
@@ -73,18 +73,17 @@ def write_parts(
     parts = {"train": train.limited(counts["train"], "train"), "val": val.limited(counts["val"], "val")}
     paths = {part: output.folder / f"{part}.beton" for part in parts}
     check_outputs(paths.values())
-    written = [
+    return [
         write_beton(
             dataset,
             paths[part],
             output.options,
             class_names=class_names,
-            name=output.name or "",
+            name=output.name or source.resolve().name,
             source=f"{source.resolve()}, {part}, {len(dataset)} images",
             origin={**origin, "part": part, "count": counts[part]},
             ignored=dataset.ignored,
+            train=(paths["train"], parts["train"]) if part == "val" else None,
         )
         for part, dataset in parts.items()
     ]
-    record_copies(paths["val"], parts["val"], paths["train"], parts["train"])
-    return written

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -142,5 +141,4 @@ def write_shards(source: str | Path, output: Output, kind: Kind, options: ShardO
     """
     source = Path(source)
     train, val, names = open_parts(source, kind, options)
-    output = replace(output, name=output.name or os.path.basename(source.resolve()))
     return write_parts(train, val, output, names, source, {"layout": kind, **asdict(options)})

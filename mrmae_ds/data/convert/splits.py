@@ -7,7 +7,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -84,8 +84,8 @@ def subfolders(folder: str | Path) -> list[str]:
     return [entry.name for entry in list_folder(folder) if is_folder(entry) and not entry.name.startswith(".")]
 
 
-def _holds_images(folder: Path) -> bool:
-    return any(is_image(entry.name) for entry in list_folder(folder) if not is_folder(entry))
+def _holds_images(entries: Iterable[os.DirEntry[str]]) -> bool:
+    return any(is_image(entry.name) for entry in entries if not is_folder(entry))
 
 
 def find_parts(source: Path) -> tuple[Path, Path | None]:
@@ -161,21 +161,22 @@ def find_classes(root: Path, nested: bool | None = None) -> tuple[list[str], boo
     if nested is None:
         nested = _decide_nested(root, names)
     if nested:
-        names = sorted(os.path.relpath(folder, root) for name in names for folder in _image_folders(str(root / name)))
-        names.sort(key=lambda name: name.split(os.sep))
+        found = [os.path.relpath(folder, root) for name in names for folder in _image_folders(str(root / name))]
+        names = sorted(found, key=lambda name: name.split(os.sep))
     return names, nested
 
 
 def _image_folders(folder: str) -> list[str]:
     """Return the folders at or below ``folder`` that hold images; links to folders are not followed."""
-    below = [e.path for e in list_folder(folder) if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+    entries = list_folder(folder)
+    below = [e.path for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
     found = [inner for path in below for inner in _image_folders(path)]
-    return [folder, *found] if _holds_images(Path(folder)) else found
+    return [folder, *found] if _holds_images(entries) else found
 
 
 def _decide_nested(root: Path, names: Sequence[str]) -> bool:
     """Return whether the classes lie below folders of initial letters; raises UserError where this cannot be seen."""
-    below = {name: subfolders(root / name) for name in names if not _holds_images(root / name)}
+    below = {name: subfolders(root / name) for name in names if not _holds_images(list_folder(root / name))}
     inner = {folder for folders in below.values() for folder in folders}
     if len(names) == 1 and inner:
         raise UserError(f"{root}: holds only the folder {names[0]}, which holds folders; pass {root / names[0]}")

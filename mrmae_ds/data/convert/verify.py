@@ -15,6 +15,7 @@ from mrmae_ds.data.beton.copies import describe_copies, find_copies
 from mrmae_ds.data.beton.file import RAW, BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
 from mrmae_ds.data.convert.skipped import format_list, report_path
+from mrmae_ds.data.convert.splits import describe_ignored
 from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
@@ -176,4 +177,4 @@ def _quality(info: BetonInfo, sidecar: dict[str, Any]) -> str:
 
 
 def _listing(start: str, counts: dict[str, int] | None) -> str:
-    return start + ", ".join(f"{count:,} {kind}" for kind, count in counts.items()) if counts else ""
+    return start + describe_ignored(counts) if counts else ""

@@ -83,6 +83,7 @@ def write_beton(
     source: str,
     origin: Mapping[str, Any] | None = None,
     ignored: Mapping[str, int] | None = None,
+    train: tuple[Path, ImageDataset] | None = None,
 ) -> BetonInfo:
     """Write images as JPEGs into a .beton, and its sidecar.
 
@@ -99,6 +100,7 @@ def write_beton(
         source: description of the images.
         origin: arguments that open the source again, for ``verify --source`` (``compare.open_origin``).
         ignored: number of files of the source that are no images, by extension; for the record.
+        train: the written training set and its images, to find validation images that are copies of them.
 
     Returns:
         The written data set.
@@ -125,27 +127,16 @@ def write_beton(
             # A .beton never stands beside the sidecar of another.
             sidecar_path(path).unlink(missing_ok=True)
         write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
-        record_copies(path, dataset)
+        _record_copies(path, dataset, train)
     return check_beton(path)
 
 
-def record_copies(
-    path: Path, dataset: ImageDataset, train_path: Path | None = None, train: ImageDataset | None = None
-) -> None:
-    """Count and name the exact copies in a written file, and write them into its sidecar.
-
-    Args:
-        path: the .beton.
-        dataset: the images that it was made from, for their names.
-        train_path: the .beton of the training set, to find validation images that are copies of its images.
-        train: the images that it was made from.
-    """
-    info, train_info = check_beton(path), check_beton(train_path) if train_path else None
+def _record_copies(path: Path, dataset: ImageDataset, train: tuple[Path, ImageDataset] | None) -> None:
+    """Count and name the exact copies in a written file, and write them into its sidecar."""
+    info, train_info = check_beton(path), check_beton(train[0]) if train else None
     copies = find_copies(BetonFile(info), BetonFile(train_info) if train_info else None)
-    sidecar = read_sidecar(path)
-    sidecar["copies"] = copies.describe(
-        train_info, _stored_name(path, dataset), _stored_name(train_path or path, train or dataset)
-    )
+    sidecar, name = read_sidecar(path), _stored_name(path, dataset)
+    sidecar["copies"] = copies.describe(train_info, name, _stored_name(*train) if train else name)
     write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
 
 

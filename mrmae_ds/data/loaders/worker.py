@@ -109,6 +109,7 @@ def worker_died(error: BaseException) -> UserError:
     Args:
         error: raised instead of its images.
     """
-    free = f", or {SHARED_MEMORY} is full ({_mib(shutil.disk_usage(SHARED_MEMORY).free)} free)"
-    where = free if SHARED_MEMORY.is_dir() else ""
+    where = ""
+    if SHARED_MEMORY.is_dir():
+        where = f", or {SHARED_MEMORY} is full ({_mib(shutil.disk_usage(SHARED_MEMORY).free)} free)"
     return UserError(f"a process that prepares images ended: out of memory{where}: {str(error).partition(chr(10))[0]}")

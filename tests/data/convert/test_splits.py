@@ -152,6 +152,6 @@ def test_names_of_another_unicode_form_are_shown(tmp_path: Path) -> None:
 def test_parts_of_file_names() -> None:
     assert part_of_file("data/train-00000-of-00004.parquet") == "train"
     assert part_of_file("imagenet1k-validation-07.tar") == "val"
-    assert part_of_file("shard-00001.tar") is part_of_file("training2.tar".replace("ing2", "er")) is None
+    assert part_of_file("shard-00001.tar") is part_of_file("trainer.tar") is None
     with pytest.raises(UserError, match="named like train and like val"):
         part_of_file("train/val-0.tar")
