@@ -39,7 +39,8 @@ def write_teacher(folder: Path) -> None:
 
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.factory import build_pretraining
-    from mrmae_ds.weights.model_file import MODEL_FILE, encoder_metadata, save_weights
+    from mrmae_ds.weights.model_file import encoder_metadata, save_weights
+    from mrmae_ds.weights.paths import MODEL_FILE
 
     recipe = load_recipe(REPOSITORY / "ds_configs/baselines/mae_tiny.yaml")
     assert recipe.stages.pretrain is not None

@@ -26,7 +26,7 @@ from mrmae_ds.teachers.base import TeacherOutput, draw_visible
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
 from mrmae_ds.weights.finished_run import FinishedRun, SavedEncoder, open_saved
 from mrmae_ds.weights.load import load_pretrained
-from mrmae_ds.weights.model_file import find_weights
+from mrmae_ds.weights.paths import find_weights
 
 # Interpolation may overshoot 0 to 1; pixels of 0 to 255 and normalized ones lie outside.
 _FLOAT_RANGE = (-0.5, 1.5)
@@ -254,7 +254,7 @@ class MRMAE(nn.Module):
         Raises:
             UserError: if images have a wrong shape or type, or a teacher is missing.
         """
-        pixels = self._pixels(images)
+        pixels = check_pixels(images, self.image_size)
         for name in self.config.teachers:
             self._require_teacher(name)
         outputs = self._teach(pixels)
@@ -270,7 +270,7 @@ class MRMAE(nn.Module):
             images: [B, 3, S, S].
         """
         encoder = self.student.encoder
-        tokens = encoder(self._inputs(self._pixels(images)))[:, encoder.num_prefix_tokens :]
+        tokens = encoder(self._inputs(check_pixels(images, self.image_size)))[:, encoder.num_prefix_tokens :]
         return Features(tokens, mean_features(tokens))
 
     @torch.no_grad()
@@ -289,7 +289,7 @@ class MRMAE(nn.Module):
         Raises:
             UserError: if the model predicts no pixels.
         """
-        pixels = self._pixels(images)
+        pixels = check_pixels(images, self.image_size)
         masking = self.config.masking
         outputs = {} if masking.mode == "random" else self._teach(pixels, masking.teacher)
         visible = self._draw_mask(pixels, outputs, noise, generator)
@@ -307,7 +307,7 @@ class MRMAE(nn.Module):
         Args:
             images: [B, 3, S, S].
         """
-        pixels = self._pixels(images)
+        pixels = check_pixels(images, self.image_size)
         encoder = self.student.encoder
         _, student = encoder_attention(encoder, self._inputs(pixels))
         teachers = {name: output.importance for name, output in self._teach(pixels).items()}
@@ -332,10 +332,6 @@ class MRMAE(nn.Module):
         for teacher in self.teachers.values():
             teacher._apply(move, recurse)
         return self
-
-    def _pixels(self, images: Tensor) -> Tensor:
-        """Check images and return their pixels in 0 to 1, float32 [B, 3, S, S]."""
-        return check_pixels(images, self.image_size)
 
     def _normalize(self, pixels: Tensor) -> Tensor:
         """Return the student's input in full precision: pixel targets are computed from it."""

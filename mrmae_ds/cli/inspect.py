@@ -21,11 +21,11 @@ from mrmae_ds.units import first_few
 from mrmae_ds.weights.changed import changed_weights
 from mrmae_ds.weights.export import input_statistics, timm_line
 from mrmae_ds.weights.finished_run import with_present_keys
-from mrmae_ds.weights.formats import INDEX_SUFFIX, verify_checksums, weights_sha256
+from mrmae_ds.weights.formats import verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity, nearest_architecture
-from mrmae_ds.weights.model_file import MODEL_FILE
 from mrmae_ds.weights.names import describe_names
-from mrmae_ds.weights.resolve import Weights, model_metadata, nonfinite_tensors, resolve
+from mrmae_ds.weights.paths import INDEX_SUFFIX, MODEL_FILE, weights_sha256
+from mrmae_ds.weights.resolve import Weights, model_metadata, resolve
 
 FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle without code", "torchscript": "TorchScript archive"}
 # Training options to print, of those in a released file.
@@ -87,7 +87,7 @@ def describe_file(path: Path) -> list[InfoRow]:
     if identity.kind == "clip":
         gelu = gelu_of_file(file)
         rows.append(("GELU", str(gelu) if gelu else "not recorded; a teacher needs the key quickgelu: true or false"))
-    rows += _tensor_rows(file.tensors)
+    rows += _tensor_rows(file.tensors, weights.nonfinite)
     rows.append(("sha256", weights_sha256(path)))
     rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
     if options := [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]:
@@ -167,16 +167,14 @@ def _encoder_rows(identity: WeightIdentity) -> list[InfoRow]:
     return rows
 
 
-def _tensor_rows(tensors: Mapping[str, Tensor]) -> list[InfoRow]:
+def _tensor_rows(tensors: Mapping[str, Tensor], nonfinite: str) -> list[InfoRow]:
     total = sum(tensor.numel() for tensor in tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     rows = [
         ("values", f"{total:,} in {len(tensors)} tensors"),
         ("dtype", ", ".join(kinds) if len(kinds) == 1 else ", ".join(f"{kind} ({n})" for kind, n in kinds.items())),
     ]
-    if nonfinite := nonfinite_tensors(tensors):
-        rows.append(("NOT FINITE", f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}"))
-    return rows
+    return rows + ([("NOT FINITE", nonfinite)] if nonfinite else [])
 
 
 def _our_rows(metadata: Mapping[str, Any]) -> list[InfoRow]:

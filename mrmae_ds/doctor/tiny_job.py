@@ -21,7 +21,8 @@ from mrmae_ds.doctor.reading import HardFailure
 from mrmae_ds.doctor.workload import write_engine_config
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
-from mrmae_ds.weights.model_file import MODEL_FILE, encoder_metadata, save_weights
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
+from mrmae_ds.weights.paths import MODEL_FILE
 
 MICRO_BATCH = 8
 LARGE, SMALL = (500, 375), (64, 48)

@@ -249,8 +249,5 @@ def _title(runs: Sequence[SavedEncoder]) -> str:
 def _folder(runs: Sequence[SavedEncoder], out: Path | None) -> Path:
     beside = runs[0].path.parent / IMAGES
     folder = out or (beside if len(runs) == 1 else beside / COMPARED)
-    try:
-        make_folder(folder)
-    except OSError as error:
-        raise UserError(f"--out: cannot create folder {folder} ({error.strerror}); name another") from None
+    make_folder(folder)
     return folder

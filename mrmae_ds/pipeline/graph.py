@@ -20,7 +20,7 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import EvaluateConfig, StageName, StagesConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, to_overrides
-from mrmae_ds.weights.model_file import MODEL_FILE
+from mrmae_ds.weights.paths import MODEL_FILE
 
 RUNS = Path("runs")
 REPOSITORY = Path(__file__).resolve().parents[2]

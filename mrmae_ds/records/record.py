@@ -39,6 +39,7 @@ from mrmae_ds.records.sections import (
 )
 
 RECORD_FILE = "record.json"
+RECIPE_FILE = "recipe.yaml"
 SCHEMA_VERSION = 1
 
 T = TypeVar("T")

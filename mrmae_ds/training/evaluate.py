@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import EvaluateConfig
-from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
+from mrmae_ds.data.beton.copies import recorded_copies
+from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
 from mrmae_ds.data.loaders.build import check_backend
 from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
@@ -40,9 +41,9 @@ from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import RecordWriter, describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
-from mrmae_ds.weights.formats import weights_sha256
 from mrmae_ds.weights.load import load_encoder_weights
-from mrmae_ds.weights.model_file import build_classifier, find_weights
+from mrmae_ds.weights.model_file import build_classifier
+from mrmae_ds.weights.paths import find_weights, weights_sha256
 from mrmae_ds.weights.resolve import model_metadata, resolve
 
 logger = logging.getLogger(__name__)
@@ -278,10 +279,8 @@ def log_mean_softmax(logits: list[Tensor]) -> Tensor:
 
 def _known_copies(job: PreparedEvaluation) -> int | None:
     """Return the validation images that are exact copies of a member's training images, as far as it is recorded."""
-    recorded = read_sidecar(job.val_data.path).get("copies") or {}
     tunings = [classifier.member.finetune for classifier in job.classifiers]
-    trained_on = {tuning.data.sha256 for tuning in tunings if tuning and tuning.data}
-    return recorded.get("of_train") if recorded.get("train") in trained_on - {None} else None
+    return recorded_copies(job.val_data, {tuning.data.sha256 for tuning in tunings if tuning and tuning.data})
 
 
 def new_record(job: PreparedEvaluation, device: torch.device) -> RunRecord:
@@ -306,13 +305,13 @@ def _announce(job: PreparedEvaluation, num_parameters: int, device: torch.device
 
 
 def _print_scores(job: PreparedEvaluation, average: Scores, members: list[Scores]) -> None:
-    rows = [(classifier.source, scores) for classifier, scores in zip(job.classifiers, members, strict=True)]
+    rows = []
+    for classifier, scores in zip(job.classifiers, members, strict=True):
+        of_classes = classifier.member.of_classes
+        among = f" (among {job.val_data.num_classes} of its {of_classes} classes)" if of_classes is not None else ""
+        rows.append((classifier.source + among, scores))
     if len(rows) > 1:
         rows.append((f"average of {len(rows)}", average))
-    of_classes = {c.source: c.member.of_classes for c in job.classifiers if c.member.of_classes is not None}
     for label, scores in rows:
         top5 = f", top-5 {scores['top5']:.2f} %" if "top5" in scores else ""
-        label += (
-            f" (among {job.val_data.num_classes} of its {of_classes[label]} classes)" if label in of_classes else ""
-        )
         print(f"  {label}: top-1 {scores['top1']:.2f} %{top5}, loss {scores['loss']:.4f}", flush=True)

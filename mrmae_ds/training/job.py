@@ -36,7 +36,7 @@ from mrmae_ds.training.schedule import StageSchedule
 from mrmae_ds.training.tasks.base import Task
 from mrmae_ds.training.tasks.build import build_task
 from mrmae_ds.units import describe_difference
-from mrmae_ds.weights.formats import weights_sha256
+from mrmae_ds.weights.paths import weights_sha256
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,9 @@ from mrmae_ds.config.renamed import former_hash, rename_in_text, rename_keys, va
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
-from mrmae_ds.records.record import RECORD_FILE, RunRecord
+from mrmae_ds.records.record import RECIPE_FILE, RECORD_FILE, RunRecord
 from mrmae_ds.training.callbacks.nonfinite_capture import CAPTURE_FILE
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, read_manifest
-from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
 
 _YAML = (".yaml", ".yml")
 _OLD_IMAGES, _IMAGES = "pictures", "images"

@@ -21,12 +21,13 @@ from torch import Tensor, nn
 
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
+from mrmae_ds.records.record import RECIPE_FILE
 from mrmae_ds.training.callbacks.nonfinite_capture import Capture, read_capture
-from mrmae_ds.training.checkpoint.run_dir import RECIPE_FILE
 from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.units import first_few
-from mrmae_ds.weights.model_file import MODEL_FILE, read_tensors
+from mrmae_ds.weights.model_file import read_tensors
+from mrmae_ds.weights.paths import MODEL_FILE
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,8 @@ from mrmae_ds.training.run_logger import RunLogger, export_metadata
 from mrmae_ds.training.step_sync import StepSync
 from mrmae_ds.training.tasks.build import build_task_engine
 from mrmae_ds.units import GIB
-from mrmae_ds.weights.model_file import MODEL_FILE, save_weights
+from mrmae_ds.weights.model_file import save_weights
+from mrmae_ds.weights.paths import MODEL_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
-from mrmae_ds.records.record import RunRecord
-from mrmae_ds.weights.formats import weights_sha256
-from mrmae_ds.weights.model_file import find_weights
+from mrmae_ds.records.record import RECIPE_FILE, RunRecord
+from mrmae_ds.weights.paths import find_weights, weights_sha256
 
 
 def changed_weights(folder: Path, record: RunRecord) -> list[Path]:
@@ -39,7 +39,8 @@ def changed_weights(folder: Path, record: RunRecord) -> list[Path]:
 
 def _sources(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str | None]]:
     try:
-        recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+        path = folder / RECIPE_FILE
+        recipe = _recipe(path, path.stat().st_mtime_ns)
         stage = recipe["stages"][record.stage]
         names = stage.get("members") or [folder.parent / "finetune"]
         if record.members:
@@ -49,6 +50,11 @@ def _sources(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str | None
             yield folder.parent / "pretrain" if init == "pretrain" else Path(init), record.init.sha256
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return
+
+
+@functools.cache
+def _recipe(path: Path, written: int) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 @functools.cache

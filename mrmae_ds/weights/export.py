@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import crop_share
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import height_width
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
@@ -17,8 +18,7 @@ from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.identify import nearest_architecture
 from mrmae_ds.weights.load import load_encoder_weights
 from mrmae_ds.weights.model_file import (
-    MODEL_FILE,
-    find_weights,
+    is_ours,
     read_metadata,
     read_tensors,
     run_folder_name,
@@ -26,6 +26,7 @@ from mrmae_ds.weights.model_file import (
     size_from_metadata,
     spec_from_metadata,
 )
+from mrmae_ds.weights.paths import MODEL_FILE, find_weights
 from mrmae_ds.weights.resolve import model_metadata, resolve
 
 WeightLayout = Literal["timm", "safetensors"]
@@ -98,7 +99,7 @@ def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = N
 
 def _content(path: Path, layout: WeightLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return metadata and tensors of a file of this project, or of another's encoder by this project's names."""
-    if _is_ours(path):
+    if is_ours(path):
         return with_present_keys(read_metadata(path)), read_tensors(path)
     weights = resolve(path)
     metadata = model_metadata(weights)
@@ -139,8 +140,8 @@ def timm_line(metadata: Mapping[str, Any], path: Path) -> str:
 
 
 def _crop_pct(metadata: Mapping[str, Any]) -> float:
-    """Return the side of evaluation's crop as a share of the resized short side (data/loaders/crop.py)."""
-    return 0.875 if max(height_width(size_from_metadata(metadata))) <= 224 else 1.0
+    """Return the side of evaluation's crop as a share of the resized short side."""
+    return crop_share(max(height_width(size_from_metadata(metadata))))
 
 
 def _describe_crop(metadata: Mapping[str, Any]) -> str:
@@ -235,17 +236,9 @@ def _target(source: Path, metadata: Mapping[str, Any], layout: WeightLayout, out
     if target.exists():
         if target.samefile(source):
             raise UserError(f"--out: {target} is the run's own file; choose another")
-        if not force and not _is_ours(target):
+        if not force and not is_ours(target):
             raise UserError(
                 f"--out: {target} exists and was not written by this project; choose another file, or replace it "
                 "with --force"
             )
     return target
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        read_metadata(path)
-    except UserError:
-        return False
-    return True

@@ -18,7 +18,8 @@ from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.weights.identify import FAMILY_TITLES
 from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import find_weights, read_metadata, read_tensors, run_folder_name, spec_from_metadata
+from mrmae_ds.weights.model_file import is_ours, read_metadata, read_tensors, run_folder_name, spec_from_metadata
+from mrmae_ds.weights.paths import find_weights
 from mrmae_ds.weights.resolve import model_metadata, resolve
 
 
@@ -118,6 +119,8 @@ def open_saved(source: Path) -> SavedEncoder:
         UserError: if it is none of these.
     """
     path = find_weights(source)
+    if is_ours(path) and read_metadata(path).get("kind") != "encoder":
+        return FinishedRun.open(path)
     weights = resolve(path)
     if weights.identity.ours and weights.identity.kind != "encoder":
         return FinishedRun.open(source)
@@ -192,10 +195,9 @@ class FinishedRun(SavedEncoder):
                 f"{self.path}: holds weights of kind {self.kind}, expected pretrain or classifier; name the folder of "
                 "a finished pre-training or fine-tuning (runs/NAME/STAGE)"
             )
-        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
         if self.kind == "classifier":
-            load_encoder(encoder, self.path)
-            return encoder.eval()
+            return super().load()
+        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
         model, stage, tensors = self.recipe.model, self.pretraining, read_tensors(self.path)
         try:
             student = PretrainModel.of_tensors(encoder, model.fusion, model.decoder, stage.objectives, tensors)

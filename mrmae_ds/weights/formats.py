@@ -11,7 +11,6 @@ one.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import pickle
 import pickletools
@@ -29,8 +28,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256, split_choice
+from mrmae_ds.files import split_choice
 from mrmae_ds.units import first_few
+from mrmae_ds.weights.paths import INDEX_SUFFIX, read_index
 
 # Keys of the weights in a training script's checkpoint.
 STATE_KEYS = (
@@ -38,7 +38,6 @@ STATE_KEYS = (
     *("model_ema", "state_dict_ema", "ema", "ema_state_dict", "student", "teacher"),
 )
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
-INDEX_SUFFIX = ".safetensors.index.json"
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
@@ -95,19 +94,6 @@ class TensorFile:
     layout: str = ""
 
 
-def weights_sha256(source: Path) -> str:
-    """Return the SHA-256 of a weights file, in hexadecimal; of an index, that of the checksums of index and shards.
-
-    Args:
-        source: the file, with or without a key.
-    """
-    path, _ = split_choice(source)
-    if not path.name.endswith(INDEX_SUFFIX):
-        return file_sha256(path)
-    files = [path, *(path.parent / name for name in sorted(set(_shards(path).values())))]
-    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
-
-
 def read_tensor_file(source: Path, key: str = "") -> TensorFile:
     """Read all tensors of a file; the format is detected from its bytes, not its name.
 
@@ -145,10 +131,11 @@ def _read(path: Path) -> Any:
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
     if _is_safetensors(path):
-        index = next(path.parent.glob(f"{SHARD.split(path.name)[0]}{INDEX_SUFFIX}"), None)
-        if SHARD.search(path.name) and index is not None:
-            raise UserError(f"{path}: one shard of several; name their index, {index}")
-        tensors, metadata = _read_safetensors(path)
+        if shard := SHARD.search(path.name):
+            index = path.with_name(path.name[: shard.start()] + INDEX_SUFFIX)
+            if index.is_file():
+                raise UserError(f"{path}: one shard of several; name their index, {index}")
+        tensors, metadata = read_safetensors(path)
         return TensorFile(path, "safetensors", unwrap(tensors), metadata=metadata)
     if code := _torchscript_code(path):
         if "__setstate__" in code:
@@ -158,16 +145,11 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, on the CPU, and its header's metadata."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         return tensors, dict(file.metadata() or {})
-
-
-def _shards(index: Path) -> dict[str, str]:
-    """Return the file name of each tensor in an index."""
-    content = json.loads(index.read_text(encoding="utf-8"))
-    return {str(name): str(file) for name, file in content["weight_map"].items()}
 
 
 def _read_shards(index: Path) -> TensorFile:
@@ -177,7 +159,7 @@ def _read_shards(index: Path) -> TensorFile:
         UserError: naming a shard that is missing, lies elsewhere, or does not have exactly its tensors.
     """
     try:
-        shards = _shards(index)
+        shards = read_index(index)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from None
     tensors: dict[str, Tensor] = {}
@@ -186,7 +168,7 @@ def _read_shards(index: Path) -> TensorFile:
         if Path(name).name != name or not path.is_file():
             raise UserError(f"{index}: its shard {name} is not beside it; download it to {index.parent}")
         expected = {tensor for tensor, file in shards.items() if file == name}
-        found, _ = _read_safetensors(path)
+        found, _ = read_safetensors(path)
         if found.keys() != expected:
             wrong = sorted(found.keys() ^ expected)
             raise UserError(

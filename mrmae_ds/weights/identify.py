@@ -20,7 +20,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec, height_width, make_spec
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.formats import TensorFile
-from mrmae_ds.weights.origin import Origin, find_origin
+from mrmae_ds.weights.origin import Origin
 
 Kind = Literal["pretrain", "classifier", "encoder", "clip", "unknown"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -68,7 +68,7 @@ class WeightIdentity:
         names: names in this project's pre-training model, by the file's names, for tensors that have one.
         extras: names of tensors that a plain ViT lacks; with them the results differ.
         metadata: metadata of this project's files.
-        origin: heads, statistics and classes, with the evidence for them.
+        origin: heads, statistics and classes, with the evidence for them; empty unless the file was resolved.
         problem: reason why no loader takes the file; "" if it is complete.
     """
 
@@ -110,7 +110,6 @@ def identify(file: TensorFile) -> WeightIdentity:
                 "clip",
                 "",
                 f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}",
-                origin=find_origin(file, metadata, "", {}),
                 problem=_missing_of_tower(shapes),
             )
         return WeightIdentity("unknown", "", "no encoder supported by this project")
@@ -128,12 +127,11 @@ def identify(file: TensorFile) -> WeightIdentity:
         sizes=sizes | heads,
         grid=grid,
         prefix_rows=prefix_rows,
-        num_classes=(classes := encoder["head.weight"][0] if inferred == "classifier" else 0),
+        num_classes=encoder["head.weight"][0] if inferred == "classifier" else 0,
         pool=pool,
         names=names,
         extras=(extras := _extras(encoder) if family == "vit" else ()),
         metadata=metadata,
-        origin=find_origin(file, metadata, family, sizes, classes),
         problem=_uneven_blocks(encoder, "blocks.") if extras else _incomplete(family, sizes, shapes, names, grid),
     )
 

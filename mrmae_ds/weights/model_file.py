@@ -17,14 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import replacing, split_choice
+from mrmae_ds.files import replacing
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, ImageSize, make_spec
-from mrmae_ds.weights.formats import INDEX_SUFFIX
+from mrmae_ds.weights.formats import read_safetensors
 from mrmae_ds.weights.identify import METADATA_KEY
-
-MODEL_FILE = "model.safetensors"
+from mrmae_ds.weights.paths import MODEL_FILE
 
 
 def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None = None) -> Encoder:
@@ -77,29 +76,6 @@ def save_weights(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any
         save_file(contiguous, temporary, metadata={"format": "pt", METADATA_KEY: json.dumps(metadata)})
 
 
-def find_weights(source: Path, key: str = "") -> Path:
-    """Return the model file of a folder (a stage's, or one with the index of a file in shards), or ``source`` itself.
-
-    Args:
-        source: folder or file; ``#KEY`` at its end chooses one of several sets of weights and is kept.
-        key: recipe key that named it, for errors; empty for an argument.
-
-    Raises:
-        UserError: if the file does not exist.
-    """
-    source, choice = split_choice(source)
-    path = source / MODEL_FILE if source.is_dir() else source
-    if source.is_dir() and not path.is_file():
-        path = next(source.glob(f"*{INDEX_SUFFIX}"), path)
-    if not path.is_file():
-        what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
-        raise UserError(
-            f"{key}{': ' if key else ''}{source} {what}; run that stage first, or name a stage folder "
-            "(runs/NAME/STAGE) or a model file"
-        )
-    return Path(f"{path}#{choice}") if choice else path
-
-
 def run_folder_name(path: Path, stage: str) -> str | None:
     """Return the name of the run folder that holds a stage's model file, or None for a file elsewhere.
 
@@ -133,7 +109,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return json.loads(metadata[METADATA_KEY])
 
 
+def is_ours(path: Path) -> bool:
+    """Return True for a model file of this project; only its header is read."""
+    try:
+        read_metadata(path)
+    except UserError:
+        return False
+    return True
+
+
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Return all tensors of a model file by name, on the CPU."""
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    return read_safetensors(path)[0]

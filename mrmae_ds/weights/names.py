@@ -158,8 +158,14 @@ def _fold_probe(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Fold the BatchNorm of a linear probe, a fixed scale and shift after training, into its linear layer."""
     kept = {n: t for n, t in tensors.items() if n not in PROBE and n != "head.0.num_batches_tracked"}
     mean, var, weight, bias = (tensors[name].float() for name in PROBE)
+    weight, bias = fold_batch_norm(mean, var, weight, bias)
+    return {**kept, "head.weight": weight, "head.bias": bias}
+
+
+def fold_batch_norm(mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Fold a linear probe's BatchNorm, with running statistics [C], into the linear layer [K, C], [K] after it."""
     scaled = weight * (var + PROBE_EPS).rsqrt()
-    return {**kept, "head.weight": scaled, "head.bias": bias - scaled @ mean}
+    return scaled, bias - scaled @ mean
 
 
 def _convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tensor], list[str]]:
@@ -174,11 +180,15 @@ def _convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tens
         else:
             unknown.append(name)
     parts, joint = JOINED[layout]
-    for first in [name.replace(f".attn.{part}.", f".attn.{parts[0]}.") for name in list(renamed) for part in parts]:
-        names = [first.replace(f".attn.{parts[0]}.", f".attn.{part}.") for part in parts]
-        found = [renamed.pop(name) for name in names if f".attn.{parts[0]}." in first and name in renamed]
-        if len(found) == len(parts):
-            renamed[first.replace(f".attn.{parts[0]}.", f".attn.{joint}")] = torch.cat(found)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name in list(renamed):
+        block, _, rest = name.partition(".attn.")
+        part, _, kind = rest.partition(".")
+        if part in parts:
+            groups.setdefault(f"{block}.attn.{joint}{kind}", {})[part] = renamed.pop(name)
+    for name, group in groups.items():
+        if len(group) == len(parts):
+            renamed[name] = torch.cat([group[part] for part in parts])
     head = renamed.get("head.weight")
     if head is not None and "pos_embed" in renamed and head.shape[1] != renamed["pos_embed"].shape[-1]:
         # DINOv2's head takes the class token and the mean of the patches together.

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD, Rgb
-from mrmae_ds.models.sizes import ARCHITECTURES, CViTSpec, ViTSpec
+from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, CViTSpec, ViTSpec
 from mrmae_ds.weights.formats import TensorFile
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -36,7 +36,6 @@ class Origin:
         num_heads: attention heads of the transformer blocks.
         heads_by: evidence for them.
         class_names: names of the head's outputs.
-        classes_by: evidence for them.
     """
 
     statistics: tuple[Rgb, Rgb] | None = None
@@ -44,7 +43,6 @@ class Origin:
     num_heads: int | None = None
     heads_by: str = ""
     class_names: tuple[str, ...] = ()
-    classes_by: str = ""
 
     def unverified(self) -> list[str]:
         """List what could not be verified."""
@@ -70,8 +68,7 @@ def find_origin(
         config = {}  # of another file in the same folder
     statistics, statistics_by = _statistics(file, metadata, family, config)
     heads, heads_by = _heads(metadata, family, sizes, config)
-    names, classes_by = _classes(metadata, config, num_classes)
-    return Origin(statistics, statistics_by, heads, heads_by, names, classes_by)
+    return Origin(statistics, statistics_by, heads, heads_by, _classes(metadata, config, num_classes))
 
 
 def _statistics(
@@ -111,7 +108,7 @@ def _heads(
     recorded = config.get("num_attention_heads", config.get("model_args", {}).get("num_heads"))
     if recorded is not None:
         return int(recorded), "config.json beside it"
-    kind = {"cvit": CViTSpec, "vit": ViTSpec}.get(family)
+    kind = FAMILIES.get(family)
     for arch, spec in ARCHITECTURES.items():
         if kind is not None and isinstance(spec, kind) and _same_widths(spec, sizes):
             return spec.num_heads, f"its width and depth, those of {arch}"
@@ -124,17 +121,17 @@ def _same_widths(spec: CViTSpec | ViTSpec, sizes: Mapping[str, Any]) -> bool:
     return (spec.dim, spec.depth) == (sizes["dim"], sizes["depth"])
 
 
-def _classes(metadata: Mapping[str, Any], config: Mapping[str, Any], num_classes: int) -> tuple[tuple[str, ...], str]:
+def _classes(metadata: Mapping[str, Any], config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     if metadata.get("class_names"):
-        return tuple(metadata["class_names"]), "its metadata"
+        return tuple(metadata["class_names"])
     labels = config.get("id2label", {})
     if num_classes and len(labels) == num_classes:
-        return tuple(str(labels[key]) for key in sorted(labels, key=int)), "config.json beside it"
+        return tuple(str(labels[key]) for key in sorted(labels, key=int))
     if num_classes == IMAGENET_CLASSES:
         from timm.data import ImageNetInfo
 
-        return tuple(ImageNetInfo().label_names()), "their number, ImageNet-1K's in the order of the WordNet ids"
-    return (), ""
+        return tuple(ImageNetInfo().label_names())  # in the order of the WordNet ids
+    return ()
 
 
 def _config_beside(file: TensorFile, name: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from mrmae_ds.units import first_few
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file
 from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify, size_differences, spec_sizes
 from mrmae_ds.weights.names import canonical, describe_names
+from mrmae_ds.weights.origin import find_origin
 
 
 @dataclass(frozen=True)
@@ -26,13 +27,18 @@ class Weights:
         file: its tensors.
         identity: their architecture and origin.
         where: key and path, for errors.
-        problem: reason why no loader takes the file; "" if it is usable.
+        nonfinite: tensors with NaN or infinite values in words; "" if there are none.
     """
 
     file: TensorFile
     identity: WeightIdentity
     where: str
-    problem: str
+    nonfinite: str
+
+    @property
+    def problem(self) -> str:
+        """Reason why no loader takes the file; "" if it is usable."""
+        return self.nonfinite or self.identity.problem
 
     def check_usable(self) -> None:
         """Check that the file is complete and finite.
@@ -101,11 +107,14 @@ def resolve(source: Path, key: str = "") -> Weights:
     try:
         file = canonical(raw)
         identity = identify(file)
+        if identity.kind != "unknown":
+            origin = find_origin(file, identity.metadata, identity.family, identity.sizes, identity.num_classes)
+            identity = replace(identity, origin=origin)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from None
     nonfinite = nonfinite_tensors(file.tensors)
-    problem = f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
-    return Weights(file, identity, where, problem or identity.problem)
+    text = f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
+    return Weights(file, identity, where, text)
 
 
 def nonfinite_tensors(tensors: Mapping[str, Tensor]) -> list[str]:

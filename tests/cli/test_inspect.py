@@ -21,7 +21,7 @@ from mrmae_ds.training.checkpoint.manifest import MANIFEST, EngineLayout, FileEn
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.identify import identify
 from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import MODEL_FILE
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.fixtures import load_reference, part
 from tests.support.processes import REPOSITORY
 from tests.support.records import make_record

@@ -19,7 +19,7 @@ from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.data.loaders.pillow import center_crop
 from mrmae_ds.figures import teachers as teacher_preview
 from mrmae_ds.teachers import build_teacher
-from mrmae_ds.weights.model_file import MODEL_FILE
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.sample_teachers import VIT, save_run
 
 SIDE = 32

@@ -21,12 +21,8 @@ from mrmae_ds.figures.image_grid import GridRow
 from mrmae_ds.figures.select_images import SelectedImages
 from mrmae_ds.figures.visualize import show_run, show_runs
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.weights.model_file import (
-    MODEL_FILE,
-    read_metadata,
-    read_tensors,
-    save_weights,
-)
+from mrmae_ds.weights.model_file import read_metadata, read_tensors, save_weights
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.jpegs import stored_jpegs
 from tests.support.record_runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretraining
 from tests.support.released import tiny_vit

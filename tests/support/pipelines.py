@@ -9,7 +9,7 @@ import yaml
 
 from mrmae_ds.pipeline.config import load_pipeline
 from mrmae_ds.pipeline.graph import PipelineJob, build_jobs
-from mrmae_ds.weights.model_file import MODEL_FILE
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.records import make_record
 
 # The teacher comes after its student on purpose, so that the order of the jobs is not that of the runs.

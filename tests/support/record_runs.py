@@ -10,7 +10,8 @@ from torch import nn
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import PretrainModel
-from mrmae_ds.weights.model_file import MODEL_FILE, encoder_metadata, save_weights
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.records import make_record
 from tests.support.reference import perturb
 

@@ -13,7 +13,8 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.teachers import TeacherOptions
-from mrmae_ds.weights.model_file import MODEL_FILE, encoder_metadata, save_weights
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.reference import perturb, pixel_model
 
 CVIT = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))

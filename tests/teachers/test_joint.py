@@ -22,7 +22,7 @@ from mrmae_ds.teachers import Teacher, build_teacher
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.pretrain import PretrainTask
 from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import MODEL_FILE
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.jobs import make_batch, pretrain_config
 from tests.support.reference import perturb
 from tests.support.sample_teachers import MEAN, STD, VIT, normalize, save_run

@@ -33,13 +33,8 @@ from mrmae_ds.weights.export import (
     timm_call,
 )
 from mrmae_ds.weights.load import load_encoder, load_model
-from mrmae_ds.weights.model_file import (
-    MODEL_FILE,
-    encoder_metadata,
-    read_metadata,
-    read_tensors,
-    save_weights,
-)
+from mrmae_ds.weights.model_file import encoder_metadata, read_metadata, read_tensors, save_weights
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.fixtures import part
 from tests.support import dense
 from tests.support.records import make_record

@@ -19,13 +19,8 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
-from mrmae_ds.weights.formats import (
-    TensorFile,
-    read_tensor_file,
-    unwrap,
-    verify_checksums,
-    weights_sha256,
-)
+from mrmae_ds.weights.formats import TensorFile, read_tensor_file, unwrap, verify_checksums
+from mrmae_ds.weights.paths import weights_sha256
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
 

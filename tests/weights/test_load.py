@@ -19,15 +19,14 @@ from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ImageSize, ViTSpec
 from mrmae_ds.weights.load import LoadReport, load_encoder, load_pretrained
 from mrmae_ds.weights.model_file import (
-    MODEL_FILE,
     build_classifier,
     encoder_metadata,
-    find_weights,
     read_metadata,
     read_tensors,
     save_weights,
     spec_from_metadata,
 )
+from mrmae_ds.weights.paths import MODEL_FILE, find_weights
 from tests.support.reference import perturb, pixel_model
 
 CVIT = CViTSpec((8, 12, 16), (1, 1, 2), 4, patches=(2, 2, 1))

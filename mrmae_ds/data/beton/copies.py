@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,14 +44,15 @@ class Copies:
             name: returns the name of a row.
             train_name: returns the name of a row of the training set.
         """
-        pairs = [(name(row), name(other)) for row, other in [*self.across_classes, *self.repeated]]
-        pairs = [(name(row), train_name(other)) for row, other in self.of_train or ()] + pairs
+        pairs = [(name(row), train_name(other)) for row, other in (self.of_train or [])[:_MAX_NAMED]]
+        others = [*self.across_classes, *self.repeated][: _MAX_NAMED - len(pairs)]
+        pairs += [(name(row), name(other)) for row, other in others]
         return {
             "repeated": len(self.repeated),
             "across_classes": len(self.across_classes),
             "of_train": None if self.of_train is None else len(self.of_train),
             "train": train.sha256 if train else None,
-            "examples": pairs[:_MAX_NAMED],
+            "examples": pairs,
         }
 
 
@@ -81,10 +82,25 @@ def count_val_copies(train: BetonInfo, val: BetonInfo) -> int:
     """Return the number of validation images that are exact copies of training images."""
     if train.sha256 == val.sha256:
         return val.num_samples
-    recorded = read_sidecar(val.path).get("copies") or {}
-    if recorded.get("train") == train.sha256:
-        return int(recorded["of_train"])
+    recorded = recorded_copies(val, {train.sha256})
+    if recorded is not None:
+        return recorded
     return len(find_copies(BetonFile(val), BetonFile(train)).of_train or ())
+
+
+def recorded_copies(val: BetonInfo, trained_on: Collection[str | None]) -> int | None:
+    """Return the recorded number of validation images that are copies of the images of a training set.
+
+    Args:
+        val: the validation set.
+        trained_on: SHA-256 of training sets, of which the record may be of one.
+
+    Returns:
+        The number; None if it is not recorded.
+    """
+    recorded = read_sidecar(val.path).get("copies") or {}
+    train = recorded.get("train")
+    return recorded.get("of_train") if train is not None and train in trained_on else None
 
 
 def _keys(file: BetonFile) -> UIntArray:

@@ -13,6 +13,7 @@ import numpy as np
 
 from mrmae_ds.data.types import FloatArray, IntArray, UIntArray
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import crop_share
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _TRIES = 10
@@ -143,7 +144,7 @@ def resize_and_corner(sides: IntArray, short_sides: IntArray, image_size: int) -
     Returns:
         The sides after resizing, and the start of the crop in the resized image, both int64 [B].
     """
-    short = int(image_size / 0.875) if image_size <= 224 else image_size
+    short = int(image_size / crop_share(image_size))
     resized = short * sides // short_sides
     return resized, np.rint((resized - image_size) / 2).astype(np.int64)
 

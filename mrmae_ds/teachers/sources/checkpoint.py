@@ -20,9 +20,9 @@ from mrmae_ds.teachers.base import (
     describe_importance,
 )
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.weights.formats import weights_sha256
 from mrmae_ds.weights.load import load_encoder_weights
-from mrmae_ds.weights.model_file import find_weights, spec_from_metadata
+from mrmae_ds.weights.model_file import is_ours, read_metadata, spec_from_metadata
+from mrmae_ds.weights.paths import find_weights, weights_sha256
 from mrmae_ds.weights.resolve import Weights, model_metadata, resolve
 
 
@@ -124,7 +124,9 @@ class _Reader:
 
 def build_meta(options: TeacherOptions) -> MetaTeacher:
     """Build the encoder without weights; see :class:`~mrmae_ds.teachers.build.TeacherSource`."""
-    *_, metadata = _resolve(options)
+    path = find_weights(Path(options.source), f"{options.key}.source")
+    # The header of a file of this project has all that is needed; plans are made of many such models.
+    metadata = read_metadata(path) if is_ours(path) else _resolve(options)[2]
     encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
     return MetaTeacher(encoder, _Reader(encoder), options)
 

@@ -23,7 +23,7 @@ from mrmae_ds.teachers.base import (
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.clip_loading import NO_TEXT, ClipTower, load_clip_tower
 from mrmae_ds.teachers.sources.timm_readers import TimmReader, timm_reader
-from mrmae_ds.weights.formats import weights_sha256
+from mrmae_ds.weights.paths import weights_sha256
 
 
 class ClipTeacher(LibraryTeacher):

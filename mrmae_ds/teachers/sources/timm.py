@@ -21,8 +21,8 @@ from mrmae_ds.teachers.base import LibraryTeacher, MetaTeacher, tensors_sha256
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.timm_origin import check_gelu, check_heads, check_kind, statistics_of
 from mrmae_ds.teachers.sources.timm_readers import BlockReader, TimmNetwork, timm_reader
-from mrmae_ds.weights.formats import weights_sha256
 from mrmae_ds.weights.names import PREFIX_WORDS, describe_names
+from mrmae_ds.weights.paths import weights_sha256
 from mrmae_ds.weights.resolve import Weights, resolve
 
 # DINO's guard against rounding when a position embedding is resized.

@@ -18,7 +18,8 @@ from mrmae_ds.files import write_text
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.engine.build import gather_state
 from mrmae_ds.training.step_sync import MicroBatch, StepStatus
-from mrmae_ds.weights.model_file import MODEL_FILE, save_weights
+from mrmae_ds.weights.model_file import save_weights
+from mrmae_ds.weights.paths import MODEL_FILE
 
 logger = logging.getLogger(__name__)
 

@@ -15,11 +15,10 @@ from mrmae_ds.config.renamed import refuse_renamed
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
-from mrmae_ds.records.record import RECORD_FILE, RunRecord
+from mrmae_ds.records.record import RECIPE_FILE, RECORD_FILE, RunRecord
 from mrmae_ds.training.checkpoint.folder import FOLDER, checkpoint_folders, clear_leftovers
 from mrmae_ds.training.checkpoint.manifest import RunIdentity, check_sizes, read_manifest
 
-RECIPE_FILE = "recipe.yaml"
 ENGINE_FILE = "engine.json"
 FIX = "Name another folder with --run, or start over here with --resume never"
 

@@ -15,7 +15,7 @@ from mrmae_ds.training.evaluation.accuracy import AccuracyEvaluator
 from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.tasks.base import Task
 from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import find_weights
+from mrmae_ds.weights.paths import find_weights
 
 ClassifierConfigT = TypeVar("ClassifierConfigT", FinetuneConfig, ProbeConfig)
 

@@ -34,8 +34,8 @@ from mrmae_ds.teachers import build_teacher
 from mrmae_ds.training.param_groups import ParamGroups
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.classifier import ClassifierTask, build_classifier_encoder
+from mrmae_ds.weights.names import PROBE_EPS, fold_batch_norm
 
-_EPS = 1e-6  # of the BatchNorm, as in MAE's linear probing
 _STD = 0.01  # of the initial weights
 
 
@@ -49,7 +49,7 @@ class LinearClassifier(nn.Module):
 
     def __init__(self, width: int, num_classes: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm1d(width, eps=_EPS, affine=False)
+        self.norm = nn.BatchNorm1d(width, eps=PROBE_EPS, affine=False)
         self.linear = nn.Linear(width, num_classes)
         nn.init.trunc_normal_(self.linear.weight, std=_STD)
         nn.init.zeros_(self.linear.bias)
@@ -174,9 +174,8 @@ class ProbeTask(ClassifierTask[ProbeConfig]):
         Args:
             state: the linear classifier's state, float32 on the CPU.
         """
-        scale = (state["norm.running_var"] + _EPS).rsqrt()
-        weight = state["linear.weight"] * scale
-        bias = state["linear.bias"] - weight @ state["norm.running_mean"]
+        parts = ("norm.running_mean", "norm.running_var", "linear.weight", "linear.bias")
+        weight, bias = fold_batch_norm(*(state[name] for name in parts))
         return self.weights | {"head.weight": weight, "head.bias": bias}
 
     def count_operations(self, recipe: Recipe, checkpointing: CheckpointPlan, num_classes: int) -> Operations:

@@ -27,7 +27,7 @@ from mrmae_ds.training.evaluation.knn import KnnEvaluator
 from mrmae_ds.training.param_groups import ParamGroups, adamw, pretrain_groups
 from mrmae_ds.training.tasks.base import MicroBatchKey, Task
 from mrmae_ds.weights.load import load_pretrained
-from mrmae_ds.weights.model_file import find_weights
+from mrmae_ds.weights.paths import find_weights
 
 
 class PretrainTask(Task[PretrainConfig]):

@@ -19,7 +19,7 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
 from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import MODEL_FILE
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.reference import reference_mcmae
 from tests.support.released import mcmae_state, tiny_vit, write_released
 from tests.support.sample_teachers import CVIT, MEAN, STD, VIT, normalize, options, pixels_of, save_run, timm_attention

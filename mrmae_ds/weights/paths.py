@@ -1,0 +1,55 @@
+"""Paths and checksums of weights files, without reading a tensor: importing this imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256, split_choice
+
+MODEL_FILE = "model.safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+
+
+def find_weights(source: Path, key: str = "") -> Path:
+    """Return the model file of a folder (a stage's, or one with the index of a file in shards), or ``source`` itself.
+
+    Args:
+        source: folder or file; ``#KEY`` at its end chooses one of several sets of weights and is kept.
+        key: recipe key that named it, for errors; empty for an argument.
+
+    Raises:
+        UserError: if the file does not exist.
+    """
+    source, choice = split_choice(source)
+    path = source / MODEL_FILE if source.is_dir() else source
+    if source.is_dir() and not path.is_file():
+        path = next(source.glob(f"*{INDEX_SUFFIX}"), path)
+    if not path.is_file():
+        what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
+        raise UserError(
+            f"{key}{': ' if key else ''}{source} {what}; run that stage first, or name a stage folder "
+            "(runs/NAME/STAGE) or a model file"
+        )
+    return Path(f"{path}#{choice}") if choice else path
+
+
+def weights_sha256(source: Path) -> str:
+    """Return the SHA-256 of a weights file, in hexadecimal; of an index, that of the checksums of index and shards.
+
+    Args:
+        source: the file, with or without a key.
+    """
+    path, _ = split_choice(source)
+    if not path.name.endswith(INDEX_SUFFIX):
+        return file_sha256(path)
+    files = [path, *(path.parent / name for name in sorted(set(read_index(path).values())))]
+    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor in an index."""
+    content = json.loads(index.read_text(encoding="utf-8"))
+    return {str(name): str(file) for name, file in content["weight_map"].items()}
