@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from mrmae_ds.doctor.context import DoctorContext
 from mrmae_ds.doctor.kernels import KERNEL, MAPS, PRODUCTS, seconds
 from mrmae_ds.doctor.reading import Reading
 from mrmae_ds.planning.estimates.constants import CONSTANTS
-from mrmae_ds.profiling.measured_node import ADAMW
+from mrmae_ds.profiling.measured_node import ADAMW, GRADIENTS
 from mrmae_ds.training.param_groups import adamw
 from mrmae_ds.units import GIGA, TERA
 
@@ -39,7 +40,8 @@ def operator_readings(device: torch.device, images: int, measure: Callable[..., 
     flops = LAYERS * 3 * 2 * images * 49 * PRODUCTS["Base"][1] * PRODUCTS["Base"][2]
     speed = flops / measure(products) / TERA
     readings = [Reading("float32 products, forward and gradients", speed, "TFLOP/s", constant="fp32_tflops")]
-    for name, run, moved in [*_elementwise(device, images), *_convolution(device, images), _update(device)]:
+    others = [*_elementwise(device, images), *_convolution(device, images), _reduction(device), _update(device)]
+    for name, run, moved in others:
         constant = f"operator_gb_s.{name}"
         readings.append(Reading(name, moved / measure(run) / GIGA, "GB/s", constant=constant))
     return readings
@@ -98,6 +100,21 @@ def _convolution(device: torch.device, images: int) -> list[tuple[str, Callable[
         ("convolution", lambda: [run() for run in forward], 2 * size),
         ("convolution_backward", lambda: [run() for run in backward], 3 * size),
     ]
+
+
+def _reduction(device: torch.device) -> tuple[str, Callable[[], Any], int]:
+    """Return the work of a rank on gradients besides their transfer: a flat copy, scaling, copies back, norms."""
+    _, width, wide = PRODUCTS["Base"]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    gradients = [torch.randn(wide, width, device=device, dtype=dtype) for _ in range(LAYERS)]
+
+    def run() -> None:
+        flat = _flatten_dense_tensors(gradients).mul_(0.5)
+        for gradient, reduced in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+            gradient.copy_(reduced)
+            torch.linalg.vector_norm(gradient)
+
+    return GRADIENTS, run, (int(CONSTANTS.reduce_accesses) + 1) * sum(gradient.nbytes for gradient in gradients)
 
 
 def _update(device: torch.device) -> tuple[str, Callable[[], Any], int]:

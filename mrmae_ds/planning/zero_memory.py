@@ -76,6 +76,13 @@ class ZeroMemory:
         """True if gradients stay unpartitioned until the end of backward."""
         return self.zero.stage == 0 or (self.zero.stage == 1 and not self.zero.overlap and not self.zero.bf16)
 
+    @property
+    def reduced_bytes(self) -> float:
+        """Bytes of the gradients that a rank reduces in a step; ZeRO-2 and 3 reduce them in every micro-batch."""
+        if self.zero.stage == 0:
+            return float(FP32 * self.counts.trainable)
+        return self._communicated() * (self.accumulation if self.zero.stage > 1 else 1)
+
     def persistent(self) -> Items:
         """Return the persistent memory of the device."""
         zero, counts = self.zero, self.counts

@@ -13,7 +13,8 @@ from mrmae_ds.schema import Section
 
 # Section of the doctor's JSON file; its other sections are the doctor's own.
 MEASURED_KEY = "measured"
-ADAMW = "adamw"  # in ``operator_gb_s``
+# In ``operator_gb_s``: the optimizer's update, and what a rank does to reduce gradients.
+ADAMW, GRADIENTS = "adamw", "gradients"
 
 
 class MeasuredNode(Section):
@@ -31,7 +32,8 @@ class MeasuredNode(Section):
         memory_gb_s: device memory, reads and writes added, in GB/s.
         depthwise_gb_s: bytes of input, weight and output of a depthwise convolution over its time, in GB/s.
         operator_gb_s: bytes of the inputs and outputs of an operator over its time, in GB/s, by the operator's name;
-            ``adamw`` is the optimizer's update.
+            ``adamw`` is the optimizer's update, ``gradients`` the copies, scaling and norm of
+            gradients.
         h2d_gb_s: from pinned host memory to the device, in GB/s.
         d2h_gb_s: from the device to pinned host memory, in GB/s.
         node_gb_s: bus bandwidth of a large all-reduce within a node, in GB/s per GPU.

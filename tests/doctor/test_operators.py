@@ -10,7 +10,7 @@ import torch
 from mrmae_ds.doctor.operators import operator_readings
 from mrmae_ds.planning.activation_trace import TensorRecorder
 from mrmae_ds.planning.operator_trace import MATMUL_FP32, VIEW
-from mrmae_ds.profiling.measured_node import ADAMW
+from mrmae_ds.profiling.measured_node import ADAMW, GRADIENTS
 from mrmae_ds.units import GIGA, TERA
 
 
@@ -27,10 +27,12 @@ def test_bytes_and_flops_are_those_that_the_planner_counts() -> None:
             return sum(cost.flops for cost in costs) / TERA
         return sum(cost.size for cost in costs) / GIGA
 
-    products, *others, update = operator_readings(torch.device("cpu"), 1, measure)
+    products, *others, gradients, update = operator_readings(torch.device("cpu"), 1, measure)
     assert products.constant == "fp32_tflops" and products.value == pytest.approx(1.0)
-    assert [{reading.name} for reading in others] == names[1:-1] and len(others) == 11
+    assert [{reading.name} for reading in others] == names[1:-2] and len(others) == 11
     for reading in others:
         assert reading.constant == f"operator_gb_s.{reading.name}"
         assert reading.value == pytest.approx(1.0, rel=0.02), reading.name
+    # The planner's count of an operator has the tensor that copies overwrite among its inputs: eight times the gradients.
+    assert gradients.constant == f"operator_gb_s.{GRADIENTS}" and gradients.value == pytest.approx(7 / 8)
     assert update.constant == f"operator_gb_s.{ADAMW}"

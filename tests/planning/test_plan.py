@@ -313,7 +313,28 @@ def test_update_takes_the_measured_rate_of_adamw(stages: dict[str, CountedStage]
     slow = MeasuredNode(operator_gb_s={"adamw": 0.1})
     step = estimate_step(stages["pretrain"], ZERO.at_stage(1), replace(CLUSTER, measured=slow), 16)
     assert step.compute is not None
-    assert step.compute.update_s == pytest.approx(28 * step.memory.zero.counts.trainable / 16 / 0.1e9)
+    counts, rates = step.memory.zero.counts, replace(CLUSTER, measured=slow).rates
+    assert rates is not None
+    sizes = ZERO.gradient_types(counts.trainable, counts.trainable_low)
+    reduced = 6 * sum(size * elements for size, elements in sizes.items())
+    reduced_s = (reduced + 4 * counts.trainable / 16) / rates.sizes["memory"]
+    assert step.compute.update_s == pytest.approx(28 * counts.trainable / 16 / 0.1e9 + reduced_s)
+
+
+@pytest.mark.parametrize(("stage", "reductions"), [(0, 1), (1, 1), (2, 4), (3, 4)])
+def test_gradients_are_copied_whenever_they_are_reduced(
+    stages: dict[str, CountedStage], stage: int, reductions: int
+) -> None:
+    """A gradient is read and written six times per reduction, then its rank's share is read for the norm."""
+    slow = MeasuredNode(operator_gb_s={"gradients": 1e-3, "adamw": 1e9})
+    micro_batch = stages["pretrain"].config.batch_size // CLUSTER.gpus // 4
+    step = estimate_step(stages["pretrain"], ZERO.at_stage(stage), replace(CLUSTER, measured=slow), micro_batch)
+    counts = step.memory.zero.counts
+    size = sum(each * n for each, n in ZERO.gradient_types(counts.trainable, counts.trainable_low).items())
+    size = size if stage else 4 * counts.trainable
+    norm = 4 * counts.trainable / (CLUSTER.gpus if stage else 1)
+    assert step.compute is not None and step.compute.accumulation == 4
+    assert step.compute.update_s == pytest.approx((6 * size * reductions + norm) / 1e6, rel=1e-3)
 
 
 def test_host_constants_are_those_of_the_benchmark() -> None:

@@ -45,6 +45,7 @@ class Constants:
     context_gib: float
     fragmentation: float
     update_bytes: float
+    reduce_accesses: float
     node_memory_gbs: float
     process_gib: float
     dataset_bytes: float

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mrmae_ds.config.zero import ZeroSettings
+from mrmae_ds.config.zero import FP32, ZeroSettings
 from mrmae_ds.planning.estimates.cluster import Cluster
 from mrmae_ds.planning.estimates.constants import CONSTANTS
 from mrmae_ds.planning.estimates.traffic import Transfer, offload_transfers, student_transfers, teacher_transfer
-from mrmae_ds.planning.operator_trace import MEMORY
+from mrmae_ds.planning.operator_trace import MEMORY, DeviceRates
 from mrmae_ds.planning.stage import CountedStage, Placements, StageMemory, stage_memory
 from mrmae_ds.planning.zero_memory import ZeroMemory
-from mrmae_ds.profiling.measured_node import ADAMW
+from mrmae_ds.profiling.measured_node import ADAMW, GRADIENTS
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class ComputeTime:
         gpu_s: seconds that the GPU computes a micro-batch.
         first_host_s: seconds that the host issues the first micro-batch of a step, in which ZeRO-3 fetches parameters.
         host_s: seconds that the host issues another micro-batch.
-        update_s: seconds of the update, once a step.
+        update_s: seconds for gradients and update, once a step.
         accumulation: micro-batches per step.
         backward_share: share of a micro-batch that is backward.
     """
@@ -162,18 +162,24 @@ def _compute(stage: CountedStage, memory: ZeroMemory, cluster: Cluster, micro_ba
         gpu_s = float(operators.seconds(micro_batch, rates).sum())
     else:
         return None
-    on_device = 0.0
-    if rates and not memory.zero.offload_optimizer:
-        elements = memory.share if memory.zero.stage else memory.counts.trainable
-        on_device = CONSTANTS.update_bytes * elements / rates.sizes.get(ADAMW, rates.sizes[MEMORY])
     return ComputeTime(
         gpu_s=gpu_s,
         first_host_s=cluster.host.micro_batch_s(len(operators), memory, first=True),
         host_s=cluster.host.micro_batch_s(len(operators), memory, first=False),
-        update_s=max(on_device, cluster.host.step_s(memory)),
+        update_s=max(_update_s(memory, rates) if rates else 0.0, cluster.host.step_s(memory)),
         accumulation=memory.accumulation,
         backward_share=sum(part.backward + part.recomputed for part in cost.parts.values()) / cost.per_image,
     )
+
+
+def _update_s(memory: ZeroMemory, rates: DeviceRates) -> float:
+    """Return the seconds in which the device copies, scales and measures gradients, and updates parameters."""
+    elements = memory.share if memory.zero.stage else memory.counts.trainable
+    moved = CONSTANTS.reduce_accesses * memory.reduced_bytes + FP32 * elements
+    seconds = moved / rates.sizes.get(GRADIENTS, rates.sizes[MEMORY])
+    if memory.zero.offload_optimizer:
+        return seconds
+    return seconds + CONSTANTS.update_bytes * elements / rates.sizes.get(ADAMW, rates.sizes[MEMORY])
 
 
 def largest_fitting(
