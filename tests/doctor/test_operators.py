@@ -33,6 +33,6 @@ def test_bytes_and_flops_are_those_that_the_planner_counts() -> None:
     for reading in others:
         assert reading.constant == f"operator_gb_s.{reading.name}"
         assert reading.value == pytest.approx(1.0, rel=0.02), reading.name
-    # The planner's count of an operator has the tensor that copies overwrite among its inputs: eight times the gradients.
+    # The planner counts the tensor that a copy overwrites among the inputs of the copy: eight times the gradients.
     assert gradients.constant == f"operator_gb_s.{GRADIENTS}" and gradients.value == pytest.approx(7 / 8)
     assert update.constant == f"operator_gb_s.{ADAMW}"
