@@ -191,7 +191,7 @@ class PillowLoader:
             collate_fn=_stack,
             pin_memory=settings.device.type == "cuda",
             persistent_workers=True,
-            multiprocessing_context=_start_method(settings.device),
+            multiprocessing_context=start_method(settings.device),
             worker_init_fn=_begin,
         )
 
@@ -200,8 +200,8 @@ class PillowLoader:
         self._current = self._loader = None
 
 
-def _start_method(device: torch.device) -> str:
-    """Return how workers start: forked, which is immediate, unless the threads of CUDA and NCCL may run here."""
+def start_method(device: torch.device) -> str:
+    """Return the start method of workers: fork, which is immediate, unless threads of CUDA and NCCL may run here."""
     if device.type == "cpu":
         return "fork"
     # The server imports once for all workers; with InfiniBand a fork of this process could lose registered memory.

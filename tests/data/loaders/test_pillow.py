@@ -179,9 +179,9 @@ def test_workers_beside_a_gpu_are_not_forked(betons: tuple[Path, Path], monkeypa
     import mrmae_ds.data.loaders.pillow as module
 
     whole = _samples(_loader(betons[0], True, augment=POLICY), 1)
-    method = module._start_method(torch.device("cuda", 0))
-    assert method == "forkserver" and module._start_method(torch.device("cpu")) == "fork"
-    monkeypatch.setattr(module, "_start_method", lambda device: method)
+    method = module.start_method(torch.device("cuda", 0))
+    assert method == "forkserver" and module.start_method(torch.device("cpu")) == "fork"
+    monkeypatch.setattr(module, "start_method", lambda device: method)
     assert _samples(_loader(betons[0], True, augment=POLICY), 1) == whole
 
 

@@ -1,0 +1,189 @@
+"""Sections of the stage `detect`: COCO data, detector, optimizer and schedule."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from mrmae_ds.config.sections import Positive
+from mrmae_ds.config.stages import Fraction
+from mrmae_ds.errors import ConfigError
+from mrmae_ds.schema import Section
+
+STRIDE = 32  # of the image size: p5 halves the encoder's grid of 16 x 16 patches
+Count = Annotated[int, Field(ge=1)]
+
+
+class CocoFilesConfig(Section):
+    """A data set with instance annotations in COCO's format.
+
+    Attributes:
+        images: folder of the image files.
+        annotations: JSON file.
+        first: only the first images, in the order of their ids; null is all.
+    """
+
+    images: Path
+    annotations: Path
+    first: int | None = Field(None, ge=1)
+
+
+class DetectionDataConfig(Section):
+    """Data of the stage ``detect``: ``data.detection``.
+
+    Attributes:
+        train: images to train on; those without an object are left out.
+        val: images to evaluate on, of the same categories.
+    """
+
+    train: CocoFilesConfig
+    val: CocoFilesConfig
+
+
+class DetectOptimizerConfig(Section):
+    """AdamW of detectors.
+
+    Attributes:
+        lr: absolute peak learning rate; another batch size needs another one.
+        betas: AdamW's.
+        weight_decay: of the parameters that have any.
+        groups: parameters without weight decay: ``detectron2`` (the encoder's norms and position embedding) or
+            ``project`` (also all other biases and norms).
+    """
+
+    lr: Positive
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    weight_decay: float = Field(0.1, ge=0)
+    groups: Literal["detectron2", "project"] = "detectron2"
+
+
+class StepScheduleConfig(Section):
+    """Learning-rate schedule: linear warm-up, then constant with steps down.
+
+    Attributes:
+        kind: ``steps``.
+        milestones: shares of the training after which the rate is multiplied by ``factor``.
+        factor: of the rate at each milestone.
+        warmup_steps: optimizer steps of the warm-up.
+        warmup_from: multiplier of the rate in the first step.
+    """
+
+    kind: Literal["steps"] = "steps"
+    milestones: tuple[Fraction, ...] = (0.888889, 0.962963)
+    factor: float = Field(0.1, gt=0, lt=1)
+    warmup_steps: int = Field(250, ge=0)
+    warmup_from: float = Field(0.001, gt=0, le=1)
+
+    @field_validator("milestones")
+    @classmethod
+    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if any(one >= other for one, other in pairwise(value)):
+            raise ValueError("must ascend")
+        return value
+
+    def multiplier(self, step: int, total_steps: int) -> float:
+        """Return the learning rate of an optimizer step, relative to the peak.
+
+        Args:
+            step: optimizer steps completed before it.
+            total_steps: of the whole training.
+        """
+        value = self.factor ** sum(step >= round(share * total_steps) for share in self.milestones)
+        if step < self.warmup_steps:
+            value *= self.warmup_from + (1 - self.warmup_from) * step / self.warmup_steps
+        return value
+
+
+class DetectorConfig(Section):
+    """Mask R-CNN on a simple feature pyramid.
+
+    Attributes:
+        window: side of the attention windows of the encoder's other blocks, in patches.
+        global_blocks: transformer blocks with global attention, from 0.
+        channels: of the pyramid.
+        box_convs: convolutions of the box head.
+        mask_convs: convolutions of the mask head.
+        fc: width of the box head's linear layer.
+        anchors: sides of the anchors at the five levels of the pyramid, pixels.
+        boxes_per_image: proposals that are sampled for the losses of the box head.
+    """
+
+    window: Count = 14
+    global_blocks: tuple[Annotated[int, Field(ge=0)], ...]
+    channels: Count = 256
+    box_convs: Count = 4
+    mask_convs: Count = 4
+    fc: Count = 1024
+    anchors: tuple[Positive, Positive, Positive, Positive, Positive] = (32.0, 64.0, 128.0, 256.0, 512.0)
+    boxes_per_image: Count = 512
+
+    @field_validator("global_blocks")
+    @classmethod
+    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(one >= other for one, other in pairwise(value)):
+            raise ValueError("must ascend")
+        return value
+
+    def check_depth(self, depth: int) -> None:
+        """Check the blocks of an encoder.
+
+        Args:
+            depth: number of its transformer blocks.
+
+        Raises:
+            ConfigError: if a global block does not exist.
+        """
+        beyond = [block for block in self.global_blocks if block >= depth]
+        if beyond:
+            raise ConfigError(
+                "global_blocks", f"there is no block {beyond[0]}; the encoder's blocks are numbered 0 to {depth - 1}"
+            )
+
+
+class DetectConfig(Section):
+    """Fine-tuning of the encoder in Mask R-CNN on COCO (the paper's Table 2).
+
+    Attributes:
+        init: ``pretrain`` (this run's own pre-training), ``scratch`` (random), or a run's stage folder or model file.
+        epochs: length of the stage.
+        batch_size: images per optimizer step, over all ranks.
+        image_size: side of the square input in pixels, a multiple of 32.
+        optimizer: AdamW.
+        schedule: of the learning rate.
+        layer_decay: factor of the learning rate from one layer to the one below it.
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0.
+        jitter: bounds of the random size of a training image, relative to the largest that fits the square.
+        flip: probability of a horizontal flip.
+        eval_every_epochs: epochs between two evaluations; the last epoch is always evaluated.
+        detector: sizes of the model.
+    """
+
+    init: str = "pretrain"
+    epochs: Count
+    batch_size: Count = 16
+    image_size: Count = 1024
+    optimizer: DetectOptimizerConfig
+    schedule: StepScheduleConfig = StepScheduleConfig()
+    layer_decay: float = Field(gt=0, le=1)
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    jitter: tuple[Positive, Positive] = (0.1, 2.0)
+    flip: Fraction = 0.5
+    eval_every_epochs: Count = 5
+    detector: DetectorConfig
+
+    @field_validator("image_size")
+    @classmethod
+    def _whole_cells(cls, value: int) -> int:
+        if value % STRIDE:
+            nearest = max(1, round(value / STRIDE)) * STRIDE
+            raise ValueError(f"must be a multiple of {STRIDE}; the nearest is {nearest}")
+        return value
+
+    @model_validator(mode="after")
+    def _jitter_ascends(self) -> DetectConfig:
+        if self.jitter[0] > self.jitter[1]:
+            raise ConfigError("jitter", f"must be [low, high] with low <= high, not {list(self.jitter)}")
+        return self
