@@ -84,6 +84,12 @@ def test_an_epoch_resumes_at_any_batch(train: CocoSplit) -> None:
         own.epoch(3, 5)
 
 
+def test_every_epoch_has_its_own_jitter(train: CocoSplit) -> None:
+    both = [{int(b.indices[0]): b.images for b in loader(train).epoch(epoch)} for epoch in (0, 1)]
+    assert both[0].keys() == both[1].keys()
+    assert not any(torch.equal(both[0][row], both[1][row]) for row in both[0])
+
+
 def test_another_epoch_ends_the_open_one(train: CocoSplit) -> None:
     own = loader(train)
     first = own.epoch(0)
