@@ -13,11 +13,12 @@ from mrmae_ds.cli.data import report
 from mrmae_ds.cli.parser import CommandParser, run_command
 from mrmae_ds.data.convert.fashion_mnist import write_fashion_mnist
 from mrmae_ds.data.convert.options import Output
+from mrmae_ds.files import expand_home
 
 
 def _run(args: argparse.Namespace) -> None:
     output = Output(args.out, train_count=args.num_train_images, val_count=args.num_val_images)
-    report(write_fashion_mnist(output, args.source))
+    report(write_fashion_mnist(output, expand_home(args.source)))
 
 
 if __name__ == "__main__":

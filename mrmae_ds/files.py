@@ -97,6 +97,18 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def expand_home(path: str) -> str:
+    """Replace the leading tilde of a path by the home directory: shells leave it alone in quotes and in ``--run=~/x``.
+
+    Raises:
+        UserError: if it names an unknown user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(f"{path}: no such user has a home directory; ./{path} is a file of that name")
+    return expanded
+
+
 def split_choice(source: Path | str) -> tuple[Path, str]:
     """Split ``FILE#KEY``, one of several sets of weights in a file, into the file and the key.
 

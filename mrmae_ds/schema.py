@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from mrmae_ds.errors import ConfigError
+from mrmae_ds.errors import ConfigError, UserError
+from mrmae_ds.files import expand_home
 
 
 class Section(BaseModel):
@@ -26,3 +27,24 @@ class Section(BaseModel):
             if isinstance(value, bool) and not (field and bool in (field.annotation, *get_args(field.annotation))):
                 raise ConfigError(key, f"expected a value, got {str(value).lower()}")
         return values
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tilde_is_home(cls, values: Any) -> Any:
+        """Expand the leading tilde of paths: no other value begins with one."""
+        if not isinstance(values, dict):
+            return values
+        expanded = {}
+        for key, value in values.items():
+            try:
+                expanded[key] = _expanded(value)
+            except UserError as error:
+                raise ConfigError(key, str(error)) from None
+        return expanded
+
+
+def _expanded(value: Any) -> Any:
+    """Return a path, or a list of paths, with tildes expanded; other values unchanged."""
+    if isinstance(value, list | tuple):
+        return type(value)(map(_expanded, value))
+    return expand_home(value) if isinstance(value, str) else value

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -19,6 +22,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.checkpoint.folder import list_checkpoints
+from mrmae_ds.weights.export import export_run
+from tests.support.jpegs import stored_jpegs
 from tests.support.loaders import open_loader
 from tests.support.processes import SRUN, deepspeed_train, finish, kill, rank_processes, run
 from tests.support.sample_data import write_sample_beton
@@ -165,6 +170,23 @@ def test_evaluation_equals_one_plain_process(finetuned: Path, workspace: Workspa
         for batch in loader.epoch(0):
             correct += int(model((batch.images.float() / 255 - 0.5) / 0.5).argmax() == batch.labels[0])
     assert RunRecord.load(finetuned).results.top1 == pytest.approx(100 * correct / VAL, abs=1e-9)
+
+
+def test_timm_measures_the_accuracy_of_the_exported_model(
+    finetuned: Path, workspace: Workspace, tmp_path: Path
+) -> None:
+    """By the printed line and timm's own transform; the run's backend, FFCV, rounds a few pixels otherwise."""
+    names: dict[str, Any] = {}
+    exec(export_run(finetuned, out=tmp_path / "x.safetensors").line, names)
+    model = names["model"].eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    images = [Image.open(io.BytesIO(jpeg)) for jpeg, _, _ in stored_jpegs(workspace.folder / "val.beton")]
+    batch = next(open_loader(workspace.folder / "val.beton", "pillow", micro_batch=VAL).epoch(0))
+    with torch.no_grad():
+        logits = model(torch.stack([transform(image) for image in images]))
+        torch.testing.assert_close(logits, model((batch.images.float() / 255 - 0.5) / 0.5), atol=1e-4, rtol=1e-4)
+    top1 = 100 * float((logits.argmax(1) == batch.labels).float().mean())
+    assert RunRecord.load(finetuned).results.top1 == pytest.approx(top1, abs=1.2 * 100 / VAL)
 
 
 def test_table_contains_the_measured_accuracies(finetuned: Path, workspace: Workspace) -> None:

@@ -212,7 +212,7 @@ def report(written: Sequence[BetonInfo]) -> None:
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """Unwind the block on Ctrl-C and on a scheduler's SIGTERM, so that no process and no partial file remains."""
+    """Unwind the block on Ctrl-C and on a scheduler's SIGTERM, so that no process remains."""
 
     def stop(number: int, _: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -221,7 +221,7 @@ def _stoppable() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; no partial file is left", file=sys.stderr)
+        print("interrupted; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

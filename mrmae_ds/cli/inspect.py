@@ -87,7 +87,7 @@ def describe_file(path: Path) -> list[InfoRow]:
     if identity.kind == "clip":
         gelu = gelu_of_file(file)
         rows.append(("GELU", str(gelu) if gelu else "not recorded; a teacher needs the key quickgelu: true or false"))
-    rows += _tensor_rows(file.tensors, weights.nonfinite)
+    rows += _tensor_rows(file.tensors, weights.unusable)
     rows.append(("sha256", weights_sha256(path)))
     rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
     if options := [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]:
@@ -167,14 +167,14 @@ def _encoder_rows(identity: WeightIdentity) -> list[InfoRow]:
     return rows
 
 
-def _tensor_rows(tensors: Mapping[str, Tensor], nonfinite: str) -> list[InfoRow]:
+def _tensor_rows(tensors: Mapping[str, Tensor], unusable: str) -> list[InfoRow]:
     total = sum(tensor.numel() for tensor in tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     rows = [
         ("values", f"{total:,} in {len(tensors)} tensors"),
         ("dtype", ", ".join(kinds) if len(kinds) == 1 else ", ".join(f"{kind} ({n})" for kind, n in kinds.items())),
     ]
-    return rows + ([("NOT FINITE", nonfinite)] if nonfinite else [])
+    return rows + ([("UNUSABLE", unusable)] if unusable else [])
 
 
 def _our_rows(metadata: Mapping[str, Any]) -> list[InfoRow]:

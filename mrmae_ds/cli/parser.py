@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.errors import UserError, user_message
-from mrmae_ds.files import split_choice
+from mrmae_ds.files import expand_home, split_choice
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
@@ -91,7 +91,7 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def path_argument(text: str) -> Path:
-    """Return the path of an argument, with a leading tilde expanded, which a shell leaves alone in ``--run=~/x``.
+    """Return the path of an argument, with a leading tilde expanded.
 
     Raises:
         argparse.ArgumentTypeError: if it is empty, as an unset variable is, or names an unknown user.
@@ -99,9 +99,9 @@ def path_argument(text: str) -> Path:
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; name a file or folder")
     try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"{text}: {error}") from None
+        return Path(expand_home(text))
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_recipe_options(parser: CommandParser) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from mrmae_ds.config.renamed import refuse_renamed
 from mrmae_ds.errors import ConfigError, UserError
+from mrmae_ds.files import expand_home
 from mrmae_ds.units import first_few
 
 
@@ -46,7 +47,7 @@ def read_extended(path: Path, model: type[BaseModel], ancestors: tuple[Path, ...
     if parent is None:
         return raw
     refuse_unknown_nulls(raw, model, path)
-    base = path.parent / str(parent)
+    base = path.parent / expand_home(str(parent))
     if not base.is_file():
         problem = "a folder; name a file in it" if base.is_dir() else f"no such file{_nearest_file(base, besides=path)}"
         raise UserError(f"{path}: extends: {base}: {problem}")

@@ -25,7 +25,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, sidecar_path
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import replacing, write_text
+from mrmae_ds.files import expand_home, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def cached_path(path: str | Path, folder: str | Path | None) -> Path:
 
 
 def _expand(folder: str | Path) -> Path:
-    expanded = Path(os.path.expandvars(folder)).expanduser()
+    expanded = Path(expand_home(os.path.expandvars(folder)))
     if "$" in str(expanded):
         raise UserError(f"cache_dir {folder}: a variable in it is not set here")
     return expanded

@@ -23,6 +23,7 @@ from mrmae_ds.data.convert.splits import EXTENSIONS
 from mrmae_ds.data.loaders.crop import resize_and_corner
 from mrmae_ds.data.loaders.pillow import BetonSource, center_crop
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import expand_home
 
 NUM_IMAGES = 8  # default
 MAX_IMAGES = 64  # columns of a figure
@@ -82,7 +83,7 @@ def select_images(val: Path | None, names: Sequence[str], count: int | None, def
         if val is None:
             raise UserError("--images: give image files or folders; weights of other projects name no validation set")
         return _from_validation_set(val, [int(name) for name in names], count, default_count)
-    return _from_files([Path(name) for name in names], count, default_count)
+    return _from_files([Path(expand_home(name)) for name in names], count, default_count)
 
 
 def _from_validation_set(val: Path, rows: list[int], count: int | None, default_count: int) -> SelectedImages:

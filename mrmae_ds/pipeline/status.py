@@ -14,6 +14,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import make_folder, write_text
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
+from mrmae_ds.weights.changed import changed_weights
 
 State = Literal["finished", "submitted", "interrupted", "stopped", "failed", "not run"]
 SLURM_JOBS_FILE = "slurm_jobs.json"
@@ -51,8 +52,8 @@ def job_statuses(
         queue: states of the jobs in Slurm's queue, by id.
 
     Raises:
-        UserError: if a job's folder holds a run of another recipe or seed, which can neither fill the table's cell nor
-            be resumed.
+        UserError: if a job's folder holds a run of another recipe or seed, or of weights that were made over since,
+            which can neither fill the table's cell nor be resumed.
     """
     return {job.key: _status(job, slurm_jobs.get(job.key), queue) for job in jobs}
 
@@ -60,7 +61,7 @@ def job_statuses(
 def _status(job: PipelineJob, submitted: str | None, queue: Mapping[str, str]) -> JobStatus:
     record = RunRecord.load(job.stage_dir) if (job.stage_dir / RECORD_FILE).exists() else None
     if record is not None:
-        _check_same_recipe(job, record)
+        _check_same_run(job, record)
         if record.status == "finished":
             top1 = record.results.top1
             return JobStatus("finished", detail="" if top1 is None else f"top-1 {top1:.2f} %")
@@ -76,12 +77,17 @@ def _status(job: PipelineJob, submitted: str | None, queue: Mapping[str, str]) -
     return JobStatus(ended[record.status], detail=progress)
 
 
-def _check_same_recipe(job: PipelineJob, record: RunRecord) -> None:
+def _check_same_run(job: PipelineJob, record: RunRecord) -> None:
     recipe_hash, seed = job.recipe.hash(job.stage), job.recipe.seed
     if (record.recipe_hash, record.seed) != (recipe_hash, seed):
         raise UserError(
             f"{job.stage_dir}: holds a run of another recipe (hash {record.recipe_hash}, seed {record.seed}; the "
             f"pipeline has {recipe_hash}, {seed}). Move it away, or pass another folder with --runs"
+        )
+    if changed := changed_weights(job.stage_dir, record):
+        raise UserError(
+            f"{job.stage_dir}: holds a run of other weights than {changed[0]} has by now. Move it away, or pass "
+            "another folder with --runs"
         )
 
 

@@ -202,7 +202,7 @@ def describe_run(recipe: Recipe, stage: StageName, launch: Launch, device: torch
     }
 
 
-def _count_copies(job: PreparedStage) -> int:
+def _count_copies(job: PreparedStage) -> int | None:
     """Count validation images that are exact copies of training images, with a warning if there are any."""
     copies = count_val_copies(job.train_data, job.val_data)
     if copies:

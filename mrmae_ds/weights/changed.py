@@ -1,4 +1,4 @@
-"""Weights that a run started from or evaluated, and that were made over since."""
+"""Weights that a run started from, learned from or evaluated, and that were made over since."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def _sources(folder: Path, record: RunRecord) -> Iterator[tuple[Path, str | None
         elif record.init is not None:
             init = stage["init"]
             yield folder.parent / "pretrain" if init == "pretrain" else Path(init), record.init.sha256
+        for name, teacher in record.teachers.items():
+            settings = recipe["teachers"][name]
+            source = settings["source" if settings["kind"] == "checkpoint" else "weights"]
+            if source is not None:  # the tag of a library's own weights is no file
+                yield Path(source), teacher.sha256
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
         return
 

@@ -38,6 +38,12 @@ STATE_KEYS = (
     *("model_ema", "state_dict_ema", "ema", "ema_state_dict", "student", "teacher"),
 )
 WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+# Starts of files that lie in the place of weights, and what they are.
+_IN_PLACE = {
+    b"version https://git-lfs": "a pointer of Git LFS in place of the weights; run git lfs pull in its repository",
+    b"<": "a web page in place of the weights; download them again",
+    b"{": "text in JSON, not weights; of files in shards, only the index of safetensors is read",
+}
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
@@ -219,6 +225,8 @@ def _torchscript_code(path: Path) -> str:
 
 def _reason(path: Path, error: Exception) -> str:
     """Explain why a file could not be read."""
+    if in_place := next((what for start, what in _IN_PLACE.items() if _start(path).startswith(start)), ""):
+        return in_place
     if zipfile.is_zipfile(path) and not isinstance(error, pickle.UnpicklingError):
         return f"not a readable weights file, or truncated ({_first_line(error)})"
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
@@ -236,6 +244,11 @@ def _reason(path: Path, error: Exception) -> str:
             "code; save its state_dict again, as safetensors or without pickle_protocol"
         )
     return f"not a readable weights file, or truncated ({_first_line(error)})"
+
+
+def _start(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(100).lstrip().lower()
 
 
 def _pickle_contents(path: Path) -> tuple[int, list[str]]:
@@ -295,7 +308,10 @@ def _state_of(content: Any, choice: str, where: str) -> tuple[dict[str, Tensor],
     states = {str(name): value for name, value in content.items() if _is_state(value)}
     known = [name for name in states if name in STATE_KEYS]
     chosen = choice if choice in states else choice.partition(".")[0] if choice.partition(".")[0] in states else ""
-    if chosen or len(known) == 1:
+    # Another state of the same names is another copy, as of a moving average; of other names, a loss's buffers.
+    names = unwrap(states[known[0]]).keys() if known else set()
+    copies = [name for name, state in states.items() if unwrap(state).keys() & names]
+    if chosen or len(known) == len(copies) == 1:
         chosen = chosen or known[0]
         return dict(states[chosen]), options, chosen
     if states:

@@ -113,6 +113,9 @@ def identify(file: TensorFile) -> WeightIdentity:
                 problem=_missing_of_tower(shapes),
             )
         return WeightIdentity("unknown", "", "no encoder supported by this project")
+    flat = [name for name, shape in encoder.items() if name.endswith(".weight") and not shape]
+    if flat:
+        return WeightIdentity("unknown", "", f"no encoder supported by this project ({flat[0]} is a single number)")
     has_decoder = "decoder.embed.weight" in names.values()  # DINOv2's encoders have a mask token too
     inferred: Kind = "pretrain" if has_decoder else "classifier" if "head.weight" in encoder else "encoder"
     kind = metadata.get("kind", inferred)
@@ -270,7 +273,9 @@ def _incomplete(
     if missing:
         return f"encoder tensors are missing: {len(missing)} ({first_few(missing, 6)})"
     for name, shape in expected.items():
-        if shapes[theirs[name]] != shape and name != "pos_embed":
+        found = shapes[theirs[name]]
+        resized = name == "pos_embed" and len(found) == 3 and (found[0], found[2]) == (shape[0], shape[2])
+        if found != shape and not resized:
             return f"{theirs[name]} is {shapes[theirs[name]]}, expected {shape}"
     return ""
 
@@ -291,6 +296,8 @@ def _uneven_blocks(names: Iterable[str], prefix: str) -> str:
         number, _, rest = name.removeprefix(prefix).partition(".")
         if name.startswith(prefix) and number.isdecimal():
             blocks.setdefault(int(number), set()).add(rest)
+    if not blocks:
+        return f"encoder tensors are missing: all of {prefix}*"
     whole = set().union(*blocks.values())
     missing = [f"{prefix}{i}.{rest}" for i in range(max(blocks) + 1) for rest in sorted(whole - blocks.get(i, set()))]
     return f"encoder tensors are missing: {len(missing)} ({first_few(missing, 6)})" if missing else ""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD, Rgb
 from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, CViTSpec, ViTSpec
 from mrmae_ds.weights.formats import TensorFile
@@ -76,15 +77,15 @@ def _statistics(
 ) -> tuple[tuple[Rgb, Rgb] | None, str]:
     if "mean" in metadata and "std" in metadata:
         return (tuple(metadata["mean"]), tuple(metadata["std"])), "its metadata"
-    timm, hugging_face = config.get("pretrained_cfg", {}), _config_beside(file, "preprocessor_config.json")
-    open_clip = _config_beside(file, "open_clip_config.json").get("preprocess_cfg", {})
+    timm, hugging_face = _part(config, "pretrained_cfg"), _config_beside(file, "preprocessor_config.json")
+    open_clip = _part(_config_beside(file, "open_clip_config.json"), "preprocess_cfg")
     for values, mean, std, where in (
         (timm, "mean", "std", "config.json beside it"),
         (hugging_face, "image_mean", "image_std", "preprocessor_config.json beside it"),
         (open_clip, "mean", "std", "open_clip_config.json beside it"),
     ):
         if mean in values and std in values:
-            return (tuple(values[mean]), tuple(values[std])), where
+            return _checked(values[mean], values[std], f"{file.path}: the {mean} and {std} of {where}"), where
     imagenet = (IMAGENET_MEAN, IMAGENET_STD)
     if script := next((script for option, script in SCRIPTS.items() if option in file.args), ""):
         return imagenet, f"the options of {script} in it"
@@ -105,7 +106,7 @@ def _heads(
 ) -> tuple[int | None, str]:
     if metadata.get("spec"):
         return metadata["spec"]["num_heads"], "its metadata"
-    recorded = config.get("num_attention_heads", config.get("model_args", {}).get("num_heads"))
+    recorded = config.get("num_attention_heads", _part(config, "model_args").get("num_heads"))
     if recorded is not None:
         return int(recorded), "config.json beside it"
     kind = FAMILIES.get(family)
@@ -124,7 +125,7 @@ def _same_widths(spec: CViTSpec | ViTSpec, sizes: Mapping[str, Any]) -> bool:
 def _classes(metadata: Mapping[str, Any], config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     if metadata.get("class_names"):
         return tuple(metadata["class_names"])
-    labels = config.get("id2label", {})
+    labels = _part(config, "id2label")
     if num_classes and len(labels) == num_classes:
         return tuple(str(labels[key]) for key in sorted(labels, key=int))
     if num_classes == IMAGENET_CLASSES:
@@ -132,6 +133,23 @@ def _classes(metadata: Mapping[str, Any], config: Mapping[str, Any], num_classes
 
         return tuple(ImageNetInfo().label_names())  # in the order of the WordNet ids
     return ()
+
+
+def _checked(mean: Any, std: Any, where: str) -> tuple[Rgb, Rgb]:
+    """Return statistics of pixels in 0 to 1, of which no standard deviation (1) is left to the model; refuse others."""
+    try:
+        red, green, blue = map(float, mean)
+        statistics = (red, green, blue), tuple(map(float, std))
+    except (TypeError, ValueError):
+        raise UserError(f"{where} are not three numbers each: {mean}, {std}") from None
+    if len(statistics[1]) != 3 or not all(0 <= m <= 1 and 0 < s <= 1 for m, s in zip(*statistics, strict=True)):
+        raise UserError(f"{where} are not those of pixels in 0 to 1: {mean}, {std}; correct the file")
+    return statistics  # type: ignore[return-value]
+
+
+def _part(config: Mapping[str, Any], key: str) -> dict[str, Any]:
+    part = config.get(key)
+    return part if isinstance(part, dict) else {}
 
 
 def _config_beside(file: TensorFile, name: str) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify, s
 from mrmae_ds.weights.names import canonical, describe_names
 from mrmae_ds.weights.origin import find_origin
 
+_PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -27,18 +29,18 @@ class Weights:
         file: its tensors.
         identity: their architecture and origin.
         where: key and path, for errors.
-        nonfinite: tensors with NaN or infinite values in words; "" if there are none.
+        unusable: tensors whose values cannot be used, in words; "" if there are none.
     """
 
     file: TensorFile
     identity: WeightIdentity
     where: str
-    nonfinite: str
+    unusable: str
 
     @property
     def problem(self) -> str:
         """Reason why no loader takes the file; "" if it is usable."""
-        return self.nonfinite or self.identity.problem
+        return self.unusable or self.identity.problem
 
     def check_usable(self) -> None:
         """Check that the file is complete and finite.
@@ -112,14 +114,20 @@ def resolve(source: Path, key: str = "") -> Weights:
             identity = replace(identity, origin=origin)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from None
-    nonfinite = nonfinite_tensors(file.tensors)
-    text = f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
-    return Weights(file, identity, where, text)
+    return Weights(file, identity, where, unusable_tensors(file.tensors))
 
 
-def nonfinite_tensors(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the names of tensors with NaN or infinite values."""
-    return [name for name, tensor in tensors.items() if tensor.is_floating_point() and not torch.isfinite(tensor).all()]
+def unusable_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return a description of weights that are quantized, and of tensors with NaN or infinite values; "" for none."""
+    if unreal := [name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta]:
+        return f"{len(unreal)} tensors are sparse or without values: {first_few(unreal, 3)}"
+    parameters = {name: tensor for name, tensor in tensors.items() if name.endswith((".weight", ".bias"))}
+    quantized = [name for name, tensor in parameters.items() if tensor.dtype not in _PLAIN]
+    if quantized:
+        kind = str(tensors[quantized[0]].dtype).removeprefix("torch.")
+        return f"{len(quantized)} tensors are quantized ({kind}): {first_few(quantized, 3)}; use the original weights"
+    nonfinite = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
+    return f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
 
 
 def model_metadata(weights: Weights, *, statistics: bool = True, fix: str = "") -> dict[str, Any]:

@@ -18,8 +18,12 @@ from mrmae_ds.cli.parser import run_command
 from mrmae_ds.cli.train import STAGES, parse_arguments
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.stages import StageName
+from mrmae_ds.errors import UserError
+from mrmae_ds.figures.select_images import select_images
+from mrmae_ds.pipeline.config import load_pipeline
 from tests.support.processes import REPOSITORY, Finished, run
 from tests.support.records import make_record
+from tests.support.sample_data import photograph
 from tests.weights.test_export import CVIT, classifier_run
 
 CONFIG = "ds_configs/tiny.json"
@@ -305,6 +309,36 @@ def test_a_leading_tilde_is_the_home_folder_in_every_path(words: list[str], monk
     values = [str(value) for value in vars(build_parser().parse_args(words)).values() if not callable(value)]
     assert not any("~" in value for value in values)
     assert sum("/home/me/" in value for value in values) == sum("~" in word for word in words)
+
+
+def test_a_leading_tilde_is_the_home_folder_in_recipes_and_overrides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "base.yaml").write_bytes(Path("ds_configs/tiny.yaml").read_bytes())
+    (tmp_path / "r.yaml").write_text("extends: ~/base.yaml\ndata: {val: ~/val.beton}\nloader: {cache_dir: ~/cache}\n")
+    overrides = [
+        "data.train=~/train.beton", "teachers.mae.source=~/teacher", "stages.finetune.init=~/w.pth#model",
+        "stages.evaluate.members=[~/a, ~/b]",
+    ]  # fmt: skip
+    recipe = load_recipe(tmp_path / "r.yaml", overrides)
+    assert (recipe.data.train, recipe.data.val) == (tmp_path / "train.beton", tmp_path / "val.beton")
+    assert recipe.loader.cache_dir == tmp_path / "cache"
+    assert recipe.teachers["mae"].source == f"{tmp_path}/teacher"
+    assert recipe.stages.finetune and recipe.stages.finetune.init == f"{tmp_path}/w.pth#model"
+    assert recipe.stages.evaluate.members == (f"{tmp_path}/a", f"{tmp_path}/b")
+    assert "~" not in recipe.to_yaml()
+    with pytest.raises(UserError, match=r"data\.train: ~nobody-here/x: no such user has a home directory"):
+        load_recipe(tmp_path / "r.yaml", ["data.train=~nobody-here/x"])
+    (tmp_path / "p.yaml").write_text("name: p\nconfig: ~/c.json\nruns: [{recipe: ~/r.yaml}]\n")
+    pipeline = load_pipeline(tmp_path / "p.yaml")
+    assert (pipeline.config, pipeline.runs[0].recipe) == (tmp_path / "c.json", tmp_path / "r.yaml")
+
+
+def test_a_leading_tilde_is_the_home_folder_in_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    photograph().save(tmp_path / "a.png")
+    assert select_images(None, ["~/a.png"], None, 1).captions == ("a.png",)
 
 
 @pytest.mark.parametrize("words", TILDE_EXAMPLES, ids=lambda words: words[0])

@@ -10,11 +10,15 @@ import pytest
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.engine import load_engine_config
+from mrmae_ds.files import file_sha256
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import read_slurm_jobs
+from mrmae_ds.records.record import RECIPE_FILE
+from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.fake_slurm import FakeSlurm
 from tests.support.pipelines import KEYS, make_jobs, write_pipeline, write_record
 from tests.support.processes import REPOSITORY
+from tests.support.records import make_record
 
 
 @pytest.fixture
@@ -197,6 +201,26 @@ def test_refuses_a_folder_with_another_run(
     write_record(jobs["tiny/pretrain"], **change)
     assert _submit(tmp_path) == 2
     assert f"{tmp_path / 'runs/tiny/pretrain'}: holds a run of another recipe" in capsys.readouterr().err
+    assert slurm.jobs() == {}
+
+
+def test_refuses_a_fine_tuning_of_weights_that_were_made_over(
+    slurm: FakeSlurm, jobs: dict[str, PipelineJob], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As train.py does; the finished fine-tuning would otherwise fill the table's cell."""
+    for job in jobs.values():
+        write_record(job)
+    job, weights = jobs["tiny/finetune"], jobs["tiny/pretrain"].stage_dir / MODEL_FILE
+    summary = make_record().init
+    assert summary is not None
+    init = summary.model_copy(update={"sha256": file_sha256(weights)})
+    write_record(job, init=init)
+    (job.stage_dir / RECIPE_FILE).write_text(job.recipe.to_yaml())
+    assert _submit(tmp_path) == 0
+    weights.write_bytes(b"of another seed")
+    capsys.readouterr()
+    assert _submit(tmp_path) == 2
+    assert f"{job.stage_dir}: holds a run of other weights than {weights} has by now" in capsys.readouterr().err
     assert slurm.jobs() == {}
 
 

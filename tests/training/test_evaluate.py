@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -21,6 +26,7 @@ from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.evaluate import PreparedEvaluation, evaluate, log_mean_softmax, prepare_evaluation
 from mrmae_ds.training.job import TrainArgs
+from mrmae_ds.weights.export import Exported, export_run
 from mrmae_ds.weights.model_file import (
     encoder_metadata,
     read_metadata,
@@ -28,6 +34,7 @@ from mrmae_ds.weights.model_file import (
     spec_from_metadata,
 )
 from tests.support.jobs import ALONE
+from tests.support.jpegs import stored_jpegs
 from tests.support.loaders import open_loader
 from tests.support.processes import finish, rank_processes
 from tests.support.records import make_record
@@ -158,6 +165,33 @@ def test_single_member_equals_that_model(
 ) -> None:
     average, members = evaluate(workspace.prepare("vit"), CPU)
     assert [average] == members == [pytest.approx(expected["vit"], rel=1e-5)]
+
+
+@pytest.mark.parametrize("name", ["cvit", "vit"])
+def test_timm_measures_the_same_of_the_exported_model(
+    name: str, workspace: Workspace, tmp_path: Path, alone: None
+) -> None:
+    """By the printed line and timm's own transform, on the stored images: accuracies and loss of our evaluation."""
+    overrides = (*workspace.overrides(name), "data.eval_backend=pillow")
+    options = TrainArgs(ENGINE, "evaluate", RECIPE, tmp_path / "run", "auto", overrides)
+    measured, _ = evaluate(prepare_evaluation(options, ALONE), CPU)
+    exported = export_run(workspace.member(name), out=tmp_path / "x.safetensors")
+    assert _accuracy(workspace, _softmax_by_timm(exported, workspace)) == pytest.approx(measured, rel=1e-5)
+    without_statistics = re.sub(r"'(mean|std)': \([^)]*\),? ?", "", exported.line)
+    other = _softmax_by_timm(replace(exported, line=without_statistics), workspace)
+    assert _accuracy(workspace, other)["loss"] != pytest.approx(measured["loss"], rel=1e-2)
+
+
+def _softmax_by_timm(exported: Exported, workspace: Workspace) -> np.ndarray:
+    """Each validation image's class probabilities, float64 [N, 10], of an exported model, without this project."""
+    names: dict[str, Any] = {}
+    exec(exported.line, names)
+    model = names["model"].eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+    jpegs = [jpeg for jpeg, _, _ in stored_jpegs(workspace.folder / "val.beton")]
+    with torch.no_grad():
+        logits = [model(transform(Image.open(io.BytesIO(jpeg)).convert("RGB"))[None])[0] for jpeg in jpegs]
+    return torch.stack(logits).double().softmax(1).numpy()
 
 
 def test_two_ranks_equal_one(workspace: Workspace, expected: dict[str, dict[str, float]]) -> None:

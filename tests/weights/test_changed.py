@@ -11,7 +11,7 @@ import yaml
 
 from mrmae_ds.cli.inspect import describe
 from mrmae_ds.records.record import RunRecord
-from mrmae_ds.records.sections import Init, Member
+from mrmae_ds.records.sections import Init, Member, TeacherInfo
 from mrmae_ds.tables.markdown import to_markdown
 from mrmae_ds.tables.scaling import scaling_table
 from mrmae_ds.weights.changed import changed_weights
@@ -57,6 +57,21 @@ def test_finds_evaluated_weights_that_were_made_over(tmp_path: Path) -> None:
     assert changed_weights(tmp_path / "a" / "evaluate", record) == []
     _write(files[1].parent, NEW)
     assert changed_weights(tmp_path / "a" / "evaluate", record) == [files[1]]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "timm"])
+def test_finds_a_teacher_that_was_made_over(kind: str, tmp_path: Path) -> None:
+    file = _write(tmp_path / "teacher" / "pretrain", OLD)
+    teacher = TeacherInfo(kind=kind, source="x", sha256=sha256(OLD).hexdigest())
+    record = make_record(stage="pretrain", pretrain=None, teachers={"t": teacher, "tag": teacher})
+    named = {"source": str(file.parent), "weights": None} if kind == "checkpoint" else {"weights": str(file)}
+    tag = {"kind": "clip", "source": "ViT-B-16", "weights": "openai"}
+    recipe = {"teachers": {"t": {"kind": kind, **named}, "tag": tag}, "stages": {"pretrain": {"init": None}}}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert changed_weights(tmp_path / "a", record) == []
+    _write(file.parent, NEW)
+    assert changed_weights(tmp_path / "a", record) == [file]
 
 
 def test_a_file_older_than_the_run_is_not_read(tmp_path: Path) -> None:

@@ -173,6 +173,25 @@ def test_the_hubs_configuration_reproduces_the_model(spec: EncoderSpec, tmp_path
         torch.testing.assert_close(program.module()(images), model(images))
 
 
+@pytest.mark.parametrize("pool", ["avg", "token"])
+@BOTH
+def test_an_onnx_file_gives_the_logits(spec: EncoderSpec, pool: str, tmp_path: Path) -> None:
+    """For any number of images; the pixels are those of timm's transform, as in the tests above."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    model = classifier_run(tmp_path, spec, 24, pool)
+    loaded = load_by(export_run(tmp_path, "timm", tmp_path / "out.safetensors"))
+    path = tmp_path / "x.onnx"
+    example = (random_images(2, 24, seed=3),)
+    torch.onnx.export(loaded, example, path, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    for count in (1, 5):
+        images = random_images(count, 24, seed=4)
+        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(images), atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("family", ["mcmae", "mae"])
 def test_exports_released_files(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     reference = request.getfixturevalue(family)

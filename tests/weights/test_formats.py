@@ -205,9 +205,13 @@ def test_errors_name_the_recipes_key(tmp_path: Path) -> None:
             {"model": STATE, "model_ema": STATE},
             r"contains 2 sets of weights: model, model_ema; choose one: .*x.pt#model",
         ),
+        (
+            {"model": STATE, "averaged": {f"module.{name}": value for name, value in STATE.items()}},
+            r"contains 2 sets of weights: model, averaged; choose one: .*x.pt#model",
+        ),
         ({"generator": STATE}, r"contains weights under unknown keys \(1\): generator; choose one: .*x.pt#generator"),
     ],
-    ids=["list", "tensor", "empty", "empty-model", "dino", "ema", "unknown"],
+    ids=["list", "tensor", "empty", "empty-model", "dino", "ema", "unknown key", "unknown"],
 )
 def test_torch_files_without_a_state_dict(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pt")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mrmae_ds.cli.inspect import describe
@@ -201,6 +203,53 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     state["blocks.1.mlp.fc1.bias"][3] = value
     torch.save(state, tmp_path / "x.pth")
     assert_refused(tmp_path / "x.pth", r"x.pth: 1 tensors contain NaN or infinity: blocks.1.mlp.fc1.bias$")
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_quantized_weights_are_refused(kind: torch.dtype, tmp_path: Path) -> None:
+    """Their scales are elsewhere, and copying them into a float32 model would raise no error."""
+    state = tiny_vit().state_dict()
+    state["blocks.1.mlp.fc1.weight"] = state["blocks.1.mlp.fc1.weight"].to(kind)
+    save_file(state, tmp_path / "x.safetensors")
+    name = str(kind).removeprefix("torch.")
+    assert_refused(
+        tmp_path / "x.safetensors", rf"1 tensors are quantized \({name}\): blocks.1.mlp.fc1.weight; use the original"
+    )
+    for plain in (torch.bfloat16, torch.float64):
+        save_file(
+            {name: value.to(plain) for name, value in tiny_vit().state_dict().items()}, tmp_path / "x.safetensors"
+        )
+        load_into_vit(tmp_path / "x.safetensors")
+
+
+def test_a_clip_tower_without_blocks_is_refused(tmp_path: Path) -> None:
+    shapes = {
+        "conv1.weight": (8, 3, 4, 4),
+        "class_embedding": (8,),
+        "positional_embedding": (5, 8),
+        "ln_post.weight": (8,),
+    }
+    torch.save({f"visual.{name}": torch.ones(shape) for name, shape in shapes.items()}, tmp_path / "x.pth")
+    assert "all of visual.transformer.resblocks.*" in describe(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        ({"image_mean": [123.675, 116.28, 103.53], "image_std": [58.4, 57.1, 57.4]}, "not those of pixels in 0 to 1"),
+        ({"image_mean": 0.5, "image_std": 0.5}, "not three numbers each"),
+        ({"image_mean": [0.5], "image_std": [0.5]}, "not three numbers each"),
+        ({"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0]}, "not those of pixels in 0 to 1"),
+    ],
+)
+def test_statistics_beside_a_file_are_of_pixels_in_0_to_1(config: dict[str, Any], message: str, tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict(), tmp_path / "x.pth")
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    assert_refused(tmp_path / "x.pth", rf"x.pth: the image_mean and image_std of preprocessor_config.json .* {message}")
+    config = {"image_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1]}  # not normalized by their deviation
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"pretrained_cfg": null, "model_args": null, "id2label": null}')
+    assert resolve(tmp_path / "x.pth").identity.origin.statistics == ((0.5,) * 3, (1.0,) * 3)
 
 
 def test_a_detectors_file_gives_its_backbone(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Exact copies among the stored images of one or two .beton files.
 
-Images whose decoded pixels are equal are stored as equal bytes, and their checksums are in the files' tables. So only
-the candidates are read, and nothing is decoded.
+A conversion stores images whose decoded pixels are equal as equal bytes, whatever their files' formats and metadata,
+and their checksums are in the files' tables. So only the candidates are read, and nothing is decoded.
 """
 
 from __future__ import annotations
@@ -78,14 +78,25 @@ def find_copies(file: BetonFile, train: BetonFile | None = None) -> Copies:
     return Copies(sorted(repeated), sorted(across), of_train if train is not None else None)
 
 
-def count_val_copies(train: BetonInfo, val: BetonInfo) -> int:
-    """Return the number of validation images that are exact copies of training images."""
+def count_val_copies(train: BetonInfo, val: BetonInfo) -> int | None:
+    """Return the number of validation images that are exact copies of training images.
+
+    It is None, unknown, if none are found in files that would store equal images differently.
+    """
     if train.sha256 == val.sha256:
         return val.num_samples
     recorded = recorded_copies(val, {train.sha256})
     if recorded is not None:
         return recorded
-    return len(find_copies(BetonFile(val), BetonFile(train)).of_train or ())
+    found = len(find_copies(BetonFile(val), BetonFile(train)).of_train or ())
+    return found if found or _storage(train) == _storage(val) else None
+
+
+def _storage(info: BetonInfo) -> tuple[Any, ...]:
+    """Return what decides how an image is stored; of FFCV's own files it is not known."""
+    sidecar = read_sidecar(info.path)
+    encoder = sidecar["versions"].get("libjpeg-turbo")
+    return (info.quality, info.max_side, sidecar.get("background"), encoder) if info.quality else ()
 
 
 def recorded_copies(val: BetonInfo, trained_on: Collection[str | None]) -> int | None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,6 +21,16 @@ _MIN_PAGE = 1 << 21
 _IMAGE_FIELD, _INTEGER_FIELD = 2, 1  # FFCV's numbers for the kinds of field
 
 
+class StoredImage(NamedTuple):
+    """All that the tables need of an image: its bytes, sides in pixels, class and Adler-32."""
+
+    length: int
+    width: int
+    height: int
+    label: int
+    adler32: int
+
+
 class BetonWriter:
     """A .beton being written, as a context manager. No image crosses a page border, as FFCV requires.
 
@@ -26,9 +38,10 @@ class BetonWriter:
         path: the file.
         capacity: number of images, at most.
         max_side: of the images, pixels, at most.
+        stored: images that an interrupted writer left in the file; what follows them is cut off.
     """
 
-    def __init__(self, path: Path, capacity: int, max_side: int) -> None:
+    def __init__(self, path: Path, capacity: int, max_side: int, stored: Sequence[StoredImage] = ()) -> None:
         # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
         self._page = max(_MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
         self._samples = np.zeros(capacity, dtype=SAMPLE)
@@ -36,7 +49,10 @@ class BetonWriter:
         self._count = 0
         self._table = HEADER.itemsize + len(NAMES) * FIELD.itemsize
         self._end = -(-(self._table + self._samples.nbytes) // self._page) * self._page
-        self._file = path.open("wb")
+        for image in stored:
+            self._add(image)
+        self._file = path.open("r+b" if stored else "wb")
+        self._file.truncate(self._end)
         self._file.seek(self._end)
 
     def __enter__(self) -> BetonWriter:
@@ -48,7 +64,7 @@ class BetonWriter:
         else:
             self._discard()
 
-    def append(self, jpeg: bytes, width: int, height: int, label: int) -> None:
+    def append(self, jpeg: bytes, width: int, height: int, label: int) -> StoredImage:
         """Write an image.
 
         Args:
@@ -60,17 +76,29 @@ class BetonWriter:
         Raises:
             OSError: of the disk, for example if it is full.
         """
-        if len(jpeg) > self._page:
-            raise ValueError(f"a JPEG of {len(jpeg):,} bytes does not fit into a page of {self._page:,}")
-        left = -self._end % self._page
-        if len(jpeg) > left:
-            self._file.write(bytes(left))
-            self._end += left
+        image = StoredImage(len(jpeg), width, height, label, zlib.adler32(jpeg))
+        self._file.write(bytes(self._add(image)))
         self._file.write(jpeg)
-        self._samples[self._count] = ((JPEG, width, height, self._end), label, self._count, zlib.adler32(jpeg))
-        self._allocations[self._count] = (self._count, self._end, len(jpeg))
-        self._end += len(jpeg)
+        return image
+
+    def _add(self, image: StoredImage) -> int:
+        """Add an image to the tables; return the number of bytes that are left free before it."""
+        if image.length > self._page:
+            raise ValueError(f"a JPEG of {image.length:,} bytes does not fit into a page of {self._page:,}")
+        left = -self._end % self._page
+        gap = left if image.length > left else 0
+        place = self._end + gap
+        self._samples[self._count] = ((JPEG, image.width, image.height, place), image.label, self._count, image.adler32)
+        self._allocations[self._count] = (self._count, place, image.length)
+        self._end = place + image.length
         self._count += 1
+        return gap
+
+    def sync(self) -> int:
+        """Write all images to the disk (fsync); return the number of bytes up to their end."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._end
 
     def _finish(self) -> None:
         """Write the header and the tables. If there are fewer images than ``capacity``, a gap remains."""

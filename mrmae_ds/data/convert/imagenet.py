@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.folder import scan
@@ -19,7 +18,7 @@ from mrmae_ds.data.convert.index import FileStore, ImageIndex, Store
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.parts import write_parts
 from mrmae_ds.data.convert.splits import check_same_classes, find_classes, kind_of
-from mrmae_ds.data.convert.tar_files import TarStore, list_members
+from mrmae_ds.data.convert.tar_files import TarStore, index_bar, list_members
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 
@@ -124,7 +123,8 @@ def _open_val(source: ImageNetSource, folder: Path, wnids: list[str]) -> ImageIn
     """Open the validation images, from class folders or from a single one."""
     archive = source.root / VAL_ARCHIVE
     if not folder.is_dir() and archive.is_file():
-        members = sorted((Path(member.name).name, member) for member in list_members(archive))
+        with index_bar([archive]) as bar:
+            members = sorted((Path(member.name).name, member) for member in list_members(archive, progress=bar))
         return _join_labels(source, members, TarStore(), archive, wnids)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; unpack {VAL_ARCHIVE} there, or put it into {source.root}")
@@ -178,10 +178,11 @@ def _open_train_archive(path: Path) -> tuple[ImageIndex, list[str]]:
         raise UserError(f"{path}: holds {invalid[0] if invalid else 'nothing'}, expected n01440764.tar ...")
     places: list[Any] = []
     labels: list[int] = []
-    for label, wnid in enumerate(tqdm(wnids, desc=f"index {path.name}", unit="class")):
-        members = sorted(list_members(path, archives[wnid]), key=lambda member: member.name)
-        places += members
-        labels += [label] * len(members)
+    with index_bar([path]) as bar:
+        for label, wnid in enumerate(wnids):
+            members = sorted(list_members(path, archives[wnid], bar), key=lambda member: member.name)
+            places += members
+            labels += [label] * len(members)
     return ImageIndex(TarStore(), places, np.array(labels, dtype=np.int64)), wnids
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -23,6 +25,10 @@ class Store(Protocol):
 
     def name(self, place: Any) -> str:
         """Return the origin of an image, for messages."""
+        ...
+
+    def file(self, place: Any) -> str:
+        """Return the path of the file that holds an image."""
         ...
 
 
@@ -58,6 +64,21 @@ class ImageIndex:
     def label(self, index: int) -> int:
         """Return a label without reading the image."""
         return int(self.labels[index])
+
+    def stamp(self, index: int) -> str:
+        """Return size and time of the file that holds an image."""
+        try:
+            status = os.stat(self.store.file(self.places[index]))
+        except OSError as error:
+            return str(error.errno)
+        return f"{status.st_size} {status.st_mtime_ns}"
+
+    def digest(self) -> str:
+        """Return a checksum of all places and labels, without that of the files' content."""
+        digest = hashlib.blake2b(self.labels.tobytes(), digest_size=16)
+        for place in self.places:
+            digest.update(f"{place!a}\n".encode("ascii"))
+        return digest.hexdigest()
 
     def take(self, rows: IntArray) -> ImageIndex:
         """Return some of the samples, by row."""
@@ -110,3 +131,5 @@ class FileStore:
     def name(self, place: str) -> str:
         """Return the path."""
         return place
+
+    file = name

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from mrmae_ds.data.convert.images import ImageError, open_content
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import first_few
 
 _USUAL = {"image": ("image", "img", "jpg"), "label": ("label", "labels", "cls")}
 
@@ -52,6 +54,10 @@ class TableStore:
         """Return file, row group and row."""
         return f"{place.file}:{place.group}:{place.row}"
 
+    def file(self, place: Place) -> str:
+        """Return the path of the file."""
+        return place.file
+
 
 def _read(path: str, group: int, column: str) -> Any:
     """Return one column of a row group."""
@@ -88,7 +94,7 @@ def open_tables(
     labels: list[int] = []
     names: list[str] | None = None
     columns: tuple[str, str] | None = None
-    for path in paths:
+    for path in tqdm(paths, desc=f"index {first_few([path.name for path in paths], 1)}", unit="file"):
         try:
             if path.suffix == ".parquet":
                 file = pq.ParquetFile(path)

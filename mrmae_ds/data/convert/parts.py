@@ -10,6 +10,7 @@ import numpy as np
 
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.index import ImageIndex
+from mrmae_ds.data.convert.journal import journal_path
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.subset import split_off
 from mrmae_ds.data.convert.writer import check_outputs, write_beton
@@ -53,7 +54,7 @@ def write_parts(
     source: Path,
     origin: Mapping[str, Any],
 ) -> list[BetonInfo]:
-    """Write OUT/train.beton and OUT/val.beton.
+    """Write OUT/train.beton and OUT/val.beton; the same call continues a conversion that was interrupted.
 
     Args:
         train: all training images.
@@ -73,7 +74,7 @@ def write_parts(
     parts = {"train": train.limited(counts["train"], "train"), "val": val.limited(counts["val"], "val")}
     paths = {part: output.folder / f"{part}.beton" for part in parts}
     check_outputs(paths.values())
-    return [
+    written = [
         write_beton(
             dataset,
             paths[part],
@@ -84,6 +85,10 @@ def write_parts(
             origin={**origin, "part": part, "count": counts[part]},
             ignored=dataset.ignored,
             train=(paths["train"], parts["train"]) if part == "val" else None,
+            keep_journal=True,
         )
         for part, dataset in parts.items()
     ]
+    for path in reversed(paths.values()):
+        journal_path(path).unlink()
+    return written

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,9 @@ def report_path(beton: Path) -> Path:
 
 
 def printable(name: str) -> str:
-    """Return a file name with the bytes that are not UTF-8 escaped."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """Return a file name with bytes that are not UTF-8 and control characters, such as newlines, escaped."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(ascii(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter for letter in text)
 
 
 def write_report(beton: Path, skipped: Sequence[Skipped]) -> None:

@@ -7,15 +7,17 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from mrmae_ds.data.convert.images import ImageError, open_content
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.splits import is_image, kind_of
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import first_few
 
 
 class TarMember(NamedTuple):
@@ -38,6 +40,10 @@ class TarStore:
         """Return archive and member."""
         return f"{place.archive}:{place.name}"
 
+    def file(self, place: TarMember) -> str:
+        """Return the path of the archive."""
+        return place.archive
+
 
 def read_member(place: TarMember) -> bytes:
     """Return the content of a member; raises ImageError if the archive has become shorter."""
@@ -49,16 +55,18 @@ def read_member(place: TarMember) -> bytes:
     return content
 
 
-def list_members(path: Path, place: TarMember | None = None) -> Iterator[TarMember]:
+def list_members(path: Path, place: TarMember | None = None, progress: tqdm[Any] | None = None) -> Iterator[TarMember]:
     """Yield the regular files of an uncompressed archive, in order.
 
     Args:
         path: the archive.
         place: a member of it that is an archive itself, to list instead.
+        progress: bar of bytes, which the bytes of the archive are added to.
 
     Raises:
         UserError: if it is compressed, truncated or no archive.
     """
+    counted = 0
     start, size = (place.offset, place.size) if place else (0, path.stat().st_size)
     where = f"{path}:{place.name}" if place else str(path)
     try:
@@ -66,10 +74,15 @@ def list_members(path: Path, place: TarMember | None = None) -> Iterator[TarMemb
             file.seek(start)
             with tarfile.open(fileobj=_Window(file, start, size), mode="r:") as archive:  # type: ignore[call-overload]
                 for member in archive:
+                    if progress is not None:
+                        progress.update(archive.offset - counted)
+                        counted = archive.offset
                     if member.isreg() and not member.issparse():
                         yield TarMember(str(path), member.name, start + member.offset_data, member.size)
                 if archive.offset + tarfile.BLOCKSIZE > size:
                     raise tarfile.ReadError("its end is missing")
+                if progress is not None:
+                    progress.update(size - counted)
     except (tarfile.TarError, OSError) as error:
         raise UserError(f"{where}: no complete, uncompressed tar archive ({error}); fetch or gunzip it") from error
 
@@ -94,6 +107,12 @@ class _Window:
         return self._file.read(left if count < 0 else min(count, left))
 
 
+def index_bar(paths: Sequence[Path]) -> tqdm[Any]:
+    """Return the progress bar of the bytes of archives that are read for the places of their members."""
+    total = sum(path.stat().st_size for path in paths)
+    return tqdm(total=total, desc=f"index {first_few([path.name for path in paths], 1)}", unit="B", unit_scale=True)
+
+
 def open_shards(paths: Sequence[Path]) -> ImageIndex:
     """Open WebDataset's shards: KEY.jpg with KEY.cls, or a KEY.json that has "label".
 
@@ -109,35 +128,43 @@ def open_shards(paths: Sequence[Path]) -> ImageIndex:
     places: list[TarMember] = []
     labels: list[int] = []
     ignored: Counter[str] = Counter()
-    for path in paths:
-        images: dict[str, TarMember] = {}
-        known: dict[str, int] = {}
-        for member in list_members(path):
-            folder, _, name = member.name.rpartition("/")
-            key, _, extension = name.partition(".")
-            key = f"{folder}/{key}"
-            if is_image(f"x.{extension}"):
-                if key in images:
-                    raise UserError(f"{path}: {member.name} and {images[key].name} are two images of one sample")
-                images[key] = member
-            elif extension in ("cls", "json"):
-                label = _label(path, member)
-                if label is not None:
-                    known[key] = label
-            else:
-                ignored[kind_of(name)] += 1
-        missing = [member.name for key, member in images.items() if key not in known]
-        if missing:
-            raise UserError(
-                f"{path}: {missing[0]} has no label; expected a file of the same name with .cls, or .json with `label`"
-            )
-        places += images.values()
-        labels += [known[key] for key in images]
+    with index_bar(paths) as bar:
+        for path in paths:
+            images, known = _index_shard(path, ignored, bar)
+            missing = [member.name for key, member in images.items() if key not in known]
+            if missing:
+                raise UserError(
+                    f"{path}: {missing[0]} has no label; expected a file of the same name with .cls, or .json with "
+                    "`label`"
+                )
+            places += images.values()
+            labels += [known[key] for key in images]
     if not places:
         raise UserError(f"{', '.join(map(str, paths[:3]))}: no images")
     if min(labels) < 0:
         raise UserError(f"{paths[0]}: the label {min(labels)} is negative; every image needs one, 0 or more")
     return ImageIndex(TarStore(), places, np.array(labels, dtype=np.int64), ignored)
+
+
+def _index_shard(path: Path, ignored: Counter[str], bar: tqdm[Any]) -> tuple[dict[str, TarMember], dict[str, int]]:
+    """Return the images and the labels of a shard by key, and count its other files."""
+    images: dict[str, TarMember] = {}
+    known: dict[str, int] = {}
+    for member in list_members(path, progress=bar):
+        folder, _, name = member.name.rpartition("/")
+        key, _, extension = name.partition(".")
+        key = f"{folder}/{key}"
+        if is_image(f"x.{extension}"):
+            if key in images:
+                raise UserError(f"{path}: {member.name} and {images[key].name} are two images of one sample")
+            images[key] = member
+        elif extension in ("cls", "json"):
+            label = _label(path, member)
+            if label is not None and known.setdefault(key, label) != label:
+                raise UserError(f"{path}: {member.name} says the label {label}, another file {known[key]}")
+        else:
+            ignored[kind_of(name)] += 1
+    return images, known
 
 
 def _label(path: Path, member: TarMember) -> int | None:
@@ -147,6 +174,8 @@ def _label(path: Path, member: TarMember) -> int | None:
         if member.name.endswith(".cls"):
             return int(content)
         label = json.loads(content).get("label")
+        if isinstance(label, (bool, float)):
+            raise TypeError(f"{label} is no whole number")
         return None if label is None else int(label)
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path}: {member.name} is no label ({error})") from error

@@ -25,12 +25,14 @@ from mrmae_ds.data.beton.file import BetonFile, tables_sha256
 from mrmae_ds.data.beton.file_writer import BetonWriter
 from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
+from mrmae_ds.data.convert.journal import Batch, Journal
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.convert.pool import map_in_order
+from mrmae_ds.data.convert.pool import WorkerError, map_in_order
 from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256, replacing, write_text
+from mrmae_ds.files import file_sha256, flush_folder, write_text
 
+SAVE_EVERY_S = 10.0  # between two lines of the journal
 _ENOUGH = 1000  # unreadable images beyond the limit, after which the rest is not read
 _RECORDED = ("numpy", "pillow", "mrmae_ds")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -84,12 +86,15 @@ def write_beton(
     origin: Mapping[str, Any] | None = None,
     ignored: Mapping[str, int] | None = None,
     train: tuple[Path, ImageDataset] | None = None,
+    keep_journal: bool = False,
 ) -> BetonInfo:
     """Write images as JPEGs into a .beton, and its sidecar.
 
     Every image is decoded completely and converted to RGB (``images.to_rgb``). Unreadable ones are left out and listed
     in the sidecar and in a report beside it, up to ``options.max_bad``. The file appears under its name when it is
-    complete; an older one stays until then. The same images give the same bytes with any number of workers.
+    complete; an older one stays until then. The same images give the same bytes with any number of workers. If it is
+    interrupted, the same call continues from its journal where the data set has ``stamp`` and ``digest``, as
+    ``index.ImageIndex`` has.
 
     Args:
         dataset: the images.
@@ -101,6 +106,7 @@ def write_beton(
         origin: arguments that open the source again, for ``verify --source`` (``compare.open_origin``).
         ignored: number of files of the source that are no images, by extension; for the record.
         train: the written training set and its images, to find validation images that are copies of them.
+        keep_journal: leave the journal, by which the same call finds that the file is complete.
 
     Returns:
         The written data set.
@@ -112,23 +118,43 @@ def write_beton(
     path, options = Path(path), options or WriteOptions()
     if len(dataset) == 0:
         raise UserError(f"{path}: nothing to write, the data set is empty")
-    with _disk_errors(path):
-        with replacing(path) as partial:
-            tally = _write_images(dataset, path, partial, options, class_names)
-            _check_classes(dataset, path, tally, class_names)
-            sidecar = {
-                **_describe(partial, tally, options, class_names),
-                "name": name,
-                "source": source,
-                "origin": origin,
-                "ignored": dict(ignored or {}),
-            }
-            write_report(path, tally.skipped)
-            # A .beton never stands beside the sidecar of another.
-            sidecar_path(path).unlink(missing_ok=True)
-        write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
+    about = {"name": name, "source": source, "origin": origin, "ignored": dict(ignored or {})}
+    digest = getattr(dataset, "digest", lambda: None)()
+    identity = {**_shaping(options), **about, "classes": list(class_names), "places of images": digest}
+    journal = Journal(path, identity, getattr(dataset, "stamp", None))
+    with _disk_errors(path, journal), journal:
+        if journal.sidecar is None:
+            try:
+                tally = _write_images(dataset, path, journal, options, class_names)
+                _check_classes(dataset, path, tally, class_names)
+            except UserError as error:
+                if not isinstance(error, WorkerError):  # of the images, which have to change
+                    journal.remove()
+                raise
+            journal.finish({**_describe(journal.partial, tally, options, class_names), **about})
+        _publish(path, journal)
         _record_copies(path, dataset, train)
+        if not keep_journal:
+            journal.remove()
     return check_beton(path)
+
+
+def _shaping(options: WriteOptions) -> dict[str, Any]:
+    """Return what decides how an image is stored."""
+    names = ("max_side", "quality", "max_pixels", "background")
+    return {"versions": dict(record_versions()), **{name: getattr(options, name) for name in names}}
+
+
+def _publish(path: Path, journal: Journal) -> None:
+    """Give the complete file its name, and write its report and sidecar. A repeated call changes nothing."""
+    assert journal.sidecar is not None
+    write_report(path, [Skipped(**entry) for entry in journal.sidecar["skipped"]])
+    if journal.partial.exists():
+        # A .beton never stands beside the sidecar of another.
+        sidecar_path(path).unlink(missing_ok=True)
+        os.replace(journal.partial, path)
+        flush_folder(path.parent)
+    write_text(sidecar_path(path), json.dumps(journal.sidecar, indent=1) + "\n")
 
 
 def _record_copies(path: Path, dataset: ImageDataset, train: tuple[Path, ImageDataset] | None) -> None:
@@ -168,39 +194,57 @@ def check_outputs(paths: Iterable[Path]) -> None:
 
 
 def _write_images(
-    dataset: ImageDataset, path: Path, partial: Path, options: WriteOptions, class_names: Sequence[str]
+    dataset: ImageDataset, path: Path, journal: Journal, options: WriteOptions, class_names: Sequence[str]
 ) -> _Tally:
-    """Convert all images and write the readable ones to ``partial``."""
-    count, limit = len(dataset), options.bad_limit(len(dataset))
-    tally = _Tally([0] * len(class_names))
+    """Convert all images that the journal does not have, and write the readable ones to its partial file."""
+    count, limit, done = len(dataset), options.bad_limit(len(dataset)), journal.done
+    tally = _Tally([0] * len(class_names), done.kinds, done.skipped)
+    for image in done.images:
+        tally.class_counts[image.label] += 1
+    start, batch, row = len(done), Batch(), len(done) - 1
     began, cpu_began = time.monotonic(), _cpu_seconds()
     results = map_in_order(
-        _Converter(dataset, options),
-        count,
+        _Converter(dataset, options, start),
+        count - start,
         workers=options.num_workers,
         timeout_s=options.timeout_s,
-        name=lambda row: _name(dataset, row),
+        name=lambda item: _name(dataset, start + item),
     )
-    with closing(results), BetonWriter(partial, count, options.max_side) as file:
-        for row, result in enumerate(tqdm(results, total=count, desc=path.stem, unit="image")):
+    with closing(results), BetonWriter(journal.partial, count, options.max_side, done.images) as file:
+        saved = time.monotonic()
+        bar = tqdm(results, initial=start, total=count, desc=path.stem, unit="image")
+        for row, (stamp, result) in enumerate(bar, start):
+            batch.stamps.append(stamp)
             if isinstance(result, str):
-                tally.skipped.append(Skipped(row, _name(dataset, row), result))
+                batch.skipped.append(Skipped(row, _name(dataset, row), result))
+                tally.skipped.append(batch.skipped[-1])
                 if len(tally.skipped) > limit + _ENOUGH:
                     break
-                continue
-            jpeg, width, height, label, kinds = result
-            if not 0 <= label < len(class_names):
-                classes = f"there are {len(class_names)} classes, labels from 0"
-                raise UserError(f"{_name(dataset, row)}: its label is {label}, but {classes}")
-            tally.class_counts[label] += 1
-            tally.kinds.update(kinds)
-            if len(tally.skipped) <= limit:
-                file.append(jpeg, width, height, label)
+            else:
+                _check_label(result.label, dataset, row, class_names)
+                tally.class_counts[result.label] += 1
+                batch.kinds.update(result.kinds)
+                if len(tally.skipped) <= limit:
+                    batch.images.append(file.append(result.jpeg, result.width, result.height, result.label))
+            if time.monotonic() - saved >= SAVE_EVERY_S and len(tally.skipped) <= limit:
+                journal.add(batch, file.sync())
+                tally.kinds.update(batch.kinds)
+                batch, saved = Batch(), time.monotonic()
         if len(tally.skipped) > limit:
             write_report(path, tally.skipped)
             raise too_many(path, tally.skipped, row + 1, count, limit)
-    tally.seconds, tally.cpu_seconds = time.monotonic() - began, _cpu_seconds() - cpu_began
+        journal.add(batch, file.sync())
+        tally.kinds.update(batch.kinds)
+    if not start:
+        tally.seconds, tally.cpu_seconds = time.monotonic() - began, _cpu_seconds() - cpu_began
     return tally
+
+
+def _check_label(label: int, dataset: ImageDataset, row: int, class_names: Sequence[str]) -> None:
+    """Check that a label has a class; raises UserError otherwise."""
+    if not 0 <= label < len(class_names):
+        classes = f"there are {len(class_names)} classes, labels from 0"
+        raise UserError(f"{_name(dataset, row)}: its label is {label}, but {classes}")
 
 
 def _cpu_seconds() -> float:
@@ -231,13 +275,21 @@ def _describe(partial: Path, tally: _Tally, options: WriteOptions, class_names: 
 
 
 class _Converter:
-    """Function of the workers: a row of the data set to the stored image, or to the reason why it is unreadable."""
+    """Function of the workers: an item to the stamp of its file, and the stored image or why it is unreadable.
 
-    def __init__(self, dataset: ImageDataset, options: WriteOptions) -> None:
-        self.dataset, self.options = dataset, options
+    The items are the rows of the data set from ``start``.
+    """
 
-    def __call__(self, row: int) -> _Encoded | str:
+    def __init__(self, dataset: ImageDataset, options: WriteOptions, start: int) -> None:
+        self.dataset, self.options, self.start = dataset, options, start
+        self._stamp = getattr(dataset, "stamp", lambda row: "")
+
+    def __call__(self, item: int) -> tuple[str, _Encoded | str]:
         """Convert one image; never raises."""
+        row = self.start + item
+        return self._stamp(row), self._convert(row)
+
+    def _convert(self, row: int) -> _Encoded | str:
         options = self.options
         try:
             with pixel_limit(options.max_pixels):
@@ -282,15 +334,19 @@ def _check_classes(dataset: ImageDataset, path: Path, tally: _Tally, class_names
 
 
 @contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
+def _disk_errors(path: Path, journal: Journal) -> Iterator[None]:
     """Convert OSErrors of the disk that is written to."""
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
+            left = (
+                f"{journal.partial.name} is kept, to continue"
+                if journal.partial.exists()
+                else "no partial file is left"
+            )
             raise UserError(
-                f"{path}: the disk is full ({error.strerror}), no partial file is left; free some space or "
-                "write elsewhere"
+                f"{path}: the disk is full ({error.strerror}), {left}; free some space or write elsewhere"
             ) from error
         raise UserError(f"{path}: cannot be written ({error})") from error
 

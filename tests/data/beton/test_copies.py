@@ -5,12 +5,13 @@ from __future__ import annotations
 import io
 import shutil
 import zlib
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.data.beton import copies as module
@@ -77,6 +78,63 @@ def test_copies_are_counted_and_named(tree: Path, capsys: pytest.CaptureFixture[
     assert "sample 9 (bee) = sample 3 (ant)" in capsys.readouterr().out
 
 
+def _jpeg(**options: object) -> Callable[[Image.Image, Path], object]:
+    return lambda image, path: image.save(path.with_suffix(".jpg"), "JPEG", quality=85, **options)
+
+
+def _with_comment(image: Image.Image, path: Path) -> None:
+    """Save a JPEG with the same data and one more segment."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    content = stream.getvalue()
+    path.with_suffix(".jpg").write_bytes(content[:2] + b"\xff\xfe\x00\x07hello" + content[2:])
+
+
+def _rotated(image: Image.Image, path: Path) -> None:
+    """Save a lossless file whose EXIF record turns it upright."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.transpose(Image.Transpose.ROTATE_90).save(path.with_suffix(".png"), exif=exif)
+
+
+def _saved(suffix: str, mode: str = "RGB", **options: object) -> Callable[[Image.Image, Path], object]:
+    return lambda image, path: image.convert(mode).save(path.with_suffix(suffix), **options)
+
+
+TWINS = {
+    "bmp": (_saved(".png"), _saved(".bmp")),
+    "tiff": (_saved(".png"), _saved(".tif", compression="tiff_lzw")),
+    "ppm": (_saved(".png"), _saved(".ppm")),
+    "lossless webp": (_saved(".png"), _saved(".webp", lossless=True)),
+    "opaque alpha": (_saved(".png"), _saved(".png", "RGBA")),
+    "rotated": (_saved(".png"), _rotated),
+    "metadata": (_jpeg(), _jpeg(dpi=(300, 300), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0")),
+    "comment": (_jpeg(), _with_comment),
+    "jpeg as png": (_jpeg(), lambda image, path: _decoded_jpeg(image).save(path.with_suffix(".png"))),
+}
+
+
+def _decoded_jpeg(image: Image.Image) -> Image.Image:
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=85)
+    return Image.open(stream).convert("RGB")
+
+
+@pytest.mark.parametrize("side", [40, 700])
+@pytest.mark.parametrize("twin", TWINS)
+def test_equal_pixels_are_copies_in_any_file_format(tree: Path, twin: str, side: int) -> None:
+    """Larger images are reduced, which equal pixels are alike."""
+    image = photograph().resize((side, side - 9))
+    one, other = TWINS[twin]
+    one(image, tree / "train" / "ant" / "x")
+    other(image, tree / "val" / "bee" / "y")
+    brighter = image.point(lambda value: min(255, value + 6))  # a near twin
+    other(brighter, tree / "val" / "bee" / "z")
+    train, val = map(check_beton, _write(tree))
+    found = find_copies(BetonFile(val), BetonFile(train)).of_train
+    assert found == [(4, 4)] and count_val_copies(train, val) == 1
+
+
 def test_copies_within_a_class(tree: Path) -> None:
     shutil.copy(tree / "train" / "bee" / "05.png", tree / "train" / "bee" / "twice.png")
     train, _ = _write(tree)
@@ -96,5 +154,8 @@ def test_count_of_a_pair_that_was_not_written_together(tree: Path) -> None:
     sidecar = sidecar_path(val.path)
     sidecar.write_text(sidecar.read_text().replace(train.sha256, "0" * 64))
     assert count_val_copies(train, val) == 1
+    differently = tree.parent / "differently"
+    write_folder(tree, Output(differently, options=WriteOptions(workers=1, quality=70)))
+    assert count_val_copies(train, check_beton(differently / "val.beton")) is None
     assert count_val_copies(train, replace(train, path=val.path)) == 8  # one file for both
     assert zlib.adler32(BetonFile(val).jpeg(0)) == BetonFile(val).checksums[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,54 +21,26 @@ from mrmae_ds.data.convert.shards import ShardOptions, find_shards, open_parts
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
 from tests.support.jpegs import stored_jpegs
-from tests.support.sample_data import photograph
+from tests.support.shards import NAMES, SAMPLES, image_bytes, write_tar, write_webdataset
 
 pytestmark = pytest.mark.timeout(120, method="thread")
-NAMES = ["finch", "wren"]
-SAMPLES = [(number, number % 2) for number in range(8)]
-
-
-def _png(number: int) -> bytes:
-    stream = io.BytesIO()
-    photograph().crop((9 * number, 0, 9 * number + 40, 30)).save(stream, "PNG")
-    return stream.getvalue()
-
-
-def _tar(path: Path, files: Iterable[tuple[str, bytes]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, content in files:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            archive.addfile(member, io.BytesIO(content))
 
 
 def _expected(folder: Path, numbers: Iterable[int]) -> list[tuple[bytes, int, int]]:
     """Return what the same images give as a plain data set."""
-    images = [(Image.open(io.BytesIO(_png(number))), number % 2) for number in numbers]
+    images = [(Image.open(io.BytesIO(image_bytes(number))), number % 2) for number in numbers]
     path = folder / "expected.beton"
     write_beton(images, path, WriteOptions(workers=1), class_names=NAMES, name="x", source="x")  # type: ignore[arg-type]
     return stored_jpegs(path)
 
 
-def _webdataset(folder: Path) -> Path:
-    def sample(number: int, label: int) -> list[tuple[str, bytes]]:
-        text = [(f"a/{number}.cls", str(label).encode()), (f"a/{number}.json", json.dumps({"label": label}).encode())]
-        return [(f"a/{number}.png", _png(number)), text[number % 2], (f"a/{number}.txt", b"a caption")]
-
-    for shard, part in enumerate(("train-000000", "train-000001", "validation-0")):
-        rows = SAMPLES[3 * shard : 3 * shard + 3] if shard < 2 else SAMPLES[6:]
-        _tar(folder / f"{part}.tar", [file for number, label in rows for file in sample(number, label)])
-    (folder / "names.txt").write_text("finch\nwren\n")
-    return folder
-
-
 def test_webdataset_gives_the_bytes_of_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = _webdataset(tmp_path / "in"), tmp_path / "out"
+    source, out = write_webdataset(tmp_path / "in"), tmp_path / "out"
     arguments = ["--class-names", str(source / "names.txt"), "--workers", "2"]
     assert main(["data", "tars", str(source), "--out", str(out), *arguments]) == 0
     printed = capsys.readouterr()
     assert "2 files, train-000000.tar ... train-000001.tar: taken as train" in printed.err
+    assert "index train-000000.tar, ...: 100%" in printed.err and "index validation-0.tar: 100%" in printed.err
     assert "ignored   6 .txt" in printed.out
     assert stored_jpegs(out / "train.beton") == _expected(tmp_path, range(6))
     assert stored_jpegs(out / "val.beton") == _expected(tmp_path, range(6, 8))
@@ -83,19 +55,26 @@ def test_shards_that_are_refused(tmp_path: Path) -> None:
         return str(caught.value)
 
     assert "no .tar files for training" in message()
-    _tar(tmp_path / "x.tar", [("1.png", _png(1))])
+    write_tar(tmp_path / "x.tar", [("1.png", image_bytes(1))])
     assert "1.png has no label" in message()
-    _tar(tmp_path / "x.tar", [("1.png", _png(1)), ("1.cls", b"cat")])
+    write_tar(tmp_path / "x.tar", [("1.png", image_bytes(1)), ("1.cls", b"cat")])
     assert "1.cls is no label" in message()
-    _tar(tmp_path / "x.tar", [("1.png", _png(1)), ("1.jpg", _png(2)), ("1.cls", b"0")])
+    write_tar(tmp_path / "x.tar", [("1.png", image_bytes(1)), ("1.jpg", image_bytes(2)), ("1.cls", b"0")])
     assert "two images of one sample" in message()
-    _tar(tmp_path / "x.tar", [("1.png", _png(1)), ("1.cls", b"0"), ("2.png", _png(1)), ("2.cls", b"2")])
+    write_tar(tmp_path / "x.tar", [("1.png", image_bytes(1)), ("1.cls", b"0"), ("1.json", b'{"label": 1}')])
+    assert "1.json says the label 1, another file 0" in message()
+    for label in ("1.7", "true"):
+        write_tar(tmp_path / "x.tar", [("1.png", image_bytes(1)), ("1.json", f'{{"label": {label}}}'.encode())])
+        assert "1.json is no label" in message() and "is no whole number" in message()
+    write_tar(
+        tmp_path / "x.tar", [("1.png", image_bytes(1)), ("1.cls", b"0"), ("2.png", image_bytes(1)), ("2.cls", b"2")]
+    )
     assert "no image of the class 1" in message() or "single image" in message()
     content = (tmp_path / "x.tar").read_bytes()
     for length in (1000, 512 * 3 + 100, len(content.rstrip(b"\0")) // 512 * 512 + 512):
         (tmp_path / "x.tar").write_bytes(content[:length])
         assert "no complete, uncompressed tar archive" in message()
-    _tar(tmp_path / "train-0.tar", [])
+    write_tar(tmp_path / "train-0.tar", [])
     with pytest.raises(UserError, match=r"x\.tar is named like no part"):
         find_shards(tmp_path, "tars")
 
@@ -103,14 +82,16 @@ def test_shards_that_are_refused(tmp_path: Path) -> None:
 def _table(rows: Iterable[tuple[int, int]], names: list[str] | None = NAMES) -> Any:
     pa = pytest.importorskip("pyarrow")
     rows = list(rows)
-    images = [{"bytes": _png(number), "path": f"{number}.png"} for number, _ in rows]
+    images = [{"bytes": image_bytes(number), "path": f"{number}.png"} for number, _ in rows]
     table = pa.table({"image": images, "label": pa.array([label for _, label in rows], pa.int64())})
     features = {"image": {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
     return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
-def test_hugging_face_files_give_the_bytes_of_a_tree(form: str, tmp_path: Path) -> None:
+def test_hugging_face_files_give_the_bytes_of_a_tree(
+    form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pa = pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
 
@@ -126,6 +107,7 @@ def test_hugging_face_files_give_the_bytes_of_a_tree(form: str, tmp_path: Path) 
             with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, _table(rows).schema) as writer:
                 writer.write_table(_table(rows), max_chunksize=4)
     assert main(["data", "parquet", str(source), "--out", str(out), "--workers", "2"]) == 0
+    assert re.search(r"index \S+: 100%.* 1/1 ", capsys.readouterr().err)
     assert stored_jpegs(out / "train.beton") == _expected(tmp_path, range(6))
     assert stored_jpegs(out / "val.beton") == _expected(tmp_path, range(6, 8))
     assert check_beton(out / "train.beton").class_names == ("finch", "wren")
@@ -154,29 +136,30 @@ def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "cannot be read" in message()
 
 
-def test_imagenets_archives_give_the_bytes_of_the_tree(tmp_path: Path) -> None:
+def test_imagenets_archives_give_the_bytes_of_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree, archives = tmp_path / "tree", tmp_path / "archives"
     wnids = ["n01440764", "n01443537"]
     inner = []
     for wnid in wnids:
-        files = [(f"{wnid}_{number}.JPEG", _png(number)) for number in range(3)]
+        files = [(f"{wnid}_{number}.JPEG", image_bytes(number)) for number in range(3)]
         (tree / "train" / wnid).mkdir(parents=True)
         for name, content in files:
             (tree / "train" / wnid / name).write_bytes(content)
-        _tar(tmp_path / f"{wnid}.tar", reversed(files))
+        write_tar(tmp_path / f"{wnid}.tar", reversed(files))
         inner.append((f"{wnid}.tar", (tmp_path / f"{wnid}.tar").read_bytes()))
-    val = [(f"ILSVRC2012_val_{number:08}.JPEG", _png(number + 3)) for number in (1, 2, 3)]
+    val = [(f"ILSVRC2012_val_{number:08}.JPEG", image_bytes(number + 3)) for number in (1, 2, 3)]
     (tree / "val").mkdir()
     for name, content in val:
         (tree / "val" / name).write_bytes(content)
-    _tar(archives / "ILSVRC2012_img_train.tar", reversed(inner))
-    _tar(archives / "ILSVRC2012_img_val.tar", reversed(val))
+    write_tar(archives / "ILSVRC2012_img_train.tar", reversed(inner))
+    write_tar(archives / "ILSVRC2012_img_val.tar", reversed(val))
     for folder in (tree, archives):
         (folder / "imagenet_2012_validation_synset_labels.txt").write_text("\n".join([wnids[1], *wnids]))
     options = WriteOptions(workers=2)
     for folder in (tree, archives):
         source = ImageNetSource(folder, allow_partial=True)
         write_imagenet(source, Output(tmp_path / "out" / folder.name, options=options))
+        assert ("index ILSVRC2012_img_val.tar: 100%" in capsys.readouterr().err) == (folder == archives)
     for part in ("train", "val"):
         paths = [tmp_path / "out" / folder.name / f"{part}.beton" for folder in (tree, archives)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
