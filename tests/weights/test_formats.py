@@ -167,8 +167,6 @@ def test_truncated_safetensors_are_refused(left: int, tmp_path: Path) -> None:
 def test_rejects_files_of_other_formats(tmp_path: Path) -> None:
     contents = {
         "noise": bytes(torch.randint(0, 256, (4000,), generator=torch.Generator().manual_seed(0)).tolist()),
-        "page": b"<html><title>404 Not Found</title></html>",
-        "pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 1\n",
         "pickle": pickle.dumps({"a": 1}, protocol=2),
     }
     for name, content in contents.items():
@@ -184,6 +182,24 @@ def test_rejects_files_of_other_formats(tmp_path: Path) -> None:
     for path in tmp_path.iterdir():
         with pytest.raises(UserError, match=rf"^{path}: not a readable weights file, or truncated"):
             read_tensor_file(path)
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            "version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 9\n",
+            "a pointer of Git LFS.*git lfs pull",
+        ),
+        ("\n<!DOCTYPE html><html>404</html>", "a web page in place of the weights"),
+        ('{"weight_map": {"a": "pytorch_model-00001-of-00002.bin"}}', "only the index of safetensors is read"),
+    ],
+)
+@pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
+def test_what_lies_in_the_place_of_weights_is_named(name: str, content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: .*{message}"):
+        read_tensor_file(tmp_path / name)
 
 
 def test_errors_name_the_recipes_key(tmp_path: Path) -> None:

@@ -222,6 +222,29 @@ def test_quantized_weights_are_refused(kind: torch.dtype, tmp_path: Path) -> Non
         load_into_vit(tmp_path / "x.safetensors")
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"pos_embed": lambda t: t[0]}, r"pos_embed is \(17, 24\), expected \(1, 2, 24\)"),
+        ({"pos_embed": lambda t: torch.cat([t, t], -1)}, r"pos_embed is \(1, 17, 48\), expected \(1, 17, 24\)"),
+        ({"blocks.0.mlp.fc1.weight": lambda t: t.to_sparse()}, "1 tensors are sparse or without values: blocks.0.mlp"),
+        ({"blocks.0.mlp.fc1.weight": lambda t: t.to("meta")}, "1 tensors are sparse or without values: blocks.0.mlp"),
+        ({"blocks.0.mlp.fc1.weight": lambda t: t.T}, r"blocks.0.mlp.fc1.weight is \(24, 96\), expected \(24, 24\)"),
+    ],
+)
+def test_tensors_of_another_kind_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    state = tiny_vit().state_dict()
+    torch.save(state | {name: make(state[name]) for name, make in change.items()}, tmp_path / "x.pth")
+    assert_refused(tmp_path / "x.pth", message)
+
+
+def test_a_head_that_is_a_number_is_no_encoders(tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict() | {"head.weight": torch.tensor(1.0)}, tmp_path / "x.pth")
+    assert "head.weight is a single number" in describe(tmp_path / "x.pth")
+    with pytest.raises(UserError, match="no encoder supported"):
+        load_into_vit(tmp_path / "x.pth")
+
+
 def test_a_clip_tower_without_blocks_is_refused(tmp_path: Path) -> None:
     shapes = {
         "conv1.weight": (8, 3, 4, 4),

@@ -17,7 +17,7 @@ from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.parquet import open_tables
 from mrmae_ds.data.convert.parts import split_validation, write_parts
-from mrmae_ds.data.convert.splits import part_of_file
+from mrmae_ds.data.convert.splits import ARCHIVES, part_of_file
 from mrmae_ds.data.convert.tar_files import open_shards
 from mrmae_ds.errors import UserError
 
@@ -55,7 +55,8 @@ def find_shards(source: Path, kind: Kind) -> dict[str, list[Path]]:
         The files, sorted, by "train", "val" and "test". Files without a part's name are "train".
 
     Raises:
-        UserError: if there are none, if some have a part's name and some do not, or none is for training.
+        UserError: if there are none, some are compressed, some have a part's name and some do not, or none is for
+            training.
     """
     if not source.is_dir():
         raise UserError(f"{source}: no such folder")
@@ -65,6 +66,8 @@ def find_shards(source: Path, kind: Kind) -> dict[str, list[Path]]:
         hidden = any(part.startswith(".") for part in inner.parts) or path.name.startswith("cache-")
         if path.is_file() and path.suffix in _SUFFIXES[kind] and not hidden:
             found[part_of_file(str(inner))].append(path)
+        elif kind == "tars" and path.name.lower().endswith(ARCHIVES) and not hidden:
+            raise UserError(f"{path}: a compressed archive, of which no part can be read alone; unpack it to .tar")
     unnamed = found.pop(None, [])
     if unnamed and found:
         raise UserError(f"{source}: {unnamed[0].name} is named like no part, other files are; rename or move it away")

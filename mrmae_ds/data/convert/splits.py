@@ -25,7 +25,7 @@ _NAMES: dict[Part, tuple[str, ...]] = {
 # HEIC is included so that it is reported as unreadable instead of ignored.
 _SUFFIXES = "jpg jpeg jpe jfif mpo png apng gif webp avif bmp dib ppm pgm pbm pnm tif tiff jp2 j2k jpx heic heif"
 EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
-_ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip", ".7z", ".rar")
+ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip", ".7z", ".rar")
 _HIDDEN, _LOOSE = "hidden folders", "images beside the class folders"
 
 
@@ -146,7 +146,7 @@ def find_classes(root: Path, nested: bool | None = None) -> tuple[list[str], boo
     archives = [
         entry.name
         for entry in list_folder(root)
-        if entry.name.lower().endswith(_ARCHIVES) and entry.name.split(".")[0] not in names
+        if entry.name.lower().endswith(ARCHIVES) and entry.name.split(".")[0] not in names
     ]
     if archives:
         raise UserError(f"{root}: holds {first_few(archives, 3)} without a folder of that name; unpack or move it away")

@@ -64,7 +64,7 @@ def list_members(path: Path, place: TarMember | None = None, progress: tqdm[Any]
         progress: bar of bytes, which the bytes of the archive are added to.
 
     Raises:
-        UserError: if it is compressed, truncated or no archive.
+        UserError: if it is compressed, truncated or no archive, or holds links.
     """
     counted = 0
     start, size = (place.offset, place.size) if place else (0, path.stat().st_size)
@@ -77,7 +77,9 @@ def list_members(path: Path, place: TarMember | None = None, progress: tqdm[Any]
                     if progress is not None:
                         progress.update(archive.offset - counted)
                         counted = archive.offset
-                    if member.isreg() and not member.issparse():
+                    if member.islnk() or member.issym() or member.issparse():
+                        raise tarfile.ReadError(f"{member.name} is a link or has holes, so its content is elsewhere")
+                    if member.isreg():
                         yield TarMember(str(path), member.name, start + member.offset_data, member.size)
                 if archive.offset + tarfile.BLOCKSIZE > size:
                     raise tarfile.ReadError("its end is missing")
@@ -152,6 +154,9 @@ def _index_shard(path: Path, ignored: Counter[str], bar: tqdm[Any]) -> tuple[dic
     known: dict[str, int] = {}
     for member in list_members(path, progress=bar):
         folder, _, name = member.name.rpartition("/")
+        if name.startswith("."):  # macOS's ._1.jpg beside 1.jpg
+            ignored["hidden files"] += 1
+            continue
         key, _, extension = name.partition(".")
         key = f"{folder}/{key}"
         if is_image(f"x.{extension}"):

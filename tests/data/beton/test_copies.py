@@ -120,10 +120,11 @@ def _decoded_jpeg(image: Image.Image) -> Image.Image:
     return Image.open(stream).convert("RGB")
 
 
-@pytest.mark.parametrize("side", [40, 700])
-@pytest.mark.parametrize("twin", TWINS)
+@pytest.mark.parametrize(
+    "twin, side", [(twin, side) for twin in TWINS for side in (40, 700) if (twin, side) != ("rotated", 700)]
+)
 def test_equal_pixels_are_copies_in_any_file_format(tree: Path, twin: str, side: int) -> None:
-    """Larger images are reduced, which equal pixels are alike."""
+    """Larger images are reduced; one that is turned afterwards is rounded otherwise (docs/data.md)."""
     image = photograph().resize((side, side - 9))
     one, other = TWINS[twin]
     one(image, tree / "train" / "ant" / "x")

@@ -141,6 +141,17 @@ def test_torn_files(torn: str, source: Path, tmp_path: Path) -> None:
         shutil.rmtree(out)
 
 
+def test_a_torn_line_does_not_spoil_the_next(source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    out = tmp_path / "out"
+    assert _killed(lambda: _convert(source, out), 9)
+    journal = journal_path(out / "train.beton")
+    journal.write_bytes(journal.read_bytes()[:-30])
+    assert _killed(lambda: _convert(source, out), 4)  # after two more samples
+    caplog.set_level("INFO")
+    _convert(source, out)
+    assert "train.beton: continuing after 5 samples" in caplog.text
+
+
 @pytest.mark.parametrize("call", [9, 24])
 def test_other_options_and_sources_start_anew_and_say_so(
     call: int, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ def test_webdataset_gives_the_bytes_of_a_tree(tmp_path: Path, capsys: pytest.Cap
     assert compare_with_source(out / "train.beton", source, 10) > 25
 
 
+def test_the_files_that_macos_adds_are_ignored(tmp_path: Path) -> None:
+    files = [(f"{n}.{end}", content) for n in range(4) for end, content in (("png", image_bytes(n)), ("cls", b"0"))]
+    write_tar(tmp_path / "x.tar", [("./._0.png", b"Mac OS X"), *files])
+    train, val, _ = open_parts(tmp_path, "tars", ShardOptions(val_fraction=0.5))
+    assert (len(train), len(val), train.ignored) == (2, 2, {"hidden files": 1})
+
+
 def test_shards_that_are_refused(tmp_path: Path) -> None:
     def message() -> str:
         with pytest.raises(UserError) as caught:
@@ -74,6 +82,14 @@ def test_shards_that_are_refused(tmp_path: Path) -> None:
     for length in (1000, 512 * 3 + 100, len(content.rstrip(b"\0")) // 512 * 512 + 512):
         (tmp_path / "x.tar").write_bytes(content[:length])
         assert "no complete, uncompressed tar archive" in message()
+    link = tarfile.TarInfo("2.png")
+    link.type, link.linkname = tarfile.LNKTYPE, "1.png"
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        archive.addfile(link)
+    assert "2.png is a link or has holes" in message()
+    (tmp_path / "y.tar.gz").write_bytes(b"")
+    assert "y.tar.gz: a compressed archive" in message()
+    (tmp_path / "y.tar.gz").unlink()
     write_tar(tmp_path / "train-0.tar", [])
     with pytest.raises(UserError, match=r"x\.tar is named like no part"):
         find_shards(tmp_path, "tars")
