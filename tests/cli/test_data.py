@@ -58,6 +58,8 @@ def test_write_fails_beyond_max_bad(tree: Path, tmp_path: Path, capsys: pytest.C
     "arguments, message",
     [
         (["write", "{}/nowhere", "--out", "{}/out"], "nowhere: no such folder"),
+        (["write", "{}/birds/wren/1.png", "--out", "{}/out"], "1.png: a file; name the folder that holds it"),
+        (["tars", "{}/birds/wren/1.png", "--out", "{}/out"], "1.png: a file; name the folder that holds it"),
         (["write", "{}/birds", "--out", "{}/out", "--background", "whitish"], "background must be a color"),
         (["imagenet", "{}/birds", "--out", "{}/out"], "has neither train/ nor ILSVRC2012_img_train.tar"),
         (["write", "{}/birds", "--out", "{}/birds/wren/1.png"], "1.png: no files can be written there (File exists)"),

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from mrmae_ds.data.beton.copies import find_copies
-from mrmae_ds.data.beton.file import HEADER, RAW, BetonFile, tables_sha256
+from mrmae_ds.data.beton.file import HEADER, RAW, VERSION, BetonFile, tables_sha256
 from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
 from mrmae_ds.data.convert.imagenet_labels import read_lines
 from mrmae_ds.data.convert.skipped import format_list
@@ -92,10 +92,12 @@ def _describe(path: Path, name: str) -> BetonInfo:
         head = file.read(HEADER.itemsize)
     if len(head) < HEADER.itemsize:
         raise UserError(f"{path}: is no .beton, it has {len(head)} bytes")
-    samples = int(np.frombuffer(head, dtype=HEADER)[0]["samples"])
+    header = np.frombuffer(head, dtype=HEADER)[0]
+    if header["version"] != VERSION:
+        raise UserError(f"{path}: is no .beton of FFCV's format {VERSION}")
     return BetonInfo(
         path=path,
-        num_samples=samples,
+        num_samples=int(header["samples"]),
         num_classes=0,
         class_names=(),
         max_side=0,

@@ -17,7 +17,7 @@ from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.parquet import open_tables
 from mrmae_ds.data.convert.parts import split_validation, write_parts
-from mrmae_ds.data.convert.splits import ARCHIVES, part_of_file
+from mrmae_ds.data.convert.splits import ARCHIVES, check_is_folder, part_of_file
 from mrmae_ds.data.convert.tar_files import open_shards
 from mrmae_ds.errors import UserError
 
@@ -58,8 +58,7 @@ def find_shards(source: Path, kind: Kind) -> dict[str, list[Path]]:
         UserError: if there are none, some are compressed, some have a part's name and some do not, or none is for
             training.
     """
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder")
+    check_is_folder(source)
     found: dict[str | None, list[Path]] = defaultdict(list)
     for path in sorted(source.rglob("*")):
         inner = path.relative_to(source)

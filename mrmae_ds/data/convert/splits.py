@@ -71,6 +71,12 @@ def list_folder(folder: str | Path) -> list[os.DirEntry[str]]:
         raise UserError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
+def check_is_folder(source: Path) -> None:
+    """Check that the source of a conversion is a folder; raises UserError otherwise."""
+    if not source.is_dir():
+        raise UserError(f"{source}: {'a file; name the folder that holds it' if source.exists() else 'no such folder'}")
+
+
 def is_folder(entry: os.DirEntry[str]) -> bool:
     """Return True for a folder or a link to one; False for a link that leads nowhere."""
     try:
@@ -100,8 +106,7 @@ def find_parts(source: Path) -> tuple[Path, Path | None]:
     Raises:
         UserError: for a tree whose folders may be parts or classes, or of which two may be the same part.
     """
-    if not source.is_dir():
-        raise UserError(f"{source}: no such folder")
+    check_is_folder(source)
     folders = subfolders(source)
     named: dict[str | None, list[str]] = {part: [n for n in folders if part_of(n) == part] for part in _NAMES}
     others = [name for name in folders if part_of(name) is None]

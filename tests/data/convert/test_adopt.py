@@ -118,9 +118,13 @@ def test_other_fields_and_damaged_samples_are_refused(tmp_path: Path) -> None:
     path.write_bytes(content)
     with pytest.raises(UserError, match="1 bad samples or labels"):
         adopt_beton(path)
-    (tmp_path / "no.beton").write_bytes(b"text")
-    with pytest.raises(UserError, match=r"is no \.beton"):
-        adopt_beton(tmp_path / "no.beton")
+    for content, message in (
+        (b"text", r"is no \.beton, it has 4 bytes"),
+        (b"text" * 99, r"is no \.beton of FFCV's format 2"),
+    ):
+        (tmp_path / "no.beton").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            adopt_beton(tmp_path / "no.beton")
 
 
 @pytest.mark.parametrize("backend", ["ffcv", "pillow"])
