@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass
-class Batch:
+class SampleBatch:
     """Consecutive samples of a data set.
 
     Attributes:
@@ -78,7 +78,7 @@ class Journal:
         """
         self._target, self._path, self.partial = path, journal_path(path), path.with_name(f".{path.name}.partial")
         self._identity, self._stamp = json.loads(json.dumps(identity)), stamp
-        self.done = Batch()
+        self.done = SampleBatch()
         self.sidecar: dict[str, Any] | None = None
 
     def __enter__(self) -> Journal:
@@ -101,9 +101,9 @@ class Journal:
         lines = list(_complete_lines(self._file))
         others = self._compare(lines) if lines and self._stamp else ""
         if others:
-            logger.warning("%s: an interrupted conversion had other %s; starting anew", self._target, others)
+            logger.warning("%s: an interrupted conversion had other %s; starting over", self._target, others)
         if others or not lines or not self._stamp:
-            self.done, self.sidecar = Batch(), None
+            self.done, self.sidecar = SampleBatch(), None
             self.partial.unlink(missing_ok=True)
             self._file.truncate(0)
             self._append(self._identity)
@@ -136,7 +136,7 @@ class Journal:
             self._file.truncate(end)
         return ""
 
-    def add(self, batch: Batch, end: int) -> None:
+    def add(self, batch: SampleBatch, end: int) -> None:
         """Add samples, when the first ``end`` bytes of the file are on the disk."""
         images, skipped = [list(image) for image in batch.images], [asdict(entry) for entry in batch.skipped]
         stamp = _digest(batch.stamps)

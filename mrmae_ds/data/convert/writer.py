@@ -25,7 +25,7 @@ from mrmae_ds.data.beton.file import BetonFile, tables_sha256
 from mrmae_ds.data.beton.file_writer import BetonWriter
 from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
-from mrmae_ds.data.convert.journal import Batch, Journal
+from mrmae_ds.data.convert.journal import Journal, SampleBatch
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.pool import WorkerError, map_in_order
 from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
@@ -201,7 +201,7 @@ def _write_images(
     tally = _Tally([0] * len(class_names), done.kinds, done.skipped)
     for image in done.images:
         tally.class_counts[image.label] += 1
-    start, batch, row = len(done), Batch(), len(done) - 1
+    start, batch, row = len(done), SampleBatch(), len(done) - 1
     began, cpu_began = time.monotonic(), _cpu_seconds()
     results = map_in_order(
         _Converter(dataset, options, start),
@@ -229,7 +229,7 @@ def _write_images(
             if time.monotonic() - saved >= SAVE_EVERY_S and len(tally.skipped) <= limit:
                 journal.add(batch, file.sync())
                 tally.kinds.update(batch.kinds)
-                batch, saved = Batch(), time.monotonic()
+                batch, saved = SampleBatch(), time.monotonic()
         if len(tally.skipped) > limit:
             write_report(path, tally.skipped)
             raise too_many(path, tally.skipped, row + 1, count, limit)

@@ -153,7 +153,7 @@ def test_a_torn_line_does_not_spoil_the_next(source: Path, tmp_path: Path, caplo
 
 
 @pytest.mark.parametrize("call", [9, 24])
-def test_other_options_and_sources_start_anew_and_say_so(
+def test_other_options_and_sources_start_over_and_say_so(
     call: int, source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "out"
@@ -162,7 +162,7 @@ def test_other_options_and_sources_start_anew_and_say_so(
         """Convert what has changed since an interruption, and compare it with a conversion that had none."""
         caplog.clear()
         _convert(source, out, **options)
-        assert f"train.beton: an interrupted conversion had other {what}; starting anew" in caplog.text
+        assert f"train.beton: an interrupted conversion had other {what}; starting over" in caplog.text
         _convert(source, tmp_path / "unbroken", **options)
         assert _content(out) == _content(tmp_path / "unbroken")
 
