@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -72,7 +73,8 @@ def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
         key: recipe key that named the file, for errors.
 
     Returns:
-        Report by the encoder's names; ``missing`` contains at most the head and the norm before it.
+        Report by the encoder's names; ``missing`` contains at most the head, the norm before it, and the relative
+        positions of a windowed encoder, which keep their values.
 
     Raises:
         UserError: if the file cannot be read, or its encoder differs from ``encoder``; it names the differences.
@@ -95,7 +97,8 @@ def load_encoder_weights(encoder: Encoder, weights: Weights) -> LoadReport:
     incoming, report = match_tensors(weights.file.tensors, identity, encoder.state_dict(), encoder, where, "encoder.")
     if "cls_token" in report.missing:
         raise UserError(f"{where}: has no class token (cls_token), which pool: token takes; use pool: avg")
-    if any(not name.startswith(("head.", "fc_norm.", "norm.")) for name in report.missing):
+    optional = re.compile(r"(?:head|fc_norm|norm)\.|.*\.rel_pos_[hw]$")
+    if not all(map(optional.match, report.missing)):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
     encoder.load_state_dict(incoming, strict=False)  # what is missing was checked
     report.notes = notes
