@@ -20,6 +20,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec, height_width, make_spec
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.formats import TensorFile
+from mrmae_ds.weights.names import detector_title
 from mrmae_ds.weights.origin import Origin
 
 Kind = Literal["pretrain", "classifier", "encoder", "clip", "unknown"]
@@ -122,10 +123,11 @@ def identify(file: TensorFile) -> WeightIdentity:
     pos_embed = encoder.get("pos_embed", ())
     grid, prefix_rows = _grid(pos_embed[1] if len(pos_embed) == 3 else 0, _recorded_grid(metadata, sizes))
     pool = metadata.get("pool", _pool(family, encoder) if inferred == "classifier" else "")
+    detector = detector_title(file.left)
     return WeightIdentity(
         kind=kind,
         family=family,
-        title=_title(kind, family, shapes, bool(metadata), pool),
+        title=_title(kind, family, shapes, bool(metadata), pool) + (f" of {detector}" if detector else ""),
         ours=bool(metadata),
         sizes=sizes | heads,
         grid=grid,

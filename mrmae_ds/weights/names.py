@@ -7,7 +7,7 @@ chooses one: ``FILE#teacher``.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -72,6 +72,15 @@ JOINED = {
 PROBE = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
 PROBE_EPS = 1e-6
 HEAD = re.compile(r"(?:head|classifier)\.(weight|bias)")
+
+# Parts of a detector by their names, from those of one code base to those of every Mask R-CNN.
+FPN, VITDET = "an FPN detector in Detectron2's names", "a ViTDet-style detector in Detectron2's names"
+DETECTORS = (
+    (re.compile(r"(?:.*\.)?fpn_(?:lateral|output)\d\."), FPN),
+    (re.compile(r"(?:.*\.)?proposal_generator\."), VITDET),
+    (re.compile(r"(?:.*\.)?rpn\.head\."), "a detector in torchvision's names"),
+    (re.compile(r"(?:.*\.)?roi_heads?\."), "a detector"),
+)
 
 
 def canonical(file: TensorFile) -> TensorFile:
@@ -205,3 +214,9 @@ def describe_names(file: TensorFile) -> list[str]:
         parts = dict.fromkeys(name.removeprefix(file.prefix).split(".")[0] for name in file.left)
         said.append(f"{len(file.left)} tensors outside the encoder left out ({first_few(list(parts), 4)})")
     return said
+
+
+def detector_title(names: Iterable[str]) -> str:
+    """Describe the detector that tensors belong to; "" if they belong to none."""
+    names = list(names)
+    return next((title for pattern, title in DETECTORS if any(map(pattern.match, names))), "")

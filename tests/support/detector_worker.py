@@ -1,0 +1,86 @@
+"""Training of a small detector under ZeRO on two ranks, some of which have no objects.
+
+``python -m tests.support.detector_worker FOLDER`` runs one rank; rank 0 writes FOLDER/CASE-ZERO.pt.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mrmae_ds.config.engine import load_engine_config
+from mrmae_ds.detection.detector import Detector
+from mrmae_ds.distributed.launch import prepare_environment
+from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+from mrmae_ds.training.engine.build import build_engine, gather_state
+from mrmae_ds.training.param_groups import adamw
+from tests.support.detectors import random_batch, small_detector
+from tests.training.parity.cases import ZERO
+
+STEPS, RATE, DECAY, BETAS = 4, 1e-3, 0.1, (0.9, 0.999)
+# Objects of each rank in each step.
+CASES = {"one": ((2, 3), (1, 2), (0, 3), (0, 1)), "both": ((2, 3), (0, 0), (0, 0), (1, 2))}
+
+
+def loss_of(model: Any, case: str, step: int, rank: int) -> Tensor:
+    """Return the loss of a rank's image."""
+    batch = random_batch((CASES[case][step][rank],), seed=2 * step + rank)
+    return model(*batch, seeds=[2 * step + rank])["loss"]
+
+
+def train_alone(case: str) -> tuple[list[float], dict[str, Tensor]]:
+    """Train in this process by torch's AdamW on the mean of both ranks' losses; return losses and weights."""
+    model = small_detector()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=DECAY)
+    losses = []
+    for step in range(STEPS):
+        loss = torch.stack([loss_of(model, case, step, rank) for rank in range(2)]).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, model.state_dict()
+
+
+def train(model: Detector, case: str, zero: int, folder: Path, rank: int) -> tuple[list[float], dict[str, Tensor]]:
+    """Train under ZeRO; return the mean losses of the ranks, and on rank 0 the weights."""
+    path = folder / f"engine-{rank}.json"
+    path.write_text(
+        json.dumps({"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": ZERO[zero]})
+    )
+    groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": DECAY, "lr": RATE}]
+    engine = build_engine(model, groups, adamw(BETAS), load_engine_config(path), 1, torch.device("cpu"))
+    losses = []
+    for step in range(STEPS):
+        loss = loss_of(engine, case, step, rank)
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach() / 2
+        dist.all_reduce(mean)
+        losses.append(mean.item())
+    state = gather_state(engine)
+    engine.destroy()
+    return losses, state
+
+
+def main(folder: Path) -> None:
+    """Run one rank."""
+    launch = prepare_environment()
+    torch.set_num_threads(1)
+    start_process_group(choose_device(launch))
+    for case in CASES:
+        for zero in (2, 3):
+            found = train(small_detector(), case, zero, folder, launch.rank)
+            if launch.rank == 0:
+                torch.save(found, folder / f"{case}-{zero}.pt")
+    end_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

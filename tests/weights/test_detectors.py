@@ -1,0 +1,134 @@
+"""Weights of whole detectors, and pre-trained encoders in windowed ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mrmae_ds.errors import UserError
+from mrmae_ds.models.encoders import build_encoder
+from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
+from mrmae_ds.models.windowed import build_windowed
+from mrmae_ds.weights.detectors import from_detectron2, load_detector
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.resolve import resolve
+from tests.fixtures import load_reference, part
+from tests.support.detectors import reference_batch, small_detector
+from tests.support.reference import perturb
+
+CVIT = CViTSpec((16, 24, 32), (1, 1, 4), 4)
+VIT = ViTSpec(32, 4, 4)
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def reference() -> State:
+    return load_reference("mask_rcnn")
+
+
+@pytest.fixture
+def released(reference: State, tmp_path: Path) -> Path:
+    """A file as the authors' ViTDet-style code writes it."""
+    path = tmp_path / "model_final.pth"
+    torch.save({"model": part(reference, "state/") | {"pixel_mean": torch.zeros(3, 1, 1)}}, path)
+    return path
+
+
+def changed(path: Path, change: Callable[[State], State]) -> Path:
+    """Return a copy of a released file with other tensors."""
+    copy = path.with_name("changed.pth")
+    torch.save({"model": change(torch.load(path)["model"])}, copy)
+    return copy
+
+
+def test_released_detector_is_identified_and_loads_whole(reference: State, released: Path) -> None:
+    weights = resolve(released)
+    assert weights.identity.title == "CViT encoder of a ViTDet-style detector in Detectron2's names"
+    assert (weights.identity.kind, weights.problem) == ("encoder", "")
+    detector = small_detector()
+    report = load_detector(detector, released)
+    assert len(report.loaded) == len(detector.state_dict()) and report.missing == []
+    assert report.unexpected == ["pixel_mean"]
+    assert report.notes == ["names and classes converted from a ViTDet-style detector in Detectron2's names"]
+    images, sizes, _ = reference_batch(reference)
+    with torch.no_grad():
+        found = detector.eval()(images, sizes)
+    assert torch.equal(found[0]["labels"], reference["det0/classes"].long() + 1)
+
+
+def test_own_detector_loads_bit_by_bit(tmp_path: Path) -> None:
+    path, saved, loaded = tmp_path / "model.safetensors", small_detector(0), small_detector(1)
+    save_file(saved.state_dict(), path)
+    assert resolve(path).identity.title == "CViT encoder of a detector in torchvision's names"
+    report = load_detector(loaded, path)
+    assert report.notes == [] and len(report.loaded) == len(saved.state_dict())
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.state_dict().items())
+
+
+def test_background_and_dummy_class_move_to_the_front() -> None:
+    scores, offsets = torch.arange(3.0)[:, None], torch.arange(8.0)[:, None]
+    found = from_detectron2(
+        {"roi_heads.box_predictor.cls_score.weight": scores, "roi_heads.box_predictor.bbox_pred.weight": offsets}
+    )
+    assert found["roi_heads.box_predictor.cls_score.weight"].flatten().tolist() == [2, 0, 1]
+    assert found["roi_heads.box_predictor.bbox_pred.weight"].flatten().tolist() == [0, 0, 0, 0, *range(8)]
+
+
+def test_detector_of_the_other_code_base_is_refused_and_its_encoder_loads(released: Path) -> None:
+    def with_fpn(state: State) -> State:
+        encoder = {name: tensor for name, tensor in state.items() if ".net." in name}
+        renamed = {name.replace(".net.", ".bottom_up."): tensor for name, tensor in encoder.items()}
+        return renamed | {"backbone.fpn_lateral2.weight": torch.zeros(1), "roi_heads.mask_head.x": torch.zeros(1)}
+
+    path = changed(released, with_fpn)
+    assert resolve(path).identity.title == "CViT encoder of an FPN detector in Detectron2's names"
+    with pytest.raises(UserError, match=r"changed.pth: an FPN detector in Detectron2's names, which is not built here"):
+        load_detector(small_detector(), path)
+    report = load_encoder(small_detector().backbone.net, path)
+    assert report.missing == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: {n: t for n, t in s.items() if "box_predictor" not in n}, "has no whole detector"),
+        (lambda s: {n: t for n, t in s.items() if "simfp_3.0" not in n}, "differs .* in 2 tensors .*simfp_3.0.weight"),
+        (lambda s: s | {"backbone.net.blocks3.3.norm1.weight": torch.zeros(24)}, "differs .* in 1 tensors"),
+        (lambda s: s | {"backbone.net.pos_embed": torch.zeros(1, 4, 24)}, "pos_embed is .* change model.image_size"),
+    ],
+)
+def test_detectors_that_differ_are_refused(released: Path, change: Callable[[State], State], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_detector(small_detector(), changed(released, change))
+
+
+def test_another_number_of_classes_is_named(released: Path) -> None:
+    with pytest.raises(UserError, match="detects 5 classes, but the data set has 7"):
+        load_detector(small_detector(num_classes=7), released)
+
+
+@pytest.mark.parametrize("spec", [CVIT, VIT])
+def test_pretrained_encoder_loads_without_relative_positions_alone(spec: EncoderSpec, tmp_path: Path) -> None:
+    path, pretrained = tmp_path / "encoder.safetensors", build_encoder(spec, 64)
+    perturb(pretrained, 0)
+    extra = {"norm.weight": torch.ones(32), "norm.bias": torch.zeros(32)}
+    save_file(pretrained.state_dict() | extra, path)
+    encoder = build_windowed(spec, 192, 5, (1, 3), 96)
+    report = load_encoder(encoder, path)
+    stage = "blocks3" if isinstance(spec, CViTSpec) else "blocks"
+    assert report.missing == [f"{stage}.{i}.attn.rel_pos_{axis}" for i in range(4) for axis in "hw"]
+    assert report.resized == ["pos_embed"]
+    assert sorted(set(report.unexpected) - {"cls_token"}) == ["norm.bias", "norm.weight"]
+    state = encoder.state_dict()
+    for name, tensor in pretrained.state_dict().items():
+        assert name in ("pos_embed", "cls_token") or torch.equal(state[name], tensor), name
+
+    incomplete = {name: tensor for name, tensor in pretrained.state_dict().items() if "2.norm2.bias" not in name}
+    save_file(incomplete, path)
+    with pytest.raises(UserError, match="encoder tensors are missing"):
+        load_encoder(encoder, path)
