@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "train one stage of a recipe, or evaluate a fine-tuned model; one rank per process, like train.py"
 # Names in config.stages.StageName, which cannot be imported before the environment is prepared: it imports torch.
-STAGES = ("pretrain", "finetune", "probe", "evaluate")
+STAGES = ("pretrain", "finetune", "probe", "detect", "evaluate")
 
 
 def add_arguments(parser: CommandParser) -> None:

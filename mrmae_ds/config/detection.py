@@ -1,100 +1,20 @@
-"""Sections of the stage `detect`: COCO data, detector, optimizer and schedule."""
+"""Sections of the stage `detect`: the detector and its training."""
 
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from mrmae_ds.config.sections import Positive
-from mrmae_ds.config.stages import Fraction
+from mrmae_ds.config.optimizers import DetectOptimizerConfig, StepScheduleConfig
+from mrmae_ds.config.sections import Fraction, Positive
+from mrmae_ds.config.stages import StageConfig
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.schema import Section
 
 STRIDE = 32  # of the image size: p5 halves the encoder's grid of 16 x 16 patches
 Count = Annotated[int, Field(ge=1)]
-
-
-class CocoFilesConfig(Section):
-    """A data set with instance annotations in COCO's format.
-
-    Attributes:
-        images: folder of the image files.
-        annotations: JSON file.
-        first: only the first images, in the order of their ids; null is all.
-    """
-
-    images: Path
-    annotations: Path
-    first: int | None = Field(None, ge=1)
-
-
-class DetectionDataConfig(Section):
-    """Data of the stage ``detect``: ``data.detection``.
-
-    Attributes:
-        train: images to train on; those without an object are left out.
-        val: images to evaluate on, of the same categories.
-    """
-
-    train: CocoFilesConfig
-    val: CocoFilesConfig
-
-
-class DetectOptimizerConfig(Section):
-    """AdamW of detectors.
-
-    Attributes:
-        lr: absolute peak learning rate; another batch size needs another one.
-        betas: AdamW's.
-        weight_decay: of the parameters that have any.
-        groups: parameters without weight decay: ``detectron2`` (the encoder's norms and position embedding) or
-            ``project`` (also all other biases and norms).
-    """
-
-    lr: Positive
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    weight_decay: float = Field(0.1, ge=0)
-    groups: Literal["detectron2", "project"] = "detectron2"
-
-
-class StepScheduleConfig(Section):
-    """Learning-rate schedule: linear warm-up, then constant with steps down.
-
-    Attributes:
-        kind: ``steps``.
-        milestones: shares of the training after which the rate is multiplied by ``factor``.
-        factor: of the rate at each milestone.
-        warmup_steps: optimizer steps of the warm-up.
-        warmup_from: multiplier of the rate in the first step.
-    """
-
-    kind: Literal["steps"] = "steps"
-    milestones: tuple[Fraction, ...] = (0.888889, 0.962963)
-    factor: float = Field(0.1, gt=0, lt=1)
-    warmup_steps: int = Field(250, ge=0)
-    warmup_from: float = Field(0.001, gt=0, le=1)
-
-    @field_validator("milestones")
-    @classmethod
-    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(one >= other for one, other in pairwise(value)):
-            raise ValueError("must ascend")
-        return value
-
-    def multiplier(self, step: int, total_steps: int) -> float:
-        """Return the learning rate of an optimizer step, relative to the peak.
-
-        Args:
-            step: optimizer steps completed before it.
-            total_steps: of the whole training.
-        """
-        value = self.factor ** sum(step >= round(share * total_steps) for share in self.milestones)
-        if step < self.warmup_steps:
-            value *= self.warmup_from + (1 - self.warmup_from) * step / self.warmup_steps
-        return value
 
 
 class DetectorConfig(Section):
@@ -143,13 +63,11 @@ class DetectorConfig(Section):
             )
 
 
-class DetectConfig(Section):
+class DetectConfig(StageConfig):
     """Fine-tuning of the encoder in Mask R-CNN on COCO (the paper's Table 2).
 
     Attributes:
         init: ``pretrain`` (this run's own pre-training), ``scratch`` (random), or a run's stage folder or model file.
-        epochs: length of the stage.
-        batch_size: images per optimizer step, over all ranks.
         image_size: side of the square input in pixels, a multiple of 32.
         optimizer: AdamW.
         schedule: of the learning rate.
@@ -162,8 +80,7 @@ class DetectConfig(Section):
     """
 
     init: str = "pretrain"
-    epochs: Count
-    batch_size: Count = 16
+    batch_size: int = Field(16, ge=1)
     image_size: Count = 1024
     optimizer: DetectOptimizerConfig
     schedule: StepScheduleConfig = StepScheduleConfig()
@@ -187,3 +104,7 @@ class DetectConfig(Section):
         if self.jitter[0] > self.jitter[1]:
             raise ConfigError("jitter", f"must be [low, high] with low <= high, not {list(self.jitter)}")
         return self
+
+    def lr_at_step(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of an optimizer step."""
+        return self.optimizer.lr * self.schedule.multiplier(step, steps_per_epoch * self.epochs)

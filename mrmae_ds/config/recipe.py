@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, overload
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from mrmae_ds.config.detection import DetectConfig
 from mrmae_ds.config.files import (
     apply_overrides,
     describe_errors,
@@ -44,18 +45,28 @@ from mrmae_ds.config.stages import (
     Name,
     PretrainConfig,
     ProbeConfig,
+    StageConfig,
     StageName,
-    StagesConfig,
     TrainStageName,
 )
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.models.objectives import PIXELS
-from mrmae_ds.models.sizes import token_grid
+from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.schema import Section
 
 # Sections that change no result.
 OPTIONAL_CALLBACKS = ("profiler", "nvtx", "memory_snapshot", "garbage_collection", "wandb")
 NO_INFLUENCE = ("loader", "logging", "checkpoint", "watchdog", *OPTIONAL_CALLBACKS)
+
+
+class StagesConfig(Section):
+    """Stages of the recipe; a recipe without ``pretrain`` trains from scratch."""
+
+    pretrain: PretrainConfig | None = None
+    finetune: FinetuneConfig | None = None
+    probe: ProbeConfig = ProbeConfig()
+    detect: DetectConfig | None = None
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 class Recipe(Section):
@@ -126,13 +137,28 @@ class Recipe(Section):
                 raise ConfigError(f"stages.{name}.{error.key}", error.reason) from None
         return self
 
+    @model_validator(mode="after")
+    def _detection_suits_the_model(self) -> Recipe:
+        stage, spec = self.stages.detect, self.model.spec()
+        if stage is None:
+            return self
+        if self.data.detection is None:
+            raise ConfigError(
+                "data.detection", "stages.detect needs COCO's train and val, each with images and annotations"
+            )
+        try:
+            stage.detector.check_depth(spec.depths[-1] if isinstance(spec, CViTSpec) else spec.depth)
+        except ConfigError as error:
+            raise ConfigError(f"stages.detect.detector.{error.key}", error.reason) from None
+        return self
+
     @overload
-    def stage(self, name: TrainStageName) -> PretrainConfig | FinetuneConfig | ProbeConfig: ...
+    def stage(self, name: TrainStageName) -> PretrainConfig | FinetuneConfig | ProbeConfig | DetectConfig: ...
 
     @overload
     def stage(self, name: Literal["evaluate"]) -> EvaluateConfig: ...
 
-    def stage(self, name: StageName) -> PretrainConfig | FinetuneConfig | ProbeConfig | EvaluateConfig:
+    def stage(self, name: StageName) -> StageConfig | EvaluateConfig:
         """Return the named stage.
 
         Raises:
@@ -152,14 +178,20 @@ class Recipe(Section):
         """Return the values that determine results, without the seed; :meth:`hash` hashes them.
 
         Excluded are the data's paths (checksums identify the data), teachers' placement and k-NN evaluation; of other
-        runs that the recipe names, the parent folder and the seed in the name.
+        runs that the recipe names, the parent folder and the seed in the name. Detection is included where it is used.
 
         Args:
             stage: include only this stage and its teachers; None includes the whole recipe.
         """
         ignored: dict[str, Any] = dict.fromkeys(("name", "seed", *NO_INFLUENCE), True)
-        ignored |= {"data": {"train", "val"}, "stages": {"pretrain": {"placement", "knn"}}}
+        coco = {key: {"images", "annotations"} for key in ("train", "val")}
+        ignored |= {"data": {"train": True, "val": True, "detection": coco}}
+        ignored |= {"stages": {"pretrain": {"placement", "knn"}}}
         kept = self.model_dump(mode="json", exclude=ignored)
+        if self.stages.detect is None or stage not in (None, "detect"):
+            del kept["data"]["detection"]
+        if self.stages.detect is None:
+            del kept["stages"]["detect"]
         if stage is not None:
             named = getattr(self.stage(stage), "teachers", ())
             kept["teachers"] = {name: kept["teachers"][name] for name in named}

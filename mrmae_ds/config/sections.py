@@ -16,6 +16,7 @@ from mrmae_ds.schema import Section
 
 Backend = Literal["ffcv", "pillow"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 _MAX_STD = 0.5  # of pixels in 0 to 1: half of them 0, half of them 1
 
 
@@ -58,6 +59,32 @@ class ModelConfig(Section):
         return encoder_spec(self.arch, self.overrides)
 
 
+class CocoFilesConfig(Section):
+    """A data set with instance annotations in COCO's format.
+
+    Attributes:
+        images: folder of the image files.
+        annotations: JSON file.
+        first: only the first images, in the order of their ids; null is all.
+    """
+
+    images: Path
+    annotations: Path
+    first: int | None = Field(None, ge=1)
+
+
+class DetectionDataConfig(Section):
+    """Data of the stage ``detect``: ``data.detection``.
+
+    Attributes:
+        train: images to train on; those without an object are left out.
+        val: images to evaluate on, of the same categories.
+    """
+
+    train: CocoFilesConfig
+    val: CocoFilesConfig
+
+
 class DataConfig(Section):
     """Data sets, decoding backends and normalization.
 
@@ -68,6 +95,7 @@ class DataConfig(Section):
         eval_backend: backend of the validation set; null is ``backend``. Published accuracies follow ``pillow``.
         mean: the student's input mean per channel, of pixels in 0 to 1.
         std: the student's input standard deviation per channel.
+        detection: data of the stage ``detect``.
     """
 
     train: Path
@@ -76,6 +104,7 @@ class DataConfig(Section):
     eval_backend: Backend | None = None
     mean: Rgb = IMAGENET_MEAN
     std: tuple[Positive, Positive, Positive] = IMAGENET_STD
+    detection: DetectionDataConfig | None = None
 
     @model_validator(mode="after")
     def _statistics_are_of_pixels(self) -> DataConfig:
@@ -169,10 +198,12 @@ class LoggingConfig(Section):
     Attributes:
         every_steps: optimizer steps between two metrics lines.
         num_images: validation images in the figures drawn after pre-training; 0 draws none.
+        draw_score: least score of the detections in the figures of the stage ``detect``.
     """
 
     every_steps: int = Field(20, ge=1)
     num_images: int = Field(8, ge=0)
+    draw_score: Fraction = 0.5
 
 
 class CheckpointConfig(Section):

@@ -8,15 +8,15 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, field_validator, model_validator
 
 from mrmae_ds.config.files import nearest_key
-from mrmae_ds.config.sections import Positive
+from mrmae_ds.config.optimizers import LarsConfig, OptimizerConfig, RateConfig, lr_at_epoch
+from mrmae_ds.config.sections import Fraction, Positive
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.masking import MaskingMode
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.schema import Section
 
-TrainStageName = Literal["pretrain", "finetune", "probe"]
+TrainStageName = Literal["pretrain", "finetune", "probe", "detect"]
 StageName = Literal[TrainStageName, "evaluate"]
-Fraction = Annotated[float, Field(ge=0, le=1)]
 # Part of module, metric and folder names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
 PlacementKind = Literal["device", "step", "stream", "sharded"]
@@ -37,76 +37,36 @@ class MaskingConfig(Section):
     teacher: str | None = None
 
 
-class RateConfig(Section):
-    """Learning-rate schedule: linear warm-up, then cosine to ``min_lr``.
-
-    Attributes:
-        base_lr: peak learning rate for a batch of 256 images, scaled linearly with the batch size.
-        lr: absolute peak learning rate, instead of ``base_lr``.
-        min_lr: learning rate at the end.
-        warmup_epochs: length of the warm-up.
-    """
-
-    base_lr: Positive | None = None
-    lr: Positive | None = None
-    min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
-    warmup_epochs: float = Field(ge=0)
-
-    @model_validator(mode="after")
-    def _one_rate(self) -> RateConfig:
-        if (self.base_lr is None) == (self.lr is None):
-            raise ValueError("give exactly one of base_lr (times batch_size/256) and lr (absolute)")
-        return self
-
-    def peak_lr(self, batch_size: int) -> float:
-        """Return the learning rate at the end of warm-up."""
-        return self.lr if self.lr is not None else (self.base_lr or 0.0) * batch_size / 256
-
-
-class OptimizerConfig(RateConfig):
-    """AdamW and its schedule.
-
-    Attributes:
-        betas: AdamW's.
-        weight_decay: of weights; biases and norms have none.
-    """
-
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
-    weight_decay: float = Field(0.05, ge=0)
-
-
-class LarsConfig(RateConfig):
-    """LARS and its schedule; the layer-wise rate is computed from the weight alone, as in MAE's linear probing.
-
-    Attributes:
-        momentum: of the gradient.
-        weight_decay: of weights.
-    """
-
-    base_lr: Positive | None = 0.1
-    warmup_epochs: float = Field(10, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _an_absolute_rate_replaces_the_base_rate(cls, values: Any) -> Any:
-        return {"base_lr": None, **values} if isinstance(values, dict) and "lr" in values else values
-
-
 class StageConfig(Section):
     """Base of the stages that train.
 
     Attributes:
         epochs: length of the stage.
         batch_size: images per optimizer step, over all ranks.
+    """
+
+    epochs: int = Field(ge=1)
+    batch_size: int = Field(ge=1)
+
+    def lr_at_step(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of an optimizer step.
+
+        Args:
+            step: optimizer steps completed before it.
+            steps_per_epoch: optimizer steps per epoch.
+        """
+        raise NotImplementedError
+
+
+class CropStageConfig(StageConfig):
+    """Base of the stages that train on random crops, with a warm-up and a cosine.
+
+    Attributes:
         optimizer: with its schedule.
         crop_scale: smallest and largest share of the image's area in a random crop.
         flip: probability of a horizontal flip.
     """
 
-    epochs: int = Field(ge=1)
-    batch_size: int = Field(ge=1)
     optimizer: RateConfig
     crop_scale: tuple[Fraction, Fraction]
     flip: Fraction = 0.5
@@ -119,17 +79,28 @@ class StageConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _warmup_ends(self) -> StageConfig:
+    def _warmup_ends(self) -> CropStageConfig:
         if self.optimizer.warmup_epochs >= self.epochs:
             raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs})")
         return self
 
     @model_validator(mode="after")
-    def _rate_falls(self) -> StageConfig:
+    def _rate_falls(self) -> CropStageConfig:
         peak = self.optimizer.peak_lr(self.batch_size)
         if self.optimizer.min_lr > peak:
             raise ConfigError("optimizer.min_lr", f"{self.optimizer.min_lr:g} is above the peak learning rate {peak:g}")
         return self
+
+    def lr_at_step(self, step: int, steps_per_epoch: int) -> float:
+        """Return the learning rate of an optimizer step, from the fractional epoch before it."""
+        optimizer = self.optimizer
+        return lr_at_epoch(
+            step / steps_per_epoch,
+            peak=optimizer.peak_lr(self.batch_size),
+            floor=optimizer.min_lr,
+            warmup_epochs=optimizer.warmup_epochs,
+            epochs=self.epochs,
+        )
 
 
 class PlacementConfig(Section):
@@ -184,7 +155,7 @@ class KnnConfig(Section):
     samples: int | None = Field(25_600, ge=1)
 
 
-class PretrainConfig(StageConfig):
+class PretrainConfig(CropStageConfig):
     """Pre-training: teachers, masking and objectives.
 
     Attributes:
@@ -237,7 +208,7 @@ class PretrainConfig(StageConfig):
         return value
 
 
-class FinetuneConfig(StageConfig):
+class FinetuneConfig(CropStageConfig):
     """Supervised fine-tuning of the whole encoder.
 
     Attributes:
@@ -274,7 +245,7 @@ class FinetuneConfig(StageConfig):
         return self.mixup > 0 or self.cutmix > 0
 
 
-class ProbeConfig(StageConfig):
+class ProbeConfig(CropStageConfig):
     """Linear probing: a linear classifier trained on the frozen encoder's features (MAE's recipe).
 
     The features are the mean of the patches, normalized by a BatchNorm without parameters whose statistics are those
@@ -312,12 +283,3 @@ class EvaluateConfig(Section):
         if value is not None and len(set(value)) < len(value):
             raise ValueError("a model is listed twice")
         return value
-
-
-class StagesConfig(Section):
-    """Stages of the recipe; a recipe without ``pretrain`` trains from scratch."""
-
-    pretrain: PretrainConfig | None = None
-    finetune: FinetuneConfig | None = None
-    probe: ProbeConfig = ProbeConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()

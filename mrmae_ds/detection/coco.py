@@ -121,10 +121,15 @@ class CocoIndex:
             masks=[{"size": size, "counts": counts[a:b]} for a, b in pairwise(bounds)],
         )
 
+    @property
+    def annotation_counts(self) -> IntArray:
+        """Number of annotations of each image, crowds among them, int64 [N]."""
+        return np.diff(self._arrays["starts"])
+
     def trainable_rows(self) -> IntArray:
         """Return the rows of the images with an annotation that is not a crowd."""
-        single, owners = self._arrays["crowd"] == 0, np.repeat(np.arange(len(self)), np.diff(self._arrays["starts"]))
-        return np.unique(owners[single])
+        owners = np.repeat(np.arange(len(self)), self.annotation_counts)
+        return np.unique(owners[self._arrays["crowd"] == 0])
 
 
 @dataclass(frozen=True)
@@ -135,11 +140,47 @@ class CocoSplit:
         index: annotations.
         folder: of the image files.
         rows: of the images in the index, int64.
+        path: of the JSON.
     """
 
     index: CocoIndex
     folder: Path
     rows: IntArray
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """Name of the data set, ``instances_train2017``."""
+        return self.path.stem
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images."""
+        return len(self.rows)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return len(self.class_names)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.index.class_names
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the JSON."""
+        return self.index.sha256
+
+    @property
+    def num_annotations(self) -> int:
+        """Number of annotations of the images, crowds among them."""
+        return int(self.index.annotation_counts[self.rows].sum())
+
+    def annotated_rows(self) -> IntArray:
+        """Return the rows of the images with an annotation that is not a crowd."""
+        return np.intersect1d(self.rows, self.index.trainable_rows())
 
 
 def open_split(
@@ -163,7 +204,7 @@ def open_split(
         lacks = "an image with an annotation that is not a crowd" if training else "an image"
         raise UserError(f"{annotations}: lacks {lacks}; name another annotation file")
     _check_files(index, rows, images)
-    return CocoSplit(index, images, rows)
+    return CocoSplit(index, images, rows, annotations)
 
 
 def open_index(annotations: Path, folder: Path | None = None) -> CocoIndex:

@@ -53,15 +53,24 @@ def annotated_objects(index: CocoIndex, row: int) -> list[DrawnObject]:
     ]
 
 
-def detected_objects(results: Sequence[dict[str, Any]], index: CocoIndex, score: float) -> list[DrawnObject]:
-    """Return the results of one image with at least this score, the best last and so on top."""
+def detected_objects(
+    results: Sequence[dict[str, Any]], category_ids: IntArray, class_names: Sequence[str], score: float
+) -> list[DrawnObject]:
+    """Return the results of one image with at least this score, the best last and so on top.
+
+    Args:
+        results: COCO's results of one image.
+        category_ids: of the classes, ascending.
+        class_names: in the same order.
+        score: least score.
+    """
     objects = []
     for result in sorted(results, key=lambda entry: entry["score"]):
         if result["score"] >= score:
-            kind = int(np.searchsorted(index.category_ids, result["category_id"]))
+            kind = int(np.searchsorted(category_ids, result["category_id"]))
             encoded = result["segmentation"]
             mask: Rle = {"size": encoded["size"], "counts": encoded["counts"].encode()}
-            name, color = index.class_names[kind], _color(kind)
+            name, color = class_names[kind], _color(kind)
             objects.append(DrawnObject(_corners(result["bbox"]), name, color, mask, result["score"]))
     return objects
 
@@ -112,7 +121,8 @@ def draw_predictions(
         own = [result for result in results if result["image_id"] == entry.id]
         with Image.open(split.folder / entry.name) as file:
             image = file.convert("RGB")
-        both = annotated_objects(split.index, row), detected_objects(own, split.index, score)
+        found = detected_objects(own, split.index.category_ids, split.class_names, score)
+        both = annotated_objects(split.index, row), found
         pairs.append([_reduced(draw_objects(image, objects)) for objects in both])
     step = _CELL + _GAP
     across = min(_PAIRS, len(pairs))
@@ -128,7 +138,7 @@ def draw_predictions(
 
 def fixed_rows(split: CocoSplit) -> list[int]:
     """Return the rows of the figure's images: evenly spaced among those with objects, the same at every evaluation."""
-    rows: IntArray = np.intersect1d(split.rows, split.index.trainable_rows())
+    rows = split.annotated_rows()
     number = min(NUM_IMAGES, len(rows))
     return rows[(2 * np.arange(number) + 1) * len(rows) // (2 * max(number, 1))].tolist()
 

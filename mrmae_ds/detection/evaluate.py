@@ -24,7 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from mrmae_ds.data.types import BoolArray, IntArray
-from mrmae_ds.detection.coco import CocoIndex
+from mrmae_ds.detection.coco import CocoIndex, ImageEntry
 from mrmae_ds.detection.loader import DetectionBatch, Size
 from mrmae_ds.detection.rle import Rle, mask_api
 from mrmae_ds.errors import UserError
@@ -85,26 +85,27 @@ def _touched(low: float, high: float, side: int) -> IntArray:
     return np.arange(max(int(np.floor(low)) - 1, 0), min(int(np.ceil(high)) + 1, side))
 
 
-def image_results(detections: Mapping[str, Tensor], size: Size, index: CocoIndex, row: int) -> list[Result]:
+def image_results(
+    detections: Mapping[str, Tensor], size: Size, image: ImageEntry, category_ids: IntArray
+) -> list[Result]:
     """Convert the detections of one image to COCO's results.
 
     Args:
         detections: as torchvision's detectors return them: ``boxes`` [n, 4] in pixels of the square input, ``labels``
             [n] (1 to K), ``scores`` [n], ``masks`` [n, 1, M, M] (probabilities in their boxes).
         size: h and w.
-        index: of the data set.
-        row: of the image.
+        image: the original.
+        category_ids: of the classes, int64 [K].
 
     Returns:
         Entries with ``image_id``, ``category_id``, ``bbox`` (left, top, width, height in original pixels), ``score``
         and ``segmentation`` (RLE, counts as a string). Boxes that are empty in the image are left out.
     """
-    image = index.image(row)
     scale = torch.tensor([image.width / size[1], image.height / size[0]]).repeat(2)
     limits = torch.tensor([image.width, image.height]).repeat(2)
     boxes = torch.minimum(detections["boxes"].detach().cpu().float() * scale, limits).clamp(min=0)
     masks = detections["masks"].detach().cpu().float().flatten(0, -3)
-    categories = index.category_ids[detections["labels"].cpu().numpy() - 1]
+    categories = category_ids[detections["labels"].cpu().numpy() - 1]
     results = []
     for number, (box, score) in enumerate(zip(boxes.tolist(), detections["scores"].tolist(), strict=True)):
         left, top, right, bottom = box
@@ -124,17 +125,17 @@ def image_results(detections: Mapping[str, Tensor], size: Size, index: CocoIndex
 
 
 def batch_results(
-    detections: Sequence[Mapping[str, Tensor]], batch: DetectionBatch, index: CocoIndex
+    detections: Sequence[Mapping[str, Tensor]], batch: DetectionBatch, category_ids: IntArray
 ) -> ResultsByImage:
     """Convert the detections of a batch; images that only pad it are left out.
 
     Args:
         detections: of each image, see :func:`image_results`.
         batch: the images.
-        index: of the data set.
+        category_ids: of the classes, int64 [K].
     """
-    images = zip(detections, batch.sizes, batch.entries, batch.indices.tolist(), batch.valid, strict=True)
-    return {entry.id: image_results(found, size, index, row) for found, size, entry, row, valid in images if valid}
+    images = zip(detections, batch.sizes, batch.entries, batch.valid, strict=True)
+    return {entry.id: image_results(found, size, entry, category_ids) for found, size, entry, valid in images if valid}
 
 
 def gather_results(own: ResultsByImage) -> list[ResultsByImage] | None:

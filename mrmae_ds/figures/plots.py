@@ -128,7 +128,7 @@ def attention_grid(
 
 
 def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
-    """Plot a run's losses over optimizer steps, with its learning rate and, if measured, its top-1 accuracy below.
+    """Plot a run's losses over optimizer steps, with its learning rate and, if measured, top-1 accuracy or AP below.
 
     Above 200 points, a curve is drawn faint with its running mean on top. Red lines mark steps with a non-finite loss.
 
@@ -149,6 +149,8 @@ def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
         panels.append(("Learning rate", ["lr"], 1.0))
     if accuracies := [name for name in names if name.rpartition("/")[2] == "top1"]:
         panels.append(("Top-1 accuracy (%)", accuracies, 1.4))
+    if precisions := [name for name in names if name.rpartition("/")[2] == "AP"]:
+        panels.append(("AP (%)", precisions, 1.4))
     heights = [height for _, _, height in panels]
     figure = style.new_figure(8, 0.8 + sum(heights))
     figure.suptitle("/".join(Path(run_dir).resolve().parts[-2:]), fontsize=12, fontweight="bold", color=style.INK)

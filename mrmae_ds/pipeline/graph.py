@@ -16,8 +16,8 @@ from typing import Any
 
 from mrmae_ds.config.engine import default_recipe
 from mrmae_ds.config.files import apply_overrides
-from mrmae_ds.config.recipe import Recipe, load_recipe
-from mrmae_ds.config.stages import EvaluateConfig, StageName, StagesConfig
+from mrmae_ds.config.recipe import Recipe, StagesConfig, load_recipe
+from mrmae_ds.config.stages import EvaluateConfig, StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, to_overrides
 from mrmae_ds.weights.paths import MODEL_FILE

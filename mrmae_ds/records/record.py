@@ -21,6 +21,7 @@ from mrmae_ds.records.sections import (
     Count,
     DataInfo,
     Design,
+    DetectionInfo,
     FinetuneSummary,
     GitState,
     Hardware,
@@ -69,6 +70,7 @@ class RunRecord(RecordSection):
         kernels: None in records of earlier versions.
         model: None for an evaluation.
         design: of a pre-training.
+        detection: of a stage `detect`.
         operations: None for an evaluation.
         members: models that an evaluation averaged; empty for a training.
         wall_seconds: duration, restarts included.
@@ -92,6 +94,7 @@ class RunRecord(RecordSection):
     kernels: Kernels | None = None
     model: ModelInfo | None = None
     design: Design | None = None
+    detection: DetectionInfo | None = None
     parameters: Parameters
     operations: Operations | None = None
     data: DataInfo

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, model_validator
 
 FROM_SCRATCH = "From scratch"
 
@@ -181,13 +181,43 @@ class Design(RecordSection):
     objectives: dict[str, ObjectiveInfo]
 
 
+class CocoInfo(RecordSection):
+    """A set of images in COCO's format.
+
+    Attributes:
+        images: number that is used.
+        annotations: of these images, crowds among them.
+        sha256: of the annotations' file.
+    """
+
+    images: Count
+    annotations: Count
+    sha256: str
+
+
+class DetectionInfo(RecordSection):
+    """Configuration of a detector and its data.
+
+    Attributes:
+        image_size: side of its square input in pixels.
+        detector: the recipe's `stages.detect.detector`.
+        train: images that it was trained on.
+        val: images that it was evaluated on.
+    """
+
+    image_size: Count
+    detector: dict[str, JsonValue]
+    train: CocoInfo
+    val: CocoInfo
+
+
 class Operations(RecordSection):
     """Floating-point operations for one image.
 
     Attributes:
         training: its share of a training step, with teachers, backward pass and recomputation.
         recomputed: the part of `training` that activation checkpointing computes a second time.
-        forward: forward pass of a classifier.
+        forward: forward pass of a classifier or a detector.
     """
 
     training: Count
@@ -309,6 +339,10 @@ class Results(BaseModel):
     loss: float | None = None
     eval_samples: Count | None = None
     images_per_s: float | None = None
+
+    def value(self, name: str) -> float | None:
+        """Return a number that was added under its name; None if there is none."""
+        return self.__pydantic_extra__.get(name)
 
     @model_validator(mode="after")
     def _accuracy_needs_its_samples(self) -> Results:

@@ -19,11 +19,8 @@ from mrmae_ds.config.engine import (
 )
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import StageConfig, StageName, TrainStageName
-from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
 from mrmae_ds.data.loaders.base import Loader, LoaderRequest
-from mrmae_ds.data.loaders.build import build_loader, check_backend, check_loader_memory
 from mrmae_ds.data.loaders.sampler import steps_per_epoch
-from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.build import check_optional_callbacks
@@ -33,9 +30,8 @@ from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import RunStart, decide_start
 from mrmae_ds.training.engine.build import check_leaf_modules
 from mrmae_ds.training.schedule import StageSchedule
-from mrmae_ds.training.tasks.base import Task
-from mrmae_ds.training.tasks.build import build_task
-from mrmae_ds.units import describe_difference
+from mrmae_ds.training.tasks.base import DataSet, Task
+from mrmae_ds.training.tasks.build import build_task, task_class
 from mrmae_ds.weights.paths import weights_sha256
 
 
@@ -99,8 +95,8 @@ class PreparedStage:
     stage_dir: Path
     identity: RunIdentity
     start: RunStart
-    train_data: BetonInfo
-    val_data: BetonInfo
+    train_data: DataSet
+    val_data: DataSet
     task: Task[Any]
 
     @property
@@ -127,13 +123,13 @@ class PreparedStage:
             rank=self.launch.rank,
         )
 
-    def train_loader(self, device: torch.device) -> Loader:
+    def train_loader(self, device: torch.device) -> Loader[Any]:
         """Open this rank's share of the training set.
 
         Args:
             device: device of the batches.
         """
-        return build_loader(self.recipe.data, self.recipe.loader, self.train_request, device)
+        return self.task.train_loader(self.recipe, self.train_data, self.train_request, device)
 
     def checkpointer(
         self, engine: deepspeed.DeepSpeedEngine, retention: Retention, committed: OnCommit
@@ -177,18 +173,10 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
     check_optional_callbacks(recipe)
     stage_name = cast(TrainStageName, args.stage)
     stage = recipe.stage(stage_name)
-    for backend in {recipe.data.backend, recipe.data.val_backend}:
-        check_backend(backend)
     stage_dir = args.stage_dir(recipe)
     check_ranks(engine_config, launch.world_size, launch.local_size)
     accumulation = accumulation_steps(engine_config, stage.batch_size, launch.world_size, str(args.recipe_path))
-    train_data, val_data = check_beton(recipe.data.train), check_beton(recipe.data.val)
-    if train_data.class_names != val_data.class_names:
-        raise UserError(
-            f"data.train and data.val: {train_data.path} and {val_data.path} name different classes "
-            f"({train_data.num_classes} and {val_data.num_classes}; "
-            f"{describe_difference(train_data.class_names, val_data.class_names)}); write both from the same tree"
-        )
+    train_data, val_data = task_class(stage_name).open_data(recipe)
     schedule = StageSchedule(
         stage=stage,
         seed=recipe.seed,
@@ -228,7 +216,5 @@ def prepare_stage(args: TrainArgs, launch: Launch) -> PreparedStage:
         task=task,
     )
     if start.action != "done":
-        check_loader_memory(recipe.data, recipe.loader, job.train_request)
-        paths = [recipe.data.train, recipe.data.val] if task.reads_val_data else [recipe.data.train]
-        cache_all(paths, recipe.loader.cache_dir)
+        task.prepare_data(recipe, job.train_request)
     return job

@@ -8,7 +8,6 @@ from typing import Any
 
 import deepspeed
 
-from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.errors import StopRequested, TrainingError
 from mrmae_ds.profiling.step_ranges import step_range
 from mrmae_ds.training.callbacks.base import TrainContext
@@ -26,7 +25,7 @@ MAX_BAD_STEPS = 5
 def run_step(
     engine: deepspeed.DeepSpeedEngine,
     task: Task[Any],
-    batches: Iterator[Batch],
+    batches: Iterator[Any],
     schedule: StageSchedule,
     step: int,
     meter: Meter,
@@ -94,7 +93,7 @@ def train(context: TrainContext) -> None:
 def _train(context: TrainContext) -> None:
     engine, schedule, state = context.engine, context.schedule, context.state
     start = state.step
-    batches: Iterator[Batch] = iter(())
+    batches: Iterator[Any] = iter(())
     if start:
         _end_interval(context)
     engine.train()
@@ -165,7 +164,7 @@ def _interval_means(context: TrainContext) -> dict[str, float]:
     schedule, state = context.schedule, context.state
     losses, speeds, bad = state.meter.read(schedule.launch, schedule.micro_batch)
     values = {
-        **{name if name == "loss" else f"loss/{name}": value for name, value in losses.items()},
+        **{name if name == "loss" or "/" in name else f"loss/{name}": value for name, value in losses.items()},
         "lr": schedule.lr_at_step(state.step - 1),
         "epoch": state.step / schedule.steps_per_epoch,
         **speeds,

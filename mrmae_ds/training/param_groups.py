@@ -5,13 +5,16 @@ A partitioned parameter is one-dimensional, so "no decay for 1-D" is decided on 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.models import group_parameters
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from mrmae_ds.config.optimizers import DetectOptimizerConfig
+from mrmae_ds.detection.param_groups import detectron2_rules
 from mrmae_ds.models.encoders import Encoder
 
 ParamGroups = list[dict[str, Any]]
@@ -39,7 +42,7 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
     Returns:
         Groups with ``params``, ``weight_decay``, ``lr_scale`` and ``name``.
     """
-    return _grouped(model, weight_decay, {}, ())
+    return _grouped(model, weight_decay, {}, _is_matrix)
 
 
 def finetune_groups(model: Encoder, weight_decay: float, layer_decay: float) -> ParamGroups:
@@ -59,16 +62,44 @@ def finetune_groups(model: Encoder, weight_decay: float, layer_decay: float) -> 
     layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
     last = max(layers.values())
     scales = {name: layer_decay ** (last - layer) for name, layer in layers.items()}
-    return _grouped(model, weight_decay, scales, model.no_weight_decay())
+    without = model.no_weight_decay()
+    return _grouped(model, weight_decay, scales, lambda name, shape: name not in without and _is_matrix(name, shape))
 
 
-def _grouped(model: nn.Module, weight_decay: float, scales: dict[str, float], no_decay: Collection[str]) -> ParamGroups:
+def detection_groups(model: nn.Module, optimizer: DetectOptimizerConfig, layer_decay: float) -> ParamGroups:
+    """Return groups by layer and decay.
+
+    Args:
+        model: the detector.
+        optimizer: weight decay, and the rule by which parameters have it.
+        layer_decay: factor per layer of the encoder.
+
+    Returns:
+        Groups with ``params``, ``weight_decay``, ``lr_scale`` and ``name``.
+    """
+    rules = detectron2_rules([name for name, _ in model.named_parameters()], layer_decay)
+    scales = {name: rule.scale for name, rule in rules.items()}
+    as_published = optimizer.groups == "detectron2"
+    return _grouped(
+        model,
+        optimizer.weight_decay,
+        scales,
+        lambda name, shape: rules[name].decays and (as_published or _is_matrix(name, shape)),
+    )
+
+
+def _is_matrix(name: str, shape: torch.Size) -> bool:
+    return len(shape) > 1 and not name.endswith(".bias")
+
+
+def _grouped(
+    model: nn.Module, weight_decay: float, scales: dict[str, float], decays: Callable[[str, torch.Size], bool]
+) -> ParamGroups:
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        decayed = len(shape) > 1 and not name.endswith(".bias") and name not in no_decay
+        decayed = decays(name, getattr(parameter, "ds_shape", parameter.shape))
         scale = scales.get(name, 1.0)
         group = groups.setdefault(
             (scale, decayed),

@@ -118,7 +118,7 @@ def _rank(job: PreparedStage, capture: Capture, rank: int, device: torch.device)
         for index, record in enumerate(capture.ranks[rank]):
             batch = next(batches)
             if batch.indices.tolist() != record.indices:
-                raise UserError(f"{job.recipe.data.train}: the order of its samples differs from that of the capture")
+                raise UserError(f"{job.train_data.path}: the order of its samples differs from that of the capture")
             engine, origin = _Autocast(model, job, device), _Origin(model)
             model.zero_grad(set_to_none=True)
             with origin:

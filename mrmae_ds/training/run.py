@@ -159,9 +159,16 @@ def _train_context(
         NonfiniteCaptureCallback(job.stage_dir, source),
         CheckpointCallback(checkpointer, policy),
     ]
-    classes = job.val_data.num_classes
     evaluator = job.task.build_evaluator(
-        EvalContext(job.recipe, job.engine_config, job.launch, device, classes, watchdog.heartbeat)
+        EvalContext(
+            recipe=job.recipe,
+            engine_config=job.engine_config,
+            launch=job.launch,
+            device=device,
+            num_classes=job.val_data.num_classes,
+            heartbeat=watchdog.heartbeat,
+            stage_dir=job.stage_dir,
+        )
     )
     if evaluator is not None:
         callbacks.append(EvaluationCallback(evaluator))

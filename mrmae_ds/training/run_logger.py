@@ -13,8 +13,6 @@ import torch
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import StageName
-from mrmae_ds.data.beton.copies import count_val_copies
-from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.records.environment import collect_hardware, collect_kernels, collect_versions, git_state
 from mrmae_ds.records.metrics import MetricsWriter, read_metrics
@@ -33,6 +31,7 @@ from mrmae_ds.records.sections import (
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
+from mrmae_ds.training.tasks.base import DataSet
 from mrmae_ds.weights.model_file import encoder_metadata
 
 logger = logging.getLogger(__name__)
@@ -168,6 +167,7 @@ def new_record(job: PreparedStage, parameters: Parameters, device: torch.device)
         **describe_run(recipe, job.stage_name, job.launch, device),
         model=model,
         design=task.describe_design(recipe),
+        detection=task.describe_detection(job.train_data, job.val_data),
         parameters=parameters,
         operations=count_operations(job),
         data=describe_data(job.train_data, task.num_classes, _count_copies(job)),
@@ -204,7 +204,7 @@ def describe_run(recipe: Recipe, stage: StageName, launch: Launch, device: torch
 
 def _count_copies(job: PreparedStage) -> int | None:
     """Count validation images that are exact copies of training images, with a warning if there are any."""
-    copies = count_val_copies(job.train_data, job.val_data)
+    copies = job.task.count_copies(job.train_data, job.val_data)
     if copies:
         logger.warning(
             "data: %d of %d images of %s are exact copies of images of %s: accuracies count what was trained on",
@@ -213,7 +213,7 @@ def _count_copies(job: PreparedStage) -> int | None:
     return copies
 
 
-def describe_data(data: BetonInfo, num_classes: int, val_copies: int | None = None) -> DataInfo:
+def describe_data(data: DataSet, num_classes: int, val_copies: int | None = None) -> DataInfo:
     """Return the record's description of a data set.
 
     Args:
@@ -267,6 +267,7 @@ def export_metadata(job: PreparedStage, results: ResultValues) -> dict[str, Any]
         **encoder_metadata(task.encoder),
         "num_classes": task.num_classes,
         "class_names": list(job.train_data.class_names) if task.num_classes else [],
+        **task.export_metadata(job.train_data),
         "mean": job.recipe.data.mean,
         "std": job.recipe.data.std,
         "recipe": job.recipe.model_dump(mode="json"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from mrmae_ds.config.stages import StageConfig
@@ -41,19 +40,12 @@ class StageSchedule:
         return self.steps_per_epoch * self.epochs
 
     def lr_at_step(self, step: int) -> float:
-        """Return the learning rate of an optimizer step, from the fractional epoch before it.
+        """Return the learning rate of an optimizer step.
 
         Args:
             step: number of the step, from 0.
         """
-        optimizer = self.stage.optimizer
-        return lr_at_epoch(
-            step / self.steps_per_epoch,
-            peak=optimizer.peak_lr(self.stage.batch_size),
-            floor=optimizer.min_lr,
-            warmup_epochs=optimizer.warmup_epochs,
-            epochs=self.epochs,
-        )
+        return self.stage.lr_at_step(step, self.steps_per_epoch)
 
     def key(self, step: int, index: int) -> MicroBatchKey:
         """Return the identity of a micro-batch on this rank.
@@ -64,19 +56,3 @@ class StageSchedule:
         """
         launch = self.launch
         return MicroBatchKey(self.seed, step, index, launch.rank, launch.world_size, self.micro_batch)
-
-
-def lr_at_epoch(epoch: float, *, peak: float, floor: float, warmup_epochs: float, epochs: float) -> float:
-    """Return the learning rate: linear warm-up from 0 to ``peak``, then half a cosine to ``floor`` (MAE's rule).
-
-    Args:
-        epoch: fractional epoch, step / steps_per_epoch before each optimizer step.
-        peak: learning rate at the end of the warm-up.
-        floor: learning rate at the end of training.
-        warmup_epochs: length of the warm-up.
-        epochs: length of the training.
-    """
-    if epoch < warmup_epochs:
-        return peak * epoch / warmup_epochs
-    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
-    return floor + (peak - floor) * 0.5 * (1 + math.cos(math.pi * progress))

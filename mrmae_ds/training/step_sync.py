@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mrmae_ds.data.loaders.base import Batch, to_device
+from mrmae_ds.data.loaders.base import to_device
 from mrmae_ds.distributed.signals import StopSignals
 from mrmae_ds.training.engine.nonfinite import (
     any_nonfinite,
@@ -135,7 +136,7 @@ class StepSync:
         """Start a step."""
         self.micro_batches = []
 
-    def add(self, batch: Batch, losses: dict[str, Tensor]) -> None:
+    def add(self, batch: Any, losses: dict[str, Tensor]) -> None:
         """Add a finished micro-batch, without waiting for the device."""
         detached = {name: value.detach() for name, value in losses.items()}
         self.micro_batches.append(MicroBatch(batch.indices, detached))

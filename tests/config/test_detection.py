@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from mrmae_ds.config.detection import DetectConfig, DetectionDataConfig, StepScheduleConfig
+from mrmae_ds.config.detection import DetectConfig
+from mrmae_ds.config.optimizers import StepScheduleConfig
+from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.config.sections import DetectionDataConfig
 from mrmae_ds.errors import ConfigError
 
 STAGE = """
@@ -62,6 +66,28 @@ def test_the_schedule_is_fvcores(step: int, multiplier: float) -> None:
 def test_wrong_values_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         stage(**values)
+
+
+def test_learning_rates_of_the_recipe() -> None:
+    """Of 25 epochs of 7,329 steps; milestones are shares of the whole."""
+    config = stage()
+    assert config.lr_at_step(0, 7329) == pytest.approx(2e-7)
+    assert config.lr_at_step(125, 7329) == pytest.approx(2e-4 * 0.5005)
+    assert [config.lr_at_step(step, 7329) for step in (162_866, 162_867)] == pytest.approx([2e-4, 2e-5])
+
+
+def test_detection_changes_the_hash_of_its_own_stage_alone() -> None:
+    base = load_recipe(Path("ds_configs/ablations/table5_400.yaml"))
+    recipe = load_recipe(Path("ds_configs/detection/mr_mae_base.yaml"))
+    for name in ("pretrain", "finetune", "probe"):
+        assert recipe.hash(name) == base.hash(name)  # type: ignore[arg-type]
+    assert "detect" not in base.counted()["stages"] and "detection" not in base.counted()["data"]
+    assert recipe.hash() != base.hash()
+    moved = ["data.detection.train.images=elsewhere", "logging.draw_score=0.1", "loader.num_workers=3"]
+    path = Path("ds_configs/detection/mr_mae_base.yaml")
+    assert load_recipe(path, moved).hash("detect") == recipe.hash("detect")
+    for change in ("data.detection.train.first=8", "stages.detect.jitter=[0.5, 1.0]"):
+        assert load_recipe(path, [change]).hash("detect") != recipe.hash("detect")
 
 
 def test_global_blocks_beyond_the_depth() -> None:

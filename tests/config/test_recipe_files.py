@@ -310,7 +310,8 @@ def test_a_row_of_table_5_differs_in_its_epochs_alone(epochs: int) -> None:
 
 def test_the_readme_lists_every_recipe_as_its_header_has_it() -> None:
     lines = (CONFIGS / "README.md").read_text().splitlines()
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if ".yaml) |" in line]
+    listed = [line for line in lines if ".yaml) |" in line and "(detection/" not in line]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in listed]
     expected = []
     for file in OF_PAPER:
         entries = header(file)

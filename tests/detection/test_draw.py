@@ -51,7 +51,7 @@ def test_results_below_the_score_are_left_out(split: CocoSplit) -> None:
     results = [result for result in perfect(split.index) if result["image_id"] == 7]
     for number, result in enumerate(results):
         result["score"] = number / 4
-    drawn = detected_objects(results[::-1], split.index, 0.5)
+    drawn = detected_objects(results[::-1], split.index.category_ids, split.class_names, 0.5)
     assert [item.score for item in drawn] == [0.5, 0.75]
     annotated = annotated_objects(split.index, 0)
     assert [(item.box, item.name, item.mask, item.color) for item in drawn] == [

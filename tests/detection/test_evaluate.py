@@ -100,7 +100,7 @@ def test_boxes_return_to_original_pixels(small: CocoIndex) -> None:
         "scores": torch.tensor([0.5, 0.25, 0.125]),
         "masks": torch.ones(3, 1, 28, 28),
     }
-    results = image_results(detections, (64, 45), small, 3)
+    results = image_results(detections, (64, 45), entry, small.category_ids)
     assert [(result["image_id"], result["category_id"], result["score"]) for result in results] == [
         (entry.id, 90, 0.5),
         (entry.id, 1, 0.25),
@@ -111,7 +111,7 @@ def test_boxes_return_to_original_pixels(small: CocoIndex) -> None:
     assert results[1]["segmentation"]["size"] == [70, 50]
     assert mask_api.decode(results[1]["segmentation"] | {}).all()
     none = {name: tensor[:0] for name, tensor in detections.items()}
-    assert image_results(none, (64, 45), small, 3) == []
+    assert image_results(none, (64, 45), entry, small.category_ids) == []
 
 
 def test_results_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_results_do_not_depend_on_the_ranks(tmp_path: Path) -> None:
             request = LoaderRequest("val", 64, 1, world_size=ranks, rank=rank)
             part = {}
             for batch in DetectionLoader(split, request, None, 0, torch.device("cpu")).epoch(0):
-                part |= batch_results([detect(batch.images[0])], batch, split.index)
+                part |= batch_results([detect(batch.images[0])], batch, split.index.category_ids)
             parts.append(part)
         assert sum(map(len, parts)) == 6
         # A repeated image whose mark was lost still counts once.

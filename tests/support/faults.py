@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor
 
@@ -27,10 +27,14 @@ def install(fault: str) -> None:
     act: Callable[..., Losses] = globals()[f"_{name}"]
     if int(os.environ["RANK"]) != rank:
         return
-    from mrmae_ds.training.tasks.build import TASKS
+    from mrmae_ds.config.stages import TrainStageName
+    from mrmae_ds.training.tasks.build import task_class
 
-    for task in TASKS.values():
-        _wrap(task, lambda losses, key: act(losses, **settings) if (key.step, key.index) == (step, micro) else losses)
+    for stage in get_args(TrainStageName):
+        _wrap(
+            task_class(stage),
+            lambda losses, key: act(losses, **settings) if (key.step, key.index) == (step, micro) else losses,
+        )
 
 
 def _wrap(task: Any, change: Callable[[Losses, Any], Losses]) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mrmae_ds.config.stages import FinetuneConfig, OptimizerConfig, PretrainConfig, StageConfig
+from mrmae_ds.config.optimizers import OptimizerConfig
+from mrmae_ds.config.stages import FinetuneConfig, PretrainConfig, StageConfig
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.callbacks.base import TrainContext

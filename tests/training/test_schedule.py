@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mrmae_ds.training.schedule import lr_at_epoch
+from mrmae_ds.config.optimizers import lr_at_epoch
 
 CASES = json.loads((Path(__file__).parent / "schedule.json").read_text())["cases"]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -44,7 +44,10 @@ class Batch:
     keys: UIntArray
 
 
-class Loader(Protocol):
+BatchT = TypeVar("BatchT", covariant=True)
+
+
+class Loader(Protocol[BatchT]):
     """One rank's share of a data set.
 
     Attributes:
@@ -55,7 +58,7 @@ class Loader(Protocol):
     num_samples: int
     batches_per_epoch: int
 
-    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[BatchT]:
         """Iterate over the batches of an epoch from ``start_batch`` on, without decoding those before it.
 
         The same (epoch, batch) gives the same pixels in any process. One epoch is open at a time: starting another

@@ -11,7 +11,7 @@ import torch
 from mrmae_ds.config.sections import Backend, DataConfig, LoaderConfig
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.loaders.augment import Augment
-from mrmae_ds.data.loaders.base import Loader, LoaderRequest, LoaderSettings
+from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, LoaderSettings
 from mrmae_ds.data.loaders.worker import ranks_of_launcher
 from mrmae_ds.data.node_cache import cached_path
 from mrmae_ds.errors import UserError
@@ -19,7 +19,9 @@ from mrmae_ds.errors import UserError
 _CPU = torch.device("cpu")
 
 
-def build_loader(data: DataConfig, config: LoaderConfig, request: LoaderRequest, device: torch.device = _CPU) -> Loader:
+def build_loader(
+    data: DataConfig, config: LoaderConfig, request: LoaderRequest, device: torch.device = _CPU
+) -> Loader[Batch]:
     """Open a data set for one rank.
 
     With the ffcv backend and RandAugment, half of the workers are threads that decode, the others processes that

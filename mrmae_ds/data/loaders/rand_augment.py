@@ -59,7 +59,9 @@ class RandAugmentLoader:
         processes: number of worker processes; they live until ``close``.
     """
 
-    def __init__(self, inner: Loader, settings: LoaderSettings, augment: AugmentSettings, processes: int) -> None:
+    def __init__(
+        self, inner: Loader[Batch], settings: LoaderSettings, augment: AugmentSettings, processes: int
+    ) -> None:
         self.inner, self.augment, self.processes = inner, augment, processes
         self.device, self.image_size = settings.device, settings.request.image_size
         self.num_samples, self.batches_per_epoch = inner.num_samples, inner.batches_per_epoch

@@ -85,7 +85,7 @@ class TrainContext:
 
     engine: deepspeed.DeepSpeedEngine
     task: Task[Any]
-    loader: Loader
+    loader: Loader[Any]
     schedule: StageSchedule
     state: TrainState
     step_sync: StepSync

@@ -63,7 +63,7 @@ class AccuracyCounter:
 
 @torch.no_grad()
 def measure_accuracy(
-    engine: nn.Module, logits: Logits, loader: Loader, heartbeat: Callable[[str], None] = lambda activity: None
+    engine: nn.Module, logits: Logits, loader: Loader[Batch], heartbeat: Callable[[str], None] = lambda activity: None
 ) -> Scores:
     """Measure a model's accuracy over a data set, every image once. All ranks must call it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
-from mrmae_ds.data.loaders.base import Loader, LoaderRequest, Split
+from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, Split
 from mrmae_ds.data.loaders.build import build_loader
 from mrmae_ds.distributed.launch import Launch
 
@@ -30,6 +31,7 @@ class EvalContext:
         device: device of this rank.
         num_classes: classes of the validation set.
         heartbeat: called before every batch, with the current activity.
+        stage_dir: output folder, in which rank 0 may write; None writes nothing.
     """
 
     recipe: Recipe
@@ -38,8 +40,9 @@ class EvalContext:
     device: torch.device
     num_classes: int
     heartbeat: Callable[[str], None]
+    stage_dir: Path | None = None
 
-    def loader(self, image_size: int, split: Split = "val", samples: int | None = None) -> Loader:
+    def loader(self, image_size: int, split: Split = "val", samples: int | None = None) -> Loader[Batch]:
         """Return this rank's loader of one of the recipe's data sets, with the evaluation transform.
 
         Args:

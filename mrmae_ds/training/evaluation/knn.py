@@ -40,7 +40,7 @@ class Bank:
 
 
 @torch.no_grad()
-def gather_bank(features: Features, loader: Loader) -> Bank:
+def gather_bank(features: Features, loader: Loader[Batch]) -> Bank:
     """Compute the features of a loader's images, each once, and gather them on every rank. All ranks must call it.
 
     Args:
@@ -84,7 +84,9 @@ def votes(queries: Tensor, bank: Bank, k: int, temperature: float, num_classes: 
 
 
 @torch.no_grad()
-def knn_accuracy(features: Features, train: Loader, val: Loader, config: KnnConfig, num_classes: int) -> Scores:
+def knn_accuracy(
+    features: Features, train: Loader[Batch], val: Loader[Batch], config: KnnConfig, num_classes: int
+) -> Scores:
     """Measure the k-NN accuracy over the validation set, each image once. All ranks must call it.
 
     Args:

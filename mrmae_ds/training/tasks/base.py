@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,19 +20,23 @@ from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, StageConfig, TrainStageName
+from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.loaders.augment import AugmentSettings
-from mrmae_ds.data.loaders.base import Batch, TrainTransform
-from mrmae_ds.data.loaders.crop import CropSettings
+from mrmae_ds.data.loaders.base import Loader, LoaderRequest, TrainTransform
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.profiling.flops import recipe_cost
-from mrmae_ds.records.sections import Design, Operations, Parameters
+from mrmae_ds.records.sections import Design, DetectionInfo, Operations, Parameters
 from mrmae_ds.teachers import Teacher, build_teacher
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
 from mrmae_ds.training.param_groups import ParamGroups
 
+if TYPE_CHECKING:
+    from mrmae_ds.detection.coco import CocoSplit  # needs pycocotools
+
+DataSet: TypeAlias = "BetonInfo | CocoSplit"
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 
@@ -216,16 +220,16 @@ class Task(ABC, Generic[ConfigT]):
         return config
 
     @abstractmethod
-    def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
+    def losses(self, engine: nn.Module, batch: Any, key: MicroBatchKey) -> dict[str, Tensor]:
         """Compute the losses of a micro-batch.
 
         Args:
             engine: wraps :attr:`model`.
-            batch: the images.
+            batch: of the stage's :meth:`train_loader`.
             key: identity of the micro-batch, source of all randomness.
 
         Returns:
-            ``loss``, which is minimized, and its parts by name; scalars.
+            ``loss``, which is minimized, its parts by name, and statistics under names with a slash; scalars.
         """
 
     def after_step(self) -> None:
@@ -233,25 +237,56 @@ class Task(ABC, Generic[ConfigT]):
 
     # ---- data
 
+    @staticmethod
+    @abstractmethod
+    def open_data(recipe: Recipe) -> tuple[DataSet, DataSet]:
+        """Open and check training and validation set, before the task is built.
+
+        Raises:
+            UserError: if a file is missing or damaged, or the sets have different classes.
+        """
+
+    @abstractmethod
+    def prepare_data(self, recipe: Recipe, request: LoaderRequest) -> None:
+        """Prepare this node for the loaders, before the process group starts.
+
+        Args:
+            recipe: recipe of the run.
+            request: this rank's batches of the training set.
+
+        Raises:
+            UserError: if memory or disk is too small.
+        """
+
+    @abstractmethod
+    def train_loader(self, recipe: Recipe, data: Any, request: LoaderRequest, device: torch.device) -> Loader[Any]:
+        """Open this rank's share of the training set.
+
+        Args:
+            recipe: recipe of the run.
+            data: training set, of :meth:`open_data`.
+            request: this rank's batches.
+            device: device of the batches.
+        """
+
+    def count_copies(self, train: Any, val: Any) -> int | None:
+        """Count validation images that are exact copies of training images; None if unknown."""
+        return None
+
     @property
     def augment(self) -> AugmentSettings | None:
         """RandAugment of the training images; None for none."""
         return None
 
     @property
-    def transform(self) -> TrainTransform:
-        """Random transforms of the training images."""
-        return TrainTransform(CropSettings(scale=self.config.crop_scale, flip=self.config.flip), self.augment)
+    def transform(self) -> TrainTransform | None:
+        """Crops and augmentation of the training images; None if the stage has other ones."""
+        return None
 
     @property
     def even_micro_batch(self) -> bool:
         """True if the micro-batch must be even because its images are mixed in pairs."""
         return False
-
-    @property
-    @abstractmethod
-    def reads_val_data(self) -> bool:
-        """True if the stage reads the validation set while training."""
 
     # ---- evaluation and export
 
@@ -266,6 +301,14 @@ class Task(ABC, Generic[ConfigT]):
             state: the trained model's state, float32 on the CPU.
         """
         return state
+
+    def export_metadata(self, data: Any) -> dict[str, Any]:
+        """Return the stage's own metadata of the weights file.
+
+        Args:
+            data: training set, of :meth:`open_data`.
+        """
+        return {}
 
     # ---- run record
 
@@ -292,6 +335,10 @@ class Task(ABC, Generic[ConfigT]):
         forward = cost.parts["classifier"].forward if "classifier" in cost.parts else None
         again = sum(part.recomputed for part in cost.parts.values())
         return Operations(training=cost.per_image, recomputed=again, forward=forward)
+
+    def describe_detection(self, train: Any, val: Any) -> DetectionInfo | None:
+        """Return a detector's configuration and data; None for another model."""
+        return None
 
     def describe_design(self, recipe: Recipe) -> Design | None:
         """Return the design choices that the ablation tables compare; None if the stage has none."""

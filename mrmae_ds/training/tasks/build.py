@@ -24,6 +24,20 @@ TASKS: dict[TrainStageName, type[Task[Any]]] = {
 }
 
 
+def task_class(stage_name: TrainStageName) -> type[Task[Any]]:
+    """Return the class of a stage's task.
+
+    Raises:
+        UserError: if the stage needs a package that is not installed.
+        KeyError: if the stage trains nothing.
+    """
+    if stage_name == "detect":
+        from mrmae_ds.training.tasks.detect import DetectTask  # needs pycocotools, an extra
+
+        return DetectTask
+    return TASKS[stage_name]
+
+
 def build_task(
     recipe: Recipe,
     stage_name: TrainStageName,
@@ -49,7 +63,7 @@ def build_task(
         KeyError: if the stage trains nothing.
     """
     config = recipe.stage(stage_name)
-    return TASKS[stage_name].from_recipe(recipe, config, engine_config, num_classes, run_dir, teacher_builder)
+    return task_class(stage_name).from_recipe(recipe, config, engine_config, num_classes, run_dir, teacher_builder)
 
 
 def build_task_engine(

@@ -13,22 +13,17 @@ from mrmae_ds.config.stages import FinetuneConfig, ProbeConfig
 from mrmae_ds.models.encoders import Encoder, build_encoder, init_classifier
 from mrmae_ds.training.evaluation.accuracy import AccuracyEvaluator
 from mrmae_ds.training.evaluation.base import EvalContext
-from mrmae_ds.training.tasks.base import Task
+from mrmae_ds.training.tasks.crops import CropTask
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.paths import find_weights
 
 ClassifierConfigT = TypeVar("ClassifierConfigT", FinetuneConfig, ProbeConfig)
 
 
-class ClassifierTask(Task[ClassifierConfigT]):
+class ClassifierTask(CropTask[ClassifierConfigT]):
     """A classifier of images, trained on labels and evaluated by its accuracy."""
 
     weights_kind = "classifier"
-
-    @property
-    def reads_val_data(self) -> bool:
-        """True: the accuracy is measured while training."""
-        return True
 
     @abstractmethod
     def logits(self, engine: nn.Module, images: Tensor) -> Tensor:

@@ -25,12 +25,13 @@ from mrmae_ds.teachers.base import draw_visible
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
 from mrmae_ds.training.evaluation.knn import KnnEvaluator
 from mrmae_ds.training.param_groups import ParamGroups, adamw, pretrain_groups
-from mrmae_ds.training.tasks.base import MicroBatchKey, Task
+from mrmae_ds.training.tasks.base import MicroBatchKey
+from mrmae_ds.training.tasks.crops import CropTask
 from mrmae_ds.weights.load import load_pretrained
 from mrmae_ds.weights.paths import find_weights
 
 
-class PretrainTask(Task[PretrainConfig]):
+class PretrainTask(CropTask[PretrainConfig]):
     """Mimicking of teachers' features and reconstruction of pixels, at masked or visible tokens.
 
     Args:

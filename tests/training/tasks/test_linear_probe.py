@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrmae_ds.config.engine import load_engine_config
+from mrmae_ds.config.optimizers import LarsConfig, lr_at_epoch
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.sections import DataConfig
-from mrmae_ds.config.stages import LarsConfig, ProbeConfig
+from mrmae_ds.config.stages import ProbeConfig
 from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.models.encoders import build_encoder, init_classifier
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
-from mrmae_ds.training.schedule import lr_at_epoch
 from mrmae_ds.training.tasks.linear_probe import LinearClassifier, ProbeTask
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import read_metadata, read_tensors, spec_from_metadata

@@ -1,0 +1,178 @@
+"""Fine-tuning of the encoder in Mask R-CNN on COCO."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mrmae_ds.config.detection import DetectConfig
+from mrmae_ds.config.engine import EngineConfig
+from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.sections import DataConfig
+from mrmae_ds.data.loaders.base import LoaderRequest
+from mrmae_ds.data.loaders.build import default_num_workers
+from mrmae_ds.data.loaders.pillow import check_pillow_memory
+from mrmae_ds.detection.coco import CocoSplit, check_same_categories, open_split
+from mrmae_ds.detection.detector import LOSSES, Detector, build_detector
+from mrmae_ds.detection.flops import detector_flops
+from mrmae_ds.detection.jitter import JitterSettings
+from mrmae_ds.detection.loader import DetectionBatch, DetectionLoader
+from mrmae_ds.errors import UserError
+from mrmae_ds.factory import TeacherBuilder
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.models.encoders import Encoder
+from mrmae_ds.models.pretrain import set_checkpointing
+from mrmae_ds.profiling.flops import count_training
+from mrmae_ds.records.sections import CocoInfo, DetectionInfo, Operations
+from mrmae_ds.teachers import build_teacher
+from mrmae_ds.training.evaluation.base import EvalContext
+from mrmae_ds.training.evaluation.coco import CocoEvaluator
+from mrmae_ds.training.param_groups import ParamGroups, adamw, detection_groups
+from mrmae_ds.training.tasks.base import MicroBatchKey, Task
+from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.paths import find_weights
+
+
+class DetectTask(Task[DetectConfig]):
+    """Detection and instance segmentation.
+
+    Args:
+        model: encoder, pyramid and heads.
+        config: the recipe's stage.
+        data: the recipe's data section, for the input statistics.
+        dtype: dtype of the model's input.
+    """
+
+    stage_name = "detect"
+    weights_kind = "detector"
+    model: Detector
+
+    def __init__(self, model: Detector, config: DetectConfig, data: DataConfig, dtype: torch.dtype) -> None:
+        super().__init__(model, config, data)
+        self.dtype = dtype
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        config: DetectConfig,
+        engine_config: EngineConfig,
+        num_classes: int,
+        run_dir: Path | None,
+        teacher_builder: TeacherBuilder = build_teacher,
+    ) -> DetectTask:
+        """Build the model; see :func:`mrmae_ds.training.tasks.build.build_task`."""
+        key, init = "stages.detect.init", None
+        if run_dir is not None and config.init != "scratch":
+            init = find_weights(run_dir / "pretrain" if config.init == "pretrain" else Path(config.init), key)
+        model = build_detector(recipe.model, config, num_classes)
+        task = cls(model, config, recipe.data, engine_config.model_dtype)
+        task.init = init
+        task.init_report = f"{init}: {load_encoder(task.encoder, init, key)}" if init else "random weights"
+        return task
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder below the pyramid."""
+        return self.model.encoder
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input, pixels."""
+        return self.config.image_size
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes without the background."""
+        return self.model.num_classes
+
+    def param_groups(self) -> ParamGroups:
+        """Return groups by layer and decay."""
+        return detection_groups(self.model, self.config.optimizer, self.config.layer_decay)
+
+    def make_optimizer(self, groups: ParamGroups, fused: bool) -> Optimizer:
+        """Return AdamW."""
+        return adamw(self.config.optimizer.betas)(groups, fused)
+
+    def losses(self, engine: nn.Module, batch: DetectionBatch, key: MicroBatchKey) -> dict[str, Tensor]:
+        """Compute the five losses of a micro-batch, their sum, and statistics of the boxes.
+
+        The boxes that are drawn for the losses depend on an image's place in the global batch, not on the ranks.
+        """
+        torch.manual_seed(key.seed_for("model"))  # drop path
+        first = key.part * key.micro_batch
+        seeds = [key.seed_for(f"boxes {first + i}", per_part=False) for i in range(len(batch.sizes))]
+        losses = engine(self._inputs(batch), batch.sizes, batch.targets, seeds)
+        parts = {name.removeprefix("loss_"): losses[name] for name in LOSSES}
+        return {"loss": losses["loss"], **parts, **{f"boxes/{name}": losses[name] for name in ("positives", "recall")}}
+
+    def detect(self, engine: nn.Module, batch: DetectionBatch) -> list[dict[str, Tensor]]:
+        """Return the detections of each image of an evaluation batch, in pixels of the square input."""
+        return engine(self._inputs(batch), batch.sizes)
+
+    def _inputs(self, batch: DetectionBatch) -> Tensor:
+        return batch.normalized(self.normalize.mean, self.normalize.std).to(self.dtype)
+
+    @staticmethod
+    def open_data(recipe: Recipe) -> tuple[CocoSplit, CocoSplit]:
+        """Open and check both sets."""
+        data = recipe.data.detection
+        assert data is not None  # Recipe checks it
+        train, val = (
+            open_split(
+                files.annotations,
+                files.images,
+                training=training,
+                first=files.first,
+                index_folder=recipe.loader.cache_dir,
+            )
+            for files, training in ((data.train, True), (data.val, False))
+        )
+        check_same_categories(train.index, val.index)
+        if not len(val.annotated_rows()):
+            raise UserError(f"{val.path}: no annotated object to evaluate on; name another file as data.detection.val")
+        return train, val
+
+    def prepare_data(self, recipe: Recipe, request: LoaderRequest) -> None:
+        """Check the memory that the loader's processes share."""
+        check_pillow_memory(request, recipe.loader.num_workers or default_num_workers())
+
+    def train_loader(
+        self, recipe: Recipe, data: CocoSplit, request: LoaderRequest, device: torch.device
+    ) -> DetectionLoader:
+        """Open this rank's share of the training set."""
+        jitter = JitterSettings(self.image_size, self.config.jitter, self.config.flip)
+        workers = recipe.loader.num_workers or default_num_workers()
+        return DetectionLoader(data, request, jitter, workers, device)
+
+    def build_evaluator(self, context: EvalContext) -> CocoEvaluator:
+        """Return the evaluation by COCO's scores."""
+        _, val = self.open_data(context.recipe)
+        config = self.config
+        return CocoEvaluator(context, self.detect, val, self.image_size, config.eval_every_epochs, config.epochs)
+
+    def export_metadata(self, data: CocoSplit) -> dict[str, Any]:
+        """Return the ids of the classes, for results in COCO's format."""
+        return {"category_ids": data.index.category_ids.tolist()}
+
+    def count_operations(self, recipe: Recipe, checkpointing: CheckpointPlan, num_classes: int) -> Operations:
+        """Count the operations of the stage for one image: a training step takes those of three forward passes."""
+        drawn = self.config.detector.boxes_per_image
+        forward = detector_flops(recipe.model, self.config, num_classes)
+        training = detector_flops(recipe.model, self.config, num_classes, drawn, drawn // 4)
+        with torch.device("meta"):
+            encoder = build_detector(recipe.model, self.config, num_classes).encoder
+            images = torch.empty(1, 3, self.image_size, self.image_size)
+        again = count_training(lambda: encoder(images), partial(set_checkpointing, encoder), checkpointing).recomputed
+        return Operations(training=3 * sum(training.values()) + again, recomputed=again, forward=sum(forward.values()))
+
+    def describe_detection(self, train: CocoSplit, val: CocoSplit) -> DetectionInfo:
+        """Return settings and data for the run record."""
+        sets = (CocoInfo(images=s.num_samples, annotations=s.num_annotations, sha256=s.sha256) for s in (train, val))
+        settings = self.config.detector.model_dump(mode="json")
+        return DetectionInfo(image_size=self.image_size, detector=settings, train=next(sets), val=next(sets))
