@@ -74,10 +74,9 @@ class PipelineConfig(Section):
                     raise ConfigError(f"runs.{number}.use", f"no set {name!r}{nearest_key(name, self.sets)}")
             if run.config is None and self.config is None:
                 raise ConfigError(f"runs.{number}.config", "required, here or for the whole pipeline")
-        supported = tuple(number for number in TABLES if number != 2)
         for number in self.tables:
-            if number not in supported:
-                raise ConfigError("tables", f"{number} is none of {', '.join(map(str, supported))}")
+            if number not in TABLES:
+                raise ConfigError("tables", f"{number} is none of {', '.join(map(str, TABLES))}")
         return self
 
     def run_overrides(self, run: PipelineRun) -> tuple[str, ...]:

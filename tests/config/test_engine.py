@@ -52,7 +52,7 @@ def _error(load: Load, **changes: Any) -> str:
     return message
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.json")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_every_engine_config_of_the_project_is_good(path: Path) -> None:
     config = load_engine_config(path)
     validate_sections(config)
@@ -62,6 +62,14 @@ def test_every_engine_config_of_the_project_is_good(path: Path) -> None:
     assert config.zero.stage == (1 if variant == "zero1" else 3)
     assert config.offloads_optimizer == (variant == "offload")
     assert (config.checkpointing != CheckpointPlan()) == (variant == "offload" or path.stem == "tiny")
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "detection").glob("*.json")), ids=lambda path: path.name)
+def test_every_engine_config_of_detectors_is_good(path: Path) -> None:
+    config = load_engine_config(path)
+    validate_sections(config)
+    assert config.declared_accumulation is None and default_recipe(path) == path.with_suffix(".yaml")
+    assert config.for_deepspeed(1)["gradient_clipping"] == (1.0 if path.stem == "demo" else 0.0)
 
 
 def test_every_size_has_its_variants() -> None:

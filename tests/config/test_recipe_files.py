@@ -27,11 +27,14 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "ds_configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 OVERLAYS = [file for file in FILES if "\nextends: " in file.read_text()]
+DETECTION = [file for file in FILES if file.parent.name == "detection"]
+DETECTORS = [file for file in DETECTION if file.stem != "demo"]
 # Tiny is the demo's: not in the paper, and its teacher is a run.
-OF_PAPER = [file for file in FILES if not file.stem.endswith("tiny")]
+OF_PAPER = [file for file in FILES if not file.stem.endswith("tiny") and file not in DETECTION]
 TRAINED = [file for file in OF_PAPER if file.stem != "table4_separate"]
 HEADER_KEYS = ("command", "needs", "paper", "cost", "run by us")
 QUOTED = re.compile(r"(\d+\.\d) % top-1 \(Table (\d)(?:, row (\d))?\)(?: after (\d+) epochs)?")
+QUOTED_AP = re.compile(r"(\d+\.\d) AP box, (\d+\.\d) AP mask \(Table (\d)(?:, row (\d))?\)")
 DASH = "no number (a dash in Table 6)"
 TABLE_4 = {"table4_dino": 1, "table4_clip": 2, "table4_joint": 3, "table4_separate": 4}
 
@@ -351,3 +354,69 @@ def test_cost_line_equals_the_output_of_mrmae_cost(name: str) -> None:
     file = CONFIGS / f"{name}.yaml"
     costs = recipe_cost(loaded(file), engine_config(file).checkpointing)
     assert header(file)["cost"] == [cost_line(costs, IMAGENET_TRAIN_SAMPLES, 200)]
+
+
+@pytest.mark.parametrize("file", DETECTORS, ids=named)
+def test_a_detectors_header_has_the_papers_numbers(file: Path) -> None:
+    entries, recipe = header(file), loaded(file)
+    assert tuple(entries) == HEADER_KEYS and entries["run by us"] == ["no"]
+    assert recipe.name == f"coco_{file.stem}"
+    commands = " ".join(entries["command"])
+    assert f"--recipe {file.relative_to(REPOSITORY)}" in commands
+    assert "--ds_config ds_configs/detection/mr_mae_base.json --stage detect" in commands
+    assert recipe.stages.pretrain is not None and recipe.stages.detect is not None
+    quoted = QUOTED_AP.findall(" ".join(entries["paper"]))
+    assert quoted
+    for box, mask, table, row in quoted:
+        rows = TABLES[int(table)].rows
+        epochs = recipe.stages.pretrain.epochs
+        method = "ViTDet" if recipe.method == "MAE" else recipe.method
+        (printed,) = [rows[int(row) - 1]] if row else [r for r in rows if (r.method, r.epochs) == (method, epochs)]
+        assert (float(box), float(mask)) == (printed.cells["AP box"], printed.cells["AP mask"])
+
+
+def test_every_ap_of_the_tables_has_its_recipe() -> None:
+    """CMAE is not one of this project's methods."""
+    quoted = [q for file in DETECTORS for q in QUOTED_AP.findall(" ".join(header(file)["paper"]))]
+    found = {(int(table), float(box), float(mask)) for box, mask, table, _ in quoted}
+    rows = [(table, row) for table in (2, 3, 5) for row in TABLES[table].rows if row.method != "CMAE"]
+    assert found == {(t, row.cells["AP box"], row.cells["AP mask"]) for t, row in rows if row.cells["AP box"]}
+
+
+@pytest.mark.parametrize("file", DETECTORS, ids=named)
+def test_detectors_have_the_published_settings(file: Path) -> None:
+    recipe = loaded(file)
+    stage, plain = recipe.stages.detect, recipe.model.arch == "vit_base"
+    assert stage is not None
+    ours = file.stem != "mae_vit_base"
+    assert (stage.epochs, stage.batch_size, stage.layer_decay) == ((25, 16, 0.8) if ours else (100, 64, 0.7))
+    assert stage.optimizer.lr == (1e-4 if recipe.method in ("MAE", "MCMAE") else 2e-4)
+    assert stage.detector.global_blocks == ((2, 5, 8, 11) if plain else (1, 4, 7, 10))
+    assert (stage.init, stage.image_size, stage.jitter, stage.drop_path) == ("pretrain", 1024, (0.1, 2.0), 0.1)
+    assert stage.optimizer.groups == "detectron2" and stage.optimizer.weight_decay == 0.1
+    for gpus in (1, 2, 4, 8):
+        accumulation_steps(load_engine_config(CONFIGS / "detection/mr_mae_base.json"), stage.batch_size, gpus, "")
+
+
+@pytest.mark.parametrize("row", [4, 5, 6])
+def test_the_encoders_of_table_3_are_those_of_the_ablations(row: int) -> None:
+    (ablation,) = (CONFIGS / "ablations").glob(f"table3_{row}_*.yaml")
+    assert loaded(CONFIGS / f"detection/table3_{row}.yaml").hash("pretrain") == loaded(ablation).hash("pretrain")
+
+
+@pytest.mark.parametrize("file", DETECTORS, ids=named)
+def test_cost_line_of_a_detector(file: Path) -> None:
+    """GPU-hours follow from the exaFLOP, and those of the stage from its count for one image."""
+    (line,), recipe = header(file)["cost"], loaded(file)
+    match = re.fullmatch(r"([\d.]+) \+ ([\d.]+) exaFLOP \(pretrain \+ detect\), (\d+(?:\.\d)?) GPU-hours at .*", line)
+    assert match and recipe.stages.pretrain is not None and recipe.stages.detect is not None
+    before, after, hours = map(float, match.groups())
+    assert hours == pytest.approx((before + after) * 1e18 / 200e12 / 3600, rel=0.01)
+    per_image = {"cvit_base": 6 * 908e9, "vit_base": 6 * 792e9}[recipe.model.arch]  # three forward passes
+    assert after == pytest.approx(per_image * 117_266 * recipe.stages.detect.epochs / 1e18, rel=0.01)
+
+
+def test_the_readme_lists_every_detector() -> None:
+    text = (CONFIGS / "README.md").read_text()
+    for file in DETECTION:
+        assert f"[{file.stem}]({named(file)})" in text

@@ -84,10 +84,21 @@ def test_ablations_pipeline_has_every_row_of_tables_3_to_5(tmp_path: Path) -> No
     assert separate.recipe.stages.evaluate.members == tuple(f"runs/{key}" for key in separate.dependencies)
 
 
-@pytest.mark.parametrize("name", ["table6", "ablations"])
+def test_detectors_start_from_the_encoders_of_the_other_tables() -> None:
+    jobs = {job.key: job for job in build_jobs(load_pipeline(Path("pipelines/table2.yaml")), seeds=[1])}
+    detectors = [job for job in jobs.values() if job.stage == "detect"]
+    assert len(detectors) == len(list(Path("ds_configs/detection").glob("*.yaml"))) - 1  # without the demo
+    for job in detectors:
+        (source,) = job.dependencies
+        pretrain, wanted = jobs[source].recipe, load_recipe(job.recipe_path)
+        assert job.recipe.stages.detect.init == f"runs/{source}"
+        assert pretrain.hash("pretrain") == wanted.hash("pretrain"), job.key
+
+
+@pytest.mark.parametrize("name", ["table6", "ablations", "table2"])
 def test_nodes_of_eight_gpus_divide_the_batch(name: str) -> None:
     for job in build_jobs(load_pipeline(Path(f"pipelines/{name}.yaml")), seeds=[0]):
-        if job.stage in ("pretrain", "finetune"):
+        if job.stage != "evaluate":
             assert job.nodes is not None
             batch, config = job.recipe.stage(job.stage).batch_size, load_engine_config(job.config)
             assert accumulation_steps(config, batch, 8 * job.nodes, job.key) >= 1
@@ -105,7 +116,7 @@ def test_pipeline_files_state_their_command_and_name(path: Path) -> None:
         ({"nods": 1}, "nods: unknown key; did you mean 'nodes'?"),
         ({"runs": [{"use": ["smal"]}], "sets": {"small": {}}}, "runs.0.use: no set 'smal'; did you mean 'small'?"),
         ({"config": None}, "runs.0.config: required"),
-        ({"tables": [2]}, "tables: 2 is none of 1, 3, 4, 5, 6"),
+        ({"tables": [7]}, "tables: 7 is none of 1, 2, 3, 4, 5, 6"),
         ({"runs": [{}, {}]}, "two runs would write to "),
         ({"runs": [{"set": {"modle": {}}}]}, "ds_configs/tiny.yaml: modle: unknown key; did you mean 'model'?"),
         (
