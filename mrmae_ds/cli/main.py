@@ -5,7 +5,22 @@ from __future__ import annotations
 import shtab
 
 from mrmae_ds import __version__
-from mrmae_ds.cli import check, cost, data, doctor, export, migrate, plan, replay, show, submit, table, teachers, train
+from mrmae_ds.cli import (
+    check,
+    cost,
+    data,
+    detect,
+    doctor,
+    export,
+    migrate,
+    plan,
+    replay,
+    show,
+    submit,
+    table,
+    teachers,
+    train,
+)
 from mrmae_ds.cli.parser import Command, CommandParser, quiet_without_reader, run_command
 
 COMMANDS: dict[str, Command] = {
@@ -17,6 +32,7 @@ COMMANDS: dict[str, Command] = {
     "submit": submit,
     "table": table,
     "teachers": teachers,
+    "detect": detect,
     "show": show,
     "export": export,
     "check": check,

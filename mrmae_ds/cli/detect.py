@@ -1,0 +1,32 @@
+"""``mrmae detect``: objects in images, by a trained detector."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mrmae_ds.cli.parser import CommandParser, require_path
+
+SUMMARY = "detect objects in images with a finished stage detect: boxes, masks and names drawn, and JSON"
+
+
+def add_arguments(parser: CommandParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a finished stage, runs/NAME/detect, or its weights file")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for NAME.png and NAME.json of each image")
+    parser.add_argument("--score", type=float, default=0.5, help="least score that is drawn; default: %(default)s")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the files and print their paths."""
+    for path in (args.run, *args.images):
+        require_path(path)
+    import torch
+
+    from mrmae_ds.detection.predict import detect_images
+
+    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    for figure, count in detect_images(args.run, args.images, args.out, args.score, device):
+        print(f"{figure}: {count} object{'' if count == 1 else 's'}")
