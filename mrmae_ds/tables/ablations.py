@@ -18,7 +18,7 @@ from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
 from mrmae_ds.tables.select_runs import dataset_labels, describe_training, fill_cell, finetuned_runs
 
-OWN_METHODS = ("MAE", "MCMAE", "MR-MAE")
+OWN_METHODS = ("MAE", "ViTDet", "MCMAE", "MR-MAE")
 ACCURACY, PARAMETERS, VISIBLE = "FT", "Params (M)", "Ratio (%)"
 _NO_ROW = "its training configuration matches no row of this table"
 
@@ -43,20 +43,27 @@ def ablation_table(number: int, records: Iterable[Run]) -> Table:
         row, older = _our_row(number, key, groups[key])
         ours[key[0]].append(row)
         excluded += older
-    rows = tuple(_all_rows(printed, ours))
+    rows = tuple(all_rows(printed, ours))
     return Table(number, printed.title, _headings(printed), printed.columns, rows, tuple(excluded))
 
 
-def _all_rows(printed: paper.PaperTable, ours: dict[str, list[Row]]) -> Iterable[Row]:
+def all_rows(printed: paper.PaperTable, ours: dict[str, list[Row]]) -> Iterable[Row]:
+    """Yield the rows of a printed table, each followed by ours of the same name, or by a blank one.
+
+    Args:
+        printed: the paper's table.
+        ours: our rows, by the name of the paper's.
+    """
     for row in printed.rows:
         row_name = _row_name(printed.number, row)
         length = "" if row.epochs is None else f"{row.epochs} ep, "
         cells = {column: Cell(value) for column, value in row.cells.items()}
-        label = f"{row_name}, paper ({length}{paper.IMAGENET})"
-        yield Row(row.method, "paper", label, paper.IMAGENET, row.epochs, cells, row.labels)
+        dataset = paper.COCO if printed.number == 2 else paper.IMAGENET
+        label = f"{row_name}, paper ({length}{dataset})"
+        yield Row(row.method, "paper", label, dataset, row.epochs, cells, row.labels)
         if row_name in ours:
             yield from ours.pop(row_name)
-        elif printed.number != 1 or row.method in OWN_METHODS:
+        elif printed.number not in (1, 2) or row.method in OWN_METHODS:
             yield Row(row.method, "ours", f"{row_name}, ours (not run)", "", None, {})
     for row_name in sorted(ours, key=lambda name: (ours[name][0].epochs or 0.0, name)):
         yield from ours[row_name]
@@ -140,7 +147,8 @@ def _is_mrmae(record: RunRecord) -> bool:
     return _match_table_3(record) == paper.TABLE_3.rows[-1].method
 
 
-def _match_table_1(record: RunRecord) -> str | None:
+def match_method(record: RunRecord) -> str | None:
+    """Return the method of the pre-training behind a single model: MR-MAE, MCMAE or MAE; None for any other."""
     if _is_mrmae(record):
         return "MR-MAE"
     parts = parts_of(_pretraining(record))
@@ -173,7 +181,7 @@ def _match_table_5(record: RunRecord) -> str | None:
 
 
 _MATCHERS: dict[int, Callable[[RunRecord], str | None]] = {
-    1: _match_table_1,
+    1: match_method,
     3: _match_table_3,
     4: _match_table_4,
     5: _match_table_5,

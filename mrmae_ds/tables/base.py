@@ -16,6 +16,8 @@ from typing import Literal
 from mrmae_ds.records.record import RunRecord
 
 Run = tuple[Path, RunRecord]
+# Results of detectors by the paper's columns.
+AP_RESULTS = {"AP box": "box/AP", "AP mask": "mask/AP"}
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,11 @@ def run_path(run: Run) -> str:
 def seeds(record: RunRecord) -> str:
     """Return a run's seed, or those of an ensemble's members ("0+1")."""
     return "+".join(str(tuning.seed) for tuning in record.finetunings if tuning)
+
+
+def measured_value(record: RunRecord, column: str) -> float | None:
+    """Return a record's result in a column of a table, in percent: an AP, or the accuracy."""
+    return record.results.value(AP_RESULTS[column]) if column in AP_RESULTS else record.results.top1
 
 
 def chance_accuracy(record: RunRecord) -> float:

@@ -75,7 +75,7 @@ def _cell(cell: Cell) -> dict[str, object]:
         "n_seeds": len(cell.runs),
         "finetune_epochs": _digits(record.finetune_epochs),
         "eval_samples": record.results.eval_samples,
-        "chance_percent": f"{chance_accuracy(record):g}",
+        "chance_percent": "" if record.detection else f"{chance_accuracy(record):g}",
         **{name: _digits(number) for name, number in costs.numbers().items()},
         "device": costs.device,
         "teachers": " ".join(teacher_sources(record).values()),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.base import Table
-from mrmae_ds.tables.markdown import COST_COLUMNS, COSTS, ERRORS, RUN_COLUMNS, cell_marks, cost_lines, grids, run_lines
+from mrmae_ds.tables.markdown import COST_COLUMNS, COSTS, ERRORS, cell_marks, cost_lines, grids, run_columns, run_lines
 
 _SPECIAL = {
     "\\": r"\textbackslash{}",
@@ -39,7 +39,7 @@ def to_latex(table: Table) -> str:
     ]
     if marks:
         label = f"tab:paper{table.number}"
-        runs = _tabular(list(RUN_COLUMNS), list(run_lines(table, marks)), None)
+        runs = _tabular(run_columns(table), list(run_lines(table, marks)), None)
         costs = _tabular(list(COST_COLUMNS), list(cost_lines(table, marks)), 2)
         reference = f"our numbers in Table~\\ref{{{label}}}"
         parts.append(_float(f"Runs behind {reference}.", f"{label}runs", [runs], [ERRORS], escaped=True))

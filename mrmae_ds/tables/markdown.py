@@ -15,6 +15,7 @@ from mrmae_ds.tables.base import (
     chance_accuracy,
     copies_note,
     format_number,
+    measured_value,
     run_path,
     sampling_error,
     seeds,
@@ -34,6 +35,19 @@ RUN_COLUMNS = (
     "top-1 (%)",
     "sampling error",
     "chance (%)",
+    "eval samples",
+    "training samples",
+    "pre-training epochs",
+    "fine-tuning epochs",
+    "seed",
+    "recipe hash",
+    "teachers",
+)
+DETECTION_RUN_COLUMNS = (
+    "cell",
+    "run folder",
+    "method, size",
+    "AP (%)",
     "eval samples",
     "training samples",
     "pre-training epochs",
@@ -88,7 +102,7 @@ def to_markdown(table: Table) -> str:
     parts = [f"# {table.title}", SOURCES.format(number=table.number)]
     parts += [_layout(grid, numbers_from=1 + len(table.headings)) for grid in grids(table, marks)]
     if marks:
-        parts += ["## Runs behind our numbers", _layout((list(RUN_COLUMNS), list(run_lines(table, marks)))), ERRORS]
+        parts += ["## Runs behind our numbers", _layout((run_columns(table), list(run_lines(table, marks)))), ERRORS]
         parts += ["## Cost of these runs", _layout((list(COST_COLUMNS), list(cost_lines(table, marks))), 2), COSTS]
     else:
         parts.append("No run of ours has finished fine-tuning yet.")
@@ -162,26 +176,36 @@ def _as_printed(column: str, value: float) -> str:
     return f"{value:.0f}" if column in ("Params (M)", "Ratio (%)", "F-Epochs") else f"{value:.1f}"
 
 
+def run_columns(table: Table) -> list[str]:
+    """Return the headings of :func:`run_lines`."""
+    return list(DETECTION_RUN_COLUMNS if table.number == paper.TABLE_2.number else RUN_COLUMNS)
+
+
 def run_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
-    """Yield `RUN_COLUMNS` of every run behind a cell."""
+    """Yield :func:`run_columns` of every run behind a cell."""
+    headings = run_columns(table)
     for row, column, cell in table.measured:
         for run in cell.runs:
             record = run[1]
-            yield [
-                marks[row.label, column],
-                _folder(run),
-                f"{record.pretrain_method}, {record.size}",
-                f"{record.results.top1:.2f}",
-                f"± {sampling_error(record):.2f}",
-                f"{chance_accuracy(record):.4g}",
-                f"{record.results.eval_samples:,}",
-                f"{(record.finetune_data or record.data).samples:,}",
-                _epochs(record.pretrain_epochs),
-                _epochs(record.finetune_epochs),
-                seeds(record),
-                record.recipe_hash[:12],
-                "; ".join(f"{name}: {source}" for name, source in teacher_sources(record).items()) or "none",
-            ]
+            value = f"{measured_value(record, column):.2f}"
+            values = {
+                "cell": marks[row.label, column],
+                "run folder": _folder(run),
+                "method, size": f"{record.pretrain_method}, {record.size}",
+                "top-1 (%)": value,
+                "AP (%)": value,
+                "sampling error": f"± {sampling_error(record):.2f}",
+                "chance (%)": f"{chance_accuracy(record):.4g}",
+                "eval samples": f"{record.results.eval_samples:,}",
+                "training samples": f"{(record.finetune_data or record.data).samples:,}",
+                "pre-training epochs": _epochs(record.pretrain_epochs),
+                "fine-tuning epochs": _epochs(record.finetune_epochs),
+                "seed": seeds(record),
+                "recipe hash": record.recipe_hash[:12],
+                "teachers": "; ".join(f"{name}: {source}" for name, source in teacher_sources(record).items())
+                or "none",
+            }
+            yield [values[heading] for heading in headings]
 
 
 def cost_lines(table: Table, marks: Marks) -> Iterator[list[str]]:

@@ -1,4 +1,4 @@
-"""Plot the paper's Tables 1, 3, 4 and 5: one line per row, accuracy to the right, one panel per dataset."""
+"""Plot the paper's Tables 1 to 5: one line per row, accuracy or box AP to the right, one panel per dataset."""
 
 from __future__ import annotations
 
@@ -21,19 +21,22 @@ from mrmae_ds.tables.plot_panels import (
     wrap,
 )
 
+BOX = "AP box"
+_TITLES = {ACCURACY: "Top-1 accuracy (%)", BOX: "AP of boxes (%)"}
 _INCHES_PER_ROW = 0.3
 _WIDTH = 5.6
 _LABEL_CHARACTERS = 58
 
 
 def plot_ablations(table: Table, path: Path) -> None:
-    """Draw the accuracies of `table` to a PNG."""
+    """Draw the accuracies, or box APs, of `table` to a PNG."""
+    column = BOX if BOX in table.columns and ACCURACY not in table.columns else ACCURACY
     panels = [
         Panel(
             table.number,
             dataset,
-            tuple(row for row in table.rows if row.dataset == dataset and not math.isnan(row.value(ACCURACY))),
-            (ACCURACY,),
+            tuple(row for row in table.rows if row.dataset == dataset and not math.isnan(row.value(column))),
+            (column,),
             _WIDTH,
         )
         for dataset in datasets(table)
@@ -48,11 +51,12 @@ def plot_ablations(table: Table, path: Path) -> None:
 
 
 def _draw(axes: Axes, panel: Panel) -> None:
-    numbers = [row.value(ACCURACY) for row in panel.rows]
+    (column,) = panel.columns
+    numbers = [row.value(column) for row in panel.rows]
     for position, (row, number) in enumerate(zip(panel.rows, numbers, strict=True)):
         ours = row.source == "ours"
         color = OUR_COLORS[0] if ours else PAPER_GRAYS[1]
-        spread = row.cells[ACCURACY].spread or 0.0
+        spread = row.cells[column].spread or 0.0
         axes.errorbar(
             [number],
             [position],
@@ -73,7 +77,7 @@ def _draw(axes: Axes, panel: Panel) -> None:
     style.tidy(axes)
     axes.grid(axis="x", color=style.GRID, linewidth=0.8)
     axes.tick_params(axis="y", labelsize=8)
-    axes.set_xlabel("Top-1 accuracy (%)", fontsize=9)
+    axes.set_xlabel(_TITLES[column], fontsize=9)
     axes.set_title("\n".join(wrap(line, _WIDTH + 1) for line in panel_title(panel)), fontsize=9.5, color=style.INK)
 
 

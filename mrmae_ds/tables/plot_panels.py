@@ -79,7 +79,9 @@ def panel_title(panel: Panel) -> tuple[str, str]:
     if not panel.ours:
         return f"{panel.dataset}: {printed}", "no numbers of ours"
     record = next(iter(panel.ours[0].measured.values())).runs[0][1]
-    subtitle = f"{record.results.eval_samples:,} evaluation samples, chance {chance_accuracy(record):.3g}{_NBSP}%"
+    subtitle = f"{record.results.eval_samples:,} evaluation samples"
+    if record.detection is None:
+        subtitle += f", chance {chance_accuracy(record):.3g}{_NBSP}%"
     if any(cell.spread is not None for row in panel.ours for cell in row.cells.values()):
         subtitle += f"; bars: ±{_NBSP}1 standard deviation over seeds"
     source = "our runs" if len(panel.ours) == len(panel.rows) else f"{printed} and our runs"

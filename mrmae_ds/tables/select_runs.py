@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import FROM_SCRATCH
-from mrmae_ds.tables.base import Cell, Run, chance_accuracy, run_path
+from mrmae_ds.tables.base import Cell, Run, chance_accuracy, measured_value, run_path
 from mrmae_ds.tables.paper import IMAGENET
 
 
@@ -94,8 +94,12 @@ def _describe_pretraining(record: RunRecord, dataset: str) -> str:
     return f"{epochs:.4g} ep on {elsewhere}, then {dataset}" if elsewhere else f"{epochs:.4g} ep, {dataset}"
 
 
-def fill_cell(runs: Sequence[Run]) -> tuple[Cell, list[str]]:
+def fill_cell(runs: Sequence[Run], column: str = "") -> tuple[Cell, list[str]]:
     """Average the newest of `runs` with its repetitions, one per seed.
+
+    Args:
+        runs: finished ones with a result.
+        column: of an AP; "" is one of accuracies.
 
     Returns:
         The cell; and the other runs, each with the reason.
@@ -108,7 +112,7 @@ def fill_cell(runs: Sequence[Run]) -> tuple[Cell, list[str]]:
     alike = [run for run in runs if _configuration(run[1]) == _configuration(newest)]
     by_seed = {_repetition(run[1]): run for run in sorted(alike, key=end)}
     chosen = [by_seed[seed] for seed in sorted(by_seed)]
-    values = [record.results.top1 for _, record in chosen if record.results.top1 is not None]
+    values = [value for _, record in chosen if (value := measured_value(record, column)) is not None]
     spread = statistics.stdev(values) if len(values) > 1 else None
     excluded = [f"{run_path(run)}: a newer run fills the cell" for run in runs if run not in chosen]
     return Cell(statistics.fmean(values), spread, tuple(chosen)), excluded
