@@ -22,6 +22,8 @@ def detector_flops(
     """Count the forward pass of one image, two FLOPs per multiply-add; detection papers print multiply-adds.
 
     Modules run on the meta device, on as many boxes as they would get: boxes cannot be selected without values.
+    Convolutions, linear layers and attention count. Detectron2's tools also count five operations for each value of a
+    LayerNorm: for Base at 1024 pixels 0.9 G multiply-adds of 956 (CViT), 0.4 of 840 (ViT).
 
     Args:
         model: the recipe's encoder.
@@ -33,11 +35,8 @@ def detector_flops(
     with torch.device("meta"):
         detector = build_detector(model, stage, num_classes).eval()
         images = torch.empty(1, 3, stage.image_size, stage.image_size)
-        pooled = (
-            torch.empty(count, stage.detector.channels, cells, cells)
-            for count, cells in ((boxes, BOX_CELLS), (masks, MASK_CELLS))
-        )
-        boxes_in, masks_in = pooled
+        boxes_in = torch.empty(boxes, stage.detector.channels, BOX_CELLS, BOX_CELLS)
+        masks_in = torch.empty(masks, stage.detector.channels, MASK_CELLS, MASK_CELLS)
     heads = detector.roi_heads
     _, encoder = _counted(lambda: detector.backbone.net(images))
     levels, backbone = _counted(lambda: detector.backbone(images))

@@ -18,7 +18,7 @@ from torch import Generator, Tensor, nn
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, roi_align
 
 from mrmae_ds.config.detection import DetectorConfig
 from mrmae_ds.detection.boxes import RoIPool, Size, float32_island, sample_labels
@@ -167,15 +167,35 @@ class RegionHeads(RoIHeads):
         }
 
     def _detect(self, levels: Sequence[Tensor], proposals: list[Tensor], sizes: list[Size]) -> list[dict[str, Tensor]]:
-        """Detect by torchvision's selection, which also leaves out boxes with a side below 0.01 pixels."""
+        """Detect the objects of images: select boxes of classes, and segment them."""
         logits, deltas = self._boxes(levels, proposals)
         with float32_island(levels[0]):
-            found = self.postprocess_detections(logits, deltas.flatten(1), proposals, sizes)
-        boxes, scores, labels = found
+            refined = self.box_coder.decode(deltas.flatten(1), proposals).reshape(deltas.shape)
+            counts = [len(of_image) for of_image in proposals]
+            images = zip(refined.split(counts), logits.softmax(dim=1).split(counts), sizes, strict=True)
+            boxes, scores, labels = zip(*(self._select(*image) for image in images), strict=True)
         chosen = torch.cat(labels)
         masks = self._masks(levels, boxes)[torch.arange(len(chosen), device=chosen.device), chosen, None].sigmoid()
-        images = zip(boxes, labels, scores, masks.split([len(b) for b in boxes]), strict=True)
-        return [dict(zip(("boxes", "labels", "scores", "masks"), image, strict=True)) for image in images]
+        found = zip(boxes, labels, scores, masks.split([len(b) for b in boxes]), strict=True)
+        return [dict(zip(("boxes", "labels", "scores", "masks"), image, strict=True)) for image in found]
+
+    def _select(self, boxes: Tensor, scores: Tensor, size: Size) -> tuple[Tensor, Tensor, Tensor]:
+        """Select the detections of an image: a proposal may be one of several classes.
+
+        Args:
+            boxes: refined for each class, [r, 1 + K, 4].
+            scores: probabilities [r, 1 + K].
+            size: height and width of the image.
+
+        Returns:
+            Boxes [n, 4], scores [n] and labels [n], best first; n is at most 100.
+        """
+        finite = boxes[:, 1:].flatten(1).isfinite().all(dim=1) & scores.isfinite().all(dim=1)
+        rows, labels = torch.where(finite[:, None] & (scores[:, 1:] > self.score_thresh))
+        labels = labels + 1
+        scores, boxes = scores[rows, labels], clip_boxes_to_image(boxes[rows, labels], size)
+        kept = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+        return boxes[kept], scores[kept], labels[kept]
 
 
 def mask_loss(logits: Tensor, drawn: Sequence[DrawnBoxes], targets: Sequence[dict[str, Tensor]]) -> Tensor:

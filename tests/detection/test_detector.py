@@ -155,6 +155,18 @@ def test_predictions_that_are_not_finite_make_the_loss_so() -> None:
     assert len(detector.eval()(images, sizes)) == 2
 
 
+def test_detections_are_selected_by_score_and_class_and_clipped() -> None:
+    boxes = torch.tensor([[0.0, 0, 60, 60], [1, 0, 60, 60], [30, 30, 200, 200], [0, 0, 9, math.inf], [5, 5, 5.005, 50]])
+    boxes = boxes[:, None].repeat(1, 3, 1)  # of the background and two classes
+    scores = torch.tensor([[0.1, 0.9, 0], [0.1, 0.8, 0.1], [0.3, 0, 0.7], [0, 0, 1], [0.4, 0.6, 0.04]])
+    found = small_detector().roi_heads._select(boxes, scores, (128, 100))
+    # The second row is suppressed for the first class alone; a thin box remains, as in Detectron2.
+    assert found[1].tolist() == pytest.approx([0.9, 0.7, 0.6, 0.1])
+    assert found[2].tolist() == [1, 2, 1, 2]
+    expected = torch.tensor([[0.0, 0, 60, 60], [30, 30, 100, 128], [5, 5, 5.005, 50], [1, 0, 60, 60]])
+    assert torch.equal(found[0], expected)
+
+
 def test_detections_and_proposals_lie_in_the_image(detector: Detector, reference: dict[str, Tensor]) -> None:
     images, sizes, _ = reference_batch(reference)
     detector.eval()

@@ -10,7 +10,7 @@ import torch
 from tests.support.detector_worker import CASES, train_alone
 from tests.support.processes import finish, rank_processes
 
-pytestmark = [pytest.mark.timeout(300), pytest.mark.multi_process]
+pytestmark = [pytest.mark.timeout(300), pytest.mark.multi_process, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

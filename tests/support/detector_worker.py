@@ -40,11 +40,12 @@ def train_alone(case: str) -> tuple[list[float], dict[str, Tensor]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, weight_decay=DECAY)
     losses = []
     for step in range(STEPS):
-        loss = torch.stack([loss_of(model, case, step, rank) for rank in range(2)]).mean()
         optimizer.zero_grad()
-        loss.backward()
+        halves = [loss_of(model, case, step, rank) / 2 for rank in range(2)]
+        for half in halves:
+            half.backward()  # each by itself, because a sum over both images rounds otherwise
         optimizer.step()
-        losses.append(loss.item())
+        losses.append(sum(half.item() for half in halves))
     return losses, model.state_dict()
 
 

@@ -193,6 +193,14 @@ GUARDS = {
         "        if False:\n",
         (TRAPS, "-k", "without_gradient"),
     ),
+    "the mask head on no boxes": Guard(
+        "detection/roi_heads.py",
+        "        masks = self._masks(levels, [image.boxes[: len(image.objects)] for image in drawn])\n",
+        "        masks = logits.new_zeros(0, logits.shape[1], 28, 28)\n"
+        "        if any(len(image.objects) for image in drawn):\n"
+        "            masks = self._masks(levels, [image.boxes[: len(image.objects)] for image in drawn])\n",
+        ("tests/detection/test_zero.py",),
+    ),
     "decay by the unsharded shape": Guard(
         "training/param_groups.py",
         'getattr(parameter, "ds_shape", parameter.shape)',
