@@ -157,7 +157,7 @@ def test_selects_tables_of_paper_by_number(tmp_path: Path, capsys: pytest.Captur
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {f"table{n}{end}" for n in (3, 5) for end in (".md", ".csv", ".tex", ".png", "_cost.png")}
     with pytest.raises(SystemExit):
-        main(["table", "--paper", "2", str(tmp_path / "runs")])
+        main(["table", "--paper", "7", str(tmp_path / "runs")])
 
 
 def test_writes_table_to_first_folder_by_default(tmp_path: Path) -> None:
