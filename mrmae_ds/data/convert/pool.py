@@ -26,10 +26,6 @@ _POLL_S = 0.5
 _fork = multiprocessing.get_context("fork")
 
 
-class WorkerError(UserError):
-    """A worker died or did not answer in time; the results before it are good."""
-
-
 class _Worker(Generic[T]):
     """A process and the items sent to it."""
 
@@ -93,7 +89,7 @@ def map_in_order(
         The results.
 
     Raises:
-        WorkerError: naming the item at which a process died or exceeded the limit.
+        UserError: naming the item at which a process died or exceeded the limit.
     """
     pool: list[_Worker[T]] = []
     try:
@@ -125,7 +121,7 @@ def _send_items(pool: Sequence[_Worker[T]], num_sent: int, limit: int, name: Cal
 
 
 def _collect(pool: Sequence[_Worker[T]], results: dict[int, T], timeout_s: float, name: Callable[[int], str]) -> None:
-    """Wait for results and store them; raises WorkerError as ``map_in_order`` does."""
+    """Wait for results and store them; raises UserError as ``map_in_order`` does."""
     busy = {worker.connection: worker for worker in pool if worker.items}
     for connection in wait(list(busy), timeout=min(_POLL_S, timeout_s)):
         worker = busy[connection]  # type: ignore[index]  # of the connections that were passed
@@ -136,15 +132,15 @@ def _collect(pool: Sequence[_Worker[T]], results: dict[int, T], timeout_s: float
         results[item] = result
     for worker in busy.values():
         if worker.items and time.monotonic() - worker.since > timeout_s:
-            raise WorkerError(
+            raise UserError(
                 f"{name(worker.items[0])}: not read within {timeout_s:g} s (--timeout): "
                 "check that its disk responds, or remove the image"
             )
 
 
-def _died(worker: _Worker[T], name: Callable[[int], str]) -> WorkerError:
+def _died(worker: _Worker[T], name: Callable[[int], str]) -> UserError:
     """Return the error for a worker that has ended."""
     worker.process.join(timeout=5)
     code = worker.process.exitcode
     killed = "; if memory ran out, use fewer --workers" if code == -signal.SIGKILL else ""
-    return WorkerError(f"{name(worker.items[0])}: the process that read it ended with exit status {code}{killed}")
+    return UserError(f"{name(worker.items[0])}: the process that read it ended with exit status {code}{killed}")

@@ -27,7 +27,7 @@ from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, 
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.journal import Journal, SampleBatch
 from mrmae_ds.data.convert.options import WriteOptions
-from mrmae_ds.data.convert.pool import WorkerError, map_in_order
+from mrmae_ds.data.convert.pool import map_in_order
 from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, flush_folder, write_text
@@ -124,13 +124,8 @@ def write_beton(
     journal = Journal(path, identity, getattr(dataset, "stamp", None))
     with _disk_errors(path, journal), journal:
         if journal.sidecar is None:
-            try:
-                tally = _write_images(dataset, path, journal, options, class_names)
-                _check_classes(dataset, path, tally, class_names)
-            except UserError as error:
-                if not isinstance(error, WorkerError):  # of the images, which have to change
-                    journal.remove()
-                raise
+            tally = _write_images(dataset, path, journal, options, class_names)
+            _check_classes(dataset, path, tally, class_names)
             journal.finish({**_describe(journal.partial, tally, options, class_names), **about})
         _publish(path, journal)
         _record_copies(path, dataset, train)

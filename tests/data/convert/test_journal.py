@@ -228,11 +228,16 @@ def test_a_full_disk_keeps_its_part(
     assert _content(out) == _content(tmp_path / "unbroken")
 
 
-def test_too_many_unreadable_images_leave_no_part(source: Path, tmp_path: Path) -> None:
-    """The images have to change, so that nothing could be continued."""
+def test_a_higher_limit_of_unreadable_images_continues(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         _convert(source, tmp_path / "out", max_bad=0)
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.beton.skipped.csv"]
+    caplog.set_level("INFO")
+    _convert(source, tmp_path / "out")
+    assert "train.beton: continuing after 6 samples" in caplog.text
+    _convert(source, tmp_path / "unbroken")
+    assert _content(tmp_path / "out") == _content(tmp_path / "unbroken")
 
 
 def test_one_conversion_at_a_time(source: Path, tmp_path: Path) -> None:
