@@ -19,6 +19,7 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.param_groups import adamw
+from mrmae_ds.training.replay import replay
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.build import build_task, task_class
 from mrmae_ds.training.tasks.detect import DetectTask
@@ -29,9 +30,12 @@ from tests.support.ranks import run_in_group
 from tests.support.reference import perturb
 from tests.support.small_detections import RECIPE, launch, overrides, write_detection_data, write_engine
 from tests.support.small_runs import assert_same, curve
+from tests.training.parity.cases import ZERO
 
 PARTS = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
 CPU = torch.device("cpu")
+RECOMPUTED = {"conv_stages": "all", "transformer": "all", "decoder": "none"}
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 
 @pytest.fixture
@@ -215,6 +219,38 @@ def test_a_run_resumes_in_mid_epoch_bit_by_bit(runs: Path) -> None:
     assert resumed.wait(120) == [0, 0], resumed.text()
     assert "resuming after step 3" in resumed.text()
     assert_same(runs / "resumed" / "detect", runs / "two" / "detect")
+
+
+ENGINES: dict[str, tuple[int, dict[str, Any], float]] = {
+    "unpartitioned": (0, {}, 1e-6),
+    "recomputed": (3, {"activation_checkpointing": RECOMPUTED}, 1e-6),
+    "offloaded": (3, {"zero_optimization": ZERO[3] | OFFLOAD}, 1e-6),
+    "autocast": (3, {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, 0.05),
+    "bf16": (1, {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}, 0.05),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_compute_the_same(name: str, runs: Path) -> None:
+    zero, changes, tolerance = ENGINES[name]
+    ended = launch(runs, name, 1, write_engine(runs / f"{name}.json", zero, **changes))
+    assert ended.wait(120) == [0], ended.text()
+    for ours, theirs in zip(curve(runs / name / "detect"), curve(runs / "one" / "detect"), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=tolerance)
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_a_skipped_step_is_captured_and_repeated(runs: Path) -> None:
+    ended = launch(runs, "skipped", 2, runs / "two.json", fault="nan_loss:step=3")
+    assert ended.wait(120) == [0, 0] and "step 4 skipped: a loss was not finite" in ended.text(), ended.text()
+    (folder,) = (runs / "skipped" / "detect" / "captures").iterdir()
+    capture, parts = replay(folder, CPU)
+    assert capture.stage == "detect" and [part.rank for part in parts] == [0, 1]
+    assert parts[1].replayed == pytest.approx(parts[1].captured, rel=1e-6)  # the fault was rank 0's
+    assert all(part.finite for part in parts)
 
 
 def _without_guard(rank: int, world_size: int, folder: Path) -> None:
