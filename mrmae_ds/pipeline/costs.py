@@ -11,6 +11,7 @@ from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.profiling.flops import COUNTED_STAGES, recipe_cost
+from mrmae_ds.tables.detection import COCO_2017
 from mrmae_ds.units import PETA, SECONDS_PER_HOUR, TERA, significant
 
 _COLUMNS = ("job", "state", "waits for", "nodes", "PFLOP", "GPU-hours")
@@ -20,9 +21,13 @@ _RIGHT_ALIGNED = {"nodes", "PFLOP", "GPU-hours"}
 def stage_flops(job: PipelineJob) -> float | None:
     """Count the FLOPs of a job's whole stage, without evaluation, on its data set or, if that is missing, ImageNet-1K.
 
+    Detectors are counted on COCO.
+
     Returns:
         None for stages that are not counted, and for those whose teacher is a run that does not exist yet.
     """
+    if job.stage == "detect":
+        return _detection_flops(job)
     if job.stage not in COUNTED_STAGES:
         return None
     images, classes = training_set(job) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
@@ -32,6 +37,14 @@ def stage_flops(job: PipelineJob) -> float | None:
     except UserError:
         return None
     return float(cost.total(images))
+
+
+def _detection_flops(job: PipelineJob) -> float | None:
+    from mrmae_ds.training.tasks.detect import detector_operations  # needs pycocotools, an extra
+
+    checkpointing = load_engine_config(job.config).checkpointing
+    counted = detector_operations(job.recipe, COCO_2017["classes"], checkpointing)
+    return float(counted.training * COCO_2017["train images"] * job.recipe.stage("detect").epochs)
 
 
 def training_set(job: PipelineJob) -> tuple[int, int] | None:
@@ -79,7 +92,9 @@ def describe_pipeline(jobs: Sequence[PipelineJob], statuses: Mapping[str, JobSta
         f"{missing} of {len(jobs)} jobs to run, {significant(total)} GPU-hours at an assumed {tflops:g} TFLOP/s per "
         "GPU; evaluation is not counted, and steps completed by interrupted jobs are not subtracted",
     ]
-    absent = dict.fromkeys(str(job.recipe.data.train) for job in jobs if training_set(job) is None)
+    absent = dict.fromkeys(
+        str(job.recipe.data.train) for job in jobs if job.stage != "detect" and training_set(job) is None
+    )
     lines += [f"{path}: no such file; counted on ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} images" for path in absent]
     if uncounted:
         lines.append(f"not counted either: {uncounted} jobs whose teacher is a run that does not exist yet")

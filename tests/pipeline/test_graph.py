@@ -12,6 +12,7 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import FinetuneConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import load_pipeline, to_overrides
+from mrmae_ds.pipeline.costs import stage_flops
 from mrmae_ds.pipeline.graph import _sources, build_jobs
 from tests.support.pipelines import KEYS, make_jobs, write_pipeline
 from tests.support.processes import REPOSITORY
@@ -93,6 +94,11 @@ def test_detectors_start_from_the_encoders_of_the_other_tables() -> None:
         pretrain, wanted = jobs[source].recipe, load_recipe(job.recipe_path)
         assert job.recipe.stages.detect.init == f"runs/{source}"
         assert pretrain.hash("pretrain") == wanted.hash("pretrain"), job.key
+
+
+def test_a_detectors_compute_is_that_of_its_header() -> None:
+    jobs = {job.key: job for job in build_jobs(load_pipeline(Path("pipelines/table2.yaml")))}
+    assert stage_flops(jobs["coco_mr_mae_base/detect"]) == pytest.approx(15.9e18, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["table6", "ablations", "table2"])

@@ -161,18 +161,31 @@ class DetectTask(Task[DetectConfig]):
         return {"category_ids": data.index.category_ids.tolist()}
 
     def count_operations(self, recipe: Recipe, checkpointing: CheckpointPlan, num_classes: int) -> Operations:
-        """Count the operations of the stage for one image: a training step takes those of three forward passes."""
-        drawn = self.config.detector.boxes_per_image
-        forward = detector_flops(recipe.model, self.config, num_classes)
-        training = detector_flops(recipe.model, self.config, num_classes, drawn, drawn // 4)
-        with torch.device("meta"):
-            encoder = build_detector(recipe.model, self.config, num_classes).encoder
-            images = torch.empty(1, 3, self.image_size, self.image_size)
-        again = count_training(lambda: encoder(images), partial(set_checkpointing, encoder), checkpointing).recomputed
-        return Operations(training=3 * sum(training.values()) + again, recomputed=again, forward=sum(forward.values()))
+        """Count the operations of the stage for one image."""
+        return detector_operations(recipe, num_classes, checkpointing)
 
     def describe_detection(self, train: CocoSplit, val: CocoSplit) -> DetectionInfo:
         """Return settings and data for the run record."""
         sets = (CocoInfo(images=s.num_samples, annotations=s.num_annotations, sha256=s.sha256) for s in (train, val))
         settings = self.config.detector.model_dump(mode="json")
         return DetectionInfo(image_size=self.image_size, detector=settings, train=next(sets), val=next(sets))
+
+
+def detector_operations(recipe: Recipe, num_classes: int, checkpointing: CheckpointPlan) -> Operations:
+    """Count the operations of a recipe's detector for one image; training takes those of three forward passes.
+
+    Args:
+        recipe: with the stage.
+        num_classes: without the background.
+        checkpointing: activation checkpointing of the encoder, which repeats operations.
+    """
+    stage = recipe.stages.detect
+    assert stage is not None
+    drawn = stage.detector.boxes_per_image
+    forward = detector_flops(recipe.model, stage, num_classes)
+    training = detector_flops(recipe.model, stage, num_classes, drawn, drawn // 4)
+    with torch.device("meta"):
+        encoder = build_detector(recipe.model, stage, num_classes).encoder
+        images = torch.empty(1, 3, stage.image_size, stage.image_size)
+    again = count_training(lambda: encoder(images), partial(set_checkpointing, encoder), checkpointing).recomputed
+    return Operations(training=3 * sum(training.values()) + again, recomputed=again, forward=sum(forward.values()))
