@@ -132,8 +132,6 @@ def test_resumes_in_mid_epoch(copy: Path, runs: SmallRuns, undisturbed: Path) ->
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT, signal.SIGHUP])
 def test_the_other_signals_save_and_stop_all(number: int, runs: SmallRuns, undisturbed: Path) -> None:
     name = f"signal {number}"
-    if signal.getsignal(number) is signal.SIG_IGN:  # under nohup, and so in the ranks
-        signal.signal(number, signal.SIG_DFL)
     ranks = runs.launch(name, fault=f"signal:rank=0,step=4,micro=1,number={number}")
     assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
     assert step_of(_newest(runs.folder / name)) == 5

@@ -116,7 +116,7 @@ def _rank(argv: list[str], values: dict[str, str], log: Path, fault: str) -> Non
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):  # as a shell leaves them
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):  # as a shell leaves them, even if nohup started the tests
         signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
     os.environ.update(values)
     from mrmae_ds.cli import train
