@@ -123,9 +123,12 @@ def usage(identity: WeightIdentity, path: Path) -> str:
 
 
 def _heads(identity: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> str:
-    """Return advice on the number of heads, which only this project's files contain."""
+    """Return the override of the number of heads or advice on it, which only this project's files contain."""
     if "num_heads" in identity.sizes:
         return ""
+    known = identity.origin.num_heads
+    if known and ("dims" in changes or "dim" in changes or known != ARCHITECTURES[arch].num_heads):
+        return f" model.overrides.num_heads={known}"
     if "dims" in changes or "dim" in changes:
         return " model.overrides.num_heads=N (N: number of heads, which the file does not contain)"
     return f", if it has {ARCHITECTURES[arch].num_heads} heads (the file does not contain their number)"

@@ -306,18 +306,23 @@ def _state_of(content: Any, choice: str, where: str) -> tuple[dict[str, Tensor],
     if _is_state(content):
         return dict(content), options, ""
     states = {str(name): value for name, value in content.items() if _is_state(value)}
-    known = [name for name in states if name in STATE_KEYS]
+    # Sets without a layer's weight are buffers, as of a loss.
+    networks = [name for name, state in states.items() if any(n.endswith("weight") for n in state)] or list(states)
+    known = [name for name in networks if name in STATE_KEYS]
     chosen = choice if choice in states else choice.partition(".")[0] if choice.partition(".")[0] in states else ""
-    # Another state of the same names is another copy, as of a moving average; of other names, a loss's buffers.
+    # Another state of the same names is another copy, as of a moving average; of other names, another part.
     names = unwrap(states[known[0]]).keys() if known else set()
-    copies = [name for name, state in states.items() if unwrap(state).keys() & names]
-    if chosen or len(known) == len(copies) == 1:
+    copies = [name for name in networks if unwrap(states[name]).keys() & names]
+    if chosen in networks or (not chosen and len(known) == len(copies) == 1):
         chosen = chosen or known[0]
         return dict(states[chosen]), options, chosen
     if states:
-        what = f"{len(states)} sets of weights" if known else f"weights under unknown keys ({len(states)})"
+        what = f"{len(networks)} sets of weights" if known else f"weights under unknown keys ({len(networks)})"
+        path = where.split(": ")[-1]
+        refused = f"{chosen} holds no layers, only {first_few(list(states[chosen]), 3)}; " if chosen else ""
         raise UserError(
-            f"{where}: contains {what}: {', '.join(states)}; choose one: {where.split(': ')[-1]}#{next(iter(states))}"
+            f"{where}: {refused}contains {what}: {', '.join(networks)}; choose one: "
+            f"{' or '.join(f'{path}#{name}' for name in networks)}"
         )
     shown = json.dumps([str(name) for name in list(content)[:8]])
     raise UserError(

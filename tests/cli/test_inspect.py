@@ -238,3 +238,21 @@ def test_rejects_pickled_module(tmp_path: Path) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"x.pt: a pickle that calls torch.nn.modules.linear.Linear"):
         describe(tmp_path / "x.pt")
+
+
+def test_advice_names_known_number_of_heads(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(build_encoder(CViTSpec(dims=(8, 12, 24), depths=(1, 1, 2), num_heads=6), 112).state_dict(), path)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 6}')
+    assert rows_of(describe(path))["use it"].endswith(" model.overrides.num_heads=6")
+
+
+def test_offers_only_sets_of_weights_with_layers(tmp_path: Path) -> None:
+    path, state = tmp_path / "x.pth", tiny_vit().state_dict()
+    torch.save({"student": state, "teacher": state, "dino_loss": {"center": torch.zeros(1, 4)}}, path)
+    offer = rf"contains 2 sets of weights: student, teacher; choose one: {path}#student or {path}#teacher$"
+    with pytest.raises(UserError, match=offer):
+        describe(path)
+    with pytest.raises(UserError, match=rf"dino_loss holds no layers, only center; {offer}"):
+        describe(Path(f"{path}#dino_loss"))
+    assert rows_of(describe(Path(f"{path}#teacher")))["taken"] == "weights under teacher"

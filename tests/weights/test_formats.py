@@ -243,7 +243,7 @@ def test_one_of_two_sets_is_chosen_by_key(chosen: str, tmp_path: Path) -> None:
     file = read_tensor_file(Path(f"{tmp_path}/x.pt#{chosen}"))
     assert torch.equal(file.tensors["b"], other["b"])
     assert (file.path, file.state_key, file.choice) == (tmp_path / "x.pt", chosen, "")
-    with pytest.raises(UserError, match=r"contains 3 sets of weights: student, teacher, dino_loss; choose one"):
+    with pytest.raises(UserError, match=r"contains 2 sets of weights: student, teacher; choose one"):
         read_tensor_file(Path(f"{tmp_path}/x.pt#ema"))
 
 
