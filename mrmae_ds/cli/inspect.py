@@ -55,11 +55,13 @@ def describe(path: Path) -> str:
         blocks = [_block(str(path), _record_rows(path))] if (path / RECORD_FILE).is_file() else []
         blocks += _checkpoint_blocks(list_checkpoints(path))
         files = [file for file in (path / MODEL_FILE, *path.glob(f"*{INDEX_SUFFIX}")) if file.is_file()]
+        others = [] if blocks or files else list(path.glob("*.safetensors"))  # as open_clip names its file
+        files += others if len(others) == 1 else []
         blocks += [_block(str(file), describe_file(file)) for file in files]
     if not blocks:
         raise UserError(
             f"{path}: neither a stage folder (runs/NAME/STAGE) nor a checkpoint in one (checkpoints/step_N with a "
-            f"{MANIFEST}); a checkpoint without {MANIFEST} is incomplete"
+            f"{MANIFEST}); a checkpoint without {MANIFEST} is incomplete; if it holds other weights, name a file in it"
         )
     return "\n\n".join(blocks)
 

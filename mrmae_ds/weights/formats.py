@@ -82,7 +82,8 @@ class TensorFile:
         code: source text of a TorchScript archive; empty for others.
         state_key: key of the weights in a checkpoint; "" if they are its whole content.
         choice: part of the tensor names that the user chose; "" for none.
-        prefix: prefix of the tensor names in the file, which was removed.
+        wrapper: prefix of wrappers before every name in the file, which was removed first.
+        prefix: prefix of the encoder's names, which was removed then.
         left: names of tensors outside that prefix.
         layout: other project whose names were converted to timm's or open_clip's; "" for none.
     """
@@ -95,6 +96,7 @@ class TensorFile:
     code: str = ""
     state_key: str = ""
     choice: str = ""
+    wrapper: str = ""
     prefix: str = ""
     left: tuple[str, ...] = ()
     layout: str = ""
@@ -129,7 +131,7 @@ def read_tensor_file(source: Path, key: str = "") -> TensorFile:
         return replace(content, choice=choice)
     state, args, state_key = _state_of(content, choice, where)
     rest = choice.removeprefix(state_key).removeprefix(".") if state_key else choice
-    return TensorFile(path, "pickle", unwrap(state), args=args, state_key=state_key, choice=rest)
+    return _without_wrapper(TensorFile(path, "pickle", state, args=args, state_key=state_key, choice=rest))
 
 
 def _read(path: Path) -> Any:
@@ -142,7 +144,7 @@ def _read(path: Path) -> Any:
             if index.is_file():
                 raise UserError(f"{path}: one shard of several; name their index, {index}")
         tensors, metadata = read_safetensors(path)
-        return TensorFile(path, "safetensors", unwrap(tensors), metadata=metadata)
+        return _without_wrapper(TensorFile(path, "safetensors", tensors, metadata=metadata))
     if code := _torchscript_code(path):
         if "__setstate__" in code:
             raise ValueError("a TorchScript archive whose __setstate__ would run when it is loaded")
@@ -181,7 +183,7 @@ def _read_shards(index: Path) -> TensorFile:
                 f"{path}: does not hold the tensors that {index.name} names, first {wrong[0]}; copy both again"
             )
         tensors |= found
-    return TensorFile(index, "safetensors", unwrap(tensors))
+    return _without_wrapper(TensorFile(index, "safetensors", tensors))
 
 
 def verify_checksums(path: Path) -> None:
@@ -206,6 +208,12 @@ def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     while names and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in names)), "")):
         names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
     return names
+
+
+def _without_wrapper(file: TensorFile) -> TensorFile:
+    tensors = unwrap(file.tensors)
+    wrapper = next(iter(file.tensors), "").removesuffix(next(iter(tensors), ""))
+    return replace(file, tensors=tensors, wrapper=wrapper)
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -208,7 +208,7 @@ def _convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tens
 def describe_names(file: TensorFile) -> list[str]:
     """Describe the choice of a file's weights and the conversion of their names, for reports."""
     said = [f"weights under {file.state_key}"] if file.state_key else []
-    said += [f"names without {file.prefix}"] if file.prefix else []
+    said += [f"names without {prefix}"] if (prefix := file.wrapper + file.prefix) else []
     said += [f"names converted from {file.layout}"] if file.layout else []
     if file.left:
         parts = dict.fromkeys(name.removeprefix(file.prefix).split(".")[0] for name in file.left)

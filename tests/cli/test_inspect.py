@@ -256,3 +256,22 @@ def test_offers_only_sets_of_weights_with_layers(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"dino_loss holds no layers, only center; {offer}"):
         describe(Path(f"{path}#dino_loss"))
     assert rows_of(describe(Path(f"{path}#teacher")))["taken"] == "weights under teacher"
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_reports_prefixes_of_wrappers(wrapper: str, prefix: str, tmp_path: Path) -> None:
+    state = {f"{wrapper}{prefix}{name}": tensor for name, tensor in tiny_vit().state_dict().items()}
+    torch.save(state, tmp_path / "x.pth")
+    save_file(state, tmp_path / "x.safetensors")
+    for name in ("x.pth", "x.safetensors"):
+        assert rows_of(describe(tmp_path / name))["taken"] == f"names without {wrapper}{prefix}"
+
+
+def test_describes_only_weights_file_of_folder(tmp_path: Path) -> None:
+    path = tmp_path / "open_clip_model.safetensors"
+    save_file(tiny_clip().state_dict(), path)
+    assert describe(tmp_path) == describe(path)
+    save_file(tiny_clip().state_dict(), tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"name a file in it$"):
+        describe(tmp_path)
