@@ -97,7 +97,7 @@ def describe_file(path: Path) -> list[InfoRow]:
     if weights.problem:
         return [*rows, ("NOT USABLE", weights.problem)]
     rows.append(("use it", usage(identity, path)))
-    return rows + (_evaluation_rows(weights) if identity.kind == "classifier" and not identity.extras else [])
+    return rows + (_other_uses(weights) if identity.family and not identity.extras else [])
 
 
 def usage(identity: WeightIdentity, path: Path) -> str:
@@ -136,14 +136,16 @@ def _heads(identity: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> s
     return f", if it has {ARCHITECTURES[arch].num_heads} heads (the file does not contain their number)"
 
 
-def _evaluation_rows(weights: Weights) -> list[InfoRow]:
-    """Return the setting that evaluates a classifier, or the reason why it cannot be."""
+def _other_uses(weights: Weights) -> list[InfoRow]:
+    """Return the setting that evaluates a classifier, and the reason why uses without a recipe's sizes are refused."""
+    classifier = weights.identity.kind == "classifier"
     try:
         names = model_metadata(weights).get("class_names")
     except UserError as error:
-        return [("evaluate it", str(error).removeprefix(f"{weights.where}: "))]
+        uses = f"{'evaluation, ' if classifier else ''}export, show and teachers of kind checkpoint"
+        return [("refused yet", f"{uses}: it {str(error).removeprefix(f'{weights.where}: ')}")]
     known = "" if names else ", once a config.json beside it names its classes (id2label)"
-    return [("evaluate it", f"stages.evaluate.members=[{weights.where}]{known}")]
+    return [("evaluate it", f"stages.evaluate.members=[{weights.where}]{known}")] if classifier else []
 
 
 def _encoder_rows(identity: WeightIdentity) -> list[InfoRow]:

@@ -148,16 +148,19 @@ def model_metadata(weights: Weights, *, statistics: bool = True, fix: str = "") 
     weights.check_plain()
     if identity.ours:
         return dict(identity.metadata)
+    needs = []
     if origin.num_heads is None:
-        raise UserError(
-            f"{weights.where}: does not record its number of attention heads, and its sizes are not those of a known "
-            'model; put a config.json with {"num_attention_heads": N} beside it'
+        needs.append(
+            "does not record its number of attention heads, and its sizes are not those of a known model; put a "
+            'config.json with {"num_attention_heads": N} beside it'
         )
     if statistics and origin.statistics is None:
-        raise UserError(
-            f"{weights.where}: does not record the mean and std of its input, and its origin is unknown; {fix}put a "
+        needs.append(
+            f"does not record the mean and std of its input, and its origin is unknown; {fix}put a "
             'preprocessor_config.json with {"image_mean": [...], "image_std": [...]} beside it'
         )
+    if needs or origin.num_heads is None:
+        raise UserError(f"{weights.where}: {'; it '.join(needs)}")
     if identity.grid is None:
         raise UserError(f"{weights.where}: the rows of its pos_embed do not form a square grid")
     spec = make_spec(FAMILIES[identity.family], {**identity.sizes, "num_heads": origin.num_heads}, "weights file")

@@ -275,3 +275,18 @@ def test_describes_only_weights_file_of_folder(tmp_path: Path) -> None:
     save_file(tiny_clip().state_dict(), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=r"name a file in it$"):
         describe(tmp_path)
+
+
+def test_reports_all_that_other_uses_need(tmp_path: Path) -> None:
+    path = tmp_path / "x.pth"
+    torch.save({n: t for n, t in tiny_vit().state_dict().items() if not n.startswith("head.")}, path)
+    row = rows_of(describe(path))["refused yet"]
+    assert row.startswith("export, show and teachers of kind checkpoint: it does not record its number of attention")
+    with pytest.raises(UserError) as refused:
+        export_run(path, "timm", tmp_path / "out.safetensors")
+    assert row.endswith(str(refused.value).removeprefix(f"{path}: "))
+    assert "num_attention_heads" in row and "image_mean" in row
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')
+    assert "num_attention_heads" not in rows_of(describe(path))["refused yet"]
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    assert "refused yet" not in rows_of(describe(path))
