@@ -213,15 +213,17 @@ def report(written: Sequence[BetonInfo]) -> None:
 @contextmanager
 def _stoppable() -> Iterator[None]:
     """Unwind the block on Ctrl-C and on a scheduler's SIGTERM, so that no process remains."""
+    continues = "the same command continues, and does at most the last few seconds again"
 
     def stop(number: int, _: FrameType | None) -> None:
+        print(f"stopped by {signal.Signals(number).name}; {continues}", file=sys.stderr)
         raise SystemExit(128 + number)
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
     except KeyboardInterrupt:
-        print("interrupted; the same command continues", file=sys.stderr)
+        print(f"interrupted; {continues}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
         signal.signal(signal.SIGTERM, before)

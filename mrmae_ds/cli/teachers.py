@@ -20,6 +20,7 @@ def add_arguments(parser: CommandParser) -> None:
         metavar="IMAGE",
         help="draw importance maps of these: image files, folders of them, or indices into the recipe's validation set",
     )
+    parser.add_argument("--num-images", type=int, help="number of images of folders; default: 8")
     parser.add_argument("--out", type=Path, help="PNG file; default: RECIPE_teachers.png")
     parser.add_argument("--seed", type=int, default=0, help="seed of the mask; default: %(default)s")
     parser.add_overrides()
@@ -35,5 +36,5 @@ def run(args: argparse.Namespace) -> None:
     print("\n\n".join(describe_teacher(name, recipe.teachers[name], teacher) for name, teacher in teachers.items()))
     if args.images:
         out = args.out or Path(f"{args.recipe.stem}_teachers.png")
-        draw_teachers(recipe, teachers, args.images, out, seed=args.seed)
+        draw_teachers(recipe, teachers, args.images, out, count=args.num_images, seed=args.seed)
         print(f"\n{out}")

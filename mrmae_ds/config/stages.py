@@ -81,7 +81,7 @@ class CropStageConfig(StageConfig):
     @model_validator(mode="after")
     def _warmup_ends(self) -> CropStageConfig:
         if self.optimizer.warmup_epochs >= self.epochs:
-            raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs})")
+            raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs}); change both")
         return self
 
     @model_validator(mode="after")

@@ -57,7 +57,13 @@ def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:
 
 @torch.no_grad()
 def draw_teachers(
-    recipe: Recipe, teachers: dict[str, Teacher], images: Sequence[str], out: Path, *, seed: int = 0
+    recipe: Recipe,
+    teachers: dict[str, Teacher],
+    images: Sequence[str],
+    out: Path,
+    *,
+    count: int | None = None,
+    seed: int = 0,
 ) -> None:
     """Draw images, each teacher's attention, and the patches that the recipe's masking keeps.
 
@@ -66,12 +72,13 @@ def draw_teachers(
         teachers: from :func:`build_teachers`.
         images: image files or folders, or numbers of the recipe's validation set.
         out: the PNG file.
+        count: number of images of folders; None is eight.
         seed: of the mask.
 
     Raises:
         UserError: for images that cannot be read.
     """
-    selection = select_images(recipe.data.val, images, None, NUM_IMAGES)
+    selection = select_images(recipe.data.val, images, count, NUM_IMAGES)
     if selection.note:
         logger.info(selection.note)
     size = recipe.model.image_size

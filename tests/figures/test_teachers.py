@@ -114,6 +114,17 @@ def test_draws_images_maps_and_kept_patches(recipe: Path, images: list[Path], mo
     assert "topk, by own" in texts["legend"][-1]
 
 
+def test_the_number_of_images_of_a_folder_can_be_chosen(
+    recipe: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(teacher_preview, "attention_grid", lambda pixels, *_, **__: drawn.append(pixels))
+    out = str(recipe.parent / "out.png")
+    folder = str(images[0].parent)
+    assert main(["teachers", str(recipe), "--images", folder, "--num-images", "2", "--out", out]) == 0
+    assert len(drawn[0]) == 2
+
+
 def test_the_figure_is_written_and_overrides_may_follow_the_images(
     recipe: Path, images: list[Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

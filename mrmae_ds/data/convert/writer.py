@@ -32,7 +32,7 @@ from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_re
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, flush_folder, write_text
 
-SAVE_EVERY_S = 10.0  # between two lines of the journal
+SAVE_EVERY_S = 2.0  # between two lines of the journal: what an interruption costs at most
 _ENOUGH = 1000  # unreadable images beyond the limit, after which the rest is not read
 _RECORDED = ("numpy", "pillow", "mrmae_ds")
 _FULL = (errno.ENOSPC, errno.EDQUOT)

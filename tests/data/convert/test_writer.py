@@ -267,6 +267,8 @@ def test_workers_end_with_the_writer(tmp_path: Path, number: int, status: int) -
     left = [entry.name for entry in tmp_path.iterdir() if not entry.name.startswith("at-")]
     if number != signal.SIGKILL:
         assert left == [] and "Traceback" not in errors
+        said = {signal.SIGINT: "interrupted; ", signal.SIGTERM: "stopped by SIGTERM; "}[signal.Signals(number)]
+        assert said + "the same command continues" in errors
         return
     assert sorted(left) == [".x.beton.journal", ".x.beton.partial"]
     write_beton(FunctionDataset([_small] * 2), tmp_path / "x.beton", OPTIONS, **ABOUT)
