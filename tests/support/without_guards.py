@@ -80,7 +80,7 @@ GUARDS = {
         "distributed/watchdog.py",
         "if error is not None and not isinstance(error, RaisedOnAllRanks):",
         "if False:",
-        ("tests/distributed/test_watchdog.py", "-k", "first_to_fail"),
+        ("tests/distributed/test_watchdog.py", "-k", "first_failed"),
     ),
     "a killed rank": Guard(
         "distributed/watchdog.py",
