@@ -118,6 +118,7 @@ def _rank(argv: list[str], values: dict[str, str], log: Path, fault: str) -> Non
     os.dup2(handle, 2)
     for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):  # as a shell leaves them, even if nohup started the tests
         signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a loader may have started the server, with signals blocked
     os.environ.update(values)
     from mrmae_ds.cli import train
     from tests.support import faults
