@@ -19,9 +19,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mrmae_ds.data.loaders.base import EPOCH_ENDED, LoaderRequest, to_device
+from mrmae_ds.data.loaders.base import EPOCH_ENDED, EpochOrder, LoaderRequest, to_device
 from mrmae_ds.data.loaders.pillow import start_method
-from mrmae_ds.data.loaders.sampler import eval_order, steps_per_epoch, train_order
 from mrmae_ds.data.loaders.worker import become_worker
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray, IntArray
 from mrmae_ds.detection.coco import CocoSplit, ImageEntry
@@ -128,14 +127,9 @@ class DetectionLoader:
     ) -> None:
         self._split, self._request, self._jitter = split, request, jitter
         self._num_workers, self._device = num_workers, device
-        self._rows = split.rows if jitter is not None else _evenly_spaced(split.rows, request.samples)
-        self.num_samples = len(self._rows)
-        ranks_batch = request.micro_batch * request.world_size
-        if jitter is None:
-            self.batches_per_epoch = -(-self.num_samples // ranks_batch)
-        else:
-            steps = steps_per_epoch(self.num_samples, ranks_batch * request.accumulation)
-            self.batches_per_epoch = steps * request.accumulation
+        self._order = EpochOrder(request, split.num_samples, split.folder, training=jitter is not None)
+        self.num_samples = self._order.num_samples
+        self.batches_per_epoch = self._order.batches_per_epoch
         self._keys: list[list[Key]] = []
         self._loader: DataLoader | None = None
         self._current: object = None
@@ -152,29 +146,8 @@ class DetectionLoader:
         Raises:
             UserError: if there is no such epoch or batch, or an image is damaged or of another size than annotated.
         """
-        if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
-            raise UserError(
-                f"no batch {start_batch} in epoch {epoch} of {self._split.folder}: an epoch has "
-                f"{self.batches_per_epoch} batches"
-            )
-        places, valid = self._order(epoch)
-        return self._deliver(epoch, self._rows[places[start_batch:]], valid[start_batch:])
-
-    def _order(self, epoch: int) -> tuple[IntArray, BoolArray]:
-        request = self._request
-        if self._jitter is None:
-            ranks = {"world_size": request.world_size, "rank": request.rank}
-            return eval_order(self.num_samples, batch=request.micro_batch, **ranks)
-        places = train_order(
-            self.num_samples,
-            seed=request.seed,
-            epoch=epoch,
-            micro_batch=request.micro_batch,
-            accumulation=request.accumulation,
-            world_size=request.world_size,
-            rank=request.rank,
-        )
-        return places, np.ones(places.shape, dtype=bool)
+        places, valid = self._order.rows(epoch, start_batch)
+        return self._deliver(epoch, self._split.rows[places], valid)
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[DetectionBatch]:
         if len(rows) == 0:
@@ -292,11 +265,6 @@ def _target(boxes: FloatArray, labels: IntArray, masks: list[Rle], size: Size, d
         decoded = np.ascontiguousarray(mask_api.decode(masks).transpose(2, 0, 1))
     arrays = {"boxes": boxes.astype(np.float32), "labels": labels, "masks": decoded}
     return {name: to_device(torch.from_numpy(array), device) for name, array in arrays.items()}
-
-
-def _evenly_spaced(rows: IntArray, count: int | None) -> IntArray:
-    number = min(count or len(rows), len(rows))
-    return rows[np.arange(number) * len(rows) // number]
 
 
 def _begin(_worker: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
 import numpy as np
@@ -131,26 +132,26 @@ class LoaderRequest:
 
 
 @dataclass(frozen=True)
-class LoaderSettings:
-    """Resolved settings from which every backend is built.
+class EpochOrder:
+    """This rank's samples of a data set in every epoch.
 
     Attributes:
-        info: the data set.
         request: the batches.
-        num_workers: decoding threads (ffcv) or processes (pillow).
-        device: device of the batches.
+        total: number of samples of the data set.
+        path: of the data set, for errors.
+        training: shuffled, and whole global batches only; otherwise in order, every sample once.
     """
 
-    info: BetonInfo
     request: LoaderRequest
-    num_workers: int
-    device: torch.device
+    total: int
+    path: Path
+    training: bool
 
     @property
     def num_samples(self) -> int:
         """Number of samples of the data set, or of the part of it that is evaluated."""
         samples = self.request.samples
-        return self.info.num_samples if samples is None else min(samples, self.info.num_samples)
+        return self.total if samples is None or self.training else min(samples, self.total)
 
     @property
     def batches_per_epoch(self) -> int:
@@ -160,10 +161,10 @@ class LoaderSettings:
             UserError: if a training set is smaller than one global batch.
         """
         request = self.request
-        if request.transform is None:
-            return -(-self.num_samples // (request.micro_batch * request.world_size))
-        global_batch = request.micro_batch * request.accumulation * request.world_size
-        return steps_per_epoch(self.info.num_samples, global_batch) * request.accumulation
+        ranks_batch = request.micro_batch * request.world_size
+        if not self.training:
+            return -(-self.num_samples // ranks_batch)
+        return steps_per_epoch(self.total, ranks_batch * request.accumulation) * request.accumulation
 
     def rows(self, epoch: int, start_batch: int = 0) -> tuple[IntArray, BoolArray]:
         """Return this rank's samples in an epoch from a batch on.
@@ -180,21 +181,20 @@ class LoaderSettings:
         """
         if epoch < 0 or not 0 <= start_batch <= self.batches_per_epoch:
             raise UserError(
-                f"no batch {start_batch} in epoch {epoch} of {self.info.path}: an epoch has "
-                f"{self.batches_per_epoch} batches"
+                f"no batch {start_batch} in epoch {epoch} of {self.path}: an epoch has {self.batches_per_epoch} batches"
             )
-        rows, valid = self._order(epoch)
+        rows, valid = self._rows(epoch)
         return rows[start_batch:], valid[start_batch:]
 
-    def _order(self, epoch: int) -> tuple[IntArray, BoolArray]:
+    def _rows(self, epoch: int) -> tuple[IntArray, BoolArray]:
         request = self.request
-        if request.transform is None:
+        if not self.training:
             places, valid = eval_order(
                 self.num_samples, batch=request.micro_batch, world_size=request.world_size, rank=request.rank
             )
-            return places * self.info.num_samples // self.num_samples, valid
+            return places * self.total // self.num_samples, valid
         rows = train_order(
-            self.info.num_samples,
+            self.total,
             seed=request.seed,
             epoch=epoch,
             micro_batch=request.micro_batch,
@@ -203,6 +203,29 @@ class LoaderSettings:
             rank=request.rank,
         )
         return rows, np.ones(rows.shape, dtype=bool)
+
+
+@dataclass(frozen=True)
+class LoaderSettings:
+    """Resolved settings from which every backend is built.
+
+    Attributes:
+        info: the data set.
+        request: the batches.
+        num_workers: decoding threads (ffcv) or processes (pillow).
+        device: device of the batches.
+    """
+
+    info: BetonInfo
+    request: LoaderRequest
+    num_workers: int
+    device: torch.device
+
+    @property
+    def order(self) -> EpochOrder:
+        """This rank's samples."""
+        request = self.request
+        return EpochOrder(request, self.info.num_samples, self.info.path, training=request.transform is not None)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -47,7 +47,7 @@ class FFCVLoader:
             UserError: if the file does not match its sidecar, or there are more threads than cores.
         """
         self.settings = settings
-        self.num_samples = settings.num_samples
+        self.num_samples = settings.order.num_samples
         path, threads = settings.info.path, settings.num_workers
         if threads > numba_config.NUMBA_NUM_THREADS:
             raise UserError(
@@ -60,13 +60,13 @@ class FFCVLoader:
         self._decoder = BoxDecoder(request.image_size, file, threads)
         with keep_torch_threads():
             self._loader = build_stock_loader(path, self._decoder, batch_size=request.micro_batch, threads=threads)
-        self.batches_per_epoch = settings.batches_per_epoch
+        self.batches_per_epoch = settings.order.batches_per_epoch
         self._open: EpochIterator | None = None
         self._copier = DeviceCopier(settings.device) if settings.device.type == "cuda" else None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch; see ``Loader.epoch``."""
-        return self._deliver(epoch, *self.settings.rows(epoch, start_batch))
+        return self._deliver(epoch, *self.settings.order.rows(epoch, start_batch))
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
         """Start FFCV on ``rows`` [batches, B] and yield its batches."""

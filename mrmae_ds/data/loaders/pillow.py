@@ -142,8 +142,8 @@ class PillowLoader:
             UserError: if the file does not match its sidecar.
         """
         self.settings = settings
-        self.num_samples = settings.num_samples
-        self.batches_per_epoch = settings.batches_per_epoch
+        self.num_samples = settings.order.num_samples
+        self.batches_per_epoch = settings.order.batches_per_epoch
         self._source: Source = BetonSource(BetonFile(settings.info))
         self._batches = _Batches()
         self._loader: DataLoader | None = None
@@ -151,7 +151,7 @@ class PillowLoader:
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch; see ``Loader.epoch``."""
-        return self._deliver(epoch, *self.settings.rows(epoch, start_batch))
+        return self._deliver(epoch, *self.settings.order.rows(epoch, start_batch))
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
         if len(rows) == 0:
