@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
 from mrmae_ds.config.optimizers import DetectOptimizerConfig, StepScheduleConfig
-from mrmae_ds.config.sections import Fraction, Positive
+from mrmae_ds.config.sections import Ascending, Fraction, Positive
 from mrmae_ds.config.stages import StageConfig
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.schema import Section
@@ -32,20 +31,13 @@ class DetectorConfig(Section):
     """
 
     window: Count = 14
-    global_blocks: tuple[Annotated[int, Field(ge=0)], ...]
+    global_blocks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Ascending]
     channels: Count = 256
     box_convs: Count = 4
     mask_convs: Count = 4
     fc: Count = 1024
     anchors: tuple[Positive, Positive, Positive, Positive, Positive] = (32.0, 64.0, 128.0, 256.0, 512.0)
     boxes_per_image: Count = 512
-
-    @field_validator("global_blocks")
-    @classmethod
-    def _each_once(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(one >= other for one, other in pairwise(value)):
-            raise ValueError("must ascend")
-        return value
 
     def check_depth(self, depth: int) -> None:
         """Check the blocks of an encoder.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from mrmae_ds.config.sections import Fraction, Positive
+from mrmae_ds.config.sections import Ascending, Fraction, Positive
 from mrmae_ds.schema import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -100,17 +99,10 @@ class StepScheduleConfig(Section):
     """
 
     kind: Literal["steps"] = "steps"
-    milestones: tuple[Fraction, ...] = (0.888889, 0.962963)
+    milestones: Annotated[tuple[Fraction, ...], Ascending] = (0.888889, 0.962963)
     factor: float = Field(0.1, gt=0, lt=1)
     warmup_steps: int = Field(250, ge=0)
     warmup_from: float = Field(0.001, gt=0, le=1)
-
-    @field_validator("milestones")
-    @classmethod
-    def _ascending(cls, value: tuple[float, ...]) -> tuple[float, ...]:
-        if any(one >= other for one, other in pairwise(value)):
-            raise ValueError("must ascend")
-        return value
 
     def multiplier(self, step: int, total_steps: int) -> float:
         """Return the learning rate of an optimizer step, relative to the peak.

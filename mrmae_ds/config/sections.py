@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD, Rgb
@@ -17,6 +18,15 @@ from mrmae_ds.schema import Section
 Backend = Literal["ffcv", "pillow"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def _ascends(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    if any(one >= other for one, other in pairwise(values)):
+        raise ValueError("must ascend")
+    return values
+
+
+Ascending = AfterValidator(_ascends)  # of a tuple, each value once
 _MAX_STD = 0.5  # of pixels in 0 to 1: half of them 0, half of them 1
 
 
