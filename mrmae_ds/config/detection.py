@@ -10,9 +10,9 @@ from mrmae_ds.config.optimizers import DetectOptimizerConfig, StepScheduleConfig
 from mrmae_ds.config.sections import Ascending, Fraction, Positive
 from mrmae_ds.config.stages import StageConfig
 from mrmae_ds.errors import ConfigError
+from mrmae_ds.models.sizes import PYRAMID_MULTIPLE, nearest_for_pyramid
 from mrmae_ds.schema import Section
 
-STRIDE = 32  # of the image size: p5 halves the encoder's grid of 16 x 16 patches
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -86,9 +86,8 @@ class DetectConfig(StageConfig):
     @field_validator("image_size")
     @classmethod
     def _whole_cells(cls, value: int) -> int:
-        if value % STRIDE:
-            nearest = max(1, round(value / STRIDE)) * STRIDE
-            raise ValueError(f"must be a multiple of {STRIDE}; the nearest is {nearest}")
+        if value % PYRAMID_MULTIPLE:
+            raise ValueError(f"must be a multiple of {PYRAMID_MULTIPLE}; the nearest is {nearest_for_pyramid(value)}")
         return value
 
     @model_validator(mode="after")

@@ -167,6 +167,15 @@ def token_grid(spec: EncoderSpec, image_size: ImageSize) -> tuple[int, int]:
     return rows, columns
 
 
+# Sides of a detector's input are multiples of this: its pyramid halves the grid of patches of 16 pixels.
+PYRAMID_MULTIPLE = 32
+
+
+def nearest_for_pyramid(pixels: int) -> int:
+    """Return the side nearest to ``pixels`` that suits a detector's pyramid."""
+    return max(1, round(pixels / PYRAMID_MULTIPLE)) * PYRAMID_MULTIPLE
+
+
 def _tokens_of_side(pixels: int, stride: int) -> int:
     count, rest = divmod(pixels, stride)
     if rest or count < 1:

@@ -17,12 +17,19 @@ from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.models.activation_checkpointing import run_blocks
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.pos_embed import resize_pos_embed
-from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ImageSize, ViTSpec, token_grid
+from mrmae_ds.models.sizes import (
+    PYRAMID_MULTIPLE,
+    CViTSpec,
+    EncoderSpec,
+    ImageSize,
+    ViTSpec,
+    nearest_for_pyramid,
+    token_grid,
+)
 from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.models.window_attention import WindowAttention
 
 STRIDE = 16
-MULTIPLE = 32  # the pyramid's p5 halves the grid
 
 
 class WindowedCViT(CViT):
@@ -122,10 +129,11 @@ def build_windowed(
 def check_multiple(images: Tensor) -> None:
     """Raise UserError unless the sides of images [B, C, H, W] are multiples of 32."""
     height, width = images.shape[2:]
-    if height % MULTIPLE or width % MULTIPLE:
-        nearest = tuple(max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE) for side in (height, width))
+    if height % PYRAMID_MULTIPLE or width % PYRAMID_MULTIPLE:
+        nearest = nearest_for_pyramid(height), nearest_for_pyramid(width)
         raise UserError(
-            f"images: {(height, width)} pixels, but both must be multiples of {MULTIPLE}; the nearest is {nearest}"
+            f"images: {(height, width)} pixels, but both must be multiples of {PYRAMID_MULTIPLE}; the nearest is "
+            f"{nearest}"
         )
 
 
