@@ -58,7 +58,7 @@ def all_rows(printed: paper.PaperTable, ours: dict[str, list[Row]]) -> Iterable[
         row_name = _row_name(printed.number, row)
         length = "" if row.epochs is None else f"{row.epochs} ep, "
         cells = {column: Cell(value) for column, value in row.cells.items()}
-        dataset = paper.COCO if printed.number == 2 else paper.IMAGENET
+        dataset = paper.IMAGENET if paper.IMAGENET in printed.dataset else printed.dataset
         label = f"{row_name}, paper ({length}{dataset})"
         yield Row(row.method, "paper", label, dataset, row.epochs, cells, row.labels)
         if row_name in ours:

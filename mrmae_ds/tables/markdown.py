@@ -43,18 +43,10 @@ RUN_COLUMNS = (
     "recipe hash",
     "teachers",
 )
-DETECTION_RUN_COLUMNS = (
-    "cell",
-    "run folder",
-    "method, size",
-    "AP (%)",
-    "eval samples",
-    "training samples",
-    "pre-training epochs",
-    "fine-tuning epochs",
-    "seed",
-    "recipe hash",
-    "teachers",
+DETECTION_RUN_COLUMNS = tuple(
+    "AP (%)" if column == "top-1 (%)" else column
+    for column in RUN_COLUMNS
+    if column not in ("sampling error", "chance (%)")
 )
 COST_COLUMNS = (
     "cell",
