@@ -251,7 +251,7 @@ def evaluate(
     for classifier in job.classifiers:
         classifier.to(device, dtype)
     sizes = sorted({classifier.image_size for classifier in job.classifiers})
-    context = EvalContext(job.recipe, config, job.launch, device, job.val_data.num_classes, heartbeat)
+    context = EvalContext(job.recipe, config, job.launch, device, job.val_data, heartbeat)
     loaders = [context.loader(size) for size in sizes]
     average, counters = AccuracyCounter(), [AccuracyCounter() for _ in job.classifiers]
     for batches in zip(*(loader.epoch(0) for loader in loaders), strict=True):

@@ -29,8 +29,9 @@ from mrmae_ds.training.checkpoint.folder import Retention
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import RunStart, decide_start
 from mrmae_ds.training.engine.build import check_leaf_modules
+from mrmae_ds.training.evaluation.base import DataSet
 from mrmae_ds.training.schedule import StageSchedule
-from mrmae_ds.training.tasks.base import DataSet, Task
+from mrmae_ds.training.tasks.base import Task
 from mrmae_ds.training.tasks.build import build_task, task_class
 from mrmae_ds.weights.paths import weights_sha256
 

@@ -165,7 +165,7 @@ def _train_context(
             engine_config=job.engine_config,
             launch=job.launch,
             device=device,
-            num_classes=job.val_data.num_classes,
+            val_data=job.val_data,
             heartbeat=watchdog.heartbeat,
             stage_dir=job.stage_dir,
         )

@@ -29,9 +29,9 @@ from mrmae_ds.records.sections import (
     TeacherInfo,
 )
 from mrmae_ds.training.checkpoint.manifest import ResultValues
+from mrmae_ds.training.evaluation.base import DataSet
 from mrmae_ds.training.job import PreparedStage
 from mrmae_ds.training.perf_metrics import device_peak, utilization
-from mrmae_ds.training.tasks.base import DataSet
 from mrmae_ds.weights.model_file import encoder_metadata
 
 logger = logging.getLogger(__name__)

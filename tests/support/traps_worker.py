@@ -147,7 +147,7 @@ def evaluation(folder: Path, launch: Launch) -> dict[str, float | int]:
     job = prepare(Case("finetune", 3, True, 1, 2), folder, launch)
     engine = _engine(job)
     evaluator = job.task.build_evaluator(
-        EvalContext(job.recipe, job.engine_config, launch, CPU, 10, lambda activity: None)
+        EvalContext(job.recipe, job.engine_config, launch, CPU, job.val_data, lambda activity: None)
     )
     results = evaluator.run(engine)
     evaluator.loader.close()

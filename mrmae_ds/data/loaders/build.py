@@ -46,7 +46,7 @@ def build_loader(
     settings = LoaderSettings(
         info=check_beton(cached_path(data.train if request.split == "train" else data.val, config.cache_dir)),
         request=request,
-        num_workers=config.num_workers or default_num_workers(),
+        num_workers=num_workers_of(config),
         device=torch.device(device),
     )
     augment = request.transform.augment if request.transform is not None else None
@@ -79,7 +79,7 @@ def check_loader_memory(data: DataConfig, config: LoaderConfig, request: LoaderR
     Raises:
         UserError: naming the bytes that are needed and present, and the fix.
     """
-    workers = config.num_workers or default_num_workers()
+    workers = num_workers_of(config)
     if _backend_of(data, request) == "pillow":
         from mrmae_ds.data.loaders.pillow import check_pillow_memory
 
@@ -113,6 +113,11 @@ def check_backend(backend: Backend = "ffcv") -> None:
         from mrmae_ds.data.loaders._ffcv import import_ffcv
 
         import_ffcv()
+
+
+def num_workers_of(config: LoaderConfig) -> int:
+    """Return the number of decoding threads or processes of a rank: the recipe's, or by default its cores."""
+    return config.num_workers or default_num_workers()
 
 
 def default_num_workers() -> int:

@@ -6,17 +6,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from torch import nn
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, Split
 from mrmae_ds.data.loaders.build import build_loader
 from mrmae_ds.distributed.launch import Launch
 
+if TYPE_CHECKING:
+    from mrmae_ds.detection.coco import CocoSplit  # needs pycocotools
+
+DataSet: TypeAlias = "BetonInfo | CocoSplit"
 Scores = dict[str, float | int]
 
 
@@ -29,7 +34,7 @@ class EvalContext:
         engine_config: engine config of the stage.
         launch: this rank among the others.
         device: device of this rank.
-        num_classes: classes of the validation set.
+        val_data: validation set of the stage.
         heartbeat: called before every batch, with the current activity.
         stage_dir: output folder, in which rank 0 may write; None writes nothing.
     """
@@ -38,19 +43,19 @@ class EvalContext:
     engine_config: EngineConfig
     launch: Launch
     device: torch.device
-    num_classes: int
+    val_data: DataSet
     heartbeat: Callable[[str], None]
     stage_dir: Path | None = None
 
-    def loader(self, image_size: int, split: Split = "val", samples: int | None = None) -> Loader[Batch]:
-        """Return this rank's loader of one of the recipe's data sets, with the evaluation transform.
+    def request(self, image_size: int, split: Split = "val", samples: int | None = None) -> LoaderRequest:
+        """Return this rank's evaluation batches of one of the recipe's data sets.
 
         Args:
             image_size: pixels, both sides.
             split: the data set.
             samples: number of images, evenly spaced in the data set; None is all.
         """
-        request = LoaderRequest(
+        return LoaderRequest(
             split=split,
             image_size=image_size,
             micro_batch=self.engine_config.micro_batch,
@@ -59,6 +64,10 @@ class EvalContext:
             rank=self.launch.rank,
             samples=samples,
         )
+
+    def loader(self, image_size: int, split: Split = "val", samples: int | None = None) -> Loader[Batch]:
+        """Return this rank's loader of a :meth:`request`, with the evaluation transform; arguments are the same."""
+        request = self.request(image_size, split, samples)
         return build_loader(self.recipe.data, self.recipe.loader, request, self.device)
 
 

@@ -8,8 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mrmae_ds.data.loaders.base import LoaderRequest
-from mrmae_ds.data.loaders.build import default_num_workers
+from mrmae_ds.data.loaders.build import num_workers_of
 from mrmae_ds.detection.coco import CocoSplit
 from mrmae_ds.detection.draw import draw_predictions, fixed_rows
 from mrmae_ds.detection.evaluate import (
@@ -58,16 +57,8 @@ class CocoEvaluator(Evaluator):
         super().__init__(every_epochs, last_epoch)
         self.detect, self.split, self.heartbeat = detect, split, context.heartbeat
         self.stage_dir, self.draw_score = context.stage_dir, context.recipe.logging.draw_score
-        request = LoaderRequest(
-            split="val",
-            image_size=image_size,
-            micro_batch=context.engine_config.micro_batch,
-            seed=context.recipe.seed,
-            world_size=context.launch.world_size,
-            rank=context.launch.rank,
-        )
-        workers = context.recipe.loader.num_workers or default_num_workers()
-        self.loader = DetectionLoader(split, request, None, workers, context.device)
+        workers = num_workers_of(context.recipe.loader)
+        self.loader = DetectionLoader(split, context.request(image_size), None, workers, context.device)
 
     @torch.no_grad()
     def run(self, engine: nn.Module) -> Scores:

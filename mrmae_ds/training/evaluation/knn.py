@@ -136,7 +136,7 @@ class KnnEvaluator(Evaluator):
     ) -> None:
         super().__init__(config.every_epochs, last_epoch)
         self.config, self.features, self.heartbeat = config, features, context.heartbeat
-        self.num_classes = context.num_classes
+        self.num_classes = context.val_data.num_classes
         self.train = context.loader(image_size, "train", config.samples)
         self.val = context.loader(image_size)
 

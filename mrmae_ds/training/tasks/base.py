@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeAlias, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, StageConfig, TrainStageName
-from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import Loader, LoaderRequest, TrainTransform
 from mrmae_ds.factory import TeacherBuilder
@@ -30,13 +29,9 @@ from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.records.sections import Design, DetectionInfo, Operations, Parameters
 from mrmae_ds.teachers import Teacher, build_teacher
-from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
+from mrmae_ds.training.evaluation.base import DataSet, EvalContext, Evaluator
 from mrmae_ds.training.param_groups import ParamGroups
 
-if TYPE_CHECKING:
-    from mrmae_ds.detection.coco import CocoSplit  # needs pycocotools
-
-DataSet: TypeAlias = "BetonInfo | CocoSplit"
 ConfigT = TypeVar("ConfigT", bound=StageConfig)
 
 

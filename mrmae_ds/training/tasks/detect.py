@@ -15,7 +15,7 @@ from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.data.loaders.base import LoaderRequest
-from mrmae_ds.data.loaders.build import default_num_workers
+from mrmae_ds.data.loaders.build import num_workers_of
 from mrmae_ds.data.loaders.pillow import check_pillow_memory
 from mrmae_ds.detection.coco import CocoSplit, check_same_categories, open_split
 from mrmae_ds.detection.detector import LOSSES, Detector, build_detector
@@ -140,20 +140,20 @@ class DetectTask(Task[DetectConfig]):
 
     def prepare_data(self, recipe: Recipe, request: LoaderRequest) -> None:
         """Check the memory that the loader's processes share."""
-        check_pillow_memory(request, recipe.loader.num_workers or default_num_workers())
+        check_pillow_memory(request, num_workers_of(recipe.loader))
 
     def train_loader(
         self, recipe: Recipe, data: CocoSplit, request: LoaderRequest, device: torch.device
     ) -> DetectionLoader:
         """Open this rank's share of the training set."""
         jitter = JitterSettings(self.image_size, self.config.jitter, self.config.flip)
-        workers = recipe.loader.num_workers or default_num_workers()
+        workers = num_workers_of(recipe.loader)
         return DetectionLoader(data, request, jitter, workers, device)
 
     def build_evaluator(self, context: EvalContext) -> CocoEvaluator:
         """Return the evaluation by COCO's scores."""
-        _, val = self.open_data(context.recipe)
-        config = self.config
+        config, val = self.config, context.val_data
+        assert isinstance(val, CocoSplit)  # of open_data
         return CocoEvaluator(context, self.detect, val, self.image_size, config.eval_every_epochs, config.epochs)
 
     def export_metadata(self, data: CocoSplit) -> dict[str, Any]:

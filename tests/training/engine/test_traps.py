@@ -58,7 +58,9 @@ def test_all_ranks_run_the_same_modules_whatever_paths_are_dropped(ranks: list[d
 
 def test_evaluates_unequal_shares_counting_each_image_once(ranks: list[dict[str, Any]], folder: Path) -> None:
     job = prepare(Case("finetune", 0, False, 1, 1), folder, ALONE)
-    context = EvalContext(job.recipe, job.engine_config, ALONE, torch.device("cpu"), 10, lambda activity: None)
+    context = EvalContext(
+        job.recipe, job.engine_config, ALONE, torch.device("cpu"), job.val_data, lambda activity: None
+    )
     model, reader = job.task.model.eval(), context.loader(job.task.image_size)
     logits, labels = [], []
     with torch.no_grad():

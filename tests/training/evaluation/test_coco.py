@@ -34,7 +34,8 @@ def evaluate(rank: int, world_size: int, folder: Path) -> None:
     assert isinstance(task, DetectTask)
     out = folder / f"ranks{world_size}"
     out.mkdir(exist_ok=True)
-    context = EvalContext(recipe, engine, Launch(rank, rank, world_size, world_size), CPU, 4, lambda _: None, out)
+    _, val = task.open_data(recipe)
+    context = EvalContext(recipe, engine, Launch(rank, rank, world_size, world_size), CPU, val, lambda _: None, out)
     evaluator = task.build_evaluator(context)
     scores = evaluator.run(task.model)
     evaluator.loader.close()
