@@ -129,9 +129,7 @@ def read_tensor_file(source: Path, key: str = "") -> TensorFile:
         raise UserError(f"{where}: {_reason(path, error)}") from None
     if isinstance(content, TensorFile):
         return replace(content, choice=choice)
-    state, args, state_key = _state_of(content, choice, where)
-    rest = choice.removeprefix(state_key).removeprefix(".") if state_key else choice
-    return _without_wrapper(TensorFile(path, "pickle", state, args=args, state_key=state_key, choice=rest))
+    return _without_wrapper(_state_of(content, path, choice, where))
 
 
 def _read(path: Path) -> Any:
@@ -301,8 +299,8 @@ def _opcodes(path: Path) -> Iterator[tuple[str, Any]]:
             more = file.read(1) == b"\x80"  # PROTO: another pickle
 
 
-def _state_of(content: Any, choice: str, where: str) -> tuple[dict[str, Tensor], dict[str, Any], str]:
-    """Return the weights in the result of ``torch.load``, the command line stored beside them, and the weights' key.
+def _state_of(content: Any, path: Path, choice: str, where: str) -> TensorFile:
+    """Return the weights in the result of ``torch.load``, their key, and the command line stored beside them.
 
     Raises:
         UserError: if there are no weights, or several sets of them and no choice.
@@ -312,7 +310,7 @@ def _state_of(content: Any, choice: str, where: str) -> tuple[dict[str, Tensor],
     args = content.get("args", {})
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     if _is_state(content):
-        return dict(content), options, ""
+        return TensorFile(path, "pickle", dict(content), args=options, choice=choice)
     states = {str(name): value for name, value in content.items() if _is_state(value)}
     # Sets without a layer's weight are buffers, as of a loss.
     networks = [name for name, state in states.items() if any(n.endswith("weight") for n in state)] or list(states)
@@ -322,11 +320,11 @@ def _state_of(content: Any, choice: str, where: str) -> tuple[dict[str, Tensor],
     names = unwrap(states[known[0]]).keys() if known else set()
     copies = [name for name in networks if unwrap(states[name]).keys() & names]
     if chosen in networks or (not chosen and len(known) == len(copies) == 1):
-        chosen = chosen or known[0]
-        return dict(states[chosen]), options, chosen
+        rest = choice[len(chosen) :].removeprefix(".")
+        state_key = chosen or known[0]
+        return TensorFile(path, "pickle", dict(states[state_key]), args=options, state_key=state_key, choice=rest)
     if states:
         what = f"{len(networks)} sets of weights" if known else f"weights under unknown keys ({len(networks)})"
-        path = where.split(": ")[-1]
         refused = f"{chosen} holds no layers, only {first_few(list(states[chosen]), 3)}; " if chosen else ""
         raise UserError(
             f"{where}: {refused}contains {what}: {', '.join(networks)}; choose one: "

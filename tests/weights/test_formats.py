@@ -247,6 +247,13 @@ def test_one_of_two_sets_is_chosen_by_key(chosen: str, tmp_path: Path) -> None:
         read_tensor_file(Path(f"{tmp_path}/x.pt#ema"))
 
 
+def test_choice_is_offered_by_the_whole_path(tmp_path: Path) -> None:
+    path = tmp_path / "a: b.pt"
+    torch.save({"student": STATE, "teacher": STATE}, path)
+    with pytest.raises(UserError, match=rf"choose one: {path}#student or {path}#teacher$"):
+        read_tensor_file(path, "teachers.t.weights")
+
+
 def test_a_number_sign_may_be_part_of_a_file_name(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "a#b")
     assert split_choice(tmp_path / "a#b") == (tmp_path / "a#b", "")

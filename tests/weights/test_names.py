@@ -74,6 +74,12 @@ def test_an_unknown_prefix_is_refused_until_it_is_chosen(tmp_path: Path) -> None
     assert_refused(Path(f"{tmp_path}/x.pth#gen"), r"x.pth: has no weights under 'gen'; remove #gen")
 
 
+def test_absent_key_that_begins_like_a_present_one_is_named_whole(tmp_path: Path) -> None:
+    torch.save({"model": tiny_vit().state_dict()}, tmp_path / "x.pth")
+    message = r"x.pth: has no weights under 'model_ema'; remove #model_ema$"
+    assert_refused(Path(f"{tmp_path}/x.pth#model_ema"), message)
+
+
 @pytest.mark.parametrize("held", [False, True], ids=["top level", "under a key"])
 def test_of_student_and_teacher_one_is_chosen(held: bool, tmp_path: Path) -> None:
     networks = {"student": tiny_vit(num_classes=0), "teacher": tiny_vit(num_classes=0, depth=2)}
