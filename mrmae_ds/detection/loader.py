@@ -11,17 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from mrmae_ds.data.loaders.base import EPOCH_ENDED, EpochOrder, LoaderRequest, to_device
-from mrmae_ds.data.loaders.pillow import start_method
-from mrmae_ds.data.loaders.worker import become_worker
+from mrmae_ds.data.loaders.base import EpochOrder, LoaderRequest, to_device
+from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray, IntArray
 from mrmae_ds.detection.coco import CocoSplit, ImageEntry
 from mrmae_ds.detection.jitter import (
@@ -35,11 +34,9 @@ from mrmae_ds.detection.jitter import (
     jitter_of,
 )
 from mrmae_ds.detection.rle import Rle, mask_api
-from mrmae_ds.errors import UserError
 
 Size = tuple[int, int]
 Target = dict[str, Tensor]
-Key = tuple[int, int]  # epoch and row
 
 
 @dataclass(frozen=True)
@@ -125,14 +122,13 @@ class DetectionLoader:
         num_workers: int,
         device: torch.device,
     ) -> None:
-        self._split, self._request, self._jitter = split, request, jitter
-        self._num_workers, self._device = num_workers, device
+        self._split, self._device = split, device
         self._order = EpochOrder(request, split.num_samples, split.folder, training=jitter is not None)
         self.num_samples = self._order.num_samples
         self.batches_per_epoch = self._order.batches_per_epoch
-        self._keys: list[list[Key]] = []
-        self._loader: DataLoader | None = None
-        self._current: object = None
+        samples = _Samples(split, request, jitter)
+        collate = _Collate(request, training=jitter is not None)
+        self._workers: WorkerProcesses[_Prepared] = WorkerProcesses(samples, collate, num_workers, device)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[DetectionBatch]:
         """Iterate over the batches of an epoch from ``start_batch`` on, without decoding those before it.
@@ -150,17 +146,7 @@ class DetectionLoader:
         return self._deliver(epoch, self._split.rows[places], valid)
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[DetectionBatch]:
-        if len(rows) == 0:
-            return
-        self._keys[:] = [[(epoch, row) for row in batch] for batch in rows.tolist()]
-        if self._loader is None:
-            self._loader = self._open()
-        current = self._current = object()
-        for prepared, batch_rows, batch_valid in zip(self._loader, rows, valid, strict=True):
-            if self._current is not current:
-                raise RuntimeError(EPOCH_ENDED)
-            if isinstance(prepared, str):
-                raise UserError(f"rank {self._request.rank}: {prepared}")
+        for prepared, batch_rows, batch_valid in zip(self._workers.epoch(epoch, rows), rows, valid, strict=True):
             yield DetectionBatch(
                 images=to_device(prepared.images, self._device).permute(0, 3, 1, 2),
                 sizes=tuple(prepared.sizes),
@@ -173,33 +159,13 @@ class DetectionLoader:
                 ),
             )
 
-    def _open(self) -> DataLoader:
-        workers: dict[str, Any] = {}
-        if self._num_workers:
-            workers = {
-                "persistent_workers": True,
-                "multiprocessing_context": start_method(self._device),
-                "worker_init_fn": _begin,
-            }
-        return DataLoader(
-            _Samples(self._split, self._request, self._jitter),
-            batch_sampler=self._keys,
-            num_workers=self._num_workers,
-            collate_fn=_Collate(self._request.image_size, training=self._jitter is not None),
-            pin_memory=self._device.type == "cuda",
-            **workers,
-        )
-
     def close(self) -> None:
         """End the open epoch and the worker processes. The loader can be used again afterwards."""
-        self._current = self._loader = None
+        self._workers.close()
 
 
 class _Samples(Dataset[_Sample | str]):
-    """Data set of the worker processes: (epoch, row) to a sample, or an error message.
-
-    An exception loses its type on the way out of a worker, so the loader raises the UserError.
-    """
+    """Data set of the worker processes: (epoch, row) to a sample, or an error message."""
 
     def __init__(self, split: CocoSplit, request: LoaderRequest, jitter: JitterSettings | None) -> None:
         self._split, self._seed, self._jitter, self._side = split, request.seed, jitter, request.image_size
@@ -241,8 +207,8 @@ def _prepare(image: Image.Image, jitter: Jitter) -> _Sample:
 class _Collate:
     """Pads images to a square and keeps the objects in lists; returns the first error message, if any."""
 
-    def __init__(self, side: int, *, training: bool) -> None:
-        self._side, self._training = side, training
+    def __init__(self, request: LoaderRequest, *, training: bool) -> None:
+        self._side, self._rank, self._training = request.image_size, request.rank, training
 
     def __call__(self, samples: list[_Sample | str]) -> _Prepared | str:
         images = torch.zeros(len(samples), self._side, self._side, 3, dtype=torch.uint8)
@@ -250,7 +216,7 @@ class _Collate:
         objects = []
         for square, sample in zip(images.numpy(), samples, strict=True):
             if isinstance(sample, str):
-                return sample
+                return f"rank {self._rank}: {sample}"
             height, width, _ = sample.image.shape
             square[:height, :width] = sample.image
             sizes.append((height, width))
@@ -265,7 +231,3 @@ def _target(boxes: FloatArray, labels: IntArray, masks: list[Rle], size: Size, d
         decoded = np.ascontiguousarray(mask_api.decode(masks).transpose(2, 0, 1))
     arrays = {"boxes": boxes.astype(np.float32), "labels": labels, "masks": decoded}
     return {name: to_device(torch.from_numpy(array), device) for name, array in arrays.items()}
-
-
-def _begin(_worker: int) -> None:
-    become_worker()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from mrmae_ds.data.loaders.base import LoaderRequest
+from mrmae_ds.detection import loader as module
 from mrmae_ds.detection.coco import CocoSplit, open_split
 from mrmae_ds.detection.jitter import JitterSettings, eval_jitter
 from mrmae_ds.detection.loader import DetectionBatch, DetectionLoader
@@ -180,10 +180,22 @@ def test_damaged_images_are_named_with_their_rank(train: CocoSplit, workers: int
     path = train.folder / "2.jpg"
     path.write_bytes(path.read_bytes()[:500])
     own = loader(train, workers=workers, ranks=2, rank=1, batch=2)
-    own._rows = np.array([0, 1, 2, 2])
     with pytest.raises(UserError, match=r"rank 1: .*/2\.jpg: damaged image"):
         for epoch in range(8):
             list(own.epoch(epoch))
+    own.close()
+
+
+@pytest.mark.multi_process
+@pytest.mark.timeout(120, method="thread")
+def test_a_batch_that_shared_memory_cannot_take_ends_the_epoch(
+    train: CocoSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of a worker that sends it only prints a traceback, and the training would wait for the batch."""
+    monkeypatch.setattr(module._Collate, "__call__", lambda self, samples: lambda: None)
+    own = loader(train, workers=1)
+    with pytest.raises(UserError, match=r"a process that prepares images ended: out of memory, or /dev/shm is full"):
+        next(own.epoch(0))
     own.close()
 
 

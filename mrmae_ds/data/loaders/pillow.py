@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import multiprocessing.queues
 import os
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
 Key = tuple[int, int]  # epoch and row
+PreparedT = TypeVar("PreparedT")
 _AHEAD = 2  # batches in progress of each worker
 
 
@@ -76,7 +77,6 @@ class _Samples(Dataset[ImageArray | str]):
 
     def __getitem__(self, key: Key) -> ImageArray | str:
         epoch, row = key
-        # An exception loses its type on the way out of a worker, so PillowLoader raises the UserError.
         try:
             source_image = self.source.image(row)
         except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
@@ -129,6 +129,80 @@ def _stack(images: list[ImageArray | str]) -> Tensor | str:
     return torch.from_numpy(np.stack(images))
 
 
+class WorkerProcesses(Generic[PreparedT]):
+    """Processes that prepare the batches of one epoch at a time; they live until ``close``.
+
+    Args:
+        samples: data set of the keys (epoch, row) to samples, or to error messages: an exception loses its type on the
+            way out of a process.
+        collate: function of a batch's samples to the batch, or to an error message.
+        num_workers: processes; 0 prepares batches in this one.
+        device: device that the batches are copied to.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset[Any],
+        collate: Callable[[list[Any]], PreparedT | str],
+        num_workers: int,
+        device: torch.device,
+    ) -> None:
+        self._samples, self._collate, self._num_workers, self._device = samples, collate, num_workers, device
+        self._batches = _Batches()
+        self._loader: DataLoader | None = None
+        self._current: object = None
+
+    def epoch(self, epoch: int, rows: IntArray) -> Iterator[PreparedT]:
+        """Iterate over batches; starting another epoch ends this one.
+
+        Args:
+            epoch: first part of the keys.
+            rows: second part, int64 [batches, B].
+
+        Raises:
+            UserError: with a batch's error message, or if a process ended.
+        """
+        if len(rows) == 0:
+            return
+        if self._loader is None:
+            self._loader = self._open()
+        self._batches.epoch, self._batches.rows = epoch, rows
+        current = self._current = object()
+        try:
+            for prepared in self._loader:
+                if self._current is not current:
+                    raise RuntimeError(EPOCH_ENDED)
+                if isinstance(prepared, str):
+                    raise UserError(prepared)
+                yield prepared
+        except RuntimeError as error:
+            if str(error).startswith("DataLoader worker"):
+                raise worker_died(error) from None
+            raise
+
+    def _open(self) -> DataLoader:
+        workers: dict[str, Any] = {}
+        if self._num_workers:
+            workers = {
+                "prefetch_factor": _AHEAD,
+                "persistent_workers": True,
+                "multiprocessing_context": start_method(self._device),
+                "worker_init_fn": _begin,
+            }
+        return DataLoader(
+            self._samples,
+            batch_sampler=self._batches,
+            num_workers=self._num_workers,
+            collate_fn=self._collate,
+            pin_memory=self._device.type == "cuda",
+            **workers,
+        )
+
+    def close(self) -> None:
+        """End the open epoch and the processes. Another epoch starts them again."""
+        self._current = self._loader = None
+
+
 class PillowLoader:
     """Loader whose ``num_workers`` are processes, which live until ``close``."""
 
@@ -145,59 +219,25 @@ class PillowLoader:
         self.num_samples = settings.order.num_samples
         self.batches_per_epoch = settings.order.batches_per_epoch
         self._source: Source = BetonSource(BetonFile(settings.info))
-        self._batches = _Batches()
-        self._loader: DataLoader | None = None
-        self._current: object = None
+        samples = _Samples(self._source, settings)
+        self._workers: WorkerProcesses[Tensor] = WorkerProcesses(samples, _stack, settings.num_workers, settings.device)
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch; see ``Loader.epoch``."""
         return self._deliver(epoch, *self.settings.order.rows(epoch, start_batch))
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
-        if len(rows) == 0:
-            return
-        if self._loader is None:
-            self._loader = self._open()
-        self._batches.epoch, self._batches.rows = epoch, rows
-        current = self._current = object()
         device = self.settings.device
-        for images, batch_rows, batch_valid in zip(self._images(self._loader), rows, valid, strict=True):
-            if self._current is not current:
-                raise RuntimeError(EPOCH_ENDED)
-            if isinstance(images, str):
-                raise UserError(images)
+        for images, batch_rows, batch_valid in zip(self._workers.epoch(epoch, rows), rows, valid, strict=True):
             others = (self._source.labels[batch_rows], self._source.indices[batch_rows], batch_valid.copy())
             labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
             moved = to_device(images, device)
             keys = sample_keys(self.settings.request.seed, epoch, batch_rows)
             yield Batch(moved.permute(0, 3, 1, 2), labels, indices, counted, keys)
 
-    @staticmethod
-    def _images(loader: DataLoader) -> Iterator[Tensor | str]:
-        try:
-            yield from loader
-        except RuntimeError as error:
-            if str(error).startswith("DataLoader worker"):
-                raise worker_died(error) from None
-            raise
-
-    def _open(self) -> DataLoader:
-        settings = self.settings
-        return DataLoader(
-            _Samples(self._source, settings),
-            batch_sampler=self._batches,
-            num_workers=settings.num_workers,
-            prefetch_factor=_AHEAD,
-            collate_fn=_stack,
-            pin_memory=settings.device.type == "cuda",
-            persistent_workers=True,
-            multiprocessing_context=start_method(settings.device),
-            worker_init_fn=_begin,
-        )
-
     def close(self) -> None:
         """End the open epoch and the worker processes."""
-        self._current = self._loader = None
+        self._workers.close()
 
 
 def start_method(device: torch.device) -> str:
