@@ -16,6 +16,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
 from mrmae_ds.detection.coco import CocoIndex, CocoSplit
 from mrmae_ds.detection.rle import Rle, mask_api
+from mrmae_ds.figures.select_images import evenly_spaced
 from mrmae_ds.figures.style import INK, PALETTE
 from mrmae_ds.files import replacing
 
@@ -139,8 +140,7 @@ def draw_predictions(
 def fixed_rows(split: CocoSplit) -> list[int]:
     """Return the rows of the figure's images: evenly spaced among those with objects, the same at every evaluation."""
     rows = split.annotated_rows()
-    number = min(NUM_IMAGES, len(rows))
-    return rows[(2 * np.arange(number) + 1) * len(rows) // (2 * max(number, 1))].tolist()
+    return rows[evenly_spaced(len(rows), min(NUM_IMAGES, len(rows)))].tolist()
 
 
 def _reduced(image: Image.Image) -> Image.Image:

@@ -102,7 +102,7 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, default_
                 f"{info.num_samples - 1}"
             )
     else:
-        rows = _evenly_spaced(info.num_samples, _number_to_take(count, default_count, info.num_samples, str(val)))
+        rows = evenly_spaced(info.num_samples, _number_to_take(count, default_count, info.num_samples, str(val)))
     _check_columns(len(rows))
     images = []
     for row in rows:
@@ -123,7 +123,7 @@ def _from_files(paths: list[Path], count: int | None, default_count: int) -> Sel
         take = _number_to_take(count, default_count, len(available), where)
         if count is None and take < len(available):
             note = f"using {take} of the {len(available):,} images of {where}; set --num-images for more"
-        files += [available[row] for row in _evenly_spaced(len(available), take)]
+        files += [available[row] for row in evenly_spaced(len(available), take)]
     elif count is not None:
         raise UserError("--num-images: not allowed with files after --images; omit it, or name a folder")
     _check_columns(len(files))
@@ -163,7 +163,7 @@ def _number_to_take(count: int | None, default_count: int, available: int, where
     return min(default_count, available, MAX_IMAGES) if count is None else count
 
 
-def _evenly_spaced(total: int, count: int) -> list[int]:
+def evenly_spaced(total: int, count: int) -> list[int]:
     """Space `count` indices evenly: they cover many classes, because most data sets and folders are sorted by class."""
     return [(2 * number + 1) * total // (2 * count) for number in range(count)]
 
