@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -177,7 +177,7 @@ class _Samples(Dataset[_Sample | str]):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")  # gray and CMYK too; EXIF is ignored, as annotations do
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:  # Pillow's, of damaged files
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
             return f"{path}: damaged image ({error}); copy or download it again"
         if image.size != (entry.width, entry.height):
             return (

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.detection.coco import ImageEntry
@@ -98,19 +98,18 @@ def detect_images(
     if repeated is not None:
         raise UserError(f"{repeated}: two images have this name; their figures would overwrite each other, rename one")
     predictor = Predictor(source, device)
+    names = dict(zip(predictor.category_ids.tolist(), predictor.class_names, strict=True))
     for number, path in enumerate(images):
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError, UnidentifiedImageError) as error:  # Pillow's, of damaged files
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
             raise UserError(f"{path}: not a readable image ({error})") from None
         results = predictor.detect(image, ImageEntry(number, path.name, image.height, image.width))
         objects = detected_objects(results, predictor.category_ids, predictor.class_names, score)
         figure = out / f"{path.stem}.png"
-        out.mkdir(parents=True, exist_ok=True)
         with replacing(figure) as temporary:
             draw_objects(image, objects).save(temporary, format="PNG")
-        names = dict(zip(predictor.category_ids.tolist(), predictor.class_names, strict=True))
         named: list[dict[str, Any]] = [
             {"file_name": path.name, "category": names[result["category_id"]]} | result for result in results
         ]
