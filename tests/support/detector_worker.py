@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from mrmae_ds.distributed.process_group import choose_device, end_process_group,
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.param_groups import adamw
 from tests.support.detectors import random_batch, small_detector
-from tests.training.parity.cases import ZERO
+from tests.training.parity.cases import write_engine
 
 STEPS, RATE, DECAY, BETAS = 4, 1e-3, 0.1, (0.9, 0.999)
 # Objects of each rank in each step.
@@ -51,12 +50,9 @@ def train_alone(case: str) -> tuple[list[float], dict[str, Tensor]]:
 
 def train(model: Detector, case: str, zero: int, folder: Path, rank: int) -> tuple[list[float], dict[str, Tensor]]:
     """Train under ZeRO; return the mean losses of the ranks, and on rank 0 the weights."""
-    path = folder / f"engine-{rank}.json"
-    path.write_text(
-        json.dumps({"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": ZERO[zero]})
-    )
+    config = load_engine_config(write_engine(folder / f"engine-{rank}.json", zero))
     groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": DECAY, "lr": RATE}]
-    engine = build_engine(model, groups, adamw(BETAS), load_engine_config(path), 1, torch.device("cpu"))
+    engine = build_engine(model, groups, adamw(BETAS), config, 1, torch.device("cpu"))
     losses = []
     for step in range(STEPS):
         loss = loss_of(engine, case, step, rank)

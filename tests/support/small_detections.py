@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 from tests.support.coco import small_coco, write_coco
 from tests.support.ranks import Ranks, start
-from tests.training.parity.cases import ZERO
 
 RECIPE = Path("ds_configs/detection/demo.yaml")
 EPOCHS, STEPS_PER_EPOCH, BATCH = 3, 2, 2
@@ -44,13 +41,6 @@ def overrides(folder: Path, *more: str) -> list[str]:
     """Return recipe values that read a folder's data, for :data:`RECIPE`."""
     files = f"{{images: {folder / 'images'}, annotations: {folder / 'annotations.json'}}}"
     return [f"data.detection.train={files}", f"data.detection.val={files}", *SETTINGS, *more]
-
-
-def write_engine(path: Path, zero: int = 2, micro_batch: int = 1, **changes: Any) -> Path:
-    """Write an engine config."""
-    content = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.0, "zero_optimization": ZERO[zero]}
-    path.write_text(json.dumps(content | changes))
-    return path
 
 
 def launch(folder: Path, name: str, world_size: int, engine: Path, *more: str, fault: str = "") -> Ranks:

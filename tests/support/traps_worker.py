@@ -23,7 +23,7 @@ from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.param_groups import adamw
 from mrmae_ds.training.tasks.build import build_task_engine
-from tests.training.parity.cases import ZERO, Case
+from tests.training.parity.cases import Case, write_engine
 from tests.training.parity.gathers import gathered
 from tests.training.parity.job import batches, prepare
 
@@ -66,14 +66,12 @@ def stale_gradients(zero: int, watched: bool, folder: Path, rank: int) -> str | 
     """
     import deepspeed
 
-    path = folder / f"branches-{rank}.json"
-    content = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": ZERO[zero]}
-    path.write_text(json.dumps(content))
+    config = load_engine_config(write_engine(folder / f"branches-{rank}.json", zero))
     model = Branches()
     for weight in model.parameters():
         nn.init.constant_(weight, 0.5)
     groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": 0.0, "lr": RATE}]
-    engine = build_engine(model, groups, adamw((0.0, 0.0)), load_engine_config(path), 1, CPU)
+    engine = build_engine(model, groups, adamw((0.0, 0.0)), config, 1, CPU)
     backward = engine.backward if watched else deepspeed.DeepSpeedEngine.backward.__get__(engine)
     seen = []
     try:
@@ -103,14 +101,12 @@ def accumulate(folder: Path, rank: int, branch_in: int | str) -> dict[str, list[
     """
     import deepspeed
 
-    path = folder / f"accumulate-{rank}.json"
-    content = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": ZERO[3]}
-    path.write_text(json.dumps(content))
+    config = load_engine_config(write_engine(folder / f"accumulate-{rank}.json", zero=3))
     model = Branches()
     for weight in model.parameters():
         nn.init.constant_(weight, 0.5)
     groups = [{"params": list(model.parameters()), "lr_scale": 1.0, "weight_decay": 0.0, "lr": 0.0}]
-    engine = build_engine(model, groups, adamw((0.0, 0.0)), load_engine_config(path), 4, CPU)
+    engine = build_engine(model, groups, adamw((0.0, 0.0)), config, 4, CPU)
     hooks, losses = [], []
     for step in range(6):
         for micro_batch in range(4):

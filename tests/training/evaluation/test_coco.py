@@ -18,7 +18,8 @@ from mrmae_ds.training.tasks.build import build_task
 from mrmae_ds.training.tasks.detect import DetectTask
 from tests.support.coco import CATEGORIES, small_coco
 from tests.support.ranks import run_in_group
-from tests.support.small_detections import RECIPE, overrides, write_detection_data, write_engine
+from tests.support.small_detections import RECIPE, overrides, write_detection_data
+from tests.training.parity.cases import write_engine
 
 pytestmark = pytest.mark.multi_process
 CPU = torch.device("cpu")

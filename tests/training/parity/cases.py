@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -46,6 +47,13 @@ ZERO: dict[int, dict[str, Any]] = {
         "leaf_module": {"classes": ["Block", "ConvBlock"]},
     },
 }
+
+
+def write_engine(path: Path, zero: int = 2, **changes: Any) -> Path:
+    """Write an engine config for micro-batches of one image."""
+    content = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0, "zero_optimization": ZERO[zero]}
+    path.write_text(json.dumps(content | changes))
+    return path
 
 
 @dataclass(frozen=True)

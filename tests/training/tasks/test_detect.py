@@ -28,9 +28,9 @@ from tests.support.coco import CATEGORIES, small_coco, write_coco
 from tests.support.detectors import NUM_CLASSES, random_batch, small_detector
 from tests.support.ranks import run_in_group
 from tests.support.reference import perturb
-from tests.support.small_detections import RECIPE, launch, overrides, write_detection_data, write_engine
+from tests.support.small_detections import RECIPE, launch, overrides, write_detection_data
 from tests.support.small_runs import assert_same, curve
-from tests.training.parity.cases import ZERO
+from tests.training.parity.cases import ZERO, write_engine
 
 PARTS = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
 CPU = torch.device("cpu")
