@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torchvision.ops import roi_align
 
-Size = tuple[int, int]
+Size = tuple[int, int]  # height and width
 
 
 def float32_island(x: Tensor) -> AbstractContextManager[None]:

@@ -24,8 +24,9 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from mrmae_ds.data.types import BoolArray, IntArray
+from mrmae_ds.detection.boxes import Size
 from mrmae_ds.detection.coco import CocoIndex, ImageEntry
-from mrmae_ds.detection.loader import DetectionBatch, Size
+from mrmae_ds.detection.loader import DetectionBatch
 from mrmae_ds.detection.rle import Rle, mask_api
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import replacing, write_text

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 from mrmae_ds.data.loaders.base import EpochOrder, LoaderRequest, to_device
 from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray, IntArray
+from mrmae_ds.detection.boxes import Size
 from mrmae_ds.detection.coco import CocoSplit, ImageEntry
 from mrmae_ds.detection.jitter import (
     Jitter,
@@ -35,7 +36,6 @@ from mrmae_ds.detection.jitter import (
 )
 from mrmae_ds.detection.rle import Rle, mask_api
 
-Size = tuple[int, int]
 Target = dict[str, Tensor]
 
 
