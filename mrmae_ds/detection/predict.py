@@ -20,6 +20,7 @@ from mrmae_ds.detection.jitter import eval_jitter, jitter_image
 from mrmae_ds.detection.loader import DetectionBatch
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import replacing, write_text
+from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.model_file import read_metadata, read_tensors
 from mrmae_ds.weights.paths import find_weights
 
@@ -41,7 +42,7 @@ class Predictor:
 
     def __init__(self, source: Path, device: torch.device) -> None:
         path = find_weights(source)
-        metadata = read_metadata(path)
+        metadata = with_present_keys(read_metadata(path))
         if metadata["kind"] != "detector":
             raise UserError(f"{path}: holds no detector ({metadata['kind']}); name a finished stage, runs/NAME/detect")
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
