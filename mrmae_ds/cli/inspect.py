@@ -86,9 +86,7 @@ def describe_file(path: Path) -> list[InfoRow]:
         rows.append(("taken", "; ".join(chosen)))
     if identity.family:
         rows += _encoder_rows(identity)
-    if identity.kind == "clip":
-        gelu = gelu_of_file(file)
-        rows.append(("GELU", str(gelu) if gelu else "not recorded; a teacher needs the key quickgelu: true or false"))
+    rows += _clip_rows(weights) if identity.kind == "clip" else []
     rows += _tensor_rows(file.tensors, weights.unusable)
     rows.append(("sha256", weights_sha256(path)))
     rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
@@ -96,19 +94,19 @@ def describe_file(path: Path) -> list[InfoRow]:
         rows.append(("made with", ", ".join(options)))
     if weights.problem:
         return [*rows, ("NOT USABLE", weights.problem)]
+    if identity.kind == "clip":
+        return rows + _clip_uses(weights, path)
     rows.append(("use it", usage(identity, path)))
     return rows + (_other_uses(weights) if identity.family and not identity.extras else [])
 
 
 def usage(identity: WeightIdentity, path: Path) -> str:
-    """Return the setting or line of Python that loads a weights file.
+    """Return the setting or line of Python that loads a weights file, unless it is a CLIP's.
 
     Args:
         identity: identity of the file.
         path: the file.
     """
-    if identity.kind == "clip":
-        return f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}, MODEL as in open_clip"
     if identity.extras:
         return (
             f"as a teacher: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}, MODEL as in timm; "
@@ -122,6 +120,33 @@ def usage(identity: WeightIdentity, path: Path) -> str:
     settings = [f"model.arch={arch}", *(f"model.overrides.{key}={_yaml(value)}" for key, value in changes.items())]
     settings += ["stages.finetune.pool=token"] if identity.pool == "token" else []
     return f"stages.finetune.init={path} with {' '.join(settings)}{_heads(identity, arch, changes)}"
+
+
+def _clip_rows(weights: Weights) -> list[InfoRow]:
+    """Return what no tensor of a CLIP shows."""
+    gelu, origin = gelu_of_file(weights.file), weights.identity.origin
+    rows = [("GELU", str(gelu) if gelu else "not recorded; a teacher needs the key quickgelu: true or false")]
+    rows += [("heads", f"{origin.num_heads}, by {origin.heads_by}")] if origin.num_heads is not None else []
+    if origin.statistics is not None:
+        mean, std = origin.statistics
+        rows.append(("input", f"{input_statistics({'mean': mean, 'std': std})}, by {origin.statistics_by}"))
+    return rows
+
+
+def _clip_uses(weights: Weights, path: Path) -> list[InfoRow]:
+    """Return the teacher that takes a CLIP's image tower, or the reason why none does."""
+    setting = f"as a teacher: teachers.NAME={{kind: clip, source: MODEL, weights: {path}}}"
+    if not weights.identity.sizes:
+        return [("use it", f"{setting}, MODEL as in open_clip, if it has the model (not checked)")]
+    from mrmae_ds.teachers.sources.clip_loading import source_of, statistics_of_name  # imports open_clip, which is slow
+
+    try:
+        source = source_of(weights)
+    except UserError as error:
+        return [("refused yet", f"teachers of kind clip: {error}")]
+    known = weights.identity.origin.statistics or statistics_of_name(source)
+    rows = [] if known else [("input", "not recorded; a teacher needs the keys mean and std")]
+    return [*rows, ("use it", setting.replace("MODEL", source))]
 
 
 def _heads(identity: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> str:

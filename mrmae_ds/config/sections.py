@@ -145,7 +145,7 @@ class TeacherConfig(Section):
         kind: ``checkpoint`` (a run of this project), ``clip`` (an open_clip vision tower) or ``timm`` (any timm model
             with tokens or feature maps: DINO, DINOv2, a convolutional network).
         source: a run's stage folder or model file; for clip and timm the model's name (``hf-hub:`` and ``local-dir:``
-            too).
+            too); for clip ``file``, a tower of the sizes of the file in ``weights``.
         weights: for clip and timm, a tag or a local file; null is the source's own.
         image_size: side of the teacher's input in pixels; null is the student's.
         features: output of the last block (``raw``), after the final norm (``ln_post``), or also projected (``proj``,

@@ -48,6 +48,7 @@ CLIP_PATCHES = (
     "visual.trunk.patch_embed.proj.weight",
     "vision_model.embeddings.patch_embedding.weight",
 )
+CLIP_BLOCKS = "visual.transformer.resblocks."
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class WeightIdentity:
         family: ``cvit``, ``vit``, or "" if there is no such encoder.
         title: the kind in words.
         ours: True if written by this project.
-        sizes: fields of the family's spec; ``num_heads`` only if ``ours``, see ``origin``.
+        sizes: fields of the family's spec, for ``clip`` those of a plain ViT's; ``num_heads`` only if ``ours``, see
+            ``origin``.
         grid: rows and columns of the position embedding: as recorded in this project's files, otherwise a square; None
             if its rows do not form one.
         prefix_rows: rows of the position embedding before the grid's (of a class token).
@@ -107,12 +109,9 @@ def identify(file: TensorFile) -> WeightIdentity:
     if not family:
         patch = next((name for name in CLIP_PATCHES if name in shapes), "")
         if patch:
-            return WeightIdentity(
-                "clip",
-                "",
-                f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}",
-                problem=_missing_of_tower(shapes),
-            )
+            title = f"CLIP model, image tower {shapes[patch][0]} wide, patch {shapes[patch][-1]}"
+            problem = _missing_of_tower(shapes)
+            return WeightIdentity("clip", "", title, sizes={} if problem else _tower_sizes(shapes), problem=problem)
         return WeightIdentity("unknown", "", "no encoder supported by this project")
     flat = [name for name, shape in encoder.items() if name.endswith(".weight") and not shape]
     if flat:
@@ -315,7 +314,16 @@ def _missing_of_tower(shapes: Shapes) -> str:
     missing = [f"visual.{name}" for name in layers if f"visual.{name}" not in shapes]
     if missing:
         return f"tensors of the image tower are missing: {len(missing)} ({first_few(missing, 6)})"
-    return _uneven_blocks(shapes, "visual.transformer.resblocks.")
+    return _uneven_blocks(shapes, CLIP_BLOCKS)
+
+
+def _tower_sizes(shapes: Shapes) -> dict[str, Any]:
+    """Return the fields of a plain ViT's spec of a CLIP image tower; empty for towers of timm."""
+    hidden = shapes.get(f"{CLIP_BLOCKS}0.mlp.c_fc.weight")
+    if "visual.conv1.weight" not in shapes or hidden is None:
+        return {}
+    dim, _, _, patch = shapes["visual.conv1.weight"]
+    return {"dim": dim, "depth": _depth(shapes, CLIP_BLOCKS), "mlp_ratio": hidden[0] / dim, "patch": patch}
 
 
 def _recorded_grid(metadata: Mapping[str, Any], sizes: Mapping[str, Any]) -> tuple[int, int] | None:

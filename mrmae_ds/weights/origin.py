@@ -59,16 +59,19 @@ def find_origin(
     Args:
         file: the file, with canonical names.
         metadata: this project's metadata of it.
-        family: ``cvit``, ``vit`` or "".
+        family: ``cvit``, ``vit`` or "" (a CLIP's image tower, or an unknown file).
         sizes: fields of the family's spec.
         num_classes: outputs of its head.
     """
     config = _config_beside(file, "config.json")
+    config |= _part(config, "vision_config")  # of a whole CLIP
     width = config.get("hidden_size", config.get("num_features"))
     if width is not None and "dim" in sizes and width != sizes["dim"]:
         config = {}  # of another file in the same folder
     statistics, statistics_by = _statistics(file, metadata, family, config)
     heads, heads_by = _heads(metadata, family, sizes, config)
+    if heads is None and not family:
+        heads, heads_by = _heads_of_tower(file, sizes)
     return Origin(statistics, statistics_by, heads, heads_by, _classes(metadata, config, num_classes))
 
 
@@ -114,6 +117,14 @@ def _heads(
         if kind is not None and isinstance(spec, kind) and _same_widths(spec, sizes):
             return spec.num_heads, f"its width and depth, those of {arch}"
     return None, ""
+
+
+def _heads_of_tower(file: TensorFile, sizes: Mapping[str, Any]) -> tuple[int | None, str]:
+    """Read open_clip's configuration of an image tower, which has the width of a head."""
+    vision = _part(_part(_config_beside(file, "open_clip_config.json"), "model_cfg"), "vision_cfg")
+    if "dim" not in sizes or vision.get("width") != sizes["dim"]:
+        return None, ""
+    return sizes["dim"] // vision.get("head_width", 64), "open_clip_config.json beside it"
 
 
 def _same_widths(spec: CViTSpec | ViTSpec, sizes: Mapping[str, Any]) -> bool:

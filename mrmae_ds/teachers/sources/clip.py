@@ -21,7 +21,7 @@ from mrmae_ds.teachers.base import (
     tensors_sha256,
 )
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.sources.clip_loading import NO_TEXT, ClipTower, load_clip_tower
+from mrmae_ds.teachers.sources.clip_loading import NO_TEXT, ClipTower, load_clip_tower, recipe_config
 from mrmae_ds.teachers.sources.timm_readers import TimmReader, timm_reader
 from mrmae_ds.weights.paths import weights_sha256
 
@@ -31,9 +31,9 @@ class ClipTeacher(LibraryTeacher):
 
     The source is open_clip's model name, with or without ``-quickgelu``: the weights decide which GELU is computed. The
     weights are a pretrained tag (``openai``) or a local file, including OpenAI's archives; a source that names its
-    files itself (``hf-hub:``, ``local-dir:``) takes none. Features are ``raw``, ``ln_post``, or ``proj`` (ln_post, then
-    the projection to the joint space). open_clip resizes the position embedding if the input size differs from the
-    tower's.
+    files itself (``hf-hub:``, ``local-dir:``) takes none. The source ``file`` stands for a tower of the weights file's
+    own sizes. Features are ``raw``, ``ln_post``, or ``proj`` (ln_post, then the projection to the joint space).
+    open_clip resizes the position embedding if the input size differs from the tower's.
 
     Raises:
         UserError: for an unknown name, unreadable weights, an undetermined GELU, or features that the tower does not
@@ -122,9 +122,7 @@ def tower_reader(visual: nn.Module, options: TeacherOptions) -> TowerReader | Ti
 
 def build_meta(options: TeacherOptions) -> MetaTeacher:
     """Build the image tower without weights; see :class:`~mrmae_ds.teachers.build.TeacherSource`."""
-    config = open_clip.get_model_config(options.source)
-    if config is None:
-        raise UserError(f"{options.key}.source: open_clip has no model {options.source!r}; see open_clip.list_models()")
+    config = recipe_config(options)
     vision = {**config["vision_cfg"], "image_size": options.image_size, "timm_model_pretrained": False}
     visual = open_clip.CLIP(config["embed_dim"], vision, NO_TEXT).visual
     if isinstance(visual, TimmModel):
@@ -139,7 +137,7 @@ build = ClipTeacher
 
 
 def _details(tower: ClipTower, options: TeacherOptions) -> dict[str, str]:
-    details = {"GELU": tower.gelu_origin}
+    details = {"GELU": tower.gelu_origin, **tower.heads}
     if options.statistics is None:
         details["statistics"] = tower.statistics_origin
     return details

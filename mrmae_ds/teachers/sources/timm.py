@@ -132,7 +132,9 @@ def _decide(
     details = check_gelu(network, weights, options)
     statistics, by = statistics_of(network, weights, options)
     if weights is not None:
-        details |= check_heads(network, weights, options) | {"statistics": by}
+        blocks = getattr(network, "blocks", None)
+        heads = getattr(getattr(blocks[-1], "attn", None), "num_heads", None) if blocks else None
+        details |= check_heads(heads, weights, options) | {"statistics": by}
         if chosen := describe_names(weights.file):
             details["weights"] = "; ".join(chosen)
     return statistics, details

@@ -61,16 +61,14 @@ def check_gelu(network: TimmNetwork, weights: Weights | None, options: TeacherOp
     return {"GELU": str(gelu)}
 
 
-def check_heads(network: TimmNetwork, weights: Weights, options: TeacherOptions) -> dict[str, str]:
-    """Compare the number of heads with the file's, and describe the comparison; empty for a network without heads.
+def check_heads(heads: int | None, weights: Weights, options: TeacherOptions) -> dict[str, str]:
+    """Compare a network's number of heads with the file's, and describe the comparison; empty if either has none.
 
     Raises:
         UserError: naming the recipe key, if they differ.
     """
-    blocks = getattr(network, "blocks", None)
-    heads = getattr(getattr(blocks[-1], "attn", None), "num_heads", None) if blocks else None
     origin = weights.identity.origin
-    if heads is None or not weights.identity.family:
+    if heads is None or not weights.identity.sizes:
         return {}
     if origin.num_heads is None:
         return {"heads": f"{heads}, as in {options.source}; not checked, the file does not record it"}

@@ -14,11 +14,13 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mrmae_ds.cli.inspect import describe_file
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.sources import clip_loading
-from mrmae_ds.teachers.sources.clip import ClipTeacher
+from mrmae_ds.teachers.sources.clip import ClipTeacher, build_meta
 from tests.fixtures import load_reference, part
 from tests.support.reference import perturb
+from tests.support.released import hugging_face_clip, tiny_clip
 from tests.support.sample_teachers import normalize, options, pixels_of, timm_attention
 
 # OpenAI's, from its repository.
@@ -126,7 +128,7 @@ def tower_by_hand(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         visual(normalize(pixels, CLIP_MEAN, CLIP_STD))
         x = block.ln_1(seen[0])
-        plain = nn.MultiheadAttention(64, 4, batch_first=True)
+        plain = nn.MultiheadAttention(len(block.ln_1.weight), 4, batch_first=True)
         plain.load_state_dict({n: t for n, t in block.attn.state_dict().items() if not n.startswith("ln_")})
         attention = plain(x, x, x, need_weights=True)[1]
     for handle in handles:
@@ -316,6 +318,73 @@ def test_a_file_of_another_model_is_refused(tmp_path: Path) -> None:
     torch.save(state | {"visual.proj": torch.zeros(64, 5)}, tmp_path / "wide.pt")
     with pytest.raises(UserError, match=r"of another shape is visual.proj"):
         build(tmp_path / "wide.pt", quickgelu=True)
+
+
+# ---- towers that open_clip has no name for
+
+
+def save_custom(folder: Path, layout: str = "whole", lost: str = "nothing") -> nn.Module:
+    """Write the weights of a tower of unknown sizes, with Hugging Face's configurations beside it; return the tower."""
+    model = tiny_clip(width=48, head_width=12)
+    tensors = {name: tensor for name, tensor in hugging_face_clip(model).items() if lost not in name}
+    if layout == "vision alone":  # as CLIPVisionModel has it
+        tensors = {name: tensor for name, tensor in tensors.items() if name.startswith("vision_model.")}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
+    vision: dict[str, Any] = {"hidden_size": 48, "num_attention_heads": 4, "hidden_act": "gelu"}
+    config = vision if layout == "vision alone" else {"vision_config": vision}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": CLIP_MEAN, "image_std": CLIP_STD}))
+    return model.visual
+
+
+@pytest.mark.parametrize("layout", ["whole", "vision alone"])
+def test_a_tower_without_a_name_is_built_from_its_file(layout: str, tmp_path: Path) -> None:
+    visual = save_custom(tmp_path, layout)
+    path = tmp_path / "model.safetensors"
+    advice = dict(describe_file(path))["use it"]
+    assert advice == f"as a teacher: teachers.NAME={{kind: clip, source: file, weights: {path}}}"
+    teacher = build(path, "file", image_size=32)
+    assert teacher.details["heads"] == "4, by config.json beside it"
+    pixels = pixels_of(2, 32)
+    x, attention = tower_by_hand(visual, pixels)
+    torch.testing.assert_close(teacher(pixels).tokens, x[:, 1:], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(teacher(pixels).importance, attention[:, 0, 1:], atol=1e-6, rtol=1e-5)
+    with torch.device("meta"):
+        meta = build_meta(options("clip", "file", weights=path, image_size=32))
+    assert (meta.grid, meta.width) == (teacher.grid, teacher.width)
+    if layout == "whole":
+        assert build(path, "file", image_size=32, features="proj").width == 16
+    else:
+        with pytest.raises(UserError, match=r"is not a file of file: it lacks visual.proj"):
+            build(path, "file", image_size=32, features="proj")
+
+
+def test_what_check_says_of_a_tower_is_what_loading_says(tmp_path: Path) -> None:
+    """Compare the advice on a tower with loading: heads that are unknown or others, other tensors, statistics."""
+    path = tmp_path / "model.safetensors"
+    save_custom(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    assert dict(describe_file(path))["input"] == "not recorded; a teacher needs the keys mean and std"
+    with pytest.raises(UserError, match=r"teachers.clip.mean: the statistics of the input"):
+        build(path, "file", image_size=32)
+    for lost, message in (("pre_layrnorm", "it lacks visual.ln_pre"), ("heads", "does not record its number of at")):
+        save_custom(tmp_path, lost=lost)
+        if lost == "heads":
+            (tmp_path / "config.json").unlink()
+        with pytest.raises(UserError, match=message) as refused:
+            build(path, "file", image_size=32, quickgelu=None)
+        refusal = str(refused.value).removeprefix("teachers.clip.weights: ")
+        assert dict(describe_file(path))["refused yet"] == f"teachers of kind clip: {refusal}"
+
+
+def test_a_named_tower_is_advised_and_its_heads_are_compared(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_model(path)
+    assert "source: mrmae-test, weights" in dict(describe_file(path))["use it"]
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 64, "num_attention_heads": 8}))
+    with pytest.raises(UserError, match=r"has 8 attention heads \(by config.json beside it\), mrmae-test has 4"):
+        build(path, quickgelu=True)
+    assert "source: file, weights" in dict(describe_file(path))["use it"]
 
 
 # ---- which GELU
