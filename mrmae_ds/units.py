@@ -17,6 +17,11 @@ def significant(number: float) -> str:
     return f"{round(number, decimals):,.{max(decimals, 0)}f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: "1 file", "1,200 files", "2 classes"."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "es" if noun.endswith("s") else "s")
+
+
 def first_few(names: Sequence[object], count: int) -> str:
     """Return the first ``count`` names, separated by commas, and an ellipsis if there are more."""
     return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from mrmae_ds.units import describe_difference, first_few, significant
+from mrmae_ds.units import counted, describe_difference, first_few, significant
 
 
 @pytest.mark.parametrize(
@@ -11,6 +11,12 @@ from mrmae_ds.units import describe_difference, first_few, significant
 )
 def test_numbers_are_rounded_to_three_significant_digits(number: float, text: str) -> None:
     assert significant(number) == text
+
+
+def test_counts_have_the_right_number() -> None:
+    assert [counted(1, "file"), counted(1200, "file"), counted(1, "class"), counted(0, "class")] == [
+        "1 file", "1,200 files", "1 class", "0 classes",
+    ]  # fmt: skip
 
 
 def test_an_ellipsis_stands_for_the_rest() -> None:

@@ -16,6 +16,7 @@ from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.options import Output, WriteOptions, parse_max_bad
 from mrmae_ds.data.convert.skipped import report_path
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import counted
 
 SUMMARY = "convert images to .beton files, and check them"
 
@@ -275,7 +276,7 @@ def _run_verify(args: argparse.Namespace) -> None:
             f"--num-images must be at least 1 and --seed not negative, not {args.num_images} and {args.seed}"
         )
     info = verify_beton(args.beton)
-    print(f"{info.path}: {info.num_samples:,} images decode, checksum as written")
+    print(f"{info.path}: {counted(info.num_samples, 'image')} decoded, checksum as written")
     for line in find_stored_copies(info):
         print(f"{info.path}: {line}")
     if args.source:
@@ -283,4 +284,5 @@ def _run_verify(args: argparse.Namespace) -> None:
 
         lowest = compare_with_source(args.beton, args.source, args.num_images, args.seed)
         count = min(args.num_images, info.num_samples)
-        print(f"{info.path}: {count:,} images are those of {args.source}, at {lowest:.1f} dB or more")
+        compared = counted(count, "image")
+        print(f"{info.path}: {compared} compared with {args.source}: the same, at {lowest:.1f} dB or more")

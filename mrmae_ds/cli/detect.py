@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, require_path
+from mrmae_ds.units import counted
 
 SUMMARY = "detect objects in images with a finished stage detect: boxes, masks and names drawn, and JSON"
 
@@ -29,4 +30,4 @@ def run(args: argparse.Namespace) -> None:
 
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     for figure, count in detect_images(args.run, args.images, args.out, args.score, device):
-        print(f"{figure}: {count} object{'' if count == 1 else 's'}")
+        print(f"{figure}: {counted(count, 'object')}")

@@ -17,7 +17,7 @@ from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.teachers.sources.gelu import gelu_of_file
 from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.changed import changed_weights
 from mrmae_ds.weights.export import input_statistics, timm_line
 from mrmae_ds.weights.finished_run import with_present_keys
@@ -88,7 +88,8 @@ def describe_file(path: Path) -> list[InfoRow]:
         rows += _encoder_rows(identity)
     rows += _clip_rows(weights) if identity.kind == "clip" else []
     rows += _tensor_rows(file.tensors, weights.unusable)
-    rows.append(("sha256", weights_sha256(path)))
+    is_index = file.path.name.endswith(INDEX_SUFFIX)
+    rows.append(("sha256", weights_sha256(path) + " (of the checksums of index and shards)" * is_index))
     rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
     if options := [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]:
         rows.append(("made with", ", ".join(options)))
@@ -203,7 +204,7 @@ def _tensor_rows(tensors: Mapping[str, Tensor], unusable: str) -> list[InfoRow]:
     total = sum(tensor.numel() for tensor in tensors.values())
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
     rows = [
-        ("values", f"{total:,} in {len(tensors)} tensors"),
+        ("values", f"{total:,} in {counted(len(tensors), 'tensor')}"),
         ("dtype", ", ".join(kinds) if len(kinds) == 1 else ", ".join(f"{kind} ({n})" for kind, n in kinds.items())),
     ]
     return rows + ([("UNUSABLE", unusable)] if unusable else [])
@@ -265,7 +266,7 @@ def _checkpoint_rows(checkpoint: Path) -> list[InfoRow]:
     ranks, identity = manifest.layout.world_size, manifest.identity
     return [
         ("kind", f"training state (DeepSpeed); resume with --resume {checkpoint}"),
-        ("step", f"{manifest.step:,}, on {ranks} rank{'s' * (ranks != 1)}"),
+        ("step", f"{manifest.step:,}, on {counted(ranks, 'rank')}"),
         ("recipe", f"hash {identity.recipe_hash}, seed {identity.seed}"),
         ("files", f"{len(manifest.files)}, {manifest.size / 2**20:,.1f} MiB, checksums verified"),
     ]

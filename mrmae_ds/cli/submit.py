@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from mrmae_ds.cli.parser import INTERRUPTED, CommandParser
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import counted
 
 if TYPE_CHECKING:
     from mrmae_ds.pipeline.graph import PipelineJob
@@ -105,7 +106,7 @@ def _run_locally(
     if args.jobs > 1 and gpus:
         raise UserError("--jobs: parallel jobs would share the GPUs; remove the option")
     finished = sum(status.state == "finished" for status in statuses.values())
-    print(f"{len(jobs)} jobs, {finished} finished already")
+    print(f"{counted(len(jobs), 'job')}, {finished} finished already")
     signal.signal(signal.SIGTERM, _interrupt)
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # not under nohup; the jobs have sessions of their own
         signal.signal(signal.SIGHUP, _interrupt)
@@ -146,7 +147,7 @@ def _submit(
         slurm_id = submit_tables(name, command, queued, args.runs, args.sbatch)
         print(f"tables: submitted as job {slurm_id}, after all jobs")
     else:
-        print(f"nothing to submit: {len(queued)} jobs are in the queue")
+        print(f"nothing to submit: {counted(len(queued), 'job')} in the queue")
 
 
 def _write_tables(root: Path, tables: Sequence[int]) -> None:

@@ -10,7 +10,7 @@ from mrmae_ds.config.optimizers import DetectOptimizerConfig, StepScheduleConfig
 from mrmae_ds.config.sections import Ascending, Fraction, Positive
 from mrmae_ds.config.stages import StageConfig
 from mrmae_ds.errors import ConfigError
-from mrmae_ds.models.sizes import PYRAMID_MULTIPLE, nearest_for_pyramid
+from mrmae_ds.models.sizes import PYRAMID_MULTIPLE, check_global_blocks, nearest_for_pyramid
 from mrmae_ds.schema import Section
 
 Count = Annotated[int, Field(ge=1)]
@@ -48,11 +48,7 @@ class DetectorConfig(Section):
         Raises:
             ConfigError: if a global block does not exist.
         """
-        beyond = [block for block in self.global_blocks if block >= depth]
-        if beyond:
-            raise ConfigError(
-                "global_blocks", f"there is no block {beyond[0]}; the encoder's blocks are numbered 0 to {depth - 1}"
-            )
+        check_global_blocks(self.global_blocks, depth, "global_blocks")
 
 
 class DetectConfig(StageConfig):

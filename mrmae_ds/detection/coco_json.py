@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mrmae_ds.detection.rle import Rle, mask_api
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 
 Entry = dict[str, Any]
 _KEYS = {
@@ -115,8 +115,8 @@ def _check_references(
     boxes_only = [entry["id"] for entry in annotations if not entry.get("segmentation")]
     if boxes_only:
         raise UserError(
-            f"{path}: {len(boxes_only):,} annotations without segmentation, the first with id {boxes_only[0]}; masks "
-            "cannot be trained or evaluated on boxes alone"
+            f"{path}: {counted(len(boxes_only), 'annotation')} without segmentation, the first with id "
+            f"{boxes_only[0]}; masks cannot be trained or evaluated on boxes alone"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from mrmae_ds.data.convert.images import read_rgb
 from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
 from mrmae_ds.detection.coco import CocoIndex, CocoSplit
 from mrmae_ds.detection.rle import Rle, mask_api
@@ -120,8 +121,7 @@ def draw_predictions(
     for row in rows:
         entry = split.index.image(row)
         own = [result for result in results if result["image_id"] == entry.id]
-        with Image.open(split.folder / entry.name) as file:
-            image = file.convert("RGB")
+        image = read_rgb(split.folder / entry.name)
         found = detected_objects(own, split.index.category_ids, split.class_names, score)
         both = annotated_objects(split.index, row), found
         pairs.append([_reduced(draw_objects(image, objects)) for objects in both])

@@ -8,32 +8,27 @@ from typing import TypeVar
 import torch
 
 from mrmae_ds.config.detection import DetectConfig
-from mrmae_ds.config.sections import ModelConfig
-from mrmae_ds.detection.detector import build_detector
+from mrmae_ds.detection.detector import Detector
 from mrmae_ds.detection.roi_heads import BOX_CELLS, MASK_CELLS
 from mrmae_ds.profiling.flops import flop_counter
 
 T = TypeVar("T")
 
 
-def detector_flops(
-    model: ModelConfig, stage: DetectConfig, num_classes: int, boxes: int = 1000, masks: int = 100
-) -> dict[str, int]:
+def detector_flops(detector: Detector, stage: DetectConfig, boxes: int = 1000, masks: int = 100) -> dict[str, int]:
     """Count the forward pass of one image, two FLOPs per multiply-add; detection papers print multiply-adds.
 
-    Modules run on the meta device, on as many boxes as they would get: boxes cannot be selected without values.
+    Modules run on as many boxes as they would get: boxes cannot be selected without values.
     Convolutions, linear layers and attention count. Detectron2's tools also count five operations for each value of a
     LayerNorm: for Base at 1024 pixels 0.9 G multiply-adds of 956 (CViT), 0.4 of 840 (ViT).
 
     Args:
-        model: the recipe's encoder.
+        detector: on the meta device, in eval mode.
         stage: the recipe's stage.
-        num_classes: K, without the background.
         boxes: boxes that are classified; 1000 proposals in evaluation, ``boxes_per_image`` in training.
         masks: boxes that are segmented; at most 100 in evaluation, and a quarter of ``boxes_per_image`` in training.
     """
     with torch.device("meta"):
-        detector = build_detector(model, stage, num_classes).eval()
         images = torch.empty(1, 3, stage.image_size, stage.image_size)
         boxes_in = torch.empty(boxes, stage.detector.channels, BOX_CELLS, BOX_CELLS)
         masks_in = torch.empty(masks, stage.detector.channels, MASK_CELLS, MASK_CELLS)

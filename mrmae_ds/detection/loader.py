@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mrmae_ds.data.convert.images import ImageError, read_rgb
 from mrmae_ds.data.loaders.base import EpochOrder, LoaderRequest, to_device
 from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray, IntArray
@@ -175,10 +176,9 @@ class _Samples(Dataset[_Sample | str]):
         entry = self._split.index.image(row)
         path = self._split.folder / entry.name
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")  # gray and CMYK too; EXIF is ignored, as annotations do
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
-            return f"{path}: damaged image ({error}); copy or download it again"
+            image = read_rgb(path)  # gray and CMYK too
+        except (OSError, ImageError) as error:
+            return f"{path}: not a readable image ({error}); copy or download it again"
         if image.size != (entry.width, entry.height):
             return (
                 f"{path} is {image.width} x {image.height} pixels, but {entry.width} x {entry.height} in the "

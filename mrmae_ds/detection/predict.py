@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.data.convert.images import ImageError, read_rgb
 from mrmae_ds.detection.coco import ImageEntry
 from mrmae_ds.detection.detector import Detector, build_detector
 from mrmae_ds.detection.draw import detected_objects, draw_objects
@@ -102,9 +103,8 @@ def detect_images(
     names = dict(zip(predictor.category_ids.tolist(), predictor.class_names, strict=True))
     for number, path in enumerate(images):
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
+            image = read_rgb(path)
+        except (OSError, ImageError) as error:
             raise UserError(f"{path}: not a readable image ({error})") from None
         results = predictor.detect(image, ImageEntry(number, path.name, image.height, image.width))
         objects = detected_objects(results, predictor.category_ids, predictor.class_names, score)

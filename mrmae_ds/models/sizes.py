@@ -7,6 +7,7 @@ Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. ``tiny`` is this project
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
@@ -174,6 +175,22 @@ PYRAMID_MULTIPLE = 32
 def nearest_for_pyramid(pixels: int) -> int:
     """Return the side nearest to ``pixels`` that suits a detector's pyramid."""
     return max(1, round(pixels / PYRAMID_MULTIPLE)) * PYRAMID_MULTIPLE
+
+
+def check_global_blocks(blocks: Iterable[int], depth: int, key: str) -> None:
+    """Check that the transformer blocks with global attention exist.
+
+    Args:
+        blocks: their numbers, from 0.
+        depth: number of the encoder's transformer blocks.
+        key: that named them, for the error.
+
+    Raises:
+        ConfigError: naming the first that does not exist.
+    """
+    beyond = sorted(set(blocks) - set(range(depth)))
+    if beyond:
+        raise ConfigError(key, f"there is no block {beyond[0]}; the encoder's blocks are numbered 0 to {depth - 1}")
 
 
 def _tokens_of_side(pixels: int, stride: int) -> int:

@@ -23,6 +23,7 @@ from mrmae_ds.models.sizes import (
     EncoderSpec,
     ImageSize,
     ViTSpec,
+    check_global_blocks,
     nearest_for_pyramid,
     token_grid,
 )
@@ -157,8 +158,7 @@ def _attend_in_windows(
             f"the encoder's stride is {spec.stride} pixels, but detection needs {STRIDE}; change its patches",
         )
     grid, chosen = token_grid(spec, image_size), frozenset(global_blocks)
-    if beyond := sorted(chosen - set(range(len(blocks)))):
-        raise ConfigError("detector.global_blocks", f"{beyond} do not exist; the encoder has {len(blocks)} blocks")
+    check_global_blocks(chosen, len(blocks), "detector.global_blocks")
     if window >= max(grid):
         warnings.warn(f"detector.window: {window} covers the grid {grid}: all blocks are global", stacklevel=3)
         window = 0

@@ -12,7 +12,7 @@ from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.profiling.flops import COUNTED_STAGES, recipe_cost
 from mrmae_ds.tables.detection import COCO_2017
-from mrmae_ds.units import PETA, SECONDS_PER_HOUR, TERA, significant
+from mrmae_ds.units import PETA, SECONDS_PER_HOUR, TERA, counted, significant
 
 _COLUMNS = ("job", "state", "waits for", "nodes", "PFLOP", "GPU-hours")
 _RIGHT_ALIGNED = {"nodes", "PFLOP", "GPU-hours"}
@@ -97,7 +97,7 @@ def describe_pipeline(jobs: Sequence[PipelineJob], statuses: Mapping[str, JobSta
     )
     lines += [f"{path}: no such file; counted on ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} images" for path in absent]
     if uncounted:
-        lines.append(f"not counted either: {uncounted} jobs whose teacher is a run that does not exist yet")
+        lines.append(f"not counted either: {counted(uncounted, 'job')} with a run as teacher that does not exist yet")
     return "\n".join(lines)
 
 

@@ -17,6 +17,7 @@ from mrmae_ds.files import write_text
 from mrmae_ds.records.environment import git_state
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, utc_now
 from mrmae_ds.training.checkpoint.folder import list_checkpoints, step_of
+from mrmae_ds.units import counted
 
 # Consecutive starts of a job without progress: a node may fail before the first checkpoint, and once more.
 MAX_IDLE_STARTS = 2
@@ -146,4 +147,6 @@ def resume_option(stage_dir: Path, job: str, restart: int) -> str | None:
 
 def _check_count(job: str, restart: int, max_restarts: int) -> None:
     if restart > max_restarts:
-        raise UserError(f"job {job}: restarted {max_restarts} times (MAX_RESTARTS); to resume, submit it again")
+        raise UserError(
+            f"job {job}: restarted {counted(max_restarts, 'time')} (MAX_RESTARTS); to resume, submit it again"
+        )

@@ -13,7 +13,7 @@ from mrmae_ds.planning.estimates.scale import bottleneck, reason_for_none, scali
 from mrmae_ds.planning.estimates.step import StepEstimate, estimate_step, largest_fitting
 from mrmae_ds.planning.peak_memory import phase_peaks
 from mrmae_ds.planning.stage import CountedStage, with_placement
-from mrmae_ds.units import GIB
+from mrmae_ds.units import GIB, counted
 
 PLACEMENTS = ("device", "step", "stream", "sharded")
 _NAME_WIDTH = 44
@@ -37,8 +37,9 @@ def stage_lines(
     """
     memory, zero = step.memory, config.zero
     lines = [
-        f"{stage.name}: {stage.config.epochs} epochs at {stage.task.image_size} pixels, batch {memory.batch:,} = "
-        f"micro-batch {memory.micro_batch} x {step.cluster.gpus} GPUs x accumulation {memory.zero.accumulation}",
+        f"{stage.name}: {counted(stage.config.epochs, 'epoch')} at {stage.task.image_size} pixels, batch "
+        f"{memory.batch:,} = micro-batch {memory.micro_batch} x {counted(step.cluster.gpus, 'GPU')} x accumulation "
+        f"{memory.zero.accumulation}",
         f"  {_parameters(step)}",
         f"  {_settings(config)}",
         *_memory_lines(stage, step),

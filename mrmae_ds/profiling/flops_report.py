@@ -11,7 +11,7 @@ from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.profiling.flops import Flops, StageFlops, recipe_cost
-from mrmae_ds.units import EXA, GIGA, SECONDS_PER_HOUR, TERA, significant
+from mrmae_ds.units import EXA, GIGA, SECONDS_PER_HOUR, TERA, counted, significant
 
 _COLUMNS = ("forward", "backward", "recomputed", "total")
 _NAME_WIDTH, _NUMBER_WIDTH = 28, 12
@@ -49,7 +49,7 @@ def describe_cost(
         cost_line(costs, num_images, tflops),
     ]
     if tflops and gpus:
-        lines.append(f"{significant(gpu_hours(costs, num_images, tflops) / gpus)} hours on {gpus} GPUs")
+        lines.append(f"{significant(gpu_hours(costs, num_images, tflops) / gpus)} hours on {counted(gpus, 'GPU')}")
     return "\n".join(lines)
 
 

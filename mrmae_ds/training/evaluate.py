@@ -41,6 +41,7 @@ from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import RecordWriter, describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
+from mrmae_ds.units import counted
 from mrmae_ds.weights.load import load_encoder_weights
 from mrmae_ds.weights.model_file import build_classifier
 from mrmae_ds.weights.paths import find_weights, weights_sha256
@@ -300,7 +301,7 @@ def _announce(job: PreparedEvaluation, num_parameters: int, device: torch.device
     models = "1 model" if count == 1 else f"{count} models averaged"
     logger.info(
         f"{job.recipe.name} evaluate: {models}, {num_parameters / 1e6:.2f} M parameters, on {job.launch.world_size} "
-        f"x {device.type}, {job.val_data.num_samples:,} images of {job.val_data.name}, into {job.stage_dir}"
+        f"x {device.type}, {counted(job.val_data.num_samples, 'image')} of {job.val_data.name}, into {job.stage_dir}"
     )
 
 

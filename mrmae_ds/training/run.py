@@ -40,7 +40,7 @@ from mrmae_ds.training.perf_metrics import PerfMeter, peak_memory
 from mrmae_ds.training.run_logger import RunLogger, export_metadata
 from mrmae_ds.training.step_sync import StepSync
 from mrmae_ds.training.tasks.build import build_task_engine
-from mrmae_ds.units import GIB
+from mrmae_ds.units import GIB, counted
 from mrmae_ds.weights.model_file import save_weights
 from mrmae_ds.weights.paths import MODEL_FILE
 
@@ -200,7 +200,7 @@ def _announce(job: PreparedStage, start: RunStart, device: torch.device, step: i
         f"{job.recipe.name} {job.stage_name}: {num_parameters / 1e6:.2f} M parameters, "
         f"ZeRO-{job.engine_config.zero.stage} on {launch.world_size} x {device.type}, "
         f"batch {schedule.stage.batch_size} = {schedule.micro_batch} x {launch.world_size} x {schedule.accumulation}, "
-        f"{schedule.epochs} epochs of {schedule.steps_per_epoch} steps, into {job.stage_dir}"
+        f"{counted(schedule.epochs, 'epoch')} of {counted(schedule.steps_per_epoch, 'step')}, into {job.stage_dir}"
         + (f", resuming after step {step}" if step else "")
     )
     for damaged in start.damaged:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.formats import read_tensor_file
 from mrmae_ds.weights.load import LoadReport
 from mrmae_ds.weights.names import FPN, VITDET, detector_title
@@ -95,8 +95,8 @@ def load_detector(detector: nn.Module, path: Path, key: str = "") -> LoadReport:
         )
     if differing := report.missing + [name for name in report.unexpected if name.startswith(PARTS)]:
         raise UserError(
-            f"{where}: its detector differs from the recipe's in {len(differing)} tensors ({first_few(differing, 3)}); "
-            "change model and stages.detect.detector"
+            f"{where}: its detector differs from the recipe's in {counted(len(differing), 'tensor')} "
+            f"({first_few(differing, 3)}); change model and stages.detect.detector"
         )
     for name, tensor in state.items():
         if tensors[name].shape != tensor.shape:

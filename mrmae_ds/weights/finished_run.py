@@ -16,6 +16,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.records.record import RunRecord
+from mrmae_ds.units import counted
 from mrmae_ds.weights.identify import FAMILY_TITLES
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import is_ours, read_metadata, read_tensors, run_folder_name, spec_from_metadata
@@ -223,7 +224,7 @@ class FinishedRun(SavedEncoder):
         """Return epochs and training data: "400 epochs, ImageNet-1K"."""
         epochs = self.recipe.stage(self.metadata["stage"]).epochs
         prefix = "" if self.kind == "pretrain" else "fine-tuned "
-        return f"{prefix}{epochs} epoch{'s' * (epochs != 1)}, {self.data}"
+        return f"{prefix}{counted(epochs, 'epoch')}, {self.data}"
 
     def label(self) -> str:
         """Return three lines: method, run, training."""

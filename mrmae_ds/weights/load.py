@@ -17,7 +17,7 @@ from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.objectives import PIXELS, Objective
 from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.identify import PIXEL_HEAD, WeightIdentity, decoder_sizes, size_differences
 from mrmae_ds.weights.model_file import (
     build_classifier,
@@ -53,7 +53,7 @@ class LoadReport:
 
         return "; ".join(
             [
-                f"loaded {len(self.loaded)} tensors",
+                f"loaded {counted(len(self.loaded), 'tensor')}",
                 listed("resized", self.resized),
                 listed("missing", self.missing),
                 listed("not used", self.unexpected),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.formats import TensorFile
 
 # Words of prefixes that wrappers, training scripts and detectors put before the names of an encoder.
@@ -212,7 +212,7 @@ def describe_names(file: TensorFile) -> list[str]:
     said += [f"names converted from {file.layout}"] if file.layout else []
     if file.left:
         parts = dict.fromkeys(name.removeprefix(file.prefix).split(".")[0] for name in file.left)
-        said.append(f"{len(file.left)} tensors outside the encoder left out ({first_few(list(parts), 4)})")
+        said.append(f"{counted(len(file.left), 'tensor')} outside the encoder left out ({first_few(list(parts), 4)})")
     return said
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, make_spec
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file
 from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify, size_differences, spec_sizes
 from mrmae_ds.weights.names import canonical, describe_names
@@ -120,14 +120,15 @@ def resolve(source: Path, key: str = "") -> Weights:
 def unusable_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return a description of weights that are quantized, and of tensors with NaN or infinite values; "" for none."""
     if unreal := [name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta]:
-        return f"{len(unreal)} tensors are sparse or without values: {first_few(unreal, 3)}"
+        return f"{counted(len(unreal), 'tensor')} sparse or without values: {first_few(unreal, 3)}"
     parameters = {name: tensor for name, tensor in tensors.items() if name.endswith((".weight", ".bias"))}
     quantized = [name for name, tensor in parameters.items() if tensor.dtype not in _PLAIN]
     if quantized:
         kind = str(tensors[quantized[0]].dtype).removeprefix("torch.")
-        return f"{len(quantized)} tensors are quantized ({kind}): {first_few(quantized, 3)}; use the original weights"
+        count = counted(len(quantized), "tensor")
+        return f"{count} quantized ({kind}): {first_few(quantized, 3)}; use the original weights"
     nonfinite = [name for name, t in tensors.items() if t.is_floating_point() and not torch.isfinite(t).all()]
-    return f"{len(nonfinite)} tensors contain NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
+    return f"{counted(len(nonfinite), 'tensor')} with NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
 
 
 def model_metadata(weights: Weights, *, statistics: bool = True, fix: str = "") -> dict[str, Any]:

@@ -42,8 +42,8 @@ def test_write_info_and_verify(tree: Path, tmp_path: Path, capsys: pytest.Captur
     assert "left out  1 that cannot be read, listed in train.beton.skipped.csv" in capsys.readouterr().out
     assert main(["data", "verify", str(train), "--source", str(tree), "--num-images", "5"]) == 0
     printed = capsys.readouterr()
-    assert f"{train}: 7 images decode, checksum as written" in printed.out
-    assert f"{train}: 5 images are those of {tree}, at " in printed.out and "dB or more" in printed.out
+    assert f"{train}: 7 images decoded, checksum as written" in printed.out
+    assert f"{train}: 5 images compared with {tree}: the same, at " in printed.out and "dB or more" in printed.out
 
 
 def test_write_fails_beyond_max_bad(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

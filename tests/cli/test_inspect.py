@@ -158,7 +158,7 @@ def test_reports_dtypes_and_nonfinite_values(tmp_path: Path) -> None:
     save_file(tensors | {"d": torch.tensor([torch.inf])}, tmp_path / "x.safetensors")
     rows = rows_of(describe(tmp_path / "x.safetensors"))
     assert sorted(rows["dtype"].split(", ")) == ["float16 (1)", "float32 (2)", "int64 (1)"]
-    assert rows["UNUSABLE"] == "2 tensors contain NaN or infinity: b, d"
+    assert rows["UNUSABLE"] == "2 tensors with NaN or infinity: b, d"
     save_file({"a": torch.zeros(2)}, tmp_path / "y.safetensors")
     assert "UNUSABLE" not in rows_of(describe(tmp_path / "y.safetensors"))
 

@@ -93,8 +93,8 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "repeated image": (lambda c: c["images"][1].update(id=7), "images with the same id: 7"),
     "repeated annotation": (lambda c: _annotation(c, id=999), "annotations with the same id: 999"),
     "repeated name": (lambda c: c["categories"][1].update(name="person"), "categories with the same name: person"),
-    "boxes alone": (lambda c: c["annotations"][0].pop("segmentation"), "1 annotations without segmentation.*1000"),
-    "empty segmentation": (lambda c: _annotation(c, segmentation=[]), "1 annotations without segmentation.*1000"),
+    "boxes alone": (lambda c: c["annotations"][0].pop("segmentation"), "1 annotation without segmentation.*1000"),
+    "empty segmentation": (lambda c: _annotation(c, segmentation=[]), "1 annotation without segmentation.*1000"),
     "short polygon": (lambda c: _annotation(c, segmentation=[[1, 2, 3, 4]]), "annotation 1000 has a polygon of 4 num"),
     "mask of another size": (
         lambda c: _annotation(c, segmentation={"size": [5, 5], "counts": [25]}),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.loaders.base import LoaderRequest
 from mrmae_ds.detection import loader as module
 from mrmae_ds.detection.coco import CocoSplit, open_split
@@ -175,12 +176,20 @@ def test_gray_and_cmyk_images_are_converted(train: CocoSplit) -> None:
     assert torch.equal(images[0][0], images[0][1]) and not torch.equal(images[1][0], images[1][2])
 
 
+@pytest.mark.parametrize("share", [2, 4])  # Pillow warns beyond the limit, and raises beyond twice of it
+def test_images_of_too_many_pixels_are_named(train: CocoSplit, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = min(width * height for width, height in SIZES) * 2 // share - 1
+    monkeypatch.setattr(WriteOptions, "max_pixels", limit)
+    with pytest.raises(UserError, match=rf"\.jpg: not a readable image \(more than {limit:,} pixels\); copy"):
+        list(loader(train, STILL).epoch(0))
+
+
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.multi_process)])
 def test_damaged_images_are_named_with_their_rank(train: CocoSplit, workers: int) -> None:
     path = train.folder / "2.jpg"
     path.write_bytes(path.read_bytes()[:500])
     own = loader(train, workers=workers, ranks=2, rank=1, batch=2)
-    with pytest.raises(UserError, match=r"rank 1: .*/2\.jpg: damaged image"):
+    with pytest.raises(UserError, match=r"rank 1: .*/2\.jpg: not a readable image"):
         for epoch in range(8):
             list(own.epoch(epoch))
     own.close()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.loaders.base import LoaderRequest
 from mrmae_ds.detection.coco import open_split
 from mrmae_ds.detection.detector import build_detector
@@ -84,3 +85,13 @@ def test_wrong_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str
         assert main(["detect", *arguments, "--out", str(folder / "out")]) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
+
+
+def test_an_image_of_too_many_pixels_is_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WriteOptions, "max_pixels", 100)
+    run, image = str(folder / "run" / "detect"), str(folder / "images" / "0.jpg")
+    assert main(["detect", run, image, "--out", str(folder / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "0.jpg: not a readable image (more than 100 pixels)" in error and error.count("\n") == 1

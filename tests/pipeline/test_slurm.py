@@ -126,7 +126,7 @@ def test_second_submission_finds_all_jobs_in_the_queue(
     capsys.readouterr()
     assert _submit(tmp_path) == 0
     assert slurm.jobs() == before
-    assert f"nothing to submit: {len(KEYS)} jobs are in the queue" in capsys.readouterr().out
+    assert f"nothing to submit: {len(KEYS)} jobs in the queue" in capsys.readouterr().out
 
 
 def test_resubmits_missing_jobs_only(slurm: FakeSlurm, jobs: dict[str, PipelineJob], tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_dry_run_prints_costs_and_starts_nothing(
     assert absent == f"{absent_data}: no such file; counted on ImageNet-1K's 1,281,167 images"
     lines = {line.split()[0]: line for line in plan[1:]}
     assert (
-        list(lines) == KEYS and uncounted == "not counted either: 1 jobs whose teacher is a run that does not exist yet"
+        list(lines) == KEYS and uncounted == "not counted either: 1 job with a run as teacher that does not exist yet"
     )
     assert "finished (top-1 80.00 %)" in lines["mae_tiny/pretrain"]
     assert "tiny/pretrain" in lines["tiny/finetune"].split()[3] and "not run" in lines["tiny/finetune"]

@@ -207,7 +207,7 @@ def test_restarts_are_limited(cluster: Cluster, submit: Submit, tmp_path: Path) 
     ended = cluster.wait_for_job(job, ["FAILED"], LIMIT_S)
     assert (ended["ExitCode"], ended["Restarts"]) == ("75:0", "1")
     output = cluster.output(job)
-    assert "stopped after a checkpoint; requeued" in output and "restarted 1 times (MAX_RESTARTS)" in output
+    assert "stopped after a checkpoint; requeued" in output and "restarted 1 time (MAX_RESTARTS)" in output
     assert "start 2 of job" in output and "newest checkpoint at step 1" in output
 
 

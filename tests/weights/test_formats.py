@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import pickle
 import zipfile
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mrmae_ds.cli.inspect import describe_file
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file, unwrap, verify_checksums
@@ -308,6 +310,18 @@ def write_shards(folder: Path) -> Path:
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 40}, "weight_map": dict(zip(STATE, names, strict=True))}))
     return index
+
+
+def test_check_says_what_the_checksum_of_shards_is_of(tmp_path: Path) -> None:
+    index = write_shards(tmp_path)
+    files = [index, *sorted(tmp_path.glob("*.safetensors"))]
+    digests = "".join(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
+    expected = hashlib.sha256(digests.encode()).hexdigest()
+    assert dict(describe_file(index))["sha256"] == f"{expected} (of the checksums of index and shards)"
+    (single,) = tmp_path.glob("*00001-of*")
+    single.rename(tmp_path / "x.safetensors")
+    plain = hashlib.sha256((tmp_path / "x.safetensors").read_bytes()).hexdigest()
+    assert dict(describe_file(tmp_path / "x.safetensors"))["sha256"] == plain
 
 
 def test_safetensors_in_shards_are_read_by_their_index(tmp_path: Path) -> None:

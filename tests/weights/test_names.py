@@ -207,7 +207,7 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     state = tiny_vit().state_dict()
     state["blocks.1.mlp.fc1.bias"][3] = value
     torch.save(state, tmp_path / "x.pth")
-    assert_refused(tmp_path / "x.pth", r"x.pth: 1 tensors contain NaN or infinity: blocks.1.mlp.fc1.bias$")
+    assert_refused(tmp_path / "x.pth", r"x.pth: 1 tensor with NaN or infinity: blocks.1.mlp.fc1.bias$")
 
 
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
@@ -218,7 +218,7 @@ def test_quantized_weights_are_refused(kind: torch.dtype, tmp_path: Path) -> Non
     save_file(state, tmp_path / "x.safetensors")
     name = str(kind).removeprefix("torch.")
     assert_refused(
-        tmp_path / "x.safetensors", rf"1 tensors are quantized \({name}\): blocks.1.mlp.fc1.weight; use the original"
+        tmp_path / "x.safetensors", rf"1 tensor quantized \({name}\): blocks.1.mlp.fc1.weight; use the original"
     )
     for plain in (torch.bfloat16, torch.float64):
         save_file(
@@ -232,8 +232,8 @@ def test_quantized_weights_are_refused(kind: torch.dtype, tmp_path: Path) -> Non
     [
         ({"pos_embed": lambda t: t[0]}, r"pos_embed is \(17, 24\), expected \(1, 2, 24\)"),
         ({"pos_embed": lambda t: torch.cat([t, t], -1)}, r"pos_embed is \(1, 17, 48\), expected \(1, 17, 24\)"),
-        ({"blocks.0.mlp.fc1.weight": lambda t: t.to_sparse()}, "1 tensors are sparse or without values: blocks.0.mlp"),
-        ({"blocks.0.mlp.fc1.weight": lambda t: t.to("meta")}, "1 tensors are sparse or without values: blocks.0.mlp"),
+        ({"blocks.0.mlp.fc1.weight": lambda t: t.to_sparse()}, "1 tensor sparse or without values: blocks.0.mlp"),
+        ({"blocks.0.mlp.fc1.weight": lambda t: t.to("meta")}, "1 tensor sparse or without values: blocks.0.mlp"),
         ({"blocks.0.mlp.fc1.weight": lambda t: t.T}, r"blocks.0.mlp.fc1.weight is \(24, 96\), expected \(24, 24\)"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,11 @@ def check_beton(path: str | Path) -> BetonInfo:
             f"{path}: has {size:,} bytes, its sidecar says {content['size']:,}; it is truncated or "
             "another file: copy or write it again"
         )
+    return describe_content(path, content)
+
+
+def describe_content(path: Path, content: Mapping[str, Any]) -> BetonInfo:
+    """Return the metadata of a .beton from the content of its sidecar."""
     return BetonInfo(
         path=path,
         num_samples=content["num_samples"],
@@ -128,7 +134,7 @@ def check_beton(path: str | Path) -> BetonInfo:
         class_names=tuple(content["class_names"]),
         max_side=content["max_side"],
         quality=content["quality"],
-        size=size,
+        size=content["size"],
         sha256=content["sha256"],
         tables_sha256=content.get("tables_sha256"),
         name=content["name"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import logging
 import time
 import zlib
 from collections import Counter
@@ -21,6 +22,9 @@ from mrmae_ds.data.convert.verify import find_problems
 from mrmae_ds.data.convert.writer import record_versions
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, write_text
+from mrmae_ds.units import counted
+
+logger = logging.getLogger(__name__)
 
 _MAX_LABEL = 100_000  # without names of the classes
 
@@ -52,13 +56,15 @@ def adopt_beton(path: str | Path, classes: str | Path | None = None, name: str |
     highest = int(file.labels.max())
     if not classes and highest > _MAX_LABEL:
         raise UserError(f"{path}: has the label {highest}; name the classes with --classes")
+    if not classes:
+        logger.info("%s: names no classes, which are called by their numbers; --classes FILE names them", path)
     names = read_classes(Path(classes)) if classes else [str(label) for label in range(highest + 1)]
     raw = file.table[:, 4] == RAW
     max_side = int(file.table[:, 2:4].max())
     info = replace(info, class_names=tuple(names), num_classes=len(names), max_side=max_side)
     problems = list(find_problems(info, {}))
     if problems:
-        head = f"{path}: {len(problems)} bad samples or labels; no sidecar is written, repair the file:"
+        head = f"{path}: {counted(len(problems), 'bad sample')}; no sidecar is written, repair the file:"
         raise UserError(format_list(head, problems))
     checksums = np.array([zlib.adler32(file.jpeg(row)) for row in range(info.num_samples)], dtype="<u4")
     modes = {"JPEG": int((~raw).sum()), "raw": int(raw.sum())}

@@ -26,6 +26,7 @@ from mrmae_ds.data.convert.splits import (
     list_folder,
 )
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +156,10 @@ def open_folder(
 
 def _report(folder: Path, use: str, images: ImageIndex, class_names: Sequence[str]) -> None:
     ignored = f", ignored: {describe_ignored(images.ignored)}" if images.ignored else ""
-    logger.info("%s: taken as %s: %s classes, %s images%s", folder, use, len(class_names), f"{len(images):,}", ignored)
+    if all(name.isdecimal() for name in class_names):
+        logger.info("%s: its classes are called by numbers; rename the folders if the classes have names", folder)
+    counts = f"{counted(len(class_names), 'class')}, {counted(len(images), 'image')}"
+    logger.info("%s: taken as %s: %s%s", folder, use, counts, ignored)
 
 
 def write_folder(

@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
 
+from mrmae_ds.data.convert.options import WriteOptions
+
 # Not all that Pillow opens: its EPS reader runs Ghostscript on the file's content, whatever the file's name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
@@ -92,6 +94,25 @@ def reason(error: Exception, max_pixels: int) -> str:
         str(error) if isinstance(error, ImageError) else f"{type(error).__name__}: {str(error) or 'cannot be decoded'}"
     )
     return " ".join(text.split())[:500]
+
+
+def read_rgb(path: Path) -> Image.Image:
+    """Decode an image file to RGB as it is stored: not rotated, as annotations are made.
+
+    Raises:
+        ImageError: if it has more pixels than conversion takes by default, or is damaged.
+        OSError: if there is no such file.
+    """
+    limit = WriteOptions.max_pixels
+    try:
+        with pixel_limit(limit), open_image(path) as image:
+            return image.convert("RGB")
+    except _BOMB:
+        raise ImageError(f"more than {limit:,} pixels") from None
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # a damaged file can raise anything
+        raise ImageError(reason(error, limit)) from None
 
 
 def to_rgb(image: Image.Image, *, max_side: int, max_pixels: int, background: str) -> tuple[Image.Image, list[str]]:

@@ -29,6 +29,7 @@ from mrmae_ds.data.beton.file_writer import StoredImage
 from mrmae_ds.data.convert.skipped import Skipped
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import make_folder
+from mrmae_ds.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class Journal:
         elif self.sidecar is not None:
             logger.info("%s: is complete already", self._target)
         elif len(self.done):
-            logger.info("%s: continuing after %s samples", self._target, f"{len(self.done):,}")
+            logger.info("%s: continuing after %s", self._target, counted(len(self.done), "sample"))
 
     def _compare(self, lines: Sequence[tuple[dict[str, Any], int]]) -> str:
         """Take over the lines whose images are on the disk; return what differs from this conversion, if anything."""

@@ -20,6 +20,7 @@ from mrmae_ds.data.convert.parts import split_validation, write_parts
 from mrmae_ds.data.convert.splits import ARCHIVES, check_is_folder, part_of_file
 from mrmae_ds.data.convert.tar_files import open_shards
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import counted
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +76,8 @@ def find_shards(source: Path, kind: Kind) -> dict[str, list[Path]]:
         raise UserError(f"{source}: no {' or '.join(_SUFFIXES[kind])} files for training; expected train-*")
     for part, paths in parts.items():
         use = "not used" if part == "test" else f"taken as {part}"
-        logger.info("%s: %d files, %s ... %s: %s", source, len(paths), paths[0].name, paths[-1].name, use)
+        shown = paths[0].name if len(paths) == 1 else f"{paths[0].name} ... {paths[-1].name}"
+        logger.info("%s: %s, %s: %s", source, counted(len(paths), "file"), shown, use)
     return parts
 
 
@@ -96,6 +98,8 @@ def open_parts(source: Path, kind: Kind, options: ShardOptions) -> tuple[ImageIn
     parts = find_shards(source, kind)
     names = read_classes(Path(options.class_names)) if options.class_names else None
     train, stated = _open(parts["train"], kind, options)
+    if not (names or stated):
+        logger.info("%s: names no classes, which are called by their numbers; --class-names FILE names them", source)
     names = names or stated or [str(label) for label in range(int(train.labels.max()) + 1)]
     if "val" in parts:
         val, of_val = _open(parts["val"], kind, options)
@@ -119,7 +123,7 @@ def _check_labels(images: ImageIndex, names: Sequence[str], source: Path) -> Non
     """Check that every label has a class, and every class an image."""
     highest = int(images.labels.max())
     if highest >= len(names):
-        raise UserError(f"{source}: has the label {highest}, but there are {len(names)} classes, from 0")
+        raise UserError(f"{source}: has the label {highest}, but only {counted(len(names), 'class')}, from 0")
     counts = np.bincount(images.labels, minlength=len(names))
     empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
     if empty:

@@ -222,5 +222,6 @@ def check_same_classes(source: Path | str, train: Sequence[str], val: Sequence[s
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:
-    """Return the counts as text, "3 .txt, 1 hidden folders"."""
-    return ", ".join(f"{count:,} {kind}" for kind, count in ignored.items())
+    """Return the counts as text, "3 .txt, 1 hidden folder"; kinds of files are plurals."""
+    singular = {kind: re.sub(r"\b(archive|file|folder|image|link)s\b", r"\1", kind, count=1) for kind in ignored}
+    return ", ".join(f"{count:,} {singular[kind] if count == 1 else kind}" for kind, count in ignored.items())

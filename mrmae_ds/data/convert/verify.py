@@ -19,7 +19,7 @@ from mrmae_ds.data.convert.splits import describe_ignored
 from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 
 _CHUNK = 256  # samples decoded at a time
 
@@ -41,7 +41,7 @@ def verify_beton(path: str | Path) -> BetonInfo:
         raise UserError(f"{path}: its SHA-256 differs from its sidecar's, so it changed: copy or write it again")
     problems = list(find_problems(info, read_sidecar(path)))
     if problems:
-        raise UserError(format_list(f"{path}: {len(problems)} bad samples or counts; write it again:", problems))
+        raise UserError(format_list(f"{path}: {counted(len(problems), 'fault')}; write it again:", problems))
     return info
 
 
@@ -83,7 +83,8 @@ def find_problems(info: BetonInfo, sidecar: dict[str, Any]) -> Iterator[str]:
     for name, count, expected in zip(info.class_names, counts, described, strict=True):
         if count != expected:
             yield f"class {name}: {count:,} images, {expected:,} in the sidecar"
-    with tqdm(total=len(rows), desc=f"verify {info.path.name}", unit="image") as progress:
+    # It appears after the first images, for which the decoder may be compiled.
+    with tqdm(total=len(rows), desc=f"verify {info.path.name}", unit="image", delay=0.1) as progress:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             wrong = dict(_sizes(file, chunk))
@@ -144,7 +145,8 @@ def describe_beton(path: str | Path) -> str:
     sidecar: dict[str, Any] = read_sidecar(path)
     names = first_few(info.class_names, 5)
     lines = [
-        f"{info.path}: {info.name}, {info.num_samples:,} images, {info.num_classes} classes ({names}), "
+        f"{info.path}: {info.name}, {counted(info.num_samples, 'image')}, {counted(info.num_classes, 'class')} "
+        f"({names}), "
         f"{info.size / 1e6:.1f} MB",
         f"  source    {info.source}",
         f"  images    {_quality(info, sidecar)}, longer side at most {info.max_side} pixels"
@@ -156,11 +158,13 @@ def describe_beton(path: str | Path) -> str:
     counts = sidecar.get("class_counts")
     if counts:
         lines[0] += f", {min(counts):,} to {max(counts):,} images per class"
+    # The file is larger by its tables, and by up to a page of 2 MB that is not full.
+    lines[2] += f", {BetonFile(info).table[:, 1].mean():,.0f} bytes per image"
     if sidecar.get("cpu_seconds"):
         rates = [info.num_samples / sidecar[key] for key in ("seconds", "cpu_seconds")]
         lines.append(
-            f"  speed     {rates[0]:,.0f} images/s with {sidecar['workers']} workers, {rates[1]:,.0f} per "
-            f"core-second, {info.size / info.num_samples:,.0f} bytes per image"
+            f"  speed     {rates[0]:,.0f} images/s with {counted(sidecar['workers'], 'worker')}, {rates[1]:,.0f} per "
+            "core-second"
         )
     if sidecar.get("ignored"):
         lines.append(f"  ignored   {_listing('', sidecar['ignored'])}")

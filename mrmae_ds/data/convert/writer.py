@@ -23,7 +23,14 @@ from tqdm import tqdm
 from mrmae_ds.data.beton.copies import find_copies
 from mrmae_ds.data.beton.file import BetonFile, tables_sha256
 from mrmae_ds.data.beton.file_writer import BetonWriter
-from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, read_sidecar, sidecar_path
+from mrmae_ds.data.beton.sidecar import (
+    SIDECAR_FORMAT,
+    BetonInfo,
+    check_beton,
+    describe_content,
+    read_sidecar,
+    sidecar_path,
+)
 from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
 from mrmae_ds.data.convert.journal import Journal, SampleBatch
 from mrmae_ds.data.convert.options import WriteOptions
@@ -31,6 +38,7 @@ from mrmae_ds.data.convert.pool import map_in_order
 from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, flush_folder, write_text
+from mrmae_ds.units import counted
 
 SAVE_EVERY_S = 2.0  # between two lines of the journal: what an interruption costs at most
 _ENOUGH = 1000  # unreadable images beyond the limit, after which the rest is not read
@@ -41,8 +49,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 class ImageDataset(Protocol):
     """Indexed sequence of (image, label), for example a torchvision data set.
 
-    Two methods are optional: ``name(index) -> str`` is the origin of an image, for messages; ``label(index) -> int`` is
-    its label without reading it, which distinguishes a class whose images are all unreadable from an empty one.
+    Four methods are optional: ``name(index) -> str`` is the origin of an image, for messages; ``label(index) -> int``
+    is its label without reading it, which distinguishes a class whose images are all unreadable from an empty one;
+    ``digest() -> str`` identifies the samples and their order, and ``stamp(index) -> str`` the state of a sample's file
+    (size and time). With both of these, an interrupted conversion continues.
     """
 
     def __len__(self) -> int:
@@ -127,8 +137,7 @@ def write_beton(
             tally = _write_images(dataset, path, journal, options, class_names)
             _check_classes(dataset, path, tally, class_names)
             journal.finish({**_describe(journal.partial, tally, options, class_names), **about})
-        _publish(path, journal)
-        _record_copies(path, dataset, train)
+        _publish(path, journal, dataset, train)
         if not keep_journal:
             journal.remove()
     return check_beton(path)
@@ -140,30 +149,26 @@ def _shaping(options: WriteOptions) -> dict[str, Any]:
     return {"versions": dict(record_versions()), **{name: getattr(options, name) for name in names}}
 
 
-def _publish(path: Path, journal: Journal) -> None:
+def _publish(path: Path, journal: Journal, dataset: ImageDataset, train: tuple[Path, ImageDataset] | None) -> None:
     """Give the complete file its name, and write its report and sidecar. A repeated call changes nothing."""
     assert journal.sidecar is not None
-    write_report(path, [Skipped(**entry) for entry in journal.sidecar["skipped"]])
+    sidecar = dict(journal.sidecar)
+    write_report(path, [Skipped(**entry) for entry in sidecar["skipped"]])
     if journal.partial.exists():
         # A .beton never stands beside the sidecar of another.
         sidecar_path(path).unlink(missing_ok=True)
         os.replace(journal.partial, path)
         flush_folder(path.parent)
-    write_text(sidecar_path(path), json.dumps(journal.sidecar, indent=1) + "\n")
-
-
-def _record_copies(path: Path, dataset: ImageDataset, train: tuple[Path, ImageDataset] | None) -> None:
-    """Count and name the exact copies in a written file, and write them into its sidecar."""
-    info, train_info = check_beton(path), check_beton(train[0]) if train else None
-    copies = find_copies(BetonFile(info), BetonFile(train_info) if train_info else None)
-    sidecar, name = read_sidecar(path), _stored_name(path, dataset)
-    sidecar["copies"] = copies.describe(train_info, name, _stored_name(*train) if train else name)
+    name, train_info = _stored_name(sidecar, dataset), check_beton(train[0]) if train else None
+    copies = find_copies(BetonFile(describe_content(path, sidecar)), BetonFile(train_info) if train_info else None)
+    train_name = _stored_name(read_sidecar(train[0]), train[1]) if train else name
+    sidecar["copies"] = copies.describe(train_info, name, train_name)
     write_text(sidecar_path(path), json.dumps(sidecar, indent=1) + "\n")
 
 
-def _stored_name(path: Path, dataset: ImageDataset) -> Callable[[int], str]:
+def _stored_name(sidecar: Mapping[str, Any], dataset: ImageDataset) -> Callable[[int], str]:
     """Return the function that names a row of the file; the data set has the images that were left out as well."""
-    skipped = [entry["row"] for entry in read_sidecar(path)["skipped"]]
+    skipped = [entry["row"] for entry in sidecar["skipped"]]
     rows = np.setdiff1d(np.arange(len(dataset)), skipped)
     return lambda row: _name(dataset, int(rows[row]))
 
@@ -238,8 +243,8 @@ def _write_images(
 def _check_label(label: int, dataset: ImageDataset, row: int, class_names: Sequence[str]) -> None:
     """Check that a label has a class; raises UserError otherwise."""
     if not 0 <= label < len(class_names):
-        classes = f"there are {len(class_names)} classes, labels from 0"
-        raise UserError(f"{_name(dataset, row)}: its label is {label}, but {classes}")
+        classes = counted(len(class_names), "class")
+        raise UserError(f"{_name(dataset, row)}: its label is {label}, but there must be {classes}, labels from 0")
 
 
 def _cpu_seconds() -> float:

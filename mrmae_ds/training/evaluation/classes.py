@@ -41,10 +41,12 @@ def match_classes(names: Sequence[str], num_classes: int, data: BetonInfo, where
     outputs = _outputs(names)
     missing = [name for name in data.class_names if name not in outputs]
     if missing:
+        numbers = all(name.isdecimal() for name in data.class_names) and not any(map(str.isdecimal, names))
+        named = " (its classes have numbers only: convert it with --class-names FILE, or adopt it with --classes FILE)"
         raise UserError(
             f"{where} was trained on other classes ({num_classes}) than data.val, {data.path} ({data.num_classes}; "
-            f"{describe_difference(names, data.class_names)}), and not on {missing[0]!a}; evaluate it on data of its "
-            "own classes"
+            f"{describe_difference(names, data.class_names)}), and not on {missing[0]!a}{named * numbers}; evaluate it "
+            "on data of its own classes"
         )
     return tuple(outputs[name] for name in data.class_names)
 

@@ -182,10 +182,11 @@ def detector_operations(recipe: Recipe, num_classes: int, checkpointing: Checkpo
     stage = recipe.stages.detect
     assert stage is not None
     drawn = stage.detector.boxes_per_image
-    forward = detector_flops(recipe.model, stage, num_classes)
-    training = detector_flops(recipe.model, stage, num_classes, drawn, drawn // 4)
     with torch.device("meta"):
-        encoder = build_detector(recipe.model, stage, num_classes).encoder
+        detector = build_detector(recipe.model, stage, num_classes).eval()
         images = torch.empty(1, 3, stage.image_size, stage.image_size)
+    forward = detector_flops(detector, stage)
+    training = detector_flops(detector, stage, drawn, drawn // 4)
+    encoder = detector.train().encoder
     again = count_training(lambda: encoder(images), partial(set_checkpointing, encoder), checkpointing).recomputed
     return Operations(training=3 * sum(training.values()) + again, recomputed=again, forward=sum(forward.values()))

@@ -81,11 +81,14 @@ def test_both_backends_read_raw_images_alike(mode: str, tmp_path: Path) -> None:
     assert difference[raw].max() <= 2 and difference.mean() < 1.5
 
 
-def test_command_and_class_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_and_class_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     path, names = _write(tmp_path / "birds.beton", "jpg"), tmp_path / "names.txt"
     names.write_text("finch\nwren\n")
     assert main(["data", "adopt", str(path), "--classes", str(names)]) == 0
-    assert "birds, 8 images, 2 classes (finch, wren)" in capsys.readouterr().out
+    assert "birds, 8 images, 2 classes (finch, wren)" in capsys.readouterr().out and "--classes" not in caplog.text
     assert check_beton(path).class_names == ("finch", "wren")
     assert main(["data", "adopt", str(path)]) == 2
     assert "has a sidecar already" in capsys.readouterr().err
@@ -97,6 +100,8 @@ def test_command_and_class_names(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(UserError, match="finch is there twice"):
         adopt_beton(path, names)
     assert not sidecar_path(path).exists()
+    adopt_beton(path)
+    assert "birds.beton: names no classes, which are called by their numbers; --classes FILE names them" in caplog.text
 
 
 def test_other_fields_and_damaged_samples_are_refused(tmp_path: Path) -> None:
@@ -116,7 +121,7 @@ def test_other_fields_and_damaged_samples_are_refused(tmp_path: Path) -> None:
     place = content.rindex(b"\xff\xd8\xff")
     content[place + 200 : place + 700] = bytes(500)
     path.write_bytes(content)
-    with pytest.raises(UserError, match="1 bad samples or labels"):
+    with pytest.raises(UserError, match="1 bad sample;"):
         adopt_beton(path)
     for content, message in (
         (b"text", r"is no \.beton, it has 4 bytes"),

@@ -145,8 +145,17 @@ def test_other_files_links_and_subfolders_of_a_class_folder(tmp_path: Path) -> N
         photograph().resize((40, 50)).save(folder / name)
     photograph().resize((40, 50)).save(tmp_path / "elsewhere" / "01.png")
     info, _ = write_folder(tmp_path / "in", Output(tmp_path / "out", options=WriteOptions(max_bad=1)), val_fraction=0.5)
-    ignored = "1 .txt, 1 hidden files, 1 links to folders already read, 1 no extension"
+    ignored = "1 .txt, 1 hidden file, 1 link to folders already read, 1 no extension"
     assert f"ignored   {ignored}" in describe_beton(info.path)
+
+
+def test_classes_that_are_numbers_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    open_folder(_tree(tmp_path / "in", {"0": 2, "1": 2}), 0.5)
+    assert "in: its classes are called by numbers; rename the folders if the classes have names" in caplog.text
+    caplog.clear()
+    open_folder(_tree(tmp_path / "named", {"0": 2, "b": 2}), 0.5)
+    assert "rename" not in caplog.text and "2 classes, 4 images" in caplog.text
 
 
 def test_unreadable_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

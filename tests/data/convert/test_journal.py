@@ -119,6 +119,18 @@ def test_what_is_done_is_not_converted_again(
     assert "train.beton: is complete already" in caplog.text and rows == [0, 1]
 
 
+def test_each_sidecar_is_written_once(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, write_text = [], writer.write_text
+
+    def recorded(path: Path, text: str) -> None:
+        written.append(path.name)
+        write_text(path, text)
+
+    monkeypatch.setattr(writer, "write_text", recorded)
+    _convert(source, tmp_path / "out")
+    assert written == ["train.beton.json", "val.beton.json"]
+
+
 @pytest.mark.parametrize("torn", ["journal", "partial", "garbage", "journal gone", "partial gone"])
 def test_torn_files(torn: str, source: Path, tmp_path: Path) -> None:
     _convert(source, tmp_path / "unbroken")

@@ -49,6 +49,26 @@ def test_webdataset_gives_the_bytes_of_a_tree(tmp_path: Path, capsys: pytest.Cap
     assert compare_with_source(out / "train.beton", source, 10) > 25
 
 
+def test_classes_without_names_are_reported_with_the_way_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level("INFO")
+    folder, names = tmp_path / "in", tmp_path / "names.txt"
+    folder.mkdir()
+    samples = [(f"{i}.png", image_bytes(i)) for i in range(4)] + [(f"{i}.cls", b"%d" % (i % 2)) for i in range(4)]
+    write_tar(folder / "x.tar", sorted(samples))
+    names.write_text("cat\ndog\n")
+    assert open_parts(folder, "tars", ShardOptions(0.5))[2] == ["0", "1"]
+    assert "in: names no classes, which are called by their numbers; --class-names FILE names them" in caplog.text
+    assert "in: 1 file, x.tar: taken as train" in caplog.text
+    caplog.clear()
+    assert open_parts(folder, "tars", ShardOptions(0.5, str(names)))[2] == ["cat", "dog"]
+    assert "--class-names" not in caplog.text
+    arguments = ["data", "tars", str(folder), "--out", str(tmp_path / "out"), "--val-fraction", "0.5"]
+    assert main([*arguments, "--class-names", str(names)]) == 0  # the option has this name
+    assert "2 classes (cat, dog)" in capsys.readouterr().out
+
+
 def test_the_files_that_macos_adds_are_ignored(tmp_path: Path) -> None:
     files = [(f"{n}.{end}", content) for n in range(4) for end, content in (("png", image_bytes(n)), ("cls", b"0"))]
     write_tar(tmp_path / "x.tar", [("./._0.png", b"Mac OS X"), *files])
@@ -144,7 +164,7 @@ def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     pq.write_table(_table([(0, -1)]), path)
     assert "row 0 has the label -1" in message()
     pq.write_table(_table(SAMPLES, ["finch"]), path)
-    assert "has the label 1, but there are 1 classes" in message()
+    assert "has the label 1, but only 1 class, from 0" in message()
     pq.write_table(_table(SAMPLES).rename_columns(["pixels", "target"]).replace_schema_metadata(None), path)
     assert "0 columns may hold the images, of pixels, target; name it with --image-column" in message()
     assert main([*command, "--image-column", "pixels", "--label-column", "target", "--workers", "1"]) == 0

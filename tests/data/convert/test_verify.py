@@ -17,7 +17,7 @@ from mrmae_ds.data.convert.compare import compare, compare_with_source, psnr
 from mrmae_ds.data.convert.folder import open_folder, write_folder
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output, WriteOptions
-from mrmae_ds.data.convert.verify import verify_beton
+from mrmae_ds.data.convert.verify import describe_beton, verify_beton
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
@@ -57,6 +57,13 @@ def test_intact_file_passes(beton: Path) -> None:
     assert verify_beton(beton) == check_beton(beton)
 
 
+def test_bytes_of_an_image_are_those_of_its_jpeg(beton: Path) -> None:
+    """Leave out the tables and the page of 2 MB, most of which a small file does not use."""
+    sizes = [len(jpeg) for jpeg, _, _ in stored_jpegs(beton)]
+    assert f", {sum(sizes) / 16:,.0f} bytes per image\n" in describe_beton(beton)
+    assert " with 1 worker, " in describe_beton(beton)
+
+
 def test_changed_byte_is_detected(beton: Path) -> None:
     content = bytearray(beton.read_bytes())
     content[bytes(content).index(stored_jpegs(beton)[1][0]) + 700] ^= 0xFF
@@ -80,7 +87,7 @@ def _damage(beton: Path, row: int) -> None:
 def test_undecodable_samples_are_listed(beton: Path) -> None:
     _damage(beton, 1)
     _damage(beton, 9)
-    with pytest.raises(UserError, match=r"2 bad samples .*\n  sample 1: damaged JPEG\n  sample 9: damaged JPEG$"):
+    with pytest.raises(UserError, match=r"2 faults; .*\n  sample 1: damaged JPEG\n  sample 9: damaged JPEG$"):
         verify_beton(beton)
 
 
@@ -90,7 +97,7 @@ def test_damage_is_detected_without_ffcv(beton: Path) -> None:
     content, jpeg = beton.read_bytes(), stored_jpegs(beton)[1][0]
     entry = content.rindex(content.index(jpeg).to_bytes(8, "little"))  # in the table at the end: offset, then length
     _rewrite(beton, content[: entry + 8] + (len(jpeg) // 2).to_bytes(8, "little") + content[entry + 16 :])
-    with pytest.raises(UserError, match=r"1 bad samples .*\n  sample 1: damaged JPEG$"):
+    with pytest.raises(UserError, match=r"1 fault; .*\n  sample 1: damaged JPEG$"):
         verify_beton(beton)
 
 

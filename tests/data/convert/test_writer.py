@@ -181,7 +181,7 @@ def test_class_without_readable_images_is_an_error(tmp_path: Path) -> None:
 
 def test_label_without_a_class_is_an_error_at_any_limit(tmp_path: Path) -> None:
     options = replace(OPTIONS, max_bad=1.0)
-    with pytest.raises(UserError, match=r"image-1: its label is 1, but there are 1 classes, labels from 0"):
+    with pytest.raises(UserError, match=r"image-1: its label is 1, but there must be 1 class, labels from 0"):
         write_beton(FunctionDataset([_small] * 2), tmp_path / "x.beton", options, **ABOUT | {"class_names": ["a"]})
     assert list(tmp_path.iterdir()) == []
 

@@ -43,3 +43,10 @@ def test_an_unknown_or_ambiguous_class_is_named(name: str) -> None:
         UserError, match=rf"x.pth was trained on other classes \(1000\) than .* \(2; .*\), and not on '{name}'"
     ):
         match_classes(WNIDS, 1000, data_of("tench", name), "x.pth")
+
+
+def test_classes_that_are_numbers_are_refused_with_the_way_out() -> None:
+    with pytest.raises(UserError, match=r"not on '0' \(its classes have numbers only: convert it with --class-"):
+        match_classes(WNIDS, 1000, data_of("0", "1"), "x.pth")
+    with pytest.raises(UserError, match=r"not on '2'; evaluate"):
+        match_classes(["0", "1"], 2, data_of("1", "2"), "x.pth")

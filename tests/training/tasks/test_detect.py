@@ -13,13 +13,16 @@ from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.data.loaders.base import LoaderRequest
 from mrmae_ds.detection.coco import CocoSplit
+from mrmae_ds.detection.flops import detector_flops
 from mrmae_ds.detection.loader import DetectionBatch
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.param_groups import adamw
 from mrmae_ds.training.replay import replay
+from mrmae_ds.training.tasks import detect
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.build import build_task, task_class
 from mrmae_ds.training.tasks.detect import DetectTask
@@ -251,6 +254,17 @@ def test_a_skipped_step_is_captured_and_repeated(runs: Path) -> None:
     assert capture.stage == "detect" and [part.rank for part in parts] == [0, 1]
     assert parts[1].replayed == pytest.approx(parts[1].captured, rel=1e-6)  # the fault was rank 0's
     assert all(part.finite for part in parts)
+
+
+def test_operations_are_counted_on_one_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe, built = load_recipe(RECIPE, overrides(tmp_path)), []
+    build = detect.build_detector
+    monkeypatch.setattr(detect, "build_detector", lambda *args: built.append(build(*args)) or built[-1])
+    none, all_blocks = (detect.detector_operations(recipe, 3, CheckpointPlan(0, n)) for n in (0, 1))
+    assert len(built) == 2 and none.forward == all_blocks.forward and none.recomputed == 0
+    encoder = detector_flops(built[0].eval(), recipe.stages.detect)["encoder"]
+    assert 0 < all_blocks.recomputed < encoder  # the stages of convolutions are kept
+    assert all_blocks.training == none.training + all_blocks.recomputed
 
 
 def _without_guard(rank: int, world_size: int, folder: Path) -> None:
