@@ -111,7 +111,8 @@ def canonical(file: TensorFile) -> TensorFile:
             inside["visual.proj"] = projection.T
             left, unknown = ([name for name in names if "visual_projection" not in name] for names in (left, unknown))
         left += unknown
-    if inside.keys() >= set(PROBE):
+    head = {name for name in inside if name.startswith("head.")} - {"head.0.num_batches_tracked"}
+    if head == set(PROBE):  # a BatchNorm with weights of its own is another's, of unknown epsilon
         inside = _fold_probe(inside)
     named = layout if layout in RENAMED else ""
     return replace(file, tensors=inside, prefix=prefix, left=tuple(left), layout=named)

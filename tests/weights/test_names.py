@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mrmae_ds.cli.inspect import describe
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.cvit import CViT
+from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import ViTSpec
 from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.weights.load import LoadReport, load_encoder
@@ -22,6 +23,7 @@ from mrmae_ds.weights.resolve import resolve
 from tests.fixtures import part
 from tests.support.reference import MCMAE, random_images
 from tests.support.released import TINY_VIT, hugging_face_vit, tiny_vit, write_released
+from tests.support.sample_teachers import CVIT
 
 SPEC = ViTSpec(24, 2, 3, patch=8)
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
@@ -147,8 +149,21 @@ def test_a_linear_probes_batch_norm_is_folded_into_its_head(tmp_path: Path) -> N
     with torch.no_grad():
         torch.testing.assert_close(model(IMAGES), source(IMAGES), **CLOSE)
     torch.save({"model": state | {"head.0.weight": torch.ones(24)}}, tmp_path / "x.pth")
-    with pytest.raises(UserError, match=r"a plain ViT lacks \(head.*.weight\)"):
+    with pytest.raises(UserError, match=r"a plain ViT lacks \(head.*.running_mean, .*head.*.weight"):
         load_into_vit(tmp_path / "x.pth")
+
+
+def test_a_cvits_head_after_another_batch_norm_is_not_taken(tmp_path: Path) -> None:
+    encoder = {n: t for n, t in build_encoder(CVIT, 64).state_dict().items() if not n.startswith(("head.", "fc_norm."))}
+    probe = {"head.0.running_mean": torch.ones(16), "head.0.running_var": torch.ones(16)}
+    probe |= {"head.1.weight": torch.ones(5, 16), "head.1.bias": torch.zeros(5)}
+    torch.save(encoder | probe, tmp_path / "x.pth")
+    assert resolve(tmp_path / "x.pth").identity.kind == "classifier"
+    for other in ({"head.0.weight": torch.full((16,), 2.0)}, {"head.2.weight": torch.ones(5, 5)}):
+        torch.save(encoder | probe | other, tmp_path / "x.pth")
+        assert resolve(tmp_path / "x.pth").identity.kind == "encoder"
+        report = load_encoder(build_encoder(CVIT, 64, 5), tmp_path / "x.pth")
+        assert "head.weight" in report.missing and set(other) < set(report.unexpected)
 
 
 def test_a_class_token_head_is_reported_and_not_taken_into_mean_pooling(tmp_path: Path) -> None:

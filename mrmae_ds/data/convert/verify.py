@@ -157,7 +157,8 @@ def describe_beton(path: str | Path) -> str:
     ]
     counts = sidecar.get("class_counts")
     if counts:
-        lines[0] += f", {min(counts):,} to {max(counts):,} images per class"
+        lowest = f"{min(counts):,} to " if min(counts) < max(counts) else ""
+        lines[0] += f", {lowest}{counted(max(counts), 'image')} per class"
     # The file is larger by its tables, and by up to a page of 2 MB that is not full.
     lines[2] += f", {BetonFile(info).table[:, 1].mean():,.0f} bytes per image"
     if sidecar.get("cpu_seconds"):
