@@ -22,7 +22,7 @@ from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import reconstruct
 from mrmae_ds.teachers import Teacher, build_teacher
-from mrmae_ds.teachers.base import TeacherOutput, draw_visible
+from mrmae_ds.teachers.base import TeacherOutput, draw_visible, targets_of
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
 from mrmae_ds.weights.finished_run import FinishedRun, SavedEncoder, open_saved
 from mrmae_ds.weights.load import load_pretrained
@@ -257,9 +257,11 @@ class MRMAE(nn.Module):
         pixels = check_pixels(images, self.image_size)
         for name in self.config.teachers:
             self._require_teacher(name)
-        outputs = self._teach(pixels)
+        of_visible = [name for name, teacher in self.teachers.items() if teacher.sees_visible]
+        outputs = {name: teacher(pixels) for name, teacher in self.teachers.items() if name not in of_visible}
         visible = self._draw_mask(pixels, outputs, noise, generator)
-        targets = {name: output.tokens for name, output in outputs.items()}
+        outputs |= {name: self.teachers[name](pixels, visible) for name in of_visible}
+        targets = targets_of(self.config.objectives, self.teachers, outputs)
         return self.student(self._normalize(pixels), visible, targets)
 
     @torch.no_grad()
@@ -302,15 +304,17 @@ class MRMAE(nn.Module):
 
     @torch.no_grad()
     def attention(self, images: Tensor) -> Attention:
-        """Compute attention maps of the student and of all teachers.
+        """Compute attention maps of the student and of all teachers that see the whole image.
 
         Args:
             images: [B, 3, S, S].
         """
         pixels = check_pixels(images, self.image_size)
         encoder = self.student.encoder
-        _, student = encoder_attention(encoder, self._inputs(pixels))
-        teachers = {name: output.importance for name, output in self._teach(pixels).items()}
+        student = encoder_attention(encoder, self._inputs(pixels)).importance
+        teachers = {
+            name: teacher(pixels).importance for name, teacher in self.teachers.items() if not teacher.sees_visible
+        }
         grid = encoder.grid
         return Attention(
             student.float().unflatten(1, grid), {name: values.unflatten(1, grid) for name, values in teachers.items()}

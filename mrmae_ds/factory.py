@@ -41,5 +41,13 @@ def build_pretraining(
     teachers = {
         name: teacher_builder(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
     }
-    widths = {name: teacher.width for name, teacher in teachers.items()}
+    widths = {
+        target: teacher.width for name, teacher in teachers.items() for target in recipe.teachers[name].targets(name)
+    }
+    for name, objective in stage.objectives.items():
+        teacher = objective.target.partition(".")[0]
+        if objective.class_token and not teachers[teacher].has_class_token:
+            raise UserError(
+                f"stages.pretrain.objectives.{name}.class_token: teachers.{teacher} has no class token; remove the key"
+            )
     return PretrainModel(encoder, recipe.model.fusion, recipe.model.decoder, stage.objectives, widths), teachers

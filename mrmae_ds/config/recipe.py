@@ -51,6 +51,7 @@ from mrmae_ds.config.stages import (
 )
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.models.objectives import PIXELS
+from mrmae_ds.models.pretrain import check_taps, taps_latent
 from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.schema import Section
 
@@ -110,12 +111,19 @@ class Recipe(Section):
         for where, name in used.items():
             if name not in self.teachers:
                 raise ConfigError(where, f"no teacher {name!r}; defined are {_listed(self.teachers)}")
+        targets = [target for name in stage.teachers for target in self.teachers[name].targets(name)]
         for key, objective in stage.objectives.items():
-            if objective.target not in {PIXELS, *stage.teachers}:
+            if objective.target not in {PIXELS, *targets}:
                 raise ConfigError(
                     f"stages.pretrain.objectives.{key}.target",
-                    f"{objective.target!r} is neither pixels nor one of stages.pretrain.teachers "
-                    f"({_listed(stage.teachers)})",
+                    f"{objective.target!r} is neither pixels nor a target of stages.pretrain.teachers "
+                    f"({_listed(targets)})",
+                )
+            teacher = self.teachers.get(objective.target.partition(".")[0])
+            if teacher and teacher.sees == "visible" and objective.tokens != "visible":
+                raise ConfigError(
+                    f"stages.pretrain.objectives.{key}.tokens",
+                    f"its teacher sees visible tokens only, so tokens: {objective.tokens} have no target; use visible",
                 )
         masking = stage.masking
         if masking.teacher not in stage.teachers and (masking.teacher is not None or masking.mode != "random"):
@@ -125,6 +133,25 @@ class Recipe(Section):
                 f"mode {masking.mode} {wanted} one of stages.pretrain.teachers ({_listed(stage.teachers)}), got "
                 f"{masking.teacher!r}",
             )
+        if masking.teacher is not None and self.teachers[masking.teacher].sees == "visible":
+            raise ConfigError(
+                "stages.pretrain.masking.teacher",
+                f"{masking.teacher} sees the visible tokens only, which are not known before masking",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _taps_suit_the_model(self) -> Recipe:
+        stage, spec = self.stages.pretrain, self.model.spec()
+        if stage is None:
+            return self
+        depth, num_prefix_tokens = (spec.depths[-1], 0) if isinstance(spec, CViTSpec) else (spec.depth, 1)
+        try:
+            check_taps(stage.objectives, depth, num_prefix_tokens)
+        except ConfigError as error:
+            raise ConfigError(f"stages.pretrain.objectives.{error.key}", error.reason) from None
+        if not taps_latent(stage.objectives) and (self.model.fusion.stages or self.model.fusion.blocks):
+            raise ConfigError("model.fusion", "has no effect, since no objective taps the latent; set it to null")
         return self
 
     @model_validator(mode="after")

@@ -159,6 +159,10 @@ class TeacherConfig(Section):
             of a local file is unknown.
         std: standard deviation of the weights' training per channel, if the library's is another.
         precision: of weights and arithmetic.
+        layers: transformer blocks, 0-based, whose raw outputs are the targets (each is one of its own, NAME.LAYER, if
+            there are several); null is the last block.
+        sees: the ``image``, or the student's ``visible`` tokens alone (checkpoint only; DMAE); then blocks after the
+            deepest of ``layers`` are not computed, and no importance.
     """
 
     kind: Literal["checkpoint", "clip", "timm"]
@@ -173,6 +177,9 @@ class TeacherConfig(Section):
     mean: Rgb | None = None
     std: tuple[Positive, Positive, Positive] | None = None
     precision: Literal["bf16", "fp32"] = "bf16"
+    # Left out of records and hashes at their defaults, so that runs from before they existed keep their hash.
+    layers: tuple[int, ...] | None = Field(None, min_length=1, exclude_if=lambda value: value is None)
+    sees: Literal["image", "visible"] = Field("image", exclude_if=lambda value: value == "image")
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> TeacherConfig:
@@ -180,6 +187,14 @@ class TeacherConfig(Section):
         for key, kinds in used_by.items():
             if getattr(self, key) is not None and self.kind not in kinds:
                 raise ConfigError(key, f"has no effect on kind {self.kind} (only on {kinds}); remove it")
+        if self.layers is not None and self.features != "raw":
+            raise ConfigError("features", f"{self.features} is of the last block; use raw with layers")
+        if self.layers is not None and (min(self.layers) < 0 or list(self.layers) != sorted(set(self.layers))):
+            raise ConfigError("layers", f"{list(self.layers)} must be blocks counted from 0, in order, each once")
+        if self.sees == "visible" and self.kind != "checkpoint":
+            raise ConfigError(
+                "sees", f"kind {self.kind} sees the image; only a checkpoint can see the visible tokens alone"
+            )
         if (self.mean is None) != (self.std is None):
             raise ValueError("give both mean and std, or neither")
         if self.mean is not None and self.statistics == "student":
@@ -187,6 +202,11 @@ class TeacherConfig(Section):
         if self.mean is not None and self.std is not None:
             _check_statistics(self.mean, self.std)
         return self
+
+    def targets(self, name: str) -> tuple[str, ...]:
+        """Return the names of its targets: the teacher's own ``name``, or NAME.LAYER of several layers."""
+        layers = self.layers or ()
+        return tuple(f"{name}.{layer}" for layer in layers) if len(layers) > 1 else (name,)
 
 
 class LoaderConfig(Section):

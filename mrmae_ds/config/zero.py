@@ -54,7 +54,7 @@ class ZeroSettings:
         hpz: ranks over which a second copy of the parameters is partitioned; 1 is none.
         offload_optimizer: location of the optimizer states between uses, ``cpu`` or ``nvme``; None is the device.
         offload_param: location of the parameters between uses, ``cpu`` or ``nvme``; None is the device.
-        leaves: names of classes that are gathered whole.
+        leaves: names of classes that are gathered whole, as classes derived from them are.
         low_precision: classes whose parameters are communicated in bf16 under autocast.
     """
 
@@ -120,7 +120,7 @@ class ZeroSettings:
 
     def is_leaf(self, module: nn.Module) -> bool:
         """Return True if ZeRO-3 gathers a module whole."""
-        return type(module).__name__ in self.leaves
+        return any(kind.__name__ in self.leaves for kind in type(module).__mro__)
 
 
 def parse_zero(path: Path, raw: dict[str, Any]) -> ZeroSettings:

@@ -46,7 +46,7 @@ def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:
     lines = {
         "sha256": teacher.sha256,
         "size": f"{count / 1e6:.2f} M parameters in {str(teacher.dtype).removeprefix('torch.')}",
-        "tokens": f"{teacher.grid[0]}x{teacher.grid[1]} of width {teacher.width}, features {config.features}",
+        "tokens": f"{teacher.grid[0]}x{teacher.grid[1]} of width {teacher.width}, {_features(config)}",
         "input": f"{teacher.image_size} pixels, mean {_numbers(teacher.mean)}, std {_numbers(teacher.std)}",
         **teacher.details,
     }
@@ -76,14 +76,17 @@ def draw_teachers(
         seed: of the mask.
 
     Raises:
-        UserError: for images that cannot be read.
+        UserError: for images that cannot be read, and if all teachers see visible tokens only.
     """
     selection = select_images(recipe.data.val, images, count, NUM_IMAGES)
     if selection.note:
         logger.info(selection.note)
     size = recipe.model.image_size
     pixels = selection.crop(size, size)
-    importance = {name: importance_of(teacher, pixels) for name, teacher in teachers.items()}
+    drawn = {name: teacher for name, teacher in teachers.items() if not teacher.sees_visible}
+    if not drawn:
+        raise UserError(f"no teacher of recipe {recipe.name} sees the whole image, so there is no importance to draw")
+    importance = {name: importance_of(teacher, pixels) for name, teacher in drawn.items()}
     grid = next(iter(teachers.values())).grid
     visible, legend = _sample_mask(recipe, importance, grid, len(pixels), seed)
     attention_grid(
@@ -96,7 +99,7 @@ def draw_teachers(
         out,
         captions=selection.captions,
         title=f"{recipe.name}: attention of its teachers",
-        legend=[*(f"{name}: {teacher.details['importance']}." for name, teacher in teachers.items()), *legend],
+        legend=[*(f"{name}: {teacher.details['importance']}." for name, teacher in drawn.items()), *legend],
     )
 
 
@@ -123,6 +126,12 @@ def _sample_mask(
     visible = choose_visible(noise, grid, masking.keep_ratio, masking.mode, scores)
     source = "" if masking.mode == "random" else f", by {masking.teacher}"
     return 1 - visible.mask.unflatten(1, grid), [f"Patches are kept by the recipe's masking: {masking.mode}{source}."]
+
+
+def _features(config: TeacherConfig) -> str:
+    """Describe the features, the blocks that they are of, and the tokens that are computed."""
+    layers = "" if config.layers is None else f" of block {', '.join(map(str, config.layers))}"
+    return f"features {config.features}{layers}" + (", visible tokens only" if config.sees == "visible" else "")
 
 
 def _numbers(values: Tensor) -> str:

@@ -150,6 +150,8 @@ def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: 
     importance = None
     for name in stage.teachers:
         config = run.recipe.teachers[name]
+        if config.sees == "visible":
+            continue  # it has no importance
         try:
             teacher = build_teacher(name, config, run.recipe.data, run.image_size, grid)
         except UserError as error:
@@ -180,7 +182,7 @@ def _add_student(
     model = run.load()
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     images = (pixels - torch.tensor(run.mean).view(1, 3, 1, 1)) / torch.tensor(run.std).view(1, 3, 1, 1)
-    importance = torch.cat([encoder_attention(encoder, part)[1] for part in images.split(CHUNK)])
+    importance = torch.cat([encoder_attention(encoder, part).importance for part in images.split(CHUNK)])
     maps.add(label, importance, encoder.grid, describe_importance(encoder.num_prefix_tokens > 0))
     if not isinstance(model, PretrainModel) or mask is None:
         return None

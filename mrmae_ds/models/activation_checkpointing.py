@@ -30,22 +30,22 @@ def run_blocks(
     blocks: Iterable[nn.Module],
     x: Tensor,
     every: int,
-    cells: VisibleCells | None = None,
+    second: VisibleCells | Tensor | None = None,
     collect: list[Tensor] | None = None,
 ) -> Tensor:
     """Run blocks in order.
 
     Args:
-        blocks: modules that take a tensor, or a tensor and visible cells.
+        blocks: modules that take a tensor, or a tensor and ``second``.
         x: input of the first block, [B, ...].
         every: block i is checkpointed if i is a multiple of this number; 0 checkpoints none.
-        cells: visible cells to pass to every block.
+        second: argument to pass to every block besides ``x``, such as visible cells or prompts.
         collect: list to append each block's output to.
 
     Returns:
         Output of the last block, of the shape of ``x``.
     """
-    extra = () if cells is None else (cells,)
+    extra = () if second is None else (second,)
     for i, block in enumerate(blocks):
         if every and i % every == 0 and block.training:
             # Reentrant checkpointing computes no gradients where no input requires one (the first stage).

@@ -50,6 +50,27 @@ class VisibleSet:
         tokens = tokens.expand(batch, *tokens.shape[1:])
         return tokens.gather(1, index.expand(batch, keep, *tokens.shape[2:]))
 
+    def restore(self, visible: Tensor, filler: Tensor) -> Tensor:
+        """Merge visible tokens [B, K, D] and removed ones [B, L - K, D] into all tokens in raster order, [B, L, D].
+
+        Args:
+            visible: in the order of ``ids_keep``.
+            filler: in the order of ``ids_removed``.
+        """
+        order = self.ids_restore[..., None].expand(-1, -1, visible.shape[-1])
+        return torch.cat([visible, filler], dim=1).gather(1, order)
+
+    @property
+    def ids_removed(self) -> Tensor:
+        """Return the indices of the removed tokens, int64 [B, L - K]."""
+        return self.ids_restore.argsort(dim=1)[:, self.ids_keep.shape[1] :]
+
+    @classmethod
+    def whole(cls, batch: int, grid: tuple[int, int], device: torch.device) -> VisibleSet:
+        """Return the set of all tokens, in raster order, of ``batch`` images on ``device``."""
+        ids = torch.arange(grid[0] * grid[1], device=device).expand(batch, -1)
+        return cls(ids, ids, grid)
+
     def cells(self) -> VisibleCells:
         """Return where the cells of the visible tokens lie in the map of any stage."""
         rows, columns = self.grid

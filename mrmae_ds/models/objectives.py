@@ -24,24 +24,36 @@ class Objective(Section):
     """One loss of pre-training.
 
     Attributes:
-        target: ``pixels`` (of the student's normalized input) or the name of one of the stage's teachers.
+        target: ``pixels`` (of the student's normalized input) or the name of one of the stage's teachers; NAME.LAYER
+            of a teacher with several ``layers``.
         tap: source of the prediction: the fused ``encoder`` latent, or the ``decoder``'s output.
+        block: at the encoder, the transformer block (0-based) whose output is tapped instead of the latent.
+        mix: tap a weighted sum of all blocks' outputs instead; its learned weights start near ``block`` alone
+            (MaskAlign).
         tokens: tokens that the loss is averaged over. The encoder has visible tokens only.
+        class_token: the class token is one more of these tokens.
         loss: per-token distance: ``l2`` mean squared error over channels, ``l2_sum`` its sum over channels
-            (Eq. 2 of the MR-MAE paper, literally), ``smooth_l1``, or ``cosine`` (1 - cosine similarity).
+            (Eq. 2 of the MR-MAE paper, literally), ``l1`` mean absolute error, ``smooth_l1``, or ``cosine`` (1 - cosine
+            similarity).
         beta: of ``smooth_l1``: difference from which it is linear instead of quadratic; null is 1 (data2vec: 2).
         normalize: per-token normalization of the target: ``standardize`` by mean and unbiased variance + 1e-6 (MAE's
             norm_pix), ``layer_norm`` without affine, ``l2`` to unit length, or ``none``.
+        normalize_prediction: ``l2`` scales each token's prediction to unit length too (DMAE).
         weight: factor in the total.
     """
 
     target: str
     tap: Literal["encoder", "decoder"]
+    # Keys with exclude_if are left out of records and hashes at their defaults, so that runs from before they existed
+    # keep their hash.
+    block: int | None = Field(None, ge=0, exclude_if=lambda value: value is None)
+    mix: bool = Field(False, exclude_if=lambda value: not value)
     tokens: Literal["visible", "masked", "all"]
-    loss: Literal["l2", "l2_sum", "smooth_l1", "cosine"] = "l2"
-    # Left out of records and hashes at its default, so that runs from before it existed keep their hash.
+    class_token: bool = Field(False, exclude_if=lambda value: not value)
+    loss: Literal["l2", "l2_sum", "l1", "smooth_l1", "cosine"] = "l2"
     beta: float | None = Field(None, gt=0, allow_inf_nan=False, exclude_if=lambda value: value is None)
     normalize: Literal["standardize", "layer_norm", "l2", "none"]
+    normalize_prediction: Literal["none", "l2"] = Field("none", exclude_if=lambda value: value == "none")
     weight: float = Field(gt=0)
 
     @model_validator(mode="after")
@@ -54,6 +66,18 @@ class Objective(Section):
     def _beta_has_an_effect(self) -> Objective:
         if self.beta is not None and self.loss != "smooth_l1":
             raise ValueError(f"beta: has no effect on loss: {self.loss} (only on smooth_l1); remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> Objective:
+        if self.block is not None and self.tap != "encoder":
+            raise ValueError(f"block: has no effect on tap: {self.tap} (only on encoder); remove it")
+        if self.mix and self.block is None:
+            raise ValueError("mix: name the block that its weights start at as block")
+        if self.class_token and self.target == PIXELS:
+            raise ValueError("class_token: pixels have no class token; remove it")
+        if self.normalize_prediction != "none" and self.loss == "cosine":
+            raise ValueError("normalize_prediction: has no effect on loss: cosine; remove it")
         return self
 
 
@@ -128,6 +152,8 @@ def token_loss(prediction: Tensor, target: Tensor, loss: str, beta: float = 1.0)
     prediction, target = at_least_float32(prediction), at_least_float32(target)
     if loss == "cosine":
         return 1 - F.cosine_similarity(prediction, target, dim=-1)
+    if loss == "l1":
+        return (prediction - target).abs().mean(-1)
     if loss == "smooth_l1":
         return F.smooth_l1_loss(prediction, target, reduction="none", beta=beta).mean(-1)
     squared = (prediction - target).square()
@@ -139,8 +165,8 @@ def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible:
 
     Args:
         spec: the objective.
-        prediction: [B, K, D] at the encoder, [B, L, D] at the decoder.
-        target: target before normalization, [B, L, D].
+        prediction: [B, K, D] at the encoder, [B, L, D] at the decoder, the class token first if the objective has it.
+        target: target before normalization, [B, P + L, D] with P class tokens (none, or one).
         visible: visible set of the batch.
 
     Returns:
@@ -150,8 +176,14 @@ def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible:
         ValueError: if prediction and target differ in shape.
     """
     target = normalize_target(target, spec.normalize)
+    prefix = target.shape[1] - visible.ids_restore.shape[1]
+    classes, target = target[:, :prefix], target[:, prefix:]
     if spec.tap == "encoder":
         target = visible.take(target)
+    if spec.class_token:
+        target = torch.cat([classes, target], dim=1)
+    if spec.normalize_prediction == "l2":
+        prediction = F.normalize(at_least_float32(prediction), dim=-1)
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ")
     per_token = token_loss(prediction, target, spec.loss, 1.0 if spec.beta is None else spec.beta)
@@ -159,6 +191,8 @@ def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible:
         return per_token.mean()
     removed = visible.mask
     chosen = removed if spec.tokens == "masked" else 1 - removed
+    if spec.class_token:
+        chosen = torch.cat([torch.ones_like(chosen[:, :prefix]), chosen], dim=1)
     return (per_token * chosen).sum() / chosen.sum()
 
 

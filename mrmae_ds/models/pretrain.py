@@ -5,13 +5,15 @@ Shape legend: B images, P prefix tokens, K visible tokens, L tokens of the grid,
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
-from mrmae_ds.models.decoder import Decoder, DecoderSpec
+from mrmae_ds.models.decoder import DECODERS, DecoderSpec
 from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.models.layers import PatchConv
 from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
@@ -94,6 +96,68 @@ class Fusion(nn.Module):
         return self.norm(x)
 
 
+class BlockMix(nn.Module):
+    """Learned weighted sum of the outputs of all transformer blocks (MaskAlign, Xue et al. 2023).
+
+    Args:
+        depth: number of blocks.
+        block: block that it begins with: its weight is 1.01, and that of the others 0.01.
+    """
+
+    def __init__(self, depth: int, block: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(depth)[block] + 0.01)
+
+    def forward(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Return the sum, of the shape [B, P + K, C] of each block's output."""
+        return torch.stack([weight * tokens for weight, tokens in zip(self.weight, blocks, strict=True)]).sum(0)
+
+
+def tapped_blocks(objectives: Mapping[str, Objective], depth: int) -> tuple[int, ...]:
+    """Return the transformer blocks, in order, whose outputs the objectives tap.
+
+    Args:
+        objectives: by name.
+        depth: number of the encoder's transformer blocks.
+    """
+    taps, mix = {spec.block for spec in objectives.values()}, any(spec.mix for spec in objectives.values())
+    return tuple(block for block in range(depth) if mix or block in taps)
+
+
+def check_taps(objectives: Mapping[str, Objective], depth: int, num_prefix_tokens: int) -> None:
+    """Check that the tapped blocks and class tokens exist, and that every parameter gets a gradient.
+
+    Args:
+        objectives: by name.
+        depth: number of the encoder's transformer blocks.
+        num_prefix_tokens: number of the encoder's class tokens.
+
+    Raises:
+        ConfigError: naming the objective's key.
+    """
+    for name, spec in objectives.items():
+        if spec.block is not None and spec.block >= depth:
+            raise ConfigError(f"{name}.block", f"block {spec.block} does not exist; this encoder has 0 to {depth - 1}")
+        if spec.class_token and not num_prefix_tokens:
+            raise ConfigError(f"{name}.class_token", "this encoder has no class token; remove it")
+    if not taps_latent(objectives) and depth - 1 not in tapped_blocks(objectives, depth):
+        deepest = max(spec.block or 0 for spec in objectives.values())
+        raise ConfigError(
+            f"{next(iter(objectives))}.block",
+            f"no objective is tapped behind block {deepest}, so blocks {deepest + 1} to {depth - 1} would not be "
+            f"trained; tap block {depth - 1}, the latent or the decoder too, or set mix",
+        )
+
+
+def taps_latent(objectives: Mapping[str, Objective]) -> bool:
+    """Return True if an objective needs the fused latent, for itself or for the decoder.
+
+    Args:
+        objectives: by name.
+    """
+    return any(spec.block is None for spec in objectives.values())
+
+
 class PretrainModel(nn.Module):
     """All modules trained in pre-training; one forward computes all losses.
 
@@ -117,9 +181,22 @@ class PretrainModel(nn.Module):
         self.objectives = objectives
         self.encoder = encoder
         self.fusion = Fusion(fusion, encoder)
+        # Frozen where no loss uses it: a trained parameter without a gradient stops the training.
+        self.fusion.requires_grad_(taps_latent(objectives))
         prefix = encoder.num_prefix_tokens
+        check_taps(objectives, len(encoder.transformer_blocks), prefix)
+        self.tapped_blocks = tapped_blocks(objectives, len(encoder.transformer_blocks))
         needs_decoder = any(spec.tap == "decoder" for spec in objectives.values())
-        self.decoder = Decoder(decoder, encoder.embed_dim, encoder.grid, prefix) if needs_decoder else None
+        self.decoder = (
+            DECODERS[decoder.kind](decoder, encoder.embed_dim, encoder.grid, prefix) if needs_decoder else None
+        )
+        self.mixes = nn.ModuleDict(
+            {
+                name: BlockMix(len(self.tapped_blocks), spec.block)
+                for name, spec in objectives.items()
+                if spec.mix and spec.block is not None
+            }
+        )
         widths = {PIXELS: encoder.stride**2 * 3, **teacher_dims}
         self.heads = nn.ModuleDict(
             {
@@ -198,28 +275,47 @@ class PretrainModel(nn.Module):
         return {"loss": total_loss(self.objectives, losses), **losses}
 
     def predict(self, images: Tensor, visible: VisibleSet) -> dict[str, Tensor]:
-        """Compute each objective's prediction: [B, K, D] at the encoder, [B, L, D] at the decoder.
+        """Compute each objective's prediction.
 
         Args:
             images: normalized images [B, 3, H, W].
             visible: visible set of the batch.
 
         Returns:
-            Predictions by the objectives' names.
+            Predictions by the objectives' names: [B, K, D] at the encoder, [B, L, D] at the decoder; the class token
+            comes first if the objective has it.
         """
-        return self.predict_from(self.latent(images, visible), visible)
+        return self.predict_from(*self.encode(images, visible), visible)
 
-    def predict_from(self, latent: Tensor, visible: VisibleSet) -> dict[str, Tensor]:
-        """Compute the predictions of :meth:`predict` from the latent [B, P + K, C]."""
-        taps = {"encoder": latent[:, self.encoder.num_prefix_tokens :]}
+    def predict_from(self, latent: Tensor, blocks: Sequence[Tensor], visible: VisibleSet) -> dict[str, Tensor]:
+        """Compute the predictions of :meth:`predict` from the results of :meth:`encode`."""
+        taps: dict[str | int, Tensor] = {"encoder": latent, **dict(zip(self.tapped_blocks, blocks, strict=True))}
         if self.decoder is not None:
             taps["decoder"] = self.decoder(latent, visible)
-        return {name: self.heads[name](taps[spec.tap]) for name, spec in self.objectives.items()}
+        # Cut once per tap, not once per objective, so that gradients are added in one order.
+        patches = {tap: tokens[:, self.encoder.num_prefix_tokens :] for tap, tokens in taps.items()}
+        predictions = {}
+        for name, spec in self.objectives.items():
+            chosen = taps if spec.class_token else patches
+            if spec.mix:
+                tokens = self.mixes[name]([chosen[block] for block in self.tapped_blocks])
+            else:
+                tokens = chosen[spec.tap if spec.block is None else spec.block]
+            predictions[name] = self.heads[name](tokens)
+        return predictions
 
     def latent(self, images: Tensor, visible: VisibleSet) -> Tensor:
         """Compute the fused, normalized visible tokens of images [B, 3, H, W], prefix tokens first: [B, P + K, C]."""
+        return self.encode(images, visible)[0]
+
+    def encode(self, images: Tensor, visible: VisibleSet) -> tuple[Tensor, list[Tensor]]:
+        """Compute :meth:`latent` and the output of each of :attr:`tapped_blocks`, all [B, P + K, C]."""
         images = images.to(self.fusion.norm.weight.dtype)
-        return self.fusion(self.encoder(images, visible, self.fusion.spec.blocks))
+        fused = self.fusion.spec.blocks
+        features = self.encoder(images, visible, (*fused, *self.tapped_blocks))
+        outputs = features["blocks"]
+        to_fuse = VisibleFeatures(tokens=features["tokens"], stages=features["stages"], blocks=outputs[: len(fused)])
+        return self.fusion(to_fuse), outputs[len(fused) :]
 
 
 def set_checkpointing(model: nn.Module, plan: CheckpointPlan) -> None:

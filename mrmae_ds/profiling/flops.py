@@ -176,10 +176,15 @@ def _pretrain(
     latent = torch.empty(1, num_tokens, encoder.embed_dim, device="meta", requires_grad=True)
     # The losses have no products, so the predictions are enough.
     name = "heads" if model.decoder is None else "decoder, heads"
-    parts[name] = count_training(lambda: _sum(model.predict_from(latent, visible).values()), checkpoint, plan)
+    blocks = [torch.empty_like(latent, requires_grad=True) for _ in model.tapped_blocks]
+    parts[name] = count_training(lambda: _sum(model.predict_from(latent, blocks, visible).values()), checkpoint, plan)
     for name, teacher in teachers.items():
         with flop_counter() as count, torch.no_grad():
-            teacher.encode(_image(teacher.image_size).to(teacher.dtype))
+            image = _image(teacher.image_size).to(teacher.dtype)
+            if teacher.sees_visible:
+                teacher.encode_visible(image, visible)
+            else:
+                teacher.encode(image)
         parts[f"teacher {name}"] = Flops(count.get_total_flops())
     return parts
 

@@ -163,6 +163,10 @@ class ObjectiveInfo(RecordSection):
     tap: Literal["encoder", "decoder"]
     tokens: Literal["visible", "masked", "all"]
     weight: float
+    # None or False in records from before the field existed.
+    loss: str | None = None
+    block: int | None = None
+    class_token: bool = False
 
 
 class Design(RecordSection):
@@ -173,12 +177,14 @@ class Design(RecordSection):
         masking: mode by which visible patches are chosen.
         fusion: layers that are fused with the last one.
         objectives: losses by name.
+        decoder: kind of the decoder.
     """
 
     keep_ratio: float
     masking: str
     fusion: tuple[str, ...] = ()
     objectives: dict[str, ObjectiveInfo]
+    decoder: str = "mae"
 
 
 class CocoInfo(RecordSection):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ from mrmae_ds.config.stages import MaskingConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.masking import VisibleSet, choose_visible
+from mrmae_ds.models.objectives import PIXELS, Objective
 from mrmae_ds.teachers.options import TeacherOptions
 
 
@@ -26,12 +27,16 @@ class TeacherOutput(NamedTuple):
     """Targets of a batch.
 
     Attributes:
-        tokens: patch features, float32 [B, L, C].
+        tokens: patch features, float32 [B, L, C]; those of several layers are concatenated, [B, L, layers * C]. Of a
+            teacher that sees the visible tokens only, the others mean nothing.
         importance: non-negative weight of each patch, float32 [B, L].
+        class_token: features of the class token, [B, 1, C] or likewise [B, 1, layers * C]; None without one. They are
+            in the precision of the teacher, as most methods do not use them.
     """
 
     tokens: Tensor
     importance: Tensor
+    class_token: Tensor | None = None
 
 
 def draw_visible(
@@ -49,6 +54,36 @@ def draw_visible(
     return choose_visible(noise, grid, masking.keep_ratio, masking.mode, importance)
 
 
+def targets_of(
+    objectives: Mapping[str, Objective], teachers: Mapping[str, Teacher], outputs: Mapping[str, TeacherOutput]
+) -> dict[str, Tensor]:
+    """Return the features that objectives predict, by the objectives' names of their targets.
+
+    Args:
+        objectives: by name.
+        teachers: by name.
+        outputs: of the teachers.
+
+    Returns:
+        [B, L, C] each; [B, 1 + L, C] with the class token first if an objective includes it.
+    """
+    specs = [spec for spec in objectives.values() if spec.target != PIXELS]
+    with_class = {spec.target for spec in specs if spec.class_token}
+    targets = {}
+    for target in dict.fromkeys(spec.target for spec in specs):
+        name, _, layer = target.partition(".")
+        parts = [outputs[name].tokens]
+        if target in with_class:
+            class_token = outputs[name].class_token
+            assert class_token is not None  # build_pretraining refuses the objective otherwise
+            parts.insert(0, class_token.float())
+        if layer:
+            layers = teachers[name].layers
+            parts = [part.chunk(len(layers), dim=-1)[layers.index(int(layer))] for part in parts]
+        targets[target] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return targets
+
+
 @dataclass(frozen=True)
 class TeacherSpec:
     """Properties of a teacher that follow from its weights and options.
@@ -62,6 +97,9 @@ class TeacherSpec:
         dtype: of weights and arithmetic.
         sha256: hex digest of the weights.
         details: decisions made while the teacher was built, in words, by topic (``importance``, ``GELU``, ...).
+        layers: blocks whose outputs are the targets, 0-based; empty is the last one.
+        sees_visible: it computes the student's visible tokens only.
+        has_class_token: its output has a class token.
     """
 
     grid: tuple[int, int]
@@ -72,6 +110,9 @@ class TeacherSpec:
     dtype: torch.dtype
     sha256: str
     details: Mapping[str, str] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
+    sees_visible: bool = False
+    has_class_token: bool = False
 
 
 class Teacher(nn.Module, ABC):
@@ -88,6 +129,9 @@ class Teacher(nn.Module, ABC):
         dtype: of weights and arithmetic.
         sha256: hex digest of the weights.
         details: decisions made while the teacher was built and placed, in words, by topic.
+        layers: blocks whose outputs are the targets, 0-based; empty is the last one.
+        sees_visible: it computes the student's visible tokens only.
+        has_class_token: its output has a class token.
     """
 
     mean: Tensor
@@ -98,6 +142,7 @@ class Teacher(nn.Module, ABC):
         self.network = network.to(spec.dtype)
         self.grid, self.width, self.image_size = spec.grid, spec.width, spec.image_size
         self.dtype, self.sha256, self.details = spec.dtype, spec.sha256, dict(spec.details)
+        self.layers, self.sees_visible, self.has_class_token = spec.layers, spec.sees_visible, spec.has_class_token
         # Cloned, because the base tensor of a view would outlive free_weights.
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1).clone(), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1).clone(), persistent=False)
@@ -109,11 +154,12 @@ class Teacher(nn.Module, ABC):
         return self
 
     @torch.no_grad()
-    def forward(self, pixels: Tensor) -> TeacherOutput:
+    def forward(self, pixels: Tensor, visible: VisibleSet | None = None) -> TeacherOutput:
         """Compute the targets of images.
 
         Args:
             pixels: decoded, not normalized images in [0, 1], float [B, 3, H, W].
+            visible: the student's visible set, for a teacher that sees it; None is all tokens.
         """
         if pixels.shape[-1] != self.image_size:
             size = (self.image_size, self.image_size)
@@ -121,12 +167,16 @@ class Teacher(nn.Module, ABC):
         images = ((pixels - self.mean) / self.std).to(self.dtype)
         # The engine's autocast is process-wide; a teacher computes in its own precision.
         with torch.autocast(pixels.device.type, enabled=False):
-            tokens, importance = self.encode(images)
-        return TeacherOutput(tokens.float(), importance.float())
+            output = self.encode(images) if visible is None else self.encode_visible(images, visible)
+        return output._replace(tokens=output.tokens.float(), importance=output.importance.float())
 
     @abstractmethod
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def encode(self, images: Tensor) -> TeacherOutput:
+        """Return the output of normalized images [B, 3, H, W]."""
+
+    def encode_visible(self, images: Tensor, visible: VisibleSet) -> TeacherOutput:
+        """Return the output of the visible tokens of normalized images [B, 3, H, W]; for ``sees_visible`` only."""
+        raise NotImplementedError
 
     def free_weights(self) -> None:
         """Free the memory of all weights, even if the network is referenced elsewhere; all attributes stay."""
@@ -142,15 +192,17 @@ class TokenReader(Protocol):
         grid: rows and columns of the tokens.
         width: channels C of the tokens.
         importance: description of the importance, in words.
+        has_class_token: the output has a class token.
     """
 
     grid: tuple[int, int]
     width: int
     importance: str
+    has_class_token: bool
 
     # Any: each reader names the kind of network that it was built for.
-    def __call__(self, network: Any, images: Tensor, /) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def __call__(self, network: Any, images: Tensor, /) -> TeacherOutput:
+        """Return the output of normalized images [B, 3, H, W]."""
         ...
 
 
@@ -187,12 +239,15 @@ class LibraryTeacher(Teacher):
                 dtype=options.dtype,
                 sha256=sha256,
                 details={"importance": reader.importance, **details},
+                layers=options.layers,
+                sees_visible=options.sees_visible,
+                has_class_token=reader.has_class_token,
             ),
         )
         self.reader = reader
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def encode(self, images: Tensor) -> TeacherOutput:
+        """Return the output of normalized images [B, 3, H, W]."""
         return self.reader(self.network, images)
 
 
@@ -247,6 +302,13 @@ def class_attention(
     q, k = q_norm(q) if q_norm else q, k_norm(k) if k_norm else k
     attention = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
     return attention.mean(dim=(1, 2))[:, prefix:]
+
+
+def join_layers(tokens: Sequence[Tensor], prefix: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Concatenate the patch tokens [B, L, C] of layers, and their class tokens, the first of each prefix [B, P, C]."""
+    if len(tokens) == 1:
+        return tokens[0], prefix[0][:, :1]
+    return torch.cat(list(tokens), dim=-1), torch.cat([part[:, :1] for part in prefix], dim=-1)
 
 
 def describe_importance(has_class: bool) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
+from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
 
 
@@ -27,6 +28,8 @@ class TeacherOptions:
         quickgelu: the recipe's statement about CLIP weights that do not record their GELU.
         statistics: mean and std of the input (of pixels in [0, 1]); None uses the model's own.
         dtype: of weights and arithmetic.
+        layers: blocks whose outputs are the targets, 0-based; empty is the last one.
+        sees_visible: it computes the student's visible tokens only.
     """
 
     key: str
@@ -40,6 +43,8 @@ class TeacherOptions:
     quickgelu: bool | None = None
     statistics: tuple[Rgb, Rgb] | None = None
     dtype: torch.dtype = torch.bfloat16
+    layers: tuple[int, ...] = ()
+    sees_visible: bool = False
 
     @classmethod
     def from_config(
@@ -71,4 +76,16 @@ class TeacherOptions:
             quickgelu=config.quickgelu,
             statistics=statistics,
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            layers=config.layers or (),
+            sees_visible=config.sees == "visible",
         )
+
+    def check_layers(self, depth: int) -> None:
+        """Check that the layers exist in a network of ``depth`` blocks.
+
+        Raises:
+            UserError: naming the recipe key.
+        """
+        missing = [layer for layer in self.layers if layer >= depth]
+        if missing:
+            raise UserError(f"{self.key}.layers: {self.source} has no block {missing[0]}; it has 0 to {depth - 1}")

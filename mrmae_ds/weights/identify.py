@@ -31,12 +31,16 @@ FAMILY_TITLES = {"cvit": "CViT", "vit": "plain ViT"}
 POOL_TITLES = {"avg": ", mean-pooled", "token": ", on the class token"}
 PIXEL_HEAD = "heads.pixels."
 OUR_PARTS = ("encoder.", "fusion.", "decoder.", "heads.")
+# Names in MAE's layout that other methods alone have, and the names of their heads in ds_configs/methods/.
+PROMPTING, DMAE_HEAD = "decoder_blocks.0.attn.q.weight", "aligned_feature_projection_heads.0."
+MILAN_HEAD = "heads.clip."
 # Map from the start of MCMAE's and MAE's names to those of models/pretrain.py; all other names are the encoder's.
 RELEASED_NAMES = (
     (re.compile(r"stage(\d)_output_decode\."), r"fusion.stage_convs.\1."),
     (re.compile(r"norm\."), "fusion.norm."),
     (re.compile(r"mask_token$"), "decoder.mask_token"),
     (re.compile(r"decoder_pred\."), PIXEL_HEAD),
+    (re.compile(re.escape(DMAE_HEAD)), "heads.mimic."),
     (re.compile(r"decoder_"), "decoder."),
 )
 PLAIN_VIT = re.compile(
@@ -232,6 +236,8 @@ def _our_names(names: Iterable[str]) -> dict[str, str]:
     if "encoder.pos_embed" in names:
         return {name: name for name in names if name.startswith(OUR_PARTS)}
     ours = {name: _renamed(name) for name in names}
+    if PROMPTING in ours:
+        ours = {name: own.replace(PIXEL_HEAD, MILAN_HEAD) for name, own in ours.items()}
     if "head.weight" in ours and "fc_norm.weight" not in ours:
         # This norm is the classifier's own, before its head; `fc_norm` would follow the mean of the patches.
         ours |= {name: f"encoder.{name}" for name in ours if name.startswith("norm.")}
@@ -355,7 +361,9 @@ def _title(kind: Kind, family: str, names: Iterable[str], ours: bool, pool: str)
     if kind == "pretrain":
         if ours or "encoder.pos_embed" in names:
             return f"{title}, pre-training of this project"
-        return f"{title} with its decoder, {'MCMAE' if family == 'cvit' else 'MAE'} pre-training as released"
+        marks = {"MCMAE": family == "cvit", "MILAN": PROMPTING in names, "DMAE": f"{DMAE_HEAD}weight" in names}
+        method = next((method for method, found in marks.items() if found), "MAE")
+        return f"{title} with its decoder, {method} pre-training as released"
     if kind == "classifier":
         return f"{title} classifier{POOL_TITLES.get(pool, f', pooled by {pool}' if pool else '')}"
     return f"{title} encoder"

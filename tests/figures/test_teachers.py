@@ -114,6 +114,24 @@ def test_draws_images_maps_and_kept_patches(recipe: Path, images: list[Path], mo
     assert "topk, by own" in texts["legend"][-1]
 
 
+VISIBLE = [
+    "teachers.own.sees=visible",
+    "teachers.own.layers=[0]",
+    "stages.pretrain.masking={mode: random, teacher: null}",
+]
+
+
+def test_a_teacher_of_visible_tokens_is_described_and_not_drawn(
+    recipe: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(teacher_preview, "attention_grid", lambda *args, **kwargs: drawn.append((*args, kwargs)))
+    assert main(["teachers", str(recipe), *VISIBLE, "--images", str(images[0])]) == 0
+    out = capsys.readouterr().out
+    assert "features raw of block 0, visible tokens only" in out and "none (visible tokens only)" in out
+    assert list(drawn[0][1]) == ["net\ntest_resnet"]
+
+
 def test_the_number_of_images_of_a_folder_can_be_chosen(
     recipe: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +164,13 @@ def test_the_figure_is_written_and_overrides_may_follow_the_images(
         (["teachers=null", "stages.pretrain=null"], "recipe two has no teachers"),
         (["teachers.net.stage=0"], "teachers.net: stage 0 does not have the student's 8x8 grid"),
         (["teachers.net.weights=absent.pt"], "teachers.net.weights: absent.pt: no such file"),
+        (
+            [
+                *(*VISIBLE, "teachers.net=null", "stages.pretrain.teachers=[own]", "stages.pretrain.objectives.b=null"),
+                *("--images", "docs/assets/overview.png"),
+            ],
+            "no teacher of recipe two sees the whole image",
+        ),
         (["--images", "nowhere.jpg"], "nowhere.jpg"),
         (["--images", "3"], "absent.beton"),
     ],

@@ -65,17 +65,18 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("plan", [ALL, SOME], ids=["all", "some"])
+@pytest.mark.parametrize("kind", ["mae", "prompting"])
 @pytest.mark.parametrize("spec", [CVIT, ViTSpec(16, 3, 4, patch=4)], ids=["cvit", "vit"])
-def test_pretraining_is_identical(spec: EncoderSpec, plan: CheckpointPlan) -> None:
+def test_pretraining_is_identical(spec: EncoderSpec, kind: str, plan: CheckpointPlan) -> None:
     torch.manual_seed(0)
     objectives = {
         "pixels": pixel_objective(),
         "mimic": Objective(target="t", tap="encoder", tokens="visible", normalize="layer_norm", weight=0.5),
+        "inner": Objective(target="t", tap="encoder", block=1, tokens="visible", normalize="none", weight=0.5),
     }
     fusion = FusionSpec(stages=(1, 2) if isinstance(spec, CViTSpec) else (), blocks=(1,))
-    model = PretrainModel(
-        build_encoder(spec, 16), fusion, DecoderSpec(dim=16, depth=3, num_heads=4), objectives, {"t": 6}
-    )
+    decoder = DecoderSpec(kind=kind, dim=16, depth=3, num_heads=4)
+    model = PretrainModel(build_encoder(spec, 16), fusion, decoder, objectives, {"t": 6})
     perturb(model, seed=1)
     visible = choose_visible(random_noise(2, 16, seed=2), (4, 4), 0.25)
     images, targets = random_images(2, 16, seed=3), {"t": torch.randn(2, 16, 6)}

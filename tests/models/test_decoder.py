@@ -22,7 +22,7 @@ def test_mask_tokens_fill_in_where_tokens_were_removed(prefix: int) -> None:
     entered: list[torch.Tensor] = []
     decoder.norm.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     out = decoder(latent, visible)
-    assert out.shape == (2, 9, 8)
+    assert out.shape == (2, prefix + 9, 8)
     embedded = latent @ decoder.embed.weight.T + decoder.embed.bias
     for row in range(2):
         kept = visible.ids_keep[row].tolist()

@@ -177,6 +177,15 @@ def test_take_gathers_tokens(visible: VisibleSet) -> None:
     assert torch.equal(visible.take(tokens[..., 0]), taken[..., 0])
 
 
+def test_restore_merges_visible_and_removed_tokens(visible: VisibleSet) -> None:
+    tokens = torch.randn(3, 6, 5)
+    removed = torch.stack([tokens[row, ids] for row, ids in enumerate(visible.ids_removed)])
+    assert torch.equal(visible.restore(visible.take(tokens), removed), tokens)
+    assert visible.mask.gather(1, visible.ids_removed).all() and visible.ids_removed.shape == (3, 3)
+    whole = VisibleSet.whole(3, (2, 3), torch.device("cpu"))
+    assert torch.equal(whole.take(tokens), tokens) and not whole.mask.any()
+
+
 @pytest.mark.parametrize("s", [1, 2, 4])
 def test_blocks_of_pixels_match_the_position_of_their_token(visible: VisibleSet, s: int) -> None:
     grid_map, cells = torch.randn(3, 2 * s, 3 * s, 5), visible.cells()

@@ -23,7 +23,7 @@ from mrmae_ds.models.objectives import (
 
 B, ROWS, COLUMNS, D = 2, 2, 3, 5
 L = ROWS * COLUMNS
-LOSSES = ["l2", "l2_sum", "smooth_l1", "cosine"]
+LOSSES = ["l2", "l2_sum", "l1", "smooth_l1", "cosine"]
 NORMALIZATIONS = ["standardize", "layer_norm", "l2", "none"]
 
 
@@ -56,6 +56,8 @@ def distance(p: list[float], t: list[float], loss: str) -> float:
         return 1 - dot / math.sqrt(sum(a * a for a in p) * sum(b * b for b in t))
     if loss == "smooth_l1":
         return sum(g * g / 2 if g < 1 else g - 0.5 for g in gaps) / len(gaps)
+    if loss == "l1":
+        return sum(gaps) / len(gaps)
     return sum(g * g for g in gaps) / (1 if loss == "l2_sum" else len(gaps))
 
 
@@ -84,6 +86,30 @@ def test_objective_loss_is_the_formula(
     found = objective_loss(spec, prediction, target, visible)
     assert found.dtype == dtype
     assert found.item() == pytest.approx(total / count, rel=tolerance)
+
+
+@pytest.mark.parametrize(("tap", "tokens"), CASES)
+@pytest.mark.parametrize("normalize_prediction", ["none", "l2"])
+def test_the_class_token_is_one_more_token(
+    normalize_prediction: str, tap: str, tokens: str, visible: VisibleSet
+) -> None:
+    settings = {"target": "t", "tap": tap, "tokens": tokens, "loss": "l1", "normalize": "l2", "weight": 1}
+    spec = Objective(**settings, class_token=True, normalize_prediction=normalize_prediction)
+    target, num_tokens = normal(B, 1 + L, D), visible.ids_keep.shape[1] if tap == "encoder" else L
+    prediction = normal(B, 1 + num_tokens, D, seed=1)
+    distances = []
+    for row in range(B):
+        kept = visible.ids_keep[row].tolist()
+        chosen = [t for t in range(L) if tokens == "all" or (t in kept) == (tokens == "visible")]
+        places = [kept.index(t) if tap == "encoder" else t for t in chosen]
+        for place, token in [(-1, -1), *zip(places, chosen, strict=True)]:
+            p = normalized(prediction[row, 1 + place].tolist(), normalize_prediction)
+            distances.append(distance(p, normalized(target[row, 1 + token].tolist(), "l2"), "l1"))
+    found = objective_loss(spec, prediction, target, visible)
+    assert found.item() == pytest.approx(sum(distances) / len(distances), rel=1e-5)
+    without = Objective(**settings)
+    patches = objective_loss(without, prediction[:, 1:], target, visible)
+    assert torch.equal(patches, objective_loss(without, prediction[:, 1:], target[:, 1:], visible))
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])

@@ -18,6 +18,7 @@ from tests.fixtures import part
 
 MCMAE = CViTSpec((16, 24, 32), (1, 1, 2), 4)
 MAE = ViTSpec(32, 2, 4)
+DMAE_HEAD = "aligned_feature_projection_heads.0"
 FIXED_POSITIONS = ["encoder.pos_embed", "decoder.pos_embed"]
 
 
@@ -25,6 +26,8 @@ def our_name(name: str) -> str:
     """Return this project's name of a pre-training parameter, given the authors' name."""
     if name.startswith("decoder_pred."):
         return name.replace("decoder_pred", "heads.pixels")
+    if name.startswith(DMAE_HEAD):
+        return name.replace(DMAE_HEAD, "heads.mimic")
     if found := re.fullmatch(r"stage(\d)_output_decode\.(\w+)", name):
         return f"fusion.stage_convs.{found[1]}.{found[2]}"
     if name.startswith("norm."):
@@ -39,6 +42,7 @@ def authors_name(name: str) -> str:
     name = re.sub(r"^fusion\.stage_convs\.(\d)", r"stage\1_output_decode", name)
     name = re.sub(r"^fusion\.norm", "norm", name)
     name = re.sub(r"^heads\.pixels", "decoder_pred", name)
+    name = re.sub(r"^heads\.mimic", DMAE_HEAD, name)
     name = re.sub(r"^decoder\.mask_token", "mask_token", name)
     name = re.sub(r"^decoder\.", "decoder_", name)
     return name.removeprefix("encoder.")

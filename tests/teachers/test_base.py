@@ -10,7 +10,8 @@ import torchvision.transforms.functional as tvf
 from timm.layers import attention as timm_attention
 from torch import Tensor, nn
 
-from mrmae_ds.teachers.base import LastBlockInput, Teacher, TeacherSpec, class_attention
+from mrmae_ds.models.objectives import Objective
+from mrmae_ds.teachers.base import LastBlockInput, Teacher, TeacherOutput, TeacherSpec, class_attention, targets_of
 from tests.fixtures import load_reference
 from tests.support.sample_teachers import MEAN, STD, normalize, pixels_of
 
@@ -23,10 +24,10 @@ class Mirror(Teacher):
         network = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5))
         super().__init__(network, TeacherSpec((8, 3), 8, 8, mean, tuple(STD), dtype, sha256="none"))
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor) -> TeacherOutput:
         self.seen = images
         tokens = self.network(images.reshape(images.shape[0], 24, 8))
-        return tokens, tokens[..., 0].abs()
+        return TeacherOutput(tokens, tokens[..., 0].abs())
 
 
 def test_stays_frozen_and_in_eval_mode() -> None:
@@ -166,3 +167,25 @@ def test_last_block_input_is_kept_during_one_forward_only() -> None:
     with pytest.raises(RuntimeError), LastBlockInput(block):
         block(torch.ones(1, 3))
     assert not block._forward_pre_hooks
+
+
+def test_targets_are_cut_by_layer_and_begin_with_the_class_token_where_it_is_used() -> None:
+    def objective(target: str, class_token: bool = False) -> Objective:
+        values = {"target": target, "tap": "encoder", "tokens": "visible", "normalize": "none", "weight": 1}
+        return Objective(**values, class_token=class_token)
+
+    several, one = Mirror(), Mirror()
+    several.layers = (3, 7)
+    tokens, class_token, importance = torch.randn(2, 24, 16), torch.randn(2, 1, 16), torch.rand(2, 24)
+    outputs = {"several": TeacherOutput(tokens, importance, class_token), "one": TeacherOutput(tokens, importance)}
+    objectives = {
+        "a": objective("several.7", class_token=True),
+        "b": objective("several.3"),
+        "c": objective("one"),
+        "d": objective("several.7"),
+    }
+    found = targets_of(objectives, {"several": several, "one": one}, outputs)
+    assert list(found) == ["several.7", "several.3", "one"]
+    assert torch.equal(found["several.7"], torch.cat([class_token, tokens], dim=1)[..., 8:])
+    assert torch.equal(found["several.3"], tokens[..., :8])
+    assert found["one"] is tokens

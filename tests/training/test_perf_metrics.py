@@ -17,7 +17,7 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
-from mrmae_ds.teachers.base import Teacher, TeacherSpec
+from mrmae_ds.teachers.base import Teacher, TeacherOutput, TeacherSpec
 from mrmae_ds.training import perf_metrics as accounting
 from mrmae_ds.training.meter import Meter
 from mrmae_ds.training.perf_metrics import PerfMeter, device_peak, peak_memory, utilization
@@ -107,9 +107,9 @@ class Colors(Teacher):
         spec = TeacherSpec(grid=(8, 8), width=3, image_size=32, mean=half, std=half, dtype=torch.float32, sha256="0")
         super().__init__(nn.Identity(), spec)
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, images: torch.Tensor) -> TeacherOutput:
         tokens = nn.functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)
-        return tokens, tokens.norm(dim=-1)
+        return TeacherOutput(tokens, tokens.norm(dim=-1))
 
 
 def test_pretraining_step_and_its_metrics_never_synchronize() -> None:

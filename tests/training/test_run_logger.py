@@ -75,7 +75,7 @@ def test_the_design_of_a_recipe_is_its_row_of_table_3(row: int) -> None:
     assert design.keep_ratio == 0.25
     if row == 4:
         assert design.fusion == ("block 2", "block 5", "block 8") and design.masking == "sample"
-        mimic = ObjectiveInfo(target="clip", tap="encoder", tokens="visible", weight=0.5)
+        mimic = ObjectiveInfo(target="clip", tap="encoder", tokens="visible", weight=0.5, loss="l2")
         assert design.objectives["mimic"] == mimic
 
 

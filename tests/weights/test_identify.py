@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.errors import UserError
+from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec
@@ -61,6 +65,24 @@ def test_identifies_released_mae_and_renames_every_tensor() -> None:
     assert found.sizes == {"dim": 768, "depth": 12, "mlp_ratio": 4, "patch": 16}
     with torch.device("meta"):
         model = pixel_model(build_encoder(ARCHITECTURES["vit_base"], 224), FusionSpec(), DecoderSpec(), "standardize")
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert {found.names[name]: shape for name, shape in shapes.items()} == ours
+
+
+@pytest.mark.parametrize(("method", "count", "width"), [("MILAN", 270, 512), ("DMAE", 256, 1024)])
+def test_identifies_released_files_of_other_methods_and_renames_every_tensor(
+    method: str, count: int, width: int
+) -> None:
+    shapes = released_shapes(f"{method.lower()}_base_pretrain")
+    assert len(shapes) == count
+    found = identify(file_of(shapes))
+    assert (found.kind, found.family, found.problem, found.extras) == ("pretrain", "vit", "", ())
+    assert found.title == f"plain ViT with its decoder, {method} pre-training as released"
+    recipe = load_recipe(Path(f"ds_configs/methods/{method.lower()}_base.yaml"))
+    assert recipe.stages.pretrain is not None
+    teacher = SimpleNamespace(width=width, has_class_token=True)
+    with torch.device("meta"):
+        model, _ = build_pretraining(recipe, recipe.stages.pretrain, lambda *_: teacher)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert {found.names[name]: shape for name, shape in shapes.items()} == ours
 

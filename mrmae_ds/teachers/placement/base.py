@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.models.compiled import compile_each
+from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
 from mrmae_ds.teachers.placement.offload_units import composite_units, count_bytes, tensors_of
 
@@ -34,18 +35,19 @@ class PlacedTeacher(ABC):
         self.peak_resident_bytes = 0
         self.released = False
 
-    def __call__(self, pixels: Tensor) -> TeacherOutput:
+    def __call__(self, pixels: Tensor, visible: VisibleSet | None = None) -> TeacherOutput:
         """Compute the targets of images, as :meth:`Teacher.forward` does; all ranks must call it equally often.
 
         Args:
             pixels: decoded, not normalized images in [0, 1], float [B, 3, H, W].
+            visible: the student's visible set, for a teacher that sees it.
 
         Raises:
             RuntimeError: after :meth:`release`.
         """
         if self.released:
             raise RuntimeError("this teacher's weights were released")
-        return self._targets(pixels)
+        return self._targets(pixels, visible)
 
     def release(self) -> None:
         """Free the memory of the weights, wherever they are; the teacher's attributes stay.
@@ -57,7 +59,7 @@ class PlacedTeacher(ABC):
         self.resident_bytes = 0
 
     @abstractmethod
-    def _targets(self, pixels: Tensor) -> TeacherOutput: ...
+    def _targets(self, pixels: Tensor, visible: VisibleSet | None) -> TeacherOutput: ...
 
     def _count(self, change: int) -> None:
         """Add ``change`` bytes to those resident on the device."""
@@ -80,5 +82,5 @@ class ResidentTeacher(PlacedTeacher):
             compile_each(composite_units(teacher.network))
         self._count(count_bytes(tensors_of(teacher)))
 
-    def _targets(self, pixels: Tensor) -> TeacherOutput:
-        return self.teacher(pixels)
+    def _targets(self, pixels: Tensor, visible: VisibleSet | None) -> TeacherOutput:
+        return self.teacher(pixels, visible)

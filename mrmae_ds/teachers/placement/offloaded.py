@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
 from mrmae_ds.teachers.placement.base import PlacedTeacher
 from mrmae_ds.teachers.placement.offload_units import offload_layout
@@ -126,13 +127,13 @@ class OffloadedTeacher(PlacedTeacher):
             self.handles.append(unit.module.register_forward_pre_hook(partial(self._before, index)))
             self.handles.append(unit.module.register_forward_hook(partial(self._after, index)))
 
-    def _targets(self, pixels: Tensor) -> TeacherOutput:
+    def _targets(self, pixels: Tensor, visible: VisibleSet | None) -> TeacherOutput:
         try:
             self.position = 0
             self._fetch(self.rest)
             self._fetch_next()
             self.rest.wait()
-            return self.teacher(pixels)
+            return self.teacher(pixels, visible)
         finally:
             for bundle in (self.rest, *self.units):
                 self._drop(bundle)

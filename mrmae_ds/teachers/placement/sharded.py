@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.teachers.base import Teacher, TeacherOutput
 from mrmae_ds.teachers.placement.base import PlacedTeacher
 from mrmae_ds.teachers.placement.offload_units import count_bytes, split_units
@@ -58,8 +59,8 @@ class _TeacherModule(nn.Module):
         self.network = teacher.network
         self.teacher = [teacher]  # in a list, so that it is not a submodule: its statistics are not partitioned
 
-    def forward(self, pixels: Tensor) -> TeacherOutput:
-        return self.teacher[0](pixels)
+    def forward(self, pixels: Tensor, visible: VisibleSet | None) -> TeacherOutput:
+        return self.teacher[0](pixels, visible)
 
 
 class ShardedTeacher(PlacedTeacher):
@@ -102,8 +103,8 @@ class ShardedTeacher(PlacedTeacher):
         self._measure()
 
     @torch.no_grad()  # also around DeepSpeed's hooks, which infer from it that no backward follows
-    def _targets(self, pixels: Tensor) -> TeacherOutput:
-        output = self.engine(pixels)
+    def _targets(self, pixels: Tensor, visible: VisibleSet | None) -> TeacherOutput:
+        output = self.engine(pixels, visible)
         if self.handles:
             self.calls_to_measure -= 1
             if not self.calls_to_measure:

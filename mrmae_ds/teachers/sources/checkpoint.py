@@ -5,16 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import Encoder, build_encoder
+from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.teachers.base import (
     LastBlockInput,
     MetaTeacher,
     Teacher,
+    TeacherOutput,
     TeacherSpec,
     class_attention,
     describe_importance,
@@ -26,24 +29,62 @@ from mrmae_ds.weights.paths import find_weights, weights_sha256
 from mrmae_ds.weights.resolve import Weights, model_metadata, resolve
 
 
-def encoder_attention(encoder: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute an encoder's patch tokens and the attention of its last block.
+def encoder_attention(encoder: Encoder, images: Tensor, layers: tuple[int, ...] = ()) -> TeacherOutput:
+    """Compute an encoder's tokens and the attention of its last block.
 
     Args:
         encoder: the encoder.
         images: normalized images [B, 3, H, W].
+        layers: blocks whose tokens are returned; empty is the last one.
 
     Returns:
-        Patch tokens after the last block [B, L, C], and attention [B, L]: the class token's to the patches if there is
-        one, otherwise the mean attention that each patch receives.
+        Tokens [B, L, C] (of several layers [B, L, layers * C]), class tokens likewise if there are any, and attention
+        [B, L]: the class token's to the patches if there is one, otherwise the mean attention that each patch receives.
     """
     block: Block = encoder.transformer_blocks[-1]
     prefix = encoder.num_prefix_tokens
     with LastBlockInput(block) as captured:
-        tokens = encoder.forward_features(images)
+        if layers:
+            tokens = encode_layers(encoder, images, VisibleSet.whole(len(images), encoder.grid, images.device), layers)
+        else:
+            tokens = encoder.forward_features(images)
     attn = block.attn
     importance = class_attention(block.norm1(captured.x), attn.qkv.weight, attn.qkv.bias, attn.num_heads, prefix)
-    return tokens[:, prefix:], importance
+    return TeacherOutput(tokens[:, prefix:], importance, tokens[:, :prefix] if prefix else None)
+
+
+def encode_visible(encoder: Encoder, images: Tensor, visible: VisibleSet, layers: tuple[int, ...]) -> TeacherOutput:
+    """Compute an encoder's visible tokens alone; the others and the importance are 0.
+
+    Args:
+        encoder: the encoder.
+        images: normalized images [B, 3, H, W].
+        visible: the visible set.
+        layers: blocks whose tokens are returned; empty is the last one.
+    """
+    prefix = encoder.num_prefix_tokens
+    x = encode_layers(encoder, images, visible, layers)
+    kept = x[:, prefix:]
+    zeros = kept.new_zeros(len(kept), visible.ids_restore.shape[1] - kept.shape[1], kept.shape[2])
+    tokens = visible.restore(kept, zeros)
+    return TeacherOutput(tokens, tokens.new_zeros(tokens.shape[:2]), x[:, :prefix] if prefix else None)
+
+
+def encode_layers(encoder: Encoder, images: Tensor, visible: VisibleSet, layers: tuple[int, ...]) -> Tensor:
+    """Return the tokens of layers, concatenated, [B, P + K, layers * C]; of the last block without any."""
+    features = encoder(images, visible, layers)
+    return torch.cat(features["blocks"], dim=-1) if layers else features["tokens"]
+
+
+def cut_encoder(encoder: Encoder, options: TeacherOptions) -> None:
+    """Remove the blocks of a teacher of visible tokens that are behind its deepest layer.
+
+    Raises:
+        UserError: naming the recipe key, for a layer that does not exist.
+    """
+    options.check_layers(len(encoder.transformer_blocks))
+    if options.sees_visible and options.layers:
+        del encoder.transformer_blocks[max(options.layers) + 1 :]
 
 
 class CheckpointTeacher(Teacher):
@@ -72,6 +113,7 @@ class CheckpointTeacher(Teacher):
             raise UserError(f"{options.key}.features: {path} has no {features} features; use raw")
         encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
         notes = load_encoder_weights(encoder, weights).notes
+        cut_encoder(encoder, options)
         mean, std = options.statistics or (tuple(metadata["mean"]), tuple(metadata["std"]))
         super().__init__(
             encoder,
@@ -84,9 +126,12 @@ class CheckpointTeacher(Teacher):
                 dtype=options.dtype,
                 sha256=weights_sha256(path),
                 details={
-                    "importance": describe_importance(encoder.num_prefix_tokens > 0),
+                    "importance": _describe_importance(encoder, options),
                     **({"weights": "; ".join(notes)} if notes else {}),
                 },
+                layers=options.layers,
+                sees_visible=options.sees_visible,
+                has_class_token=encoder.num_prefix_tokens > 0,
             ),
         )
         if features == "ln_post":
@@ -96,12 +141,28 @@ class CheckpointTeacher(Teacher):
                 self.register_buffer(f"norm_{name}", tensor, persistent=False)
         self.features = features
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
-        tokens, importance = encoder_attention(self.network, images)
-        if self.features == "ln_post":
-            tokens = F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)
-        return tokens, importance
+    def encode(self, images: Tensor) -> TeacherOutput:
+        """Return the output of normalized images [B, 3, H, W]."""
+        if self.sees_visible:
+            return self.encode_visible(images, VisibleSet.whole(len(images), self.grid, images.device))
+        return self._after_norm(encoder_attention(self.network, images, self.layers))
+
+    def encode_visible(self, images: Tensor, visible: VisibleSet) -> TeacherOutput:
+        """Return the output of the visible tokens of normalized images [B, 3, H, W]."""
+        return self._after_norm(encode_visible(self.network, images, visible, self.layers))
+
+    def _after_norm(self, output: TeacherOutput) -> TeacherOutput:
+        if self.features != "ln_post":
+            return output
+        class_token = None if output.class_token is None else self._normalize(output.class_token)
+        return TeacherOutput(self._normalize(output.tokens), output.importance, class_token)
+
+    def _normalize(self, tokens: Tensor) -> Tensor:
+        return F.layer_norm(tokens, tokens.shape[-1:], self.norm_weight, self.norm_bias, eps=1e-6)
+
+
+def _describe_importance(encoder: Encoder, options: TeacherOptions) -> str:
+    return "none (visible tokens only)" if options.sees_visible else describe_importance(encoder.num_prefix_tokens > 0)
 
 
 def _resolve(options: TeacherOptions) -> tuple[Path, Weights, dict[str, Any]]:
@@ -114,12 +175,21 @@ def _resolve(options: TeacherOptions) -> tuple[Path, Weights, dict[str, Any]]:
 
 
 class _Reader:
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, options: TeacherOptions) -> None:
         self.grid, self.width = encoder.grid, encoder.embed_dim
-        self.importance = describe_importance(encoder.num_prefix_tokens > 0)
+        self.importance = _describe_importance(encoder, options)
+        self.has_class_token = encoder.num_prefix_tokens > 0
+        self.layers = options.layers
 
-    def __call__(self, network: Encoder, images: Tensor) -> tuple[Tensor, Tensor]:
-        return encoder_attention(network, images)
+    def __call__(self, network: Encoder, images: Tensor) -> TeacherOutput:
+        return encoder_attention(network, images, self.layers)
+
+
+class _MetaCheckpoint(MetaTeacher):
+    network: Encoder
+
+    def encode_visible(self, images: Tensor, visible: VisibleSet) -> TeacherOutput:
+        return encode_visible(self.network, images, visible, self.layers)
 
 
 def build_meta(options: TeacherOptions) -> MetaTeacher:
@@ -127,8 +197,13 @@ def build_meta(options: TeacherOptions) -> MetaTeacher:
     path = find_weights(Path(options.source), f"{options.key}.source")
     # The header of a file of this project has all that is needed; plans are made of many such models.
     metadata = read_metadata(path) if is_ours(path) else _resolve(options)[2]
-    encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
-    return MetaTeacher(encoder, _Reader(encoder), options)
+    return meta_teacher(build_encoder(spec_from_metadata(metadata), options.image_size), options)
+
+
+def meta_teacher(encoder: Encoder, options: TeacherOptions) -> MetaTeacher:
+    """Return a teacher without weights of an encoder on the meta device."""
+    cut_encoder(encoder, options)
+    return _MetaCheckpoint(encoder, _Reader(encoder, options), options)
 
 
 build = CheckpointTeacher

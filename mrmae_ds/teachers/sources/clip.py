@@ -15,9 +15,11 @@ from mrmae_ds.teachers.base import (
     LastBlockInput,
     LibraryTeacher,
     MetaTeacher,
+    TeacherOutput,
     check_tiles,
     class_attention,
     describe_importance,
+    join_layers,
     tensors_sha256,
 )
 from mrmae_ds.teachers.options import TeacherOptions
@@ -58,7 +60,8 @@ class TowerReader:
     """
 
     def __init__(self, visual: VisionTransformer, options: TeacherOptions) -> None:
-        self.features = options.features
+        self.features, self.layers = options.features, options.layers
+        options.check_layers(len(visual.transformer.resblocks))
         if visual.attn_pool is not None and self.features != "raw":
             raise UserError(
                 f"{options.key}.features: {options.source} pools by attention before its final norm, so its tokens "
@@ -69,24 +72,27 @@ class TowerReader:
         check_tiles(visual.patch_size[0], options.image_size, options.key)
         # If the tower does not output its class token, that token's attention was not trained.
         self.has_class = visual.pool_type == "tok" and visual.attn_pool is None
+        self.has_class_token = self.has_class
         self.importance = describe_importance(self.has_class)
         self.grid: tuple[int, int] = visual.grid_size
         self.width: int = visual.output_dim if self.features == "proj" else visual.conv1.out_channels
 
-    def __call__(self, visual: VisionTransformer, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def __call__(self, visual: VisionTransformer, images: Tensor) -> TeacherOutput:
+        """Return the output of normalized images [B, 3, H, W]."""
         last = len(visual.transformer.resblocks) - 1
         block = visual.transformer.resblocks[last]
         with LastBlockInput(block) as captured:
-            tokens = visual.forward_intermediates(
+            features = visual.forward_intermediates(
                 images,
-                indices=[last],
+                indices=list(self.layers) or [last],
                 intermediates_only=True,
                 normalize_intermediates=self.features != "raw",
                 output_fmt="NLC",
-            )["image_intermediates"][-1]
+                output_extra_tokens=True,
+            )
+        tokens, class_token = join_layers(features["image_intermediates"], features["image_intermediates_prefix"])
         if self.features == "proj":
-            tokens = tokens @ visual.proj
+            tokens, class_token = tokens @ visual.proj, class_token @ visual.proj
         attn = block.attn
         importance = class_attention(
             block.ln_1(captured.x),
@@ -98,7 +104,7 @@ class TowerReader:
             q_norm=getattr(attn, "ln_q", None),
             k_norm=getattr(attn, "ln_k", None),
         )
-        return tokens, importance
+        return TeacherOutput(tokens, importance, class_token if self.has_class_token else None)
 
 
 def tower_reader(visual: nn.Module, options: TeacherOptions) -> TowerReader | TimmReader:

@@ -13,7 +13,14 @@ from timm.models import vision_transformer
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.teachers.base import LastBlockInput, check_tiles, class_attention, describe_importance
+from mrmae_ds.teachers.base import (
+    LastBlockInput,
+    TeacherOutput,
+    check_tiles,
+    class_attention,
+    describe_importance,
+    join_layers,
+)
 from mrmae_ds.teachers.options import TeacherOptions
 
 
@@ -101,11 +108,18 @@ class BlockReader:
         if not self.plain and not _is_softmax(captured.weights, self.prefix + self.grid[0] * self.grid[1]):
             raise UnsupportedNetworkError
         check_tiles(network.feature_info[-1]["reduction"], size, options.key)
+        options.check_layers(len(network.blocks))
+        if options.layers and not self.plain:
+            raise UserError(
+                f"{options.key}.layers: {options.source} is not a plain ViT; only its last block can be used"
+            )
+        self.layers = options.layers
+        self.has_class_token = self.has_class and self.plain
         network.prune_intermediate_layers(1, prune_norm=not self.normalized, prune_head=True)
 
     def ignore_class_token(self) -> None:
         """Use the attention that patches receive, for weights whose head takes their mean and not the class token."""
-        self.has_class = False
+        self.has_class = self.has_class_token = False
         self.importance = "last block's attention, received by each patch on average (the class token was not trained)"
 
     def _tokens(self, network: TimmNetwork, images: Tensor, output_fmt: str) -> Tensor:
@@ -114,8 +128,8 @@ class BlockReader:
             images, indices=1, norm=self.normalized, output_fmt=output_fmt, intermediates_only=True
         )[-1]
 
-    def __call__(self, network: TimmNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def __call__(self, network: TimmNetwork, images: Tensor) -> TeacherOutput:
+        """Return the output of normalized images [B, 3, H, W]."""
         block = network.blocks[-1]
         attn = block.attn
         if not self.plain:
@@ -123,9 +137,20 @@ class BlockReader:
                 tokens = self._tokens(network, images, "NLC")
             assert matrix.weights is not None
             rows = matrix.weights[:, :, :1] if self.has_class else matrix.weights[:, :, self.prefix :]
-            return tokens, rows.float().mean(dim=(1, 2))[:, self.prefix :]
+            return TeacherOutput(tokens, rows.float().mean(dim=(1, 2))[:, self.prefix :])
         with LastBlockInput(block) as captured:
-            tokens = self._tokens(network, images, "NLC")
+            features = network.forward_intermediates(
+                images,
+                indices=list(self.layers) or 1,
+                norm=self.normalized,
+                output_fmt="NLC",
+                intermediates_only=True,
+                return_prefix_tokens=self.has_class_token,
+            )
+        if self.has_class_token:
+            tokens, class_token = join_layers(*zip(*features, strict=True))
+        else:
+            tokens, class_token = torch.cat(features, dim=-1) if self.layers else features[-1], None
         importance = class_attention(
             block.norm1(captured.x),
             attn.qkv.weight,
@@ -136,11 +161,11 @@ class BlockReader:
             q_norm=attn.q_norm,
             k_norm=attn.k_norm,
         )
-        return tokens, importance
+        return TeacherOutput(tokens, importance, class_token)
 
 
 class MapReader:
-    """Reader of one stage's feature map as tokens, with its L2 norm over channels as importance.
+    """Reader of one stage's feature map as tokens, with its L2 norm over channels as importance; no class token.
 
     Args:
         network: model with ``forward_intermediates``; it is pruned to the needed parts.
@@ -151,9 +176,13 @@ class MapReader:
             image.
     """
 
+    has_class_token = False
+
     def __init__(self, network: TimmNetwork, options: TeacherOptions) -> None:
         if options.features != "raw":
             raise UserError(f"{options.key}.features: a feature map of {options.source} is raw; use raw")
+        if options.layers:
+            raise UserError(f"{options.key}.layers: {options.source} has stages; name one as {options.key}.stage")
         size = options.image_size
         with torch.no_grad():
             maps = network.forward_intermediates(
@@ -166,13 +195,13 @@ class MapReader:
         self.grid, self.width = (chosen.shape[2], chosen.shape[3]), chosen.shape[1]
         network.prune_intermediate_layers([self.stage], prune_norm=True, prune_head=True)
 
-    def __call__(self, network: TimmNetwork, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return tokens [B, L, C] and importance [B, L] of normalized images [B, 3, H, W]."""
+    def __call__(self, network: TimmNetwork, images: Tensor) -> TeacherOutput:
+        """Return the output of normalized images [B, 3, H, W]."""
         features = network.forward_intermediates(
             images, indices=[self.stage], stop_early=True, output_fmt="NCHW", intermediates_only=True
         )[-1]
         tokens = features.flatten(2).transpose(1, 2)
-        return tokens, tokens.float().norm(dim=-1)
+        return TeacherOutput(tokens, tokens.float().norm(dim=-1))
 
 
 def _is_softmax(weights: Tensor | None, tokens: int) -> bool:

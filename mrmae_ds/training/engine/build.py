@@ -3,7 +3,7 @@
     1. build the full model on the CPU, from the same seed on every rank (not under zero.Init: every size fits)
     2. load weights, freeze, build parameter groups by name
     3. set torch's kernels, before anything is computed on the device
-    4. set activation checkpointing
+    4. mark what ZeRO-3 gathers whole, set activation checkpointing
     5. compile blocks, if the engine config says so
     6. deepspeed.initialize, which broadcasts rank 0's parameters and partitions them
     7. check in every backward pass that every trainable parameter gets a gradient
@@ -20,6 +20,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -63,6 +64,7 @@ def build_engine(
     if len(grouped) != len(set(grouped)) or set(grouped) != trainable:
         raise ValueError(f"{len(grouped)} parameters in groups, {len(trainable)} trainable ones in the model")
     check_leaf_modules(model, config)
+    mark_leaf_modules(model, config)
     apply_kernel_settings(config.kernels, device)
     set_checkpointing(model, config.checkpointing)
     if config.compile_blocks:
@@ -93,6 +95,13 @@ def check_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
             f"{config.path}: zero_optimization.leaf_module.classes: the model has no {', '.join(unknown)}; its blocks "
             f"are {', '.join(sorted(blocks))}"
         )
+
+
+def mark_leaf_modules(model: nn.Module, config: EngineConfig) -> None:
+    """Mark modules of classes derived from leaf classes, too; DeepSpeed marks those of exactly these classes."""
+    for module in model.modules():
+        if config.zero.is_leaf(module):
+            set_z3_leaf_module(module, True)
 
 
 def compile_blocks(model: nn.Module) -> None:

@@ -21,7 +21,7 @@ from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.profiling.step_ranges import step_range
 from mrmae_ds.records.sections import Design, ObjectiveInfo
 from mrmae_ds.teachers import PlacedTeacher, Teacher, build_teacher, place_teacher
-from mrmae_ds.teachers.base import draw_visible
+from mrmae_ds.teachers.base import draw_visible, targets_of
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
 from mrmae_ds.training.evaluation.knn import KnnEvaluator
 from mrmae_ds.training.param_groups import ParamGroups, adamw, pretrain_groups
@@ -122,9 +122,12 @@ class PretrainTask(CropTask[PretrainConfig]):
         noise = to_device(key.noise(self.grid[0] * self.grid[1]), batch.images.device)
         pixels = self.normalize.pixels(batch.images)
         with step_range("teachers"):
-            outputs = {name: teacher(pixels) for name, teacher in (self.placed or self.teachers).items()}
-        visible = draw_visible(self.config.masking, outputs, noise, self.grid)
-        targets = {name: output.tokens for name, output in outputs.items()}
+            placed = self.placed or self.teachers
+            of_visible = [name for name, teacher in self.teachers.items() if teacher.sees_visible]
+            outputs = {name: teacher(pixels) for name, teacher in placed.items() if name not in of_visible}
+            visible = draw_visible(self.config.masking, outputs, noise, self.grid)
+            outputs |= {name: placed[name](pixels, visible) for name in of_visible}
+        targets = targets_of(self.config.objectives, self.teachers, outputs)
         torch.manual_seed(key.seed_for("model"))
         # float32 whatever the model's precision: the pixel targets are computed from it.
         with step_range("student"):
@@ -160,7 +163,16 @@ def describe_design(recipe: Recipe, config: PretrainConfig) -> Design:
         masking=config.masking.mode,
         fusion=(*(f"stage {n}" for n in fusion.stages), *(f"block {n}" for n in fusion.blocks)),
         objectives={
-            name: ObjectiveInfo(target=item.target, tap=item.tap, tokens=item.tokens, weight=item.weight)
+            name: ObjectiveInfo(
+                target=item.target,
+                tap=item.tap,
+                tokens=item.tokens,
+                weight=item.weight,
+                loss=item.loss,
+                block=item.block,
+                class_token=item.class_token,
+            )
             for name, item in config.objectives.items()
         },
+        decoder=recipe.model.decoder.kind,
     )

@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers import PlacedTeacher, Teacher, place_teacher
-from mrmae_ds.teachers.base import TeacherSpec
+from mrmae_ds.teachers.base import TeacherOutput, TeacherSpec
 from mrmae_ds.teachers.placement.offload_units import offload_layout, split_units
 from mrmae_ds.teachers.placement.offloaded import ALIGNMENT, OffloadedTeacher
 from tests.support.placed import RGB, TEACHERS, bytes_present, timm_network, watched, weights_of
@@ -48,7 +48,7 @@ def test_targets_are_the_same_to_the_last_bit(name: str, tmp_path: Path) -> None
     expected = [plain(pixels) for pixels in calls]
     for kind in KINDS:
         placed = _placed(build(tmp_path), kind)
-        for pixels, (tokens, importance) in zip(calls, expected, strict=True):
+        for pixels, (tokens, importance, _) in zip(calls, expected, strict=True):
             output = placed(pixels)
             assert torch.equal(output.tokens, tokens) and torch.equal(output.importance, importance), kind
 
@@ -194,7 +194,7 @@ def test_release_frees_all_memory(kind: str) -> None:
 
 def test_error_for_a_teacher_that_does_not_run_on_the_cpu_names_the_fix() -> None:
     class GpuOnly(OddTeacher):
-        def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def encode(self, images: torch.Tensor) -> TeacherOutput:
             raise NotImplementedError("no kernel for bfloat16")
 
     with pytest.raises(UserError, match=r"stages.pretrain.placement.one: .* CPU.*no kernel for bfloat16.*use device"):
@@ -250,9 +250,9 @@ class OddTeacher(Teacher):
         torch.manual_seed(0)
         super().__init__(Shared(), TeacherSpec((4, 4), 3, 4, RGB[0], RGB[1], torch.float32, sha256="0"))
 
-    def encode(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, images: torch.Tensor) -> TeacherOutput:
         tokens = self.network(images.flatten(2).transpose(1, 2))
-        return tokens, tokens.square().sum(-1)
+        return TeacherOutput(tokens, tokens.square().sum(-1))
 
 
 def test_block_that_runs_twice_is_copied_twice_and_shared_weights_stay() -> None:

@@ -37,7 +37,7 @@ def test_tokens_and_importance_equal_those_of_the_run(spec: EncoderSpec, kind: s
     save_run(tmp_path, spec, kind)
     teacher = build(tmp_path)
     pixels = pixels_of(3, 16)
-    tokens, importance = teacher(pixels)
+    tokens, importance, _ = teacher(pixels)
     encoder = build_encoder(spec, 16).eval()
     load_encoder(encoder, tmp_path / MODEL_FILE)
     images = normalize(pixels, MEAN, STD)
@@ -93,7 +93,7 @@ def test_another_input_size_gives_another_grid(spec: EncoderSpec, tmp_path: Path
     save_run(tmp_path, spec)
     teacher = build(tmp_path, image_size=24)
     assert teacher.grid == (6, 6)
-    tokens, importance = teacher(pixels_of(2, 16))
+    tokens, importance, _ = teacher(pixels_of(2, 16))
     assert tokens.shape == (2, 36, 16)
     assert importance.shape == (2, 36)
 
@@ -146,3 +146,33 @@ def test_a_vit_of_unknown_origin_needs_its_statistics(tmp_path: Path) -> None:
         expected = source.forward_features(normalize(pixels, (0.5,) * 3, (0.5,) * 3))[:, 1:]
     torch.testing.assert_close(teacher(pixels).tokens, expected, atol=1e-5, rtol=1e-4)
     assert teacher.details["weights"] == "weights under model"
+
+
+@BOTH
+def test_layers_and_class_token(spec: EncoderSpec, tmp_path: Path) -> None:
+    save_run(tmp_path, spec)
+    pixels, outputs = pixels_of(2, 16), []
+    encoder = build_encoder(spec, 16).eval()
+    load_encoder(encoder, tmp_path / MODEL_FILE)
+    for block in encoder.transformer_blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        encoder.forward_features(normalize(pixels, MEAN, STD))
+    prefix, last = encoder.num_prefix_tokens, build(tmp_path)(pixels)
+    depth = len(outputs)
+    for layers in ((0,), tuple(range(depth))):
+        expected = torch.cat([outputs[layer] for layer in layers], dim=-1)
+        for sees_visible in (False, True):
+            teacher = build(tmp_path, layers=layers, sees_visible=sees_visible)
+            assert teacher.has_class_token == bool(prefix) and teacher.layers == layers
+            found = teacher(pixels)  # without a visible set, all tokens
+            torch.testing.assert_close(found.tokens, expected[:, prefix:])
+            if prefix:
+                torch.testing.assert_close(found.class_token, expected[:, :prefix])
+            else:
+                assert found.class_token is None
+            if not sees_visible:
+                torch.testing.assert_close(found.importance, last.importance)
+    assert len(build(tmp_path, layers=(0,), sees_visible=True).network.transformer_blocks) == 1
+    with pytest.raises(UserError, match=f"teachers.t.layers: .* has no block {depth}; it has 0 to {depth - 1}"):
+        build(tmp_path, layers=(depth,))

@@ -111,7 +111,7 @@ def test_last_block_of_the_authors_clip(features: str, tmp_path: Path) -> None:
     teacher = build(tmp_path / "clip.pt", "mrmae-test-one-block", features=features, quickgelu=True)
     # What enters the last block is the authors' value, whatever the image.
     teacher.network.ln_pre.register_forward_hook(lambda *_: reference["last_block_input"])
-    tokens, importance = teacher(pixels_of(2, 64))
+    tokens, importance, _ = teacher(pixels_of(2, 64))
     torch.testing.assert_close(tokens, reference[features], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, reference["importance"], atol=1e-6, rtol=0)
     assert teacher.width == reference[features].shape[-1]
@@ -140,7 +140,7 @@ def tower_by_hand(visual: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def test_whole_tower_is_open_clips(features: str, tmp_path: Path) -> None:
     visual = save_model(tmp_path / "clip.pt")
     pixels = pixels_of(2, 64)
-    tokens, importance = build(tmp_path / "clip.pt", features=features, quickgelu=True)(pixels)
+    tokens, importance, class_token = build(tmp_path / "clip.pt", features=features, quickgelu=True)(pixels)
     expected, attention = tower_by_hand(visual, pixels)
     with torch.no_grad():
         pooled = visual(normalize(pixels, CLIP_MEAN, CLIP_STD))
@@ -149,22 +149,42 @@ def test_whole_tower_is_open_clips(features: str, tmp_path: Path) -> None:
             expected = expected @ visual.proj
             torch.testing.assert_close(expected[:, 0], pooled, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(class_token, expected[:, :1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, attention[:, 0, 1:], atol=1e-6, rtol=1e-5)
+
+
+def test_layers_of_a_tower(tmp_path: Path) -> None:
+    visual, pixels = save_model(tmp_path / "clip.pt"), pixels_of(2, 64)
+    blocks, outputs = visual.transformer.resblocks, []
+    for block in blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        visual(normalize(pixels, CLIP_MEAN, CLIP_STD))
+    last = build(tmp_path / "clip.pt", quickgelu=True)(pixels)
+    found = build(tmp_path / "clip.pt", quickgelu=True, layers=tuple(range(len(blocks))))(pixels)
+    expected = torch.cat(outputs, dim=-1)
+    assert len(outputs) == len(blocks) > 1
+    torch.testing.assert_close(found.tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.class_token, expected[:, :1], atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.importance, last.importance)
+    with pytest.raises(UserError, match=rf"teachers.clip.layers: .* has no block {len(blocks)}; it has 0 to"):
+        build(tmp_path / "clip.pt", quickgelu=True, layers=(len(blocks),))
 
 
 def test_a_tower_pooled_by_averaging_has_no_trained_class_token(tmp_path: Path) -> None:
     visual = save_model(tmp_path / "clip.pt", "mrmae-test-average")
     teacher = build(tmp_path / "clip.pt", "mrmae-test-average", quickgelu=True)
-    tokens, importance = teacher(pixels_of(2, 64))
+    tokens, importance, class_token = teacher(pixels_of(2, 64))
     expected, attention = tower_by_hand(visual, pixels_of(2, 64))
     torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, attention[:, 1:, 1:].mean(1), atol=1e-6, rtol=1e-5)
+    assert class_token is None and not teacher.has_class_token
     assert "on average" in teacher.details["importance"]
 
 
 def test_normed_queries_and_keys(tmp_path: Path) -> None:
     visual = save_model(tmp_path / "clip.pt", "mrmae-test-qk-norm")
-    _, importance = build(tmp_path / "clip.pt", "mrmae-test-qk-norm", quickgelu=True)(pixels_of(2, 64))
+    _, importance, _ = build(tmp_path / "clip.pt", "mrmae-test-qk-norm", quickgelu=True)(pixels_of(2, 64))
     seen: list[Tensor] = []
     attn = visual.transformer.resblocks[-1].attn
     attn.ln_q.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -180,7 +200,7 @@ def test_normed_queries_and_keys(tmp_path: Path) -> None:
 
 def test_attention_pooling_leaves_raw_tokens_only(tmp_path: Path) -> None:
     visual = save_model(tmp_path / "clip.pt", "mrmae-test-coca")
-    tokens, _ = build(tmp_path / "clip.pt", "mrmae-test-coca", quickgelu=True)(pixels_of(2, 64))
+    tokens, *_ = build(tmp_path / "clip.pt", "mrmae-test-coca", quickgelu=True)(pixels_of(2, 64))
     torch.testing.assert_close(tokens, tower_by_hand(visual, pixels_of(2, 64))[0][:, 1:], atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match=r"features: mrmae-test-coca pools by attention .* no ln_post; use raw"):
         build(tmp_path / "clip.pt", "mrmae-test-coca", quickgelu=True, features="ln_post")
@@ -190,7 +210,7 @@ def test_attention_pooling_leaves_raw_tokens_only(tmp_path: Path) -> None:
 def test_a_tower_of_timms_without_class_token(side: int, tmp_path: Path) -> None:
     visual = save_model(tmp_path / "siglip.safetensors", "mrmae-test-siglip")
     teacher = build(tmp_path / "siglip.safetensors", "mrmae-test-siglip", image_size=side, features="ln_post")
-    tokens, importance = teacher(pixels_of(2, side))
+    tokens, importance, _ = teacher(pixels_of(2, side))
     if side != 64:
         visual.set_input_size(side)
     images = normalize(pixels_of(2, side), CLIP_MEAN, CLIP_STD)
@@ -246,7 +266,7 @@ def test_openai_archive_is_read_and_determines_the_gelu(tmp_path: Path) -> None:
     for source in ("mrmae-test", "mrmae-test-quickgelu"):
         teacher = build(tmp_path / "ViT-B-16.pt", source)
         assert gelus(teacher) == {QuickGELU}
-        tokens, importance = teacher(pixels_of(2, 64))
+        tokens, importance, _ = teacher(pixels_of(2, 64))
         expected, attention = tower_by_hand(visual, pixels_of(2, 64))
         torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(importance, attention[:, 0, 1:], atol=1e-6, rtol=1e-5)
@@ -275,7 +295,7 @@ def test_formats_and_layouts_of_files(name: str, layout: str, tmp_path: Path) ->
         save_file(state, tmp_path / name)
     else:
         torch.save({"epoch": 3, "state_dict": state} if layout == "wrapped" else state, tmp_path / name)
-    tokens, _ = build(tmp_path / name, quickgelu=True)(pixels_of(1, 64))
+    tokens, *_ = build(tmp_path / name, quickgelu=True)(pixels_of(1, 64))
     torch.testing.assert_close(tokens, tower_by_hand(visual, pixels_of(1, 64))[0][:, 1:], atol=1e-5, rtol=1e-4)
 
 

@@ -69,17 +69,34 @@ def test_tokens_and_importance_are_timms(features: str, tmp_path: Path) -> None:
     model = save_model(tmp_path / "weights.pt")
     teacher = build(tmp_path / "weights.pt", features=features)
     pixels = pixels_of(2, 64)
-    tokens, importance = teacher(pixels)
+    tokens, importance, class_token = teacher(pixels)
     images = normalize(pixels, MEAN, STD)
     attention = timm_attention(model.blocks[-1], model.forward_features, images)
     if features == "raw":
         model.norm = nn.Identity()
     with torch.no_grad():
-        expected = model.forward_features(images)[:, 1:]
-    torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-4)
+        expected = model.forward_features(images)
+    torch.testing.assert_close(tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(class_token, expected[:, :1], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, attention.mean(1)[:, 0, 1:], atol=1e-6, rtol=1e-5)
     assert (teacher.grid, teacher.width) == ((4, 4), 48)
     assert teacher.details["importance"] == "last block's attention, class token to patches"
+
+
+def test_layers_of_a_plain_vit(tmp_path: Path) -> None:
+    model, pixels, outputs = save_model(tmp_path / "weights.pt"), pixels_of(2, 64), []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with torch.no_grad():
+        model.forward_features(normalize(pixels, MEAN, STD))
+    depth = len(outputs)
+    found = build(tmp_path / "weights.pt", layers=tuple(range(depth)))(pixels)
+    expected = torch.cat(outputs, dim=-1)
+    torch.testing.assert_close(found.tokens, expected[:, 1:], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.class_token, expected[:, :1], atol=1e-5, rtol=1e-4)
+    assert torch.equal(found.importance, build(tmp_path / "weights.pt")(pixels).importance)
+    with pytest.raises(UserError, match=f"teachers.dino.layers: mrmae_test_vit has no block {depth}"):
+        build(tmp_path / "weights.pt", layers=(depth,))
 
 
 def test_last_block_of_the_authors_dino(tmp_path: Path) -> None:
@@ -89,7 +106,7 @@ def test_last_block_of_the_authors_dino(tmp_path: Path) -> None:
     teacher = build(tmp_path / "dino.pt", "mrmae_test_vit_one_block", features="ln_post")
     # What enters the last block is the authors' value, whatever the image.
     teacher.network.norm_pre.register_forward_hook(lambda *_: reference["last_block_input"])
-    tokens, importance = teacher(pixels_of(2, 64))
+    tokens, importance, _ = teacher(pixels_of(2, 64))
     torch.testing.assert_close(tokens, reference["normed"], atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(importance, reference["importance"], atol=1e-6, rtol=0)
 

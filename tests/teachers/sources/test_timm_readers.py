@@ -61,7 +61,7 @@ def test_tokens_and_attention_of_transformers(family: str, features: str) -> Non
     assert (reader.grid, reader.width) == ((4, 4), 48)
     assert ("class token to patches" in reader.importance) == has_class
     with torch.no_grad():
-        tokens, importance = reader(network, images)
+        tokens, importance, _ = reader(network, images)
     torch.testing.assert_close(tokens, outputs[0][:, prefix:], atol=1e-5, rtol=1e-4)
     queries = attention[:, :1] if has_class else attention[:, prefix:]
     torch.testing.assert_close(importance, queries.mean(1)[:, prefix:], atol=1e-6, rtol=1e-4)
@@ -80,8 +80,8 @@ def test_dinov3_in_bf16_is_near_fp32() -> None:
     network, images = network_of("vit_small_patch16_dinov3", **SMALL), images_of(64)
     reader = timm_reader(network, options("t", "name", features="ln_post"))
     with torch.no_grad():
-        tokens, importance = reader(network, images)
-        rounded, rounded_importance = reader(network.bfloat16(), images.bfloat16())
+        tokens, importance, _ = reader(network, images)
+        rounded, rounded_importance, _ = reader(network.bfloat16(), images.bfloat16())
     assert nn.functional.cosine_similarity(tokens, rounded.float(), dim=-1).min() > 0.99
     torch.testing.assert_close(rounded_importance, importance, atol=0.003, rtol=0.05)
 
@@ -108,7 +108,7 @@ def test_selects_the_stage_on_the_students_grid(name: str) -> None:
     assert (reader.stage, reader.grid) == (stage, (4, 4))
     assert reader.importance.startswith(f"feature norm of stage {stage} (of 0 to ")
     with torch.no_grad():
-        tokens, importance = reader(network, images)
+        tokens, importance, _ = reader(network, images)
     assert expected.shape == (2, reader.width, 4, 4)
     for row in range(4):
         for column in range(4):

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils.z3_leaf_module import get_z3_leaf_modules
 from torch import nn
 
 from mrmae_ds.config.engine import EngineConfig
@@ -22,6 +23,7 @@ from mrmae_ds.training.engine.build import (
     build_engine,
     check_leaf_modules,
     compile_blocks,
+    mark_leaf_modules,
     set_lr,
 )
 from mrmae_ds.training.param_groups import adamw, pretrain_groups
@@ -82,6 +84,14 @@ def test_names_leaf_modules_that_do_not_exist() -> None:
         check_leaf_modules(model, _leaves("Blok", "ConvBlock"))
     with pytest.raises(UserError, match="Blok"):
         build_engine(model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), _leaves("Blok"), 1, torch.device("cpu"))
+
+
+def test_a_class_derived_from_a_leaf_class_is_a_leaf() -> None:
+    objective = Objective(target="pixels", tap="decoder", tokens="masked", normalize="none", weight=1)
+    decoder = DecoderSpec(kind="prompting", dim=8, depth=2, num_heads=2)
+    model = PretrainModel(build_encoder(SPEC, 32), FusionSpec(), decoder, {"pixels": objective}, {})
+    mark_leaf_modules(model, replace(CONFIG, zero=replace(ZERO, leaves=("Block",))))
+    assert get_z3_leaf_modules(model) == [*model.encoder.transformer_blocks, *model.decoder.blocks]
 
 
 def test_compiles_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:

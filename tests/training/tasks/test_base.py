@@ -17,7 +17,7 @@ from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher
-from mrmae_ds.teachers.base import TeacherSpec
+from mrmae_ds.teachers.base import TeacherOutput, TeacherSpec
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.finetune import FinetuneTask
 from mrmae_ds.training.tasks.pretrain import PretrainTask
@@ -50,10 +50,10 @@ class OwnTeacher(Teacher):
         self.importance = importance
         self.seen: Tensor
 
-    def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor) -> TeacherOutput:
         self.seen = images
         tokens = nn.functional.avg_pool2d(images, 4).flatten(2).transpose(1, 2)
-        return tokens, self.importance.expand(len(images), -1)
+        return TeacherOutput(tokens, self.importance.expand(len(images), -1))
 
 
 class Spy(nn.Module):
