@@ -397,6 +397,26 @@ def test_resumes_fine_tuning_with_layer_decay(runs: SmallRuns) -> None:
     assert ours[-1]["top1"] == theirs[-1]["top1"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "placement"), [("milan", "sharded"), ("dmae", "step")])
+def test_other_methods_resume_and_are_replayed(method: str, placement: str, runs: SmallRuns, undisturbed: Path) -> None:
+    """Bit by bit, and the visible set that a teacher sees is that of the captured step."""
+    recipe = ("--recipe", f"ds_configs/methods/{method}_tiny.yaml", f"teachers.mae.source={undisturbed}")
+    here = (*recipe, f"stages.pretrain.placement={placement}")
+    assert runs.launch(f"{method}", *here).wait(LIMIT_S) == [0, 0]
+    ranks = runs.launch(f"half {method}", *here, fault=STOP)
+    assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
+    _resume(runs, runs.folder / f"half {method}", *here)
+    assert_same(runs.stage(f"half {method}"), runs.stage(method))
+    ranks = runs.launch(f"nan {method}", *here, fault="nan_loss:rank=1,step=9,micro=1")
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    (capture,) = (runs.stage(f"nan {method}") / "captures").iterdir()
+    for part in replay(capture, CPU)[1]:
+        assert part.finite and len(part.replayed) == {"milan": 2, "dmae": 3}[method]
+        for name in part.replayed.keys() - {"loss"}:
+            assert part.replayed[name] == pytest.approx(part.captured[name], rel=1e-5)
+
+
 PROBE = (
     "--stage", "probe", "stages.probe={epochs: 2, batch_size: 8, init: scratch, optimizer: {warmup_epochs: 0.5}}",
 )  # fmt: skip

@@ -23,6 +23,7 @@ from tests.training.parity.cases import (
     compiled_cases,
     difference,
     matrix,
+    method_cases,
     nvme_cases,
 )
 from tests.training.parity.engine import run_cases
@@ -59,6 +60,11 @@ FEW = [
     Case("finetune", 3, True, 2, 2, engine=_ALL, label="offload_all"),
     Case("finetune", 3, True, 2, 1, "autocast", engine=_ALL, label="offload_all"),  # as NAME-offload.json
     Case("finetune", 3, True, 2, 2, engine={"zero_optimization": {"zero_hpz_partition_size": 2}}, label="hpz"),
+    Case("pretrain", 1, False, 2, 1, recipe="methods/milan_tiny"),
+    Case("pretrain", 3, True, 2, 2, recipe="methods/milan_tiny"),
+    Case("pretrain", 3, True, 2, 2, placement="sharded", recipe="methods/dmae_tiny"),
+    Case("pretrain", 0, True, 2, 1, placement="stream", recipe="methods/dmae_tiny"),
+    Case("pretrain", 3, True, 2, 2, placement="step", recipe="methods/maskalign_tiny"),
 ]
 Compare = Callable[[Case], Difference]
 
@@ -93,7 +99,7 @@ def test_the_comparison_detects_errors() -> None:
         qkv = torch.ones(6)
         if bias is not None:
             qkv[bias] = 2.0
-        weights = {"attn.qkv.bias": qkv, "weight": torch.tensor([1.0, weight])}
+        weights = {"attn.qkv.bias": qkv, "attn.kv.bias": qkv[2:], "weight": torch.tensor([1.0, weight])}
         return Trace([1.0, loss], [1.0, norm], weights, 0.0)
 
     exact, nan = trace(), float("nan")
@@ -110,7 +116,7 @@ def test_the_comparison_detects_errors() -> None:
 
 def test_the_matrix_is_complete() -> None:
     assert len(matrix()) == 4 * 2 * 2 * 2 * (4 + 1)
-    names = [case.name for case in [*matrix(), *beside_the_matrix()]]
+    names = [case.name for case in [*matrix(), *beside_the_matrix(), *method_cases()]]
     assert len(set(names)) == len(names)
 
 
@@ -149,4 +155,13 @@ def test_every_engine_variant_equals_plain_torch(tmp_path: Path) -> None:
     compare = _comparison(cases, tmp_path, limit_s=2500)
     found = {case.name: (compare(case), TOLERANCE[case.precision]) for case in cases}
     wrong = {name: value for name, (value, bound) in found.items() if not value.within(bound)}
+    assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(5400)
+def test_other_methods_train_like_one_plain_process(tmp_path: Path) -> None:
+    cases = method_cases()
+    compare = _comparison(cases, tmp_path, limit_s=2500)
+    wrong = {case.name: found for case in cases if not (found := compare(case)).within(TOLERANCE["fp32"])}
     assert not wrong

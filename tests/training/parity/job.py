@@ -73,7 +73,8 @@ def prepare(case: Case, folder: Path, launch: Launch) -> PreparedStage:
     path = folder / f"{case.name}-{launch.rank}.json"
     path.write_text(json.dumps(case.engine_config()))
     settings = overrides(case, folder)
-    options = TrainArgs(path, case.stage, REPOSITORY / "ds_configs/tiny.yaml", folder / "runs", overrides=settings)
+    recipe = REPOSITORY / f"ds_configs/{case.recipe}.yaml"
+    options = TrainArgs(path, case.stage, recipe, folder / "runs", overrides=settings)
     return prepare_stage(replace(options, dry_run=True), launch)
 
 
