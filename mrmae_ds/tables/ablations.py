@@ -11,15 +11,20 @@ from collections.abc import Callable, Iterable
 from typing import Literal
 
 from mrmae_ds.records.record import RunRecord
-from mrmae_ds.records.sections import PretrainSummary, TeacherInfo
+from mrmae_ds.records.sections import ObjectiveInfo, PretrainSummary, TeacherInfo
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.base import Cell, Row, Run, Table, run_path, teacher_sources
 from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
 from mrmae_ds.tables.select_runs import dataset_labels, describe_training, fill_cell, finetuned_runs
 
-OWN_METHODS = ("MAE", "ViTDet", "MCMAE", "MR-MAE")
+OWN_METHODS = ("MAE", "ViTDet", "DMAE", "MCMAE", "MILAN", "MR-MAE")
 ACCURACY, PARAMETERS, VISIBLE = "FT", "Params (M)", "Ratio (%)"
+# Decoder, and the configuration as columns of Table 3 (see `parts_of`); relatives of these methods match neither.
+_FEATURE_METHODS = {
+    "MILAN": ("prompting", "", "decoder, cosine, class token, all", "yes", "", ""),
+    "DMAE": ("mae", "L_R", "encoder block, l1, class token, visible", "", "", ""),
+}
 _NO_ROW = "its training configuration matches no row of this table"
 
 
@@ -121,8 +126,8 @@ def parts_of(pretraining: PretrainSummary | None) -> dict[str, str] | None:
     if pretraining is None or pretraining.design is None or pretraining.model is None:
         return None
     objectives = pretraining.design.objectives.values()
-    low: set[tuple[str, str]] = {(o.tap, o.tokens) for o in objectives if o.target == "pixels"}
-    high: set[tuple[str, str]] = {(o.tap, o.tokens) for o in objectives if o.target != "pixels"}
+    low = {_tap(o) for o in objectives if o.target == "pixels"}
+    high = {_tap(o) for o in objectives if o.target != "pixels"}
     values = (
         _loss(low),
         _loss(high),
@@ -131,6 +136,14 @@ def parts_of(pretraining: PretrainSummary | None) -> dict[str, str] | None:
         "yes" if pretraining.model.convolutional else "",
     )
     return dict(zip(PARTS, values, strict=True))
+
+
+def _tap(objective: ObjectiveInfo) -> tuple[str, str]:
+    """Return tap and tokens of a loss; the tap says in words what no row of Table 3 has."""
+    words = [objective.tap if objective.block is None else f"{objective.tap} block"]
+    words += [] if objective.loss in (None, "l2", "l2_sum") else [objective.loss]
+    words += ["class token"] if objective.class_token else []
+    return ", ".join(words), objective.tokens
 
 
 def _loss(taps: set[tuple[str, str]]) -> str:
@@ -148,10 +161,16 @@ def _is_mrmae(record: RunRecord) -> bool:
 
 
 def match_method(record: RunRecord) -> str | None:
-    """Return the method of the pre-training behind a single model: MR-MAE, MCMAE or MAE; None for any other."""
+    """Return the method of the pre-training behind a single model; None for one that is no row of Table 1."""
     if _is_mrmae(record):
         return "MR-MAE"
-    parts = parts_of(_pretraining(record))
+    pretraining = _pretraining(record)
+    parts = parts_of(pretraining)
+    if pretraining is not None and pretraining.design is not None and parts is not None:
+        found = (pretraining.design.decoder, *(parts[name] for name in PARTS))
+        method = next((method for method, wanted in _FEATURE_METHODS.items() if found == wanted), None)
+        if method is not None:
+            return method
     if parts is None or [parts[name] for name in PARTS[:3]] != ["L_R", "", ""]:
         return None
     return "MCMAE" if parts["Masked Conv."] else "MAE"

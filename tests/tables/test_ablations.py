@@ -4,16 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.records.record import RunRecord, summarize_finetuning
 from mrmae_ds.records.sections import DataInfo, Member, Parameters, Schedule
 from mrmae_ds.tables.base import Row, Run, Table
 from mrmae_ds.tables.markdown import to_markdown
 from mrmae_ds.tables.paper import TABLES
 from mrmae_ds.tables.write import build_table
+from mrmae_ds.training.tasks.pretrain import describe_design
 from tests.support.records import make_pretraining, make_record, make_run, make_tuned
 
 WHOLE = {"dataset": "ImageNet-1K", "classes": 1000, "samples": 1_281_167, "eval_samples": 50_000}
 CLIP, DINO = "ViT-B-16-quickgelu", "vit_base_patch16_224.dino"
+NO_ROW = "its training configuration matches no row of this table"
 
 
 def _ours(table: Table) -> list[Row]:
@@ -33,7 +36,7 @@ def test_without_runs_the_papers_rows_are_as_printed_and_ours_are_blank(number: 
     assert [{c: cell.value for c, cell in row.cells.items()} for row in papers] == [row.cells for row in printed.rows]
     assert [row.labels for row in papers] == [row.labels for row in printed.rows]
     ours = [row for row in table.rows if row.source == "ours"]
-    assert len(ours) == (3 if number == 1 else len(printed.rows))
+    assert len(ours) == (5 if number == 1 else len(printed.rows))
     assert all(row.cells == {} and "not run" in row.label for row in ours)
     assert "No run of ours" in to_markdown(table)
 
@@ -99,7 +102,34 @@ def test_table_1_matches_by_method_and_names_backbone_and_supervision() -> None:
     assert mrmae.cells["Params (M)"].value == pytest.approx(85.374824) and mrmae.cells["Ratio (%)"].value == 25
     assert table.excluded == ("runs/c/finetune: its training configuration matches no row of this table",)
     methods = [row.method for row in table.rows if row.source == "ours"]
-    assert methods == ["MAE", "MCMAE", "MR-MAE"]
+    assert methods == ["MAE", "DMAE", "MCMAE", "MILAN", "MR-MAE"]
+
+
+def _of_recipe(name: str) -> Run:
+    """A run whose record has the design of a recipe in ds_configs/methods."""
+    recipe = load_recipe(Path("ds_configs/methods") / f"{name}.yaml")
+    assert recipe.stages.pretrain is not None
+    design = describe_design(recipe, recipe.stages.pretrain)
+    known = make_pretraining(1, {"t": CLIP}, design=design, method=recipe.method)
+    return make_tuned(name, known, 75.0)
+
+
+@pytest.mark.parametrize("name", ["milan_base", "milan_tiny", "dmae_base", "dmae_tiny"])
+def test_a_run_of_a_method_is_listed_below_its_row_of_table_1(name: str) -> None:
+    table = build_table(1, [_of_recipe(name)])
+    (ours,) = _ours(table)
+    assert _paper_row(table, ours).method == name.split("_")[0].upper()
+    assert build_table(3, [_of_recipe(name)]).excluded == (f"runs/{name}/finetune: {NO_ROW}",)
+
+
+RELATIVES = ["milan_mae_decoder", "dmae_last_block", "mvp_mae_style", "maskalign_last_block", "maskalign_base"]
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_relatives_are_no_rows(name: str, number: int) -> None:
+    table = build_table(number, [_of_recipe(name)])
+    assert not _ours(table) and table.excluded == (f"runs/{name}/finetune: {NO_ROW}",)
 
 
 def _evaluated(name: str, *tuned: RunRecord, top1: float) -> Run:

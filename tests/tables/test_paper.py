@@ -94,4 +94,9 @@ def test_errata_are_listed_with_the_tables_they_concern() -> None:
     assert any("52.7" in text for text in errata_of(5))
     assert not any("52.7" in text for text in errata_of(6))
     assert any("Table 4" in text and "85.0" in text for text in errata_of(4))
+    for method in ("BEiT:", "CAE:", "DMAE:", "CMAE:", "BEiT V2:"):
+        assert sum(text.startswith(method) for text in errata_of(1)) == 1
+        assert not any(text.startswith(method) for text in errata_of(6))
+    unconfirmed = [text.split(":")[0] for text in errata_of(1) if "not confirmed here" in text]
+    assert unconfirmed == ["BEiT", "CAE", "CMAE"]
     assert all(any("visible" in text for text in errata_of(table)) for table in range(1, 7))
