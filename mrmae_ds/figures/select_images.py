@@ -118,7 +118,7 @@ def _from_files(paths: list[Path], count: int | None, default_count: int) -> Sel
     files, folders = ([path for path in paths if path.is_dir() is folder] for folder in (False, True))
     note = None
     if folders:
-        available = [file for folder in folders for file in _images_below(folder)]
+        available = [file for folder in folders for file in images_below(folder)]
         where = " and ".join(str(folder) for folder in folders)
         take = _number_to_take(count, default_count, len(available), where)
         if count is None and take < len(available):
@@ -127,11 +127,15 @@ def _from_files(paths: list[Path], count: int | None, default_count: int) -> Sel
     elif count is not None:
         raise UserError("--num-images: not allowed with files after --images; omit it, or name a folder")
     _check_columns(len(files))
-    return SelectedImages(tuple(_open(file) for file in files), tuple(file.name for file in files), note)
+    return SelectedImages(tuple(open_upright(file) for file in files), tuple(file.name for file in files), note)
 
 
-def _images_below(folder: Path) -> list[Path]:
-    """Return all image files at any depth, sorted, without hidden ones."""
+def images_below(folder: Path) -> list[Path]:
+    """Return all image files at any depth, sorted, without hidden ones.
+
+    Raises:
+        UserError: if there are none.
+    """
     files = sorted(
         path
         for path in folder.rglob("*")
@@ -140,21 +144,25 @@ def _images_below(folder: Path) -> list[Path]:
         and path.is_file()
     )
     if not files:
-        raise UserError(f"--images: {folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
+        raise UserError(f"{folder} holds no images ({', '.join(sorted(EXTENSIONS))})")
     return files
 
 
-def _open(path: Path) -> Image.Image:
-    """Open an image as RGB and upright, like the conversion to .beton."""
+def open_upright(path: Path) -> Image.Image:
+    """Open an image as RGB and upright, like the conversion to .beton.
+
+    Raises:
+        UserError: if it is missing or damaged.
+    """
     if not path.exists():
-        raise UserError(f"--images: {path}: no such file or folder")
+        raise UserError(f"{path}: no such file or folder")
     defaults = WriteOptions()
     try:
         with pixel_limit(defaults.max_pixels), open_image(path) as image:
             return to_rgb(image, max_side=MAX_SIDE, max_pixels=defaults.max_pixels, background=defaults.background)[0]
     except Exception as error:  # a damaged file can raise anything
         why = reason(error, defaults.max_pixels)
-        raise UserError(f"--images: {path}: cannot be read ({why}); remove or replace it") from None
+        raise UserError(f"{path}: cannot be read ({why}); remove or replace it") from None
 
 
 def _number_to_take(count: int | None, default_count: int, available: int, where: str) -> int:

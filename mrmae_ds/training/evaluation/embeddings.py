@@ -1,0 +1,237 @@
+"""Embeddings of image files by a trained encoder: computed, written, and judged by k-NN and a linear probe.
+
+Shape legend: N images, S x S pixels, C the encoder's width.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mrmae_ds.api import ImageEncoder
+from mrmae_ds.config.stages import KnnConfig
+from mrmae_ds.data.convert.folder import open_folder
+from mrmae_ds.data.loaders.pillow import center_crop, start_method
+from mrmae_ds.data.loaders.worker import become_worker, worker_died
+from mrmae_ds.errors import UserError
+from mrmae_ds.figures.select_images import images_below, open_upright
+from mrmae_ds.files import replacing
+from mrmae_ds.training.evaluation.knn import Bank, votes
+
+VAL_FRACTION = 0.1
+PARQUET_EXTRA = (
+    "writing Parquet needs pyarrow; in the clone: pip install -e '.[parquet]' -c constraints.txt, or write .npy"
+)
+_DECAY, _STEPS, _QUERIES = 1e-4, 100, 1024
+
+
+@dataclass(frozen=True)
+class LabeledFiles:
+    """Image files, with classes if they were read from a tree of them.
+
+    Attributes:
+        paths: of N files.
+        parts: ``train`` or ``val`` of each; empty without classes.
+        labels: int64 [N]; empty without classes.
+        class_names: by label.
+    """
+
+    paths: list[Path]
+    parts: list[str]
+    labels: Tensor
+    class_names: list[str]
+
+
+class _Crops(Dataset[Tensor | str]):
+    """Crops of evaluation, uint8 [3, S, S], or a message about a file that cannot be read."""
+
+    def __init__(self, paths: Sequence[Path], size: int) -> None:
+        self.paths, self.size = paths, size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor | str:
+        try:
+            image = center_crop(open_upright(self.paths[index]), self.size)
+        except UserError as error:
+            return str(error)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def list_files(paths: Sequence[Path], with_classes: bool) -> LabeledFiles:
+    """List the images of files and folders.
+
+    Args:
+        paths: files, and folders whose images are taken at any depth, sorted.
+        with_classes: ``paths`` is one tree of classes, split as ``mrmae data write`` splits it.
+
+    Raises:
+        UserError: for a folder without images, or a tree of another shape.
+    """
+    if not with_classes:
+        found = [file for path in paths for file in (images_below(path) if path.is_dir() else [path])]
+        return LabeledFiles(found, [], torch.empty(0, dtype=torch.int64), [])
+    if len(paths) != 1 or not paths[0].is_dir():
+        raise UserError("--accuracy needs one folder with a folder per class, or with train/ and val/ of such folders")
+    train, val, names = open_folder(paths[0], VAL_FRACTION)
+    labels = torch.from_numpy(np.concatenate([train.labels, val.labels]))
+    parts = ["train"] * len(train) + ["val"] * len(val)
+    return LabeledFiles([Path(place) for place in [*train.places, *val.places]], parts, labels, names)
+
+
+def embed(
+    encoder: ImageEncoder, paths: Sequence[Path], device: torch.device, batch_size: int = 64, workers: int = 0
+) -> Tensor:
+    """Compute the features of images, cropped as in evaluation: the layer-normalized mean of the patch tokens.
+
+    Args:
+        encoder: a loaded encoder; moved to ``device``.
+        paths: N image files.
+        device: where it computes.
+        batch_size: images at a time.
+        workers: processes that decode; 0 decodes in this one.
+
+    Returns:
+        float32 [N, C] on the CPU.
+
+    Raises:
+        UserError: for a file that cannot be read as an image.
+    """
+    encoder = encoder.to(device)
+    processes: dict[str, Any] = (
+        {"multiprocessing_context": start_method(device), "worker_init_fn": _begin} if workers else {}
+    )
+    crops = _Crops(paths, encoder.image_size)
+    batches = DataLoader(crops, batch_size, num_workers=workers, collate_fn=_stack, **processes)
+    parts = []
+    try:
+        for images in batches:
+            if isinstance(images, str):
+                raise UserError(images)
+            parts.append(encoder.features(images.to(device)).pooled.float().cpu())
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise worker_died(error) from None
+    return torch.cat(parts)
+
+
+def _begin(_worker: int) -> None:
+    become_worker()
+
+
+def _stack(samples: list[Tensor | str]) -> Tensor | str:
+    """Return a batch, or the first message."""
+    images = [sample for sample in samples if isinstance(sample, Tensor)]
+    return torch.stack(images) if len(images) == len(samples) else next(s for s in samples if isinstance(s, str))
+
+
+def check_output(out: Path) -> None:
+    """Check the form of the output file before anything is computed.
+
+    Raises:
+        UserError: for another ending than .npy and .parquet, or without pyarrow for the latter.
+    """
+    if out.suffix not in (".npy", ".parquet"):
+        raise UserError(f"--out: {out} must end in .npy or .parquet")
+    if out.suffix == ".parquet":
+        try:
+            import pyarrow.parquet  # noqa: F401  (optional dependency)
+        except ImportError:
+            raise UserError(f"--out: {PARQUET_EXTRA}") from None
+
+
+def write_embeddings(out: Path, files: LabeledFiles, features: Tensor) -> list[Path]:
+    """Write features with the names of their files, and part and class of each if they are known.
+
+    Args:
+        out: NAME.parquet gets columns ``file``, ``part``, ``class`` and ``features`` (lists of C float32). NAME.npy
+            gets the features, float32 [N, C], and NAME.csv beside it the other columns, in the same order.
+        files: the files, in the order of the features.
+        features: float32 [N, C].
+
+    Returns:
+        The written files.
+    """
+    check_output(out)
+    columns: dict[str, list[str]] = {"file": [str(path) for path in files.paths]}
+    if files.class_names:
+        columns |= {"part": files.parts, "class": [files.class_names[label] for label in files.labels.tolist()]}
+    if out.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        values = pa.FixedSizeListArray.from_arrays(pa.array(features.numpy().ravel()), features.shape[1])
+        with replacing(out) as temporary:
+            pq.write_table(pa.table({**columns, "features": values}), temporary)
+        return [out]
+    names = out.with_suffix(".csv")
+    with replacing(names) as temporary, temporary.open("w", newline="", encoding="utf-8") as text:
+        writer = csv.writer(text)
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+    with replacing(out) as temporary, temporary.open("wb") as binary:
+        np.save(binary, features.numpy())
+    return [out, names]
+
+
+def quick_accuracy(files: LabeledFiles, features: Tensor, config: KnnConfig | None = None) -> dict[str, float]:
+    """Measure how well the features separate the classes: train/ votes and is fitted, val/ is counted.
+
+    For a quick look: the images are not augmented. ``--stage probe`` trains the linear probe of the paper.
+
+    Args:
+        files: files with classes.
+        features: float32 [N, C].
+        config: number of neighbors and temperature; default: those of ``stages.pretrain.knn``.
+
+    Returns:
+        ``knn/top1`` and ``probe/top1`` in percent.
+    """
+    config = config or KnnConfig()
+    is_val = torch.tensor([part == "val" for part in files.parts])
+    (train, val), (known, wanted) = ((rows[~is_val], rows[is_val]) for rows in (features, files.labels))
+    bank, classes = Bank(F.normalize(train, dim=1), known), len(files.class_names)
+    near = torch.cat([votes(part, bank, config.k, config.temperature, classes) for part in val.split(_QUERIES)])
+    logits = fit_linear(train, known, classes)(val)
+    found = {"knn/top1": near, "probe/top1": logits}
+    return {name: 100 * (scores.argmax(dim=1) == wanted).double().mean().item() for name, scores in found.items()}
+
+
+def fit_linear(features: Tensor, labels: Tensor, num_classes: int) -> torch.nn.Module:
+    """Fit a multinomial logistic regression on standardized features by L-BFGS, from zero: nothing is random.
+
+    Args:
+        features: float32 [N, C].
+        labels: int64 [N].
+        num_classes: number of outputs.
+
+    Returns:
+        Module of features [B, C] to logits [B, classes].
+    """
+    norm = torch.nn.BatchNorm1d(features.shape[1], eps=1e-6, affine=False, momentum=None)
+    norm(features)  # momentum None: the running statistics are those of this one batch
+    inputs = norm.eval()(features)
+    linear = torch.nn.Linear(features.shape[1], num_classes)
+    torch.nn.init.zeros_(linear.weight)
+    torch.nn.init.zeros_(linear.bias)
+    optimizer = torch.optim.LBFGS(linear.parameters(), max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(linear(inputs), labels) + _DECAY / 2 * linear.weight.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return torch.nn.Sequential(norm, linear).requires_grad_(False)
