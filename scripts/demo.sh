@@ -71,10 +71,12 @@ train mae_tiny finetune $baselines/mae_tiny.yaml
 train mcmae_tiny finetune $baselines/mcmae_tiny.yaml
 train scratch_tiny finetune $baselines/scratch_tiny.yaml
 show mrmae table "$runs"
+show mrmae report "$runs"
 
 cat <<END
 
 Finished in $(((SECONDS - start) / 60)) min $(((SECONDS - start) % 60)) s. Results:
+  $runs/report.html                           all of it on one page for a browser
   $runs/table.md, table.csv, table.png        scaling table
   $runs/tiny/pretrain/images/                 reconstructions; attention of student and teacher
   $runs/*/*/loss_curves.png, metrics.jsonl    losses of each stage (or: tensorboard --logdir $runs)

@@ -37,3 +37,5 @@ def test_demo_on_a_folder(tree: Path) -> None:
     rows = [line for line in (runs / "table.md").read_text().splitlines() if f", {tree.name}, chance" in line]
     assert len(rows) == 4 and all("**" in row for row in rows)
     assert f"{runs.relative_to(REPOSITORY)}/tiny/pretrain/images/" in result.stdout
+    assert f"{runs.relative_to(REPOSITORY)}/report.html" in result.stdout
+    assert (runs / "report.html").read_text().count("<img") > 10

@@ -24,7 +24,7 @@ LAYERS = {
     "factory": 5,
     **dict.fromkeys(("figures", "api"), 6),
     **dict.fromkeys(("tables", "profiling"), 7),
-    "detection": 8,
+    **dict.fromkeys(("detection", "report"), 8),
     "training": 9,
     **dict.fromkeys(("pipeline", "planning"), 10),
     "doctor": 11,

@@ -172,28 +172,55 @@ def loss_curves(run_dir: str | Path, out_png: str | Path) -> None:
     style.save(figure, Path(out_png))
 
 
+def compare_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, out_png: str | Path) -> None:
+    """Plot one logged scalar of several runs over optimizer steps, on a figure that is readable on a phone.
+
+    Args:
+        runs: lines of their ``metrics.jsonl`` (see :func:`~mrmae_ds.records.metrics.read_metrics`), by label. Each has
+            its color by its place, also if it did not log the scalar, so that colors agree between figures.
+        name: of the scalar.
+        out_png: the PNG file.
+    """
+    figure = style.new_figure(5, 3.4)
+    axes = figure.subplots()
+    for index, (label, lines) in enumerate(runs.items()):
+        if any(line.get(name) is not None for line in lines):
+            _draw_curve(axes, lines, name, style.PALETTE[index % len(style.PALETTE)], label)
+    style.tidy(axes)
+    axes.margins(x=0.01)
+    axes.set_xlabel("Optimizer step", fontsize=10)
+    axes.set_ylabel("learning rate" if name == "lr" else name, fontsize=10)
+    if axes.lines:
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper left", fontsize=8, frameon=False)
+    style.save(figure, Path(out_png))
+
+
 def _draw_series(axes: Axes, lines: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
     for index, name in enumerate(names):
-        points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-        steps, values = np.array([p[0] for p in points]), np.array([p[1] for p in points], np.float64)
         color = style.INK if name == "loss" else style.PALETTE[index % len(style.PALETTE)]
-        # A few points (one accuracy per epoch) get markers; many make a line.
-        marker = "o" if len(points) <= 30 else ""
-        smooth = len(points) > _SMOOTH_FROM and name != "lr"
-        axes.plot(
-            steps,
-            values,
-            color=color,
-            alpha=0.25 if smooth else 1,
-            linewidth=1.3,
-            marker=marker,
-            markersize=4,
-            label=None if smooth else name,
-        )
-        if smooth:
-            width = math.ceil(len(points) / 50)
-            mean = np.convolve(values, np.ones(width) / width, mode="valid")
-            axes.plot(steps[width - 1 :], mean, color=color, linewidth=1.6, label=name)
+        _draw_curve(axes, lines, name, color, name)
+
+
+def _draw_curve(axes: Axes, lines: Sequence[Mapping[str, Any]], name: str, color: str, label: str) -> None:
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    steps, values = np.array([p[0] for p in points]), np.array([p[1] for p in points], np.float64)
+    # A few points (one accuracy per epoch) get markers; many make a line.
+    marker = "o" if len(points) <= 30 else ""
+    smooth = len(points) > _SMOOTH_FROM and name != "lr"
+    axes.plot(
+        steps,
+        values,
+        color=color,
+        alpha=0.25 if smooth else 1,
+        linewidth=1.3,
+        marker=marker,
+        markersize=4,
+        label=None if smooth else label,
+    )
+    if smooth:
+        width = math.ceil(len(points) / 50)
+        mean = np.convolve(values, np.ones(width) / width, mode="valid")
+        axes.plot(steps[width - 1 :], mean, color=color, linewidth=1.6, label=label)
 
 
 def _array(values: Images) -> np.ndarray:

@@ -1,0 +1,1 @@
+"""Report of one or several runs as a self-contained HTML page."""
