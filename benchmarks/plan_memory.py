@@ -61,6 +61,9 @@ LARGE = {
     "activation_checkpointing": {"conv_stages": "all", "transformer": "all"},
     "zero_optimization": {"sub_group_size": 50_000_000},
 }
+MIDDLE = ("stages.detect.image_size=512",)
+DETECTOR = (*MIDDLE, "model.arch=cvit_small")
+OBJECTS = 64  # of an image: enough for as many drawn boxes with an object as there may be
 # With and without checkpointing and partitioning, one rank and two, fine-tuning and pre-training.
 CONFIGURATIONS = {
     "small-pretrain": Configuration("small", "small", "pretrain", 8, ranks=2, changes=CONV),
@@ -70,8 +73,11 @@ CONFIGURATIONS = {
     ),
     "large-pretrain": Configuration("large", "large", "pretrain", 4, changes=LARGE),
     "huge-pretrain": Configuration("huge", "huge", "pretrain", 2, changes=LARGE),
+    "small-detect": Configuration("detection/mr_mae_base", "detection/mr_mae_base", "detect", 2, overrides=DETECTOR),
+    "base-detect": Configuration("detection/mr_mae_base", "detection/mr_mae_base", "detect", 1, overrides=MIDDLE),
 }
 DEFAULT = [name for name in CONFIGURATIONS if not name.startswith("huge")]
+CLASSES = {"detect": 80}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -152,6 +158,26 @@ def steps(task: Any, engine: Any, batches: Any, settings: Configuration, rank: i
     return most
 
 
+def batches_of(stage: str, count: int, size: int, device: Any) -> Any:
+    """Yield the same synthetic batch forever: noise, in detection with rectangles as objects."""
+    import torch
+
+    from mrmae_ds.detection.loader import DetectionBatch
+    from mrmae_ds.doctor.workload import noise_batches
+
+    batches = noise_batches(count, size, device)
+    if stage != "detect":
+        yield from batches
+    noise = next(batches)
+    corners = torch.randint(0, size // 2, (count, OBJECTS, 2), device=device)
+    boxes = torch.cat([corners, corners + torch.randint(16, size // 2, corners.shape, device=device)], dim=2).float()
+    masks = torch.ones(OBJECTS, size, size, dtype=torch.uint8, device=device)
+    labels = torch.arange(OBJECTS, device=device) + 1
+    targets = tuple({"boxes": of_image, "labels": labels, "masks": masks} for of_image in boxes)
+    while True:
+        yield DetectionBatch(noise.images, ((size, size),) * count, (), noise.indices, (True,) * count, targets)
+
+
 def toy(config: Any, device: Any) -> None:
     """Run three steps of a small model in the same kind of engine, so that all code of a step is loaded."""
     import torch
@@ -181,7 +207,8 @@ def run_rank(job: dict[str, Any]) -> None:
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
-    from mrmae_ds.doctor.workload import build_random_task, noise_batches
+    from mrmae_ds.doctor.workload import build_random_task
+    from mrmae_ds.imagenet import IMAGENET_CLASSES
     from mrmae_ds.training.tasks.build import build_task_engine
 
     settings = Configuration(**job["settings"])
@@ -193,9 +220,9 @@ def run_rank(job: dict[str, Any]) -> None:
     memory = Memory(device)
     memory.start()
     torch.manual_seed(0)
-    task = build_random_task(recipe, config, settings.stage)
+    task = build_random_task(recipe, config, settings.stage, CLASSES.get(settings.stage, IMAGENET_CLASSES))
     engine = build_task_engine(task, config, settings.accumulation, device)
-    batches = noise_batches(settings.micro_batch, task.image_size, device)
+    batches = batches_of(settings.stage, settings.micro_batch, task.image_size, device)
     most = steps(task, engine, batches, settings, launch.rank, memory)
     if launch.rank == 0:
         report_result(most)
@@ -219,16 +246,16 @@ def predict(settings: Configuration, engine_file: Path, on_cpu: bool) -> dict[st
     from mrmae_ds.config.engine import load_engine_config
     from mrmae_ds.config.recipe import load_recipe
     from mrmae_ds.imagenet import IMAGENET_CLASSES
+    from mrmae_ds.planning.cost_report import stage_costs
     from mrmae_ds.planning.fake_step import build_meta_task
     from mrmae_ds.planning.peak_memory import phase_peaks
     from mrmae_ds.planning.stage import count_stage
     from mrmae_ds.planning.zero_memory import ZeroMemory
-    from mrmae_ds.profiling.flops import recipe_cost
 
     config = load_engine_config(engine_file)
     recipe = load_recipe(REPOSITORY / "ds_configs" / f"{settings.size}.yaml", list(settings.overrides))
-    (cost,) = recipe_cost(recipe, config.checkpointing, only=settings.stage)
-    task = build_meta_task(recipe, cost.stage, config, IMAGENET_CLASSES)
+    (cost,) = (cost for cost in stage_costs(recipe, config.checkpointing) if cost.stage == settings.stage)
+    task = build_meta_task(recipe, cost.stage, config, CLASSES.get(settings.stage, IMAGENET_CLASSES))
     stage = count_stage(task, config, cost, on_cpu=on_cpu)
     engine = ZeroMemory(stage.count_parameters(config.zero), config.zero, settings.ranks, settings.accumulation, on_cpu)
     teachers = {n: weights.placed(task.placements[n], settings.ranks) for n, weights in stage.teachers.items()}

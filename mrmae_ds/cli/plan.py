@@ -17,9 +17,14 @@ def add_arguments(parser: CommandParser) -> None:
     add("--gpus", type=int, required=True, help="total number of GPUs, one rank each")
     add("--gpu", metavar="KEY", help="type of GPU: h100-80, a100-40, ...; an unknown key lists all")
     add("--gpus-per-node", type=int, metavar="N", help="GPUs per node; default: 8")
-    add("--stage", choices=("pretrain", "finetune"), help="stage to plan; default: every training stage of the recipe")
-    add("--num-images", type=int, metavar="N", help="number of training images; default: ImageNet-1K's 1,281,167")
-    add("--classes", type=int, metavar="N", help="number of classes; default: ImageNet-1K's 1,000")
+    add("--stage", choices=("pretrain", "finetune", "detect"), help="stage to plan; default: all but detect")
+    add(
+        "--num-images",
+        type=int,
+        metavar="N",
+        help="number of training images; default: ImageNet-1K's, in detect COCO's",
+    )
+    add("--classes", type=int, metavar="N", help="number of classes; default: ImageNet-1K's, in detect COCO's")
     add("--network", type=float, metavar="GB/S", help="one-way bandwidth per GPU to other nodes; default: 50")
     add("--measured", type=Path, metavar="FILE", help="JSON file of `mrmae doctor`: constants measured on a node")
     add("--tflops", type=float, metavar="TFLOPS", help="sustained TFLOP/s of one GPU, instead of a roofline estimate")

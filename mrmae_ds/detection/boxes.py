@@ -88,11 +88,21 @@ class RoIPool(nn.Module):
             numbered = [torch.cat([torch.full_like(b[:, :1], i), b], dim=1) for i, b in enumerate(boxes)]
             rois = torch.cat(numbered)
             level_of = self.level_of(rois[:, 1:])
-            rows, cells = [], []
-            for i, (x, stride) in enumerate(zip(levels, self.strides, strict=True)):
-                rows.append(torch.where(level_of == i)[0])
-                cells.append(roi_align(x.float(), rois[rows[-1]], self.output_size, 1 / stride, 0, aligned=True))
-            return torch.cat(cells)[torch.cat(rows).argsort()].to(levels[0].dtype)
+            return self.pool(levels, rois, [torch.where(level_of == i)[0] for i in range(len(levels))])
+
+    def pool(self, levels: Sequence[Tensor], rois: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        """Pool boxes whose levels are known; arguments and result are those of :meth:`forward`, in float32.
+
+        Args:
+            levels: maps.
+            rois: index of the image and box, [r, 5].
+            rows: of each level the boxes that belong to it, int64; r in all.
+        """
+        cells = [
+            roi_align(x.float(), rois[chosen], self.output_size, 1 / stride, 0, aligned=True)
+            for x, stride, chosen in zip(levels, self.strides, rows, strict=True)
+        ]
+        return torch.cat(cells)[torch.cat(list(rows)).argsort()].to(levels[0].dtype)
 
 
 def sample_labels(labels: Tensor, count: int, fraction: float, generator: Generator | None) -> tuple[Tensor, Tensor]:

@@ -44,9 +44,11 @@ def random_teacher(
     return teacher
 
 
-def build_random_task(recipe: Recipe, engine_config: EngineConfig, stage_name: TrainStageName) -> Task[Any]:
-    """Build a stage's task with random weights for ImageNet's classes."""
-    return build_task(recipe, stage_name, engine_config, IMAGENET_CLASSES, teacher_builder=random_teacher)
+def build_random_task(
+    recipe: Recipe, engine_config: EngineConfig, stage_name: TrainStageName, classes: int = IMAGENET_CLASSES
+) -> Task[Any]:
+    """Build a stage's task with random weights."""
+    return build_task(recipe, stage_name, engine_config, classes, teacher_builder=random_teacher)
 
 
 def noise_batches(count: int, size: int, device: torch.device) -> Iterator[Batch]:

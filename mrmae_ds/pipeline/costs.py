@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.data.beton.sidecar import check_beton
+from mrmae_ds.detection.flops import detector_cost, meta_detector
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.pipeline.graph import PipelineJob
@@ -40,11 +41,11 @@ def stage_flops(job: PipelineJob) -> float | None:
 
 
 def _detection_flops(job: PipelineJob) -> float | None:
-    from mrmae_ds.training.tasks.detect import detector_operations  # needs pycocotools, an extra
-
     checkpointing = load_engine_config(job.config).checkpointing
-    counted = detector_operations(job.recipe, COCO_2017["classes"], checkpointing)
-    return float(counted.training * COCO_2017["train images"] * job.recipe.stage("detect").epochs)
+    stage = job.recipe.stages.detect
+    assert stage is not None
+    detector = meta_detector(job.recipe.model, stage, COCO_2017["classes"])
+    return float(detector_cost(detector, stage, checkpointing).total(COCO_2017["train images"]))
 
 
 def training_set(job: PipelineJob) -> tuple[int, int] | None:

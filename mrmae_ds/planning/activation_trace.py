@@ -84,10 +84,16 @@ class TensorRecorder(TorchDispatchMode):
 
 
 class CudaPolicy(TorchFunctionMode):
-    """Make CPU autocast compute LayerNorm in float32, as CUDA's does; they agree on all other operations used here."""
+    """Make tensors on the CPU take CUDA's code paths.
+
+    Autocast computes LayerNorm in float32; the devices agree on all other operations used here. Models see tensors of
+    CUDA, and so choose its attention.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call a function; LayerNorm receives float32 inputs under autocast."""
+        if func == torch.Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
+            return True
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args = tuple(x.float() if isinstance(x, Tensor) else x for x in args)
         return func(*args, **(kwargs or {}))

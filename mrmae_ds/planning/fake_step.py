@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import get_gradient_edge
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
@@ -98,7 +99,7 @@ def make_fake(module: nn.Module, dtype: torch.dtype | None = None) -> None:
 class _Engine:
     """Replacement of DeepSpeed's engine: calls the model under the config's autocast."""
 
-    def __init__(self, model: nn.Module, autocast: bool, recorder: TensorRecorder) -> None:
+    def __init__(self, model: Callable[..., Any], autocast: bool, recorder: TensorRecorder) -> None:
         self.model, self.autocast, self.recorder = model, autocast, recorder
 
     def __call__(self, *inputs: Any) -> Any:
@@ -112,7 +113,7 @@ def _run(
 ) -> TensorRecorder:
     """Run forward and backward of a micro-batch."""
     recorder = make_recorder([task.model, *task.teachers.values()])
-    engine: Any = _Engine(task.model, config.zero.autocast, recorder)
+    engine: Any = _Engine(task.traced_model, config.zero.autocast, recorder)
     key = MicroBatchKey(seed=0, step=0, index=0, rank=0, world_size=1, micro_batch=num_images)
     with ExitStack() as stack:
         for name, teacher in task.teachers.items():
@@ -125,9 +126,10 @@ def _run(
             stack.enter_context(CudaPolicy())
         stack.enter_context(recorder)
         recorder.phase = "targets"
-        losses = task.losses(engine, _batch(task.image_size, num_images), key)
+        losses = task.traced_losses(engine, _batch(task.image_size, num_images), key)
         recorder.phase = "backward"
-        losses["loss"].backward()
+        # Backward of a tensor would suspend CudaPolicy, also where blocks are recomputed.
+        torch.autograd.backward(get_gradient_edge(losses["loss"]))
     return recorder
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import nn
 
 from mrmae_ds.config.zero import ZeroSettings
-from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
 
 
@@ -55,7 +54,7 @@ def count_parameters(model: nn.Module, zero: ZeroSettings, groups: Iterable[int]
     low = {id(p) for module in model.modules() if zero.travels_low(module) for p in module.parameters(recurse=False)}
     parameters = list(model.parameters())
     trainable = [p for p in parameters if p.requires_grad]
-    encoder = model.encoder if isinstance(model, PretrainModel) else model
+    encoder = getattr(model, "encoder", model)
     return ParameterCounts(
         modules=_gather_unit(model, zero, low),
         tensors=len(parameters),

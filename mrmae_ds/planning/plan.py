@@ -9,10 +9,13 @@ from pathlib import Path
 
 from mrmae_ds.config.engine import EngineConfig, accumulation_steps, check_ranks, default_recipe, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.config.zero import ZeroSettings
+from mrmae_ds.detection.roi_heads import OBJECT_SHARE
 from mrmae_ds.errors import UserError
-from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
+from mrmae_ds.imagenet import IMAGENET_CLASSES
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.planning.cost_report import epoch_images, stage_costs
 from mrmae_ds.planning.estimates.cluster import Cluster, check_cluster
 from mrmae_ds.planning.estimates.constants import CONSTANTS
 from mrmae_ds.planning.estimates.step import estimate_step
@@ -21,10 +24,13 @@ from mrmae_ds.planning.operator_trace import ATTENTION, CONVOLUTION, MATMUL, MAT
 from mrmae_ds.planning.render import stage_lines
 from mrmae_ds.planning.search import search, search_lines, write_engine
 from mrmae_ds.planning.stage import CountedStage, count_stage
-from mrmae_ds.profiling.flops import COUNTED_STAGES, recipe_cost
+from mrmae_ds.profiling.flops import COUNTED_STAGES
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
 from mrmae_ds.profiling.measured_node import MeasuredNode, read_measured
+from mrmae_ds.tables.detection import COCO_2017
 from mrmae_ds.units import GIGA, TERA
+
+PLANNED_STAGES: tuple[TrainStageName, ...] = (*COUNTED_STAGES, "detect")
 
 
 @dataclass(frozen=True)
@@ -35,11 +41,11 @@ class PlanRequest:
         ds_config: engine config.
         gpus: number of GPUs.
         gpu: key of the GPU in profiling/gpus.py; None if ``memory`` is given.
-        stage: the only stage to plan; None plans all training stages.
+        stage: the only stage to plan; None plans pre-training and fine-tuning.
         gpus_per_node: number of GPUs of a node.
         recipe: default: the one beside ``ds_config``.
-        num_images: images of an epoch.
-        classes: classes of the data set.
+        num_images: images of an epoch; None is ImageNet-1K's, in ``detect`` COCO's.
+        classes: classes of the data set; None likewise.
         network: bandwidth of a GPU to other nodes, in GB/s per direction.
         tflops: sustained TFLOP/s of a GPU, instead of the time of each operator.
         measured: JSON file of ``mrmae doctor``, whose constants replace estimates.
@@ -58,8 +64,8 @@ class PlanRequest:
     stage: str | None = None
     gpus_per_node: int = 8
     recipe: Path | None = None
-    num_images: int = IMAGENET_TRAIN_SAMPLES
-    classes: int = IMAGENET_CLASSES
+    num_images: int | None = None
+    classes: int | None = None
     network: float = CONSTANTS.network_gbs
     tflops: float | None = None
     measured: Path | None = None
@@ -90,19 +96,20 @@ def describe_plan(request: PlanRequest) -> str:
         lines += ["", *_search(request, path, recipe, config, cluster)]
     else:
         check_ranks(config, cluster.gpus, cluster.gpus_in_node)
-        for name in COUNTED_STAGES:
+        for name in PLANNED_STAGES:
             if section := getattr(recipe.stages, name):
                 accumulation_steps(config, section.batch_size, cluster.gpus, str(path))
         for stage in _count_stages(recipe, config, request.classes):
+            num_images = epoch_images(stage.cost.stage, request.num_images)
             step = estimate_step(stage, config.zero, cluster, config.micro_batch)
-            lines += ["", *stage_lines(recipe, config, stage, step, request.num_images)]
+            lines += ["", *stage_lines(recipe, config, stage, step, num_images)]
     lines += [
         "",
         "memory is that of DeepSpeed 0.19.8 with AdamW: within 3 % of real steps on the CPU "
         "(benchmarks/plan_memory.py), not compared with a GPU yet",
         "assumptions of the estimates (mrmae_ds/planning/estimates/constants.yaml)",
     ]
-    return "\n".join([*lines, *(f"  {line}" for line in _assumptions(request, cluster, config.zero))])
+    return "\n".join([*lines, *(f"  {line}" for line in _assumptions(request, recipe, cluster, config.zero))])
 
 
 def _search(request: PlanRequest, path: Path, recipe: Recipe, config: EngineConfig, cluster: Cluster) -> list[str]:
@@ -111,18 +118,23 @@ def _search(request: PlanRequest, path: Path, recipe: Recipe, config: EngineConf
     def trace(plan: CheckpointPlan) -> list[CountedStage]:
         return list(_count_stages(recipe, replace(config, checkpointing=plan), request.classes))
 
-    found = search(config, trace, cluster, request.num_images)
+    found = search(config, trace, cluster, _num_images(request, recipe))
     if request.write is not None:
         write_engine(found[0], request.write)
     return search_lines(found, path, request.write)
 
 
-def _count_stages(recipe: Recipe, config: EngineConfig, classes: int) -> Iterator[CountedStage]:
+def _num_images(request: PlanRequest, recipe: Recipe) -> int:
+    return epoch_images("detect" if recipe.stages.detect else "pretrain", request.num_images)
+
+
+def _count_stages(recipe: Recipe, config: EngineConfig, classes: int | None) -> Iterator[CountedStage]:
     """Trace the training stages of a recipe."""
-    names = [name for name in COUNTED_STAGES if getattr(recipe.stages, name)]
+    names = [name for name in PLANNED_STAGES if getattr(recipe.stages, name)]
     # Building the tasks reports their errors before the first is traced.
-    tasks = [build_meta_task(recipe, name, config, classes) for name in names]
-    for task, cost in zip(tasks, recipe_cost(recipe, config.checkpointing, classes), strict=True):
+    of_stage = {name: classes or (COCO_2017["classes"] if name == "detect" else IMAGENET_CLASSES) for name in names}
+    tasks = [build_meta_task(recipe, name, config, of_stage[name]) for name in names]
+    for task, cost in zip(tasks, stage_costs(recipe, config.checkpointing, classes), strict=True):
         yield count_stage(task, config, cost)
 
 
@@ -160,9 +172,11 @@ def _gpu(request: PlanRequest) -> Gpu:
 def _select_stage(recipe: Recipe, stage: str | None) -> Recipe:
     """Return the recipe without its other training stages."""
     if stage is None:
+        if recipe.stages.detect:
+            raise UserError(f"recipe {recipe.name} has the stage detect, whose engine is its own: pass --stage")
         return recipe
     recipe.stage(stage)  # type: ignore[call-overload]
-    others: dict[str, None] = {name: None for name in COUNTED_STAGES if name != stage}
+    others: dict[str, None] = {name: None for name in PLANNED_STAGES if name != stage}
     return recipe.model_copy(update={"stages": recipe.stages.model_copy(update=others)})
 
 
@@ -189,7 +203,7 @@ def _hardware(cluster: Cluster) -> str:
     return f"{cluster.gpus} x {cluster.gpu.key} ({nodes})"
 
 
-def _assumptions(request: PlanRequest, cluster: Cluster, zero: ZeroSettings) -> list[str]:
+def _assumptions(request: PlanRequest, recipe: Recipe, cluster: Cluster, zero: ZeroSettings) -> list[str]:
     """Return the assumptions, one per line."""
     gpu = cluster.gpu
     if request.tflops is not None:
@@ -211,7 +225,8 @@ def _assumptions(request: PlanRequest, cluster: Cluster, zero: ZeroSettings) -> 
         f"latency of a collective: {CONSTANTS.call_s * 1e6:.0f} us, and {CONSTANTS.node_s * 1e6:.0f} us per node",
         f"of a GPU's {gpu.memory_gib:g} GiB, {CONSTANTS.context_gib:g} GiB are used by CUDA, NCCL and libraries, and "
         f"{CONSTANTS.fragmentation:.0%} of the rest is lost to fragmentation and kernels' workspaces",
-        f"an epoch has {request.num_images:,} images (--num-images); evaluation, checkpoints and startup take no time",
+        f"an epoch has {_num_images(request, recipe):,} images (--num-images); "
+        "evaluation, checkpoints and startup take no time",
     ]
     if zero.offload_optimizer:
         lines.append(
@@ -225,6 +240,12 @@ def _assumptions(request: PlanRequest, cluster: Cluster, zero: ZeroSettings) -> 
         f"a rank takes {CONSTANTS.process_gib:g} GiB of host memory before its first tensor; an image of the .beton "
         f"file has {CONSTANTS.image_bytes / 1000:.0f} kB"
     )
+    if stage := recipe.stages.detect:
+        drawn = stage.detector.boxes_per_image
+        lines.append(
+            f"a detector draws the most boxes that it may: {drawn} an image, {int(drawn * OBJECT_SHARE)} of them with "
+            "an object; not counted are selecting, matching and suppressing boxes, the objects' masks, and the loader"
+        )
     return lines
 
 

@@ -149,14 +149,12 @@ def flop_counter() -> FlopCounterMode:
 
 
 def _convolution_backward_flops(
-    grad_out: torch.Size, _input: torch.Size, weight: torch.Size, *others: Any, **_: Any
+    grad_out: torch.Size, inputs: torch.Size, weight: torch.Size, *others: Any, **_: Any
 ) -> int:
-    """Count one forward's products for each of the gradients of input and weight; torch's formula ignores groups.
-
-    Does not hold for transposed convolutions, which this project does not use.
-    """
-    output_mask = others[-1]
-    return 2 * math.prod(grad_out) * math.prod(weight[1:]) * sum(output_mask[:2])
+    """Count one forward's products for each of the gradients of input and weight; torch's formula ignores groups."""
+    _, _, _, _, transposed, _, _, output_mask = others
+    cells = inputs if transposed else grad_out
+    return 2 * math.prod(cells) * math.prod(weight[1:]) * sum(output_mask[:2])
 
 
 def _pretrain(

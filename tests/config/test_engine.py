@@ -24,7 +24,7 @@ from mrmae_ds.config.kernels import KernelSettings
 from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
-from mrmae_ds.profiling.flops_report import describe_cost
+from mrmae_ds.planning.cost_report import describe_cost
 from mrmae_ds.training.job import TrainArgs, load_configs
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
@@ -92,9 +92,11 @@ def test_a_variant_trains_and_costs_the_recipe_of_its_size(variant: str, monkeyp
     path, counted = CONFIGS / f"{variant}.json", []
     recipe, config = load_configs(TrainArgs(path))
     assert recipe.name == "tiny" and config.path == path
-    monkeypatch.setattr("mrmae_ds.profiling.flops_report.recipe_cost", lambda recipe, _: counted.append(recipe.name))
-    monkeypatch.setattr("mrmae_ds.profiling.flops_report.cost_table", lambda _: "")
-    monkeypatch.setattr("mrmae_ds.profiling.flops_report.cost_line", lambda *_: "")
+    monkeypatch.setattr(
+        "mrmae_ds.planning.cost_report.stage_costs", lambda recipe, _: counted.append(recipe.name) or []
+    )
+    monkeypatch.setattr("mrmae_ds.planning.cost_report.cost_table", lambda _: "")
+    monkeypatch.setattr("mrmae_ds.planning.cost_report.cost_line", lambda *_: "")
     describe_cost(path, None)
     assert counted == ["tiny"]
 

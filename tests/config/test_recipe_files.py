@@ -19,8 +19,8 @@ from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.sizes import ARCHITECTURES
+from mrmae_ds.planning.cost_report import cost_line
 from mrmae_ds.profiling.flops import recipe_cost
-from mrmae_ds.profiling.flops_report import cost_line
 from mrmae_ds.tables.paper import TABLES, PaperRow
 from mrmae_ds.teachers import Teacher, build_meta_teacher
 from mrmae_ds.teachers.options import TeacherOptions

@@ -240,7 +240,7 @@ def test_dry_run_prints_costs_and_starts_nothing(
     assert "finished (top-1 80.00 %)" in lines["mae_tiny/pretrain"]
     assert "tiny/pretrain" in lines["tiny/finetune"].split()[3] and "not run" in lines["tiny/finetune"]
     assert slurm.jobs() == {} and not (tmp_path / "runs" / "slurm_jobs.json").exists()
-    from mrmae_ds.profiling.flops_report import describe_cost
+    from mrmae_ds.planning.cost_report import describe_cost
 
     # `mrmae cost` counts pre-training and fine-tuning; both stages' GPU-hours together are its own.
     text = describe_cost(

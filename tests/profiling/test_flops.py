@@ -23,8 +23,8 @@ from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.planning.cost_report import cost_line, gpu_hours
 from mrmae_ds.profiling.flops import COUNTED_STAGES, Flops, StageFlops, count_training, flop_counter, recipe_cost
-from mrmae_ds.profiling.flops_report import cost_line, gpu_hours
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 NONE = CheckpointPlan()

@@ -18,7 +18,10 @@ RESULTS = Path(__file__).resolve().parents[3] / "benchmarks" / "results"
 
 
 def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_images: int) -> Items:
-    """Return the bytes of a node's host memory by component; the page cache of the images comes last."""
+    """Return the bytes of a node's host memory by component; the page cache of the images comes last.
+
+    Not counted are the loaders of stages that read no .beton file.
+    """
     ranks, size = step.cluster.gpus_in_node, stage.task.image_size
     batch = step.memory.micro_batch * size * size * 3
     items: Items = {f"{ranks} ranks": ranks * CONSTANTS.process_gib * GIB}
@@ -27,6 +30,8 @@ def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         items[f"{name}, offloaded"] = ranks * held
     if offloaded := sum(weights.host for weights in step.memory.teachers.values()):
         items["teacher weights (pinned, per rank)"] = ranks * offloaded
+    if not _reads_beton(stage):
+        return items
     if recipe.data.backend == "ffcv":
         batches = CONSTANTS.ffcv_batches
         items[f"batches decoded by FFCV ({batches:g} per rank, pinned)"] = ranks * batches * batch
@@ -36,6 +41,10 @@ def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         items["batches in RandAugment (shared)"] = ranks * CONSTANTS.augment_batches * batch
     items["page cache of the training images"] = num_images * CONSTANTS.image_bytes
     return items
+
+
+def _reads_beton(stage: CountedStage) -> bool:
+    return stage.task.transform is not None
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,8 @@ class LoaderCost:
 
 def loader_cost(recipe: Recipe, stage: CountedStage, folder: Path = RESULTS) -> LoaderCost | None:
     """Return the measured cost of the recipe's loader; None if the results of benchmarks/loader.py lack it."""
+    if not _reads_beton(stage):
+        return None
     augmented = stage.task.augment is not None
     contender = f"mrmae_ds, {recipe.data.backend}" + (" + RandAugment" if augmented else " backend")
     for path in sorted(folder.glob("loader*.json")):

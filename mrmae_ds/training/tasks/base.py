@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
@@ -21,7 +21,7 @@ from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, StageConfig, TrainStageName
 from mrmae_ds.data.loaders.augment import AugmentSettings
-from mrmae_ds.data.loaders.base import Loader, LoaderRequest, TrainTransform
+from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, TrainTransform
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
@@ -226,6 +226,21 @@ class Task(ABC, Generic[ConfigT]):
         Returns:
             ``loss``, which is minimized, its parts by name, and statistics under names with a slash; scalars.
         """
+
+    @property
+    def traced_model(self) -> Callable[..., Any]:
+        """The engine's model for :meth:`traced_losses`."""
+        return self.model
+
+    def traced_losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
+        """Compute the losses on tensors without values, for plans; the operations must not depend on the batch size.
+
+        Args:
+            engine: calls :attr:`traced_model`.
+            batch: images of the stage's size.
+            key: as for :meth:`losses`.
+        """
+        return self.losses(engine, batch, key)
 
     def after_step(self) -> None:
         """Update state that follows the weights (a moving average). Called after every applied optimizer step."""

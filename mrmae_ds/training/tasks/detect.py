@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,18 @@ from mrmae_ds.config.detection import DetectConfig
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
-from mrmae_ds.data.loaders.base import LoaderRequest
+from mrmae_ds.data.loaders.base import Batch, LoaderRequest
 from mrmae_ds.data.loaders.build import num_workers_of
 from mrmae_ds.data.loaders.pillow import check_pillow_memory
 from mrmae_ds.detection.coco import CocoSplit, check_same_categories, open_split
 from mrmae_ds.detection.detector import LOSSES, Detector, build_detector
-from mrmae_ds.detection.flops import detector_flops
+from mrmae_ds.detection.flops import detector_cost, detector_flops, loss_on_fixed_boxes, meta_detector
 from mrmae_ds.detection.jitter import JitterSettings
 from mrmae_ds.detection.loader import DetectionBatch, DetectionLoader
 from mrmae_ds.errors import UserError
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import Encoder
-from mrmae_ds.models.pretrain import set_checkpointing
-from mrmae_ds.profiling.flops import count_training
 from mrmae_ds.records.sections import CocoInfo, DetectionInfo, Operations
 from mrmae_ds.teachers import build_teacher
 from mrmae_ds.training.evaluation.base import EvalContext
@@ -111,6 +110,15 @@ class DetectTask(Task[DetectConfig]):
         parts = {name.removeprefix("loss_"): losses[name] for name in LOSSES}
         return {"loss": losses["loss"], **parts, **{f"boxes/{name}": losses[name] for name in ("positives", "recall")}}
 
+    @property
+    def traced_model(self) -> Callable[..., Any]:
+        """The detector on a fixed number of boxes, because values decide which boxes are drawn."""
+        return partial(loss_on_fixed_boxes, self.model)
+
+    def traced_losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
+        """Compute a loss that depends on all that training computes, except on the selection of boxes."""
+        return {"loss": engine(self.normalize.student(self.normalize.pixels(batch.images), self.dtype))}
+
     def detect(self, engine: nn.Module, batch: DetectionBatch) -> list[dict[str, Tensor]]:
         """Return the detections of each image of an evaluation batch, in pixels of the square input."""
         return engine(self._inputs(batch), batch.sizes)
@@ -162,31 +170,14 @@ class DetectTask(Task[DetectConfig]):
 
     def count_operations(self, recipe: Recipe, checkpointing: CheckpointPlan, num_classes: int) -> Operations:
         """Count the operations of the stage for one image."""
-        return detector_operations(recipe, num_classes, checkpointing)
+        detector = meta_detector(recipe.model, self.config, num_classes)
+        forward = sum(detector_flops(detector, self.config).values())
+        training = detector_cost(detector, self.config, checkpointing)
+        again = sum(part.recomputed for part in training.parts.values())
+        return Operations(training=training.per_image, recomputed=again, forward=forward)
 
     def describe_detection(self, train: CocoSplit, val: CocoSplit) -> DetectionInfo:
         """Return settings and data for the run record."""
         sets = (CocoInfo(images=s.num_samples, annotations=s.num_annotations, sha256=s.sha256) for s in (train, val))
         settings = self.config.detector.model_dump(mode="json")
         return DetectionInfo(image_size=self.image_size, detector=settings, train=next(sets), val=next(sets))
-
-
-def detector_operations(recipe: Recipe, num_classes: int, checkpointing: CheckpointPlan) -> Operations:
-    """Count the operations of a recipe's detector for one image; training takes those of three forward passes.
-
-    Args:
-        recipe: with the stage.
-        num_classes: without the background.
-        checkpointing: activation checkpointing of the encoder, which repeats operations.
-    """
-    stage = recipe.stages.detect
-    assert stage is not None
-    drawn = stage.detector.boxes_per_image
-    with torch.device("meta"):
-        detector = build_detector(recipe.model, stage, num_classes).eval()
-        images = torch.empty(1, 3, stage.image_size, stage.image_size)
-    forward = detector_flops(detector, stage)
-    training = detector_flops(detector, stage, drawn, drawn // 4)
-    encoder = detector.train().encoder
-    again = count_training(lambda: encoder(images), partial(set_checkpointing, encoder), checkpointing).recomputed
-    return Operations(training=3 * sum(training.values()) + again, recomputed=again, forward=sum(forward.values()))

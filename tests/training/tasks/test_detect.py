@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.data.loaders.base import LoaderRequest
+from mrmae_ds.detection import flops
 from mrmae_ds.detection.coco import CocoSplit
 from mrmae_ds.detection.flops import detector_flops
 from mrmae_ds.detection.loader import DetectionBatch
@@ -22,7 +23,6 @@ from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.param_groups import adamw
 from mrmae_ds.training.replay import replay
-from mrmae_ds.training.tasks import detect
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.build import build_task, task_class
 from mrmae_ds.training.tasks.detect import DetectTask
@@ -257,10 +257,10 @@ def test_a_skipped_step_is_captured_and_repeated(runs: Path) -> None:
 
 
 def test_operations_are_counted_on_one_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe, built = load_recipe(RECIPE, overrides(tmp_path)), []
-    build = detect.build_detector
-    monkeypatch.setattr(detect, "build_detector", lambda *args: built.append(build(*args)) or built[-1])
-    none, all_blocks = (detect.detector_operations(recipe, 3, CheckpointPlan(0, n)) for n in (0, 1))
+    recipe, built, task = recipe_of(tmp_path), [], task_of(tmp_path)
+    build = flops.build_detector
+    monkeypatch.setattr(flops, "build_detector", lambda *args: built.append(build(*args)) or built[-1])
+    none, all_blocks = (task.count_operations(recipe, CheckpointPlan(0, n), 3) for n in (0, 1))
     assert len(built) == 2 and none.forward == all_blocks.forward and none.recomputed == 0
     encoder = detector_flops(built[0].eval(), recipe.stages.detect)["encoder"]
     assert 0 < all_blocks.recomputed < encoder  # the stages of convolutions are kept
