@@ -25,7 +25,7 @@ class DoctorRequest:
         only: names of the checks to run; empty for all.
         skip: names of checks to leave out.
         quick: run the 15-minute order only.
-        out: report; a folder of the same name beside it, visible to all nodes, holds files of the checks.
+        out: report; a new folder beside it, visible to all nodes, holds files of the checks.
         images: generated images.
         judge: compare numbers with expectations. False for tests on devices whose values mean nothing.
     """
@@ -39,11 +39,6 @@ class DoctorRequest:
     images: int = 512
     judge: bool = True
 
-    @property
-    def folder(self) -> Path:
-        """Folder of the checks' files."""
-        return self.out.with_name(f"{self.out.stem}-files")
-
 
 @dataclass
 class DoctorContext:
@@ -55,6 +50,7 @@ class DoctorContext:
         device: of this rank.
         gpu: its entry in the table of GPUs; None if it is unknown or not a GPU.
         ranks: exchange between ranks without collectives.
+        folder: of the checks' files, shared by all ranks; this run made it.
         found: this rank's readings by the check's name.
         deadline: end of the current check's limit, on the monotonic clock.
         limit_s: the current check's limit.
@@ -65,6 +61,7 @@ class DoctorContext:
     device: torch.device
     gpu: Gpu | None
     ranks: RankStore
+    folder: Path
     found: dict[str, list[Reading]] = field(default_factory=dict)
     deadline: float = float("inf")
     limit_s: float = float("inf")
@@ -73,11 +70,6 @@ class DoctorContext:
     def on_cuda(self) -> bool:
         """True if the device is a GPU."""
         return self.device.type == "cuda"
-
-    @property
-    def folder(self) -> Path:
-        """Folder of the checks' files, shared by all ranks."""
-        return self.request.folder
 
     def require_cuda(self) -> None:
         """Raise NotApplicable without a GPU."""

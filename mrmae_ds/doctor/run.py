@@ -21,7 +21,7 @@ from mrmae_ds.doctor.context import Check, DoctorContext, DoctorRequest
 from mrmae_ds.doctor.ranks import RankStore
 from mrmae_ds.doctor.reading import HardFailure, NotApplicable
 from mrmae_ds.doctor.report import CheckResult, DoctorReport, summarize
-from mrmae_ds.doctor.tiny_job import remove_files
+from mrmae_ds.doctor.tiny_job import make_job_folder, remove_files
 from mrmae_ds.errors import UserError
 from mrmae_ds.profiling.gpus import match_device
 
@@ -39,7 +39,7 @@ def run_doctor(request: DoctorRequest, launch: Launch) -> int:
         The exit status: 0, or 1 after a hard failure or a check over its limit.
 
     Raises:
-        UserError: for a name that is not a check, or more ranks than GPUs on a node.
+        UserError: for a name that is not a check, more ranks than GPUs on a node, or a report that cannot be written.
     """
     checks = select_checks(request)
     device = choose_device(launch)
@@ -48,10 +48,9 @@ def run_doctor(request: DoctorRequest, launch: Launch) -> int:
         torch.cuda.set_device(device)
         properties = torch.cuda.get_device_properties(device)
         gpu = match_device(properties.name, properties.total_memory)
-    context = DoctorContext(request, launch, device, gpu, RankStore(launch))
+    ranks = RankStore(launch)
+    context = DoctorContext(request, launch, device, gpu, ranks, make_job_folder(request.out, ranks))
     report = DoctorReport(context)
-    remove_files(context)
-    context.ranks.gather(True)
     try:
         return _run_checks(context, checks, report)
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.doctor.context import DoctorContext
+from mrmae_ds.doctor.ranks import RankStore
 from mrmae_ds.doctor.reading import HardFailure
 from mrmae_ds.doctor.workload import write_engine_config
+from mrmae_ds.errors import CollectiveError, UserError, user_message
 from mrmae_ds.factory import build_pretraining
+from mrmae_ds.files import check_writable
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from mrmae_ds.weights.paths import MODEL_FILE
@@ -111,9 +115,34 @@ def tiny_job(context: DoctorContext) -> TinyJob:
     return job
 
 
+def make_job_folder(report: Path, ranks: RankStore) -> Path:
+    """Make a new folder beside the report on rank 0, and return it on every rank.
+
+    Its name is unique, so that the doctor can remove it without touching what it did not make. Making it shows before
+    the first check that the report can be written.
+
+    Raises:
+        UserError: if the report cannot be written, or rank 0 does not answer.
+    """
+    made, problem = "", ""
+    if ranks.launch.rank == 0:
+        try:
+            check_writable(report)
+            made = tempfile.mkdtemp(prefix=f"{report.stem}-files-", dir=report.parent)
+        except (UserError, OSError) as error:
+            problem = f"--out {user_message(error) or error}"
+    (first, *_) = ranks.gather([made, problem])
+    if first is None:
+        raise UserError("no answer from rank 0; check the launcher's output of its node")
+    made, problem = first
+    if problem:
+        raise CollectiveError(problem)
+    return Path(made)
+
+
 def remove_files(context: DoctorContext) -> None:
-    """Remove the checks' files."""
-    if context.launch.rank == 0:
+    """Remove the checks' files; a node that does not see rank 0's folder has one of its own."""
+    if context.launch.local_rank == 0:
         shutil.rmtree(context.folder, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ from mrmae_ds.doctor.reading import HardFailure, NotApplicable
 def _context(launch: Launch | None = None) -> DoctorContext:
     launch = launch or Launch(0, 0, 1, 1)
     ranks = RankStore(Launch(0, 0, 1, 1))
-    return DoctorContext(DoctorRequest(), launch, torch.device("cpu"), None, ranks)
+    return DoctorContext(DoctorRequest(), launch, torch.device("cpu"), None, ranks, Path("unused"))
 
 
 def _program(folder: Path, monkeypatch: pytest.MonkeyPatch, output: str) -> None:

@@ -24,7 +24,7 @@ ALONE = Launch(0, 0, 1, 1)
 @pytest.fixture
 def context(tmp_path: Path) -> DoctorContext:
     request = DoctorRequest(out=tmp_path / "doctor.json", images=16)
-    return DoctorContext(request, ALONE, torch.device("cpu"), None, RankStore(ALONE))
+    return DoctorContext(request, ALONE, torch.device("cpu"), None, RankStore(ALONE), tmp_path / "files")
 
 
 def test_a_step_on_the_cpu_equals_itself(context: DoctorContext) -> None:

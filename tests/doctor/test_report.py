@@ -39,7 +39,7 @@ def _summary(*ranks: Any, judge: bool = True) -> CheckResult:
 def _context(folder: Path) -> DoctorContext:
     launch = Launch(0, 0, 1, 1)
     request = DoctorRequest(out=folder / "doctor.json")
-    return DoctorContext(request, launch, torch.device("cpu"), None, RankStore(launch))
+    return DoctorContext(request, launch, torch.device("cpu"), None, RankStore(launch), folder)
 
 
 def test_a_row_has_the_median_and_the_ends_and_names_the_ranks_outside() -> None:

@@ -11,7 +11,7 @@ import pytest
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.doctor import run
 from mrmae_ds.doctor.checks import CHECKS, START
-from mrmae_ds.doctor.context import Check, DoctorRequest
+from mrmae_ds.doctor.context import Check, DoctorContext, DoctorRequest
 from mrmae_ds.doctor.reading import HardFailure, NotApplicable, Reading
 from mrmae_ds.doctor.run import run_doctor, select_checks
 from mrmae_ds.errors import UserError
@@ -82,3 +82,30 @@ def test_a_hard_failure_ends_the_run_with_a_report(
     assert _run(monkeypatch, tmp_path, _check("a", HardFailure("no GPU")), _check("b")) == 1
     out = capsys.readouterr().out
     assert "a: stop, no GPU" in out and "b:" not in out and (tmp_path / "doctor.json").is_file()
+
+
+def test_only_files_of_the_doctor_are_removed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also in folders that are named like its own."""
+    for name in ("doctor-files", "doctor-files-1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("x")
+    before, seen = sorted(tmp_path.rglob("*")), list[Path]()
+
+    def write(context: DoctorContext) -> list[Reading]:
+        (context.folder / "written").touch()
+        seen.extend(tmp_path.rglob("written"))
+        return []
+
+    assert _run(monkeypatch, tmp_path, Check("a", write, "a key", 30.0)) == 0
+    assert len(seen) == 1 and sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "doctor.json"])
+
+
+def test_a_report_that_cannot_be_written_is_refused_before_the_first_check(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "doctor.json").mkdir()
+    with pytest.raises(UserError, match=r"^--out .*doctor.json: is a folder; name a file$"):
+        _run(monkeypatch, tmp_path, _check("a"))
+    with pytest.raises(UserError, match=r"^--out /proc/none: cannot be made"):
+        _run(monkeypatch, Path("/proc/none"), _check("a"))
+    assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == [tmp_path / "doctor.json"]
