@@ -50,7 +50,8 @@ from mrmae_ds.config.stages import (
     TrainStageName,
 )
 from mrmae_ds.errors import ConfigError, UserError
-from mrmae_ds.models.objectives import PIXELS
+from mrmae_ds.models.hog import cell_size
+from mrmae_ds.models.objectives import COMPUTED, HOG
 from mrmae_ds.models.pretrain import check_taps, taps_latent
 from mrmae_ds.models.sizes import CViTSpec, token_grid
 from mrmae_ds.schema import Section
@@ -100,10 +101,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:
-        if PIXELS in self.teachers:
-            raise ConfigError(
-                f"teachers.{PIXELS}", "not a name for a teacher; it is the image as an objective's target"
-            )
+        for name in COMPUTED & self.teachers.keys():
+            raise ConfigError(f"teachers.{name}", "not a name for a teacher; it is computed as an objective's target")
         stage = self.stages.pretrain
         if stage is None:
             return self
@@ -113,11 +112,11 @@ class Recipe(Section):
                 raise ConfigError(where, f"no teacher {name!r}; defined are {_listed(self.teachers)}")
         targets = [target for name in stage.teachers for target in self.teachers[name].targets(name)]
         for key, objective in stage.objectives.items():
-            if objective.target not in {PIXELS, *targets}:
+            if objective.target not in {*COMPUTED, *targets}:
                 raise ConfigError(
                     f"stages.pretrain.objectives.{key}.target",
-                    f"{objective.target!r} is neither pixels nor a target of stages.pretrain.teachers "
-                    f"({_listed(targets)})",
+                    f"{objective.target!r} is neither {' nor '.join(sorted(COMPUTED))} nor a target of "
+                    f"stages.pretrain.teachers ({_listed(targets)})",
                 )
             teacher = self.teachers.get(objective.target.partition(".")[0])
             if teacher and teacher.sees == "visible" and objective.tokens != "visible":
@@ -150,6 +149,12 @@ class Recipe(Section):
             check_taps(stage.objectives, depth, num_prefix_tokens)
         except ConfigError as error:
             raise ConfigError(f"stages.pretrain.objectives.{error.key}", error.reason) from None
+        for name, objective in stage.objectives.items():
+            if objective.target == HOG and spec.stride % cell_size(spec.stride):
+                raise ConfigError(
+                    f"stages.pretrain.objectives.{name}.target",
+                    f"hog has cells of {cell_size(spec.stride)} pixels, which do not tile tokens of {spec.stride}",
+                )
         if not taps_latent(stage.objectives) and (self.model.fusion.stages or self.model.fusion.blocks):
             raise ConfigError("model.fusion", "has no effect, since no objective taps the latent; set it to null")
         return self

@@ -17,15 +17,16 @@ from torch import Tensor
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.schema import Section
 
-PIXELS = "pixels"
+PIXELS, HOG = "pixels", "hog"
+COMPUTED = {PIXELS, HOG}  # targets that are computed from the images, without a teacher
 
 
 class Objective(Section):
     """One loss of pre-training.
 
     Attributes:
-        target: ``pixels`` (of the student's normalized input) or the name of one of the stage's teachers; NAME.LAYER
-            of a teacher with several ``layers``.
+        target: ``pixels`` (of the student's normalized input), ``hog`` (their histograms of oriented gradients,
+            MaskFeat) or the name of one of the stage's teachers; NAME.LAYER of a teacher with several ``layers``.
         tap: source of the prediction: the fused ``encoder`` latent, or the ``decoder``'s output.
         block: at the encoder, the transformer block (0-based) whose output is tapped instead of the latent.
         mix: tap a weighted sum of all blocks' outputs instead; its learned weights start near ``block`` alone
@@ -74,8 +75,8 @@ class Objective(Section):
             raise ValueError(f"block: has no effect on tap: {self.tap} (only on encoder); remove it")
         if self.mix and self.block is None:
             raise ValueError("mix: name the block that its weights start at as block")
-        if self.class_token and self.target == PIXELS:
-            raise ValueError("class_token: pixels have no class token; remove it")
+        if self.class_token and self.target in COMPUTED:
+            raise ValueError(f"class_token: {self.target} have no class token; remove it")
         if self.normalize_prediction != "none" and self.loss == "cosine":
             raise ValueError("normalize_prediction: has no effect on loss: cosine; remove it")
         return self

@@ -15,9 +15,10 @@ from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.decoder import DECODERS, DecoderSpec
 from mrmae_ds.models.encoders import Encoder
+from mrmae_ds.models.hog import hog_tokens, hog_width
 from mrmae_ds.models.layers import PatchConv
 from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
-from mrmae_ds.models.objectives import PIXELS, Objective, objective_loss, patchify, total_loss
+from mrmae_ds.models.objectives import COMPUTED, HOG, PIXELS, Objective, objective_loss, patchify, total_loss
 from mrmae_ds.schema import Section
 
 
@@ -197,7 +198,7 @@ class PretrainModel(nn.Module):
                 if spec.mix and spec.block is not None
             }
         )
-        widths = {PIXELS: encoder.stride**2 * 3, **teacher_dims}
+        widths = {PIXELS: encoder.stride**2 * 3, HOG: hog_width(encoder.stride), **teacher_dims}
         self.heads = nn.ModuleDict(
             {
                 name: nn.Linear(encoder.embed_dim if spec.tap == "encoder" else decoder.dim, widths[spec.target])
@@ -231,7 +232,7 @@ class PretrainModel(nn.Module):
         teacher_dims = {
             spec.target: len(tensors[f"heads.{name}.bias"])
             for name, spec in objectives.items()
-            if spec.target != PIXELS
+            if spec.target not in COMPUTED
         }
         model = cls(encoder, fusion, decoder, objectives, teacher_dims)
         model.load_state_dict(tensors)
@@ -268,6 +269,8 @@ class PretrainModel(nn.Module):
         """
         predictions = self.predict(images, visible)
         targets = {PIXELS: patchify(images, self.encoder.stride), **targets}
+        if any(spec.target == HOG for spec in self.objectives.values()):
+            targets[HOG] = hog_tokens(images, self.encoder.stride)
         losses = {
             name: objective_loss(spec, predictions[name], targets[spec.target], visible)
             for name, spec in self.objectives.items()

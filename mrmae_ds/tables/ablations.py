@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Literal
 
+from mrmae_ds.models.objectives import HOG, PIXELS
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import ObjectiveInfo, PretrainSummary, TeacherInfo
 from mrmae_ds.tables import paper
@@ -126,8 +127,8 @@ def parts_of(pretraining: PretrainSummary | None) -> dict[str, str] | None:
     if pretraining is None or pretraining.design is None or pretraining.model is None:
         return None
     objectives = pretraining.design.objectives.values()
-    low = {_tap(o) for o in objectives if o.target == "pixels"}
-    high = {_tap(o) for o in objectives if o.target != "pixels"}
+    low = {_tap(o) for o in objectives if o.target == PIXELS}
+    high = {_tap(o) for o in objectives if o.target != PIXELS}
     values = (
         _loss(low),
         _loss(high),
@@ -143,6 +144,7 @@ def _tap(objective: ObjectiveInfo) -> tuple[str, str]:
     words = [objective.tap if objective.block is None else f"{objective.tap} block"]
     words += [] if objective.loss in (None, "l2", "l2_sum") else [objective.loss]
     words += ["class token"] if objective.class_token else []
+    words += ["HOG"] if objective.target == HOG else []
     return ", ".join(words), objective.tokens
 
 

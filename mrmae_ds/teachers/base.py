@@ -19,7 +19,7 @@ from mrmae_ds.config.stages import MaskingConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.masking import VisibleSet, choose_visible
-from mrmae_ds.models.objectives import PIXELS, Objective
+from mrmae_ds.models.objectives import COMPUTED, Objective
 from mrmae_ds.teachers.options import TeacherOptions
 
 
@@ -67,7 +67,7 @@ def targets_of(
     Returns:
         [B, L, C] each; [B, 1 + L, C] with the class token first if an objective includes it.
     """
-    specs = [spec for spec in objectives.values() if spec.target != PIXELS]
+    specs = [spec for spec in objectives.values() if spec.target not in COMPUTED]
     with_class = {spec.target for spec in specs if spec.class_token}
     targets = {}
     for target in dict.fromkeys(spec.target for spec in specs):
