@@ -246,7 +246,7 @@ def test_prints_completion_script(shell: str, capsys: pytest.CaptureFixture[str]
         ("train --stage p", ["pretrain", "probe"]),
         ("data wr", ["write"]),
         ("plan --ds_config ds_configs/tiny-z", ["ds_configs/tiny-zero1.json"]),
-        ("submit pipelines/toy", ["pipelines/toy3.yaml", "pipelines/toy6.yaml", "pipelines/toy.json"]),
+        ("submit pipelines/toy", [f"pipelines/toy{end}" for end in ("1.yaml", "3.yaml", "6.yaml", ".json")]),
     ],
 )
 def test_bash_completes_commands_options_and_files(

@@ -14,6 +14,8 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import load_pipeline, to_overrides
 from mrmae_ds.pipeline.costs import stage_flops
 from mrmae_ds.pipeline.graph import _sources, build_jobs
+from mrmae_ds.tables.ablations import OWN_METHODS
+from mrmae_ds.tables.paper import TABLE_1
 from tests.support.pipelines import KEYS, make_jobs, write_pipeline
 from tests.support.processes import REPOSITORY
 
@@ -74,6 +76,19 @@ def test_table6_pipeline_has_every_cell(tmp_path: Path) -> None:
         stage = by_key[f"{name}/finetune"].recipe.stages.finetune
         assert stage is not None and stage.init == f"runs/{source}/pretrain"
     assert {job.dependencies for job in jobs if job.stage == "evaluate"} == {(job.key,) for job in tuned}
+
+
+def test_table1_pipeline_has_every_method_that_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = load_pipeline(Path("pipelines/table1.yaml"))
+    monkeypatch.chdir(tmp_path)
+    source = Path("weights/mae_pretrain_vit_large.pth")
+    with pytest.raises(UserError, match=f"teachers.mae.source: {source} is neither a run .* nor an existing file"):
+        build_jobs(pipeline)
+    source.parent.mkdir()
+    source.touch()
+    jobs = build_jobs(pipeline)
+    epochs = {job.recipe.method: job.recipe.stages.pretrain.epochs for job in jobs}
+    assert epochs == {row.method: row.epochs for row in TABLE_1.rows if row.method in OWN_METHODS}
 
 
 def test_ablations_pipeline_has_every_row_of_tables_3_to_5(tmp_path: Path) -> None:

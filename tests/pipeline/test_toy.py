@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from mrmae_ds.config.engine import accumulation_steps, load_engine_config
+from mrmae_ds.config.recipe import DataConfig, TeacherConfig
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.pipeline.config import load_pipeline
 from mrmae_ds.pipeline.graph import PipelineJob, build_jobs
 from mrmae_ds.tables.ablations import parts_of
 from mrmae_ds.tables.paper import TABLE_3, TABLE_6
-from mrmae_ds.teachers import build_meta_teacher
+from mrmae_ds.teachers import Teacher, build_meta_teacher
+from mrmae_ds.teachers.options import TeacherOptions
+from mrmae_ds.teachers.sources.checkpoint import meta_teacher
 from mrmae_ds.training.tasks.pretrain import describe_design
 from tests.support.processes import REPOSITORY, environment
 
@@ -69,7 +72,17 @@ def test_sizes_grow_and_methods_share_the_schedule(method: str) -> None:
     assert {(s.epochs, s.batch_size, s.optimizer.base_lr) for s in stages if s} == {(3, 32, 0.012)}
 
 
-@pytest.mark.parametrize("name", ["toy6", "toy3"])
+def _build_teacher(name: str, config: TeacherConfig, data: DataConfig, size: int, grid: tuple[int, int]) -> Teacher:
+    """Build a teacher without weights; of DMAE's, a run of toy_mae_base that does not exist yet, from its sizes."""
+    if config.kind != "checkpoint":
+        return build_meta_teacher(name, config, data, size, grid)
+    recipe = _jobs("toy6", [0])["toy_mae_base/pretrain"].recipe
+    with torch.device("meta"):
+        encoder = build_encoder(recipe.model.spec(), size)
+    return meta_teacher(encoder, TeacherOptions.from_config(name, config, data, size, grid))
+
+
+@pytest.mark.parametrize("name", ["toy6", "toy3", "toy1"])
 def test_every_pretraining_can_be_built_and_its_batch_size_divides(name: str) -> None:
     for job in _jobs(name, [0]).values():
         config, stage = load_engine_config(job.config), job.recipe.stage(job.stage)
@@ -78,7 +91,7 @@ def test_every_pretraining_can_be_built_and_its_batch_size_divides(name: str) ->
             pretrain = job.recipe.stages.pretrain
             assert pretrain is not None
             with torch.device("meta"):
-                model, teachers = build_pretraining(job.recipe, pretrain, build_meta_teacher)
+                model, teachers = build_pretraining(job.recipe, pretrain, _build_teacher)
             assert model.encoder.grid == (6, 6) and {teacher.grid for teacher in teachers.values()} <= {(6, 6)}
             assert bool(teachers) == (job.recipe.method not in ("MAE", "MCMAE"))
 
@@ -103,6 +116,18 @@ def test_rows_1_and_7_are_trained_once_for_both_tables() -> None:
     assert shared == {f"{run}/{stage}" for run in runs for stage in ("pretrain", "finetune")}
     for key in shared:
         assert six[key].recipe.hash(six[key].stage) == three[key].recipe.hash(three[key].stage)
+
+
+def test_table_1_shares_runs_with_table_6_and_has_all_methods_that_are_computed() -> None:
+    six, one = _jobs("toy6", [0, 1]), _jobs("toy1", [0, 1])
+    methods = {job.recipe.method for job in one.values()}
+    assert methods == {"MAE", "MCMAE", "MR-MAE", "MILAN", "DMAE", "MaskAlign"}
+    assert one["toy_dmae_base-seed1/pretrain"].dependencies == ("toy_mae_base-seed1/pretrain",)
+    shared = one.keys() & six.keys()
+    assert {one[key].recipe.method for key in shared} == {"MAE", "MCMAE", "MR-MAE"}
+    assert all(one[key].recipe.hash(one[key].stage) == six[key].recipe.hash(six[key].stage) for key in shared)
+    pretrain = [job.recipe.stages.pretrain for job in one.values()]
+    assert {(s.epochs, s.batch_size, s.optimizer.base_lr) for s in pretrain if s} == {(3, 32, 0.012)}
 
 
 def test_script_prints_its_usage() -> None:
