@@ -31,7 +31,7 @@ def build_pretraining(
             a teacher cannot be loaded or does not fit.
     """
     size = recipe.model.image_size
-    encoder = build_encoder(recipe.model.spec(), size)
+    encoder = build_encoder(recipe.model.spec(), size, drop_path_rate=stage.drop_path)
     rows, columns = encoder.grid
     if num_visible(rows * columns, stage.masking.keep_ratio) < 1:
         raise UserError(

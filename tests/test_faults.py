@@ -402,7 +402,7 @@ def test_resumes_fine_tuning_with_layer_decay(runs: SmallRuns) -> None:
 def test_other_methods_resume_and_are_replayed(method: str, placement: str, runs: SmallRuns, undisturbed: Path) -> None:
     """Bit by bit, and the visible set that a teacher sees is that of the captured step."""
     recipe = ("--recipe", f"ds_configs/methods/{method}_tiny.yaml", f"teachers.mae.source={undisturbed}")
-    here = (*recipe, f"stages.pretrain.placement={placement}")
+    here = (*recipe, f"stages.pretrain.placement={placement}", "stages.pretrain.drop_path=0.2")
     assert runs.launch(f"{method}", *here).wait(LIMIT_S) == [0, 0]
     ranks = runs.launch(f"half {method}", *here, fault=STOP)
     assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()

@@ -163,6 +163,7 @@ class PretrainConfig(CropStageConfig):
         teachers: names of the recipe's teachers that this stage uses.
         masking: selection of the visible tokens.
         objectives: losses by name.
+        drop_path: rate of stochastic depth in the last block, rising linearly from 0.
         placement: placement of the teachers' weights: one kind for all (``device``, ``step``, ``stream``,
             ``sharded``), or by teacher a kind or a section (:class:`PlacementConfig`); others are on the device. It
             affects speed and memory, not results, and no hash.
@@ -175,6 +176,8 @@ class PretrainConfig(CropStageConfig):
     teachers: tuple[str, ...] = ()
     masking: MaskingConfig = MaskingConfig()
     objectives: dict[Name, Objective] = Field(min_length=1)
+    # Left out of records and hashes at its default, so that runs from before it existed keep their hash.
+    drop_path: float = Field(0.0, ge=0, lt=1, exclude_if=lambda value: value == 0)
     placement: dict[str, PlacementConfig] = Field({})
     knn: KnnConfig | None = None
 

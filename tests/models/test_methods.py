@@ -299,3 +299,12 @@ def test_parameters_are_as_many_as_the_authors(name: str, width: int, total: int
 def test_a_teacher_without_a_class_token_is_refused() -> None:
     with pytest.raises(UserError, match=r"objectives.mimic.class_token: teachers.mae has no class token; remove"):
         of_recipe("milan_tiny", width=96, has_class_token=False)
+
+
+def test_drop_path_of_pretraining_rises_over_the_encoders_blocks() -> None:
+    for name, last in {"maskalign_base": 0.1, "milan_base": 0.0}.items():
+        model = of_recipe(name, width=768, has_class_token=True)
+        rates = [getattr(block.drop_path1, "drop_prob", 0.0) for block in model.encoder.transformer_blocks]
+        assert rates == pytest.approx([last * i / 11 for i in range(12)])
+        stage = load_recipe(Path(f"ds_configs/methods/{name}.yaml")).stages.pretrain
+        assert ("drop_path" in stage.model_dump()) == (last > 0)  # absent, as in runs from before the key existed
