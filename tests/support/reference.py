@@ -42,7 +42,6 @@ def authors_name(name: str) -> str:
     name = re.sub(r"^fusion\.stage_convs\.(\d)", r"stage\1_output_decode", name)
     name = re.sub(r"^fusion\.norm", "norm", name)
     name = re.sub(r"^heads\.pixels", "decoder_pred", name)
-    name = re.sub(r"^heads\.mimic", DMAE_HEAD, name)
     name = re.sub(r"^decoder\.mask_token", "mask_token", name)
     name = re.sub(r"^decoder\.", "decoder_", name)
     return name.removeprefix("encoder.")
