@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from mrmae_ds.config.detection import DetectorConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
 from mrmae_ds.models.sizes import ARCHITECTURES
@@ -19,13 +20,15 @@ from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
 from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.changed import changed_weights
+from mrmae_ds.weights.detectors import STRIDE as ENCODER_STRIDE
+from mrmae_ds.weights.detectors import DetectorFile, detector_of
 from mrmae_ds.weights.export import input_statistics, timm_line
 from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.formats import verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity, nearest_architecture
 from mrmae_ds.weights.names import describe_names
 from mrmae_ds.weights.paths import INDEX_SUFFIX, MODEL_FILE, weights_sha256
-from mrmae_ds.weights.resolve import Weights, model_metadata, resolve
+from mrmae_ds.weights.resolve import Weights, model_metadata, resolve, unusable_tensors
 
 FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle without code", "torchscript": "TorchScript archive"}
 # Training options to print, of those in a released file.
@@ -79,6 +82,8 @@ def describe_file(path: Path) -> list[InfoRow]:
         UserError: if it is damaged, contains code, contains no weights, or several sets of them and none is chosen.
     """
     weights = resolve(path)
+    if detector := detector_of(weights):
+        return _detector_rows(detector, path)
     file, identity = weights.file, weights.identity
     verify_checksums(file.path)
     rows = [("kind", identity.title), ("format", FORMATS[file.format])]
@@ -88,17 +93,68 @@ def describe_file(path: Path) -> list[InfoRow]:
         rows += _encoder_rows(identity)
     rows += _clip_rows(weights) if identity.kind == "clip" else []
     rows += _tensor_rows(file.tensors, weights.unusable)
-    is_index = file.path.name.endswith(INDEX_SUFFIX)
-    rows.append(("sha256", weights_sha256(path) + " (of the checksums of index and shards)" * is_index))
-    rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
-    if options := [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]:
-        rows.append(("made with", ", ".join(options)))
+    rows += _file_rows(weights, path)
     if weights.problem:
         return [*rows, ("NOT USABLE", weights.problem)]
     if identity.kind == "clip":
         return rows + _clip_uses(weights, path)
     rows.append(("use it", usage(identity, path)))
     return rows + (_other_uses(weights) if identity.family and not identity.extras else [])
+
+
+def _file_rows(weights: Weights, path: Path) -> list[InfoRow]:
+    """Return checksum and origin of a file."""
+    file, identity = weights.file, weights.identity
+    is_index = file.path.name.endswith(INDEX_SUFFIX)
+    rows = [("sha256", weights_sha256(path) + " (of the checksums of index and shards)" * is_index)]
+    rows += _our_rows(with_present_keys(dict(identity.metadata))) if identity.ours else []
+    options = [f"{key} {file.args[key]}" for key in OPTIONS if file.args.get(key) is not None]
+    return rows + ([("made with", ", ".join(options))] if options else [])
+
+
+def _detector_rows(detector: DetectorFile, path: Path) -> list[InfoRow]:
+    """Describe a file of a whole detector, and say how to use all of it, or its encoder alone."""
+    from mrmae_ds.detection.saved import detector_problem, saved_detector
+
+    weights = detector.weights
+    verify_checksums(weights.raw.path)
+    rows = [("kind", f"whole {weights.identity.title.split(' of ')[-1].removeprefix('a ')}, Mask R-CNN")]
+    rows += [("format", FORMATS[weights.raw.format]), *_encoder_rows(weights.identity)]
+    if not detector.problem:
+        config, side = detector.sizes()
+        sizes = ", ".join(f"{key.replace('_', ' ')} {_plain(value)}" for key, value in config)
+        rows.append(("detector", f"{detector.num_classes} classes, image {side}, {sizes}"))
+    rows += _tensor_rows(weights.raw.tensors, unusable_tensors(detector.tensors))
+    rows += [("not used", first_few(detector.unused, 6))] if detector.unused else []
+    rows += _file_rows(weights, path)
+    alone = [] if weights.problem else [("its encoder", f"stages.detect.init={detector.encoder_alone}")]
+    if problem := detector_problem(detector):
+        return [*rows, ("NOT USABLE", problem), *alone]
+    rows.append(("use it", detector_usage(detector, path)))
+    try:
+        names = saved_detector(weights).metadata["class_names"]
+    except UserError as error:
+        reason = str(error).removeprefix(f"{weights.where}: ")
+        return [*rows, *alone, ("refused yet", f"detect, evaluation and export: it {reason}")]
+    rows.append(("classes", first_few(names, 5)))
+    rows.append(("detect by it", f"mrmae detect {path} IMAGE... --out FOLDER"))
+    return [*rows, ("evaluate it", f"stages.evaluate.members=[{path}]"), *alone]
+
+
+def detector_usage(detector: DetectorFile, path: Path) -> str:
+    """Return the settings of a recipe that fine-tunes a whole detector.
+
+    Args:
+        detector: usable file.
+        path: the file.
+    """
+    identity, (config, side) = detector.weights.identity, detector.sizes()
+    default = DetectorConfig(global_blocks=config.global_blocks)
+    changed = {key: value for key, value in config if key == "global_blocks" or value != getattr(default, key)}
+    grid = identity.grid or (0, 0)
+    settings = [f"stages.detect.init={path} with {_model_settings(identity)}"]
+    settings += [f"model.image_size={grid[0] * ENCODER_STRIDE}", f"stages.detect.image_size={side}"]
+    return " ".join([*settings, *(f"stages.detect.detector.{key}={_yaml(value)}" for key, value in changed.items())])
 
 
 def usage(identity: WeightIdentity, path: Path) -> str:
@@ -117,10 +173,17 @@ def usage(identity: WeightIdentity, path: Path) -> str:
         return f"as a teacher, if timm has the model: teachers.NAME={{kind: timm, source: MODEL, weights: {path}}}"
     if "create_model" in identity.metadata:
         return timm_line(identity.metadata, path)
+    stage, pool = "finetune", " stages.finetune.pool=token" if identity.pool == "token" else ""
+    if identity.relative:
+        stage = "detect"
+    return f"stages.{stage}.init={path} with {_model_settings(identity, pool)}"
+
+
+def _model_settings(identity: WeightIdentity, pool: str = "") -> str:
+    """Return the settings of a recipe's model for an encoder."""
     arch, changes = nearest_architecture(identity.family, identity.sizes)
     settings = [f"model.arch={arch}", *(f"model.overrides.{key}={_yaml(value)}" for key, value in changes.items())]
-    settings += ["stages.finetune.pool=token"] if identity.pool == "token" else []
-    return f"stages.finetune.init={path} with {' '.join(settings)}{_heads(identity, arch, changes)}"
+    return f"{' '.join(settings)}{pool}{_heads(identity, arch, changes)}"
 
 
 def _clip_rows(weights: Weights) -> list[InfoRow]:

@@ -144,8 +144,12 @@ def _locked(args: TrainArgs, launch: Launch) -> AbstractContextManager[None]:
 def _prepare(args: TrainArgs, launch: Launch) -> Callable[[], None]:
     """Resolve, check and load a stage, before any process group is started; return the function that runs it."""
     if args.stage == "evaluate":
-        from mrmae_ds.training.evaluate import prepare_evaluation, run_evaluation
+        from mrmae_ds.training.evaluate import names_detector, prepare_evaluation, run_evaluation
 
+        if names_detector(args):
+            from mrmae_ds.training.evaluate_detector import prepare_detector, run_detector
+
+            return partial(run_detector, prepare_detector(args, launch))
         return partial(run_evaluation, prepare_evaluation(args, launch))
     from mrmae_ds.training.job import prepare_stage
     from mrmae_ds.training.run import dry_run, run_stage

@@ -14,6 +14,7 @@ from mrmae_ds.detection.roi_heads import RegionHeads
 from mrmae_ds.detection.rpn import ProposalNetwork
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.pyramid import STRIDES, SimplePyramid
+from mrmae_ds.models.sizes import EncoderSpec, ImageSize
 from mrmae_ds.models.windowed import WindowedCViT, WindowedViT, build_windowed
 
 LOSSES = ("loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg", "loss_mask")
@@ -97,8 +98,28 @@ def build_detector(model: ModelConfig, stage: DetectConfig, num_classes: int) ->
     Raises:
         ConfigError: if the encoder's stride is not 16, or a global block does not exist.
     """
-    config = stage.detector
-    encoder = build_windowed(
-        model.spec(), stage.image_size, config.window, config.global_blocks, model.image_size, stage.drop_path
+    return assemble_detector(
+        model.spec(), stage.detector, stage.image_size, model.image_size, num_classes, stage.drop_path
     )
+
+
+def assemble_detector(
+    spec: EncoderSpec,
+    config: DetectorConfig,
+    image_size: int,
+    position_size: ImageSize,
+    num_classes: int,
+    drop_path: float = 0.0,
+) -> Detector:
+    """Build a detector of given sizes with random weights, as :func:`build_detector` does.
+
+    Args:
+        spec: of the encoder.
+        config: of the detector.
+        image_size: side of the square input, pixels.
+        position_size: input size of the stored position embedding, pixels.
+        num_classes: K, without the background.
+        drop_path: rate of stochastic depth in the last block.
+    """
+    encoder = build_windowed(spec, image_size, config.window, config.global_blocks, position_size, drop_path)
     return Detector(SimplePyramid(encoder, config.channels), config, num_classes)

@@ -11,26 +11,22 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.data.convert.images import ImageError, read_rgb
 from mrmae_ds.detection.coco import ImageEntry
-from mrmae_ds.detection.detector import Detector, build_detector
 from mrmae_ds.detection.draw import detected_objects, draw_objects
 from mrmae_ds.detection.evaluate import Result, image_results
 from mrmae_ds.detection.jitter import eval_jitter, jitter_image
 from mrmae_ds.detection.loader import DetectionBatch
+from mrmae_ds.detection.saved import open_detector
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import replacing, write_text
-from mrmae_ds.weights.finished_run import with_present_keys
-from mrmae_ds.weights.model_file import read_metadata, read_tensors
-from mrmae_ds.weights.paths import find_weights
 
 
 class Predictor:
     """A trained detector.
 
     Args:
-        source: folder of a finished stage ``detect``, or its model file.
+        source: folder of a finished stage ``detect``, or a weights file of a whole detector.
         device: to compute on.
 
     Attributes:
@@ -38,23 +34,16 @@ class Predictor:
         category_ids: of the classes in the training set, int64 [K].
 
     Raises:
-        UserError: if it holds no detector.
+        UserError: as :func:`~mrmae_ds.detection.saved.open_detector`.
     """
 
     def __init__(self, source: Path, device: torch.device) -> None:
-        path = find_weights(source)
-        metadata = with_present_keys(read_metadata(path))
-        if metadata["kind"] != "detector":
-            raise UserError(f"{path}: holds no detector ({metadata['kind']}); name a finished stage, runs/NAME/detect")
+        saved = open_detector(source)
+        metadata = saved.metadata
         self.class_names: tuple[str, ...] = tuple(metadata["class_names"])
         self.category_ids = np.array(metadata["category_ids"], dtype=np.int64)
-        recipe = Recipe.model_validate(metadata["recipe"])
-        stage = recipe.stages.detect
-        assert stage is not None
-        self.model: Detector = build_detector(recipe.model, stage, metadata["num_classes"])
-        self.model.load_state_dict(read_tensors(path))
-        self.model.eval().to(device)
-        self.device, self._side = device, stage.image_size
+        self.model = saved.load().to(device)
+        self.device, self._side = device, saved.image_size
         self._statistics = [
             torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (metadata["mean"], metadata["std"])
         ]

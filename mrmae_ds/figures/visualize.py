@@ -66,8 +66,8 @@ def show_runs(
     pre-training, the teachers and the mask. A teacher that cannot be loaded is omitted with a warning.
 
     Args:
-        sources: stage folders (runs/NAME/STAGE) or model files, of pre-trainings and fine-tunings, or weights files of
-            other projects, of which only the attention is drawn.
+        sources: stage folders (runs/NAME/STAGE) or model files, of pre-trainings and fine-tunings, or detectors and
+            weights files of other projects, of which only the attention is drawn.
         images: numbers of validation images, files or folders (see
             :func:`~mrmae_ds.figures.select_images.select_images`).
         count: number of images; None is the first run's ``logging.num_images``, or 8 if that is 0.
@@ -81,7 +81,7 @@ def show_runs(
     Raises:
         UserError: for a run without weights, images that cannot be read, or a folder that cannot be written.
     """
-    runs = [open_saved(source) for source in sources]
+    runs = [open_saved(source, detectors=True) for source in sources]
     first, labels = runs[0], _labels(runs)
     val = next((run.val_data for run in runs if run.val_data is not None), None)
     selection = select_images(val, images, count, first.num_images or NUM_IMAGES)
@@ -183,7 +183,8 @@ def _add_student(
     encoder = model.encoder if isinstance(model, PretrainModel) else model
     images = (pixels - torch.tensor(run.mean).view(1, 3, 1, 1)) / torch.tensor(run.std).view(1, 3, 1, 1)
     importance = torch.cat([encoder_attention(encoder, part).importance for part in images.split(CHUNK)])
-    maps.add(label, importance, encoder.grid, describe_importance(encoder.num_prefix_tokens > 0))
+    has_token = encoder.num_prefix_tokens > 0 and encoder.cls_token is not None
+    maps.add(label, importance, run.grid, describe_importance(has_token))
     if not isinstance(model, PretrainModel) or mask is None:
         return None
     if encoder.grid != mask.visible.grid:

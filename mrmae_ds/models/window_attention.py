@@ -36,7 +36,27 @@ class WindowAttention(Attention):
         windows, padded = split_windows(x, self.window)
         return join_windows(self._attend(windows), self.window, padded, (x.shape[1], x.shape[2]))
 
+    def received(self, x: Tensor) -> Tensor:
+        """Return the attention that the cells of a map [B, h, w, C] receive: mean over heads and queries, [B, N].
+
+        The block must be global. Heads follow one another, because a map of N x N of each is large.
+        """
+        q, k, _, rows, columns = self._terms(x)
+        total = torch.zeros(len(x), q.shape[2], device=x.device)
+        for head in range(self.num_heads):
+            bias = (rows[:, head, :, :, None] + columns[:, head, :, None, :]).flatten(-2)
+            logits = (q[:, head] * self.scale) @ k[:, head].transpose(1, 2) + bias
+            total += logits.float().softmax(dim=-1).mean(dim=1)
+        return total / self.num_heads
+
     def _attend(self, x: Tensor) -> Tensor:
+        q, k, v, rows, columns = self._terms(x)
+        folds = q.is_cuda and q.dtype == torch.bfloat16
+        out = (attend_folded if folds else attend_masked)(q, k, v, rows.to(q.dtype), columns.to(q.dtype))
+        return self.proj(out.transpose(1, 2).reshape(*x.shape[:3], self.attn_dim))
+
+    def _terms(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return queries, keys and values [B, M, N, d] of a map, and its relative terms [B, M, N, h], [B, M, N, w]."""
         batch, height, width, _ = x.shape
         qkv = self.qkv(x).reshape(batch, height * width, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
@@ -44,9 +64,7 @@ class WindowAttention(Attention):
         # The relative terms take the query without the scale.
         rows = torch.einsum("bmyxd,ykd->bmyxk", q_map, relative_table(self.rel_pos_h, height)).flatten(2, 3)
         columns = torch.einsum("bmyxd,xkd->bmyxk", q_map, relative_table(self.rel_pos_w, width)).flatten(2, 3)
-        folds = q.is_cuda and q.dtype == torch.bfloat16
-        out = (attend_folded if folds else attend_masked)(q, k, v, rows.to(q.dtype), columns.to(q.dtype))
-        return self.proj(out.transpose(1, 2).reshape(batch, height, width, self.attn_dim))
+        return q, k, v, rows, columns
 
 
 def relative_table(table: Tensor, side: int) -> Tensor:

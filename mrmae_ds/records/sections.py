@@ -275,11 +275,12 @@ class PretrainSummary(RecordSection):
 
 
 class Init(RecordSection):
-    """Initial weights of a run. `pretrain` is None if their origin is unknown."""
+    """Initial weights of a run. `pretrain` is None if their origin is unknown; `whole` those of a trained detector."""
 
     file: FileName
     sha256: str | None = None
     pretrain: PretrainSummary | None = None
+    whole: bool = False
 
 
 class FinetuneSummary(RecordSection):

@@ -8,7 +8,6 @@ Shape legend: B images of a batch.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mrmae_ds.config.engine import EngineConfig
-from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import EvaluateConfig
 from mrmae_ds.data.beton.copies import recorded_copies
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
@@ -27,21 +24,20 @@ from mrmae_ds.data.loaders.build import check_backend
 from mrmae_ds.data.node_cache import cache_all
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.watchdog import Watchdog
-from mrmae_ds.errors import ConfigError, RaisedOnAllRanks, UserError
-from mrmae_ds.records.metrics import MetricsWriter
+from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, summarize_finetuning
 from mrmae_ds.records.sections import Member, Parameters, Schedule
-from mrmae_ds.training.checkpoint.manifest import RunIdentity
-from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
 from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.evaluation.accuracy import AccuracyCounter
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
 from mrmae_ds.training.evaluation.classes import match_classes
+from mrmae_ds.training.evaluation.job import EvaluationJob
 from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run import ALREADY_FINISHED, process_group
-from mrmae_ds.training.run_logger import RecordWriter, describe_data, describe_run
+from mrmae_ds.training.run_logger import describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.units import counted
+from mrmae_ds.weights.detectors import holds_detector
 from mrmae_ds.weights.load import load_encoder_weights
 from mrmae_ds.weights.model_file import build_classifier
 from mrmae_ds.weights.paths import find_weights, weights_sha256
@@ -87,26 +83,24 @@ class Classifier:
 
 
 @dataclass(frozen=True)
-class PreparedEvaluation:
-    """An evaluation on the CPU of this rank, ready to run.
+class PreparedEvaluation(EvaluationJob):
+    """An evaluation of classifiers on the CPU of this rank, ready to run.
 
     Attributes:
-        recipe: resolved recipe.
-        engine_config: engine config, for micro-batch and precision.
-        launch: this rank among the others.
-        stage_dir: output folder.
         val_data: validation set.
         classifiers: members of the ensemble.
         done: True if the folder already has the result.
     """
 
-    recipe: Recipe
-    engine_config: EngineConfig
-    launch: Launch
-    stage_dir: Path
     val_data: BetonInfo
     classifiers: tuple[Classifier, ...]
     done: bool
+
+
+def names_detector(args: TrainArgs) -> bool:
+    """Return True if a member of the evaluation is a whole detector."""
+    members = load_configs(args)[0].stages.evaluate.members or ()
+    return any(holds_detector(Path(source)) for source in members)
 
 
 def prepare_evaluation(args: TrainArgs, launch: Launch) -> PreparedEvaluation:
@@ -120,36 +114,18 @@ def prepare_evaluation(args: TrainArgs, launch: Launch) -> PreparedEvaluation:
         UserError: for everything that the user can fix: a member that has not finished, is no classifier, or has other
             classes than the validation set; an image size that the patches do not tile.
     """
-    recipe, engine_config = load_configs(args)
-    stage = recipe.stages.evaluate
-    if args.dry_run:
-        raise UserError("--dry-run: not available for stage evaluate, which trains nothing; run it without")
-    if args.resume not in ("auto", "never"):
-        raise UserError(f"--resume {args.resume}: stage evaluate has no checkpoints; give auto or never")
+    job = EvaluationJob.of_args(args, launch)
+    recipe, stage = job.recipe, job.recipe.stages.evaluate
     check_backend(recipe.data.val_backend)
-    stage_dir = args.stage_dir(recipe)
     val_data = check_beton(recipe.data.val)
-    identity = RunIdentity(
-        recipe_hash=recipe.hash("evaluate"),
-        seed=recipe.seed,
-        train="",
-        val=val_data.sha256,
-        recipe=recipe.counted("evaluate"),
-    )
-    done = decide_start(stage_dir, "evaluate", identity, args.resume).action == "done"
-    sources = stage.members or (str(stage_dir.parent / "finetune"),)
+    sources = stage.members or (str(job.stage_dir.parent / "finetune"),)
     classifiers = tuple(
         load_classifier(source, f"stages.evaluate.members[{i}]", stage, val_data) for i, source in enumerate(sources)
     )
-    members = tuple(classifier.member for classifier in classifiers)
-    if done and [member.sha256 for member in RunRecord.load(stage_dir).members] != [m.sha256 for m in members]:
-        raise UserError(
-            f"{stage_dir}: holds the evaluation of other weights of {', '.join(sources)}; name another folder with "
-            "--run, or start over here with --resume never"
-        )
+    done = job.is_done(args.resume, val_data.sha256, sources, [classifier.member for classifier in classifiers])
     if not done:
         cache_all([recipe.data.val], recipe.loader.cache_dir)
-    return PreparedEvaluation(recipe, engine_config, launch, stage_dir, val_data, classifiers, done)
+    return PreparedEvaluation(recipe, job.engine_config, launch, job.stage_dir, val_data, classifiers, done)
 
 
 def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: BetonInfo) -> Classifier:
@@ -207,29 +183,20 @@ def run_evaluation(job: PreparedEvaluation) -> None:
 
 def _run(job: PreparedEvaluation, device: torch.device, watchdog: Watchdog) -> None:
     apply_kernel_settings(job.engine_config.kernels, device)
-    writer = None
-    if job.launch.rank == 0:
-        config = json.dumps(job.engine_config.as_written(), indent=2)
-        prepare_folder(job.stage_dir, job.recipe, config + "\n", fresh=True)
-        writer = RecordWriter(job.stage_dir, new_record(job, device))
-        writer.write("running")
-        watchdog.on_failure = lambda: writer.close("failed")
-        _announce(job, writer.record.parameters.total, device)
-    try:
+    record = new_record(job, device)
+
+    def scores() -> Scores:
+        if job.launch.rank == 0:
+            _announce(job, record.parameters.total, device)
         average, members = evaluate(job, device, watchdog.heartbeat)
-    except RaisedOnAllRanks:  # any other failure is reported by the watchdog
-        if writer:
-            writer.close("failed")
-        raise
-    if writer:
-        _print_scores(job, average, members)
+        if job.launch.rank == 0:
+            _print_scores(job, average, members)
         results = dict(average)
-        for number, scores in enumerate(members, start=1):
-            results |= {f"member{number}/{name}": value for name, value in scores.items() if name != "eval_samples"}
-        with MetricsWriter(job.stage_dir) as metrics:
-            metrics.write(0, results)
-        writer.update(results)
-        writer.close("finished")
+        for number, own in enumerate(members, start=1):
+            results |= {f"member{number}/{name}": value for name, value in own.items() if name != "eval_samples"}
+        return results
+
+    job.measure(record, watchdog, scores)
 
 
 @torch.no_grad()

@@ -181,7 +181,7 @@ def new_record(job: PreparedStage, parameters: Parameters, device: torch.device)
             for name, teacher in task.teachers.items()
         },
         schedule=Schedule(epochs=schedule.epochs, global_batch=schedule.stage.batch_size, steps=schedule.total_steps),
-        init=_describe_init(task.init, job.identity.init) if task.init else None,
+        init=_describe_init(task.init, job.identity.init, task.init_whole) if task.init else None,
     )
 
 
@@ -246,12 +246,12 @@ def count_operations(job: PreparedStage) -> Operations | None:
         return None
 
 
-def _describe_init(path: Path, sha256: str) -> Init:
+def _describe_init(path: Path, sha256: str, whole: bool) -> Init:
     record = RunRecord.load(path.parent) if (path.parent / RECORD_FILE).exists() else None
     summary = None
     if record is not None:  # of fine-tuned weights, their pre-training is what counts
         summary = summarize_pretraining(record) if record.stage == "pretrain" else record.init and record.init.pretrain
-    return Init(file=path.name, sha256=sha256, pretrain=summary)
+    return Init(file=path.name, sha256=sha256, pretrain=summary, whole=whole)
 
 
 def export_metadata(job: PreparedStage, results: ResultValues) -> dict[str, Any]:

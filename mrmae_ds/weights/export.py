@@ -27,7 +27,7 @@ from mrmae_ds.weights.model_file import (
     spec_from_metadata,
 )
 from mrmae_ds.weights.paths import MODEL_FILE, find_weights
-from mrmae_ds.weights.resolve import model_metadata, resolve
+from mrmae_ds.weights.resolve import RELATIVE, model_metadata, resolve
 
 WeightLayout = Literal["timm", "safetensors"]
 SUFFIX = ".safetensors"
@@ -80,7 +80,7 @@ def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = N
     metadata, tensors = _content(path, layout)
     if "layout" in metadata:
         raise UserError(f"{path}: is itself an export; give the run's folder or its {MODEL_FILE}")
-    metadata |= {"layout": layout, **_provenance(path)}
+    metadata |= {"layout": layout, **provenance(path)}
     statistics = input_statistics(metadata)
     notes = (f"its input is {statistics}",) if statistics else ()
     if layout == "timm":
@@ -89,7 +89,7 @@ def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = N
             metadata["kind"] = "encoder"
         notes = (*notes, f"evaluation takes {_describe_crop(metadata)}")
         metadata["create_model"] = f"timm.create_model({timm_call(metadata)})"
-    target = _target(path, metadata, layout, out, force)
+    target = export_target(path, metadata, layout, out, force)
     save_weights(target, tensors, metadata)
     if layout == "safetensors":
         return Exported(target, f"from mrmae_ds.weights.load import load_model; model = load_model({str(target)!r})")
@@ -100,6 +100,8 @@ def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = N
 def _content(path: Path, layout: WeightLayout) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return metadata and tensors of a file of this project, or of another's encoder by this project's names."""
     if is_ours(path):
+        if read_metadata(path)["kind"] == "detector":
+            raise UserError(f"{path}: {RELATIVE}")
         return with_present_keys(read_metadata(path)), read_tensors(path)
     weights = resolve(path)
     metadata = model_metadata(weights)
@@ -197,7 +199,7 @@ def _finished(source: Path) -> Path:
     return find_weights(source)
 
 
-def _provenance(path: Path) -> dict[str, Any]:
+def provenance(path: Path) -> dict[str, Any]:
     """Return commit, name and results from the record beside the model file, if there is one."""
     if not (path.parent / RECORD_FILE).is_file():
         return {}
@@ -226,7 +228,14 @@ def _bare_note(metadata: Mapping[str, Any]) -> str:
     return "it returns the tokens after its norm; decoder and heads are left out"
 
 
-def _target(source: Path, metadata: Mapping[str, Any], layout: WeightLayout, out: Path | None, force: bool) -> Path:
+def export_target(
+    source: Path, metadata: Mapping[str, Any], layout: WeightLayout, out: Path | None, force: bool
+) -> Path:
+    """Return the file that an export is written to.
+
+    Raises:
+        UserError: if it must not be written.
+    """
     stage = metadata.get("stage", metadata["kind"])
     run = run_folder_name(source, stage) or metadata.get("recipe", {}).get("name", source.stem)
     name = f"{run}-{stage}{'-timm' if layout == 'timm' else ''}{SUFFIX}"

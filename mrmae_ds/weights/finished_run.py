@@ -15,11 +15,20 @@ from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.windowed import build_windowed
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.units import counted
+from mrmae_ds.weights.detectors import DetectorFile, detector_of
 from mrmae_ds.weights.identify import FAMILY_TITLES
-from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.model_file import is_ours, read_metadata, read_tensors, run_folder_name, spec_from_metadata
+from mrmae_ds.weights.load import load_encoder, load_encoder_weights
+from mrmae_ds.weights.model_file import (
+    is_ours,
+    read_metadata,
+    read_tensors,
+    run_folder_name,
+    size_from_metadata,
+    spec_from_metadata,
+)
 from mrmae_ds.weights.paths import find_weights
 from mrmae_ds.weights.resolve import model_metadata, resolve
 
@@ -48,7 +57,7 @@ class SavedEncoder:
     Attributes:
         path: weights file, ``FILE#KEY`` if one of several sets of weights was chosen.
         metadata: of the model file, or what is known of another project's.
-        kind: ``pretrain``, ``classifier``, or ``encoder``.
+        kind: ``pretrain``, ``classifier``, ``detector``, or ``encoder``.
         image_size: side of the model's input in pixels.
         mean: by which the input is normalized.
         std: by which the input is normalized.
@@ -56,7 +65,7 @@ class SavedEncoder:
 
     path: Path
     metadata: dict[str, Any]
-    kind: Literal["pretrain", "classifier", "encoder"]
+    kind: Literal["pretrain", "classifier", "detector", "encoder"]
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -110,19 +119,59 @@ class SavedEncoder:
         return f"{FAMILY_TITLES[self.metadata['family']]} {self.kind}"
 
 
-def open_saved(source: Path) -> SavedEncoder:
+@dataclass(frozen=True)
+class DetectorEncoder(SavedEncoder):
+    """The encoder of a detector on disk, with its windows.
+
+    Attributes:
+        detector: the file.
+    """
+
+    detector: DetectorFile
+
+    @classmethod
+    def of_file(cls, detector: DetectorFile) -> DetectorEncoder:
+        """Read what is known of a detector.
+
+        Raises:
+            UserError: if it is not usable, or its heads, statistics or classes are not known.
+        """
+        metadata, (_, side) = detector.metadata(), detector.sizes()
+        mean, std = (tuple(metadata[key]) for key in ("mean", "std"))
+        return cls(detector.weights.raw.path, metadata, "detector", side, mean, std, detector)
+
+    @property
+    def name(self) -> str:
+        """Name of the run folder; of the file elsewhere."""
+        return run_folder_name(self.path, "detect") or self.path.name
+
+    def load(self) -> Encoder:
+        """Load the encoder in eval mode on the CPU."""
+        config, side = self.detector.sizes()
+        positions = size_from_metadata(self.metadata)
+        spec = spec_from_metadata(self.metadata)
+        encoder = build_windowed(spec, side, config.window, config.global_blocks, positions)
+        load_encoder_weights(encoder, self.detector.weights)
+        return encoder.eval()
+
+
+def open_saved(source: Path, detectors: bool = False) -> SavedEncoder:
     """Open a finished stage, or an encoder of another project whose heads and statistics are known.
 
     Args:
         source: stage folder or its model file, or a weights file.
+        detectors: open detectors too, whose encoders compute in windows.
 
     Raises:
         UserError: if it is none of these.
     """
     path = find_weights(source)
-    if is_ours(path) and read_metadata(path).get("kind") != "encoder":
+    kinds = ("encoder", "detector") if detectors else ("encoder",)
+    if is_ours(path) and read_metadata(path).get("kind") not in kinds:
         return FinishedRun.open(path)
     weights = resolve(path)
+    if detectors and (detector := detector_of(weights)):
+        return DetectorEncoder.of_file(detector)
     if weights.identity.ours and weights.identity.kind != "encoder":
         return FinishedRun.open(source)
     metadata = model_metadata(weights)

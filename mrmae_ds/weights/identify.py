@@ -23,7 +23,7 @@ from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.names import detector_title
 from mrmae_ds.weights.origin import Origin
 
-Kind = Literal["pretrain", "classifier", "encoder", "clip", "unknown"]
+Kind = Literal["pretrain", "classifier", "detector", "encoder", "clip", "unknown"]
 Shapes = Mapping[str, tuple[int, ...]]
 
 METADATA_KEY = "mrmae"
@@ -47,6 +47,7 @@ PLAIN_VIT = re.compile(
     r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)"
     r"|(blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)|norm|fc_norm|head)\.(weight|bias)"
 )
+RELATIVE_POSITIONS = re.compile(r"\.attn\.rel_pos_[hw]$")  # of ViTDet-style detectors
 CLIP_PATCHES = (
     "visual.conv1.weight",
     "visual.trunk.patch_embed.proj.weight",
@@ -60,7 +61,8 @@ class WeightIdentity:
     """Identity of a weights file.
 
     Attributes:
-        kind: ``pretrain`` with a decoder, ``classifier`` with a head, ``encoder`` with neither, ``clip``, ``unknown``.
+        kind: ``pretrain`` with a decoder, ``classifier`` with a head, ``detector`` if this project
+            wrote it, ``encoder`` with neither, ``clip``, ``unknown``.
         family: ``cvit``, ``vit``, or "" if there is no such encoder.
         title: the kind in words.
         ours: True if written by this project.
@@ -74,6 +76,7 @@ class WeightIdentity:
             any other input.
         names: names in this project's pre-training model, by the file's names, for tensors that have one.
         extras: names of tensors that a plain ViT lacks; with them the results differ.
+        relative: True for the encoder of a detector, which has relative positions.
         metadata: metadata of this project's files.
         origin: heads, statistics and classes, with the evidence for them; empty unless the file was resolved.
         problem: reason why no loader takes the file; "" if it is complete.
@@ -90,6 +93,7 @@ class WeightIdentity:
     pool: str = ""
     names: dict[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
+    relative: bool = False
     metadata: dict[str, Any] = field(default_factory=dict)
     origin: Origin = field(default_factory=Origin)
     problem: str = ""
@@ -127,6 +131,7 @@ def identify(file: TensorFile) -> WeightIdentity:
     grid, prefix_rows = _grid(pos_embed[1] if len(pos_embed) == 3 else 0, _recorded_grid(metadata, sizes))
     pool = metadata.get("pool", _pool(family, encoder) if inferred == "classifier" else "")
     detector = detector_title(file.left)
+    relative = any(RELATIVE_POSITIONS.search(name) for name in encoder)
     return WeightIdentity(
         kind=kind,
         family=family,
@@ -139,8 +144,11 @@ def identify(file: TensorFile) -> WeightIdentity:
         pool=pool,
         names=names,
         extras=(extras := _extras(encoder) if family == "vit" else ()),
+        relative=relative,
         metadata=metadata,
-        problem=_uneven_blocks(encoder, "blocks.") if extras else _incomplete(family, sizes, shapes, names, grid),
+        problem=_uneven_blocks(encoder, "blocks.")
+        if extras
+        else _incomplete(family, sizes, shapes, names, grid, relative),
     )
 
 
@@ -266,7 +274,12 @@ def _pool(family: str, names: Iterable[str]) -> str:
 
 
 def _incomplete(
-    family: str, sizes: Mapping[str, Any], shapes: Shapes, names: Mapping[str, str], grid: tuple[int, int] | None
+    family: str,
+    sizes: Mapping[str, Any],
+    shapes: Shapes,
+    names: Mapping[str, str],
+    grid: tuple[int, int] | None,
+    relative: bool,
 ) -> str:
     """Compare an encoder's tensors with those of the model of its sizes; "" if all are there in the right shape."""
     try:
@@ -276,10 +289,12 @@ def _incomplete(
     except UserError as error:
         return str(error)
     theirs = {ours.removeprefix("encoder."): name for name, ours in names.items() if ours.startswith("encoder.")}
-    missing = [name for name in expected if name not in theirs]
+    missing = [name for name in expected if name not in theirs and not (relative and name == "cls_token")]
     if missing:
         return f"encoder tensors are missing: {len(missing)} ({first_few(missing, 6)})"
     for name, shape in expected.items():
+        if name not in theirs:
+            continue
         found = shapes[theirs[name]]
         resized = name == "pos_embed" and len(found) == 3 and (found[0], found[2]) == (shape[0], shape[2])
         if found != shape and not resized:
@@ -352,7 +367,7 @@ def _grid(rows: int, recorded: tuple[int, int] | None) -> tuple[tuple[int, int] 
 
 
 def _extras(encoder: Iterable[str]) -> tuple[str, ...]:
-    unknown = (name for name in encoder if not PLAIN_VIT.fullmatch(name))
+    unknown = (name for name in encoder if not PLAIN_VIT.fullmatch(name) and not RELATIVE_POSITIONS.search(name))
     return tuple(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in unknown))
 
 

@@ -84,7 +84,8 @@ def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
 
 def load_encoder_weights(encoder: Encoder, weights: Weights) -> LoadReport:
     """Load a resolved file into ``encoder``, as :func:`load_encoder` does."""
-    weights.check_encoder(encoder.spec)
+    state = encoder.state_dict()
+    weights.check_encoder(encoder.spec, any(name.endswith(".rel_pos_h") for name in state))
     identity, where = weights.identity, weights.where
     names, notes = identity.names, weights.notes()
     if identity.pool != encoder.global_pool:
@@ -94,7 +95,7 @@ def load_encoder_weights(encoder: Encoder, weights: Weights) -> LoadReport:
     if encoder.global_pool == "token":
         names = {name: ours.replace("fusion.norm.", "encoder.norm.") for name, ours in names.items()}
     identity = replace(identity, names=names)
-    incoming, report = match_tensors(weights.file.tensors, identity, encoder.state_dict(), encoder, where, "encoder.")
+    incoming, report = match_tensors(weights.file.tensors, identity, state, encoder, where, "encoder.")
     if "cls_token" in report.missing:
         raise UserError(f"{where}: has no class token (cls_token), which pool: token takes; use pool: avg")
     optional = re.compile(r"(?:head|fc_norm|norm)\.|.*\.rel_pos_[hw]$")

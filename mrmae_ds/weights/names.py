@@ -75,10 +75,11 @@ HEAD = re.compile(r"(?:head|classifier)\.(weight|bias)")
 
 # Parts of a detector by their names, from those of one code base to those of every Mask R-CNN.
 FPN, VITDET = "an FPN detector in Detectron2's names", "a ViTDet-style detector in Detectron2's names"
+TORCHVISION = "a detector in torchvision's names"  # and this project's
 DETECTORS = (
     (re.compile(r"(?:.*\.)?fpn_(?:lateral|output)\d\."), FPN),
     (re.compile(r"(?:.*\.)?proposal_generator\."), VITDET),
-    (re.compile(r"(?:.*\.)?rpn\.head\."), "a detector in torchvision's names"),
+    (re.compile(r"(?:.*\.)?rpn\.head\."), TORCHVISION),
     (re.compile(r"(?:.*\.)?roi_heads?\."), "a detector"),
 )
 

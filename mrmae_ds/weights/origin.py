@@ -11,10 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD, Rgb
 from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, CViTSpec, ViTSpec
 from mrmae_ds.weights.formats import TensorFile
+from mrmae_ds.weights.names import VITDET, detector_title
 
 CLIP_STATISTICS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 # Entries of OpenAI's archives, and of state dicts taken from them, besides the weights.
@@ -69,7 +72,7 @@ def find_origin(
     if width is not None and "dim" in sizes and width != sizes["dim"]:
         config = {}  # of another file in the same folder
     statistics, statistics_by = _statistics(file, metadata, family, config)
-    heads, heads_by = _heads(metadata, family, sizes, config)
+    heads, heads_by = _heads(file.tensors, metadata, family, sizes, config)
     if heads is None and not family:
         heads, heads_by = _heads_of_tower(file, sizes)
     return Origin(statistics, statistics_by, heads, heads_by, _classes(metadata, config, num_classes))
@@ -97,6 +100,7 @@ def _statistics(
     marks = {
         "MCMAE's architecture": family == "cvit",
         "MAE's decoder": "decoder_pred.weight" in file.tensors,
+        "ViTDet's proposals in Detectron2's names": detector_title(file.left) == VITDET,
         "DINO's projection head": any("head.last_layer" in name for name in file.left),
         "DINOv2's mask token and layer scale": {"mask_token", "blocks.0.ls1.gamma"} <= file.tensors.keys(),
     }
@@ -105,10 +109,18 @@ def _statistics(
 
 
 def _heads(
-    metadata: Mapping[str, Any], family: str, sizes: Mapping[str, Any], config: Mapping[str, Any]
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, Any],
+    family: str,
+    sizes: Mapping[str, Any],
+    config: Mapping[str, Any],
 ) -> tuple[int | None, str]:
     if metadata.get("spec"):
         return metadata["spec"]["num_heads"], "its metadata"
+    widths = [tensor.shape[-1] for name, tensor in tensors.items() if name.endswith(".attn.rel_pos_h")]
+    dim = sizes["dims"][-1] if "dims" in sizes else sizes.get("dim", 0)
+    if widths and widths[0] and dim % widths[0] == 0:
+        return dim // widths[0], "the width of its relative positions"
     recorded = config.get("num_attention_heads", _part(config, "model_args").get("num_heads"))
     if recorded is not None:
         return int(recorded), "config.json beside it"

@@ -18,6 +18,11 @@ from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify, s
 from mrmae_ds.weights.names import canonical, describe_names
 from mrmae_ds.weights.origin import find_origin
 
+RELATIVE = (
+    "contains the encoder of a detector, whose windows and relative positions (rel_pos) other encoders lack, so that "
+    "its results would differ here; use it in stages.detect.init, or a whole detector by mrmae detect, evaluation and "
+    "mrmae export --to safetensors"
+)
 _PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 
@@ -26,13 +31,15 @@ class Weights:
     """A weights file with canonical names.
 
     Attributes:
-        file: its tensors.
+        file: its tensors; of a detector, those of its encoder.
+        raw: all tensors as stored.
         identity: their architecture and origin.
         where: key and path, for errors.
         unusable: tensors whose values cannot be used, in words; "" if there are none.
     """
 
     file: TensorFile
+    raw: TensorFile
     identity: WeightIdentity
     where: str
     unusable: str
@@ -51,8 +58,12 @@ class Weights:
         if self.problem:
             raise UserError(f"{self.where}: {self.problem}")
 
-    def check_encoder(self, spec: EncoderSpec) -> None:
+    def check_encoder(self, spec: EncoderSpec, relative: bool = False) -> None:
         """Check that the file has an encoder of a spec that this project's models compute.
+
+        Args:
+            spec: of the model.
+            relative: the model has relative positions (of a detector).
 
         Raises:
             UserError: naming every size that differs.
@@ -63,7 +74,7 @@ class Weights:
                 f"{self.where}: contains {identity.title}, but the recipe's model is a {FAMILY_TITLES[family]}"
             )
         self.check_usable()
-        self.check_plain()
+        self.check_plain(relative)
         found, origin = dict(identity.sizes), identity.origin
         by = f" (num_heads by {origin.heads_by}; a config.json beside the file with num_attention_heads overrules it)"
         if origin.num_heads is not None:
@@ -75,12 +86,17 @@ class Weights:
                 "use another file, or set model.arch and model.overrides to these sizes"
             )
 
-    def check_plain(self) -> None:
-        """Check that a plain ViT has no tensors that this project's ViT lacks.
+    def check_plain(self, relative: bool = False) -> None:
+        """Check that the encoder has no tensors that this project's lacks.
+
+        Args:
+            relative: it may have the relative positions of a detector's encoder.
 
         Raises:
             UserError: naming them.
         """
+        if self.identity.relative and not relative:
+            raise UserError(f"{self.where}: {RELATIVE}")
         if self.identity.extras:
             raise UserError(
                 f"{self.where}: contains a ViT with tensors that a plain ViT lacks "
@@ -114,7 +130,7 @@ def resolve(source: Path, key: str = "") -> Weights:
             identity = replace(identity, origin=origin)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from None
-    return Weights(file, identity, where, unusable_tensors(file.tensors))
+    return Weights(file, raw, identity, where, unusable_tensors(file.tensors))
 
 
 def unusable_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -131,13 +147,16 @@ def unusable_tensors(tensors: Mapping[str, Tensor]) -> str:
     return f"{counted(len(nonfinite), 'tensor')} with NaN or infinity: {first_few(nonfinite, 3)}" if nonfinite else ""
 
 
-def model_metadata(weights: Weights, *, statistics: bool = True, fix: str = "") -> dict[str, Any]:
+def model_metadata(
+    weights: Weights, *, statistics: bool = True, fix: str = "", relative: bool = False
+) -> dict[str, Any]:
     """Return the metadata of a model file: of this project's as stored, of others as far as their origin is known.
 
     Args:
         weights: a usable file with an encoder that this project's models compute.
         statistics: they are needed.
         fix: another way to give them, for errors.
+        relative: the encoder may be that of a detector.
 
     Raises:
         UserError: if the file is not usable, or the number of heads or the statistics are not known.
@@ -146,7 +165,7 @@ def model_metadata(weights: Weights, *, statistics: bool = True, fix: str = "") 
     if not identity.family:
         raise UserError(f"{weights.where}: contains {identity.title}")
     weights.check_usable()
-    weights.check_plain()
+    weights.check_plain(relative)
     if identity.ours:
         return dict(identity.metadata)
     needs = []

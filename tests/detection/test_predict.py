@@ -17,7 +17,8 @@ from mrmae_ds.detection.coco import open_split
 from mrmae_ds.detection.detector import build_detector
 from mrmae_ds.detection.evaluate import batch_results
 from mrmae_ds.detection.loader import DetectionLoader
-from mrmae_ds.weights.model_file import save_weights
+from mrmae_ds.models.encoders import build_encoder
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from tests.support.coco import CATEGORIES
 from tests.support.small_detections import RECIPE, overrides, write_detection_data
 
@@ -32,7 +33,12 @@ def folder(tmp_path: Path) -> Path:
     assert recipe.stages.detect is not None
     torch.manual_seed(1)
     model = build_detector(recipe.model, recipe.stages.detect, len(CATEGORIES))
-    about = {"kind": "detector", "num_classes": len(CATEGORIES), "class_names": list(CATEGORIES.values())}
+    about = {
+        "kind": "detector",
+        **encoder_metadata(model.encoder),
+        "num_classes": len(CATEGORIES),
+        "class_names": list(CATEGORIES.values()),
+    }
     about |= {"category_ids": list(CATEGORIES), "mean": MEAN, "std": STD, "recipe": recipe.model_dump(mode="json")}
     save_weights(tmp_path / "run" / "detect" / "model.safetensors", model.state_dict(), about)
     return tmp_path
@@ -75,11 +81,13 @@ def test_wrong_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str
     other.parent.mkdir()
     other.write_bytes((folder / "images" / "0.jpg").read_bytes())
     run, image = str(folder / "run" / "detect"), str(folder / "images" / "0.jpg")
-    save_weights(folder / "encoder" / "model.safetensors", {}, {"kind": "encoder"})
+    encoder = build_encoder(load_recipe(RECIPE, overrides(folder)).model.spec(), 64)
+    about = {"kind": "encoder", **encoder_metadata(encoder), "mean": MEAN, "std": STD}
+    save_weights(folder / "encoder" / "model.safetensors", encoder.state_dict(), about)
     for arguments, message in (
         ([run, str(torn)], "torn.jpg: not a readable image"),
         ([run, image, str(other)], "0: two images have this name"),
-        ([str(folder / "encoder"), image], "holds no detector (encoder); name a finished stage"),
+        ([str(folder / "encoder"), image], "holds no whole detector (CViT encoder); name a finished stage"),
         ([run, str(folder / "nowhere.jpg")], "nowhere.jpg: no such file or folder"),
     ):
         assert main(["detect", *arguments, "--out", str(folder / "out")]) == 2

@@ -14,16 +14,17 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.models.windowed import build_windowed
-from mrmae_ds.weights.detectors import from_detectron2, load_detector
+from mrmae_ds.weights.detectors import detector_of, from_detectron2, load_detector
 from mrmae_ds.weights.load import load_encoder
-from mrmae_ds.weights.resolve import resolve
+from mrmae_ds.weights.resolve import model_metadata, resolve
 from tests.fixtures import load_reference, part
-from tests.support.detectors import reference_batch, small_detector
+from tests.support.detectors import CONFIG, NUM_CLASSES, SIDE, SPEC, reference_batch, small_detector
 from tests.support.reference import perturb
 
 CVIT = CViTSpec((16, 24, 32), (1, 1, 4), 4)
 VIT = ViTSpec(32, 4, 4)
 State = dict[str, Tensor]
+LOGITS = "proposal_generator.rpn_head.objectness_logits.weight"
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,10 @@ def changed(path: Path, change: Callable[[State], State]) -> Path:
     return copy
 
 
+def with_value(value: float) -> Callable[[State], State]:
+    return lambda state: state | {LOGITS: torch.full_like(state[LOGITS], value)}
+
+
 def test_released_detector_is_identified_and_loads_whole(reference: State, released: Path) -> None:
     weights = resolve(released)
     assert weights.identity.title == "CViT encoder of a ViTDet-style detector in Detectron2's names"
@@ -59,6 +64,36 @@ def test_released_detector_is_identified_and_loads_whole(reference: State, relea
     with torch.no_grad():
         found = detector.eval()(images, sizes)
     assert torch.equal(found[0]["labels"], reference["det0/classes"].long() + 1)
+
+
+def test_sizes_are_those_of_the_tensors(released: Path) -> None:
+    file = detector_of(resolve(released))
+    assert file is not None and file.sizes() == (CONFIG, SIDE) and file.num_classes == NUM_CLASSES
+
+
+def test_encoder_alone_is_chosen_by_its_prefix(released: Path, reference: State) -> None:
+    """It is that of the whole detector; models without relative positions refuse it."""
+    path = Path(f"{released}#backbone.net")
+    weights = resolve(path)
+    assert detector_of(weights) is None and weights.identity.relative
+    encoder = small_detector().encoder
+    report = load_encoder(encoder, path)
+    assert report.missing == [] and set(encoder.state_dict()) == set(report.loaded)
+    name = "blocks3.0.attn.rel_pos_h"
+    assert torch.equal(encoder.state_dict()[name], reference[f"state/backbone.net.{name}"])
+    for refused in (lambda: load_encoder(build_encoder(SPEC, 64), path), lambda: model_metadata(weights)):
+        with pytest.raises(UserError, match="windows and relative positions"):
+            refused()
+
+
+def test_encoder_of_vitdet_has_neither_class_token_nor_norm(tmp_path: Path) -> None:
+    saved, loaded = (build_windowed(VIT, 192, 5, (1, 3), 96) for _ in range(2))
+    perturb(saved, 0)
+    path = tmp_path / "vitdet.pth"
+    state = {f"backbone.net.{name}": tensor for name, tensor in saved.state_dict().items()}
+    torch.save({"model": state | {"proposal_generator.x.weight": torch.zeros(1)}}, path)
+    assert load_encoder(loaded, path).missing == []
+    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.state_dict().items())
 
 
 def test_own_detector_loads_bit_by_bit(tmp_path: Path) -> None:
@@ -96,9 +131,14 @@ def test_detector_of_the_other_code_base_is_refused_and_its_encoder_loads(releas
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        (lambda s: {n: t for n, t in s.items() if "anchor_deltas" not in n}, "differs .* in 2 tensors .*bbox_pred"),
         (lambda s: {n: t for n, t in s.items() if "box_predictor" not in n}, "has no whole detector"),
         (lambda s: {n: t for n, t in s.items() if "simfp_3.0" not in n}, "differs .* in 2 tensors .*simfp_3.0.weight"),
-        (lambda s: s | {"backbone.net.blocks3.3.norm1.weight": torch.zeros(24)}, "differs .* in 1 tensor "),
+        (lambda s: s | {"backbone.net.blocks3.3.norm1.weight": torch.zeros(24)}, "tensors are missing: 11"),
+        (lambda s: s | {"backbone.simfp_9.weight": torch.zeros(1)}, "differs .* in 1 tensor "),
+        (with_value(torch.nan), r"1 tensor with NaN or infinity: rpn\.head\.cls_logits\.weight"),
+        (with_value(torch.inf), r"1 tensor with NaN or infinity: rpn\.head\.cls_logits\.weight"),
+        (lambda s: s | {LOGITS: s[LOGITS].to(torch.int8)}, r"1 tensor quantized \(int8\): rpn\.head\.cls_logits"),
         (lambda s: s | {"backbone.net.pos_embed": torch.zeros(1, 4, 24)}, "pos_embed is .* change model.image_size"),
     ],
 )

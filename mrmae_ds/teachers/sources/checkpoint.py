@@ -13,6 +13,7 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.window_attention import WindowAttention
 from mrmae_ds.teachers.base import (
     LastBlockInput,
     MetaTeacher,
@@ -40,15 +41,23 @@ def encoder_attention(encoder: Encoder, images: Tensor, layers: tuple[int, ...] 
     Returns:
         Tokens [B, L, C] (of several layers [B, L, layers * C]), class tokens likewise if there are any, and attention
         [B, L]: the class token's to the patches if there is one, otherwise the mean attention that each patch receives.
+
+    Raises:
+        UserError: for a detector's encoder whose last block attends in windows.
     """
     block: Block = encoder.transformer_blocks[-1]
-    prefix = encoder.num_prefix_tokens
+    attn, prefix = block.attn, encoder.num_prefix_tokens
+    if isinstance(attn, WindowAttention):
+        if attn.window:
+            raise UserError("the last block of the detector's encoder attends in windows; no map of it can be drawn")
+        with LastBlockInput(block) as captured:
+            maps = encoder(images)
+        return TeacherOutput(maps.flatten(2).transpose(1, 2), attn.received(block.norm1(captured.x)))
     with LastBlockInput(block) as captured:
         if layers:
             tokens = encode_layers(encoder, images, VisibleSet.whole(len(images), encoder.grid, images.device), layers)
         else:
             tokens = encoder.forward_features(images)
-    attn = block.attn
     importance = class_attention(block.norm1(captured.x), attn.qkv.weight, attn.qkv.bias, attn.num_heads, prefix)
     return TeacherOutput(tokens[:, prefix:], importance, tokens[:, :prefix] if prefix else None)
 

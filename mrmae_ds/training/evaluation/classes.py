@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 from timm.data import ImageNetInfo
 
-from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.convert.imagenet_labels import WORDNET_ID
 from mrmae_ds.errors import UserError
+from mrmae_ds.training.evaluation.base import DataSet
 from mrmae_ds.units import describe_difference
 
 
-def match_classes(names: Sequence[str], num_classes: int, data: BetonInfo, where: str) -> tuple[int, ...] | None:
+def match_classes(names: Sequence[str], num_classes: int, data: DataSet, where: str) -> tuple[int, ...] | None:
     """Return the classifier's output of each class of a data set.
 
     Names are those of the classifier; where they are WordNet ids, the readable names that ``mrmae data`` writes
@@ -44,9 +44,9 @@ def match_classes(names: Sequence[str], num_classes: int, data: BetonInfo, where
         numbers = all(name.isdecimal() for name in data.class_names) and not any(map(str.isdecimal, names))
         named = " (its classes have numbers only: convert it with --class-names FILE, or adopt it with --classes FILE)"
         raise UserError(
-            f"{where} was trained on other classes ({num_classes}) than data.val, {data.path} ({data.num_classes}; "
-            f"{describe_difference(names, data.class_names)}), and not on {missing[0]!a}{named * numbers}; evaluate it "
-            "on data of its own classes"
+            f"{where} was trained on other classes ({num_classes}) than the validation set, {data.path} "
+            f"({data.num_classes}; {describe_difference(names, data.class_names)}), and not on "
+            f"{missing[0]!a}{named * numbers}; evaluate it on data of its own classes"
         )
     return tuple(outputs[name] for name in data.class_names)
 

@@ -128,6 +128,7 @@ class Task(ABC, Generic[ConfigT]):
         weights_kind: ``kind`` of the exported weights file.
         init: weights file that training starts from; None for random weights.
         init_report: summary of what was loaded from it.
+        init_whole: True if the whole model was loaded from it, with its heads.
     """
 
     stage_name: ClassVar[TrainStageName]
@@ -144,6 +145,7 @@ class Task(ABC, Generic[ConfigT]):
         self.data = data
         self.init: Path | None = None
         self.init_report = ""
+        self.init_whole = False
 
     @classmethod
     @abstractmethod

@@ -33,8 +33,10 @@ from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.evaluation.coco import CocoEvaluator
 from mrmae_ds.training.param_groups import ParamGroups, adamw, detection_groups
 from mrmae_ds.training.tasks.base import MicroBatchKey, Task
-from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.detectors import detector_of, load_detector_file
+from mrmae_ds.weights.load import LoadReport, load_encoder_weights
 from mrmae_ds.weights.paths import find_weights
+from mrmae_ds.weights.resolve import resolve
 
 
 class DetectTask(Task[DetectConfig]):
@@ -72,8 +74,16 @@ class DetectTask(Task[DetectConfig]):
         model = build_detector(recipe.model, config, num_classes)
         task = cls(model, config, recipe.data, engine_config.model_dtype)
         task.init = init
-        task.init_report = f"{init}: {load_encoder(task.encoder, init, key)}" if init else "random weights"
+        task.init_report = f"{init}: {task._load(init, key)}" if init else "random weights"
         return task
+
+    def _load(self, init: Path, key: str) -> LoadReport:
+        """Load a whole detector, or the encoder of any other file."""
+        weights = resolve(init, key)
+        if detector := detector_of(weights):
+            self.init_whole = True
+            return load_detector_file(self.model, detector)
+        return load_encoder_weights(self.encoder, weights)
 
     @property
     def encoder(self) -> Encoder:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
@@ -135,6 +136,31 @@ def test_the_encoder_of_a_pretraining_is_loaded(folder: Path) -> None:
         build_task(recipe_of(folder, "stages.detect.init=nowhere"), "detect", engine, 4, folder / "runs")
 
 
+def write_detector(folder: Path, classes: int = len(CATEGORIES)) -> dict[str, Tensor]:
+    """Write random weights of a whole detector to ``FOLDER/detector.pth``."""
+    recipe = recipe_of(folder)
+    torch.manual_seed(7)
+    task = build_task(recipe, "detect", load_engine_config(write_engine(folder / "engine.json")), classes)
+    state = task.model.state_dict()
+    torch.save({"model": state}, folder / "detector.pth")
+    return state
+
+
+def test_a_whole_detector_or_its_encoder_is_loaded(folder: Path) -> None:
+    written, path = write_detector(folder), folder / "detector.pth"
+    engine = load_engine_config(write_engine(folder / "engine.json"))
+    for init, whole in ((f"{path}", True), (f"{path}#backbone.net", False)):
+        torch.manual_seed(0)
+        task = build_task(recipe_of(folder, f"stages.detect.init={init}"), "detect", engine, 4, folder / "runs")
+        assert task.init_whole == whole and "missing 0; not used" in task.init_report
+        state = task.model.state_dict()
+        assert all(torch.equal(t, written[name]) for name, t in state.items() if whole or "backbone.net." in name)
+        assert torch.equal(state["rpn.head.cls_logits.weight"], written["rpn.head.cls_logits.weight"]) == whole
+    write_detector(folder, 3)
+    with pytest.raises(UserError, match=r"stages\.detect\.init: .*detects 3 classes, but the data set has 4"):
+        build_task(recipe_of(folder, f"stages.detect.init={path}"), "detect", engine, 4, folder / "runs")
+
+
 def _without_objects(content: dict[str, Any]) -> None:
     content["annotations"] = [annotation | {"iscrowd": 1} for annotation in content["annotations"]]
 
@@ -198,6 +224,19 @@ def test_a_run_leaves_its_record_and_files(runs: Path) -> None:
     assert "box/AP" not in lines[0] and {"box/AP", "mask/AP"} <= lines[-1].keys()
     metadata = read_metadata(stage / "model.safetensors")
     assert metadata["kind"] == "detector" and metadata["category_ids"] == list(CATEGORIES)
+
+
+@pytest.mark.multi_process
+def test_training_starts_where_a_detector_ended(runs: Path) -> None:
+    """At a rate of almost zero the detector's AP stays; the record says that no pre-training was continued."""
+    init = f"stages.detect.init={runs / 'one' / 'detect'}"
+    more = (init, "stages.detect.epochs=1", "stages.detect.optimizer.lr=1e-20")
+    ended = launch(runs, "continued", 1, write_engine(runs / "continued.json"), *more)
+    assert ended.wait(120) == [0], ended.text()
+    record, before = (RunRecord.load(runs / name / "detect") for name in ("continued", "one"))
+    assert record.init is not None and record.init.whole and before.init is None
+    for name in ("box/AP", "mask/AP"):
+        assert record.results.value(name) == before.results.value(name)
 
 
 @pytest.mark.multi_process
