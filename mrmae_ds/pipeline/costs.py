@@ -12,7 +12,7 @@ from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.pipeline.graph import PipelineJob
 from mrmae_ds.pipeline.status import JobStatus
 from mrmae_ds.profiling.flops import COUNTED_STAGES, recipe_cost
-from mrmae_ds.tables.detection import COCO_2017
+from mrmae_ds.tables.detectors import COCO_2017
 from mrmae_ds.units import PETA, SECONDS_PER_HOUR, TERA, counted, significant
 
 _COLUMNS = ("job", "state", "waits for", "nodes", "PFLOP", "GPU-hours")

@@ -14,7 +14,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.profiling.flops import COUNTED_STAGES, Flops, StageFlops, recipe_cost
-from mrmae_ds.tables.detection import COCO_2017
+from mrmae_ds.tables.detectors import COCO_2017
 from mrmae_ds.units import EXA, GIGA, SECONDS_PER_HOUR, TERA, counted, significant
 
 _COLUMNS = ("forward", "backward", "recomputed", "total")

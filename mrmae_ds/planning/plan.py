@@ -27,7 +27,7 @@ from mrmae_ds.planning.stage import CountedStage, count_stage
 from mrmae_ds.profiling.flops import COUNTED_STAGES
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
 from mrmae_ds.profiling.measured_node import MeasuredNode, read_measured
-from mrmae_ds.tables.detection import COCO_2017
+from mrmae_ds.tables.detectors import COCO_2017
 from mrmae_ds.units import GIGA, TERA
 
 PLANNED_STAGES: tuple[TrainStageName, ...] = (*COUNTED_STAGES, "detect")

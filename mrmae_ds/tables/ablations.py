@@ -1,7 +1,8 @@
 """Build the paper's Tables 1, 3, 4 and 5: one row per training of Base.
 
 A run of ours is matched to a row of the paper by its recorded configuration (losses, masking, fusion, encoder,
-teachers, epochs), not by its name.
+teachers, epochs), not by its name. Detectors (Tables 3 and 5) have rows of their own, because they are measured on
+other data.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from mrmae_ds.models.objectives import HOG, PIXELS
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import ObjectiveInfo, PretrainSummary, TeacherInfo
 from mrmae_ds.tables import paper
-from mrmae_ds.tables.base import Cell, Row, Run, Table, run_path, teacher_sources
+from mrmae_ds.tables.base import AP_RESULTS, Cell, Row, Run, Table, run_path, teacher_sources
+from mrmae_ds.tables.detectors import ap_cells, describe_pretraining, detection_data, detector_runs
 from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
 from mrmae_ds.tables.select_runs import dataset_labels, describe_training, fill_cell, finetuned_runs
@@ -34,7 +36,7 @@ def ablation_table(number: int, records: Iterable[Run]) -> Table:
 
     Runs of sizes that are other columns of Table 6 are skipped, and so are those without pre-training.
     """
-    printed = paper.TABLES[number]
+    printed, records = paper.TABLES[number], list(records)
     usable, excluded = finetuned_runs([run for run in records if _is_base(run[1].size)])
     usable = [run for run in usable if any(tuning and tuning.init for tuning in run[1].finetunings)]
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
@@ -49,8 +51,37 @@ def ablation_table(number: int, records: Iterable[Run]) -> Table:
         row, older = _our_row(number, key, groups[key])
         ours[key[0]].append(row)
         excluded += older
+    if AP_RESULTS.keys() <= set(printed.columns):
+        excluded += _add_detectors(number, records, ours)
     rows = tuple(all_rows(printed, ours))
     return Table(number, printed.title, _headings(printed), printed.columns, rows, tuple(excluded))
+
+
+def _add_detectors(number: int, records: Iterable[Run], ours: dict[str, list[Row]]) -> list[str]:
+    """Add rows of detectors, whose data set is another than that of the accuracies; return the other runs of the stage.
+
+    Args:
+        number: of the paper's table.
+        records: of all runs.
+        ours: our rows, by the name of the paper's.
+    """
+    usable, excluded = detector_runs(run for run in records if _is_base(run[1].size))
+    groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
+    for run in usable:
+        record, row_name = run[1], _MATCHERS[number](run[1])
+        if row_name is None:
+            excluded.append(f"{run_path(run)}: {_NO_ROW}")
+        else:
+            groups[row_name, detection_data(record), record.name, describe_pretraining(record)].append(run)
+    for key in sorted(groups):
+        row_name, dataset, run_name, length = key
+        cells, older = ap_cells(groups[key])
+        record = cells["AP box"].runs[0][1]
+        labels = (parts_of(_pretraining(record)) or {}) if number == 3 else {}
+        label = f"{row_name}, ours: {run_name} ({length}, {dataset})"
+        ours[row_name].append(Row(row_name, "ours", label, dataset, record.pretrain_epochs, cells, labels))
+        excluded += older
+    return excluded
 
 
 def all_rows(printed: paper.PaperTable, ours: dict[str, list[Row]]) -> Iterable[Row]:

@@ -8,6 +8,7 @@ from tabulate import tabulate
 
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.base import (
+    AP_RESULTS,
     Cell,
     Row,
     Run,
@@ -43,6 +44,7 @@ RUN_COLUMNS = (
     "recipe hash",
     "teachers",
 )
+BOTH = "top-1 or AP (%)"
 DETECTION_RUN_COLUMNS = tuple(
     "AP (%)" if column == "top-1 (%)" else column
     for column in RUN_COLUMNS
@@ -170,7 +172,10 @@ def _as_printed(column: str, value: float) -> str:
 
 def run_columns(table: Table) -> list[str]:
     """Return the headings of :func:`run_lines`."""
-    return list(DETECTION_RUN_COLUMNS if table.number == paper.TABLE_2.number else RUN_COLUMNS)
+    if table.number == paper.TABLE_2.number:
+        return list(DETECTION_RUN_COLUMNS)
+    both = AP_RESULTS.keys() <= set(table.columns)
+    return [BOTH if both and column == "top-1 (%)" else column for column in RUN_COLUMNS]
 
 
 def run_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
@@ -186,8 +191,9 @@ def run_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
                 "method, size": f"{record.pretrain_method}, {record.size}",
                 "top-1 (%)": value,
                 "AP (%)": value,
-                "sampling error": f"± {sampling_error(record):.2f}",
-                "chance (%)": f"{chance_accuracy(record):.4g}",
+                BOTH: value,
+                "sampling error": "" if column in AP_RESULTS else f"± {sampling_error(record):.2f}",
+                "chance (%)": "" if column in AP_RESULTS else f"{chance_accuracy(record):.4g}",
                 "eval samples": f"{record.results.eval_samples:,}",
                 "training samples": f"{(record.finetune_data or record.data).samples:,}",
                 "pre-training epochs": _epochs(record.pretrain_epochs),

@@ -29,18 +29,13 @@ _LABEL_CHARACTERS = 58
 
 
 def plot_ablations(table: Table, path: Path) -> None:
-    """Draw the accuracies, or box APs, of `table` to a PNG."""
-    column = BOX if BOX in table.columns and ACCURACY not in table.columns else ACCURACY
-    panels = [
-        Panel(
-            table.number,
-            dataset,
-            tuple(row for row in table.rows if row.dataset == dataset and not math.isnan(row.value(column))),
-            (column,),
-            _WIDTH,
-        )
-        for dataset in datasets(table)
-    ]
+    """Draw the accuracies of `table` to a PNG, and box APs of the data sets of detectors."""
+    panels = []
+    for dataset in datasets(table):
+        rows = [row for row in table.rows if row.dataset == dataset]
+        column = ACCURACY if any(ACCURACY in row.cells for row in rows) else BOX
+        filled = tuple(row for row in rows if not math.isnan(row.value(column)))
+        panels.append(Panel(table.number, dataset, filled, (column,), _WIDTH))
     heights = [0.9 + _INCHES_PER_ROW * len(panel.rows) for panel in panels]
     figure = style.new_figure(_WIDTH + 4.2, 0.6 + sum(heights))
     figure.suptitle(wrap(table.title, _WIDTH + 3), fontsize=12, fontweight="bold", color=style.INK)

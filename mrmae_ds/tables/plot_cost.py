@@ -52,7 +52,7 @@ _XOf = Callable[[int, Row, str, Cell], float | None]
 
 def plot_cost(table: Table, path: Path) -> None:
     """Draw `table`'s accuracies over parameters and over GPU-hours of pre-training to a PNG."""
-    names = datasets(table)
+    names = [name for name in datasets(table) if any(row.dataset == name for row in _rows(table))]
     lines = len(_rows(table))
     figure = style.new_figure(2 * _WIDTH, 0.6 + _HEIGHT * len(names) + 0.1 * lines)
     title = "Accuracy after fine-tuning, by parameters and by the cost of pre-training"
@@ -79,9 +79,10 @@ def plot_cost(table: Table, path: Path) -> None:
 
 
 def _rows(table: Table) -> list[Row]:
-    """Return the rows with numbers; of the paper's Table 1, those of methods that can be run here."""
+    """Return the rows with accuracies; of the paper's Table 1, those of methods that can be run here."""
     foreign = {row.method for row in table.rows} - {*OWN_METHODS} if table.number == paper.TABLE_1.number else set()
-    return [row for row in table.rows if row.cells and row.method not in foreign]
+    columns = set(_accuracies(table))
+    return [row for row in table.rows if row.cells.keys() & columns and row.method not in foreign]
 
 
 def _accuracies(table: Table) -> tuple[str, ...]:

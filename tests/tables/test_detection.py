@@ -14,7 +14,7 @@ from mrmae_ds.tables.latex import to_latex
 from mrmae_ds.tables.markdown import to_markdown
 from mrmae_ds.tables.paper import TABLES
 from mrmae_ds.tables.write import build_table, write_table
-from tests.support.records import make_pretraining, make_record
+from tests.support.records import make_pretraining, make_record, make_tuned
 
 TRAIN, VAL = (117_266, 860_001), (5_000, 36_781)
 
@@ -101,9 +101,43 @@ def test_seeds_are_averaged_and_other_runs_explained() -> None:
     table = build_table(2, runs)
     (row,) = ours(table)
     assert row.cells["AP box"].value == 51.0 and row.cells["AP box"].spread == pytest.approx(2**0.5)
-    assert [line.split(":")[0] for line in table.excluded] == [
-        f"runs/{name}/detect" for name in ("old", "none", "running")
+    assert sorted(line.split(":")[0] for line in table.excluded) == [
+        f"runs/{name}/detect" for name in ("none", "old", "running")
     ]
+
+
+@pytest.mark.parametrize(("number", "row", "name"), [(3, 7, "row 7"), (3, 4, "row 4"), (5, 7, "MR-MAE, 200 epochs")])
+def test_detectors_fill_the_coco_columns_of_the_ablations(number: int, row: int, name: str, tmp_path: Path) -> None:
+    """AP in a row of its own, without an accuracy; the accuracy's row has no AP."""
+    tuned = make_tuned("tuned", make_pretraining(row, epochs=200))
+    runs = [detected(row=row, epochs=200), detected("other", row=1, epochs=200, box=40.0), tuned]
+    table = build_table(number, runs)
+    own = [found for found in ours(table) if found.label.startswith(name)]
+    ap, accuracy = sorted(own, key=lambda found: found.dataset)
+    assert (ap.label, ap.dataset) == (f"{name}, ours: coco (200 ep, COCO)", "COCO")
+    assert {column: cell.value for column, cell in ap.cells.items()} == {"AP box": 50.0, "AP mask": 45.0}
+    assert accuracy.label.startswith(f"{name}, ours") and "AP box" not in accuracy.cells
+    assert (ap.labels == {**accuracy.labels}) and not build_table(4, runs[:1]).measured
+    text = to_markdown(table)
+    (line,) = [line for line in text.splitlines() if "| **50.00** [" in line]
+    assert name in line
+    (run,) = [line for line in text.splitlines() if "coco/detect" in line and "50.00" in line]
+    assert [cell.strip() for cell in run.split("|")[4:7]] == ["50.00", "", ""] and "top-1 or AP (%)" in text
+    blank = [row.label for row in build_table(number, []).rows if row.source == "ours"]
+    assert all("not run" in label for label in blank)
+    _, paths = write_table(runs, tmp_path, number)
+    assert all(path.stat().st_size > 1000 for path in paths)
+    assert write_table(runs[:1], tmp_path, number)[1] == paths  # without an accuracy
+
+
+def test_detectors_of_other_encoders_fill_no_row() -> None:
+    runs = [detected(row=1), detected("whole", init=Init(file="model_final.pth", whole=True), method="MR-MAE")]
+    table = build_table(5, runs)
+    assert not ours(table) and [line.split(": ")[1] for line in sorted(table.excluded)] == [
+        "its training configuration matches no row of this table",
+        "it continued a trained detector, not a pre-training",
+    ]
+    assert not ours(build_table(2, runs[1:]))
 
 
 def test_files(tmp_path: Path) -> None:

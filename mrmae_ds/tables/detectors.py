@@ -1,0 +1,67 @@
+"""Runs of the stage detect in tables: which can fill a cell, on which data set, and their cells of AP.
+
+COCO is recognized by its numbers of images, annotations and classes; any other data set is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from mrmae_ds.records.record import RunRecord
+from mrmae_ds.tables import paper
+from mrmae_ds.tables.base import AP_RESULTS, Cell, Run, measured_value, run_path
+from mrmae_ds.tables.select_runs import fill_cell
+
+# Images and annotations that detectors are trained and evaluated on, and classes.
+COCO_2017 = {"train images": 117_266, "val images": 5_000, "val annotations": 36_781, "classes": 80}
+
+
+def detector_runs(records: Iterable[Run]) -> tuple[list[Run], list[str]]:
+    """Select the runs of the stage detect that can fill a cell of AP.
+
+    Returns:
+        The usable runs; and the other runs of the stage, each with the reason.
+    """
+    runs = [run for run in records if run[1].stage == "detect"]
+    excluded = [f"{run_path(run)}: {reason}" for run in runs if (reason := _unusable(run[1]))]
+    return [run for run in runs if not _unusable(run[1])], excluded
+
+
+def _unusable(record: RunRecord) -> str | None:
+    if record.status != "finished":
+        return f"not finished (status: {record.status})"
+    if any(measured_value(record, column) is None for column in AP_RESULTS):
+        return "finished without an AP"
+    if record.init is not None and record.init.whole:
+        return "it continued a trained detector, not a pre-training"
+    return None
+
+
+def ap_cells(runs: Sequence[Run]) -> tuple[dict[str, Cell], list[str]]:
+    """Return the cells of AP of the newest of ``runs``, and the other runs, each with the reason; see `fill_cell`."""
+    cells: dict[str, Cell] = {}
+    older: list[str] = []
+    for column in AP_RESULTS:
+        cells[column], older = fill_cell(runs, column)
+    return cells, older
+
+
+def describe_pretraining(record: RunRecord) -> str:
+    """Return the length of the encoder's pre-training."""
+    epochs = record.pretrain_epochs
+    return "unknown pre-training" if epochs is None else f"{epochs:.4g} ep"
+
+
+def detection_data(record: RunRecord) -> str:
+    """Return "COCO" for the whole of COCO 2017, and a description of any other data set."""
+    info = record.detection
+    if info is None:
+        return record.data.dataset
+    train, val = info.train, info.val
+    counts = (train.images, val.images, val.annotations, record.data.classes)
+    if counts == tuple(COCO_2017.values()):
+        return paper.COCO
+    return (
+        f"{record.data.dataset}: {record.data.classes} classes, {train.images:,} training and {val.images:,} "
+        f"evaluation images"
+    )
