@@ -47,12 +47,15 @@ def test_pooling_is_exact_for_an_image_in_a_part_of_the_square() -> None:
     for stride in STRIDES[:4]:
         centers = (torch.arange(1024 // stride) + 0.5) * stride
         levels.append(torch.stack(torch.meshgrid(centers, centers, indexing="ij"))[None])
-    box = torch.tensor([[100.0, 60.0, 310.0, 270.0], [40.0, 20.0, 110.0, 90.0]])  # of a 333 x 500 image; levels 1 and 0
-    pooled = RoIPool(7, STRIDES[:4])(levels, [box])
-    wanted = torch.stack([60 + 30 * (torch.arange(7) + 0.5), 20 + 10 * (torch.arange(7) + 0.5)])
-    torch.testing.assert_close(pooled[:, 0], wanted[:, :, None].expand(-1, -1, 7), atol=1e-3, rtol=0)
-    wanted = torch.stack([100 + 30 * (torch.arange(7) + 0.5), 40 + 10 * (torch.arange(7) + 0.5)])
-    torch.testing.assert_close(pooled[:, 1], wanted[:, None].expand(-1, 7, -1), atol=1e-3, rtol=0)
+    # Of a 333 x 500 image, levels 1, 0 and 2; of a larger one, level 3.
+    box = torch.tensor([[100.0, 60, 310, 270], [40, 20, 110, 90], [20, 100, 314, 394], [30, 50, 520, 540]])
+    pool = RoIPool(7, STRIDES[:4])
+    assert pool.level_of(box).tolist() == [1, 0, 2, 3]
+    pooled, cells = pool(levels, [box]), torch.arange(7) + 0.5
+    cell = torch.tensor([30.0, 10, 42, 70])[:, None]
+    top, left = box[:, 1, None] + cell * cells, box[:, 0, None] + cell * cells
+    torch.testing.assert_close(pooled[:, 0], top[:, :, None].expand(-1, -1, 7), atol=1e-3, rtol=0)
+    torch.testing.assert_close(pooled[:, 1], left[:, None].expand(-1, 7, -1), atol=1e-3, rtol=0)
 
 
 def test_pooling_keeps_the_order_and_every_level_gets_a_gradient() -> None:

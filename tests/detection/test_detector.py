@@ -6,17 +6,29 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
-from torchvision.models.detection import maskrcnn_resnet50_fpn_v2
+from torch import Tensor, nn
+from torchvision.models.detection import MaskRCNN, maskrcnn_resnet50_fpn_v2
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.rpn import RPNHead
 
 from mrmae_ds.config.sections import ModelConfig
 from mrmae_ds.detection.detector import LOSSES, Detector, build_detector
 from mrmae_ds.detection.roi_heads import mask_targets
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.pretrain import set_checkpointing
+from mrmae_ds.models.pyramid import LayerNorm2d
 from mrmae_ds.weights.detectors import from_detectron2
 from tests.fixtures import load_reference, part
-from tests.support.detectors import NUM_CLASSES, SIDE, detect_config, random_batch, reference_batch, small_detector
+from tests.support.detectors import (
+    NUM_CLASSES,
+    SIDE,
+    detect_config,
+    random_batch,
+    reference_batch,
+    small_detector,
+)
 
 DETECTRON2_LOSSES = ("loss_rpn_cls", "loss_rpn_loc", "loss_cls", "loss_box_reg", "loss_mask")
 COUNTS = [(2, 3), (0, 3), (0, 0)]
@@ -88,6 +100,23 @@ def test_every_parameter_gets_a_gradient_without_objects_too(counts: tuple[int, 
         assert not any(p.grad.any() for p in detector.roi_heads.mask_head.parameters())
     else:
         assert losses["positives"] > 0
+
+
+@pytest.mark.parametrize("size", [(1, 13), (13, 1), (1, 1)])
+def test_an_image_smaller_than_a_patch_has_finite_losses(size: tuple[int, int]) -> None:
+    """After jitter, with an object of its size and without one."""
+    detector = small_detector()
+    images = torch.zeros(2, 3, SIDE, SIDE)
+    images[:, :, : size[0], : size[1]] = 1
+    masks = torch.ones(1, *size, dtype=torch.uint8)
+    whole = {"boxes": torch.tensor([[0.0, 0, size[1], size[0]]]), "labels": torch.tensor([2]), "masks": masks}
+    losses = detector(images, [size] * 2, [whole, {name: values[:0] for name, values in whole.items()}], [1, 2])
+    assert all(losses[name].isfinite() and losses[name].requires_grad for name in LOSSES)
+    losses["loss"].backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in detector.parameters())
+    with torch.no_grad():
+        for found in detector.eval()(images, [size] * 2):
+            assert (found["boxes"] <= torch.tensor([size[1], size[0]]).repeat(2)).all()
 
 
 def test_a_mask_head_that_is_left_out_without_objects_gets_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,6 +251,54 @@ def test_heads_take_those_of_torchvisions_mask_rcnn() -> None:
         ours = build_detector(model, detect_config(), 90).state_dict()
     heads = {name: tensor.shape for name, tensor in ours.items() if not name.startswith("backbone.")}
     assert len(heads) == 42 and heads == {name: theirs[name].shape for name in heads}
+
+
+def test_torchvisions_heads_load_and_compute_the_same() -> None:
+    """The modules of ``maskrcnn_resnet50_fpn_v2`` in torchvision's own Mask R-CNN, with other norms and our pooling."""
+    torch.manual_seed(3)
+    body = nn.Conv2d(3, 16, 1)
+    body.out_channels = 16
+    theirs = MaskRCNN(
+        body,
+        rpn_anchor_generator=AnchorGenerator(((32,),) * 5, ((0.5, 1.0, 2.0),) * 5),
+        rpn_head=RPNHead(16, 3, conv_depth=2),
+        box_head=FastRCNNConvFCHead((16, 7, 7), [16] * 4, [32], norm_layer=LayerNorm2d),
+        box_predictor=FastRCNNPredictor(32, NUM_CLASSES + 1),
+        mask_head=MaskRCNNHeads(16, [16] * 4, 1, norm_layer=LayerNorm2d),
+        mask_predictor=MaskRCNNPredictor(16, 16, NUM_CLASSES + 1),
+    ).eval()
+    for parameter in (*theirs.rpn.parameters(), *theirs.roi_heads.parameters()):
+        nn.init.normal_(parameter, std=0.2)
+    ours = small_detector().eval()
+    loaded = ours.load_state_dict(theirs.state_dict(), strict=False)
+    for names in (loaded.missing_keys, loaded.unexpected_keys):
+        assert names and all(name.startswith("backbone.") for name in names)
+    levels = [torch.randn(2, 16, side, side) for side in (32, 16, 8, 4, 2)]
+    pairs = zip(ours.rpn.head(levels), theirs.rpn.head(levels), strict=True)
+    assert all(torch.equal(a, b) for mine, other in pairs for a, b in zip(mine, other, strict=True))
+    for name in ("box_roi_pool", "mask_roi_pool"):
+        setattr(theirs.roi_heads, name, _Pool(getattr(ours.roi_heads, name)))
+    corners = torch.rand(2, 40, 2) * 60
+    proposals = list(torch.cat([corners, corners + 4 + torch.rand(2, 40, 2) * 60], dim=2))
+    sizes = [(SIDE, SIDE), (100, SIDE)]
+    with torch.no_grad():
+        mine, _ = ours.roi_heads(levels[:4], proposals, sizes)
+        other, _ = theirs.roi_heads(dict(enumerate(levels[:4])), proposals, sizes)
+    for found, expected in zip(mine, other, strict=True):
+        assert len(found["boxes"]) > 20 and torch.equal(found["labels"], expected["labels"])
+        for key in ("boxes", "scores", "masks"):
+            torch.testing.assert_close(found[key], expected[key], atol=1e-5, rtol=1e-5)
+
+
+class _Pool(nn.Module):
+    """This project's pooling with torchvision's arguments."""
+
+    def __init__(self, pool: nn.Module) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, levels: dict[int, Tensor], boxes: list[Tensor], sizes: list[tuple[int, int]]) -> Tensor:
+        return self.pool(list(levels.values()), boxes)
 
 
 @pytest.mark.parametrize(("arch", "parameters"), [("cvit_base", 109_704_629), ("vit_base", 110_900_149)])

@@ -241,7 +241,7 @@ def _class_before(index: CocoIndex) -> Callable[[Result], None]:
         ("category off by one", 1.4),
         ("contiguous ids", 15.3),
         ("missing half", 46.8),
-        ("doubled half", 90.7),
+        ("doubled half", 86.1),
     ],
 )
 def test_mistakes_score_less(real: CocoIndex, mistake: str, score: float) -> None:
@@ -252,6 +252,6 @@ def test_mistakes_score_less(real: CocoIndex, mistake: str, score: float) -> Non
         "category off by one": lambda: changed(results, _class_before(real)),
         "contiguous ids": lambda: changed(results, _contiguous(real)),
         "missing half": lambda: [result for result in results if result["image_id"] in half],
-        "doubled half": lambda: results + [result for result in results if result["image_id"] in half],
+        "doubled half": lambda: results + results[: len(results) // 2],
     }[mistake]()
     assert coco_scores(spoiled, real, np.arange(100)).box["AP"] == pytest.approx(score, abs=0.05)
