@@ -55,7 +55,8 @@ class DetectConfig(StageConfig):
     """Fine-tuning of the encoder in Mask R-CNN on COCO (the paper's Table 2).
 
     Attributes:
-        init: ``pretrain`` (this run's own pre-training), ``scratch`` (random), or a run's stage folder or model file.
+        init: ``pretrain`` (this run's own pre-training), ``scratch`` (random), or a run's stage folder or model file. A
+            whole detector is loaded with its heads; ``FILE#backbone.net`` is its encoder alone.
         image_size: side of the square input in pixels, a multiple of 32.
         optimizer: AdamW.
         schedule: of the learning rate.

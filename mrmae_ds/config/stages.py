@@ -270,10 +270,11 @@ class ProbeConfig(CropStageConfig):
 
 
 class EvaluateConfig(Section):
-    """Accuracy of fine-tuned models on the validation set; the softmax outputs of several are averaged.
+    """Accuracy of fine-tuned models on the validation set, or AP of a detector on that of ``data.detection``.
 
     Attributes:
-        members: stage folders or model files; null is this run's own fine-tuning.
+        members: stage folders or model files, of classifiers, whose softmax outputs are averaged, or of one detector;
+            null is this run's own fine-tuning.
         image_size: side of the input in pixels; null is each model's own. The position embedding is resized to another.
     """
 
