@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -24,8 +24,14 @@ class Section(BaseModel):
         """Refuse true and false for keys that are not boolean, which pydantic would convert to 1 and 0."""
         for key, value in values.items() if isinstance(values, dict) else ():
             field = cls.model_fields.get(key)
-            if isinstance(value, bool) and not (field and bool in (field.annotation, *get_args(field.annotation))):
-                raise ConfigError(key, f"expected a value, got {str(value).lower()}")
+            annotation = field.annotation if field else None
+            kinds = (annotation, *get_args(annotation))
+            if isinstance(value, bool) and bool not in kinds:
+                section = get_origin(annotation) is not dict and any(
+                    isinstance(kind, type) and issubclass(kind, Section) for kind in kinds
+                )
+                expected = "a section, {} for its defaults" if section else "a value"
+                raise ConfigError(key, f"expected {expected}, got {str(value).lower()}")
         return values
 
     @model_validator(mode="before")

@@ -49,13 +49,15 @@ def default_recipe(ds_config: Path) -> Path:
     """Return the recipe beside an engine config: the one of the same name, without the suffix of a variant.
 
     Raises:
-        UserError: if there is none; the message lists the recipes in the folder.
+        UserError: if there is none, with a list of the recipes in the folder, or no such engine config.
     """
     variant = next((suffix for suffix in VARIANTS if ds_config.stem.endswith(suffix)), "")
     candidates = [ds_config.with_suffix(".yaml"), ds_config.with_name(f"{ds_config.stem.removesuffix(variant)}.yaml")]
     for path in candidates:
         if path.is_file():
             return path
+    if not ds_config.is_file():
+        read_json(ds_config)  # raises: the engine config itself is missing
     tried = " nor ".join(dict.fromkeys(path.name for path in candidates))
     present = sorted(path.name for path in ds_config.parent.glob("*.yaml"))
     choice = f"; there are {', '.join(present)}" if present else ""

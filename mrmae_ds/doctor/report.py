@@ -13,11 +13,9 @@ from typing import Any
 from mrmae_ds.doctor.context import Check, DoctorContext
 from mrmae_ds.doctor.reading import Expected, collect_constants
 from mrmae_ds.files import write_text
-from mrmae_ds.profiling.measured_node import MEASURED_KEY, MeasuredNode
+from mrmae_ds.profiling.measured_node import FORMAT, MEASURED_KEY, MeasuredNode
 from mrmae_ds.records.environment import collect_hardware, collect_versions
 from mrmae_ds.units import significant
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class DoctorReport:
 
 def measured_node(context: DoctorContext, results: list[CheckResult]) -> MeasuredNode:
     """Return the constants that ``mrmae plan --measured`` reads: medians over ranks, positive and finite ones only."""
-    device = {"device": collect_hardware(1, context.device).device} if context.on_cuda else {}
+    device = {"device": collect_hardware(1, context.device).device}
     rows = ((row.constant, row.value) for result in results for row in result.rows)
     return MeasuredNode.model_validate(device | collect_constants(rows))
 

@@ -14,6 +14,8 @@ from dataclasses import asdict
 
 import torch
 
+from mrmae_ds.config.engine import default_recipe, load_engine_config
+from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.process_group import choose_device, end_process_group
 from mrmae_ds.doctor.checks import CHECKS, START
@@ -39,9 +41,11 @@ def run_doctor(request: DoctorRequest, launch: Launch) -> int:
         The exit status: 0, or 1 after a hard failure or a check over its limit.
 
     Raises:
-        UserError: for a name that is not a check, more ranks than GPUs on a node, or a report that cannot be written.
+        UserError: for a name that is not a check, a wrong recipe or engine config, more ranks than GPUs on a node, or a
+            report that cannot be written.
     """
     checks = select_checks(request)
+    _check_configs(request)
     device = choose_device(launch)
     gpu = None
     if device.type == "cuda":
@@ -61,7 +65,7 @@ def select_checks(request: DoctorRequest) -> list[Check]:
     """Return the checks to run.
 
     Raises:
-        UserError: for a name that is not a check.
+        UserError: for a name that is not a check, or if none is left.
     """
     names = [check.name for check in CHECKS]
     for option, given in {"--only": request.only, "--skip": request.skip}.items():
@@ -70,7 +74,20 @@ def select_checks(request: DoctorRequest) -> list[Check]:
     quick = {check.name for check in CHECKS if check.quick or not request.quick}
     wanted = (set(request.only) or quick) - set(request.skip)
     grouped = {check.name for check in CHECKS[CHECKS.index(START) + 1 :]}
+    if not wanted:
+        raise UserError(f"--skip {request.skip[0]}: no check is left to run")
     return [check for check in CHECKS if check.name in wanted or (check is START and wanted & grouped)]
+
+
+def _check_configs(request: DoctorRequest) -> None:
+    """Load the engine config and the recipe, whichever checks will read them."""
+    if request.ds_config is None:
+        if request.recipe is not None:
+            raise UserError(f"--recipe {request.recipe}: is used with an engine config; name one with --ds_config")
+        return
+    path = request.recipe or default_recipe(request.ds_config)
+    load_engine_config(request.ds_config)
+    load_recipe(path).stage("pretrain")
 
 
 def _run_checks(context: DoctorContext, checks: Sequence[Check], report: DoctorReport) -> int:

@@ -22,7 +22,7 @@ from mrmae_ds.planning.estimates.step import estimate_step
 from mrmae_ds.planning.fake_step import build_meta_task
 from mrmae_ds.planning.operator_trace import ATTENTION, CONVOLUTION, MATMUL, MATMUL_FP32, MEMORY, DeviceRates
 from mrmae_ds.planning.render import stage_lines
-from mrmae_ds.planning.search import search, search_lines, write_engine
+from mrmae_ds.planning.search import check_new_engine, search, search_lines, write_engine
 from mrmae_ds.planning.stage import CountedStage, count_stage
 from mrmae_ds.profiling.flops import COUNTED_STAGES
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
@@ -148,7 +148,7 @@ def make_cluster(request: PlanRequest) -> Cluster:
     check_cluster(request.gpus, request.gpus_per_node)
     gpu, sustained = _gpu(request), None if request.tflops is None else request.tflops * TERA
     measured = MeasuredNode() if request.measured is None else read_measured(request.measured)
-    if measured.device and gpu.names and measured.device not in gpu.names:
+    if request.measured is not None and gpu.names and measured.device not in gpu.names:
         raise UserError(f"{request.measured} was measured on {measured.device}, which is not --gpu {gpu.key}")
     cluster = Cluster(gpu, request.gpus, request.gpus_per_node, request.network, sustained, measured, request.loader)
     if cluster.node_loader is None and measured.loader_images_per_s_per_core and measured.loader_cores:
@@ -193,6 +193,8 @@ def _check_numbers(request: PlanRequest) -> None:
     }
     if request.write is not None and not request.search:
         raise UserError("--write takes the engine config that a search finds; pass --search too")
+    if request.write is not None:
+        check_new_engine(request.write)
     for option, number in numbers.items():
         if number is not None and not 0 < number < math.inf:
             raise UserError(f"{option} must be above 0, got {number:g}")
@@ -234,8 +236,8 @@ def _assumptions(request: PlanRequest, recipe: Recipe, cluster: Cluster, zero: Z
             f"{CONSTANTS.node_memory_gbs:g} GB/s for all its ranks"
         )
     if request.measured is not None:
-        names = ", ".join(cluster.measured.known())
-        lines.append(f"measured in {request.measured}, and used in place of the estimates above: {names}")
+        names, device = ", ".join(cluster.measured.constants()), cluster.measured.device
+        lines.append(f"measured on {device} ({request.measured}), and used in place of the estimates above: {names}")
     lines.append(
         f"a rank takes {CONSTANTS.process_gib:g} GiB of host memory before its first tensor; an image of the .beton "
         f"file has {CONSTANTS.image_bytes / 1000:.0f} kB"

@@ -15,7 +15,7 @@ from typing import Any
 from mrmae_ds.config.engine import EngineConfig, load_engine_config
 from mrmae_ds.config.zero import PROJECT_LEAVES, PROJECT_REUSE, parse_zero
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import replacing
+from mrmae_ds.files import check_writable, replacing
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.planning.estimates.cluster import Cluster
 from mrmae_ds.planning.estimates.scale import bottleneck
@@ -139,14 +139,19 @@ def engine_json(
     return made | ({"activation_checkpointing": recomputed} if any(vars(plan).values()) else {})
 
 
-def write_engine(candidate: Candidate, path: Path) -> None:
-    """Write the engine config of a candidate.
+def check_new_engine(path: Path) -> None:
+    """Check, before a search, that its engine config can be written.
 
     Raises:
-        UserError: if the file exists.
+        UserError: if the file exists, or cannot be written.
     """
-    if path.exists():
+    if path.is_file():
         raise UserError(f"--write {path}: the file exists; delete it, or choose another name")
+    check_writable(path)
+
+
+def write_engine(candidate: Candidate, path: Path) -> None:
+    """Write the engine config of a candidate."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(candidate.config.as_written(), indent=2) + "\n", encoding="utf-8")
     load_engine_config(path)

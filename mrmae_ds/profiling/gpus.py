@@ -20,6 +20,7 @@ only; to the host that of PCIe.
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 
 from mrmae_ds.errors import UserError
@@ -96,13 +97,15 @@ def find_gpu(key: str) -> Gpu:
     """Return the GPU with this command-line name.
 
     Raises:
-        UserError: listing the known ones.
+        UserError: naming a similar one, and listing all.
     """
     for gpu in GPUS:
         if gpu.key == key:
             return gpu
-    known = ", ".join(gpu.key for gpu in GPUS)
+    keys = [gpu.key for gpu in GPUS]
+    close = difflib.get_close_matches(key.lower(), keys, n=1, cutoff=0.8)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
     raise UserError(
-        f"--gpu {key}: unknown GPU; known are {known}. For another GPU, pass --memory (GiB as torch reports it) and "
-        "--peak (dense bf16 TFLOP/s of its data sheet) instead"
+        f"--gpu {key}: unknown GPU{hint}; known are {', '.join(keys)}. For another GPU, pass --memory (GiB as torch "
+        "reports it) and --peak (dense bf16 TFLOP/s of its data sheet) instead"
     )

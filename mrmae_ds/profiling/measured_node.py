@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,9 @@ from pydantic import ConfigDict, Field, ValidationError
 from mrmae_ds.errors import UserError
 from mrmae_ds.schema import Section
 
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # of the doctor's JSON file
 # Section of the doctor's JSON file; its other sections are the doctor's own.
 MEASURED_KEY = "measured"
 # In ``operator_gb_s``: the optimizer's update, and what a rank does to reduce gradients.
@@ -21,7 +25,7 @@ class MeasuredNode(Section):
     """Constants measured on a node; None is not measured, and the plan keeps its estimate.
 
     Attributes:
-        device: name of the GPU as torch reports it.
+        device: name of the GPU as torch reports it, or of the CPU.
         launch_us: host time to launch a kernel, without PyTorch, in us.
         op_us: host time to issue an eager operator, forward or backward, in us: host time of a micro-batch without
             DeepSpeed over its operators.
@@ -45,10 +49,10 @@ class MeasuredNode(Section):
         zero3_param_us: host time that ZeRO-3 adds per parameter to a micro-batch that finds it gathered, in us.
         update_param_us: host time per parameter and optimizer step outside the micro-batches, in us.
         loader_images_per_s_per_core: images that the loader decodes on one core, in images/s.
-        loader_cores: cores of a rank that decode.
+        loader_cores: cores of a rank that decode; a median over ranks.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     device: str | None = None
     launch_us: float | None = Field(None, gt=0)
@@ -70,27 +74,62 @@ class MeasuredNode(Section):
     zero3_param_us: float | None = Field(None, ge=0)
     update_param_us: float | None = Field(None, ge=0)
     loader_images_per_s_per_core: float | None = Field(None, gt=0)
-    loader_cores: int | None = Field(None, gt=0)
+    loader_cores: float | None = Field(None, gt=0)
 
     def known(self) -> dict[str, Any]:
         """Return the measured constants by name, as they are written to the file."""
         return self.model_dump(exclude_none=True, exclude_defaults=True)
 
+    def constants(self) -> dict[str, Any]:
+        """Return :meth:`known` without the device."""
+        return {name: value for name, value in self.known().items() if name != "device"}
+
 
 def read_measured(path: Path) -> MeasuredNode:
-    """Read the section ``measured`` of a doctor's JSON file.
+    """Read the section ``measured`` of a doctor's JSON file; warn of checks that failed or were not run.
 
     Raises:
-        UserError: if the file is missing, is not JSON, or its section is missing or invalid.
+        UserError: if the file is missing, is not the doctor's, or of another format; if a check stopped the doctor; if
+            the section is invalid, or names no device or no constant.
     """
     try:
-        section = json.loads(path.read_text(encoding="utf-8"))[MEASURED_KEY]
-        return MeasuredNode.model_validate(section)
+        content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; `mrmae doctor` writes it") from None
-    except (ValueError, KeyError, TypeError) as error:
-        reason = _first_error(error) if isinstance(error, ValidationError) else "not a doctor's JSON file"
-        raise UserError(f"{path}: section {MEASURED_KEY!r}: {reason}; write it again with `mrmae doctor`") from None
+    except ValueError:
+        content = None
+    again = "write it again with `mrmae doctor`"
+    if not isinstance(content, dict) or MEASURED_KEY not in content:
+        raise UserError(f"{path}: not a doctor's JSON file; {again}")
+    if content.get("format") != FORMAT:
+        raise UserError(f"{path}: format {json.dumps(content.get('format'))}, expected {FORMAT}; {again}")
+    _check_results(path, content)
+    section = content[MEASURED_KEY]
+    if not isinstance(section, dict):
+        raise UserError(f"{path}: section {MEASURED_KEY!r} must be an object, got {json.dumps(section)}; {again}")
+    try:
+        measured = MeasuredNode.model_validate(section)
+    except ValidationError as error:
+        raise UserError(f"{path}: section {MEASURED_KEY!r}: {_first_error(error)}; {again}") from None
+    if measured.device is None:
+        raise UserError(f"{path}: section {MEASURED_KEY!r} names no device, so it fits no GPU; {again}")
+    if not measured.constants():
+        raise UserError(f"{path}: section {MEASURED_KEY!r} has no constant; run the doctor's checks that measure them")
+    return measured
+
+
+def _check_results(path: Path, content: dict[str, Any]) -> None:
+    """Refuse the report of a doctor that a check stopped; warn of what failed or was not run."""
+    for check in content.get("checks") or ():
+        found = f"the check {check['name']}: {check['message']}"
+        if check["status"] == "stop":
+            raise UserError(
+                f"{path}: the doctor was stopped by {found}. Fix that, or --skip the check, and run it again"
+            )
+        if check["status"] == "failed":
+            logger.warning("%s: failed there, %s", path, found)
+    if content.get("not_run"):
+        logger.warning("%s: the doctor ended before these checks: %s", path, ", ".join(content["not_run"]))
 
 
 def _first_error(error: ValidationError) -> str:

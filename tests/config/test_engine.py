@@ -110,6 +110,10 @@ def test_a_recipe_of_the_variants_own_name_comes_first(tmp_path: Path) -> None:
 
 
 def test_missing_recipe_error_lists_recipes_of_the_folder(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"my-zero1\.json: no such file$"):
+        default_recipe(tmp_path / "my-zero1.json")
+    for number in (1, 2):
+        (tmp_path / f"my-zero{number}.json").touch()
     with pytest.raises(UserError, match=r"my-zero1\.json: no recipe my-zero1\.yaml nor my\.yaml beside it; name one"):
         default_recipe(tmp_path / "my-zero1.json")
     (tmp_path / "mine.yaml").touch()

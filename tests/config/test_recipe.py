@@ -270,6 +270,12 @@ def test_a_fault_of_the_file_is_not_an_overrides(path: Path) -> None:
     assert seed.startswith(f"override 'seed=-1' of {path}: seed: Input should be greater")
 
 
+@pytest.mark.parametrize("key", ["nvtx", "profiler", "loader"])
+def test_true_for_a_section_names_its_defaults(key: str, path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{key}: expected a section, {{}} for its defaults, got true"):
+        load_recipe(path, [f"{key}=true"])
+
+
 @pytest.mark.parametrize("file", ["tiny.json", "../pipelines/toy6.yaml"])
 def test_another_kind_of_file_is_no_recipe(file: str) -> None:
     kind = "an engine config, for --ds_config" if file == "tiny.json" else "a pipeline file, for mrmae submit"

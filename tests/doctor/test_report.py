@@ -16,6 +16,7 @@ from mrmae_ds.doctor.ranks import RankStore
 from mrmae_ds.doctor.reading import Expected, NotApplicable, Reading
 from mrmae_ds.doctor.report import CheckResult, DoctorReport, page, summarize
 from mrmae_ds.profiling.measured_node import MeasuredNode, read_measured
+from mrmae_ds.records.environment import cpu_name
 
 SPEED = Expected(low=10.0, high=20.0, source="data sheet")
 
@@ -66,7 +67,7 @@ def test_nan_is_outside_and_the_file_stays_json(tmp_path: Path) -> None:
     report.add(result)
     report.finish()
     written = json.loads((tmp_path / "doctor.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-    assert written["checks"][0]["rows"][0]["value"] == "nan" and written["measured"] == {}
+    assert written["checks"][0]["rows"][0]["value"] == "nan" and written["measured"] == {"device": cpu_name()}
 
 
 def test_without_an_expectation_there_is_no_verdict() -> None:
@@ -104,9 +105,19 @@ def test_the_plan_reads_the_medians_of_the_constants(tmp_path: Path) -> None:
     report = DoctorReport(_context(tmp_path))
     zero = Reading("x", 0.0, "", None, "op_us")  # not measured: it must be above 0
     gelu = Reading("gelu", 900.0, "GB/s", None, "operator_gb_s.gelu")
-    ranks = [_rank(Reading("empty kernel", value, "us", None, "launch_us"), zero, gelu) for value in (2.0, 3.0, 7.0)]
+    ranks = [
+        _rank(
+            Reading("empty kernel", value, "us", None, "launch_us"),
+            Reading("cores", int(value) + 4, "", None, "loader_cores"),
+            zero,
+            gelu,
+        )
+        for value in (2.0, 3.0)
+    ]
     report.add(_summary(*ranks))
     report.finish()
-    assert read_measured(tmp_path / "doctor.json") == MeasuredNode(launch_us=3.0, operator_gb_s={"gelu": 900.0})
+    assert read_measured(tmp_path / "doctor.json") == MeasuredNode(
+        device=cpu_name(), launch_us=2.5, loader_cores=6.5, operator_gb_s={"gelu": 900.0}
+    )
     written = json.loads((tmp_path / "doctor.json").read_text())
     assert written["versions"]["torch"] == torch.__version__ and written["host"] and written["world_size"] == 1

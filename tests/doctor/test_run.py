@@ -45,6 +45,27 @@ def test_an_unknown_check_is_named_with_the_known_ones(option: str) -> None:
         _names(**{option: ("speed",)})
 
 
+def test_an_empty_choice_is_refused() -> None:
+    with pytest.raises(UserError, match="--skip driver: no check is left to run"):
+        _names(only=("driver",), skip=("driver",))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ds_config": Path("none.json")}, r"none\.json: no such file"),
+        ({"ds_config": Path("ds_configs/tiny.yaml")}, r"tiny\.yaml: a YAML file, and an engine config is JSON"),
+        ({"ds_config": Path("ds_configs/tiny.json"), "recipe": Path("none.yaml")}, r"none\.yaml: no such file"),
+        ({"ds_config": Path("ds_configs/huge448.json")}, r"huge448.* has no stage pretrain"),
+        ({"recipe": Path("ds_configs/tiny.yaml")}, r"--recipe ds_configs/tiny\.yaml: is used with an engine config"),
+    ],
+)
+def test_wrong_configs_are_refused_whatever_checks_run(given: dict[str, Path], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        run_doctor(DoctorRequest(only=("limits",), out=tmp_path / "doctor.json", **given), ALONE)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_constant_of_the_plan_exists() -> None:
     """A misspelled constant would raise only after the hour."""
     source = "".join(path.read_text() for path in Path(run.__file__).parent.glob("*.py"))

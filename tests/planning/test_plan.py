@@ -24,7 +24,7 @@ from mrmae_ds.planning.estimates.host import loader_cost, node_memory
 from mrmae_ds.planning.estimates.scale import bottleneck
 from mrmae_ds.planning.estimates.step import StepEstimate, estimate_step, largest_fitting
 from mrmae_ds.planning.fake_step import build_meta_task
-from mrmae_ds.planning.plan import PlanRequest, make_cluster
+from mrmae_ds.planning.plan import PlanRequest, describe_plan, make_cluster
 from mrmae_ds.planning.stage import CountedStage, count_stage, stage_memory, with_placement
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.gpus import Gpu, find_gpu
@@ -242,6 +242,7 @@ def plan(*arguments: str, config: str = "small") -> int:
     return main(["plan", "--ds_config", str(CONFIGS / f"{config}.json"), *arguments])
 
 
+ONE_BLOCK_EACH = "model.overrides={depths: [1, 1, 1]}"
 H100 = ("--gpus", "16", "--gpu", "h100-80", "--micro-batch", "16")
 
 
@@ -292,7 +293,7 @@ def test_measured_constants_replace_estimates(tmp_path: Path) -> None:
     measured |= {"zero3_first_param_us": 90, "fp32_tflops": 30, "operator_gb_s": {"gelu": 1000, "adamw": 500}}
     measured |= {"matmul_tflops": 500, "memory_gb_s": 2000, "h2d_gb_s": 50, "d2h_gb_s": 40}
     measured |= {"loader_images_per_s_per_core": 1000, "loader_cores": 10}
-    path.write_text(json.dumps({"measured": measured}))
+    path.write_text(json.dumps({"format": 1, "measured": measured}))
     request = PlanRequest(CONFIGS / "small.json", gpus=4, gpu="h100-80", measured=path)
     cluster = make_cluster(request)
     assert cluster.rates is not None and cluster.rates.kernel_s == 3e-6
@@ -307,6 +308,12 @@ def test_measured_constants_replace_estimates(tmp_path: Path) -> None:
     assert make_cluster(replace(request, loader=5.0)).node_loader == 5.0
     with pytest.raises(UserError, match=r"measured on NVIDIA H100 80GB HBM3, which is not --gpu h200"):
         make_cluster(replace(request, gpu="h200"))
+    path.write_text(json.dumps({"format": 1, "measured": measured | {"device": "Intel Xeon"}}))
+    with pytest.raises(UserError, match=r"measured on Intel Xeon, which is not --gpu h100-80"):
+        make_cluster(request)
+    assert "  measured on Intel Xeon (" in describe_plan(
+        replace(request, gpu=None, memory=40, peak=100, stage="finetune", overrides=(ONE_BLOCK_EACH,))
+    )
 
 
 def test_update_takes_the_measured_rate_of_adamw(stages: dict[str, CountedStage]) -> None:
@@ -382,8 +389,7 @@ ENGINES = sorted(path.stem for path in CONFIGS.glob("*.json"))
 
 @pytest.mark.parametrize("name", ENGINES)
 def test_plans_every_engine_config(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    one = "model.overrides={depths: [1, 1, 1]}"
-    assert plan("--gpus", "2", "--gpu", "h100-80", "--stage", "finetune", one, config=name) == 0
+    assert plan("--gpus", "2", "--gpu", "h100-80", "--stage", "finetune", ONE_BLOCK_EACH, config=name) == 0
     out = capsys.readouterr().out
     assert "total" in out and "advice" in out
     if name.endswith("-offload"):

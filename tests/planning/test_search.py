@@ -116,7 +116,9 @@ def test_engines_are_those_of_the_shipped_configs() -> None:
         assert made == raw, name
 
 
-def test_command_writes_a_config_for_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_writes_a_config_for_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "found.json"
     arguments = ["plan", "--ds_config", str(CONFIGS / "small.json"), "--gpus", "16", "--gpu", "h100-80", *SHORT]
     assert main([*arguments, "--write", str(path)]) == 2
@@ -130,3 +132,6 @@ def test_command_writes_a_config_for_training(tmp_path: Path, capsys: pytest.Cap
     assert (loaded.name, config.zero.stage, config.micro_batch) == ("small", 1, 64)
     assert main([*arguments, "--search", "--write", str(path)]) == 2
     assert "the file exists" in capsys.readouterr().err
+    monkeypatch.setattr("mrmae_ds.planning.plan.search", lambda *_: pytest.fail("searched first"))
+    assert main([*arguments, "--search", "--write", str(tmp_path)]) == 2
+    assert f"{tmp_path}: is a folder; name a file" in capsys.readouterr().err
