@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.fx
 from safetensors.torch import save_file
 from timm.models import get_model_input_config, get_pretrained_cfg
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.cvit import CViT
@@ -294,3 +296,26 @@ def test_features_by_hooks_equal_intermediates() -> None:
     found = extractor.eval()(images := torch.randn(1, 3, 32, 48))
     expected = model.forward_intermediates(images, output_fmt="NLC", intermediates_only=True)
     assert all(torch.equal(f.flatten(1, -2), e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("pool", ["avg", "token"])
+def test_classifiers_are_traceable(pool: str) -> None:
+    """Traced once, they compute the same logits and gradients for any batch, and check the size of the images."""
+    model = narrow(global_pool=pool, num_classes=3)
+    traced = torch.fx.symbolic_trace(model)
+    images = torch.randn(2, 3, 32, 48)
+    (own,) = torch.autograd.grad(model(images).square().sum(), model.patch_embed1.proj.weight)
+    (again,) = torch.autograd.grad(traced(images).square().sum(), model.patch_embed1.proj.weight)
+    torch.testing.assert_close(traced(images), model(images), rtol=0, atol=0)
+    torch.testing.assert_close(again, own, rtol=0, atol=0)
+    assert traced(images[:1]).shape == (1, 3)
+    with pytest.raises(UserError, match="the model was built for"):
+        traced(torch.randn(1, 3, 48, 48))
+
+
+def test_torchvision_extracts_features_of_any_node() -> None:
+    model = narrow(num_classes=3)
+    images = torch.randn(1, 3, 32, 48)
+    features = create_feature_extractor(model, ["blocks3.0.mlp.fc1", "head"])(images)
+    assert features["blocks3.0.mlp.fc1"].shape == (1, 6, 64)
+    torch.testing.assert_close(features["head"], model(images), rtol=0, atol=0)

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.fx
 from timm.layers import global_pool_nlc
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import Block
@@ -138,9 +139,10 @@ class CViT(nn.Module):
         Raises:
             UserError: for images of another size than the model's.
         """
-        if visible is None:
-            return self.forward_head(self.forward_features(images))
-        return self._forward_visible(images, visible, taps)
+        # By type: torch.fx passes a stand-in that is not None for an argument that is left out.
+        if isinstance(visible, VisibleSet):
+            return self._forward_visible(images, visible, taps)
+        return self.forward_head(self.forward_features(images))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Compute all tokens after the last block, [B, P + L, C3], of [B, 3, H, W]; P is 1 with a class token."""
@@ -315,7 +317,7 @@ class CViT(nn.Module):
         if self.cls_token is None:
             x = x + self.pos_embed
         else:
-            token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+            token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
             x = torch.cat([token, x + self.pos_embed[:, 1:]], dim=1)
         return run_blocks(self.blocks3, x, self.checkpointing.transformer)
 
@@ -334,8 +336,22 @@ class CViT(nn.Module):
 
     def _check_size(self, images: Tensor) -> None:
         """Raise UserError unless images are [B, C, H, W] of the model's H and W."""
-        if tuple(images.shape[2:]) != self.img_size:
-            raise UserError(
-                f"images: {tuple(images.shape[2:])} pixels, but the model was built for {self.img_size}; "
-                "build it with that img_size, or call set_input_size"
-            )
+        check_image_size(images, self.img_size)
+
+
+@torch.fx.wrap  # one node of a traced graph, whose images have no size yet
+def check_image_size(images: Tensor, size: tuple[int, int]) -> None:
+    """Check the size of images [B, C, H, W].
+
+    Args:
+        images: input of a model.
+        size: height and width that the model was built for.
+
+    Raises:
+        UserError: if they differ.
+    """
+    if tuple(images.shape[2:]) != size:
+        raise UserError(
+            f"images: {tuple(images.shape[2:])} pixels, but the model was built for {size}; "
+            "build it with that img_size, or call set_input_size"
+        )

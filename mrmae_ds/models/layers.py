@@ -29,12 +29,10 @@ class PatchConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [..., S*patch, S*patch, in] to [..., S, S, out]; the two sides may differ."""
-        *lead, height, width, channels = x.shape
         p = self.patch
         if p > 1:
-            x = x.reshape(-1, height // p, p, width // p, p, channels).transpose(2, 3)
-        patches = x.reshape(*lead, height // p, width // p, p * p * channels)
-        return F.linear(patches, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+            x = x.unflatten(-2, (-1, p)).unflatten(-4, (-1, p)).transpose(-4, -3).flatten(-3)
+        return F.linear(x, self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
 
 
 class PatchEmbed(nn.Module):

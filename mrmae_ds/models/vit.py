@@ -92,7 +92,8 @@ class MaskedViT(VisionTransformer):
         Returns:
             Logits [B, classes], or features whose tensors are [B, 1 + K, C]: the class token comes first.
         """
-        if visible is None:
+        # By type: torch.fx passes a stand-in that is not None for an argument that is left out.
+        if not isinstance(visible, VisibleSet):
             return self.forward_head(self.forward_features(images))
         patches = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
         x = torch.cat([self._class_token(patches), patches], dim=1)
