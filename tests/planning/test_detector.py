@@ -76,7 +76,7 @@ def test_memory_grows_by_images_and_shrinks_by_recomputation(small: CountedStage
 
 
 def test_boxes_bound_the_heads() -> None:
-    """What the heads save grows with the boxes, and is that of their convolutions to a tenth."""
+    """Memory that the heads save grows with the boxes, and is that of their convolutions to a tenth."""
     few, many = (counted(small_recipe(f"stages.detect.detector.boxes_per_image={n}")) for n in (128, 256))
     per_box = (many.timeline.saved(4) - few.timeline.saved(4)) / (4 * 128)
     # Four convolutions save their inputs in bf16, the norms theirs in float32, the ReLUs their outputs; a quarter of
