@@ -13,6 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 from torchvision.ops import roi_align
 
+from mrmae_ds.data.loaders.base import to_device
+
 Size = tuple[int, int]  # height and width
 
 
@@ -88,7 +90,9 @@ class RoIPool(nn.Module):
             numbered = [torch.cat([torch.full_like(b[:, :1], i), b], dim=1) for i, b in enumerate(boxes)]
             rois = torch.cat(numbered)
             level_of = self.level_of(rois[:, 1:])
-            return self.pool(levels, rois, [torch.where(level_of == i)[0] for i in range(len(levels))])
+            # One wait for the device, for all levels.
+            counts = torch.stack([(level_of == i).sum() for i in range(len(levels))]).tolist()
+            return self.pool(levels, rois, level_of.argsort(stable=True).split(counts))
 
     def pool(self, levels: Sequence[Tensor], rois: Tensor, rows: Sequence[Tensor]) -> Tensor:
         """Pool boxes whose levels are known; arguments and result are those of :meth:`forward`, in float32.
@@ -124,4 +128,4 @@ def sample_labels(labels: Tensor, count: int, fraction: float, generator: Genera
 
 def _draw(indices: Tensor, count: int, generator: Generator | None) -> Tensor:
     order = torch.randperm(len(indices), generator=generator)[:count]
-    return indices[order.to(indices.device)]
+    return indices[to_device(order, indices.device)]

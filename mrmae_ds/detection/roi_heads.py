@@ -10,6 +10,7 @@ of the mask head's output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -160,7 +161,14 @@ class RegionHeads(RoIHeads):
             self.box_coder.encode_single(target["boxes"][image.objects], image.boxes[: len(image.objects)])
             for image, target in zip(drawn, targets, strict=True)
         ]
-        rows = torch.where(labels > 0)[0]
+        # Boxes with an object come first in each image; counted here, because looking for them waits for the device.
+        starts = accumulate((len(image.boxes) for image in drawn), initial=0)
+        rows = torch.cat(
+            [
+                torch.arange(start, start + len(image.objects), device=labels.device)
+                for start, image in zip(starts, drawn, strict=False)
+            ]
+        )
         return {
             "loss_classifier": F.cross_entropy(logits, labels, reduction="sum") / divisor,
             "loss_box_reg": F.l1_loss(deltas[rows, labels[rows]], torch.cat(wanted), reduction="sum") / divisor,

@@ -99,7 +99,7 @@ class ProposalNetwork(RegionProposalNetwork):
         for scores, found, size in zip(logits, boxes, sizes, strict=True):
             finite = scores.isfinite() & found.isfinite().all(dim=1)
             found = clip_boxes_to_image(found, size)
-            kept = finite & (found[:, 2:] > found[:, :2]).all(dim=1)
+            kept = torch.where(finite & (found[:, 2:] > found[:, :2]).all(dim=1))[0]
             scores, found, level = scores[kept], found[kept], level_of[kept]
             kept = batched_nms(found, scores, level, self.nms_thresh)[: self.post_nms_top_n()]
             proposals.append(found[kept])

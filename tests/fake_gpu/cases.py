@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from tests.support import small_detections
 from tests.support.fake_gpu import preload
 from tests.support.fake_gpu.report import Report, Wait
 from tests.support.processes import REPOSITORY, Finished, environment, finish, rank_processes, run
@@ -34,6 +35,7 @@ STEPS, STEPS_PER_EPOCH, BATCH = 6, 3, 8
 MICRO_BATCH = {"train_micro_batch_size_per_gpu": 4}
 AUTOCAST = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 BF16 = {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+PAIRS = {"train_micro_batch_size_per_gpu": small_detections.BATCH}
 # The engine config below ds_configs/, and sections in place of its own.
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "zero1": ("tiny-zero1", {}),
@@ -42,6 +44,8 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "autocast": ("tiny", AUTOCAST),
     "bf16-zero1": ("tiny-zero1", BF16),
     "bf16-zero3": ("tiny", BF16),
+    "detect-zero1": ("tiny-zero1", PAIRS),
+    "detect-zero3": ("tiny", PAIRS),
 }
 SETTINGS = (
     *(f"stages.{stage}.epochs={STEPS // STEPS_PER_EPOCH}" for stage in ("pretrain", "finetune", "probe")),
@@ -93,6 +97,8 @@ CASES = {
     "finetune-zero1": Case("zero1", "finetune", (*SCRATCH, *AUGMENT), fast=True),
     "finetune-zero3": Case("zero3", "finetune", (*SCRATCH, "stages.finetune.rand_augment=rand-m9-mstd0.5-inc1")),
     "finetune-bf16": Case("bf16-zero1", "finetune", (*SCRATCH, *AUGMENT)),
+    "detect-zero1": Case("detect-zero1", "detect"),
+    "detect-zero3": Case("detect-zero3", "detect"),
     "two-ranks-zero1": Case("zero1", ranks=2),
     "two-ranks-zero3": Case("zero3", ranks=2, settings=("stages.pretrain.placement=sharded",)),
 }
@@ -107,6 +113,7 @@ class Workspace:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        small_detections.write_detection_data(folder / "coco")
         data = write_sample_beton(folder, train=STEPS_PER_EPOCH * BATCH, val=10)
         self.settings = (f"data.train={data[0]}", f"data.val={data[1]}", *SETTINGS)
         self.settings += (f"teachers.mae.source={save_teacher(folder / 'teacher')}",)
@@ -116,8 +123,11 @@ class Workspace:
 
     def arguments(self, case: Case, name: str) -> list[str | Path]:
         """Return the command line of train.py for a run in ``FOLDER/NAME``."""
-        recipe = ["--recipe", "ds_configs/tiny.yaml", "--stage", case.stage, "--run", self.folder / name]
-        return ["--ds_config", self.folder / f"{case.engine}.json", *recipe, *self.settings, *case.settings]
+        recipe, settings = Path("ds_configs/tiny.yaml"), list(self.settings)
+        if case.stage == "detect":
+            recipe, settings = small_detections.RECIPE, small_detections.overrides(self.folder / "coco")
+        where = ["--recipe", recipe, "--stage", case.stage, "--run", self.folder / name]
+        return ["--ds_config", self.folder / f"{case.engine}.json", *where, *settings, *case.settings]
 
     def run(self, case: Case, name: str) -> tuple[list[Finished], list[Report]]:
         """Train on the stand-in; return what each rank printed and reported."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torchvision  # noqa: F401 (defines its operators)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -14,7 +15,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 LARGE = 1 << 20
 aten = torch.ops.aten
 # The host reads the number of their results from the device, so they are computed whatever their size.
-SIZED_BY_VALUES = {aten.nonzero.default, aten.masked_select.default, aten.index.Tensor}
+SIZED_BY_VALUES = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.index.Tensor,
+    torch.ops.torchvision.nms.default,
+}
 
 
 class ComputeOnHost(TorchDispatchMode):
@@ -55,8 +61,8 @@ class ComputeOnHost(TorchDispatchMode):
 
 
 def _has_values(func: Any, leaves: list[Any]) -> bool:
-    """Return True for an operator of torch's own that computes values."""
-    if func.namespace != "aten" or "empty" in func.__name__:
+    """Return True for an operator of torch or torchvision that computes values."""
+    if func.namespace not in ("aten", "torchvision") or "empty" in func.__name__:
         return False
     if any(isinstance(leaf, torch.UntypedStorage) for leaf in leaves):
         return False  # another view of a storage, as any operator whose result is an alias and is not written to
