@@ -75,8 +75,12 @@ def stock_ffcv(settings: Settings) -> Batches:
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import RandomHorizontalFlip, ToTensor
 
+    from mrmae_ds.data.beton.file import BetonFile
+    from mrmae_ds.data.beton.sidecar import check_beton
+
     side = (settings.size, settings.size)
     image = [RandomResizedCropRGBImageDecoder(side, scale=SCALE), RandomHorizontalFlip(), ToTensor()]
+    names = BetonFile(check_beton(settings.beton)).names
     loader = Loader(
         str(settings.beton),
         batch_size=settings.batch,
@@ -85,7 +89,7 @@ def stock_ffcv(settings: Settings) -> Batches:
         os_cache=True,
         drop_last=True,
         seed=0,
-        pipelines={"image": image, "label": [IntDecoder(), ToTensor()], "index": None, "adler32": None},
+        pipelines={**dict.fromkeys(names), "image": image, "label": [IntDecoder(), ToTensor()]},
     )
     return lambda _: (len(images) for images, _label in loader)
 

@@ -69,6 +69,10 @@ if [ -n "$packages" ]; then
                  inside that environment (FFCV compiles against them)"
 fi
 
+if ! command -v jpegtran >/dev/null && ! install_packages libjpeg-turbo-progs; then
+    echo "setup: jpegtran is not installed, so conversion encodes all JPEGs again (with root: apt-get install libjpeg-turbo-progs)"
+fi
+
 [ -x .venv/bin/python ] || "$PYTHON" -m venv .venv
 python=.venv/bin/python
 echo "setup: installing the pinned Python packages into .venv (several GB the first time)"

@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, get_args
 
 from mrmae_ds.cli.parser import CommandParser
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.convert.options import Output, WriteOptions, parse_max_bad
+from mrmae_ds.data.convert.options import Jpegs, Output, WriteOptions, parse_max_bad
 from mrmae_ds.data.convert.skipped import report_path
 from mrmae_ds.errors import UserError
 from mrmae_ds.units import counted
@@ -69,6 +69,11 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quality", type=int, default=default.quality, metavar="Q", help="JPEG quality, 1 to 100; default: %(default)s"
     )
+    parser.add_argument(
+        "--jpegs", choices=get_args(Jpegs), default=default.jpegs,
+        help="JPEGs that are not reduced: auto transcodes those whose quality is not above --quality without loss "
+        "(needs jpegtran), keep transcodes all, encode encodes all again; default: %(default)s",
+    )  # fmt: skip
     parser.add_argument("--workers", type=int, metavar="N", help="number of processes; default: the cores, at most 8")
     parser.add_argument(
         "--max-bad", type=parse_max_bad, default=default.max_bad, metavar="N|SHARE",
@@ -90,7 +95,7 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _output(args: argparse.Namespace) -> Output:
-    names = ("max_side", "quality", "workers", "max_bad", "max_pixels", "background", "timeout_s")
+    names = ("max_side", "quality", "jpegs", "workers", "max_bad", "max_pixels", "background", "timeout_s")
     options = WriteOptions(**{name: getattr(args, name) for name in names})
     return Output(args.out, args.name, options, args.num_train_images, args.num_val_images)
 

@@ -6,10 +6,13 @@ README.md says how they were made. :func:`legacy_runs` is the one place that tur
 from __future__ import annotations
 
 import csv
+import io
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
+from PIL import Image
 
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.renamed import former_hash
@@ -27,11 +30,19 @@ comparable = pytest.mark.skipif(bool(incomparable(MADE)), reason=f"legacy runs: 
 CAPTURE = "runs/skipped/pretrain/captures/step_000000004"
 
 
+def encode_whole(image: Image.Image, quality: int) -> bytes:
+    """Encode without restart markers."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality, comment=None)
+    return stream.getvalue()
+
+
 def legacy_runs(folder: Path) -> Path:
     """Unpack the runs, the recipes and the data into ``folder``, as its user left it, and migrate them."""
     unpack_runs(folder)
     (folder / "datasets").mkdir()
-    write_crops_beton(folder / "datasets", TRAIN, VAL)
+    with mock.patch("mrmae_ds.data.convert.jpegs.encode", encode_whole):  # as that commit wrote them
+        write_crops_beton(folder / "datasets", TRAIN, VAL)
     done, problems = migrate([folder / "recipes", folder / "runs"])
     assert done and not problems, problems
     return folder

@@ -27,8 +27,10 @@ def stored_jpegs(path: Path, intact: bool = True) -> list[tuple[bytes, int, int]
     """
     content = path.read_bytes()
     header = np.frombuffer(content, _HEADER, count=1)[0]
-    assert (header["version"], header["fields"]) == (2, 4)
-    samples = np.frombuffer(content, _SAMPLE, int(header["samples"]), _HEADER.itemsize + 4 * _DESCRIPTOR_BYTES)
+    assert header["version"] == 2 and header["fields"] in (4, 5)
+    sample = _SAMPLE if header["fields"] == 4 else np.dtype([*_SAMPLE.descr, ("pixels", "<i8")])
+    fields = int(header["fields"]) * _DESCRIPTOR_BYTES
+    samples = np.frombuffer(content, sample, int(header["samples"]), _HEADER.itemsize + fields)
     allocations = np.frombuffer(content, _ALLOCATION, offset=int(header["allocations"]))
     sizes = dict(zip(allocations["place"].tolist(), allocations["size"].tolist(), strict=True))
     places = samples["image"]["place"].tolist()

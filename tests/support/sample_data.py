@@ -61,7 +61,7 @@ def write_crops_beton(folder: Path, train: int, val: int) -> tuple[Path, Path]:
 def _write_both(folder: Path, sets: tuple[ImageDataset, ImageDataset]) -> tuple[Path, Path]:
     paths = folder / "train.beton", folder / "val.beton"
     for path, dataset in zip(paths, sets, strict=True):
-        options = WriteOptions(max_side=SIDE, quality=95, workers=1)
+        options = WriteOptions(max_side=SIDE, quality=95, jpegs="encode", workers=1)
         write_beton(dataset, path, options, class_names=CLASS_NAMES, name="samples", source="test images")
     return paths
 

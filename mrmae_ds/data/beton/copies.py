@@ -1,7 +1,8 @@
 """Exact copies among the stored images of one or two .beton files.
 
-A conversion stores images whose decoded pixels are equal as equal bytes, whatever their files' formats and metadata,
-and their checksums are in the files' tables. So only the candidates are read, and nothing is decoded.
+A conversion that encodes all images stores those whose decoded pixels are equal as equal bytes, whatever their files'
+formats and metadata, and has their checksums in its tables: only the candidates are read, and nothing is decoded. One
+that keeps JPEGs may store equal pixels in several ways; its tables have a digest of the pixels, and nothing is read.
 """
 
 from __future__ import annotations
@@ -58,17 +59,18 @@ class Copies:
 
 def find_copies(file: BetonFile, train: BetonFile | None = None) -> Copies:
     """Find the exact copies in a file, and those of the images of a training set."""
-    keys = _keys(file)
-    train_keys = _keys(train) if train is not None else keys[:0]
+    digested = _have_digests(file, train)
+    keys = _keys(file, digested)
+    train_keys = _keys(train, digested) if train is not None else keys[:0]
     values, counts = np.unique(keys, return_counts=True)
     shared = np.union1d(values[counts > 1], np.intersect1d(keys, train_keys))
     equal: dict[bytes, list[int]] = defaultdict(list)
     for row in np.flatnonzero(np.isin(keys, shared)).tolist():
-        equal[_digest(file, row)].append(row)
+        equal[_digest(file, row, digested)].append(row)
     known: dict[bytes, int] = {}
     if train is not None:
         for row in np.flatnonzero(np.isin(train_keys, shared)).tolist():
-            known.setdefault(_digest(train, row), row)
+            known.setdefault(_digest(train, row, digested), row)
     repeated: list[tuple[int, int]] = []
     across: list[tuple[int, int]] = []
     for rows in equal.values():
@@ -88,15 +90,23 @@ def count_val_copies(train: BetonInfo, val: BetonInfo) -> int | None:
     recorded = recorded_copies(val, {train.sha256})
     if recorded is not None:
         return recorded
-    found = len(find_copies(BetonFile(val), BetonFile(train)).of_train or ())
-    return found if found or _storage(train) == _storage(val) else None
+    files = BetonFile(val), BetonFile(train)
+    found, digested = len(find_copies(*files).of_train or ()), _have_digests(*files)
+    return found if found or _compared(train, digested) == _compared(val, digested) else None
 
 
-def _storage(info: BetonInfo) -> tuple[Any, ...]:
-    """Return what decides how an image is stored; of FFCV's own files it is not known."""
+def _have_digests(*files: BetonFile | None) -> bool:
+    return all(file.pixels is not None for file in files if file is not None)
+
+
+def _compared(info: BetonInfo, digested: bool) -> tuple[Any, ...]:
+    """Return all that what is compared depends on, beside the image; of FFCV's own files it is not known."""
     sidecar = read_sidecar(info.path)
-    encoder = sidecar["versions"].get("libjpeg-turbo")
-    return (info.quality, info.max_side, sidecar.get("background"), encoder) if info.quality else ()
+    pixels = info.max_side, sidecar.get("background"), sidecar["versions"].get("libjpeg-turbo")
+    if digested:
+        return pixels
+    jpegs = sidecar.get("jpegs"), sidecar["versions"].get("jpegtran")
+    return (info.quality, *pixels, *jpegs) if info.quality else ()
 
 
 def recorded_copies(val: BetonInfo, trained_on: Collection[str | None]) -> int | None:
@@ -114,14 +124,20 @@ def recorded_copies(val: BetonInfo, trained_on: Collection[str | None]) -> int |
     return recorded.get("of_train") if train is not None and train in trained_on else None
 
 
-def _keys(file: BetonFile) -> UIntArray:
-    """Return a number of each image, equal for equal images: its checksum and the lower bits of its length."""
+def _keys(file: BetonFile, digested: bool) -> UIntArray:
+    """Return a number of each image, equal for equal ones: its digest, or its checksum and the length's lower bits."""
+    if digested:
+        assert file.pixels is not None
+        return file.pixels.view(np.uint64)
     lengths = file.table[:, 1].astype(np.uint64) & np.uint64(0xFFFFFFFF)
     return (file.checksums.astype(np.uint64) << np.uint64(32)) | lengths
 
 
-def _digest(file: BetonFile, row: int) -> bytes:
+def _digest(file: BetonFile, row: int, digested: bool) -> bytes:
     height, width = file.table[row, 2:4].tolist()
+    if digested:
+        assert file.pixels is not None
+        return b"%d %d %d" % (height, width, file.pixels[row])
     return hashlib.blake2b(b"%d %d " % (height, width) + file.jpeg(row), digest_size=16).digest()
 
 

@@ -1,8 +1,9 @@
 """Layout of a .beton as this project writes it (FFCV's format 2), and a reader that needs numpy and Pillow only.
 
 A file is a header, a descriptor for each field, a table of samples, pages of images, and a table of their locations.
-The fields of a sample are its image, label, row, and the Adler-32 of its JPEG. A file of FFCV's own writer needs the
-first two; its images may be JPEGs or raw pixels, and their Adler-32 are in the sidecar (``convert.adopt``).
+The fields of a sample are its image, label, row, the Adler-32 of its JPEG, and where JPEGs may be kept as they came a
+digest of its pixels before encoding. A file of FFCV's own writer needs the first two; its images may be JPEGs or raw
+pixels, and their Adler-32 are in the sidecar (``convert.adopt``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FIELD = np.dtype([("kind", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)]
 IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("place", "<u8")])
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8"), ("index", "<i8"), ("adler32", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample", "<u8"), ("place", "<u8"), ("size", "<u8")])
-NAMES = ["image", "label", "index", "adler32"]
+DIGESTED_SAMPLE = np.dtype([*((name, SAMPLE[name]) for name in SAMPLE.names or ()), ("pixels", "<i8")], align=True)
 JPEG, RAW = 0, 1
 _KINDS = {0: "<f8", 1: "<i8", 2: IMAGE}  # FFCV's numbers for floating point, integer and image fields
 
@@ -46,6 +47,7 @@ class BetonFile:
         labels: int64 [N].
         indices: row of each sample, int64 [N].
         checksums: Adler-32 of each stored image, int64 [N]; -1 where it is unknown.
+        pixels: digest of each image's pixels before encoding (``pixel_digest``), int64 [N]; None if it is unknown.
         content: the whole file, uint8 [bytes].
     """
 
@@ -90,6 +92,8 @@ class BetonFile:
             samples["adler32"].astype(np.int64) if "adler32" in names else read_checksums(info.path, num_samples)
         )
 
+        self.pixels = samples["pixels"].astype(np.int64) if "pixels" in names else None
+
     def __reduce__(self) -> tuple[type[BetonFile], tuple[BetonInfo]]:
         """Pickle the description; the file is opened again, and its content is not copied."""
         return BetonFile, (self._info,)
@@ -106,9 +110,7 @@ class BetonFile:
         content = self.jpeg(row)
         if mode == RAW:
             return Image.frombytes("RGB", (width, height), content)
-        image = Image.open(io.BytesIO(content))
-        image.load()
-        return image
+        return Image.open(io.BytesIO(content)).convert("RGB")
 
     def jpeg(self, row: int) -> bytes:
         """Return the JPEG of one sample, or its raw pixels, as stored; raises ValueError if it has changed."""
@@ -117,6 +119,13 @@ class BetonFile:
         if self.checksums[row] not in (-1, zlib.adler32(content)):
             raise ValueError("its checksum has changed since it was written")
         return content
+
+
+def pixel_digest(image: Image.Image) -> int:
+    """Return 64 bits of a digest of an image's size and pixels, as a signed integer."""
+    digest = hashlib.blake2b(b"%d %d " % image.size, digest_size=8)
+    digest.update(image.tobytes())
+    return int.from_bytes(digest.digest(), "little", signed=True)
 
 
 def tables_sha256(content: ImageArray) -> str:

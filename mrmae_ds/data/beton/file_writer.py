@@ -15,20 +15,21 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mrmae_ds.data.beton.file import ALLOCATION, FIELD, HEADER, JPEG, NAMES, SAMPLE, VERSION
+from mrmae_ds.data.beton.file import ALLOCATION, DIGESTED_SAMPLE, FIELD, HEADER, JPEG, SAMPLE, VERSION
 
 _MIN_PAGE = 1 << 21
 _IMAGE_FIELD, _INTEGER_FIELD = 2, 1  # FFCV's numbers for the kinds of field
 
 
 class StoredImage(NamedTuple):
-    """All that the tables need of an image: its bytes, sides in pixels, class and Adler-32."""
+    """All that the tables need of an image: its bytes, sides in pixels, class, Adler-32 and digest of its pixels."""
 
     length: int
     width: int
     height: int
     label: int
     adler32: int
+    pixels: int | None
 
 
 class BetonWriter:
@@ -38,16 +39,20 @@ class BetonWriter:
         path: the file.
         capacity: number of images, at most.
         max_side: of the images, pixels, at most.
+        digests: True if each image has a digest of its pixels.
         stored: images that an interrupted writer left in the file; what follows them is cut off.
     """
 
-    def __init__(self, path: Path, capacity: int, max_side: int, stored: Sequence[StoredImage] = ()) -> None:
+    def __init__(
+        self, path: Path, capacity: int, max_side: int, digests: bool, stored: Sequence[StoredImage] = ()
+    ) -> None:
         # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
         self._page = max(_MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
-        self._samples = np.zeros(capacity, dtype=SAMPLE)
+        self._samples = np.zeros(capacity, dtype=DIGESTED_SAMPLE if digests else SAMPLE)
+        self._names = self._samples.dtype.names or ()
         self._allocations = np.zeros(capacity, dtype=ALLOCATION)
         self._count = 0
-        self._table = HEADER.itemsize + len(NAMES) * FIELD.itemsize
+        self._table = HEADER.itemsize + len(self._names) * FIELD.itemsize
         self._end = -(-(self._table + self._samples.nbytes) // self._page) * self._page
         for image in stored:
             self._add(image)
@@ -64,7 +69,7 @@ class BetonWriter:
         else:
             self._discard()
 
-    def append(self, jpeg: bytes, width: int, height: int, label: int) -> StoredImage:
+    def append(self, jpeg: bytes, width: int, height: int, label: int, pixels: int | None) -> StoredImage:
         """Write an image.
 
         Args:
@@ -72,11 +77,12 @@ class BetonWriter:
             width: pixels.
             height: pixels.
             label: its class.
+            pixels: digest of its pixels; None where the file has none.
 
         Raises:
             OSError: of the disk, for example if it is full.
         """
-        image = StoredImage(len(jpeg), width, height, label, zlib.adler32(jpeg))
+        image = StoredImage(len(jpeg), width, height, label, zlib.adler32(jpeg), pixels)
         self._file.write(bytes(self._add(image)))
         self._file.write(jpeg)
         return image
@@ -88,7 +94,9 @@ class BetonWriter:
         left = -self._end % self._page
         gap = left if image.length > left else 0
         place = self._end + gap
-        self._samples[self._count] = ((JPEG, image.width, image.height, place), image.label, self._count, image.adler32)
+        stored = (JPEG, image.width, image.height, place)
+        numbers = (stored, image.label, self._count, image.adler32, image.pixels)
+        self._samples[self._count] = numbers[: len(self._names)]
         self._allocations[self._count] = (self._count, place, image.length)
         self._end = place + image.length
         self._count += 1
@@ -103,9 +111,9 @@ class BetonWriter:
     def _finish(self) -> None:
         """Write the header and the tables. If there are fewer images than ``capacity``, a gap remains."""
         header = np.zeros(1, dtype=HEADER)
-        header[0] = (VERSION, len(NAMES), self._page, self._count, self._end)
-        fields = np.zeros(len(NAMES), dtype=FIELD)
-        for field, name in zip(fields, NAMES, strict=True):
+        header[0] = (VERSION, len(self._names), self._page, self._count, self._end)
+        fields = np.zeros(len(self._names), dtype=FIELD)
+        for field, name in zip(fields, self._names, strict=True):
             field["kind"] = _IMAGE_FIELD if name == "image" else _INTEGER_FIELD
             field["name"][: len(name)] = np.frombuffer(name.encode("ascii"), dtype=np.uint8)
         with self._file as file:

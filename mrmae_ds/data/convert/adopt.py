@@ -17,9 +17,9 @@ from mrmae_ds.data.beton.copies import find_copies
 from mrmae_ds.data.beton.file import HEADER, RAW, VERSION, BetonFile, tables_sha256
 from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, sidecar_path
 from mrmae_ds.data.convert.imagenet_labels import read_lines
+from mrmae_ds.data.convert.jpegs import record_versions
 from mrmae_ds.data.convert.skipped import format_list
 from mrmae_ds.data.convert.verify import find_problems
-from mrmae_ds.data.convert.writer import record_versions
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, write_text
 from mrmae_ds.units import counted

@@ -6,11 +6,13 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from PIL import ImageColor
 
 from mrmae_ds.errors import UserError
 
+Jpegs = Literal["auto", "keep", "encode"]
 MAX_SIDE = 8192  # FFCV stores sides in 16 bits, and an image must fit into a page of the file
 
 
@@ -21,6 +23,8 @@ class WriteOptions:
     Attributes:
         max_side: larger images are reduced to this many pixels on the longer side.
         quality: of the JPEGs, 1 to 100.
+        jpegs: treatment of JPEGs that are not reduced. "encode" encodes them again; "keep" transcodes them without
+            loss; "auto" does so where jpegtran is installed and they are not of a higher quality than ``quality``.
         workers: number of processes; None is the number of available cores, at most 8.
         max_bad: limit of unreadable images, which are left out: an int is a number, a float a share of the set,
             rounded up; 0 allows none.
@@ -32,6 +36,7 @@ class WriteOptions:
 
     max_side: int = 512
     quality: int = 90
+    jpegs: Jpegs = "auto"
     workers: int | None = None
     max_bad: int | float = 0.01
     max_pixels: int = 100_000_000
@@ -48,6 +53,8 @@ class WriteOptions:
             raise UserError(
                 f"max_side must be in 1..{MAX_SIDE} and quality in 1..100, not {self.max_side} and {self.quality}"
             )
+        if self.jpegs not in get_args(Jpegs):
+            raise UserError(f"jpegs must be one of {', '.join(get_args(Jpegs))}, not {self.jpegs!r}")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers must be at least 1, not {self.workers}")
         if self.max_bad < 0 or (isinstance(self.max_bad, float) and not self.max_bad <= 1):

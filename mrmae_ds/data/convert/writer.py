@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
 import resource
@@ -12,16 +11,15 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from PIL import Image, features
+from PIL import Image
 from tqdm import tqdm
 
 from mrmae_ds.data.beton.copies import find_copies
-from mrmae_ds.data.beton.file import BetonFile, tables_sha256
+from mrmae_ds.data.beton.file import BetonFile, pixel_digest, tables_sha256
 from mrmae_ds.data.beton.file_writer import BetonWriter
 from mrmae_ds.data.beton.sidecar import (
     SIDECAR_FORMAT,
@@ -31,8 +29,9 @@ from mrmae_ds.data.beton.sidecar import (
     read_sidecar,
     sidecar_path,
 )
-from mrmae_ds.data.convert.images import pixel_limit, reason, to_rgb
+from mrmae_ds.data.convert.images import pixel_limit, reason
 from mrmae_ds.data.convert.journal import Journal, SampleBatch
+from mrmae_ds.data.convert.jpegs import check_jpegtran, shaping, store, stored_by
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.pool import map_in_order
 from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
@@ -42,7 +41,6 @@ from mrmae_ds.units import counted
 
 SAVE_EVERY_S = 2.0  # between two lines of the journal: what an interruption costs at most
 _ENOUGH = 1000  # unreadable images beyond the limit, after which the rest is not read
-_RECORDED = ("numpy", "pillow", "mrmae_ds")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -65,12 +63,13 @@ class ImageDataset(Protocol):
 
 
 class _Encoded(NamedTuple):
-    """An image as it is stored; ``kinds`` are the conversions that it needed."""
+    """An image as it is stored, with the digest of its pixels; ``kinds`` are the conversions that it needed."""
 
     jpeg: bytes
     width: int
     height: int
     label: int
+    pixels: int | None
     kinds: list[str]
 
 
@@ -123,14 +122,16 @@ def write_beton(
 
     Raises:
         UserError: for an empty set, a label without a class, more unreadable images than allowed, a class without
-            readable images, a worker that died or is stuck (naming the image), a full disk.
+            readable images, a worker that died or is stuck (naming the image), a full disk, ``jpegtran`` that is
+            missing where ``options`` need it.
     """
     path, options = Path(path), options or WriteOptions()
+    check_jpegtran(options.jpegs)
     if len(dataset) == 0:
         raise UserError(f"{path}: nothing to write, the data set is empty")
     about = {"name": name, "source": source, "origin": origin, "ignored": dict(ignored or {})}
     digest = getattr(dataset, "digest", lambda: None)()
-    identity = {**_shaping(options), **about, "classes": list(class_names), "places of images": digest}
+    identity = {**shaping(options), **about, "classes": list(class_names), "places of images": digest}
     journal = Journal(path, identity, getattr(dataset, "stamp", None))
     with _disk_errors(path, journal), journal:
         if journal.sidecar is None:
@@ -141,12 +142,6 @@ def write_beton(
         if not keep_journal:
             journal.remove()
     return check_beton(path)
-
-
-def _shaping(options: WriteOptions) -> dict[str, Any]:
-    """Return what decides how an image is stored."""
-    names = ("max_side", "quality", "max_pixels", "background")
-    return {"versions": dict(record_versions()), **{name: getattr(options, name) for name in names}}
 
 
 def _publish(path: Path, journal: Journal, dataset: ImageDataset, train: tuple[Path, ImageDataset] | None) -> None:
@@ -210,7 +205,10 @@ def _write_images(
         timeout_s=options.timeout_s,
         name=lambda item: _name(dataset, start + item),
     )
-    with closing(results), BetonWriter(journal.partial, count, options.max_side, done.images) as file:
+    with (
+        closing(results),
+        BetonWriter(journal.partial, count, options.max_side, options.jpegs != "encode", done.images) as file,
+    ):
         saved = time.monotonic()
         bar = tqdm(results, initial=start, total=count, desc=path.stem, unit="image")
         for row, (stamp, result) in enumerate(bar, start):
@@ -225,7 +223,7 @@ def _write_images(
                 tally.class_counts[result.label] += 1
                 batch.kinds.update(result.kinds)
                 if len(tally.skipped) <= limit:
-                    batch.images.append(file.append(result.jpeg, result.width, result.height, result.label))
+                    batch.images.append(file.append(*result[:-1]))
             if time.monotonic() - saved >= SAVE_EVERY_S and len(tally.skipped) <= limit:
                 journal.add(batch, file.sync())
                 tally.kinds.update(batch.kinds)
@@ -265,7 +263,7 @@ def _describe(partial: Path, tally: _Tally, options: WriteOptions, class_names: 
         "size": partial.stat().st_size,
         "sha256": file_sha256(partial),
         "tables_sha256": tables_sha256(np.memmap(partial, dtype=np.uint8, mode="r").view(np.ndarray)),
-        "versions": dict(record_versions()),
+        "versions": stored_by(options),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(tally.seconds, 3),
         "cpu_seconds": round(tally.cpu_seconds, 3),
@@ -295,15 +293,9 @@ class _Converter:
             with pixel_limit(options.max_pixels):
                 image, label = self.dataset[row]
                 with image:
-                    rgb, kinds = to_rgb(
-                        image,
-                        max_side=options.max_side,
-                        max_pixels=options.max_pixels,
-                        background=options.background,
-                    )
-                stream = io.BytesIO()
-                rgb.save(stream, "JPEG", quality=options.quality, comment=None)  # not the source's comment
-            return _Encoded(stream.getvalue(), rgb.width, rgb.height, int(label), kinds)
+                    jpeg, rgb, kinds = store(image, options)
+            pixels = None if options.jpegs == "encode" else pixel_digest(rgb)
+            return _Encoded(jpeg, rgb.width, rgb.height, int(label), pixels, kinds)
         except Exception as error:
             return reason(error, options.max_pixels)
 
@@ -349,13 +341,3 @@ def _disk_errors(path: Path, journal: Journal) -> Iterator[None]:
                 f"{path}: the disk is full ({error.strerror}), {left}; free some space or write elsewhere"
             ) from error
         raise UserError(f"{path}: cannot be written ({error})") from error
-
-
-def record_versions() -> Iterator[tuple[str, str]]:
-    """Yield the versions of the packages that shaped the file."""
-    for package in _RECORDED:
-        try:
-            yield package, version(package)
-        except PackageNotFoundError:
-            continue
-    yield "libjpeg-turbo", features.version("libjpeg_turbo") or "unknown"

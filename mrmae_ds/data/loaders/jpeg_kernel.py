@@ -3,8 +3,11 @@
 FFCV compiles its numba functions again for every ``Loader`` in every process and cannot cache them on disk, because the
 addresses of its C functions are compiled in. Here the C functions (of libturbojpeg, which FFCV is linked with) are
 referenced by symbol, so numba caches ``decode`` on disk, and one version serves training and evaluation, any number of
-threads, any epoch and any seed. All that it calls must be in this file, because the cache detects changes of this file
-only. Only ``ffcv_decoder`` uses it; ``data.backend: pillow`` in a recipe reads the same boxes without it.
+threads, any epoch and any seed. Only ``ffcv_decoder`` uses it; ``data.backend: pillow`` in a recipe reads the same
+boxes without it.
+
+Of a JPEG with an index (``beton.segments``), only the segments that a box touches are checked and decoded, as a JPEG of
+their own: between two restart markers, no sample depends on others.
 
 libturbojpeg returns the planes of luma and chroma as they are stored, chroma at half the resolution. They are resized
 first and converted to RGB afterwards, which equals the opposite order up to rounding and chroma's interpolation, and
@@ -16,7 +19,9 @@ Shapes: B samples in a batch, S output size, N samples in the file, T threads, K
 from __future__ import annotations
 
 import ctypes
-import math
+import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import llvmlite.binding
@@ -25,6 +30,10 @@ import numpy.typing as npt
 from ffcv.libffcv import lib
 from numba import njit, prange, types
 
+from mrmae_ds.data.beton import segments
+from mrmae_ds.data.loaders import resize_kernel, segment_kernel
+from mrmae_ds.data.loaders.resize_kernel import resize, weigh_axes
+from mrmae_ds.data.loaders.segment_kernel import adler32, cut, has_index
 from mrmae_ds.data.types import FloatArray, ImageArray, IntArray, UIntArray
 
 for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
@@ -41,16 +50,12 @@ _read_planes = types.ExternalFunction(
 )
 
 DAMAGED = 1  # see ``decode``
-_YCBCR = 1  # libturbojpeg's number of the color space
+_YCBCR, _GRAY = 1, 2  # libturbojpeg's numbers of the color spaces
 # Width and height of a chroma sample in luma samples, by libturbojpeg's number of the subsampling: 4:4:4, 4:2:2,
 # 4:2:0, gray (which has no chroma planes), 4:4:0, 4:1:1.
-_WIDER, _HIGHER = (1, 2, 2, 0, 1, 4), (1, 1, 2, 0, 2, 1)
+_WIDER, _HIGHER = (1, 2, 2, 1, 1, 4), (1, 1, 2, 1, 2, 1)
+_BLOCK_SIDE = 8  # of a block of coefficients, samples
 _PADDING = 4  # planes are padded to whole chroma samples
-_ONE = 1 << 14  # a weight of 1
-_BETWEEN = 6  # fractional bits between the passes
-_HALF = 1 << 13
-_MIDDLE = 128 << _BETWEEN  # chroma of gray
-_PRIME, _BLOCK = 65521, 4096  # Adler-32's modulus; bytes whose sums fit into 32 bits
 
 
 class Scratch(NamedTuple):
@@ -61,6 +66,7 @@ class Scratch(NamedTuple):
         header: int32 [T, 4], width, height, subsampling and color space.
         pointers: uint64 [T, 3], addresses of the planes.
         planes: uint8 [T, bytes of the largest image].
+        parts: uint8 [T, bytes of the longest JPEG], the JPEG of the segments of a box.
         rows: int32 [T, largest side or S].
         columns: int32 [T, 3, S].
         pixels: uint8 [T, 3, S].
@@ -76,6 +82,7 @@ class Scratch(NamedTuple):
     header: npt.NDArray[np.int32]
     pointers: UIntArray
     planes: ImageArray
+    parts: ImageArray
     rows: npt.NDArray[np.int32]
     columns: npt.NDArray[np.int32]
     pixels: ImageArray
@@ -109,6 +116,7 @@ def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
         header=np.zeros((threads, 4), dtype=np.int32),
         pointers=np.zeros((threads, 3), dtype=np.uint64),
         planes=np.empty((threads, 3 * area), dtype=np.uint8),
+        parts=np.empty((threads, int(table[:, 1].max()) + 2), dtype=np.uint8),
         rows=np.empty((threads, side + _PADDING), dtype=np.int32),
         columns=np.empty((threads, 3, size), dtype=np.int32),
         pixels=np.empty((threads, 3, size), dtype=np.uint8),
@@ -126,247 +134,134 @@ def free_scratch(scratch: Scratch) -> None:
 
 
 @njit(nogil=True)
-def _cubic(x):  # type: ignore[no-untyped-def]
-    """Evaluate Keys's cubic with a = -0.5, Pillow's BICUBIC."""
-    x = abs(x)
-    if x < 1:
-        return (1.5 * x - 2.5) * x * x + 1
-    if x < 2:
-        return ((2.5 - 0.5 * x) * x - 4) * x + 2
-    return 0.0
+def _decode_raw(content, sides, box, beyond, image, scratch, thread):  # type: ignore[no-untyped-def]
+    """Crop and resize an image of raw RGB pixels; see ``_decode_jpeg``. Returns False if it is damaged."""
+    height, width = sides
+    if content.size != 3 * height * width:
+        return False
+    interleaved, memory = content.reshape((height, width, 3)), scratch.planes[thread]
+    area = height * width
+    red, green = memory[:area].reshape((height, width)), memory[area : 2 * area].reshape((height, width))
+    blue = memory[2 * area : 3 * area].reshape((height, width))
+    for y in range(height):
+        for x in range(width):
+            red[y, x] = interleaved[y, x, 0]
+            green[y, x] = interleaved[y, x, 1]
+            blue[y, x] = interleaved[y, x, 2]
+    used = weigh_axes(sides, (1, 1), box, beyond, scratch, thread)
+    resize((red, green, blue), used, True, image, scratch, thread)
+    return True
 
 
 @njit(nogil=True)
-def _weigh(begin, length, low, high, mirrored, firsts, weights, kernel):  # type: ignore[no-untyped-def]
-    """Compute the filter along one axis: Pillow's ``precompute_coeffs``, in integers whose sum is exactly 1.
+def _decode_jpeg(jpeg, checksum, sides, box, beyond, image, scratch, thread):  # type: ignore[no-untyped-def]
+    """Decode, crop and resize a JPEG.
 
     Args:
-        begin: start of the box in samples of the plane, float.
-        length: of the box in samples of the plane, float.
-        low: first sample that may be used.
-        high: end of the samples that may be used.
-        mirrored: True puts the last output first.
-        firsts: int64 [S], written: the first sample of each output.
-        weights: int16 [S, K], written: the weight of each sample.
-        kernel: float64 [K], overwritten.
-
-    Returns:
-        The number of taps in use, even; the first sample in use and the one after the last.
-    """
-    size = firsts.size
-    scale = length / size
-    spread = max(scale, 1.0)
-    most, used, unused = 1, high, low
-    for place in range(size):
-        center = begin + (place + 0.5) * scale
-        first = max(low, math.floor(center - 2 * spread + 0.5))
-        count = min(high, math.floor(center + 2 * spread + 0.5)) - first
-        total = 0.0
-        for tap in range(count):
-            kernel[tap] = _cubic((first + tap + 0.5 - center) / spread)
-            total += kernel[tap]
-        output = size - 1 - place if mirrored else place
-        firsts[output] = first
-        running, given = 0.0, 0
-        for tap in range(count):
-            running += kernel[tap]
-            upto = int(np.rint(_ONE * running / total))
-            weights[output, tap] = upto - given
-            given = upto
-        weights[output, count:] = 0
-        most, used, unused = max(most, count), min(used, first), max(unused, first + count)
-    return most + most % 2, used, unused
-
-
-@njit(nogil=True)
-def _reduce_rows(plane, firsts, weights, taps, left, right, row, reduced):  # type: ignore[no-untyped-def]
-    """Filter down the columns ``left`` to ``right`` of a plane, the first pass.
-
-    Args:
-        plane: uint8 [height, width].
-        firsts: int64 [S], first row of each output.
-        weights: int16 [S, K].
-        taps: number of taps in use.
-        left: first column.
-        right: end of the columns.
-        row: int32 [largest side], overwritten.
-        reduced: int16 [columns, S], written: [column, output row].
-    """
-    sums = row[: right - left]
-    last = plane.shape[0] - 1  # a sample with a weight of 0 may be any
-    for output in range(firsts.size):
-        sums[:] = 1 << (13 - _BETWEEN)
-        for tap in range(0, taps, 2):
-            # Typed, so that the compiler vectorizes 32-bit numbers; two taps at a time are the fastest.
-            one, other = np.int32(weights[output, tap]), np.int32(weights[output, tap + 1])
-            first = firsts[output] + tap
-            above, below = plane[min(first, last), left:right], plane[min(first + 1, last), left:right]
-            for x in range(sums.size):
-                sums[x] = np.int32(sums[x] + np.int32(one * np.int32(above[x])) + np.int32(other * np.int32(below[x])))
-        for x in range(sums.size):
-            reduced[x, output] = np.int16(sums[x] >> (14 - _BETWEEN))
-
-
-@njit(nogil=True)
-def _reduce_column(reduced, first, weights, taps, column):  # type: ignore[no-untyped-def]
-    """Filter one output column, the second pass: ``column`` int32 [S], written, with ``_BETWEEN`` fractional bits."""
-    column[:] = _HALF
-    for tap in range(taps):
-        weight, values = np.int32(weights[tap]), reduced[first + tap]
-        for y in range(column.size):
-            column[y] = np.int32(column[y] + np.int32(weight * np.int32(values[y])))
-    for y in range(column.size):
-        column[y] >>= 14
-
-
-@njit(nogil=True)
-def _byte(value):  # type: ignore[no-untyped-def]
-    """Round away 20 fractional bits."""
-    return np.uint8(min(max(np.int32(np.int32(value + np.int32(1 << 19)) >> 20), np.int32(0)), np.int32(255)))
-
-
-@njit(nogil=True)
-def _to_rgb(columns, pixels):  # type: ignore[no-untyped-def]
-    """Convert JFIF's YCbCr [3, S] to RGB [3, S], with weights of 14 bits."""
-    luma, blue, red = columns[0], columns[1], columns[2]
-    r, g, b = pixels[0], pixels[1], pixels[2]
-    for y in range(r.size):
-        gray = np.int32(luma[y] << 14)
-        cb, cr = np.int32(blue[y] - _MIDDLE), np.int32(red[y] - _MIDDLE)
-        r[y] = _byte(np.int32(gray + np.int32(np.int32(22970) * cr)))
-        g[y] = _byte(np.int32(gray - np.int32(np.int32(5638) * cb) - np.int32(np.int32(11700) * cr)))
-        b[y] = _byte(np.int32(gray + np.int32(np.int32(29032) * cb)))
-
-
-@njit(nogil=True)
-def _resize(planes, sides, box, beyond, raw, image, scratch, thread):  # type: ignore[no-untyped-def]
-    """Resize a box of three planes and convert it to RGB.
-
-    Args:
-        planes: luma, Cb, Cr, or R, G, B if ``raw``, uint8 [height, width], padded to whole chroma samples.
-        sides: height and width without padding.
+        jpeg: uint8 [n].
+        checksum: its Adler-32; -1 if it is unknown.
+        sides: expected height and width.
         box: float64 [5]; see ``decode``.
         beyond: see ``decode``.
-        raw: True for planes that are RGB already.
         image: uint8 [S, S, 3], written.
         scratch: memory of the threads.
         thread: index of this thread.
+
+    Returns:
+        False if it is damaged.
     """
-    firsts, weights = scratch.firsts[thread], scratch.weights[thread]
-    reduced, columns, pixels = scratch.reduced[thread], scratch.columns[thread], scratch.pixels[thread]
-    used = np.empty((4, 3), np.int64)
-    for plane in range(2):  # Cb and Cr are alike
-        for axis in range(2):
-            step = planes[0].shape[axis] // planes[plane].shape[axis]
-            begin, length, side = box[axis], box[axis + 2], float(sides[axis])
-            low, high = (0.0, side) if beyond else (begin, begin + length)
-            mirrored = axis == 1 and box[4] != 0
-            index = 2 * plane + axis
-            used[index] = _weigh(
-                begin / step, length / step, int(low) // step, math.ceil(high / step), mirrored,
-                firsts[index], weights[index], scratch.kernel[thread],
-            )  # fmt: skip
-    for plane in range(3):
-        down, across = (0, 1) if plane == 0 else (2, 3)
-        _reduce_rows(
-            planes[plane], firsts[down], weights[down], used[down, 0], used[across, 1], used[across, 2],
-            scratch.rows[thread], reduced[plane],
-        )  # fmt: skip
-    for x in range(image.shape[1]):
-        for plane in range(3):
-            across = 1 if plane == 0 else 3
-            first = firsts[across, x] - used[across, 1]
-            _reduce_column(reduced[plane], first, weights[across, x], used[across, 0], columns[plane])
-        if raw:
-            for plane in range(3):
-                for y in range(image.shape[0]):
-                    pixels[plane, y] = _byte(np.int32(columns[plane, y] << 14))
-        else:
-            _to_rgb(columns, pixels)
-        for y in range(image.shape[0]):
-            for channel in range(3):
-                image[y, x, channel] = pixels[channel, y]
+    indexed = has_index(jpeg)
+    if not indexed and checksum >= 0 and checksum != adler32(jpeg):
+        return False
+    handle, header, pointers = scratch.handles[thread], scratch.header[thread], scratch.pointers[thread]
+    source, size, place = np.uint64(jpeg.ctypes.data), np.uint64(jpeg.size), np.uint64(header.ctypes.data)
+    four, eight, twelve = np.uint64(4), np.uint64(8), np.uint64(12)
+    if _read_header(handle, source, size, place, place + four, place + eight, place + twelve):
+        return False
+    sampling = header[2]
+    if header[0] != sides[1] or header[1] != sides[0] or not 0 <= sampling < len(_WIDER):
+        return False
+    gray = _WIDER[sampling] * _HIGHER[sampling] == 1 and header[3] == _GRAY
+    if header[3] != _YCBCR and not gray:
+        return False
+    steps = _HIGHER[sampling], _WIDER[sampling]
+    used = weigh_axes(sides, steps, box, beyond, scratch, thread)
+    height, width = sides
+    if indexed:
+        top, left = min(used[0, 1], used[2, 1] * steps[0]), min(used[1, 1], used[3, 1] * steps[1])
+        bottom, right = max(used[0, 2], used[2, 2] * steps[0]), max(used[1, 2], used[3, 2] * steps[1])
+        region = top, left, min(bottom, height), min(right, width)
+        mcu = _BLOCK_SIDE * steps[0], _BLOCK_SIDE * steps[1]
+        part = scratch.parts[thread]
+        length, above, before, height, width = cut(jpeg, checksum, sides, mcu, region, part)
+        if length == 0:
+            return False
+        source, size = np.uint64(part.ctypes.data), np.uint64(length)
+        for index in range(4):
+            moved = (above, before)[index % 2] // (steps[index % 2] if index >= 2 else 1)
+            scratch.firsts[thread, index] -= moved
+            used[index, 1:] -= moved
+    memory = scratch.planes[thread]
+    down, across = -(-height // steps[0]), -(-width // steps[1])
+    luma, chroma = across * steps[1] * down * steps[0], across * down
+    pointers[0] = np.uint64(memory.ctypes.data)
+    pointers[1] = pointers[0] + np.uint64(luma)
+    pointers[2] = pointers[1] + np.uint64(chroma)
+    if _read_planes(handle, source, size, np.uint64(pointers.ctypes.data), 0, np.uint64(0), 0, 0):
+        return False
+    if gray:
+        memory[luma : luma + 2 * chroma] = 128
+    planes = (
+        memory[:luma].reshape((down * steps[0], across * steps[1])),
+        memory[luma : luma + chroma].reshape((down, across)),
+        memory[luma + chroma : luma + 2 * chroma].reshape((down, across)),
+    )
+    resize(planes, used, False, image, scratch, thread)
+    return True
 
 
-@njit(nogil=True)
-def _adler32(content):  # type: ignore[no-untyped-def]
-    """Compute zlib's Adler-32 of bytes, uint8 [n], by sums that the compiler vectorizes."""
-    one, two = 1, 0
-    for start in range(0, content.size, _BLOCK):
-        block = content[start : start + _BLOCK]
-        plain, weighted = np.uint32(0), np.uint32(0)
-        for place in range(block.size):
-            value = np.uint32(block[place])
-            plain = np.uint32(plain + value)
-            weighted = np.uint32(weighted + np.uint32(np.uint32(block.size - place) * value))
-        two = (two + block.size * one + np.int64(weighted)) % _PRIME
-        one = (one + np.int64(plain)) % _PRIME
-    return two * 65536 + one
+def _compile(sources: int) -> Callable[..., None]:
+    """Return ``decode``, compiled at its first call.
 
-
-@njit(parallel=True, nogil=True, cache=True)
-def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status):  # type: ignore[no-untyped-def]
-    """Decode, crop, resize and mirror B samples on T threads.
+    Numba's cache on disk notices changes of this file and of the enclosing function's variables, but not of what other
+    files define.
 
     Args:
-        file: uint8 [bytes], the whole .beton, mapped.
-        table: int64 [N, 5]: offset and length of each image in ``file``, its height and width, and 1 for raw RGB
-            pixels instead of a JPEG.
-        checksums: int64 [N], Adler-32 of each image; -1 where it is unknown.
-        rows: int64 [B], the samples.
-        boxes: float64 [B, 5]: top, left, height, width (pixels of the stored image), 1 if mirrored.
-        beyond: True includes pixels outside the box in the filter at its border, as resizing before cropping does;
-            False excludes them, as cropping before resizing does.
-        images: uint8 [B, S, S, 3], written.
-        scratch: memory of the threads.
-        status: int32 [B], written: 0, or ``DAMAGED``.
+        sources: checksum of those files.
     """
-    threads = scratch.handles.size
-    for thread in prange(threads):
-        for b in range(thread, rows.shape[0], threads):
-            offset, length, height, width, raw = table[rows[b]]
-            source = np.uint64(file.ctypes.data) + np.uint64(offset)
-            handle, header, pointers = scratch.handles[thread], scratch.header[thread], scratch.pointers[thread]
-            place = np.uint64(header.ctypes.data)
-            four, eight, twelve = np.uint64(4), np.uint64(8), np.uint64(12)
-            status[b] = DAMAGED
-            if checksums[rows[b]] >= 0 and checksums[rows[b]] != _adler32(file[offset : offset + length]):
-                continue
-            memory = scratch.planes[thread]
-            if raw:
-                if length != 3 * height * width:
-                    continue
-                interleaved = file[offset : offset + length].reshape((height, width, 3))
-                area = height * width
-                red, green = memory[:area].reshape((height, width)), memory[area : 2 * area].reshape((height, width))
-                blue = memory[2 * area : 3 * area].reshape((height, width))
-                for y in range(height):
-                    for x in range(width):
-                        red[y, x] = interleaved[y, x, 0]
-                        green[y, x] = interleaved[y, x, 1]
-                        blue[y, x] = interleaved[y, x, 2]
-                _resize((red, green, blue), (height, width), boxes[b], beyond, True, images[b], scratch, thread)
-                status[b] = 0
-                continue
-            if _read_header(handle, source, np.uint64(length), place, place + four, place + eight, place + twelve):
-                continue
-            sampling = header[2]
-            if header[0] != width or header[1] != height or header[3] != _YCBCR or not 0 <= sampling < len(_WIDER):
-                continue
-            wider, higher = _WIDER[sampling], _HIGHER[sampling]
-            if wider == 0:
-                continue
-            across, down = -(-width // wider), -(-height // higher)
-            luma, chroma = across * wider * down * higher, across * down
-            pointers[0] = np.uint64(memory.ctypes.data)
-            pointers[1] = pointers[0] + np.uint64(luma)
-            pointers[2] = pointers[1] + np.uint64(chroma)
-            if _read_planes(handle, source, np.uint64(length), np.uint64(pointers.ctypes.data), 0, np.uint64(0), 0, 0):
-                continue
-            planes = (
-                memory[:luma].reshape((down * higher, across * wider)),
-                memory[luma : luma + chroma].reshape((down, across)),
-                memory[luma + chroma : luma + 2 * chroma].reshape((down, across)),
-            )
-            _resize(planes, (height, width), boxes[b], beyond, False, images[b], scratch, thread)
-            status[b] = 0
+
+    @njit(parallel=True, nogil=True, cache=True)
+    def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status):  # type: ignore[no-untyped-def]
+        """Decode, crop, resize and mirror B samples on T threads.
+
+        Args:
+            file: uint8 [bytes], the whole .beton, mapped.
+            table: int64 [N, 5]: offset and length of each image in ``file``, its height and width, and 1 for raw RGB
+                pixels instead of a JPEG.
+            checksums: int64 [N], Adler-32 of each image; -1 where it is unknown.
+            rows: int64 [B], the samples.
+            boxes: float64 [B, 5]: top, left, height, width (pixels of the stored image), 1 if mirrored.
+            beyond: True includes pixels outside the box in the filter at its border, as resizing before cropping does;
+                False excludes them, as cropping before resizing does.
+            images: uint8 [B, S, S, 3], written.
+            scratch: memory of the threads.
+            status: int32 [B], written: 0, or ``DAMAGED``.
+        """
+        _ = sources
+        threads = scratch.handles.size
+        for thread in prange(threads):
+            for b in range(thread, rows.shape[0], threads):
+                offset, length, height, width, raw = table[rows[b]]
+                content, sides, checksum = file[offset : offset + length], (height, width), checksums[rows[b]]
+                if raw:
+                    sound = checksum < 0 or checksum == adler32(content)
+                    sound = sound and _decode_raw(content, sides, boxes[b], beyond, images[b], scratch, thread)
+                else:
+                    sound = _decode_jpeg(content, checksum, sides, boxes[b], beyond, images[b], scratch, thread)
+                status[b] = 0 if sound else DAMAGED
+
+    return decode
+
+
+_PARTS = [Path(str(module.__file__)) for module in (segments, resize_kernel, segment_kernel)]
+decode = _compile(zlib.crc32(b"".join(path.read_bytes() for path in _PARTS)))

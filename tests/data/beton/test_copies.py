@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,7 +20,8 @@ from mrmae_ds.data.beton.copies import count_val_copies, find_copies
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.convert.folder import write_folder
-from mrmae_ds.data.convert.options import Output, WriteOptions
+from mrmae_ds.data.convert.jpegs import find_jpegtran
+from mrmae_ds.data.convert.options import Jpegs, Output, WriteOptions
 from tests.support.sample_data import photograph
 
 pytestmark = pytest.mark.timeout(120, method="thread")
@@ -36,9 +38,9 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "in"
 
 
-def _write(tree: Path) -> tuple[Path, Path]:
+def _write(tree: Path, **options: Any) -> tuple[Path, Path]:
     out = tree.parent / "out"
-    write_folder(tree, Output(out, options=WriteOptions(workers=1)))
+    write_folder(tree, Output(out, options=WriteOptions(workers=1, **options)))
     return out / "train.beton", out / "val.beton"
 
 
@@ -131,9 +133,11 @@ def test_equal_pixels_are_copies_in_any_file_format(tree: Path, twin: str, side:
     other(image, tree / "val" / "bee" / "y")
     brighter = image.point(lambda value: min(255, value + 6))  # a near twin
     other(brighter, tree / "val" / "bee" / "z")
-    train, val = map(check_beton, _write(tree))
-    found = find_copies(BetonFile(val), BetonFile(train)).of_train
-    assert found == [(4, 4)] and count_val_copies(train, val) == 1
+    for jpegs in get_args(Jpegs):
+        if jpegs == "encode" or find_jpegtran():
+            train, val = map(check_beton, _write(tree, jpegs=jpegs))
+            found = find_copies(BetonFile(val), BetonFile(train)).of_train
+            assert found == [(4, 4)] and count_val_copies(train, val) == 1, jpegs
 
 
 def test_copies_within_a_class(tree: Path) -> None:
@@ -144,7 +148,7 @@ def test_copies_within_a_class(tree: Path) -> None:
 
 def test_equal_checksums_of_different_images_are_no_copies(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train, val = (BetonFile(check_beton(path)) for path in _write(tree))
-    monkeypatch.setattr(module, "_keys", lambda file: np.zeros(len(file.labels), dtype=np.uint64))
+    monkeypatch.setattr(module, "_keys", lambda file, digested: np.zeros(len(file.labels), dtype=np.uint64))
     assert find_copies(val, train) == module.Copies([], [], [])
 
 
@@ -156,7 +160,13 @@ def test_count_of_a_pair_that_was_not_written_together(tree: Path) -> None:
     sidecar.write_text(sidecar.read_text().replace(train.sha256, "0" * 64))
     assert count_val_copies(train, val) == 1
     differently = tree.parent / "differently"
-    write_folder(tree, Output(differently, options=WriteOptions(workers=1, quality=70)))
-    assert count_val_copies(train, check_beton(differently / "val.beton")) is None
+    for options, count in (
+        ({"quality": 70}, 1),  # pixels before encoding
+        ({"max_side": 16}, None),
+        ({"jpegs": "encode"}, 1),  # these are encoded by both
+        ({"jpegs": "encode", "quality": 70}, None),
+    ):
+        write_folder(tree, Output(differently, options=WriteOptions(workers=1, **options)))
+        assert count_val_copies(train, check_beton(differently / "val.beton")) == count
     assert count_val_copies(train, replace(train, path=val.path)) == 8  # one file for both
     assert zlib.adler32(BetonFile(val).jpeg(0)) == BetonFile(val).checksums[0]

@@ -42,7 +42,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """All unusual images as one .beton, in the order of their names."""
     root = tmp_path_factory.mktemp("odd")
     make_odd_images(root / "in" / "class")
-    options = WriteOptions(quality=97, max_side=MAX_SIDE, max_pixels=MAX_PIXELS, max_bad=len(REFUSED), workers=2)
+    options = WriteOptions(
+        quality=97, max_side=MAX_SIDE, jpegs="encode", max_pixels=MAX_PIXELS, max_bad=len(REFUSED), workers=2
+    )
     classes, _ = find_classes(root / "in")
     dataset = scan(root / "in", classes)
     write_beton(dataset, root / "x.beton", options, class_names=classes, name="odd", source="tests")

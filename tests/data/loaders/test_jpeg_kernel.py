@@ -22,6 +22,7 @@ from numba.core import event  # noqa: E402
 from mrmae_ds.data.loaders import (  # noqa: E402
     ffcv_decoder,  # noqa: F401, registers the listener
     jpeg_kernel,
+    resize_kernel,
 )
 
 pytestmark = pytest.mark.timeout(240, method="thread")
@@ -178,13 +179,12 @@ def test_result_does_not_depend_on_threads_or_batch() -> None:
         assert np.array_equal(images, alone) and status == [0] * 5
 
 
-def test_anything_but_an_intact_ycbcr_jpeg_is_damaged() -> None:
+def test_anything_but_an_intact_jpeg_of_gray_or_ycbcr_is_damaged() -> None:
     """The other images of the batch are not affected."""
     sound = _jpeg(_image(), quality=90)
     half = len(sound) // 2
     cases = {
         "intact": sound,
-        "gray": _jpeg(ImageOps.grayscale(_image()), quality=90),
         "cmyk": _jpeg(_image().convert("CMYK"), quality=90),
         "rgb": _jpeg(_image(), quality=90, keep_rgb=True),
         "truncated": sound[:half],
@@ -199,6 +199,14 @@ def test_anything_but_an_intact_ycbcr_jpeg_is_damaged() -> None:
     _, status = _decode_table(b"".join(cases.values()), table, [(0, 0, 301, 203, 0)] * len(cases), 16)
     expected = [0 if name.startswith("intact") else jpeg_kernel.DAMAGED for name in cases]
     assert dict(zip(cases, status, strict=True)) == dict(zip(cases, expected, strict=True))
+
+
+def test_gray_jpeg_equals_its_rgb() -> None:
+    gray = _gray()
+    jpeg = _jpeg(ImageOps.grayscale(gray), quality=90)
+    (image,), status = _decode([jpeg], [BOXES[1][0]], 64)
+    assert status == [0] and (image == image[:, :, :1]).all()
+    assert np.abs(image - _pillow(Image.open(io.BytesIO(jpeg)).convert("RGB"), BOXES[1][0], 64)).max() <= 2
 
 
 def _png() -> bytes:
@@ -230,7 +238,7 @@ def test_checksum_equals_zlib(more: int) -> None:
 def test_compilation_is_announced(caplog: pytest.LogCaptureFixture) -> None:
     """Numba triggers this event for a function that it does not find compiled on disk."""
     with caplog.at_level(logging.INFO):
-        for dispatcher in (jpeg_kernel.decode, jpeg_kernel._cubic):
+        for dispatcher in (jpeg_kernel.decode, resize_kernel._cubic):
             with event.trigger_event("numba:compile", data={"dispatcher": dispatcher}):
                 pass
     assert len(caplog.records) == 1 and "compiling the JPEG decoder" in caplog.text
