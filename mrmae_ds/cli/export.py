@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mrmae_ds.cli.parser import CommandParser, require_path
+from mrmae_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from mrmae_ds.weights.export import Exported
 
 SUMMARY = "export a finished run's weights to a safetensors file, for timm or complete"
 
@@ -19,24 +24,37 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--to",
-        choices=("timm", "safetensors"),
+        metavar="{timm,safetensors,hub:ORG/NAME}",
         help="timm (default): a file that timm.create_model loads, for a pre-training the encoder alone; safetensors "
-        "(default of a detector): all weights",
+        "(default of a detector): all weights; hub:ORG/NAME: upload as for timm, with a model card, to the Hugging "
+        "Face hub",
     )
     parser.add_argument("--out", type=Path, help="file or folder; default: ./NAME-STAGE[-timm].safetensors")
     parser.add_argument("--force", action="store_true", help="replace a file that this project did not write")
+    parser.add_argument("--private", action="store_true", help="make a new repository of the hub private")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the file; print its path and the line of Python that loads it."""
+    """Write or upload the file; print its path or address and the line of Python that loads it."""
     require_path(args.run)
+    before, hub, repository = (args.to or "timm").partition("hub:")
+    if hub and not before and repository.count("/") == 1:
+        from mrmae_ds.weights.hub import push_to_hub
+
+        exported = push_to_hub(args.run, repository, args.private)
+    elif args.to not in (None, "timm", "safetensors"):
+        raise UserError(f"--to {args.to}: expected timm, safetensors or hub:ORG/NAME")
+    else:
+        exported = _write(args)
+    print("\n".join([f"written: {exported.path}", *exported.notes, "load it with", f"    {exported.line}"]))
+
+
+def _write(args: argparse.Namespace) -> Exported:
     from mrmae_ds.weights.detectors import holds_detector
     from mrmae_ds.weights.export import export_run
 
     if args.to != "timm" and holds_detector(args.run):
         from mrmae_ds.detection.saved import export_detector
 
-        exported = export_detector(args.run, args.out, args.force)
-    else:
-        exported = export_run(args.run, args.to or "timm", args.out, args.force)
-    print("\n".join([f"written: {exported.path}", *exported.notes, "load it with", f"    {exported.line}"]))
+        return export_detector(args.run, args.out, args.force)
+    return export_run(args.run, args.to or "timm", args.out, args.force)

@@ -27,7 +27,7 @@ from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.formats import verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity, nearest_architecture
 from mrmae_ds.weights.names import describe_names
-from mrmae_ds.weights.paths import INDEX_SUFFIX, MODEL_FILE, weights_sha256
+from mrmae_ds.weights.paths import HUB, INDEX_SUFFIX, MODEL_FILE, find_weights, weights_sha256
 from mrmae_ds.weights.resolve import Weights, model_metadata, resolve, unusable_tensors
 
 FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle without code", "torchscript": "TorchScript archive"}
@@ -46,6 +46,8 @@ def describe(path: Path) -> str:
     Raises:
         UserError: if it does not exist, is damaged, contains code, or is none of these.
     """
+    if str(path).startswith(HUB):
+        path = find_weights(path)
     if split_choice(path)[0].is_file():
         return _block(str(path), describe_file(path))
     if not path.is_dir():

@@ -113,13 +113,13 @@ def add_recipe_options(parser: CommandParser) -> None:
 
 
 def require_path(path: Path) -> None:
-    """Check that a path exists, before slow imports; ``FILE#KEY`` is the path of FILE.
+    """Check that a path exists, before slow imports; ``FILE#KEY`` is the path of FILE, ``hf:ORG/NAME`` none.
 
     Raises:
         UserError: if it does not.
     """
     path, _ = split_choice(path)
-    if not path.exists():
+    if not path.exists() and not str(path).startswith("hf:"):
         raise UserError(f"{path}: no such file or folder")
 
 

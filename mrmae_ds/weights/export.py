@@ -51,12 +51,12 @@ class Exported:
     """An exported file.
 
     Attributes:
-        path: path of the file.
+        path: path of the file, or address of the hub's repository.
         line: line of Python that loads it.
         notes: remarks for its user.
     """
 
-    path: Path
+    path: Path | str
     line: str
     notes: tuple[str, ...] = ()
 
@@ -126,6 +126,17 @@ def _content(path: Path, layout: WeightLayout) -> tuple[dict[str, Any], dict[str
 def timm_line(metadata: Mapping[str, Any], path: Path) -> str:
     """Return the call that loads a file exported for timm, with the input that its results were measured on.
 
+    Args:
+        metadata: metadata of the exported file.
+        path: the file.
+    """
+    overlay = timm_overlay(metadata, path)
+    return f"timm.create_model({timm_call(metadata)}, pretrained=True, pretrained_cfg_overlay={overlay!r})"
+
+
+def timm_overlay(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """Return ``pretrained_cfg_overlay`` of a file exported for timm: the file and the input of the run's evaluation.
+
     ``pretrained=True`` with the file in the configuration, and not ``checkpoint_path``, so that ``num_classes``,
     ``img_size`` and ``features_only`` may be changed as for timm's own weights.
 
@@ -137,8 +148,7 @@ def timm_line(metadata: Mapping[str, Any], path: Path) -> str:
     classes = metadata["num_classes"] if metadata["kind"] == "classifier" else 0
     overlay: dict[str, Any] = {"file": str(path), "num_classes": classes, "input_size": (3, height, width)}
     overlay |= {"crop_pct": _crop_pct(metadata), "interpolation": "bicubic"}
-    overlay |= {key: tuple(metadata[key]) for key in ("mean", "std") if key in metadata}
-    return f"timm.create_model({timm_call(metadata)}, pretrained=True, pretrained_cfg_overlay={overlay!r})"
+    return overlay | {key: tuple(metadata[key]) for key in ("mean", "std") if key in metadata}
 
 
 def _crop_pct(metadata: Mapping[str, Any]) -> float:
@@ -153,7 +163,13 @@ def _describe_crop(metadata: Mapping[str, Any]) -> str:
 
 
 def timm_call(metadata: Mapping[str, Any]) -> str:
-    """Return the arguments of ``timm.create_model`` for the model of a file, or for the encoder of a pre-training.
+    """Return the arguments of ``timm.create_model`` as text; see :func:`timm_arguments`."""
+    name, settings = timm_arguments(metadata)
+    return ", ".join([f'"{name}"', *(f"{key}={value!r}" for key, value in settings.items())])
+
+
+def timm_arguments(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return name and settings for ``timm.create_model`` of a file's model, or of the encoder of a pre-training.
 
     Args:
         metadata: metadata of the model file.
@@ -166,10 +182,8 @@ def timm_call(metadata: Mapping[str, Any]) -> str:
         name, changes = TIMM_VITS[arch], {TIMM_VIT_FIELDS[key]: value for key, value in changes.items()}
     settings: dict[str, Any] = {"img_size": size_from_metadata(metadata), **changes}
     if metadata["kind"] == "classifier":
-        settings |= {"num_classes": metadata["num_classes"], "global_pool": metadata.get("pool", "avg")}
-    else:
-        settings |= {"num_classes": 0, "global_pool": ""}
-    return ", ".join([f'"{name}"', *(f"{key}={value!r}" for key, value in settings.items())])
+        return name, settings | {"num_classes": metadata["num_classes"], "global_pool": metadata.get("pool", "avg")}
+    return name, settings | {"num_classes": 0, "global_pool": ""}
 
 
 def input_statistics(metadata: Mapping[str, Any]) -> str:

@@ -11,19 +11,23 @@ from mrmae_ds.files import file_sha256, split_choice
 
 MODEL_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
+HUB = "hf:"
 
 
 def find_weights(source: Path, key: str = "") -> Path:
     """Return the model file of a folder (a stage's, or one with the index of a file in shards), or ``source`` itself.
 
     Args:
-        source: folder or file; ``#KEY`` at its end chooses one of several sets of weights and is kept.
+        source: folder or file; ``#KEY`` at its end chooses one of several sets of weights and is kept. ``hf:ORG/NAME``
+            and ``hf:ORG/NAME@REVISION`` are repositories of the Hugging Face hub, downloaded to its cache.
         key: recipe key that named it, for errors; empty for an argument.
 
     Raises:
         UserError: if the file does not exist.
     """
     source, choice = split_choice(source)
+    if str(source).startswith(HUB):
+        source = _download(str(source).removeprefix(HUB), key)
     path = source / MODEL_FILE if source.is_dir() else source
     if source.is_dir() and not path.is_file():
         path = next(source.glob(f"*{INDEX_SUFFIX}"), path)
@@ -34,6 +38,24 @@ def find_weights(source: Path, key: str = "") -> Path:
             "(runs/NAME/STAGE) or a model file"
         )
     return Path(f"{path}#{choice}") if choice else path
+
+
+def _download(repository: str, key: str) -> Path:
+    """Return the folder of a hub's repository in the cache, with its safetensors weights and configurations."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    name, _, revision = repository.partition("@")
+    files = [MODEL_FILE, "model-*.safetensors", f"model{INDEX_SUFFIX}", "*config.json"]
+    where = f"{key}{': ' if key else ''}{HUB}{repository}"
+    try:
+        folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{where}: cannot be downloaded ({reason}); check the name, HF_TOKEN and the network") from None
+    if not any(folder.glob("model*.safetensors*")):
+        raise UserError(f"{where}: the repository has no {MODEL_FILE}; download its weights file and name that")
+    return folder
 
 
 def weights_sha256(source: Path) -> str:

@@ -65,7 +65,7 @@ def save_finetuning(folder: Path, recipe: Recipe, seed: int = 0) -> nn.Module:
 def _save(folder: Path, recipe: Recipe, model: nn.Module, kind: str, seed: int) -> None:
     perturb(model, seed=seed, scale=0.3)
     encoder = model.encoder if isinstance(model, PretrainModel) else model
-    about = {"kind": kind, **encoder_metadata(encoder), "mean": MEAN, "std": STD}
+    about = {"kind": kind, **encoder_metadata(encoder), "num_classes": encoder.num_classes, "mean": MEAN, "std": STD}
     about |= {"recipe": recipe.model_dump(mode="json"), "stage": folder.name}
     save_weights(folder / MODEL_FILE, model.state_dict(), about)
     make_record(dataset="photographs", stage=folder.name).write(folder)
