@@ -73,6 +73,7 @@ class RunRecord(RecordSection):
         detection: of a stage `detect`.
         operations: None for an evaluation.
         members: models that an evaluation averaged; empty for a training.
+        trackers: ID of the run at each experiment tracker by its name, without the account.
         wall_seconds: duration, restarts included.
         images_seen: images trained on.
     """
@@ -103,6 +104,7 @@ class RunRecord(RecordSection):
     init: Init | None = None
     members: tuple[Member, ...] = ()
     results: Results = Results()
+    trackers: dict[str, str] = Field(default_factory=dict)
     wall_seconds: Annotated[float, Field(ge=0)] = 0.0
     images_seen: Count = 0
 

@@ -63,7 +63,8 @@ class WandbCallback(Callback):
             id=id_file.read_text(encoding="utf-8") if id_file.exists() else None,
             resume="allow",
         )
-        id_file.write_text(self._run.id, encoding="utf-8")
+        if self.config.mode != "disabled":
+            id_file.write_text(self._run.id, encoding="utf-8")
 
     def on_log(self, context: TrainContext, values: dict[str, float]) -> None:
         """Send the values."""

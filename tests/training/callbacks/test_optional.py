@@ -16,12 +16,15 @@ import torch
 
 from mrmae_ds.config.recipe import OPTIONAL_CALLBACKS, load_recipe
 from mrmae_ds.errors import UserError
+from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.callbacks.build import build_optional_callbacks, check_optional_callbacks
 from mrmae_ds.training.callbacks.nonfatal import NonfatalCallback
 from mrmae_ds.training.checkpoint.train_state import TrainState
+from mrmae_ds.training.run_logger import RecordWriter
 from mrmae_ds.training.step_sync import StepStatus
 from tests.support.jobs import make_context
+from tests.support.records import make_record
 
 RECIPE, CPU = Path("ds_configs/baselines/mae_tiny.yaml"), torch.device("cpu")
 
@@ -205,37 +208,52 @@ def test_a_missing_wandb_package_is_bad_input(monkeypatch: pytest.MonkeyPatch) -
     check_optional_callbacks(load_recipe(RECIPE))
 
 
-def test_wandb_gets_recipe_lines_and_results_and_resumes_its_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    starts: list[dict[str, Any]] = []
-    lines: list[Any] = []
-    summary: dict[str, Any] = {}
-    finished: list[bool] = []
+def _wandb_records(path: Path) -> Iterator[Any]:
+    """Read a file of an offline run: a header of 7 bytes, then records of LevelDB's log, all small here."""
+    from wandb.proto.wandb_internal_pb2 import Record
 
-    def init(**settings: Any) -> Any:
-        starts.append(settings)
-        return SimpleNamespace(
-            id="abc123",
-            log=lambda values, step: lines.append((step, values)),
-            summary=summary,
-            finish=lambda: finished.append(True),
-        )
+    content, start = path.read_bytes(), 7
+    while start < len(content):
+        length = int.from_bytes(content[start + 4 : start + 6], "little")
+        assert content[start + 6] == 1  # a whole record
+        yield Record.FromString(content[start + 7 : start + 7 + length])
+        start += 7 + length
 
-    package = ModuleType("wandb")
-    package.init = init  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", package)
-    for _ in range(2):
+
+def test_wandb_gets_recipe_lines_and_results_and_resumes_its_run(tmp_path: Path) -> None:
+    """The real library, offline: two starts write two folders of one run."""
+    pytest.importorskip("wandb")
+    for start in range(2):
         (callback,) = _build(tmp_path, "wandb={project: p, mode: offline, tags: [a]}")
-        context = make_context(state=TrainState(step=5), results={"top1": 50.0})
+        context = make_context(state=TrainState(step=5 + start), results={"top1": 50.0})
         callback.on_train_start(context)
-        callback.on_log(context, {"loss": 1.0})
+        callback.on_log(context, {"loss": 1.5 + start})
         callback.on_train_end(context)
         callback.close()
-    assert [start["id"] for start in starts] == [None, "abc123"]
-    assert (starts[0]["project"], starts[0]["mode"], starts[0]["tags"]) == ("p", "offline", ["a"])
-    assert starts[0]["config"]["model"]["arch"] == load_recipe(RECIPE).model.arch
-    assert lines == [(5, {"loss": 1.0})] * 2 and summary == {"top1": 50.0} and finished == [True, True]
+        assert not callback.failed  # type: ignore[attr-defined]
+    files = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    identity = (tmp_path / "wandb_id.txt").read_text()
+    assert len(files) == 2 and {file.name for file in files} == {f"run-{identity}.wandb"}
+    for start, file in enumerate(files):
+        records = list(_wandb_records(file))
+        (run,) = (record.run for record in records if record.WhichOneof("record_type") == "run")
+        config = {item.key: json.loads(item.value_json) for item in run.config.update}
+        assert (run.run_id, run.project, list(run.tags)) == (identity, "p", ["a"])
+        assert config["model"]["arch"] == load_recipe(RECIPE).model.arch
+        (line,) = (record.history for record in records if record.WhichOneof("record_type") == "history")
+        values = {item.key or item.nested_key[0]: json.loads(item.value_json) for item in line.item}
+        assert (values["loss"], values["_step"]) == (1.5 + start, 5 + start)
+        updates = [item for record in records for item in record.summary.update]
+        assert any((item.key or item.nested_key[0], item.value_json) == ("top1", "50.0") for item in updates)
+
+
+def test_the_record_names_the_wandb_run(tmp_path: Path) -> None:
+    writer = RecordWriter(tmp_path, make_record())
+    writer.write("running")
+    assert RunRecord.load(tmp_path).trackers == {}
+    (tmp_path / "wandb_id.txt").write_text("abc123")
+    writer.write("running")
+    assert RunRecord.load(tmp_path).trackers == {"wandb": "abc123"}
 
 
 def test_wandb_that_never_finishes_does_not_hold_up_the_end(
