@@ -84,13 +84,13 @@ def check_products(context: DoctorContext) -> list[Reading]:
 
 def check_convolution(context: DoctorContext) -> list[Reading]:
     """Measure depthwise convolutions with cuDNN's search for the fastest algorithm off and on."""
-    readings, before = [], torch.backends.cudnn.benchmark
-    dtype, images = (torch.bfloat16, None) if context.on_cuda else (torch.float32, 2)
+    context.require_cuda()
+    readings, before, dtype = [], torch.backends.cudnn.benchmark, torch.bfloat16
     try:
         for search in (False, True):
             torch.backends.cudnn.benchmark = search
-            for name, (number, channels, side) in MAPS.items():
-                shape = (images or number, channels, side, side)
+            for name, (images, channels, side) in MAPS.items():
+                shape = (images, channels, side, side)
                 x = torch.zeros(shape, dtype=dtype, device=context.device).to(memory_format=torch.channels_last)
                 layer = nn.Conv2d(channels, channels, KERNEL, padding=2, groups=channels)
                 forward, both = _time_layer(layer.to(context.device, dtype), x)

@@ -59,6 +59,7 @@ COMPILED: dict[str, dict[str, Any]] = {
 
 def check_parity(context: DoctorContext) -> list[Reading]:
     """Compare loss and gradients of a float32 step on the device with the CPU's: same weights, same images."""
+    context.require_cuda()
     job = prepare_tiny(context, "parity", ENGINES["ZeRO-0"])
     loader = job.train_loader(torch.device("cpu"))
     batch = next(loader.epoch(0))

@@ -25,16 +25,23 @@ aten = torch.ops.aten
 
 def check_operators(context: DoctorContext) -> list[Reading]:
     """Measure float32 products, and each operator without products, at Base's shapes."""
-    return operator_readings(context.device, 128 if context.on_cuda else 8)
+    images = 128 if context.on_cuda else 8
+    return operator_readings(context.device, images, time_is_left=lambda: context.time_is_left(0.15))
 
 
-def operator_readings(device: torch.device, images: int, measure: Callable[..., float] = seconds) -> list[Reading]:
+def operator_readings(
+    device: torch.device,
+    images: int,
+    measure: Callable[..., float] = seconds,
+    time_is_left: Callable[[], bool] = lambda: True,
+) -> list[Reading]:
     """Measure operators at Base's shapes.
 
     Args:
         device: in bfloat16 on a GPU, in float32 on the CPU.
         images: images of a micro-batch.
         measure: returns the seconds of a call.
+        time_is_left: asked before each operator; those after False are listed as not run.
     """
     products = _products(device, images)
     flops = LAYERS * 3 * 2 * images * 49 * PRODUCTS["Base"][1] * PRODUCTS["Base"][2]
@@ -42,6 +49,9 @@ def operator_readings(device: torch.device, images: int, measure: Callable[..., 
     readings = [Reading("float32 products, forward and gradients", speed, "TFLOP/s", constant="fp32_tflops")]
     others = [*_elementwise(device, images), *_convolution(device, images), _reduction(device), _update(device)]
     for name, run, moved in others:
+        if not time_is_left():
+            readings.append(Reading(f"{name}: not run", "no time left"))
+            continue
         constant = f"operator_gb_s.{name}"
         readings.append(Reading(name, moved / measure(run) / GIGA, "GB/s", constant=constant))
     return readings

@@ -7,11 +7,14 @@ import math
 import socket
 import statistics
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from mrmae_ds.doctor.context import Check, DoctorContext
 from mrmae_ds.doctor.reading import Expected, collect_constants
+from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
 from mrmae_ds.profiling.measured_node import FORMAT, MEASURED_KEY, MeasuredNode
 from mrmae_ds.records.environment import collect_hardware, collect_versions
@@ -116,29 +119,55 @@ def _row(name: str, ranks: list[Any], judge: bool) -> ValueRow:
 
 
 class DoctorReport:
-    """Collects results on every rank; rank 0 prints each as it comes, and at the end writes the file and the page.
+    """Collects results on every rank; rank 0 prints each and writes the file as it comes, and at the end the page.
 
     Args:
         context: of the doctor.
+        checks: names of the checks to run.
     """
 
-    def __init__(self, context: DoctorContext) -> None:
-        self.context, self.results = context, list[CheckResult]()
+    def __init__(self, context: DoctorContext, checks: Sequence[str]) -> None:
+        self.context, self.checks, self.results = context, checks, list[CheckResult]()
         self.began = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
     def add(self, result: CheckResult) -> None:
-        """Add a result, and print a line."""
+        """Add a result, print a line, and write the report so far."""
         self.results.append(result)
         if self.context.launch.rank == 0:
             outside = sum(row.verdict.startswith("OUTSIDE") for row in result.rows)
             found = f"{outside} of {len(result.rows)} values outside" if outside else result.status
             print(f"{result.name}: {result.message or found} ({result.seconds:.1f} s)", flush=True)
+            with suppress(OSError, UserError):  # finish() reports it
+                self._write()
 
     def finish(self) -> None:
-        """Write doctor.json and print the page, on rank 0."""
-        if self.context.launch.rank == 0:
-            write_text(self.context.request.out, json.dumps(_finite(self.to_json()), indent=1) + "\n")
-            print(f"\n{page(self.results)}\n\nwritten: {self.context.request.out}", flush=True)
+        """Print the page, write doctor.json, and name the checks without a result, on rank 0.
+
+        Raises:
+            UserError: if the file cannot be written.
+        """
+        if self.context.launch.rank:
+            return
+        print(f"\n{page(self.results)}\n", flush=True)
+        try:
+            self._write()
+        except OSError as error:
+            raise UserError(f"--out {self.context.request.out}: cannot be written ({error.strerror})") from None
+        lines = [f"written: {self.context.request.out}"]
+        for status, names in {"failed": self.failed(), "not run": self._not_run()}.items():
+            lines += [f"{status}: {', '.join(names)}"] if names else []
+        print("\n".join(lines), flush=True)
+
+    def failed(self) -> list[str]:
+        """Return the names of the checks that ended with an error or a hard failure."""
+        return [result.name for result in self.results if result.status in ("failed", "stop")]
+
+    def _not_run(self) -> list[str]:
+        done = {result.name for result in self.results}
+        return [name for name in self.checks if name not in done]
+
+    def _write(self) -> None:
+        write_text(self.context.request.out, json.dumps(_finite(self.to_json()), indent=1) + "\n")
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of doctor.json."""
@@ -159,6 +188,7 @@ class DoctorReport:
             "ds_config": str(context.request.ds_config) if context.request.ds_config else None,
             "versions": collect_versions(),
             "checks": checks,
+            "not_run": self._not_run(),
             MEASURED_KEY: measured_node(self.context, self.results).known(),
         }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 FAILED_STATUS = 1
 GATHER_S = 60.0
+SOFT_S = 5.0  # for the end of a check that was interrupted
 LINGER_S = 5.0  # a launcher ends all ranks when one exits: rank 0, which writes the report, exits first
 
 
@@ -38,7 +40,7 @@ def run_doctor(request: DoctorRequest, launch: Launch) -> int:
     """Run the selected checks on this rank; rank 0 prints and writes the report.
 
     Returns:
-        The exit status: 0, or 1 after a hard failure or a check over its limit.
+        The exit status: 0, or 1 after an error, a hard failure or a check over its limit.
 
     Raises:
         UserError: for a name that is not a check, a wrong recipe or engine config, more ranks than GPUs on a node, or a
@@ -54,9 +56,12 @@ def run_doctor(request: DoctorRequest, launch: Launch) -> int:
         gpu = match_device(properties.name, properties.total_memory)
     ranks = RankStore(launch)
     context = DoctorContext(request, launch, device, gpu, ranks, make_job_folder(request.out, ranks))
-    report = DoctorReport(context)
+    report = DoctorReport(context, [check.name for check in checks])
     try:
         return _run_checks(context, checks, report)
+    except KeyboardInterrupt:
+        report.finish()
+        raise
     finally:
         remove_files(context)
 
@@ -101,7 +106,7 @@ def _run_checks(context: DoctorContext, checks: Sequence[Check], report: DoctorR
             return FAILED_STATUS
     report.finish()
     end_process_group()
-    return 0
+    return FAILED_STATUS if report.failed() else 0
 
 
 def _run_check(context: DoctorContext, check: Check) -> CheckResult:
@@ -110,11 +115,14 @@ def _run_check(context: DoctorContext, check: Check) -> CheckResult:
     context.begin(check.seconds)
     began = time.monotonic()
     try:
-        readings = check.run(context)
+        with _soft_limit(context, check):
+            readings = check.run(context)
     except NotApplicable as reason:
         status, message = "not applicable", str(reason)
     except HardFailure as failure:
         status, message = "stop", str(failure)
+    except _OverLimitError:
+        status, message = "failed", f"over its limit of {check.seconds:g} s"
     except Exception as error:  # a defect of the node must not hide the results of the other checks
         status, message = "failed", f"{type(error).__name__}: {error}"
         logger.error("%s", check.name, exc_info=error)
@@ -122,6 +130,28 @@ def _run_check(context: DoctorContext, check: Check) -> CheckResult:
     seconds = time.monotonic() - began
     own = {"status": status, "message": message, "readings": [asdict(reading) for reading in readings]}
     return summarize(check, context.ranks.gather(own, GATHER_S), seconds, context.request.judge)
+
+
+class _OverLimitError(BaseException):
+    """A check took longer than its limit; no check handles it as an error of its own."""
+
+
+@contextmanager
+def _soft_limit(context: DoctorContext, check: Check) -> Iterator[None]:
+    """Interrupt a check over its limit where no other rank and no device waits for this one: the others can run."""
+    if context.on_cuda or context.launch.world_size > 1:
+        yield
+        return
+
+    def end(*_: object) -> None:
+        raise _OverLimitError
+
+    handler, timer = signal.signal(signal.SIGALRM, end), signal.setitimer(signal.ITIMER_REAL, check.seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
 
 
 @contextmanager
@@ -135,12 +165,17 @@ def _limit(context: DoctorContext, check: Check, report: DoctorReport) -> Iterat
         faulthandler.dump_traceback(all_threads=True)
         text = f"over its limit of {check.seconds:g} s on rank {context.launch.rank}; stacks are above. Continue with "
         report.add(CheckResult(check.name, "stop", text + f"--skip '{check.name}'", check.seconds, check.decides, []))
-        report.finish()
+        try:
+            report.finish()
+        except UserError as error:
+            logger.error("%s", error)
         _linger(context)
+        remove_files(context)
         sys.stdout.flush()
         os._exit(FAILED_STATUS)
 
-    timer = threading.Timer(check.seconds + GATHER_S * (context.launch.world_size > 1), end)
+    grace = GATHER_S if context.launch.world_size > 1 else 0.0 if context.on_cuda else SOFT_S
+    timer = threading.Timer(check.seconds + grace, end)
     timer.daemon = True
     timer.start()
     try:

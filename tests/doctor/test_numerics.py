@@ -12,7 +12,7 @@ import torch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.doctor.attention import check_attention
 from mrmae_ds.doctor.context import DoctorContext, DoctorRequest
-from mrmae_ds.doctor.kernels import check_launch
+from mrmae_ds.doctor.kernels import check_convolution, check_launch
 from mrmae_ds.doctor.numerics import check_parity
 from mrmae_ds.doctor.ranks import RankStore
 from mrmae_ds.doctor.reading import NotApplicable
@@ -27,12 +27,13 @@ def context(tmp_path: Path) -> DoctorContext:
     return DoctorContext(request, ALONE, torch.device("cpu"), None, RankStore(ALONE), tmp_path / "files")
 
 
-def test_a_step_on_the_cpu_equals_itself(context: DoctorContext) -> None:
+def test_a_step_on_the_cpu_equals_itself(context: DoctorContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DoctorContext, "require_cuda", lambda _: None)
     assert [(r.value, r.expected and r.expected.hard) for r in check_parity(context)] == [(0.0, True)] * 2
     assert (context.folder / "images.beton").is_file()
 
 
-@pytest.mark.parametrize("check", [check_waits, check_memory])
+@pytest.mark.parametrize("check", [check_waits, check_memory, check_parity, check_convolution])
 def test_checks_of_a_gpu_are_not_passed_in_silence(context: DoctorContext, check: object) -> None:
     with pytest.raises(NotApplicable, match="needs CUDA"):
         check(context)  # type: ignore[operator]

@@ -36,3 +36,13 @@ def test_bytes_and_flops_are_those_that_the_planner_counts() -> None:
     # The planner counts the tensor that a copy overwrites among the inputs of the copy: eight times the gradients.
     assert gradients.constant == f"operator_gb_s.{GRADIENTS}" and gradients.value == pytest.approx(7 / 8)
     assert update.constant == f"operator_gb_s.{ADAMW}"
+
+
+def test_operators_for_which_no_time_is_left_are_listed() -> None:
+    asked: list[int] = []
+    readings = operator_readings(
+        torch.device("cpu"), 1, lambda run: 1.0, lambda: bool(asked.append(1) or len(asked) < 3)
+    )
+    assert [reading.constant is None for reading in readings] == [False] * 3 + [True] * (len(readings) - 3)
+    assert len(asked) == len(readings) - 1 == 13
+    assert {(r.name.partition(": ")[2], r.value) for r in readings[3:]} == {("not run", "no time left")}

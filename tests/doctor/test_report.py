@@ -15,6 +15,7 @@ from mrmae_ds.doctor.context import Check, DoctorContext, DoctorRequest
 from mrmae_ds.doctor.ranks import RankStore
 from mrmae_ds.doctor.reading import Expected, NotApplicable, Reading
 from mrmae_ds.doctor.report import CheckResult, DoctorReport, page, summarize
+from mrmae_ds.errors import UserError
 from mrmae_ds.profiling.measured_node import MeasuredNode, read_measured
 from mrmae_ds.records.environment import cpu_name
 
@@ -63,7 +64,7 @@ def test_bounds_are_inside(value: float, verdict: str) -> None:
 def test_nan_is_outside_and_the_file_stays_json(tmp_path: Path) -> None:
     result = _summary(_rank(Reading("copy", float("nan"), "GB/s", SPEED, "memory_gb_s")))
     assert result.rows[0].verdict == "OUTSIDE on rank 0"
-    report = DoctorReport(_context(tmp_path))
+    report = DoctorReport(_context(tmp_path), ["speed"])
     report.add(result)
     report.finish()
     written = json.loads((tmp_path / "doctor.json").read_text(), parse_constant=lambda name: pytest.fail(name))
@@ -102,7 +103,7 @@ def test_different_texts_are_listed() -> None:
 
 
 def test_the_plan_reads_the_medians_of_the_constants(tmp_path: Path) -> None:
-    report = DoctorReport(_context(tmp_path))
+    report = DoctorReport(_context(tmp_path), ["speed"])
     zero = Reading("x", 0.0, "", None, "op_us")  # not measured: it must be above 0
     gelu = Reading("gelu", 900.0, "GB/s", None, "operator_gb_s.gelu")
     ranks = [
@@ -121,3 +122,18 @@ def test_the_plan_reads_the_medians_of_the_constants(tmp_path: Path) -> None:
     )
     written = json.loads((tmp_path / "doctor.json").read_text())
     assert written["versions"]["torch"] == torch.__version__ and written["host"] and written["world_size"] == 1
+
+
+def test_every_result_is_in_the_file_and_the_page_does_not_depend_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = DoctorReport(_context(tmp_path), ["speed", "links"])
+    report.add(_summary(_rank(Reading("copy", 12.0, "GB/s"))))
+    written = json.loads((tmp_path / "doctor.json").read_text())
+    assert [check["name"] for check in written["checks"]] == ["speed"] and written["not_run"] == ["links"]
+    (tmp_path / "doctor.json").unlink()
+    (tmp_path / "doctor.json").mkdir()  # as a full disk
+    report.add(_summary(_rank(Reading("copy", 13.0, "GB/s"))))
+    with pytest.raises(UserError, match=r"^--out .*doctor.json: cannot be written \(Is a directory\)$"):
+        report.finish()
+    assert "copy: 13.0 GB/s" in capsys.readouterr().out

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +95,9 @@ def test_an_error_and_a_missing_device_do_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checks = [_check("a", RuntimeError("broken")), _check("b", NotApplicable("needs CUDA")), _check("c")]
-    assert _run(monkeypatch, tmp_path, *checks) == 0
+    assert _run(monkeypatch, tmp_path, *checks) == 1
     out = capsys.readouterr().out
+    assert out.endswith("doctor.json\nfailed: a\n")
     assert "a: failed, RuntimeError: broken" in out and "b: not applicable, needs CUDA" in out and "c: done" in out
 
 
@@ -130,3 +134,30 @@ def test_a_report_that_cannot_be_written_is_refused_before_the_first_check(
     with pytest.raises(UserError, match=r"^--out /proc/none: cannot be made"):
         _run(monkeypatch, Path("/proc/none"), _check("a"))
     assert capsys.readouterr().out == "" and list(tmp_path.iterdir()) == [tmp_path / "doctor.json"]
+
+
+def test_a_slow_check_on_one_cpu_does_not_end_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wait(context: DoctorContext) -> list[Reading]:
+        with suppress(Exception):
+            time.sleep(60)
+        return []
+
+    assert _run(monkeypatch, tmp_path, Check("slow", wait, "a key", 0.2), _check("b")) == 1
+    out = capsys.readouterr().out
+    assert "slow: over its limit of 0.2 s" in out and "b: done" in out and out.endswith("failed: slow\n")
+
+
+def test_ctrl_c_leaves_the_report_so_far(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(context: DoctorContext) -> list[Reading]:
+        (context.folder / "kept").touch()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(monkeypatch, tmp_path, _check("a"), Check("b", interrupt, "a key", 30.0), _check("c"))
+    assert capsys.readouterr().out.endswith("not run: b, c\n")
+    assert list(tmp_path.iterdir()) == [tmp_path / "doctor.json"]
+    assert [check["name"] for check in json.loads((tmp_path / "doctor.json").read_text())["checks"]] == ["a"]

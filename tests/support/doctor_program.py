@@ -6,6 +6,7 @@ python -m tests.support.fake_gpu tests/support/doctor_program.py --no-judge --ou
 from __future__ import annotations
 
 import functools
+import signal
 import time
 from argparse import SUPPRESS
 from dataclasses import replace
@@ -19,7 +20,9 @@ from mrmae_ds.cli.train import end_process
 def wrong_gradients() -> None:
     """Let the device compute other gradients than the CPU."""
     from mrmae_ds.doctor import numerics
+    from mrmae_ds.doctor.context import DoctorContext
 
+    DoctorContext.require_cuda = lambda self: None  # type: ignore[method-assign]
     compute, calls = numerics._loss_and_gradients, []
 
     def wrong(*arguments: Any) -> Any:
@@ -32,10 +35,12 @@ def wrong_gradients() -> None:
 
 
 def hang() -> None:
-    """Let the check of launches never end."""
+    """Let the check of launches never end, as inside a collective or a kernel that no signal interrupts."""
     from mrmae_ds.doctor import run
 
     def check(context: Any) -> Any:
+        (context.folder / "kept").touch()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         time.sleep(3600)
 
     run.CHECKS = tuple(
