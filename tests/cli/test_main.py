@@ -361,7 +361,6 @@ def test_an_empty_path_is_an_error(words: list[str], capsys: pytest.CaptureFixtu
         ["table"],
         ["show", "a", "--num-images", "x"],
         ["show", "--images", "3"],
-        ["export", "a", "--to", "x"],
         ["check"],
     ],
     ids=" ".join,
