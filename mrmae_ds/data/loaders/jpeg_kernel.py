@@ -67,11 +67,11 @@ class Scratch(NamedTuple):
         pointers: uint64 [T, 3], addresses of the planes.
         planes: uint8 [T, bytes of the largest image].
         parts: uint8 [T, bytes of the longest JPEG], the JPEG of the segments of a box.
-        rows: int32 [T, largest side or S].
+        rows: int32 [T, 4, largest side].
         columns: int32 [T, 3, S].
         pixels: uint8 [T, 3, S].
-        reduced: int16 [T, 3, largest side + K, S], planes after the first pass, transposed; the part beyond their end
-            is multiplied by weights of 0.
+        reduced: int16 [T, 3, largest side + K, S rounded up to a multiple of 4], planes after the first pass,
+            transposed; the part beyond their end is multiplied by weights of 0.
         firsts: int64 [T, 4, S], first input sample of each output, for luma down, luma across, chroma down, chroma
             across.
         weights: int16 [T, 4, S, K], of the same axes.
@@ -117,10 +117,10 @@ def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
         pointers=np.zeros((threads, 3), dtype=np.uint64),
         planes=np.empty((threads, 3 * area), dtype=np.uint8),
         parts=np.empty((threads, int(table[:, 1].max()) + 2), dtype=np.uint8),
-        rows=np.empty((threads, side + _PADDING), dtype=np.int32),
+        rows=np.empty((threads, 4, side + _PADDING), dtype=np.int32),
         columns=np.empty((threads, 3, size), dtype=np.int32),
         pixels=np.empty((threads, 3, size), dtype=np.uint8),
-        reduced=np.empty((threads, 3, side + taps, size), dtype=np.int16),
+        reduced=np.empty((threads, 3, side + taps, size + -size % 4), dtype=np.int16),
         firsts=np.zeros((threads, 4, size), dtype=np.int64),
         weights=np.zeros((threads, 4, size, taps), dtype=np.int16),
         kernel=np.zeros((threads, taps)),
