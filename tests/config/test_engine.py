@@ -52,6 +52,16 @@ def _error(load: Load, **changes: Any) -> str:
     return message
 
 
+# Decisions of docs/engine_configs.md, with their reasons.
+LARGE = {"tiny": 16, "small": 128, "base": 128, "large": 128, "huge": 64, "huge392": 16, "huge448": 16}
+SMALL = {"tiny": 16, "small": 16, "base": 16, "large": 8, "huge": 8, "huge392": 8, "huge448": 8}
+DECIDED: dict[str, dict[str, Any]] = {
+    "": {"micro_batch": LARGE, "overlap_comm": True, "contiguous_gradients": False},
+    "zero1": {"micro_batch": LARGE, "overlap_comm": True, "contiguous_gradients": True},
+    "offload": {"micro_batch": SMALL, "overlap_comm": True, "contiguous_gradients": True},
+}
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.name)
 def test_every_engine_config_of_the_project_is_good(path: Path) -> None:
     config = load_engine_config(path)
@@ -62,6 +72,11 @@ def test_every_engine_config_of_the_project_is_good(path: Path) -> None:
     assert config.zero.stage == (1 if variant == "zero1" else 3)
     assert config.offloads_optimizer == (variant == "offload")
     assert (config.checkpointing != CheckpointPlan()) == (variant == "offload" or path.stem == "tiny")
+    decided = {name: DECIDED[variant][name] for name in ("overlap_comm", "contiguous_gradients")}
+    decided = {} if path.stem == "tiny-zero1" else decided
+    zero = config.as_written()["zero_optimization"]
+    assert {name: zero[name] for name in decided.keys() | (zero.keys() & DECIDED[""].keys())} == decided
+    assert config.micro_batch == DECIDED[variant]["micro_batch"][size]
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "detection").glob("*.json")), ids=lambda path: path.name)

@@ -17,6 +17,9 @@ from mrmae_ds.doctor.numerics import check_parity
 from mrmae_ds.doctor.ranks import RankStore
 from mrmae_ds.doctor.reading import NotApplicable
 from mrmae_ds.doctor.steps import check_memory, check_waits, engine_config
+from mrmae_ds.doctor.tiny_job import tiny_job
+from mrmae_ds.doctor.workload import noise_training
+from mrmae_ds.profiling.step_ranges import start_ranges, stop_ranges
 
 ALONE = Launch(0, 0, 1, 1)
 
@@ -59,3 +62,18 @@ def test_attention_in_bf16_is_near_float32(context: DoctorContext) -> None:
     readings = check_attention(context)
     errors = [reading for reading in readings if reading.expected]
     assert len(errors) == 9 and all(reading.expected.contains(reading.value) for reading in errors)  # type: ignore
+
+
+@pytest.mark.usefixtures("alone")
+def test_the_reduction_is_a_range_of_each_backward_pass(
+    context: DoctorContext, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    config = engine_config(context, "ZeRO-1", 4)
+    with noise_training(tiny_job(context).load(), config, ALONE, torch.device("cpu"), accumulation=2) as training:
+        start_ranges()
+        with torch.profiler.profile() as profile:
+            training.run()
+        stop_ranges()
+    names = [event.name for event in profile.events() if event.name in ("backward", "reduce")]
+    assert names == ["backward", "reduce"] * 2

@@ -17,6 +17,8 @@ class NvtxCallback(WindowCallback):
         device: device of this rank; on a CPU only torch.profiler sees the ranges.
     """
 
+    content = "NVTX ranges"
+
     def __init__(self, config: NvtxConfig, device: torch.device) -> None:
         super().__init__(config.start_step, config.num_steps)
         self.on_cuda = device.type == "cuda"

@@ -23,6 +23,7 @@ class WindowCallback(Callback, ABC):
     """
 
     enabled = True  # False records nothing
+    content: str  # of the window, for the log
 
     def __init__(self, start_step: int, num_steps: int) -> None:
         self.start_step, self.num_steps = start_step, num_steps
@@ -37,8 +38,12 @@ class WindowCallback(Callback, ABC):
         """Stop recording."""
 
     def on_train_start(self, context: TrainContext) -> None:
-        """Start recording if the window opens here."""
-        self._start_if_due(context.state.step)
+        """Start recording if the window opens here; warn if it never will."""
+        step, total = context.state.step, context.schedule.total_steps
+        self._start_if_due(step)
+        if self.enabled and not step <= self.start_step < total and not self._is_recorded():
+            where = f"this run resumes at step {step}" if step > self.start_step else f"the stage ends at step {total}"
+            logger.warning(f"{self.content}: starts at step {self.start_step}, but {where}; nothing is recorded")
 
     def on_step_end(self, context: TrainContext, status: StepStatus) -> None:
         """Start or stop recording at the ends of the window."""
@@ -52,6 +57,10 @@ class WindowCallback(Callback, ABC):
         if self.recording:
             self.recording = False
             self.stop()
+
+    def _is_recorded(self) -> bool:
+        """Return True if the start before has recorded the window."""
+        return False
 
     def _start_if_due(self, step: int) -> None:
         if self.enabled and step == self.start_step:
@@ -70,19 +79,12 @@ class FileWindowCallback(WindowCallback):
         path: file to write.
     """
 
-    content: str  # of the file, for the log
-
     def __init__(self, start_step: int, num_steps: int, path: Path) -> None:
         super().__init__(start_step, num_steps)
         self.path = path
 
-    def on_train_start(self, context: TrainContext) -> None:
-        """Start recording if the window opens here; warn if it never will."""
-        super().on_train_start(context)
-        step, total = context.state.step, context.schedule.total_steps
-        if self.enabled and not step <= self.start_step < total and not self.path.exists():
-            where = f"this run resumes at step {step}" if step > self.start_step else f"the stage ends at step {total}"
-            logger.warning(f"{self.content}: starts at step {self.start_step}, but {where}; nothing is recorded")
+    def _is_recorded(self) -> bool:
+        return self.path.exists()
 
     @abstractmethod
     def write(self) -> None:

@@ -30,6 +30,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.compiled import compile_each
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import set_checkpointing
+from mrmae_ds.profiling.step_ranges import mark_reduction
 from mrmae_ds.training.engine.deepspeed_patches import apply_patches
 from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.engine.missing_gradients import watch_gradients
@@ -76,6 +77,7 @@ def build_engine(
     apply_patches()
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
     watch_gradients(engine)
+    mark_reduction(engine)
     return engine
 
 

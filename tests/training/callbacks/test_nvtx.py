@@ -73,3 +73,8 @@ def test_nothing_is_recorded_by_default() -> None:
     with torch.profiler.profile() as profile, step_range("loader"):
         pass
     assert "loader" not in [event.name for event in profile.events()]
+
+
+def test_a_window_that_never_opens_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    _train(NvtxCallback(NvtxConfig(start_step=9, num_steps=1), CPU))
+    assert caplog.messages[0] == "NVTX ranges: starts at step 9, but the stage ends at step 4; nothing is recorded"

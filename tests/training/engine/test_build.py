@@ -123,7 +123,7 @@ def test_a_gpu_gets_the_fused_adamw(device: str, fused: bool, monkeypatch: pytes
         return (None,)
 
     monkeypatch.setattr(build.deepspeed, "initialize", initialize)
-    for name in ("apply_kernel_settings", "apply_patches", "watch_gradients"):
+    for name in ("apply_kernel_settings", "apply_patches", "watch_gradients", "mark_reduction"):
         monkeypatch.setattr(build, name, lambda *_: None)
     model = _model("decoder")
     build_engine(model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), CONFIG, 1, torch.device(device))
