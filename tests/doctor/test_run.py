@@ -63,7 +63,7 @@ def test_an_empty_choice_is_refused() -> None:
         ({"recipe": Path("ds_configs/tiny.yaml")}, r"--recipe ds_configs/tiny\.yaml: is used with an engine config"),
     ],
 )
-def test_wrong_configs_are_refused_whatever_checks_run(given: dict[str, Path], message: str, tmp_path: Path) -> None:
+def test_wrong_configs_are_refused_whatever_checks_run(given: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         run_doctor(DoctorRequest(only=("limits",), out=tmp_path / "doctor.json", **given), ALONE)
     assert not list(tmp_path.iterdir())
