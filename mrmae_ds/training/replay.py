@@ -26,7 +26,7 @@ from mrmae_ds.training.callbacks.nonfinite_capture import Capture, read_capture
 from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.units import first_few
-from mrmae_ds.weights.model_file import read_tensors
+from mrmae_ds.weights.formats import read_safetensors
 from mrmae_ds.weights.paths import MODEL_FILE
 
 
@@ -76,7 +76,7 @@ def replay(path: Path, device: torch.device) -> tuple[Capture, list[ReplayResult
                             f"holds recipe {job.identity.recipe_hash}, seed {job.schedule.seed}")  # fmt: skip
         apply_kernel_settings(job.engine_config.kernels, device)
         model = job.task.model
-        model.load_state_dict(read_tensors(folder / MODEL_FILE))
+        model.load_state_dict(read_safetensors(folder / MODEL_FILE)[0])
         model.to(device, job.engine_config.model_dtype).train()
         job.task.to(device)
         try:

@@ -24,6 +24,7 @@ from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, ImageSize, make_spec
 from mrmae_ds.weights.formats import read_safetensors
 from mrmae_ds.weights.identify import METADATA_KEY
 from mrmae_ds.weights.paths import MODEL_FILE
+from mrmae_ds.weights.resolve import unusable_tensors
 
 
 def build_classifier(metadata: Mapping[str, Any], image_size: ImageSize | None = None) -> Encoder:
@@ -119,5 +120,12 @@ def is_ours(path: Path) -> bool:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Return all tensors of a model file by name, on the CPU."""
-    return read_safetensors(path)[0]
+    """Return all tensors of a model file by name, on the CPU.
+
+    Raises:
+        UserError: if a value is NaN or infinite.
+    """
+    tensors = read_safetensors(path)[0]
+    if problem := unusable_tensors(tensors):
+        raise UserError(f"{path}: {problem}")
+    return tensors

@@ -439,3 +439,7 @@ def test_rejects_files_that_are_not_runs(runs: Runs, val: Path, tmp_path: Path) 
     save_weights(tmp_path / "less", less, metadata)
     with pytest.raises(UserError, match=r"less: its tensors do not match its recipe"):
         show_runs([tmp_path / "less"], ["0"], out=tmp_path)
+    tensors["encoder.pos_embed"][0, 0, 0] = torch.nan
+    save_weights(tmp_path / "nan", tensors, metadata)
+    with pytest.raises(UserError, match=r"nan: 1 tensor with NaN or infinity: encoder.pos_embed"):
+        show_runs([tmp_path / "nan"], ["0"], out=tmp_path)

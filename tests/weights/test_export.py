@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -426,3 +427,19 @@ def test_rejects_incomplete_models(tmp_path: Path) -> None:
     save_weights(tmp_path / "torn.safetensors", tensors, metadata)
     with pytest.raises(UserError, match=r"torn.safetensors: .*\('recipe'\)"):
         load_model(str(tmp_path / "torn.safetensors"))
+
+
+@pytest.mark.parametrize("write", [classifier_run, pretraining_run])
+def test_a_model_with_nan_is_neither_exported_nor_loaded(write: Callable[..., nn.Module], tmp_path: Path) -> None:
+    write(tmp_path, VIT)
+    path = tmp_path / MODEL_FILE
+    tensors, metadata = read_tensors(path), read_metadata(path)
+    lost = next(name for name in tensors if name.endswith("blocks.0.mlp.fc1.weight"))
+    tensors[lost][0, 0] = torch.nan
+    save_weights(path, tensors, metadata | {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]})
+    layouts: tuple[WeightLayout, ...] = ("timm", "safetensors")
+    for layout in layouts:
+        with pytest.raises(UserError, match=rf"{path}: 1 tensor with NaN or infinity: {lost}"):
+            export_run(tmp_path, layout, tmp_path / "out.safetensors")
+    with pytest.raises(UserError, match=rf"{path}: 1 tensor with NaN or infinity: {lost}"):
+        load_model(path)
