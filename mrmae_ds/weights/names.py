@@ -68,6 +68,8 @@ JOINED = {
     HF_VIT: (("query", "key", "value"), "qkv."),
     HF_CLIP: (("q", "k", "v"), "in_proj_"),
 }
+# Hugging Face's names of an encoder's own tensors; one of them without another name here makes it another model.
+WITHIN = re.compile(r"embeddings\.(?!position_ids$)|encoder\.layers?\.")
 # A linear probe's head: BatchNorm without parameters, then a linear layer (MAE's script), and the BatchNorm's epsilon.
 PROBE = ("head.0.running_mean", "head.0.running_var", "head.1.weight", "head.1.bias")
 PROBE_EPS = 1e-6
@@ -189,7 +191,10 @@ def _convert(tensors: Mapping[str, Tensor], layout: str) -> tuple[dict[str, Tens
                 renamed[re.sub(pattern, new, name, count=1)] = tensor
                 break
         else:
-            unknown.append(name)
+            if WITHIN.match(name):
+                renamed[("visual." if layout == HF_CLIP else "") + name] = tensor
+            else:
+                unknown.append(name)
     parts, joint = JOINED[layout]
     groups: dict[str, dict[str, Tensor]] = {}
     for name in list(renamed):

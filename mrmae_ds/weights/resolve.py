@@ -24,6 +24,7 @@ RELATIVE = (
     "mrmae export --to safetensors"
 )
 _PLAIN = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
+_INDICES = {torch.int64, torch.bool}  # of buffers: positions, counts, masks
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,11 @@ def unusable_tensors(tensors: Mapping[str, Tensor]) -> str:
     """Return a description of weights that are quantized, and of tensors with NaN or infinite values; "" for none."""
     if unreal := [name for name, t in tensors.items() if t.layout != torch.strided or t.is_meta]:
         return f"{counted(len(unreal), 'tensor')} sparse or without values: {first_few(unreal, 3)}"
-    parameters = {name: tensor for name, tensor in tensors.items() if name.endswith((".weight", ".bias"))}
-    quantized = [name for name, tensor in parameters.items() if tensor.dtype not in _PLAIN]
+    quantized = [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype not in _PLAIN and (tensor.dtype not in _INDICES or name.endswith((".weight", ".bias")))
+    ]
     if quantized:
         kind = str(tensors[quantized[0]].dtype).removeprefix("torch.")
         count = counted(len(quantized), "tensor")

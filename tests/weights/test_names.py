@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import ViTSpec
 from mrmae_ds.models.vit import MaskedViT
+from mrmae_ds.teachers.sources.clip_loading import source_of
 from mrmae_ds.weights.load import LoadReport, load_encoder
 from mrmae_ds.weights.resolve import resolve
 from tests.fixtures import part
 from tests.support.reference import MCMAE, random_images
-from tests.support.released import TINY_VIT, hugging_face_vit, tiny_vit, write_released
+from tests.support.released import TINY_VIT, hugging_face_clip, hugging_face_vit, tiny_clip, tiny_vit, write_released
 from tests.support.sample_teachers import CVIT
 
 SPEC = ViTSpec(24, 2, 3, patch=8)
@@ -217,6 +219,30 @@ def test_heads_of_a_known_size_are_compared(tmp_path: Path) -> None:
         load_encoder(MaskedViT(ViTSpec(384, 12, 12), 32), tmp_path / "x.pth")
 
 
+@pytest.mark.parametrize("name", ["encoder.layer.{}.lambda_1", "embeddings.norm.weight"])
+def test_a_hugging_face_encoder_with_tensors_of_its_own_is_no_plain_vit(name: str, tmp_path: Path) -> None:
+    state = hugging_face_vit(tiny_vit(num_classes=0).state_dict())
+    left = {"pooler.dense.weight": torch.ones(24, 24), "embeddings.position_ids": torch.arange(17)}
+    torch.save(state | left | {"embeddings.mask_token": torch.ones(1, 1, 24)}, tmp_path / "x.pth")
+    assert load_into_vit(tmp_path / "x.pth")[1].missing == ["head.weight", "head.bias"]
+    torch.save(state | {name.format(i): torch.ones(24) for i in range(2)}, tmp_path / "x.pth")
+    message = f"tensors that a plain ViT lacks ({name.format('*')}), so that"
+    with pytest.raises(UserError, match=re.escape(message)):
+        load_into_vit(tmp_path / "x.pth")
+    assert "as a teacher: teachers.NAME={kind: timm" in describe(tmp_path / "x.pth")
+
+
+def test_a_hugging_face_clip_with_tensors_of_its_own_is_no_plain_tower(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    state = hugging_face_clip(tiny_clip())
+    torch.save(state, tmp_path / "x.pth")
+    assert source_of(resolve(tmp_path / "x.pth")) == "file"
+    message = {f"vision_model.encoder.layers.{i}.message_fc.weight": torch.ones(64, 64) for i in range(2)}
+    torch.save(state | message, tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"the model has no visual.encoder.layers.0.message_fc.weight \(2 such"):
+        source_of(resolve(tmp_path / "x.pth"))
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
     state = tiny_vit().state_dict()
@@ -225,16 +251,15 @@ def test_weights_that_are_not_finite_are_refused(value: float, tmp_path: Path) -
     assert_refused(tmp_path / "x.pth", r"x.pth: 1 tensor with NaN or infinity: blocks.1.mlp.fc1.bias$")
 
 
+@pytest.mark.parametrize("lost", ["blocks.1.mlp.fc1.weight", "pos_embed"])
 @pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
-def test_quantized_weights_are_refused(kind: torch.dtype, tmp_path: Path) -> None:
+def test_quantized_weights_are_refused(kind: torch.dtype, lost: str, tmp_path: Path) -> None:
     """Their scales are elsewhere, and copying them into a float32 model would raise no error."""
     state = tiny_vit().state_dict()
-    state["blocks.1.mlp.fc1.weight"] = state["blocks.1.mlp.fc1.weight"].to(kind)
+    state[lost] = state[lost].to(kind)
     save_file(state, tmp_path / "x.safetensors")
     name = str(kind).removeprefix("torch.")
-    assert_refused(
-        tmp_path / "x.safetensors", rf"1 tensor quantized \({name}\): blocks.1.mlp.fc1.weight; use the original"
-    )
+    assert_refused(tmp_path / "x.safetensors", rf"1 tensor quantized \({name}\): {lost}; use the original")
     for plain in (torch.bfloat16, torch.float64):
         save_file(
             {name: value.to(plain) for name, value in tiny_vit().state_dict().items()}, tmp_path / "x.safetensors"
