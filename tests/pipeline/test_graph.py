@@ -229,7 +229,7 @@ def test_configs_are_found_in_the_repository_from_anywhere_else(
         (own / name).write_text((REPOSITORY / "ds_configs" / name).read_text().replace("seed: 0", "seed: 5"))
     (job, *_) = make_jobs(tmp_path, Path("out"), runs=[{"stages": ["finetune"], "set": INIT_SCRATCH}]).values()
     assert (job.config, job.recipe.seed) == (Path("ds_configs/tiny.json"), 5)
-    with pytest.raises(UserError, match=r"^ds_configs/nothing\.json: no recipe"):
+    with pytest.raises(UserError, match=r"^ds_configs/nothing\.json: no such file"):
         make_jobs(tmp_path, Path("out"), config="ds_configs/nothing.json")
 
 
