@@ -67,7 +67,7 @@ def _script(path: Path, *lines: str) -> None:
 def root_machine(bare_machine: Path) -> Path:
     """The clone on a machine with everything but Slurm, with root; nothing is really installed."""
     tools = bare_machine.parent / "bin"
-    for name in ("g++", "pkg-config"):
+    for name in ("g++", "pkg-config", "jpegtran"):
         _script(tools / name)
     for name in ("mkdir", "rm", "touch"):
         (tools / name).symlink_to(shutil.which(name) or name)
@@ -87,6 +87,16 @@ def test_slurm_is_installed_for_tests_only(root_machine: Path) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
     for target in ("test", "test-all"):
         assert re.search(rf"^{target}:.* slurm$", makefile, re.M)
+
+
+@pytest.mark.parametrize("status", ["0", "100"])
+def test_jpegtran_is_installed_if_it_can_be(status: str, root_machine: Path) -> None:
+    (root_machine.parent / "bin" / "jpegtran").unlink()
+    path = {"PATH": str(root_machine.parent / "bin"), "APT_STATUS": status}
+    done = run(["bash", root_machine / "scripts/setup.sh"], 30, environment() | path)
+    assert done.status == 0 and "setup: ready" in done.stdout, done.stderr
+    assert "libjpeg-turbo-progs" in (root_machine / "asked").read_text()
+    assert ("jpegtran is not installed" in done.stdout) == (status != "0")
 
 
 @pytest.mark.parametrize("status", ["0", "100"])
