@@ -273,6 +273,7 @@ def test_resumes_a_killed_run_with_equal_losses(mrmae: Path, workspace: Workspac
         ("bf16", {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}),
     ],
 )
+@pytest.mark.slow
 def test_bfloat16_by_engine_config(name: str, section: dict[str, object], workspace: Workspace, mrmae: Path) -> None:
     config = workspace.folder / f"{name}.json"
     config.write_text(json.dumps(json.loads(Path("ds_configs/tiny.json").read_text()) | section))

@@ -62,6 +62,7 @@ def _wait_for_step(data: Data, run: str, step: int, cluster: Cluster, job: str) 
         raise AssertionError(f"{cluster.job(job)}\n{cluster.output(job)}") from error
 
 
+@pytest.mark.slow
 def test_resumes_exactly_after_time_limit_and_node_failure(cluster: Cluster, training_site: Path, data: Data) -> None:
     """ZeRO-3 on two nodes: signaled near the time limit, saved, requeued; a node fails, requeued; finished.
 
