@@ -158,7 +158,10 @@ def test_pipeline_files_state_their_command_and_name(path: Path) -> None:
         ),
     ],
 )
-def test_invalid_pipelines_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_invalid_pipelines_are_refused(
+    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no demo has left runs
     with pytest.raises(UserError) as error:
         make_jobs(tmp_path, tmp_path / "r", **changes)
     assert message in str(error.value) and "\n" not in str(error.value)
