@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import errno
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import ClassVar
 
 # What a user can fix: the disk is full or read-only, a path is not permitted, too long, a file or a folder by mistake.
@@ -44,6 +46,15 @@ class ConfigError(UserError):
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(f"{key}: {reason}")
         self.key, self.reason = key, reason
+
+
+@contextmanager
+def errors_below(section: str) -> Iterator[None]:
+    """Name a section of the configuration before the key of a :class:`ConfigError` that is raised inside."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{section}.{error.key}", error.reason) from None
 
 
 class RaisedOnAllRanks(Exception):

@@ -49,7 +49,7 @@ from mrmae_ds.config.stages import (
     StageName,
     TrainStageName,
 )
-from mrmae_ds.errors import ConfigError, UserError
+from mrmae_ds.errors import ConfigError, UserError, errors_below
 from mrmae_ds.models.hog import cell_size
 from mrmae_ds.models.objectives import COMPUTED, HOG
 from mrmae_ds.models.pretrain import check_taps, taps_latent
@@ -144,11 +144,8 @@ class Recipe(Section):
         stage, spec = self.stages.pretrain, self.model.spec()
         if stage is None:
             return self
-        depth, num_prefix_tokens = (spec.depths[-1], 0) if isinstance(spec, CViTSpec) else (spec.depth, 1)
-        try:
-            check_taps(stage.objectives, depth, num_prefix_tokens)
-        except ConfigError as error:
-            raise ConfigError(f"stages.pretrain.objectives.{error.key}", error.reason) from None
+        with errors_below("stages.pretrain.objectives"):
+            check_taps(stage.objectives, spec.num_blocks, 0 if isinstance(spec, CViTSpec) else 1)
         for name, objective in stage.objectives.items():
             if objective.target == HOG and spec.stride % cell_size(spec.stride):
                 raise ConfigError(
@@ -163,25 +160,21 @@ class Recipe(Section):
     def _finetuning_suits_the_model(self) -> Recipe:
         stage = self.stages.finetune
         for name, size in {"finetune": stage and stage.image_size, "probe": self.stages.probe.image_size}.items():
-            try:
+            with errors_below(f"stages.{name}"):
                 token_grid(self.model.spec(), size or self.model.image_size)
-            except ConfigError as error:
-                raise ConfigError(f"stages.{name}.{error.key}", error.reason) from None
         return self
 
     @model_validator(mode="after")
     def _detection_suits_the_model(self) -> Recipe:
-        stage, spec = self.stages.detect, self.model.spec()
+        stage = self.stages.detect
         if stage is None:
             return self
         if self.data.detection is None:
             raise ConfigError(
                 "data.detection", "stages.detect needs COCO's train and val, each with images and annotations"
             )
-        try:
-            stage.detector.check_depth(spec.depths[-1] if isinstance(spec, CViTSpec) else spec.depth)
-        except ConfigError as error:
-            raise ConfigError(f"stages.detect.detector.{error.key}", error.reason) from None
+        with errors_below("stages.detect.detector"):
+            stage.detector.check_depth(self.model.spec().num_blocks)
         return self
 
     @overload

@@ -59,8 +59,7 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _can_be_built(self) -> ModelConfig:
         spec = self.spec()
-        conv_stages, depth = (2, spec.depths[-1]) if isinstance(spec, CViTSpec) else (0, spec.depth)
-        check_fusion(self.fusion, conv_stages, depth)
+        check_fusion(self.fusion, 2 if isinstance(spec, CViTSpec) else 0, spec.num_blocks)
         token_grid(spec, self.image_size)
         return self
 

@@ -147,7 +147,9 @@ class DetectionLoader:
         return self._deliver(epoch, self._split.rows[places], valid)
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[DetectionBatch]:
-        for prepared, batch_rows, batch_valid in zip(self._workers.epoch(epoch, rows), rows, valid, strict=True):
+        for prepared, batch_rows, batch_valid in zip(
+            self._workers.epoch(epoch, rows.tolist()), rows, valid, strict=True
+        ):
             yield DetectionBatch(
                 images=to_device(prepared.images, self._device).permute(0, 3, 1, 2),
                 sizes=tuple(prepared.sizes),

@@ -50,6 +50,11 @@ class CViTSpec:
         """Return the width of the transformer stage."""
         return self.dims[-1]
 
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of transformer blocks."""
+        return self.depths[-1]
+
 
 @dataclass(frozen=True)
 class ViTSpec:
@@ -78,6 +83,11 @@ class ViTSpec:
     def embed_dim(self) -> int:
         """Return the width of the blocks."""
         return self.dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of transformer blocks."""
+        return self.depth
 
 
 EncoderSpec = CViTSpec | ViTSpec

@@ -7,20 +7,21 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
+from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.metrics import METRICS_FILE, read_metrics
 from mrmae_ds.records.record import RECIPE_FILE, RunRecord, find_records, stage_cost
 from mrmae_ds.tables.base import AP_RESULTS, Cell, Row, Run, Table, run_path, sampling_error
+from mrmae_ds.tables.paper import TABLES
 from mrmae_ds.tables.write import build_table
 from mrmae_ds.units import PETA, SECONDS_PER_HOUR, significant
 
 ENGINE_FILE = "engine.json"
-STAGES = ("pretrain", "finetune", "probe", "detect", "evaluate")
-TABLES = tuple(range(1, 7))
+STAGES: tuple[str, ...] = get_args(StageName)  # in the order in which they build on each other
 # Parts of a record that describe the machine and the code, not the experiment's own settings.
 _CIRCUMSTANCES = ("hardware", "versions", "kernels", "git")
 

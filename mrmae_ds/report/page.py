@@ -32,7 +32,7 @@ REPORT_FILE = "report.html"
 MAX_WIDTH = 1600  # pixels of an embedded image
 _JPEG_QUALITY = 88
 # Logged scalars with a panel: losses, learning rate and results, in this order.
-_PANELS = ("loss", "lr", "top1", "AP", "knn_top1")
+_PANELS = ("loss", "lr", "top1", "AP")
 
 
 def write_report(roots: Sequence[Path], out: Path | None = None) -> Path:

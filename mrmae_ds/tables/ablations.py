@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Literal
 
 from mrmae_ds.models.objectives import HOG, PIXELS
@@ -16,7 +17,7 @@ from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import ObjectiveInfo, PretrainSummary, TeacherInfo
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.base import AP_RESULTS, Cell, Row, Run, Table, run_path, teacher_sources
-from mrmae_ds.tables.detectors import ap_cells, describe_pretraining, detection_data, detector_runs
+from mrmae_ds.tables.detectors import detector_rows
 from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
 from mrmae_ds.tables.select_runs import dataset_labels, describe_training, fill_cell, finetuned_runs
@@ -65,22 +66,11 @@ def _add_detectors(number: int, records: Iterable[Run], ours: dict[str, list[Row
         records: of all runs.
         ours: our rows, by the name of the paper's.
     """
-    usable, excluded = detector_runs(run for run in records if _is_base(run[1].size))
-    groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
-    for run in usable:
-        record, row_name = run[1], _MATCHERS[number](run[1])
-        if row_name is None:
-            excluded.append(f"{run_path(run)}: {_NO_ROW}")
-        else:
-            groups[row_name, detection_data(record), record.name, describe_pretraining(record)].append(run)
-    for key in sorted(groups):
-        row_name, dataset, run_name, length = key
-        cells, older = ap_cells(groups[key])
-        record = cells["AP box"].runs[0][1]
-        labels = (parts_of(_pretraining(record)) or {}) if number == 3 else {}
-        label = f"{row_name}, ours: {run_name} ({length}, {dataset})"
-        ours[row_name].append(Row(row_name, "ours", label, dataset, record.pretrain_epochs, cells, labels))
-        excluded += older
+    base = (run for run in records if _is_base(run[1].size))
+    rows, excluded = detector_rows(base, _MATCHERS[number], _NO_ROW)
+    for row in rows:
+        record = row.cells["AP box"].runs[0][1]
+        ours[row.method].append(replace(row, labels=parts_of(_pretraining(record)) or {}) if number == 3 else row)
     return excluded
 
 

@@ -5,26 +5,50 @@ COCO is recognized by its numbers of images, annotations and classes; any other 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.tables import paper
-from mrmae_ds.tables.base import AP_RESULTS, Cell, Run, measured_value, run_path
+from mrmae_ds.tables.base import AP_RESULTS, Cell, Row, Run, measured_value, run_path
 from mrmae_ds.tables.select_runs import fill_cell
 
 # Images and annotations that detectors are trained and evaluated on, and classes.
 COCO_2017 = {"train images": 117_266, "val images": 5_000, "val annotations": 36_781, "classes": 80}
 
 
-def detector_runs(records: Iterable[Run]) -> tuple[list[Run], list[str]]:
-    """Select the runs of the stage detect that can fill a cell of AP.
+def detector_rows(
+    records: Iterable[Run], row_name_of: Callable[[RunRecord], str | None], no_row: str
+) -> tuple[list[Row], list[str]]:
+    """Build the rows of the runs of the stage detect: one for each row of the paper, data set, run and pre-training.
+
+    Args:
+        records: of all runs.
+        row_name_of: function that returns the paper's row of a run, None if it has none.
+        no_row: reason for leaving out a run without a row.
 
     Returns:
-        The usable runs; and the other runs of the stage, each with the reason.
+        Our rows with cells of AP, sorted; and the runs of the stage that fill none, each with the reason.
     """
-    runs = [run for run in records if run[1].stage == "detect"]
-    excluded = [f"{run_path(run)}: {reason}" for run in runs if (reason := _unusable(run[1]))]
-    return [run for run in runs if not _unusable(run[1])], excluded
+    groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
+    rows, excluded, unmatched = list[Row](), list[str](), list[str]()
+    for run in (run for run in records if run[1].stage == "detect"):
+        record, row_name = run[1], row_name_of(run[1])
+        if reason := _unusable(record):
+            excluded.append(f"{run_path(run)}: {reason}")
+        elif row_name is None:
+            unmatched.append(f"{run_path(run)}: {no_row}")
+        else:
+            groups[row_name, detection_data(record), record.name, describe_pretraining(record)].append(run)
+    excluded += unmatched
+    for key in sorted(groups):
+        row_name, dataset, run_name, length = key
+        cells, older = ap_cells(groups[key])
+        label = f"{row_name}, ours: {run_name} ({length}, {dataset})"
+        epochs = cells["AP box"].runs[0][1].pretrain_epochs
+        rows.append(Row(row_name, "ours", label, dataset, epochs, cells))
+        excluded += older
+    return rows, excluded
 
 
 def _unusable(record: RunRecord) -> str | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,13 +28,11 @@ from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, summarize_finetuning
 from mrmae_ds.records.sections import Member, Parameters, Schedule
-from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.evaluation.accuracy import AccuracyCounter
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
-from mrmae_ds.training.evaluation.classes import match_classes
+from mrmae_ds.training.evaluation.classes import match_classes, restricted_from
 from mrmae_ds.training.evaluation.job import EvaluationJob
 from mrmae_ds.training.job import TrainArgs, load_configs
-from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.units import counted
@@ -160,7 +159,7 @@ def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: Beto
     if (path.parent / RECORD_FILE).exists():
         record = RunRecord.load(path.parent)
         finetune = summarize_finetuning(record) if record.stage == "finetune" else None
-    restricted = metadata["num_classes"] if classes is not None and len(classes) < metadata["num_classes"] else None
+    restricted = restricted_from(metadata["num_classes"], classes)
     member = Member(file=path.name, sha256=weights_sha256(path), finetune=finetune, of_classes=restricted)
     normalize = Normalize(tuple(metadata["mean"]), tuple(metadata["std"]))
     return Classifier(source, member, model.eval(), normalize, image_size, classes)
@@ -174,15 +173,10 @@ def run_evaluation(job: PreparedEvaluation) -> None:
     Args:
         job: the prepared evaluation.
     """
-    if not job.done:
-        with process_group(job.launch, job.recipe.watchdog.timeout_minutes) as (device, watchdog):
-            _run(job, device, watchdog)
-    elif job.launch.rank == 0:
-        logger.info(ALREADY_FINISHED, job.stage_dir)
+    job.run(job.done, partial(_run, job))
 
 
 def _run(job: PreparedEvaluation, device: torch.device, watchdog: Watchdog) -> None:
-    apply_kernel_settings(job.engine_config.kernels, device)
     record = new_record(job, device)
 
     def scores() -> Scores:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,16 +19,13 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import Member, Parameters, Schedule
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
-from mrmae_ds.training.evaluation.classes import match_classes
+from mrmae_ds.training.evaluation.classes import match_classes, restricted_from
 from mrmae_ds.training.evaluation.coco import CocoEvaluator
 from mrmae_ds.training.evaluation.job import EvaluationJob
 from mrmae_ds.training.job import TrainArgs
-from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.weights.paths import weights_sha256
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def prepare_detector(args: TrainArgs, launch: Launch) -> PreparedDetector:
     detector = open_detector(Path(sources[0]), f"{key}[0]")
     metadata, path = detector.metadata, detector.file.weights.raw.path
     classes = match_classes(metadata["class_names"], metadata["num_classes"], val_data, f"{key}[0]: {path}")
-    restricted = metadata["num_classes"] if classes is not None and len(classes) < metadata["num_classes"] else None
+    restricted = restricted_from(metadata["num_classes"], classes)
     member = Member(file=path.name, sha256=weights_sha256(path), of_classes=restricted)
     done = job.is_done(args.resume, val_data.sha256, sources, [member])
     size = stage.image_size or detector.image_size
@@ -95,11 +92,7 @@ def run_detector(job: PreparedDetector) -> None:
     Args:
         job: the prepared evaluation.
     """
-    if not job.done:
-        with process_group(job.launch, job.recipe.watchdog.timeout_minutes) as (device, watchdog):
-            _run(job, device, watchdog)
-    elif job.launch.rank == 0:
-        logger.info(ALREADY_FINISHED, job.stage_dir)
+    job.run(job.done, partial(_run, job))
 
 
 def _run(job: PreparedDetector, device: torch.device, watchdog: Watchdog) -> None:

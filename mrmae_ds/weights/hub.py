@@ -14,7 +14,7 @@ import yaml
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RECIPE_FILE, RECORD_FILE, RunRecord, stage_cost
 from mrmae_ds.records.sections import PretrainSummary, StageCost
-from mrmae_ds.units import significant
+from mrmae_ds.units import PETA, significant
 from mrmae_ds.weights.export import Exported, export_run, timm_arguments, timm_overlay
 from mrmae_ds.weights.model_file import is_ours, read_metadata, read_tensors, save_weights
 from mrmae_ds.weights.paths import MODEL_FILE, find_weights
@@ -143,7 +143,7 @@ def _costs(record: RunRecord) -> dict[str, str]:
 
 def _describe_cost(cost: StageCost) -> str:
     text = f"{significant(cost.device_hours)} hours of {cost.device}, all ranks together"
-    return text if cost.operations is None else f"{text}; {significant(cost.operations / 1e15)} PFLOP"
+    return text if cost.operations is None else f"{text}; {significant(cost.operations / PETA)} PFLOP"
 
 
 def _limits(record: RunRecord) -> list[str]:

@@ -20,7 +20,7 @@ from mrmae_ds.detection.loader import DetectionLoader
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from tests.support.coco import CATEGORIES
-from tests.support.small_detections import RECIPE, overrides, write_detection_data
+from tests.support.small_detections import RECIPE, detector_of_recipe, overrides
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 
@@ -28,11 +28,7 @@ MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Folder with images, and a finished stage with random weights in ``run/detect``."""
-    write_detection_data(tmp_path)
-    recipe = load_recipe(RECIPE, overrides(tmp_path))
-    assert recipe.stages.detect is not None
-    torch.manual_seed(1)
-    model = build_detector(recipe.model, recipe.stages.detect, len(CATEGORIES))
+    model, recipe = detector_of_recipe(tmp_path), load_recipe(RECIPE, overrides(tmp_path))
     about = {
         "kind": "detector",
         **encoder_metadata(model.encoder),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests.support.coco import small_coco, write_coco
+import torch
+
+from mrmae_ds.config.recipe import load_recipe
+from mrmae_ds.detection.detector import Detector, build_detector
+from tests.support.coco import CATEGORIES, small_coco, write_coco
 from tests.support.ranks import Ranks, start
 
 RECIPE = Path("ds_configs/detection/demo.yaml")
@@ -35,6 +39,15 @@ SETTINGS = (
 def write_detection_data(folder: Path) -> None:
     """Write annotations and images; of six images, one has a crowd alone and one nothing."""
     write_coco(folder, small_coco())
+
+
+def detector_of_recipe(folder: Path) -> Detector:
+    """Write the data into a folder, and build the detector of its recipe with random weights."""
+    write_detection_data(folder)
+    recipe = load_recipe(RECIPE, overrides(folder))
+    assert recipe.stages.detect is not None
+    torch.manual_seed(1)
+    return build_detector(recipe.model, recipe.stages.detect, len(CATEGORIES))
 
 
 def overrides(folder: Path, *more: str) -> list[str]:

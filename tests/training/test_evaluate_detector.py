@@ -10,9 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.detection.coco import open_split
-from mrmae_ds.detection.detector import build_detector
 from mrmae_ds.detection.evaluate import coco_scores
 from mrmae_ds.detection.predict import Predictor
 from mrmae_ds.errors import UserError
@@ -23,7 +21,7 @@ from mrmae_ds.training.job import TrainArgs
 from tests.support.coco import CATEGORIES, small_coco
 from tests.support.jobs import ALONE
 from tests.support.ranks import Ranks, start
-from tests.support.small_detections import RECIPE, overrides, write_detection_data
+from tests.support.small_detections import RECIPE, detector_of_recipe, overrides
 from tests.training.parity.cases import write_engine
 
 NAMES = list(CATEGORIES.values())
@@ -33,11 +31,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Folder with data, and a detector of random weights in ``detector.pth``."""
-    write_detection_data(tmp_path)
-    recipe = load_recipe(RECIPE, overrides(tmp_path))
-    assert recipe.stages.detect is not None
-    torch.manual_seed(1)
-    model = build_detector(recipe.model, recipe.stages.detect, len(NAMES))
+    model = detector_of_recipe(tmp_path)
     torch.save({"model": model.state_dict()}, tmp_path / "detector.pth")
     statistics = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(statistics))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import multiprocessing.queues
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -113,16 +113,17 @@ class _Batches:
 
     def __init__(self) -> None:
         self.epoch = 0
-        self.rows: IntArray = np.empty((0, 0), dtype=np.int64)
+        self.rows: Sequence[Sequence[int]] = ()
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return iter([[(self.epoch, row) for row in batch] for batch in self.rows.tolist()])
+        return iter([[(self.epoch, row) for row in batch] for batch in self.rows])
 
     def __len__(self) -> int:
         return len(self.rows)
 
 
-def _stack(images: list[ImageArray | str]) -> Tensor | str:
+def stack_images(images: list[ImageArray | str]) -> Tensor | str:
+    """Return a batch [B, H, W, 3] of images [H, W, 3], or the first message among them."""
     for image in images:
         if isinstance(image, str):
             return image
@@ -152,12 +153,12 @@ class WorkerProcesses(Generic[PreparedT]):
         self._loader: DataLoader | None = None
         self._current: object = None
 
-    def epoch(self, epoch: int, rows: IntArray) -> Iterator[PreparedT]:
+    def epoch(self, epoch: int, rows: Sequence[Sequence[int]]) -> Iterator[PreparedT]:
         """Iterate over batches; starting another epoch ends this one.
 
         Args:
             epoch: first part of the keys.
-            rows: second part, int64 [batches, B].
+            rows: second part, by batch.
 
         Raises:
             UserError: with a batch's error message, or if a process ended.
@@ -220,7 +221,9 @@ class PillowLoader:
         self.batches_per_epoch = settings.order.batches_per_epoch
         self._source: Source = BetonSource(BetonFile(settings.info))
         samples = _Samples(self._source, settings)
-        self._workers: WorkerProcesses[Tensor] = WorkerProcesses(samples, _stack, settings.num_workers, settings.device)
+        self._workers: WorkerProcesses[Tensor] = WorkerProcesses(
+            samples, stack_images, settings.num_workers, settings.device
+        )
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch; see ``Loader.epoch``."""
@@ -228,7 +231,7 @@ class PillowLoader:
 
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
         device = self.settings.device
-        for images, batch_rows, batch_valid in zip(self._workers.epoch(epoch, rows), rows, valid, strict=True):
+        for images, batch_rows, batch_valid in zip(self._workers.epoch(epoch, rows.tolist()), rows, valid, strict=True):
             others = (self._source.labels[batch_rows], self._source.indices[batch_rows], batch_valid.copy())
             labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
             moved = to_device(images, device)

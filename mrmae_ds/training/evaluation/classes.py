@@ -59,3 +59,13 @@ def _outputs(names: Sequence[str]) -> dict[str, int]:
     aliases = [{name, word, whole, f"{word} ({name})"} for name, word, whole in zip(names, short, long, strict=True)]
     counts = Counter(alias for known in aliases for alias in known)
     return {alias: i for i, known in enumerate(aliases) for alias in known if counts[alias] == 1}
+
+
+def restricted_from(num_classes: int, classes: Sequence[int] | None) -> int | None:
+    """Return the number of a model's classes if the data set has only some of them, else None.
+
+    Args:
+        num_classes: of the model.
+        classes: result of :func:`match_classes`.
+    """
+    return num_classes if classes is not None and len(classes) < num_classes else None

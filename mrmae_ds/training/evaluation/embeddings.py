@@ -9,19 +9,18 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from mrmae_ds.api import ImageEncoder
 from mrmae_ds.config.stages import KnnConfig
 from mrmae_ds.data.convert.folder import open_folder
-from mrmae_ds.data.loaders.pillow import center_crop, start_method
-from mrmae_ds.data.loaders.worker import become_worker, worker_died
+from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses, center_crop, stack_images
+from mrmae_ds.data.types import ImageArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.select_images import images_below, open_upright
 from mrmae_ds.files import replacing
@@ -51,8 +50,8 @@ class LabeledFiles:
     class_names: list[str]
 
 
-class _Crops(Dataset[Tensor | str]):
-    """Crops of evaluation, uint8 [3, S, S], or a message about a file that cannot be read."""
+class _Crops(Dataset[ImageArray | str]):
+    """Crops of evaluation, uint8 [S, S, 3], or a message about a file that cannot be read."""
 
     def __init__(self, paths: Sequence[Path], size: int) -> None:
         self.paths, self.size = paths, size
@@ -60,12 +59,11 @@ class _Crops(Dataset[Tensor | str]):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> Tensor | str:
+    def __getitem__(self, key: Key) -> ImageArray | str:
         try:
-            image = center_crop(open_upright(self.paths[index]), self.size)
+            return np.array(center_crop(open_upright(self.paths[key[1]]), self.size))
         except UserError as error:
             return str(error)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def list_files(paths: Sequence[Path], with_classes: bool) -> LabeledFiles:
@@ -108,32 +106,18 @@ def embed(
         UserError: for a file that cannot be read as an image.
     """
     encoder = encoder.to(device)
-    processes: dict[str, Any] = (
-        {"multiprocessing_context": start_method(device), "worker_init_fn": _begin} if workers else {}
-    )
     crops = _Crops(paths, encoder.image_size)
-    batches = DataLoader(crops, batch_size, num_workers=workers, collate_fn=_stack, **processes)
-    parts = []
+    processes: WorkerProcesses[Tensor] = WorkerProcesses(crops, stack_images, workers, device)
+    numbers = range(len(paths))
+    batches = [numbers[start : start + batch_size] for start in range(0, len(paths), batch_size)]
     try:
-        for images in batches:
-            if isinstance(images, str):
-                raise UserError(images)
-            parts.append(encoder.features(images.to(device)).pooled.float().cpu())
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise worker_died(error) from None
+        parts = [
+            encoder.features(images.to(device).permute(0, 3, 1, 2)).pooled.float().cpu()
+            for images in processes.epoch(0, batches)
+        ]
+    finally:
+        processes.close()
     return torch.cat(parts)
-
-
-def _begin(_worker: int) -> None:
-    become_worker()
-
-
-def _stack(samples: list[Tensor | str]) -> Tensor | str:
-    """Return a batch, or the first message."""
-    images = [sample for sample in samples if isinstance(sample, Tensor)]
-    return torch.stack(images) if len(images) == len(samples) else next(s for s in samples if isinstance(s, str))
 
 
 def check_output(out: Path) -> None:

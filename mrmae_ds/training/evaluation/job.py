@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
@@ -17,9 +20,13 @@ from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import Member
 from mrmae_ds.training.checkpoint.manifest import RunIdentity
 from mrmae_ds.training.checkpoint.run_dir import decide_start, prepare_folder
+from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.evaluation.base import Scores
 from mrmae_ds.training.job import TrainArgs, load_configs
+from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import RecordWriter
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,20 @@ class EvaluationJob:
                 "with --run, or start over here with --resume never"
             )
         return True
+
+    def run(self, done: bool, measure: Callable[[torch.device, Watchdog], None]) -> None:
+        """Measure in a process group that is left at the end, or report on rank 0 that the result exists.
+
+        Args:
+            done: the result exists (:meth:`is_done`).
+            measure: function of device and watchdog.
+        """
+        if not done:
+            with process_group(self.launch, self.recipe.watchdog.timeout_minutes) as (device, watchdog):
+                apply_kernel_settings(self.engine_config.kernels, device)
+                measure(device, watchdog)
+        elif self.launch.rank == 0:
+            logger.info(ALREADY_FINISHED, self.stage_dir)
 
     def measure(self, record: RunRecord, watchdog: Watchdog, scores: Callable[[], Scores]) -> Scores:
         """Measure, and record the scores on rank 0. All ranks must call it.

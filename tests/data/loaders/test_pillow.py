@@ -149,7 +149,7 @@ def test_a_batch_that_shared_memory_cannot_take_ends_the_epoch(
     def unsendable(images: object) -> object:
         return lambda: None
 
-    monkeypatch.setattr(module, "_stack", unsendable)
+    monkeypatch.setattr(module, "stack_images", unsendable)
     with pytest.raises(UserError, match=r"a process that prepares images ended: out of memory, or /dev/shm is full"):
         _samples(_loader(betons[0], True))
 
