@@ -311,11 +311,11 @@ def _state_of(content: Any, path: Path, choice: str, where: str) -> TensorFile:
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
     if _is_state(content):
         return TensorFile(path, "pickle", dict(content), args=options, choice=choice)
-    states = {str(name): value for name, value in content.items() if _is_state(value)}
+    states = _states(content)
     # Sets without a layer's weight are buffers, as of a loss.
     networks = [name for name, state in states.items() if any(n.endswith("weight") for n in state)] or list(states)
     known = [name for name in networks if name in STATE_KEYS]
-    chosen = choice if choice in states else choice.partition(".")[0] if choice.partition(".")[0] in states else ""
+    chosen = next((name for name in states if f"{choice}.".startswith(f"{name}.")), "")
     # Another state of the same names is another copy, as of a moving average; of other names, another part.
     names = unwrap(states[known[0]]).keys() if known else set()
     copies = [name for name in networks if unwrap(states[name]).keys() & names]
@@ -335,6 +335,13 @@ def _state_of(content: Any, path: Path, choice: str, where: str) -> TensorFile:
         f"{where}: no weights found, neither at the top level nor under {first_few(STATE_KEYS, 4)}; its keys are "
         f"{shown}"
     )
+
+
+def _states(content: Mapping[Any, Any]) -> dict[str, Mapping[str, Tensor]]:
+    """Return the sets of tensors in a checkpoint by key, ``KEY.KEY`` for one in a dictionary of it."""
+    parts = {name: part for name, part in content.items() if isinstance(part, Mapping) and not _is_state(part)}
+    inner = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
+    return {str(name): value for name, value in {**content, **inner}.items() if _is_state(value)}
 
 
 def _is_state(value: Any) -> bool:

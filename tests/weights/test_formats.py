@@ -227,9 +227,13 @@ def test_errors_name_the_recipes_key(tmp_path: Path) -> None:
             {"model": STATE, "averaged": {f"module.{name}": value for name, value in STATE.items()}},
             r"contains 2 sets of weights: model, averaged; choose one: .*x.pt#model",
         ),
+        (
+            {"model": STATE, "ema": {"decay": 0.9, "module": STATE}},
+            r"contains 2 sets of weights: model, ema.module; choose one: .*x.pt#model or .*x.pt#ema.module",
+        ),
         ({"generator": STATE}, r"contains weights under unknown keys \(1\): generator; choose one: .*x.pt#generator"),
     ],
-    ids=["list", "tensor", "empty", "empty-model", "dino", "ema", "unknown key", "unknown"],
+    ids=["list", "tensor", "empty", "empty-model", "dino", "ema", "unknown key", "ema within", "unknown"],
 )
 def test_torch_files_without_a_state_dict(content: Any, message: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "x.pt")
@@ -247,6 +251,20 @@ def test_one_of_two_sets_is_chosen_by_key(chosen: str, tmp_path: Path) -> None:
     assert (file.path, file.state_key, file.choice) == (tmp_path / "x.pt", chosen, "")
     with pytest.raises(UserError, match=r"contains 2 sets of weights: student, teacher; choose one"):
         read_tensor_file(Path(f"{tmp_path}/x.pt#ema"))
+
+
+def test_a_set_within_a_dictionary_is_chosen_by_both_keys(tmp_path: Path) -> None:
+    other = {name: value + 1 for name, value in STATE.items()}
+    content = {
+        "model": STATE,
+        "ema": {"decay": 0.9, "module": other},
+        "optimizer": {"state": {0: {"step": STATE["b"]}}},
+    }
+    torch.save(content, tmp_path / "x.pt")
+    file = read_tensor_file(Path(f"{tmp_path}/x.pt#ema.module.backbone"))
+    assert torch.equal(file.tensors["b"], other["b"])
+    assert (file.state_key, file.choice) == ("ema.module", "backbone")
+    assert torch.equal(read_tensor_file(Path(f"{tmp_path}/x.pt#model")).tensors["b"], STATE["b"])
 
 
 def test_choice_is_offered_by_the_whole_path(tmp_path: Path) -> None:
