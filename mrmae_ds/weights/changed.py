@@ -12,13 +12,14 @@ import yaml
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
 from mrmae_ds.records.record import RECIPE_FILE, RunRecord
-from mrmae_ds.weights.paths import find_weights, weights_sha256
+from mrmae_ds.weights.paths import find_weights, weights_files, weights_sha256
 
 
 def changed_weights(folder: Path, record: RunRecord) -> list[Path]:
     """Return the weights files that the run's recipe names and that are not those it read.
 
-    Only a file that is newer than the run is read. A file that is gone, or a recipe that is, is no finding.
+    Only a file that was written, moved or copied after the run began is read. A file that is gone, or a recipe that is,
+    is no finding.
 
     Args:
         folder: of the stage, with its recipe.yaml.
@@ -28,11 +29,13 @@ def changed_weights(folder: Path, record: RunRecord) -> list[Path]:
     for source, sha256 in _sources(folder, record):
         try:
             path = find_weights(source)
-            written = split_choice(path)[0].stat().st_mtime_ns
+            # mv and cp -p keep the time of the content, so the time of the entry counts too.
+            stats = [file.stat() for file in weights_files(split_choice(path)[0])]
+            written = max(max(stat.st_mtime_ns, stat.st_ctime_ns) for stat in stats)
             newer = written > record.started.timestamp() * 1e9
             if sha256 and newer and _sha256(path, written) != sha256:
                 changed.append(path)
-        except (UserError, OSError):
+        except (UserError, OSError, ValueError, KeyError):
             continue
     return changed
 

@@ -23,14 +23,20 @@ def find_weights(source: Path, key: str = "") -> Path:
         key: recipe key that named it, for errors; empty for an argument.
 
     Raises:
-        UserError: if the file does not exist.
+        UserError: if the file does not exist, or a folder has several indices.
     """
     source, choice = split_choice(source)
     if str(source).startswith(HUB):
         source = _download(str(source).removeprefix(HUB), key)
     path = source / MODEL_FILE if source.is_dir() else source
     if source.is_dir() and not path.is_file():
-        path = next(source.glob(f"*{INDEX_SUFFIX}"), path)
+        indices = sorted(source.glob(f"*{INDEX_SUFFIX}"))
+        if len(indices) > 1:
+            names = ", ".join(index.name for index in indices)
+            raise UserError(
+                f"{key}{': ' if key else ''}{source} has {len(indices)} indices ({names}); name one of them"
+            )
+        path = indices[0] if indices else path
     if not path.is_file():
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
         raise UserError(
@@ -67,8 +73,14 @@ def weights_sha256(source: Path) -> str:
     path, _ = split_choice(source)
     if not path.name.endswith(INDEX_SUFFIX):
         return file_sha256(path)
-    files = [path, *(path.parent / name for name in sorted(set(read_index(path).values())))]
-    return hashlib.sha256("".join(file_sha256(file) for file in files).encode()).hexdigest()
+    return hashlib.sha256("".join(file_sha256(file) for file in weights_files(path)).encode()).hexdigest()
+
+
+def weights_files(path: Path) -> list[Path]:
+    """Return the files of a weights file: the file, or an index and its shards."""
+    if not path.name.endswith(INDEX_SUFFIX):
+        return [path]
+    return [path, *(path.parent / name for name in sorted(set(read_index(path).values())))]
 
 
 def read_index(index: Path) -> dict[str, str]:

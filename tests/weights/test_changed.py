@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -76,9 +79,20 @@ def test_finds_a_teacher_that_was_made_over(kind: str, tmp_path: Path) -> None:
 
 def test_a_file_older_than_the_run_is_not_read(tmp_path: Path) -> None:
     stage, record = _run(tmp_path)
-    before = record.started.timestamp() - 60
-    os.utime(_write(tmp_path / "pretrain", NEW), (before, before))
+    record.started = datetime.now(UTC) + timedelta(minutes=1)
+    _write(tmp_path / "pretrain", NEW)
     assert changed_weights(stage, record) == []
+
+
+@pytest.mark.parametrize("how", ["moved", "copied"])
+def test_finds_weights_of_an_older_run_in_their_place(how: str, tmp_path: Path) -> None:
+    """``mv`` and ``cp -p`` keep the time at which the content was written."""
+    stage, record = _run(tmp_path)
+    before = record.started.timestamp() - 60
+    older = _write(tmp_path / "older", NEW)
+    os.utime(older, (before, before))
+    (older.replace if how == "moved" else partial(shutil.copy2, older))(tmp_path / "pretrain/model.safetensors")
+    assert changed_weights(stage, record) == [tmp_path / "pretrain/model.safetensors"]
 
 
 @pytest.mark.parametrize("gone", ["pretrain/model.safetensors", "finetune/recipe.yaml"])

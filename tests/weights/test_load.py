@@ -236,6 +236,16 @@ def test_weights_are_found_in_a_stage_folder_or_reported_missing(tmp_path: Path)
     assert find_weights(tmp_path, "key") == find_weights(tmp_path / MODEL_FILE, "key") == tmp_path / MODEL_FILE
 
 
+def test_of_several_indices_in_a_folder_none_is_chosen(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").touch()
+    assert find_weights(tmp_path) == tmp_path / "model.safetensors.index.json"
+    (tmp_path / "ema.safetensors.index.json").touch()
+    with pytest.raises(
+        UserError, match=rf"key: {tmp_path} has 2 indices \(ema.safe.*, model.safe.*\); name one of them"
+    ):
+        find_weights(tmp_path, "key")
+
+
 def test_report_counts_and_names() -> None:
     report = LoadReport(loaded=["a", "b"], missing=[f"m{i}" for i in range(8)])
     assert str(report) == "loaded 2 tensors; resized 0; missing 8 (m0, m1, m2, m3, m4, m5, ...); not used 0"
