@@ -224,7 +224,8 @@ def _heads(identity: WeightIdentity, arch: str, changes: Mapping[str, Any]) -> s
         return f" model.overrides.num_heads={known}"
     if "dims" in changes or "dim" in changes:
         return " model.overrides.num_heads=N (N: number of heads, which the file does not contain)"
-    return f", if it has {ARCHITECTURES[arch].num_heads} heads (the file does not contain their number)"
+    other = "" if known else ", else model.overrides.num_heads=N"
+    return f", if it has {ARCHITECTURES[arch].num_heads} heads{other} (the file does not contain their number)"
 
 
 def _other_uses(weights: Weights) -> list[InfoRow]:
@@ -235,6 +236,8 @@ def _other_uses(weights: Weights) -> list[InfoRow]:
     except UserError as error:
         uses = f"{'evaluation, ' if classifier else ''}export, show and teachers of kind checkpoint"
         return [("refused yet", f"{uses}: it {str(error).removeprefix(f'{weights.where}: ')}")]
+    if classifier and not weights.identity.pool:
+        return [("refused yet", "evaluation and export: the input of its head is unknown")]
     known = "" if names else ", once a config.json beside it names its classes (id2label)"
     return [("evaluate it", f"stages.evaluate.members=[{weights.where}]{known}")] if classifier else []
 

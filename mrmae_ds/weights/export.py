@@ -106,6 +106,8 @@ def _content(path: Path, layout: WeightLayout) -> tuple[dict[str, Any], dict[str
     weights = resolve(path)
     metadata = model_metadata(weights)
     classifier = metadata["kind"] == "classifier"
+    if classifier and not metadata["pool"]:
+        raise UserError(f"{path}: the input of its head is unknown, so that its outputs would differ here")
     if layout == "safetensors" and not classifier:
         raise UserError(f"{path}: only a run has a complete pre-training; export its encoder with --to timm")
     pool = metadata.get("pool") or "avg"

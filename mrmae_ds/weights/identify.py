@@ -21,7 +21,7 @@ from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec, height_w
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.names import detector_title
-from mrmae_ds.weights.origin import Origin
+from mrmae_ds.weights.origin import Origin, model_config, recorded_pool
 
 Kind = Literal["pretrain", "classifier", "detector", "encoder", "clip", "unknown"]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -129,7 +129,8 @@ def identify(file: TensorFile) -> WeightIdentity:
     kind = metadata.get("kind", inferred)
     pos_embed = encoder.get("pos_embed", ())
     grid, prefix_rows = _grid(pos_embed[1] if len(pos_embed) == 3 else 0, _recorded_grid(metadata, sizes))
-    pool = metadata.get("pool", _pool(family, encoder) if inferred == "classifier" else "")
+    recorded = recorded_pool(model_config(file, sizes))
+    pool = metadata.get("pool", _pool(family, encoder, recorded) if inferred == "classifier" else "")
     detector = detector_title(file.left)
     relative = any(RELATIVE_POSITIONS.search(name) for name in encoder)
     return WeightIdentity(
@@ -267,10 +268,11 @@ def _mlp_ratio(shapes: Shapes, prefix: str, dim: int) -> float:
     return shapes[f"{prefix}0.mlp.fc1.weight"][0] / dim
 
 
-def _pool(family: str, names: Iterable[str]) -> str:
-    if "fc_norm.weight" in names:
-        return "avg"
-    return "token" if family == "vit" or "cls_token" in names else ""
+def _pool(family: str, names: Iterable[str], recorded: str) -> str:
+    """Return the pooling that the names show; "" if they show none, or another than the recorded one."""
+    pool = "token" if family == "vit" or "cls_token" in names else ""
+    pool = "avg" if "fc_norm.weight" in names else pool
+    return pool if recorded in ("", pool) else ""
 
 
 def _incomplete(

@@ -127,7 +127,9 @@ def resolve(source: Path, key: str = "") -> Weights:
         file = canonical(raw)
         identity = identify(file)
         if identity.kind != "unknown":
-            origin = find_origin(file, identity.metadata, identity.family, identity.sizes, identity.num_classes)
+            origin = find_origin(
+                file, identity.metadata, identity.family, identity.sizes, identity.num_classes, not identity.extras
+            )
             identity = replace(identity, origin=origin)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from None
@@ -175,7 +177,7 @@ def model_metadata(
     needs = []
     if origin.num_heads is None:
         needs.append(
-            "does not record its number of attention heads, and its sizes are not those of a known model; put a "
+            "does not record its number of attention heads, and its sizes do not decide it; put a "
             'config.json with {"num_attention_heads": N} beside it'
         )
     if statistics and origin.statistics is None:

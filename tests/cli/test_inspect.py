@@ -98,12 +98,13 @@ def test_advice_loads_file(changes: dict[str, tuple[int, ...]], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "advice"),
     [
-        ("mcmae_base_pretrain", "model.arch=cvit_base, if it has 12 heads (the file does not contain their number)"),
-        ("mae_base_pretrain", "model.arch=vit_base, if it has 12 heads (the file does not contain their number)"),
+        ("mcmae_base_pretrain", "model.arch=cvit_base, if it has 12 heads"),
+        ("mae_base_pretrain", "model.arch=vit_base, if it has 12 heads"),
     ],
 )
 def test_advice_for_standard_size(name: str, advice: str) -> None:
     identity = identify(file_of(released_shapes(name)))
+    advice += ", else model.overrides.num_heads=N (the file does not contain their number)"
     assert usage(identity, Path("x.pth")) == f"stages.finetune.init=x.pth with {advice}"
 
 

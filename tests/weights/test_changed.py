@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -91,8 +90,12 @@ def test_finds_weights_of_an_older_run_in_their_place(how: str, tmp_path: Path) 
     before = record.started.timestamp() - 60
     older = _write(tmp_path / "older", NEW)
     os.utime(older, (before, before))
-    (older.replace if how == "moved" else partial(shutil.copy2, older))(tmp_path / "pretrain/model.safetensors")
-    assert changed_weights(stage, record) == [tmp_path / "pretrain/model.safetensors"]
+    file = tmp_path / "pretrain" / "model.safetensors"
+    if how == "moved":
+        older.replace(file)
+    else:
+        shutil.copy2(older, file)
+    assert changed_weights(stage, record) == [file]
 
 
 @pytest.mark.parametrize("gone", ["pretrain/model.safetensors", "finetune/recipe.yaml"])

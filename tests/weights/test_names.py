@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -15,11 +16,14 @@ from torch import Tensor, nn
 
 from mrmae_ds.cli.inspect import describe
 from mrmae_ds.errors import UserError
+from mrmae_ds.imagenet import IMAGENET_MEAN
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import ViTSpec
 from mrmae_ds.models.vit import MaskedViT
 from mrmae_ds.teachers.sources.clip_loading import source_of
+from mrmae_ds.teachers.sources.gelu import gelu_of_file
+from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.load import LoadReport, load_encoder
 from mrmae_ds.weights.resolve import resolve
 from tests.fixtures import part
@@ -212,11 +216,111 @@ def test_heads_are_compared_with_the_configuration_beside_the_file(tmp_path: Pat
 
 
 def test_heads_of_a_known_size_are_compared(tmp_path: Path) -> None:
-    small = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32)
-    torch.save(small.state_dict(), tmp_path / "x.pth")
-    load_encoder(MaskedViT(ViTSpec(384, 12, 6), 32), tmp_path / "x.pth")
+    """MoCo v3's ViT-S has 12 heads, all others 6: without a further mark its size decides nothing."""
+    small = timm.create_model("vit_small_patch16_224", num_classes=0, img_size=32).state_dict()
+    two, path = {heads: MaskedViT(ViTSpec(384, 12, heads), 32) for heads in (6, 12)}, tmp_path / "x.pth"
+    torch.save(small, path)
+    for model in two.values():
+        assert "the number of heads cannot be checked" in "; ".join(load_encoder(model, path).notes)
+    assert "if it has 6 heads, else model.overrides.num_heads=N" in describe(path)
+    networks = ("base_encoder", "momentum_encoder")
+    torch.save({"state_dict": {f"module.{a}.{n}": t for a in networks for n, t in small.items()}}, path)
+    load_encoder(two[12], Path(f"{path}#base_encoder"))
+    with pytest.raises(UserError, match=r"num_heads 12 instead of 6 \(num_heads by MoCo v3's names;"):
+        load_encoder(two[6], Path(f"{path}#momentum_encoder"))
+    write_released(path, small)  # MAE's
+    load_encoder(two[6], path)
     with pytest.raises(UserError, match=r"num_heads 6 instead of 12 .* by its width and depth, those of vit_small"):
-        load_encoder(MaskedViT(ViTSpec(384, 12, 12), 32), tmp_path / "x.pth")
+        load_encoder(two[12], path)
+    torch.save(small, path)
+    (tmp_path / "config.json").write_text(json.dumps({"num_features": 384, "pretrained_cfg": {"tag": "augreg"}}))
+    with pytest.raises(UserError, match=r"num_heads 6 instead of 12"):
+        load_encoder(two[12], path)
+
+
+@pytest.mark.parametrize("heads", [5, 0, "3", 2.5])
+def test_heads_that_do_not_divide_the_width_are_refused(heads: object, tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict(), tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+    assert_refused(tmp_path / "x.pth", rf"x.pth: config.json beside it gives {heads} attention heads, .* width, 24; ")
+
+
+@pytest.mark.parametrize("key", ["cat", "5", "00"])
+def test_class_names_are_numbered(key: str, tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict(), tmp_path / "x.pth")
+    labels = {"0": "a", "1": "b", "2": "c", "3": "d"}
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {**labels, key: "e"}}))
+    assert_refused(tmp_path / "x.pth", r"x.pth: the keys of id2label in config.json beside it are not 0 to 4; correct")
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": {"4": "e", **labels}}))
+    assert resolve(tmp_path / "x.pth").identity.origin.class_names == ("a", "b", "c", "d", "e")
+
+
+def test_a_recorded_pooling_decides_about_the_head(tmp_path: Path) -> None:
+    """The mean of the patches without an fc_norm has the names of a class token's classifier."""
+    torch.save(tiny_vit(global_pool="avg", fc_norm=False).state_dict(), tmp_path / "x.pth")
+    for config in ({"global_pool": "avg"}, {"model_args": {"global_pool": "avg", "fc_norm": False}}):
+        (tmp_path / "config.json").write_text(json.dumps({"num_features": 24, "model_args": {"num_heads": 3}} | config))
+        _, report = load_into_vit(tmp_path / "x.pth")
+        assert report.missing == ["head.weight", "head.bias"]
+        assert "head left out: its input is unknown, the model's token" in str(report)
+        assert resolve(tmp_path / "x.pth").identity.title == "plain ViT classifier"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
+    (tmp_path / "config.json").write_text(json.dumps({"global_pool": "avg", "model_args": {"num_heads": 3}}))
+    assert "evaluation and export: the input of its head is unknown" in describe(tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"x.pth: the input of its head is unknown"):
+        export_run(tmp_path / "x.pth", out=tmp_path / "out.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_features": 24, "global_pool": "token"}))
+    assert load_into_vit(tmp_path / "x.pth")[1].missing == []
+    torch.save(tiny_vit(global_pool="avg").state_dict(), tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"num_features": 24, "global_pool": "avg"}))
+    assert load_into_vit(tmp_path / "x.pth", "avg")[1].missing == []
+
+
+def test_a_hugging_face_vit_has_the_layers_of_this_projects(tmp_path: Path) -> None:
+    torch.save(hugging_face_vit(tiny_vit().state_dict()), tmp_path / "x.pth")
+    usual = {"hidden_size": 24, "num_attention_heads": 3, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
+    (tmp_path / "config.json").write_text(json.dumps(usual))
+    load_into_vit(tmp_path / "x.pth")
+    for change, message in (
+        ({"hidden_act": "quick_gelu"}, r"x.pth: has the activation quick_gelu \(hidden_act in config.json\)"),
+        ({"layer_norm_eps": 0.01}, r"x.pth: has layer norms of epsilon 0.01 \(layer_norm_eps in config.json\)"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(usual | change))
+        assert_refused(tmp_path / "x.pth", message)
+
+
+@pytest.mark.parametrize(
+    ("options", "settings", "mean"),
+    [
+        ({"layer_decay": 0.75}, {}, IMAGENET_MEAN),
+        ({"layer_decay": 0.75}, {"init_values": 0.1}, None),  # of BEiT or another that MAE's script cannot build
+        ({"layer_decay": 0.75, "imagenet_default_mean_and_std": False}, {}, (0.5, 0.5, 0.5)),
+        ({"layer_decay": 0.75, "imagenet_default_mean_and_std": True}, {"init_values": 0.1}, IMAGENET_MEAN),
+    ],
+    ids=["MAE", "unknown", "BEiT", "BEiT with ImageNet's"],
+)
+def test_statistics_by_the_command_line(
+    options: dict[str, Any], settings: dict[str, Any], mean: tuple[float, ...] | None, tmp_path: Path
+) -> None:
+    content = {"model": tiny_vit(**settings).state_dict(), "args": argparse.Namespace(**options)}
+    torch.save(content, tmp_path / "x.pth")
+    statistics = resolve(tmp_path / "x.pth").identity.origin.statistics
+    assert (statistics and statistics[0]) == mean
+
+
+@pytest.mark.parametrize("width", [64, 1024])
+def test_open_clips_configuration_of_another_file_is_not_read(width: int, tmp_path: Path) -> None:
+    config = {
+        "model_cfg": {"vision_cfg": {"width": width, "head_width": 16}, "quick_gelu": True},
+        "preprocess_cfg": {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.5, 0.5]},
+    }
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    torch.save(tiny_clip().state_dict(), tmp_path / "clip.pth")
+    torch.save(tiny_vit(embed_dim=64, num_heads=4).state_dict(), tmp_path / "vit.pth")
+    clip, vit = (resolve(tmp_path / name) for name in ("clip.pth", "vit.pth"))
+    origin, mine = clip.identity.origin, width == 64
+    assert (origin.statistics is not None, origin.num_heads == 4, gelu_of_file(clip.file) is not None) == (mine,) * 3
+    assert vit.identity.origin.statistics is None and gelu_of_file(vit.file) is None
 
 
 @pytest.mark.parametrize("name", ["encoder.layer.{}.lambda_1", "embeddings.norm.weight"])

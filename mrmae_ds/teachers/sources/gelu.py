@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -17,7 +16,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.names import HF_CLIP
-from mrmae_ds.weights.origin import OPENAI_SCALARS
+from mrmae_ds.weights.origin import OPENAI_SCALARS, describes_tower
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -44,7 +43,7 @@ def gelu_of_file(file: TensorFile) -> Gelu | None:
     Raises:
         UserError: if they contradict each other.
     """
-    found = (_from_archive(file), _from_scalars(file), _from_config(file.path), _from_hugging_face(file))
+    found = (_from_archive(file), _from_scalars(file), _from_config(file), _from_hugging_face(file))
     evidence = [gelu for gelu in found if gelu]
     if len({gelu.quick for gelu in evidence}) > 1:
         listed = "; ".join(map(str, evidence))
@@ -111,15 +110,16 @@ def _from_hugging_face(file: TensorFile) -> Gelu | None:
     return Gelu(act == "quick_gelu", "config.json beside it") if act in ("quick_gelu", "gelu") else None
 
 
-def _from_config(path: Path) -> Gelu | None:
-    config = path.parent / OPEN_CLIP_CONFIG
+def _from_config(file: TensorFile) -> Gelu | None:
+    config = file.path.parent / OPEN_CLIP_CONFIG
     if not config.is_file():
         return None
     try:
         content = json.loads(config.read_text(encoding="utf-8"))
         model = content.get("model_cfg", content)
-        if "timm_model_name" in model["vision_cfg"]:
-            return None  # timm defines the GELU of such a tower
+        vision = model["vision_cfg"]
+        if "timm_model_name" in vision or not describes_tower(vision, file.tensors):
+            return None  # timm defines the GELU of such a tower, or it is another file's
         return Gelu(bool(model.get("quick_gelu", False)), f"{OPEN_CLIP_CONFIG} beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config}: not an open_clip configuration ({type(error).__name__}: {error})") from None

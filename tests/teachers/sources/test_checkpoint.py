@@ -135,6 +135,7 @@ def test_a_released_pretraining(features: str, mcmae: dict[str, Tensor], tmp_pat
 def test_a_vit_of_unknown_origin_needs_its_statistics(tmp_path: Path) -> None:
     source = timm.create_model("vit_small_patch16_224", img_size=32, num_classes=0).eval()
     torch.save({"model": source.state_dict()}, tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 6}))
     settings = {"image_size": 32, "student_grid": (2, 2)}
     with pytest.raises(
         UserError, match=r"x.pth: does not record the mean .* give teachers.t.mean and std, or put a pre"
