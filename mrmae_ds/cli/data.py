@@ -119,7 +119,7 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nested-classes", action=argparse.BooleanOptionalAction,
         help="each folder that holds images is a class, at any depth; --no-nested-classes: each folder below train/ "
-        "is one; default: as the tree shows, or an error",
+        "is one, whatever its name; default: as the tree shows, or an error",
     )  # fmt: skip
 
 

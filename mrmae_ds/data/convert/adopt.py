@@ -19,6 +19,7 @@ from mrmae_ds.data.beton.sidecar import SIDECAR_FORMAT, BetonInfo, check_beton, 
 from mrmae_ds.data.convert.imagenet_labels import read_lines
 from mrmae_ds.data.convert.jpegs import record_versions
 from mrmae_ds.data.convert.skipped import format_list
+from mrmae_ds.data.convert.splits import check_look_alikes
 from mrmae_ds.data.convert.verify import find_problems
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, write_text
@@ -59,6 +60,7 @@ def adopt_beton(path: str | Path, classes: str | Path | None = None, name: str |
     if not classes:
         logger.info("%s: names no classes, which are called by their numbers; --classes FILE names them", path)
     names = read_classes(Path(classes)) if classes else [str(label) for label in range(highest + 1)]
+    check_look_alikes(classes or path, names)
     raw = file.table[:, 4] == RAW
     max_side = int(file.table[:, 2:4].max())
     info = replace(info, class_names=tuple(names), num_classes=len(names), max_side=max_side)

@@ -145,7 +145,8 @@ def find_classes(root: Path, nested: bool | None = None) -> tuple[list[str], boo
         The names of the classes, sorted, and ``nested``.
 
     Raises:
-        UserError: if there are none; if the classes seem to lie lower; for archives in place of class folders.
+        UserError: if there are none; if the classes seem to lie lower; for archives in place of class folders; for
+            classes named like a part unless ``nested`` is False; for two names that look alike.
     """
     names = subfolders(root)
     archives = [
@@ -157,18 +158,35 @@ def find_classes(root: Path, nested: bool | None = None) -> tuple[list[str], boo
         raise UserError(f"{root}: holds {first_few(archives, 3)} without a folder of that name; unpack or move it away")
     if not names:
         raise UserError(f"{root}: holds no class folders; expected {root}/CLASS/IMAGE")
-    parts = [name for name in names if part_of(name) and subfolders(root / name)]
-    if parts:
-        raise UserError(
-            f"{root}: {first_few(parts, 3)} are names of parts of a data set, not of classes; pass the folder that "
-            "holds train/ and val/, or rename them"
-        )
+    trees = [name for name in names if part_of(name) and subfolders(root / name)]
+    _refuse_parts(root, trees, "pass the folder that holds train/ and val/, or rename it")
+    if nested is not False:
+        _refuse_parts(root, names, "move it away, or say with --no-nested-classes that it is a class")
     if nested is None:
         nested = _decide_nested(root, names)
     if nested:
         found = [os.path.relpath(folder, root) for name in names for folder in _image_folders(str(root / name))]
         names = sorted(found, key=lambda name: name.split(os.sep))
+        _refuse_parts(root, names, "move it away or rename it")
+    check_look_alikes(root, names)
     return names, nested
+
+
+def _refuse_parts(root: Path, names: Iterable[str], fix: str) -> None:
+    parts = [name for name in names if any(map(part_of, name.split(os.sep)))]
+    if parts:
+        are = "is the name of a part" if len(parts) == 1 else "are names of parts"
+        raise UserError(f"{root}: {first_few(parts, 3)} {are} of a data set; {fix}")
+
+
+def check_look_alikes(source: Path | str, names: Iterable[str]) -> None:
+    """Check that no two class names are the same text in two Unicode forms; raises UserError with both, escaped."""
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(unicodedata.normalize("NFC", name), name)
+        if other != name:
+            both = f"{other!a} and {name!a} are one name in two Unicode forms"
+            raise UserError(f"{source}: {both}; rename one, or merge the classes")
 
 
 def _image_folders(folder: str) -> list[str]:
@@ -179,15 +197,24 @@ def _image_folders(folder: str) -> list[str]:
     return [folder, *found] if _holds_images(entries) else found
 
 
+def _inner_folders(folder: Path, beside_images: bool) -> list[str]:
+    """Return the names of the folders in a folder that may be classes: beside images, those that hold some."""
+    names = subfolders(folder)
+    if not beside_images:
+        return names
+    return [name for name in names if not (folder / name).is_symlink() and _image_folders(str(folder / name))]
+
+
 def _decide_nested(root: Path, names: Sequence[str]) -> bool:
     """Return whether the classes lie below folders of initial letters; raises UserError where this cannot be seen."""
-    below = {name: subfolders(root / name) for name in names if not _holds_images(list_folder(root / name))}
+    direct = {name for name in names if _holds_images(list_folder(root / name))}
+    below = {name: _inner_folders(root / name, name in direct) for name in names}
     inner = {folder for folders in below.values() for folder in folders}
-    if len(names) == 1 and inner:
+    if len(names) == 1 and inner and not direct:
         raise UserError(f"{root}: holds only the folder {names[0]}, which holds folders; pass {root / names[0]}")
     if len(inner) < 2:  # none, or one of the same name in every class, as CLASS/images
         return False
-    if all(len(name) == 1 and name.isalpha() for name in names):
+    if not direct and all(len(name) == 1 and name.isalpha() for name in names):
         logger.info("%s: folders of initial letters; the classes are the folders in them, with images", root)
         return True
     example = next(name for name, folders in below.items() if folders)

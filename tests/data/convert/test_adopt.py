@@ -96,6 +96,9 @@ def test_command_and_class_names(
     names.write_text("finch\n")
     with pytest.raises(UserError, match="label 1 of 1"):
         adopt_beton(path, names)
+    names.write_text("caf\xe9\ncafe\u0301\n")
+    with pytest.raises(UserError, match=r"'caf.xe9' and 'cafe.u0301' are one name in two Unicode forms"):
+        adopt_beton(path, names)
     names.write_text("finch\nfinch\n")
     with pytest.raises(UserError, match="finch is there twice"):
         adopt_beton(path, names)

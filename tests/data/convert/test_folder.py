@@ -144,7 +144,8 @@ def test_other_files_links_and_subfolders_of_a_class_folder(tmp_path: Path) -> N
     for name in ("02.png", "03.png", "04.png"):
         photograph().resize((40, 50)).save(folder / name)
     photograph().resize((40, 50)).save(tmp_path / "elsewhere" / "01.png")
-    info, _ = write_folder(tmp_path / "in", Output(tmp_path / "out", options=WriteOptions(max_bad=1)), val_fraction=0.5)
+    output = Output(tmp_path / "out", options=WriteOptions(max_bad=1))
+    info, _ = write_folder(tmp_path / "in", output, val_fraction=0.5, nested=False)
     ignored = "1 .txt, 1 hidden file, 1 link to folders already read, 1 no extension"
     assert f"ignored   {ignored}" in describe_beton(info.path)
 

@@ -69,7 +69,7 @@ def test_a_tree_one_level_too_deep_names_the_folder_to_pass(tmp_path: Path) -> N
     assert _refusal(tmp_path).endswith(f"pass {tmp_path / 'mydata'}")
     open_folder(tmp_path / "mydata", 0.5)
     _part(tmp_path / "other" / "train" / "train")
-    assert "train are names of parts" in _refusal(tmp_path / "other")
+    assert "train is the name of a part" in _refusal(tmp_path / "other")
 
 
 def test_parts_without_class_folders_are_no_classes(tmp_path: Path) -> None:
@@ -77,9 +77,20 @@ def test_parts_without_class_folders_are_no_classes(tmp_path: Path) -> None:
     assert "train, val hold no class folders" in _refusal(tmp_path)
 
 
-def test_a_class_may_be_named_train(tmp_path: Path) -> None:
-    _images(tmp_path / "train", tmp_path / "bus", count=4)
-    assert open_folder(tmp_path, 0.5)[2] == ["bus", "train"]
+@pytest.mark.parametrize("below", ["", "train"])
+@pytest.mark.parametrize("name", ["test", "val", "Training"])
+def test_a_class_named_like_a_part_must_be_confirmed(name: str, below: str, tmp_path: Path) -> None:
+    root = tmp_path / below
+    _images(root / name, root / "bus", count=4)
+    confirm = "move it away, or say with --no-nested-classes that it is a class"
+    assert _refusal(tmp_path) == f"{root}: {name} is the name of a part of a data set; {confirm}"
+    assert open_folder(tmp_path, 0.5, False)[2] == sorted(["bus", name])
+
+
+def test_a_part_among_the_lower_classes_is_refused(tmp_path: Path) -> None:
+    _images(*(tmp_path / name for name in ("a/ant", "a/test", "b/bee", "b/val")))
+    for nested in (None, True):
+        assert _refusal(tmp_path, nested).startswith(f"{tmp_path}: a/test, b/val are names of parts of a data set; ")
 
 
 def test_folders_of_initial_letters_hold_the_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -101,8 +112,26 @@ def test_classes_at_two_possible_levels_are_refused(tmp_path: Path) -> None:
     assert names == ["farm", "pets"] and first.labels.tolist() == [0, 0, 1, 1]
 
 
+@pytest.mark.parametrize("loose", ["animals", "plants"])
+def test_an_image_beside_the_lower_classes_does_not_merge_them(loose: str, tmp_path: Path) -> None:
+    train = tmp_path / "train"
+    for name in ("animals/cat", "animals/dog", "plants", loose):
+        _images(train / name)
+    assert "the classes may be animals, plants, or the folders in them (cat, dog in animals)" in _refusal(tmp_path)
+    assert open_folder(tmp_path, 0.5, False)[2] == ["animals", "plants"]
+
+
+def test_a_letter_that_holds_images_is_no_initial(tmp_path: Path) -> None:
+    for name in ("a/airfield", "a/arch", "b/bakery"):
+        _images(tmp_path / name)
+    assert open_folder(tmp_path, 0.5)[2] == ["a/airfield", "a/arch", "b/bakery"]
+    _images(tmp_path / "a")
+    assert "say which with --no-nested-classes or --nested-classes" in _refusal(tmp_path)
+
+
 def test_one_folder_of_one_name_in_every_class_is_part_of_the_class(tmp_path: Path) -> None:
-    _images(tmp_path / "cat" / "images", tmp_path / "dog" / "images")
+    _images(tmp_path / "cat" / "images", tmp_path / "dog" / "images", tmp_path / "dog")
+    (tmp_path / "dog" / "notes").mkdir()
     assert open_folder(tmp_path, 0.5)[2] == ["cat", "dog"]
 
 
@@ -147,6 +176,14 @@ def test_names_of_another_unicode_form_are_shown(tmp_path: Path) -> None:
     composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
     _images(tmp_path / "train" / composed, tmp_path / "val" / decomposed)
     assert r"differ in the classes 'cafe\u0301' (val), 'caf\xe9' (train)" in _refusal(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [None, False, True])
+def test_two_classes_that_look_alike_are_refused(nested: bool | None, tmp_path: Path) -> None:
+    for form in ("NFC", "NFD"):
+        _images(tmp_path / unicodedata.normalize(form, "café"))
+    both = r"'cafe\u0301' and 'caf\xe9' are one name in two Unicode forms"
+    assert _refusal(tmp_path, nested) == f"{tmp_path}: {both}; rename one, or merge the classes"
 
 
 def test_parts_of_file_names() -> None:
