@@ -118,9 +118,12 @@ def open_tables(
         if names is not None and stated != names:
             raise UserError(f"{path}: its classes differ from those of {paths[0]}")
         names = stated
-        wrong = next((row for row, value in enumerate(values) if not isinstance(value, int) or value < 0), None)
+        # Not isinstance: of True and False it is not known which class is which.
+        wrong = next((row for row, value in enumerate(values) if type(value) is not int or value < 0), None)
         if wrong is not None:
-            raise UserError(f"{path}: row {wrong} has the label {values[wrong]!r}; every row needs one, 0 or more")
+            raise UserError(
+                f"{path}: row {wrong} has the label {values[wrong]!r}; every row needs a whole number, 0 or more"
+            )
         labels += values
         places += [Place(str(path), group, row) for group, size in enumerate(sizes) for row in range(size)]
     if not places or columns is None:

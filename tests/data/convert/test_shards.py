@@ -150,6 +150,67 @@ def test_hugging_face_files_give_the_bytes_of_a_tree(
     assert compare_with_source(out / "train.beton", source, 10) > 25
 
 
+def _numbered(folder: Path, *names: str) -> Path:
+    """Write files of no content: their names are checked before they are read."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("names", "refusal"),
+    [
+        (["train-00000-of-00004", "train-00003-of-00004"], "of 4 files for train, these are missing: 1, 2; fetch them"),
+        (["train-00001-of-00004"], "of 4 files for train, these are missing: 0, 2, 3; fetch them"),
+        (["train-0-of-1", "val-1-of-2"], "of 2 files for val, these are missing: 0; fetch them"),
+        (["train-0-of-99999999999"], "of 99,999,999,999 files for train, these are missing: 1, 2, 3, ...;"),
+        (
+            ["train-00000-of-00001", "train-00000-of-00002", "train-00001-of-00002"],
+            "train-00000-of-00001.parquet and train-00001-of-00002.parquet are of different sets; move one set away",
+        ),
+        (["train-0-of-1", "train"], "train-0-of-1.parquet and train.parquet are of different sets"),
+        (["a_train-0-of-1", "b_train-0-of-1"], "a_train-0-of-1.parquet and b_train-0-of-1.parquet are of different"),
+        (["train-0-of-1-3fe9", "train-0-of-1-a01b"], "train-0-of-1-3fe9.parquet is beyond the 1 file for train; move"),
+        (["train-0-of-1", "train-1-of-1"], "train-0-of-1.parquet is beyond the 1 file for train"),
+    ],
+)
+def test_shards_that_are_not_one_complete_set(names: list[str], refusal: str, tmp_path: Path) -> None:
+    _numbered(tmp_path, *(f"{name}.parquet" for name in names))
+    with pytest.raises(UserError) as caught:
+        find_shards(tmp_path, "parquet")
+    assert str(caught.value).startswith(f"{tmp_path}: {refusal}")
+
+
+def test_shards_of_two_configurations_are_refused(tmp_path: Path) -> None:
+    _numbered(tmp_path, "full/train-0-of-1.parquet", "full/val-0-of-1.parquet", "small/train-0-of-1.parquet")
+    with pytest.raises(UserError, match=f": {tmp_path}/full and {tmp_path}/small both hold files for train; name one"):
+        find_shards(tmp_path, "parquet")
+    assert {part: len(paths) for part, paths in find_shards(tmp_path / "full", "parquet").items()} == {
+        "train": 1, "val": 1
+    }  # fmt: skip
+
+
+def test_complete_sets_of_shards(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    zero = _numbered(tmp_path / "zero", "train-0-of-2-ab.parquet", "train-1-of-2-cd.parquet", "test-1-of-9.parquet")
+    one = _numbered(tmp_path / "one", "train_1_of_2.parquet", "train_2_of_2.parquet")
+    links = tmp_path / "links"
+    links.mkdir()
+    for number, source in enumerate((zero, one)):
+        (links / f"{number}.parquet").symlink_to(next(source.glob("train*")))
+    for folder in (zero, one, links):
+        assert len(find_shards(folder, "parquet")["train"]) == 2
+    assert "missing" not in caplog.text
+
+
+def test_a_gap_in_the_numbers_of_shards_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    find_shards(_numbered(tmp_path, *(f"train-{n:06}.tar" for n in (0, 1, 2)), "val-07.tar"), "tars")
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+    find_shards(_numbered(tmp_path, "train-000005.tar", "val-10.tar"), "tars")
+    assert f"{tmp_path}: no train-*.tar is numbered 3, 4; are files missing?" in caplog.text
+    assert f"{tmp_path}: no val-*.tar is numbered 8, 9; are files missing?" in caplog.text
+
+
 def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("pyarrow")
     import pyarrow.parquet as pq
@@ -163,6 +224,11 @@ def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
     pq.write_table(_table([(0, -1)]), path)
     assert "row 0 has the label -1" in message()
+    labels = pq.read_table(path).drop_columns("label").append_column("label", [[True]])
+    pq.write_table(labels, path)
+    assert "row 0 has the label True; every row needs a whole number, 0 or more" in message()
+    pq.write_table(_table(SAMPLES, ["caf\xe9", "cafe\u0301"]), path)
+    assert r"'caf\xe9' and 'cafe\u0301' are one name in two Unicode forms" in message()
     pq.write_table(_table(SAMPLES, ["finch"]), path)
     assert "has the label 1, but only 1 class, from 0" in message()
     pq.write_table(_table(SAMPLES).rename_columns(["pixels", "target"]).replace_schema_metadata(None), path)
