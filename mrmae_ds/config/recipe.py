@@ -24,7 +24,7 @@ from mrmae_ds.config.files import (
     refuse_other_kind,
     refuse_unknown_nulls,
 )
-from mrmae_ds.config.renamed import refuse_renamed, values_hash
+from mrmae_ds.config.renamed import refuse_renamed, rename_overrides, values_hash
 from mrmae_ds.config.sections import (
     CheckpointConfig,
     DataConfig,
@@ -236,12 +236,12 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 
     Args:
         path: the YAML file.
-        overrides: ``key.path=value`` strings; values are YAML.
+        overrides: ``key.path=value`` strings; values are YAML. An old key is renamed, with a warning.
 
     Raises:
         UserError: naming file, key and nearest known key.
     """
-    overrides = overrides or []
+    overrides = rename_overrides(overrides or [])
     given = join_overrides(overrides)
     refuse_renamed(given, path, source="override")
     refuse_unknown_nulls(given, Recipe, path, overrides=overrides)

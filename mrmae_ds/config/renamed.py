@@ -8,14 +8,17 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from mrmae_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Old key of a recipe: its present key.
 RENAMED = {
@@ -55,6 +58,21 @@ def refuse_renamed(raw: Any, path: Path, source: str = "") -> None:
     if lines:
         fix = "write the new key" if source else f"`mrmae migrate {path}` rewrites the file"
         raise UserError(f"{source or path}: {'; '.join(lines)}; {fix}")
+
+
+def rename_overrides(overrides: Iterable[str]) -> list[str]:
+    """Return ``key.path=value`` strings with old keys renamed, and print a warning of each.
+
+    Overrides stand in scripts, which `mrmae migrate` does not rewrite. Old keys inside their values are left.
+    """
+    renamed = []
+    for text in overrides:
+        old, sign, value = text.partition("=")
+        if sign and old in RENAMED:
+            logger.warning("%s is now %s; the old name will be refused", old, RENAMED[old])
+            text = f"{RENAMED[old]}={value}"
+        renamed.append(text)
+    return renamed
 
 
 def rename_keys(raw: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,15 @@ import pytest
 import yaml
 
 from mrmae_ds.config.recipe import load_recipe
-from mrmae_ds.config.renamed import RENAMED, former_hash, refuse_renamed, rename_in_text, rename_keys, values_hash
+from mrmae_ds.config.renamed import (
+    RENAMED,
+    former_hash,
+    refuse_renamed,
+    rename_in_text,
+    rename_keys,
+    rename_overrides,
+    values_hash,
+)
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import load_pipeline
 
@@ -123,18 +131,29 @@ def test_an_old_key_is_refused_with_one_error(old: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_recipe(path)
     assert str(caught.value) == f"{path}: {line}`mrmae migrate {path}` rewrites the file"
-    with pytest.raises(UserError) as caught:
-        load_recipe(LEGACY.parents[1] / "golden/mae.yaml", [f"{old}=1"])
-    assert str(caught.value) == f"override: {line}write the new key"
     path.write_text(yaml.safe_dump({"name": "p", "runs": [{"set": raw}]}))
     with pytest.raises(UserError, match=rf"runs\.0\.set\.{old} is now runs\.0\.set\.{RENAMED[old]}; `mrmae migrate"):
         load_pipeline(path)
 
 
-@pytest.mark.parametrize("old", [*RENAMED, "record"])
-def test_an_old_key_that_an_override_removes_is_refused(old: str) -> None:
-    with pytest.raises(UserError, match=rf"^override: {old} is now \w+.*; write the new key$"):
-        load_recipe(LEGACY.parents[1] / "golden/mae.yaml", [f"{old}=null"])
+@pytest.mark.parametrize("old", RENAMED)
+def test_an_old_key_of_an_override_is_renamed_with_a_warning(old: str, caplog: pytest.LogCaptureFixture) -> None:
+    given = ["seed=1", f"{old}=a=b", f"{RENAMED[old]}=null", f"{old}er=1", f"{old}"]
+    assert rename_overrides(given) == ["seed=1", f"{RENAMED[old]}=a=b", *given[2:]]
+    assert caplog.messages == [f"{old} is now {RENAMED[old]}; the old name will be refused"]
+
+
+def test_the_last_override_counts_under_either_name(caplog: pytest.LogCaptureFixture) -> None:
+    both = ["record.save_every_epochs=3", "checkpoint.every_epochs=4"]
+    for given, expected in ((both[:1], 3), (both, 4), (both[::-1], 3), ([*both, "record.save_every_epochs=null"], 1)):
+        assert load_recipe(LEGACY.parents[1] / "golden/mae.yaml", given).checkpoint.every_epochs == expected
+    assert "record.save_every_epochs is now checkpoint.every_epochs" in caplog.text
+
+
+@pytest.mark.parametrize("given", ["record=null", "record={pictures: 0}", "loader={workers: 1}"])
+def test_an_old_key_inside_an_overrides_value_is_refused(given: str) -> None:
+    with pytest.raises(UserError, match=r"^override: \w+(\.\w+)? is now \w+.*; write the new key$"):
+        load_recipe(LEGACY.parents[1] / "golden/mae.yaml", [given])
 
 
 def test_an_old_key_of_the_file_that_is_extended_names_that_file(tmp_path: Path) -> None:
