@@ -6,8 +6,9 @@ Every contender runs in a process of its own, in turn, ``rounds`` times; the med
 epoch (imports, compilation, a cold page cache) is not counted. torchvision and DALI read the JPEGs of the .beton,
 unpacked into class folders, and torchvision also the original files, if they are passed. All crop random boxes of 20 %
 to 100 % of an image and flip half of them; this project's backends and torchvision crop the same boxes. CPU-seconds are
-those of the whole process tree; on a machine with other work, compare them and not the images/s. DALI is not a
-dependency: pip install nvidia-dali-cuda120.
+those of the whole process tree; on a machine with other work, compare them and not the images/s. A second table has the
+ratios of images/s within each round beside those to reach. A contender that is not installed is named with the reason;
+DALI is not a dependency: pip install nvidia-dali-cuda120.
 """
 
 from __future__ import annotations
@@ -169,6 +170,14 @@ CONTENDERS: dict[str, Callable[[Settings], Batches]] = {
     "mrmae_ds, pillow + RandAugment": lambda settings: ours(settings, "pillow", POLICY),
     "torchvision + RandAugment": lambda settings: torchvision_folder(settings, POLICY),
 }
+# A reader of this project, another one, and how many times its images/s are to be reached.
+TO_REACH = (
+    ("mrmae_ds, ffcv backend", "torchvision ImageFolder", 4.5),
+    ("mrmae_ds, ffcv backend", "stock FFCV", 2.0),
+    ("mrmae_ds, ffcv backend", "DALI, CPU", 3.0),
+    ("mrmae_ds, ffcv + RandAugment", "torchvision + RandAugment", 3.0),
+)
+Results = dict[str, list[dict[str, float]] | str]  # of each contender: its rounds, or why it did not run
 
 
 def measure(name: str, settings: Settings, images: int) -> dict[str, float]:
@@ -212,9 +221,9 @@ def unpack(beton: Path, folder: Path) -> None:
         target.write_bytes(file.jpeg(row))
 
 
-def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, float]] | str]:
+def run_all(args: argparse.Namespace, folder: Path) -> Results:
     """Run every contender ``rounds`` times in turn; one that fails gives its error's last line instead of numbers."""
-    results: dict[str, list[dict[str, float]] | str] = {}
+    results: Results = {}
     command = [sys.executable, __file__, str(args.beton), "--folder", str(folder)]
     command += [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("size", "batch", "workers", "num_images")]
     command += [f"--originals={args.originals}"] if args.originals else []
@@ -224,7 +233,7 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
             if isinstance(results.get(name), str):
                 continue
             done = subprocess.run([*command, "--contender", name], capture_output=True, text=True, timeout=3600)
-            last = (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+            last = ((done.stderr if done.returncode else done.stdout).strip() or str(done.returncode)).splitlines()[-1]
             print(f"round {turn + 1}: {name}: {last}", file=sys.stderr)
             if done.returncode:
                 results[name] = last
@@ -235,17 +244,31 @@ def run_all(args: argparse.Namespace, folder: Path) -> dict[str, list[dict[str, 
     return results
 
 
-def table(results: dict[str, list[dict[str, float]] | str]) -> str:
+def table(results: Results) -> str:
     """Format medians over rounds as Markdown, with CPU time as a multiple of the first contender's."""
     lines = ["| loader | CPU-s per 1,000 | ratio | images/s | first batch, s | load |", "|---|---|---|---|---|---|"]
     reference: float | None = None
     for name, rounds in results.items():
         if isinstance(rounds, str):
-            lines.append(f"| {name} | did not run | | | | |")
+            lines.append(f"| {name} | did not run: {rounds} | | | | |")
             continue
         cpu, speed, first, load = (statistics.median(run[key] for run in rounds) for key in rounds[0])
         reference = reference or cpu
         lines.append(f"| {name} | {cpu:.2f} | {cpu / reference:.2f} | {speed:,.0f} | {first:.1f} | {load:.0f} |")
+    return "\n".join(lines)
+
+
+def ratios(results: Results) -> str:
+    """Format the ratios of images/s to reach, of two readers in the same round, as Markdown."""
+    lines = ["| | against | median | lowest to highest | to reach |", "|---|---|---|---|---|"]
+    for ours_name, other_name, goal in TO_REACH:
+        pair = results.get(ours_name, "was left out"), results.get(other_name, "was left out")
+        if isinstance(pair[0], str) or isinstance(pair[1], str):
+            found = " | "
+        else:
+            values = sorted(one["images_per_s"] / other["images_per_s"] for one, other in zip(*pair, strict=True))
+            found = f"{statistics.median(values):.2f} | {values[0]:.2f} to {values[-1]:.2f}"
+        lines.append(f"| {ours_name} | {other_name} | {found} | {goal:g} |")
     return "\n".join(lines)
 
 
@@ -283,7 +306,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         unpack(args.beton, Path(folder))
         results = run_all(args, Path(folder))
-    print(table(results))
+    print(table(results), ratios(results), sep="\n\n")
     if args.out:
         settings = recorded(args)
         machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "versions": collect_versions()}

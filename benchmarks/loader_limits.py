@@ -2,8 +2,10 @@
 
     python benchmarks/loader_limits.py train.beton [--size 224] [--rounds 7] [--out loader_limits.json]
 
-The parts are those of libturbojpeg and FFCV's library, called one by one on the same JPEGs, with the boxes of training
-(20 % to 100 % of an image). The minimum of the rounds counts, because other work on the machine can only add to it.
+The parts are called one by one on the same images, with the boxes of training (20 % to 100 % of an image): those of
+this project's kernel on the segments of each JPEG that its box touches, and on whole JPEGs, the same without their
+index; those of FFCV's library on whole JPEGs. The minimum of the rounds counts, because other work on the machine can
+only add to it.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import ctypes
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,7 @@ import numpy as np
 from loader import SCALE, Settings, ours, recorded
 
 from mrmae_ds.data.beton.file import BetonFile
+from mrmae_ds.data.beton.segments import MAGIC, NUMBERS, read_header
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.loaders._ffcv import import_ffcv
 from mrmae_ds.data.loaders.crop import CropSettings, random_boxes
@@ -32,6 +36,7 @@ from ffcv.libffcv import lib  # noqa: E402
 
 from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
 
+JPEG_INDEX = NUMBERS - len(MAGIC)  # place of the index's magic number
 NO_OUTPUT, FAST_DCT = 16, 2048  # libturbojpeg's TJXOPT_NOOUTPUT and TJFLAG_FASTDCT
 
 
@@ -43,17 +48,73 @@ class Transform(ctypes.Structure):
     ]
 
 
+@numba.njit(nogil=True)
+def weigh_all(sides, steps, boxes, scratch):  # type: ignore[no-untyped-def]
+    """Compute the filters of every box; sides, steps: int64 [N, 2]."""
+    for row in range(len(boxes)):
+        side, step = (sides[row, 0], sides[row, 1]), (steps[row, 0], steps[row, 1])
+        jpeg_kernel.weigh_axes(side, step, boxes[row], False, scratch, 0)
+
+
+@numba.njit(nogil=True)
+def cut_all(content, table, checksums, steps, boxes, scratch, parts):  # type: ignore[no-untyped-def]
+    """Cut the segments of every box out of its JPEG, each behind the last one; returns their lengths, int64 [N]."""
+    lengths, end = np.zeros(len(boxes), np.int64), 0
+    for row in range(len(boxes)):
+        offset, length, height, width = table[row, :4]
+        side, step = (height, width), (steps[row, 0], steps[row, 1])
+        used = jpeg_kernel.weigh_axes(side, step, boxes[row], False, scratch, 0)
+        part = parts[end : end + length + 2]
+        jpeg = content[offset : offset + length]
+        lengths[row] = jpeg_kernel.cut_used(jpeg, checksums[row], side, step, used, part)[0]
+        end += lengths[row]
+    return lengths
+
+
+@numba.njit(nogil=True)
+def sum_all(parts, lengths):  # type: ignore[no-untyped-def]
+    """Compute the checksum of every part."""
+    total, end = 0, 0
+    for length in lengths:
+        total ^= jpeg_kernel.adler32(parts[end : end + length])
+        end += length
+    return total
+
+
+class Images:
+    """JPEGs of N images in one array, with their table and checksums.
+
+    Args:
+        jpegs: the JPEGs.
+        table: of the images they are of; see ``jpeg_kernel.decode``.
+    """
+
+    def __init__(self, jpegs: list[bytes], table: np.ndarray) -> None:
+        self.jpegs, self.table = jpegs, table.copy()
+        lengths = np.array([len(jpeg) for jpeg in jpegs])
+        self.table[:, 0], self.table[:, 1] = np.cumsum(lengths) - lengths, lengths
+        self.checksums = np.array([zlib.adler32(jpeg) for jpeg in jpegs])
+        self.content = np.frombuffer(b"".join(jpegs), dtype=np.uint8)
+
+
 class Parts:
     """Parts of decoding; each method applies one to all N images."""
 
     def __init__(self, beton: Path, size: int) -> None:
-        self.file = BetonFile(check_beton(beton))
-        self.rows = np.arange(len(self.file.labels))
-        self.heights, self.widths = self.file.table[:, 2], self.file.table[:, 3]
+        file = BetonFile(check_beton(beton))
+        self.rows = np.arange(len(file.labels))
+        jpegs = [file.jpeg(row) for row in self.rows.tolist()]
+        if not all(jpeg[JPEG_INDEX : JPEG_INDEX + len(MAGIC)] == MAGIC for jpeg in jpegs):
+            raise SystemExit(f"{beton}: has images without an index of their segments; write it again")
+        self.indexed = Images(jpegs, file.table)
+        # The index is an application segment at the start, of a length that bytes 4 and 5 say.
+        plain = [jpeg[:2] + jpeg[4 + int.from_bytes(jpeg[4:6], "big") :] for jpeg in jpegs]
+        self.whole = Images(plain, file.table)
+        self.sides = file.table[:, 2:4]
         crop = CropSettings(scale=SCALE)
-        self.boxes = random_boxes(self.heights, self.widths, self.rows, seed=0, epoch=0, crop=crop)
-        self.jpegs = [self.file.jpeg(row) for row in self.rows.tolist()]
-        side = int(self.file.table[:, 2:].max()) + 8
+        boxes = random_boxes(self.sides[:, 0], self.sides[:, 1], self.rows, seed=0, epoch=0, crop=crop)
+        self.boxes, self.steps = boxes.astype(np.float64), np.array([_chroma_step(jpeg) for jpeg in jpegs])
+        side = int(self.sides.max()) + 8
         self.memory = np.empty((3, side, side), dtype=np.uint8)
         self.images = np.empty((len(self.rows), size, size, 3), dtype=np.uint8)
         self.status = np.zeros(len(self.rows), dtype=np.int32)
@@ -61,42 +122,69 @@ class Parts:
             getattr(lib, name).restype = ctypes.c_void_p
         self.decompressor = ctypes.c_void_p(lib.tjInitDecompress())
         self.transformer = ctypes.c_void_p(lib.tjInitTransform())
-        self.scratch = jpeg_kernel.make_scratch(self.file.table, size, 1)
+        self.scratch = jpeg_kernel.make_scratch(self.indexed.table, size, 1)
+        self.parts = np.empty(self.indexed.content.size + 2 * len(jpegs), dtype=np.uint8)
+        self.kernel(self.indexed)  # compiled first, as in training
+        self.lengths = self.cut()
+        ends = np.cumsum(self.lengths).tolist()
+        starts = [0, *ends[:-1]]
+        self.touched = [self.parts[a:b].tobytes() for a, b in zip(starts, ends, strict=True)]
 
-    def huffman(self) -> None:
+    def weigh(self) -> None:
+        """Compute the weights of the filters."""
+        weigh_all(self.sides, self.steps, self.boxes, self.scratch)
+
+    def cut(self) -> np.ndarray:
+        """Compute the weights, and check and copy the segments that they touch."""
+        images = self.indexed
+        return cut_all(images.content, images.table, images.checksums, self.steps, self.boxes, self.scratch, self.parts)
+
+    def checksum(self) -> None:
+        """Compute the checksums of the touched segments."""
+        sum_all(self.parts, self.lengths)
+
+    def huffman(self, jpegs: list[bytes]) -> None:
         """Decode the coefficients alone."""
         transform, result, length = Transform(options=NO_OUTPUT), ctypes.c_void_p(), ctypes.c_ulong()
         into = ctypes.byref(result), ctypes.byref(length), ctypes.byref(transform)
-        for jpeg in self.jpegs:
+        for jpeg in jpegs:
             lib.tjTransform(self.transformer, jpeg, ctypes.c_ulong(len(jpeg)), 1, *into, 0)
 
-    def planes(self) -> None:
+    def planes(self, jpegs: list[bytes]) -> None:
         """Decode to planes: also the inverse DCT, luma and chroma as they are stored."""
         planes = (ctypes.c_void_p * 3)(*(plane.ctypes.data for plane in self.memory))
-        for jpeg in self.jpegs:
+        for jpeg in jpegs:
             length = ctypes.c_ulong(len(jpeg))
             lib.tjDecompressToYUVPlanes(self.decompressor, jpeg, length, planes, 0, None, 0, 0)
 
     def rgb(self) -> None:
         """Decode to RGB: also chroma's interpolation and colors, with the fast inverse DCT, as FFCV does."""
         memory = ctypes.c_void_p(self.memory.ctypes.data)
-        for jpeg in self.jpegs:
+        for jpeg in self.whole.jpegs:
             length = ctypes.c_ulong(len(jpeg))
             lib.tjDecompress2(self.decompressor, jpeg, length, memory, 0, 0, 0, 0, FAST_DCT)
 
     def area(self) -> None:
         """Resize the boxes by OpenCV, as FFCV does."""
         source, size = self.memory.ctypes.data, self.images.shape[1]
-        sizes = zip(self.heights.tolist(), self.widths.tolist(), self.boxes.tolist(), self.images, strict=True)
-        for height, width, (top, left, tall, wide, _), image in sizes:
+        sizes = zip(self.sides.tolist(), self.boxes.astype(int).tolist(), self.images, strict=True)
+        for (height, width), (top, left, tall, wide, _), image in sizes:
             lib.resize(0, source, height, width, top, top + tall, left, left + wide, image.ctypes.data, size, size)
 
-    def kernel(self) -> None:
+    def kernel(self, images: Images) -> None:
         """Run this project's kernel: checksum, planes, bicubic, colors, mirror."""
-        file, boxes = self.file, self.boxes.astype(np.float64)
         jpeg_kernel.decode(
-            file.content, file.table, file.checksums, self.rows, boxes, False, self.images, self.scratch, self.status
-        )
+            images.content, images.table, images.checksums, self.rows, self.boxes, False, self.images, self.scratch,
+            self.status,
+        )  # fmt: skip
+        assert not self.status.any()
+
+
+def _chroma_step(jpeg: bytes) -> tuple[int, int]:
+    """Return height and width of a chroma sample in luma samples."""
+    header = read_header(jpeg)
+    assert header is not None
+    return header.mcu[1] // 8, header.mcu[0] // 8
 
 
 def least(function: Callable[[], object], rounds: int) -> float:
@@ -117,28 +205,50 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     count = len(parts.rows)
     batches = ours(Settings(args.beton, Path(), None, args.size, args.batch, 1), "ffcv")
     delivered = count // args.batch * args.batch
-    names = ("huffman", "planes", "rgb", "area", "kernel")
-    spent = {name: least(getattr(parts, name), args.rounds) / count for name in names}
+    functions: dict[str, Callable[[], object]] = {
+        "weigh": parts.weigh,
+        "cut": parts.cut,
+        "checksum": parts.checksum,
+        "huffman": lambda: parts.huffman(parts.touched),
+        "planes": lambda: parts.planes(parts.touched),
+        "kernel": lambda: parts.kernel(parts.indexed),
+        "whole_huffman": lambda: parts.huffman(parts.whole.jpegs),
+        "whole_planes": lambda: parts.planes(parts.whole.jpegs),
+        "whole_kernel": lambda: parts.kernel(parts.whole),
+        "rgb": parts.rgb,
+        "area": parts.area,
+    }
+    spent = {name: least(function, args.rounds) / count for name, function in functions.items()}
     spent["loader"] = least(lambda: sum(batches(1)), args.rounds) / delivered
-    return {name: 1000 * seconds for name, seconds in spent.items()}
+    ms = {name: 1000 * seconds for name, seconds in spent.items()}
+    return {**ms, "touched_bytes": float(parts.lengths.mean()), "bytes": parts.indexed.content.size / count}
 
 
 def table(ms: dict[str, float]) -> str:
-    """Format the parts as Markdown; both share the first one."""
-    lines = ["| part | this project, ms | FFCV's functions, ms |", "|---|---|---|"]
-    for name, ours_ms, ffcv_ms in (
-        ("Huffman decoding", ms["huffman"], ms["huffman"]),
-        ("inverse DCT", ms["planes"] - ms["huffman"], None),
-        ("inverse DCT, chroma's interpolation, colors", None, ms["rgb"] - ms["huffman"]),
-        ("checksum, bicubic resizing, colors, mirror", ms["kernel"] - ms["planes"], None),
-        ("area resizing", None, ms["area"]),
-        ("order, threads, copy of the batch", ms["loader"] - ms["kernel"], None),
-        ("total", ms["loader"], ms["rgb"] + ms["area"]),
+    """Format the parts as Markdown: of segments, of whole JPEGs, and of FFCV's functions on whole JPEGs."""
+    lines = ["| part | segments, ms | whole JPEGs, ms | FFCV's functions, ms |", "|---|---|---|---|"]
+    order = ms["loader"] - ms["kernel"]
+    cut = ms["cut"] - ms["weigh"]
+    for name, *columns in (
+        ("check and copy of the segments", cut, None, None),
+        ("of which checksum", ms["checksum"], None, None),
+        ("Huffman decoding", ms["huffman"], ms["whole_huffman"], ms["whole_huffman"]),
+        ("inverse DCT", ms["planes"] - ms["huffman"], ms["whole_planes"] - ms["whole_huffman"], None),
+        ("inverse DCT, chroma's interpolation, colors", None, None, ms["rgb"] - ms["whole_huffman"]),
+        ("weights of the filters", ms["weigh"], ms["weigh"], None),
+        (
+            "bicubic resizing, colors, mirror (whole JPEGs: and checksum)",
+            ms["kernel"] - ms["cut"] - ms["planes"],
+            ms["whole_kernel"] - ms["whole_planes"] - ms["weigh"],
+            None,
+        ),
+        ("area resizing", None, None, ms["area"]),
+        ("order, threads, copy of the batch", order, order, None),
+        ("total", ms["loader"], ms["whole_kernel"] + order, ms["rgb"] + ms["area"]),
     ):
-        lines.append(
-            f"| {name} | " + " | ".join("" if part is None else f"{part:.2f}" for part in (ours_ms, ffcv_ms)) + " |"
-        )
-    return "\n".join(lines)
+        lines.append(f"| {name} | " + " | ".join("" if part is None else f"{part:.2f}" for part in columns) + " |")
+    share = ms["touched_bytes"] / ms["bytes"]
+    return "\n".join([*lines, "", f"The segments have {share:.0%} of the bytes of a JPEG ({ms['bytes']:,.0f})."])
 
 
 def main() -> None:

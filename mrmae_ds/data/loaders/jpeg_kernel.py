@@ -154,6 +154,27 @@ def _decode_raw(content, sides, box, beyond, image, scratch, thread):  # type: i
 
 
 @njit(nogil=True)
+def cut_used(jpeg, checksum, sides, steps, used, part):  # type: ignore[no-untyped-def]
+    """Make a JPEG of the segments whose samples the filters use.
+
+    Args:
+        jpeg: uint8 [n], with an index.
+        checksum: its Adler-32; -1 if it is unknown.
+        sides: height and width, pixels.
+        steps: height and width of a chroma sample in luma samples.
+        used: int64 [4, 3]; see ``weigh_axes``.
+        part: uint8 [n + 2], written.
+
+    Returns:
+        Results of ``cut``.
+    """
+    top, left = min(used[0, 1], used[2, 1] * steps[0]), min(used[1, 1], used[3, 1] * steps[1])
+    bottom, right = max(used[0, 2], used[2, 2] * steps[0]), max(used[1, 2], used[3, 2] * steps[1])
+    region = top, left, min(bottom, sides[0]), min(right, sides[1])
+    return cut(jpeg, checksum, sides, (_BLOCK_SIDE * steps[0], _BLOCK_SIDE * steps[1]), region, part)
+
+
+@njit(nogil=True)
 def _decode_jpeg(jpeg, checksum, sides, box, beyond, image, scratch, thread):  # type: ignore[no-untyped-def]
     """Decode, crop and resize a JPEG.
 
@@ -188,12 +209,8 @@ def _decode_jpeg(jpeg, checksum, sides, box, beyond, image, scratch, thread):  #
     used = weigh_axes(sides, steps, box, beyond, scratch, thread)
     height, width = sides
     if indexed:
-        top, left = min(used[0, 1], used[2, 1] * steps[0]), min(used[1, 1], used[3, 1] * steps[1])
-        bottom, right = max(used[0, 2], used[2, 2] * steps[0]), max(used[1, 2], used[3, 2] * steps[1])
-        region = top, left, min(bottom, height), min(right, width)
-        mcu = _BLOCK_SIDE * steps[0], _BLOCK_SIDE * steps[1]
         part = scratch.parts[thread]
-        length, above, before, height, width = cut(jpeg, checksum, sides, mcu, region, part)
+        length, above, before, height, width = cut_used(jpeg, checksum, sides, steps, used, part)
         if length == 0:
             return False
         source, size = np.uint64(part.ctypes.data), np.uint64(length)
