@@ -2,10 +2,11 @@
 
     python benchmarks/parity.py                              # the matrix, bfloat16, clipping, offloading, hpZ
     python benchmarks/parity.py --compiled --nvme /scratch   # torch.compile of every block; files on a disk
+    python benchmarks/parity.py --stage detect               # one stage of the matrix
 
-Twenty steps of pre-training and ten of fine-tuning of CViT-Tiny on real images, on the CPU (tests/training/parity). A
-number is the largest relative difference of a step's loss; ! marks one that exceeds the tolerance of the tests (1e-6 in
-float32). The numbers do not depend on other load on the machine.
+Twenty steps of pre-training, ten of fine-tuning and ten of detection on real images, on the CPU
+(tests/training/parity). A number is the largest relative difference of a step's loss; ! marks one that exceeds the
+tolerance of the tests (1e-6 in float32). The numbers do not depend on other load on the machine.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from result_file import write_result
 
@@ -28,6 +29,7 @@ from tests.training.parity.cases import (  # noqa: E402
     ZERO,
     Case,
     Difference,
+    Stage,
     beside_the_matrix,
     compiled_cases,
     difference,
@@ -58,8 +60,8 @@ def cell(case: Case, found: dict[str, Difference]) -> str:
 
 
 def matrix_table(found: dict[str, Difference]) -> str:
-    """Format as Markdown: one row per engine, one column per placement, and fine-tuning."""
-    head = ["processes", "ZeRO", "checkpointing", "accumulation", *PLACEMENTS, "finetune"]
+    """Format as Markdown: one row per engine; a column per placement, and one per stage without a teacher."""
+    head = ["processes", "ZeRO", "checkpointing", "accumulation", *PLACEMENTS, "finetune", "detect"]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for world_size in (1, 2):
         for zero in ZERO:
@@ -67,7 +69,8 @@ def matrix_table(found: dict[str, Difference]) -> str:
                 for accumulation in (1, 2):
                     engine = (zero, checkpointing, accumulation, world_size)
                     cases = [Case("pretrain", *engine, placement=placement) for placement in PLACEMENTS]
-                    cells = [cell(case, found) for case in [*cases, Case("finetune", *engine)]]
+                    cases += [Case("finetune", *engine), Case("detect", *engine)]
+                    cells = [cell(case, found) if case.name in found else "" for case in cases]
                     on = "on" if checkpointing else "off"
                     lines.append("| " + " | ".join([str(world_size), str(zero), on, str(accumulation), *cells]) + " |")
     return "\n".join(lines)
@@ -87,13 +90,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--compiled", action="store_true", help="run only the cases of torch.compile")
     parser.add_argument("--nvme", type=Path, help="folder on a disk: run only the cases that offload to it")
+    parser.add_argument("--stage", choices=get_args(Stage), help="run only the cases of one stage")
     parser.add_argument("--limit", type=float, default=7200, help="time limit in seconds per number of ranks")
     parser.add_argument("--out", type=Path, help="JSON file")
     args = parser.parse_args()
     special = [case for size in (1, 2) for case in (compiled_cases(size) if args.compiled else [])]
     special += [case for size in (1, 2) for case in (nvme_cases(args.nvme, size) if args.nvme else [])]
     others = special or beside_the_matrix()
-    cases = others if special else [*matrix(), *others]
+    others = [case for case in others if args.stage in (None, case.stage)]
+    cases = others if special else [*(case for case in matrix() if args.stage in (None, case.stage)), *others]
     with tempfile.TemporaryDirectory() as folder:
         found = compare(cases, Path(folder), args.limit)
     if not special:

@@ -60,6 +60,8 @@ FEW = [
     Case("finetune", 3, True, 2, 2, engine=_ALL, label="offload_all"),
     Case("finetune", 3, True, 2, 1, "autocast", engine=_ALL, label="offload_all"),  # as NAME-offload.json
     Case("finetune", 3, True, 2, 2, engine={"zero_optimization": {"zero_hpz_partition_size": 2}}, label="hpz"),
+    Case("detect", 1, False, 2, 2),
+    Case("detect", 3, True, 2, 2),
     Case("pretrain", 1, False, 2, 1, recipe="methods/milan_tiny"),
     Case("pretrain", 3, True, 2, 2, recipe="methods/milan_tiny"),
     Case("pretrain", 3, True, 2, 2, placement="sharded", recipe="methods/dmae_tiny"),
@@ -115,7 +117,7 @@ def test_the_comparison_detects_errors() -> None:
 
 
 def test_the_matrix_is_complete() -> None:
-    assert len(matrix()) == 4 * 2 * 2 * 2 * (4 + 1)
+    assert len(matrix()) == 4 * 2 * 2 * 2 * (4 + 1 + 1)
     names = [case.name for case in [*matrix(), *beside_the_matrix(), *method_cases()]]
     assert len(set(names)) == len(names)
 

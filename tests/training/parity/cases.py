@@ -12,16 +12,18 @@ from torch import Tensor
 
 from mrmae_ds.config.files import merge
 
-GLOBAL_BATCH = 8
-STEPS_PER_EPOCH = 10
-EPOCHS = {"pretrain": 2, "finetune": 1}
+GLOBAL_BATCH = {"pretrain": 8, "finetune": 8, "detect": 4}
+STEPS_PER_EPOCH = 10  # of pre-training and fine-tuning; detection has four images
+EPOCHS = {"pretrain": 2, "finetune": 1, "detect": 10}
 WARMUP = 0.5
 LR, MIN_LR = 1e-3, 1e-6
+# Of detection: in steps, and as shares of them.
+DETECT_WARMUP, MILESTONES = 3, (0.5, 0.8)
 LAYER_DECAY = 0.75
-BETAS = {"pretrain": (0.9, 0.95), "finetune": (0.9, 0.999)}
+BETAS = {"pretrain": (0.9, 0.95), "finetune": (0.9, 0.999), "detect": (0.9, 0.999)}
 WEIGHT_DECAY = 0.05
-CLIPPED = 0.1  # far below the gradient norms of both stages
-Stage = Literal["pretrain", "finetune"]
+CLIPPED = 0.1  # far below the gradient norms of every stage
+Stage = Literal["pretrain", "finetune", "detect"]
 Precision = Literal["fp32", "autocast", "bf16"]
 CHECKPOINTING = {"conv_stages": "all", "transformer": 2, "decoder": "all"}
 PRECISIONS: dict[Precision, dict[str, Any]] = {
@@ -105,7 +107,7 @@ class Case:
         """Name of the plain run that the case must equal.
 
         In pre-training a step's results do not depend on its division into micro-batches, except for the rounding of
-        bfloat16; in fine-tuning the random draws do.
+        bfloat16; in fine-tuning the random draws do, and in detection the means over objects.
         """
         world_size, accumulation = self.cut
         rest = ("-clipped" if self.clipping else "") + ("-wide" if self.wide else "")
@@ -121,7 +123,7 @@ class Case:
     def engine_config(self) -> dict[str, Any]:
         """The engine config as in a file."""
         config = {
-            "train_micro_batch_size_per_gpu": GLOBAL_BATCH // (self.world_size * self.accumulation),
+            "train_micro_batch_size_per_gpu": GLOBAL_BATCH[self.stage] // (self.world_size * self.accumulation),
             "gradient_clipping": self.clipping,
             "zero_optimization": ZERO[self.zero],
             **PRECISIONS[self.precision],
@@ -137,9 +139,10 @@ PLACEMENTS = ("device", "step", "stream", "sharded")
 def matrix() -> list[Case]:
     """Return {ZeRO 0 to 3} x {activation checkpointing} x {accumulation 1, 2} x {1, 2 ranks} x {placements}, fp32.
 
-    Placements vary in pre-training; fine-tuning has no teacher.
+    Placements vary in pre-training; fine-tuning and detection have no teacher.
     """
-    stages: list[tuple[Stage, str]] = [*(("pretrain", placement) for placement in PLACEMENTS), ("finetune", "device")]
+    stages: list[tuple[Stage, str]] = [("pretrain", placement) for placement in PLACEMENTS]
+    stages += [("finetune", "device"), ("detect", "device")]
     return [
         Case(stage, zero, checkpointing, accumulation, world_size, placement=placement)
         for world_size in (1, 2)

@@ -15,16 +15,20 @@ from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.training.job import PreparedStage, TrainArgs, prepare_stage
 from mrmae_ds.weights.model_file import encoder_metadata, save_weights
+from tests.support import small_detections
 from tests.support.sample_data import write_sample_beton
 from tests.training.parity.cases import (
     BETAS,
+    DETECT_WARMUP,
     EPOCHS,
     GLOBAL_BATCH,
     LAYER_DECAY,
     LR,
+    MILESTONES,
     MIN_LR,
     STEPS_PER_EPOCH,
     WARMUP,
+    WEIGHT_DECAY,
     Case,
 )
 
@@ -32,8 +36,9 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def write_workspace(folder: Path) -> None:
-    """Write images, and a teacher as this project trains it: a plain ViT with a class token."""
-    write_sample_beton(folder, train=GLOBAL_BATCH * STEPS_PER_EPOCH, val=9)
+    """Write images, objects, and a teacher as this project trains it: a plain ViT with a class token."""
+    small_detections.write_detection_data(folder / "coco")
+    write_sample_beton(folder, train=GLOBAL_BATCH["pretrain"] * STEPS_PER_EPOCH, val=9)
     recipe = load_recipe(REPOSITORY / "ds_configs/baselines/mae_tiny.yaml")
     assert recipe.stages.pretrain is not None
     torch.manual_seed(11)
@@ -46,8 +51,10 @@ WIDE = "{dims: [64, 128, 512]}"
 
 
 def overrides(case: Case, folder: Path) -> tuple[str, ...]:
-    """Return recipe values: a short run, a real schedule, and everything in fine-tuning that draws at random."""
+    """Return recipe values: a short run, a real schedule, and everything that draws at random."""
     stage = case.stage
+    if stage == "detect":
+        return detect_overrides(folder)
     optimizer = f"{{lr: {LR}, min_lr: {MIN_LR}, warmup_epochs: {WARMUP}, betas: {list(BETAS[stage])}}}"
     ours = {
         "data.train": folder / "train.beton",
@@ -55,7 +62,7 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
         "data.backend": "pillow",
         "loader.num_workers": 1,
         "teachers.mae.source": folder / "teacher",
-        f"stages.{stage}.batch_size": GLOBAL_BATCH,
+        f"stages.{stage}.batch_size": GLOBAL_BATCH[stage],
         f"stages.{stage}.epochs": EPOCHS[stage],
         f"stages.{stage}.optimizer": "null",
     }
@@ -68,12 +75,24 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
     return (*(f"{key}={value}" for key, value in keys.items()), *rest)
 
 
+def detect_overrides(folder: Path) -> tuple[str, ...]:
+    """Return recipe values of detection."""
+    optimizer = f"{{lr: {LR}, betas: {list(BETAS['detect'])}, weight_decay: {WEIGHT_DECAY}}}"
+    schedule = f"{{milestones: {list(MILESTONES)}, factor: 0.1, warmup_steps: {DETECT_WARMUP}, warmup_from: 0.1}}"
+    ours = {"batch_size": GLOBAL_BATCH["detect"], "epochs": EPOCHS["detect"], "layer_decay": LAYER_DECAY}
+    ours |= {"optimizer": optimizer, "schedule": schedule}
+    values = [f"stages.detect.{key}={value}" for key, value in ours.items()]
+    return tuple(small_detections.overrides(folder / "coco", *values))
+
+
 def prepare(case: Case, folder: Path, launch: Launch) -> PreparedStage:
     """Do what train.py does before it starts a process group."""
     path = folder / f"{case.name}-{launch.rank}.json"
     path.write_text(json.dumps(case.engine_config()))
     settings = overrides(case, folder)
     recipe = REPOSITORY / f"ds_configs/{case.recipe}.yaml"
+    if case.stage == "detect":
+        recipe = REPOSITORY / small_detections.RECIPE
     options = TrainArgs(path, case.stage, recipe, folder / "runs", overrides=settings)
     return prepare_stage(replace(options, dry_run=True), launch)
 

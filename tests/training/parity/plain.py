@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from tests.training.parity.cases import (
     BETAS,
+    DETECT_WARMUP,
     EPOCHS,
     GLOBAL_BATCH,
     LAYER_DECAY,
     LR,
+    MILESTONES,
     MIN_LR,
     STEPS_PER_EPOCH,
     WARMUP,
@@ -48,7 +49,7 @@ def run_plain(case: Case, folder: Path) -> Trace:
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     masters = {name: nn.Parameter(p.detach().float()) for name, p in trained.items()}
     optimizer = torch.optim.AdamW(plain_groups(masters, case.stage), betas=BETAS[case.stage], foreach=False)
-    size = GLOBAL_BATCH // (world_size * accumulation)
+    size = GLOBAL_BATCH[case.stage] // (world_size * accumulation)
     student = _in_autocast(model) if case.precision == "autocast" else model
     losses, norms, began = [], [], time.perf_counter()
     for step, batch in enumerate(batches(job)):
@@ -79,6 +80,8 @@ def run_plain(case: Case, folder: Path) -> Trace:
 
 def plain_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
     """Return a group per parameter: weight decay for matrices and tokens, layer decay in fine-tuning."""
+    if stage == "detect":
+        return [_detector_group(name, parameter) for name, parameter in parameters.items()]
     groups = []
     for name, parameter in parameters.items():
         decayed = parameter.ndim > 1 and not (stage == "finetune" and name == "pos_embed")
@@ -92,17 +95,37 @@ def plain_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict
     return groups
 
 
+def _detector_group(name: str, parameter: nn.Parameter) -> dict[str, Any]:
+    """Return a group as the authors' detector has it: only positions and the encoder's norms are not decayed."""
+    inside = name.removeprefix("backbone.net.")
+    decayed = inside == name or not (inside == "pos_embed" or "norm" in inside)
+    layer = 4  # of pyramid and heads, and of the position embedding
+    if inside.startswith("blocks3."):
+        layer = 1 + int(inside.split(".")[1])
+    elif inside.startswith(("patch_embed", "blocks")):
+        layer = 0
+    decay = WEIGHT_DECAY if decayed else 0.0
+    return {"params": [parameter], "weight_decay": decay, "scale": LAYER_DECAY ** (4 - layer)}
+
+
 def plain_rate(step: int, stage: Stage) -> float:
-    """Return the learning rate: linear warm-up over half an epoch, then half a cosine to the minimum."""
+    """Return the learning rate: linear warm-up over half an epoch, then half a cosine to the minimum.
+
+    In detection: linear warm-up from a tenth, then a tenth from each milestone on.
+    """
+    if stage == "detect":
+        if step < DETECT_WARMUP:
+            return LR * (0.1 + 0.9 * step / DETECT_WARMUP)
+        return LR * 0.1 ** sum(step >= share * EPOCHS[stage] for share in MILESTONES)
     epoch, last = step / STEPS_PER_EPOCH, EPOCHS[stage]
     if epoch < WARMUP:
         return LR * epoch / WARMUP
     return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * (epoch - WARMUP) / (last - WARMUP))) / 2
 
 
-def _cut(batch: Batch, first: int, size: int) -> Batch:
+def _cut(batch: Any, first: int, size: int) -> Any:
     values = {name: getattr(batch, name)[first : first + size] for name in batch.__dataclass_fields__}
-    return Batch(**values)
+    return type(batch)(**values)
 
 
 def _in_autocast(model: nn.Module) -> Callable[..., Any]:
