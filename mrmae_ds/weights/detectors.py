@@ -18,7 +18,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.load import LoadReport
 from mrmae_ds.weights.model_file import is_ours, read_metadata
-from mrmae_ds.weights.names import FPN, TORCHVISION, VITDET, detector_title
+from mrmae_ds.weights.names import TORCHVISION, VITDET, detector_title
 from mrmae_ds.weights.origin import find_origin
 from mrmae_ds.weights.paths import find_weights
 from mrmae_ds.weights.resolve import Weights, model_metadata, resolve, unusable_tensors
@@ -228,34 +228,19 @@ def holds_detector(source: Path) -> bool:
         return False
 
 
-def load_detector(detector: nn.Module, path: Path, key: str = "") -> LoadReport:
-    """Load a file of a whole detector.
+def load_detector_file(detector: nn.Module, file: DetectorFile) -> LoadReport:
+    """Load a whole detector.
 
     Args:
         detector: the model, built with the file's sizes.
-        path: file of this project, or of the authors' ViTDet-style code.
-        key: recipe key that named the file, for errors.
+        file: the file.
 
     Returns:
         Report by the model's names; every tensor was loaded.
 
     Raises:
-        UserError: if the file cannot be read, is of another code base, or differs from the model; it names the
-            differences.
+        UserError: if the file is not usable or differs from the model; it names the differences.
     """
-    weights = resolve(path, key)
-    if file := detector_of(weights):
-        return load_detector_file(detector, file)
-    if detector_title(weights.raw.tensors) == FPN:
-        raise UserError(
-            f"{weights.where}: {FPN}, which is not built here; load its encoder (stages.detect.init), or a file of the "
-            "authors' ViTDet-style code"
-        )
-    raise UserError(f"{weights.where}: holds no whole detector ({weights.identity.title})")
-
-
-def load_detector_file(detector: nn.Module, file: DetectorFile) -> LoadReport:
-    """Load a whole detector, as :func:`load_detector` does."""
     file.check_usable()
     state = detector.state_dict()
     if difference := detector_difference(file, state):

@@ -1,8 +1,8 @@
 """Read weights files of any origin without executing code in them.
 
-Supported are safetensors (also in shards with an index), torch pickles (with ``weights_only``), and TorchScript
-archives (OpenAI's CLIP). The only classes that a pickle may name besides torch's own are those of a stored command
-line: ``argparse.Namespace``, and the paths and numpy scalars in it.
+Supported are safetensors (also in shards with an index), torch pickles (with ``weights_only``), pickles of numpy arrays
+(Detectron2's), and TorchScript archives (OpenAI's CLIP). The only classes that a torch pickle may name besides torch's
+own are those of a stored command line: ``argparse.Namespace``, and the paths and numpy scalars in it.
 
 A file may hold several sets of weights (``model`` and ``model_ema``, ``student`` and ``teacher``); ``FILE#KEY`` names
 one.
@@ -13,11 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 import pickle
-import pickletools
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
@@ -31,6 +30,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.paths import INDEX_SUFFIX, read_index
+from mrmae_ds.weights.pickles import holds_arrays, pickle_contents, read_arrays
 
 # Keys of the weights in a training script's checkpoint.
 STATE_KEYS = (
@@ -106,7 +106,7 @@ def read_tensor_file(source: Path, key: str = "") -> TensorFile:
     """Read all tensors of a file; the format is detected from its bytes, not its name.
 
     Args:
-        source: .safetensors, .pt, .pth, .bin, a TorchScript archive, or the index of safetensors in shards;
+        source: .safetensors, .pt, .pth, .bin, .pkl, a TorchScript archive, or the index of safetensors in shards;
             ``FILE#KEY`` if it holds several sets of weights.
         key: recipe key that named the file, for errors.
 
@@ -133,7 +133,7 @@ def read_tensor_file(source: Path, key: str = "") -> TensorFile:
 
 
 def _read(path: Path) -> Any:
-    """Return the content of safetensors or a TorchScript archive; of other files, the result of ``torch.load``."""
+    """Return the content of safetensors or a TorchScript archive; of other files, what is pickled."""
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
     if _is_safetensors(path):
@@ -147,6 +147,8 @@ def _read(path: Path) -> Any:
         if "__setstate__" in code:
             raise ValueError("a TorchScript archive whose __setstate__ would run when it is loaded")
         return TensorFile(path, "torchscript", dict(torch.jit.load(path, map_location="cpu").state_dict()), code=code)
+    if holds_arrays(pickle_contents(path)[1]):
+        return read_arrays(path)
     with torch.serialization.safe_globals(_ARGUMENT_CLASSES):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -233,10 +235,10 @@ def _reason(path: Path, error: Exception) -> str:
     """Explain why a file could not be read."""
     if in_place := next((what for start, what in _IN_PLACE.items() if _start(path).startswith(start)), ""):
         return in_place
-    if zipfile.is_zipfile(path) and not isinstance(error, pickle.UnpicklingError):
+    protocol, called = pickle_contents(path)
+    if holds_arrays(called) or (zipfile.is_zipfile(path) and not isinstance(error, pickle.UnpicklingError)):
         return f"not a readable weights file, or truncated ({_first_line(error)})"
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
-    protocol, called = _pickle_contents(path)
     # torch's own functions, of which every torch pickle consists, and the classes of a command line are no code.
     foreign = [name for name in called if not name.startswith(("torch.", "collections.", "argparse.", "numpy."))]
     if code := refused[1] if refused else next(iter(foreign), ""):
@@ -255,48 +257,6 @@ def _reason(path: Path, error: Exception) -> str:
 def _start(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(100).lstrip().lower()
-
-
-def _pickle_contents(path: Path) -> tuple[int, list[str]]:
-    """Return a pickle's highest protocol and the names of the classes and functions in it; (0, []) for other files."""
-    protocol, called = 0, []
-    strings: list[str] = [""]
-    memo: list[str] = []
-    last = ""  # the object that MEMOIZE stores, if it is a string
-    try:
-        for opcode, argument in _opcodes(path):
-            if opcode == "PROTO":
-                protocol, memo = max(protocol, int(argument)), []
-            elif opcode in ("GLOBAL", "INST"):
-                called.append(str(argument).replace(" ", "."))
-            elif opcode == "STACK_GLOBAL":
-                called.append(".".join(strings[-2:]))
-            elif opcode == "MEMOIZE":
-                memo.append(last)
-            elif opcode in ("BINGET", "LONG_BINGET") and int(argument) < len(memo):
-                strings.append(memo[int(argument)])
-            elif isinstance(argument, str):
-                strings.append(argument)
-            last = argument if isinstance(argument, str) else ""
-    except Exception:  # not a pickle, or truncated
-        return 0, []
-    return protocol, called
-
-
-def _opcodes(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield names and arguments of the opcodes of a pickle, of torch's archives or of its older files of several."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            content = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-            yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(archive.read(content)))
-        return
-    with path.open("rb") as file:
-        start, more = 0, True
-        while more:
-            file.seek(start)
-            yield from ((opcode.name, argument) for opcode, argument, _ in pickletools.genops(file))
-            start = file.tell()
-            more = file.read(1) == b"\x80"  # PROTO: another pickle
 
 
 def _state_of(content: Any, path: Path, choice: str, where: str) -> TensorFile:

@@ -16,11 +16,11 @@ from mrmae_ds.detection.saved import open_detector
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_MEAN
 from mrmae_ds.teachers.sources.checkpoint import encoder_attention
-from mrmae_ds.weights.detectors import SCORES, load_detector
+from mrmae_ds.weights.detectors import SCORES
 from mrmae_ds.weights.finished_run import open_saved
 from mrmae_ds.weights.model_file import read_metadata
 from tests.fixtures import load_reference, part
-from tests.support.detectors import NUM_CLASSES, SIDE, reference_batch, small_detector
+from tests.support.detectors import NUM_CLASSES, SIDE, load_whole, reference_batch, small_detector
 from tests.support.sample_data import photograph
 
 NAMES = ["ant", "bee", "cat", "dog", "emu"]
@@ -98,7 +98,7 @@ def test_what_no_tensor_shows_is_refused_with_the_fix(released: Path) -> None:
     with pytest.raises(UserError, match=message):
         open_detector(released)
     assert message in rows_of(released)["refused yet"]
-    load_detector(small_detector(), released)  # a recipe has them
+    load_whole(small_detector(), released)  # a recipe has them
 
 
 def test_80_classes_are_cocos(released: Path, reference: dict[str, Tensor]) -> None:
@@ -125,7 +125,7 @@ def test_check_and_loading_refuse_the_same(released: Path, value: float, capsys:
     rows = rows_of(released)
     assert rows["NOT USABLE"] == problem and "use it" not in rows and "its encoder" in rows
     with pytest.raises(UserError, match=problem):
-        load_detector(small_detector(), released)
+        load_whole(small_detector(), released)
     image = released.with_name("image.jpg")
     photograph().crop((0, 0, 96, 64)).save(image)
     out = released.with_name("out.safetensors")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.pyramid import SimplePyramid
 from mrmae_ds.models.sizes import CViTSpec
 from mrmae_ds.models.windowed import build_windowed
+from mrmae_ds.weights.detectors import detector_of, load_detector_file
+from mrmae_ds.weights.load import LoadReport
+from mrmae_ds.weights.resolve import resolve
 
 SPEC = CViTSpec((8, 16, 24), (1, 1, 3), 2)
 SIDE, NUM_CLASSES = 128, 5
@@ -25,6 +29,13 @@ def small_detector(seed: int | None = 0, num_classes: int = NUM_CLASSES) -> Dete
     if seed is not None:
         torch.manual_seed(seed)
     return Detector(SimplePyramid(build_windowed(SPEC, SIDE, 5, (1,), 64), 16), CONFIG, num_classes)
+
+
+def load_whole(detector: Detector, path: Path) -> LoadReport:
+    """Load a file of a whole detector."""
+    file = detector_of(resolve(path))
+    assert file is not None
+    return load_detector_file(detector, file)
 
 
 def reference_batch(reference: dict[str, Tensor]) -> tuple[Tensor, list[tuple[int, int]], Targets]:

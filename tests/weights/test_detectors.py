@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,15 +11,16 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mrmae_ds.detection.saved import open_detector
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.models.windowed import build_windowed
-from mrmae_ds.weights.detectors import detector_of, from_detectron2, load_detector
+from mrmae_ds.weights.detectors import detector_of, from_detectron2
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.resolve import model_metadata, resolve
 from tests.fixtures import load_reference, part
-from tests.support.detectors import CONFIG, NUM_CLASSES, SIDE, SPEC, reference_batch, small_detector
+from tests.support.detectors import CONFIG, NUM_CLASSES, SIDE, SPEC, load_whole, reference_batch, small_detector
 from tests.support.reference import perturb
 
 CVIT = CViTSpec((16, 24, 32), (1, 1, 4), 4)
@@ -56,7 +58,7 @@ def test_released_detector_is_identified_and_loads_whole(reference: State, relea
     assert weights.identity.title == "CViT encoder of a ViTDet-style detector in Detectron2's names"
     assert (weights.identity.kind, weights.problem) == ("encoder", "")
     detector = small_detector()
-    report = load_detector(detector, released)
+    report = load_whole(detector, released)
     assert len(report.loaded) == len(detector.state_dict()) and report.missing == []
     assert report.unexpected == ["pixel_mean"]
     assert report.notes == ["names and classes converted from a ViTDet-style detector in Detectron2's names"]
@@ -64,6 +66,17 @@ def test_released_detector_is_identified_and_loads_whole(reference: State, relea
     with torch.no_grad():
         found = detector.eval()(images, sizes)
     assert torch.equal(found[0]["labels"], reference["det0/classes"].long() + 1)
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_detector_of_detectron2s_model_zoo_loads_whole(released: Path, protocol: int, tmp_path: Path) -> None:
+    """A pickle of numpy arrays, which names its author."""
+    arrays = {name: tensor.numpy() for name, tensor in torch.load(released)["model"].items()}
+    path = tmp_path / "model_final_61ccd1.pkl"
+    path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}, protocol=protocol))
+    ours, theirs = small_detector(0), small_detector(1)
+    assert load_whole(ours, path).notes == load_whole(theirs, released).notes
+    assert all(torch.equal(tensor, theirs.state_dict()[name]) for name, tensor in ours.state_dict().items())
 
 
 def test_sizes_are_those_of_the_tensors(released: Path) -> None:
@@ -100,7 +113,7 @@ def test_own_detector_loads_bit_by_bit(tmp_path: Path) -> None:
     path, saved, loaded = tmp_path / "model.safetensors", small_detector(0), small_detector(1)
     save_file(saved.state_dict(), path)
     assert resolve(path).identity.title == "CViT encoder of a detector in torchvision's names"
-    report = load_detector(loaded, path)
+    report = load_whole(loaded, path)
     assert report.notes == [] and len(report.loaded) == len(saved.state_dict())
     assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in saved.state_dict().items())
 
@@ -122,8 +135,10 @@ def test_detector_of_the_other_code_base_is_refused_and_its_encoder_loads(releas
 
     path = changed(released, with_fpn)
     assert resolve(path).identity.title == "CViT encoder of an FPN detector in Detectron2's names"
-    with pytest.raises(UserError, match=r"changed.pth: an FPN detector in Detectron2's names, which is not built here"):
-        load_detector(small_detector(), path)
+    with pytest.raises(
+        UserError, match=r"changed.pth: holds no whole detector \(CViT encoder of an FPN detector in Det"
+    ):
+        open_detector(path)
     report = load_encoder(small_detector().backbone.net, path)
     assert report.missing == []
 
@@ -144,12 +159,12 @@ def test_detector_of_the_other_code_base_is_refused_and_its_encoder_loads(releas
 )
 def test_detectors_that_differ_are_refused(released: Path, change: Callable[[State], State], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        load_detector(small_detector(), changed(released, change))
+        load_whole(small_detector(), changed(released, change))
 
 
 def test_another_number_of_classes_is_named(released: Path) -> None:
     with pytest.raises(UserError, match="detects 5 classes, but the data set has 7"):
-        load_detector(small_detector(num_classes=7), released)
+        load_whole(small_detector(num_classes=7), released)
 
 
 @pytest.mark.parametrize("spec", [CVIT, VIT])
