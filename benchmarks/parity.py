@@ -56,7 +56,7 @@ def compare(cases: list[Case], folder: Path, limit_s: float) -> dict[str, Differ
 def cell(case: Case, found: dict[str, Difference]) -> str:
     """Format the difference of the loss."""
     value = found[case.name]
-    return f"{value.loss:.1e}{'' if value.within(TOLERANCE[case.precision]) else ' !'}"
+    return f"{value.loss:.1e}{'' if value.within(case.tolerance) else ' !'}"
 
 
 def matrix_table(found: dict[str, Difference]) -> str:
@@ -104,7 +104,7 @@ def main() -> None:
     if not special:
         print(matrix_table(found), end="\n\n")
     print(other_table(others, found))
-    wrong = [case.name for case in cases if not found[case.name].within(TOLERANCE[case.precision])]
+    wrong = [case.name for case in cases if not found[case.name].within(case.tolerance)]
     print(f"\n{len(cases)} engines, {len(wrong)} exceed their tolerance: {' '.join(wrong)}")
     if args.out:
         write_result(

@@ -41,15 +41,15 @@ FEW = [
     Case("finetune", 2, False, 2),
     Case("pretrain", 0, False, 2, 2),
     Case("pretrain", 1, True, 2, 2, placement="step"),
-    Case("pretrain", 2, True, 1, 2, clipping=CLIPPED),
+    Case("pretrain", 2, True, 1, 2, clipping=CLIPPED["pretrain"]),
     Case("pretrain", 3, True, 2, 2, placement="sharded"),
     Case("pretrain", 3, False, 1, 2),
     Case("pretrain", 3, False, 4, 2, "autocast"),  # two micro-batches between the first and the last
-    Case("finetune", 0, True, 1, 2, clipping=CLIPPED),
+    Case("finetune", 0, True, 1, 2, clipping=CLIPPED["finetune"]),
     Case("finetune", 1, False, 2, 2),
     Case("finetune", 2, True, 2, 2),
     Case("finetune", 3, True, 2, 2),
-    Case("finetune", 3, True, 1, 2, clipping=CLIPPED),
+    Case("finetune", 3, True, 1, 2, clipping=CLIPPED["finetune"]),
     Case("finetune", 3, True, 2, 2, "autocast"),
     Case("finetune", 3, True, 2, 2, engine={"zero_optimization": {"contiguous_gradients": True}}, label="contiguous"),
     Case("finetune", 1, True, 2, 2, "bf16"),
@@ -91,7 +91,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Compare:
 @pytest.mark.parametrize("case", FEW, ids=lambda case: case.name)
 def test_an_engine_trains_like_one_plain_process(case: Case, compared: Compare) -> None:
     found = compared(case)
-    assert found.within(TOLERANCE[case.precision]), found
+    assert found.within(case.tolerance), found
 
 
 def test_the_comparison_detects_errors() -> None:
@@ -135,7 +135,7 @@ def test_offloading_to_nvme_equals_plain_torch(world_size: int, tmp_path: Path) 
     compare = _comparison(cases, tmp_path, limit_s=1500)
     for case in cases:
         found = compare(case)
-        assert found.within(TOLERANCE["fp32"]), (case.name, found)
+        assert found.within(case.tolerance), (case.name, found)
 
 
 @pytest.mark.slow
@@ -147,7 +147,7 @@ def test_compiled_blocks_equal_plain_torch(world_size: int, tmp_path: Path) -> N
     compare = _comparison(cases, tmp_path, limit_s=1500)
     for case in cases:
         found = compare(case)
-        assert found.within(TOLERANCE["fp32"]), (case.name, found)
+        assert found.within(case.tolerance), (case.name, found)
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_compiled_blocks_equal_plain_torch(world_size: int, tmp_path: Path) -> N
 def test_every_engine_variant_equals_plain_torch(tmp_path: Path) -> None:
     cases = [*matrix(), *beside_the_matrix()]
     compare = _comparison(cases, tmp_path, limit_s=2500)
-    found = {case.name: (compare(case), TOLERANCE[case.precision]) for case in cases}
+    found = {case.name: (compare(case), case.tolerance) for case in cases}
     wrong = {name: value for name, (value, bound) in found.items() if not value.within(bound)}
     assert not wrong
 
@@ -165,5 +165,5 @@ def test_every_engine_variant_equals_plain_torch(tmp_path: Path) -> None:
 def test_other_methods_train_like_one_plain_process(tmp_path: Path) -> None:
     cases = method_cases()
     compare = _comparison(cases, tmp_path, limit_s=2500)
-    wrong = {case.name: found for case in cases if not (found := compare(case)).within(TOLERANCE["fp32"])}
+    wrong = {case.name: found for case in cases if not (found := compare(case)).within(case.tolerance)}
     assert not wrong

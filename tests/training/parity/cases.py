@@ -22,7 +22,8 @@ DETECT_WARMUP, MILESTONES = 3, (0.5, 0.8)
 LAYER_DECAY = 0.75
 BETAS = {"pretrain": (0.9, 0.95), "finetune": (0.9, 0.999), "detect": (0.9, 0.999)}
 WEIGHT_DECAY = 0.05
-CLIPPED = 0.1  # far below the gradient norms of every stage
+# Below the gradient norms. Scaled further down, some gradients of a detector's mask head are near Adam's epsilon.
+CLIPPED = {"pretrain": 0.1, "finetune": 0.1, "detect": 1.0}
 Stage = Literal["pretrain", "finetune", "detect"]
 Precision = Literal["fp32", "autocast", "bf16"]
 CHECKPOINTING = {"conv_stages": "all", "transformer": 2, "decoder": "all"}
@@ -120,6 +121,12 @@ class Case:
         whole = self.stage == "pretrain" and self.precision == "fp32"
         return (1, 1) if whole else (self.world_size, self.accumulation)
 
+    @property
+    def tolerance(self) -> Difference:
+        """Largest differences from the plain run."""
+        exact = self.stage != "detect" or self.precision == "fp32"
+        return TOLERANCE[self.precision if exact else "detect-bfloat16"]
+
     def engine_config(self) -> dict[str, Any]:
         """The engine config as in a file."""
         config = {
@@ -159,7 +166,7 @@ def beside_the_matrix() -> list[Case]:
     optimizer, both = {"offload_optimizer": cpu}, {"offload_optimizer": cpu, "offload_param": cpu}
     cases: list[Case] = []
     for stage in get_args(Stage):
-        cases += [Case(stage, zero, world_size=2, clipping=CLIPPED) for zero in ZERO]
+        cases += [Case(stage, zero, world_size=2, clipping=CLIPPED[stage]) for zero in ZERO]
         for precision, stages in {"autocast": (0, 1, 2, 3), "bf16": (1, 2, 3)}.items():
             cases += [Case(stage, zero, accumulation=2, world_size=2, precision=precision) for zero in stages]
         for size in (1, 2):
@@ -241,11 +248,13 @@ class Difference:
         return self.loss <= bound.loss and self.norm <= bound.norm and self.weights <= bound.weights
 
 
-# bfloat16 has 8 significant bits; the differences measured after twenty steps are a fifth of these bounds.
-TOLERANCE: dict[Precision, Difference] = {
+# bfloat16 has 8 significant bits; the differences measured after twenty steps are a fifth of these bounds. In detection
+# its rounding also decides which proposals are kept: losses jump, measured by a third of the bound.
+TOLERANCE: dict[str, Difference] = {
     "fp32": Difference(loss=1e-6, norm=1e-6, weights=1e-6),
     "autocast": Difference(loss=1e-3, norm=5e-3, weights=5e-3),
     "bf16": Difference(loss=1e-3, norm=5e-3, weights=5e-3),
+    "detect-bfloat16": Difference(loss=0.1, norm=0.1, weights=2e-2),
 }
 
 
