@@ -239,16 +239,20 @@ def test_training_starts_where_a_detector_ended(runs: Path) -> None:
         assert record.results.value(name) == before.results.value(name)
 
 
+def assert_same_but_for_rounding(runs: Path, name: str) -> None:
+    """Compare losses and weights with those of one rank."""
+    ours, theirs = (runs / run / "detect" for run in (name, "one"))
+    for mine, other in zip(curve(ours), curve(theirs), strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+    weights = load_file(theirs / "model.safetensors")
+    for tensor_name, tensor in load_file(ours / "model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[tensor_name], rtol=0, atol=1e-6)
+
+
 @pytest.mark.multi_process
 def test_ranks_and_zero_stages_train_the_same(runs: Path) -> None:
-    """Losses and weights to rounding."""
-    one, *others = (runs / name / "detect" for name in ("one", "two", "sharded"))
-    weights = load_file(one / "model.safetensors")
-    for other in others:
-        for ours, theirs in zip(curve(one), curve(other), strict=True):
-            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-6)
-        for name, tensor in load_file(other / "model.safetensors").items():
-            torch.testing.assert_close(tensor, weights[name], rtol=0, atol=1e-6)
+    for name in ("two", "sharded"):
+        assert_same_but_for_rounding(runs, name)
 
 
 @pytest.mark.multi_process
@@ -261,6 +265,20 @@ def test_a_run_resumes_in_mid_epoch_bit_by_bit(runs: Path) -> None:
     assert resumed.wait(120) == [0, 0], resumed.text()
     assert "resuming after step 3" in resumed.text()
     assert_same(runs / "resumed" / "detect", runs / "two" / "detect")
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+@pytest.mark.parametrize("engine", ["two", "sharded"])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_resumes_on_another_number_of_ranks(before: int, after: int, engine: str, runs: Path) -> None:
+    name, config = f"{engine}-{before}-{after}", runs / f"{engine}.json"
+    stopped = launch(runs, name, before, config, fault="signal:step=2")
+    assert stopped.wait(120) == [75] * before, stopped.text()
+    resumed = launch(runs, name, after, config)
+    assert resumed.wait(120) == [0] * after, resumed.text()
+    assert "resuming after step 3" in resumed.text()
+    assert_same_but_for_rounding(runs, name)
 
 
 ENGINES: dict[str, tuple[int, dict[str, Any], float]] = {
