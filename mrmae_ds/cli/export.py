@@ -12,7 +12,7 @@ from mrmae_ds.errors import UserError
 if TYPE_CHECKING:
     from mrmae_ds.weights.export import Exported
 
-SUMMARY = "export a finished run's weights to a safetensors file, for timm or complete"
+SUMMARY = "export a finished run's weights to a file: for timm, complete, for ONNX or as a program of torch.export"
 
 
 def add_arguments(parser: CommandParser) -> None:
@@ -24,12 +24,14 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument(
         "--to",
-        metavar="{timm,safetensors,hub:ORG/NAME}",
+        metavar="{timm,safetensors,onnx,pt2,hub:ORG/NAME}",
         help="timm (default): a file that timm.create_model loads, for a pre-training the encoder alone; safetensors "
-        "(default of a detector): all weights; hub:ORG/NAME: upload as for timm, with a model card, to the Hugging "
-        "Face hub",
+        "(default of a detector): all weights; onnx and pt2: the same model as for timm, for ONNX Runtime and for "
+        "torch.export.load; hub:ORG/NAME: upload as for timm, with a model card, to the Hugging Face hub",
     )
-    parser.add_argument("--out", type=Path, help="file or folder; default: ./NAME-STAGE[-timm].safetensors")
+    parser.add_argument(
+        "--out", type=Path, help="file or folder; default: ./NAME-STAGE[-timm].safetensors, .onnx or .pt2"
+    )
     parser.add_argument("--force", action="store_true", help="replace a file that this project did not write")
     parser.add_argument("--private", action="store_true", help="make a new repository of the hub private")
 
@@ -42,8 +44,12 @@ def run(args: argparse.Namespace) -> None:
         from mrmae_ds.weights.hub import push_to_hub
 
         exported = push_to_hub(args.run, repository, args.private)
+    elif args.to in ("onnx", "pt2"):
+        from mrmae_ds.weights.portable import export_portable
+
+        exported = export_portable(args.run, args.to, args.out, args.force)
     elif args.to not in (None, "timm", "safetensors"):
-        raise UserError(f"--to {args.to}: expected timm, safetensors or hub:ORG/NAME")
+        raise UserError(f"--to {args.to}: expected timm, safetensors, onnx, pt2 or hub:ORG/NAME")
     else:
         exported = _write(args)
     print("\n".join([f"written: {exported.path}", *exported.notes, "load it with", f"    {exported.line}"]))

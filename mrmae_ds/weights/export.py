@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import crop_share
@@ -30,7 +30,8 @@ from mrmae_ds.weights.paths import MODEL_FILE, find_weights
 from mrmae_ds.weights.resolve import RELATIVE, model_metadata, resolve
 
 WeightLayout = Literal["timm", "safetensors"]
-SUFFIX = ".safetensors"
+PortableLayout = Literal["onnx", "pt2"]
+ENDINGS = {"timm": "-timm.safetensors", "safetensors": ".safetensors", "onnx": ".onnx", "pt2": ".pt2"}
 TIMM_VITS = {
     "vit_small": "vit_small_patch16_224",
     "vit_base": "vit_base_patch16_224",
@@ -76,9 +77,9 @@ def export_run(source: Path, layout: WeightLayout = "timm", out: Path | None = N
         UserError: if ``source`` is not a finished run, its heads or statistics are not known, or ``out`` must not be
             written.
     """
-    path = _finished(source)
+    path = finished_weights(source)
     metadata, tensors = _content(path, layout)
-    if "layout" in metadata:
+    if metadata.get("layout") in ("timm", layout):
         raise UserError(f"{path}: is itself an export; give the run's folder or its {MODEL_FILE}")
     metadata |= {"layout": layout, **provenance(path)}
     statistics = input_statistics(metadata)
@@ -123,6 +124,16 @@ def _content(path: Path, layout: WeightLayout) -> tuple[dict[str, Any], dict[str
     if metadata["family"] == "vit" and not norm:
         raise UserError(f"{path}: lacks the norm after its last block (norm.weight), without which timm cannot load it")
     return metadata | {"kind": "pretrain"}, tensors | norm
+
+
+def load_exported(path: Path) -> nn.Module:
+    """Load a file that was exported for timm by ``timm.create_model``, in eval mode on the CPU."""
+    import timm
+
+    metadata = read_metadata(path)
+    name, settings = timm_arguments(metadata)
+    overlay = timm_overlay(metadata, path)
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings).eval()
 
 
 def timm_line(metadata: Mapping[str, Any], path: Path) -> str:
@@ -200,7 +211,7 @@ def input_statistics(metadata: Mapping[str, Any]) -> str:
     return f"RGB in [0, 1], minus the mean {mean}, divided by {std}"
 
 
-def _finished(source: Path) -> Path:
+def finished_weights(source: Path) -> Path:
     """Return the model file of a stage; for an unfinished one, raise UserError with the remedy."""
     if source.is_dir() and not (source / MODEL_FILE).is_file():
         if (source / RECORD_FILE).is_file():
@@ -245,23 +256,36 @@ def _bare_note(metadata: Mapping[str, Any]) -> str:
 
 
 def export_target(
-    source: Path, metadata: Mapping[str, Any], layout: WeightLayout, out: Path | None, force: bool
+    source: Path,
+    metadata: Mapping[str, Any],
+    layout: WeightLayout | PortableLayout,
+    out: Path | None,
+    force: bool,
+    is_export: Callable[[Path], bool] = is_ours,
 ) -> Path:
     """Return the file that an export is written to.
+
+    Args:
+        source: the weights file.
+        metadata: its metadata, for the default name.
+        layout: layout of the export, which determines its ending.
+        out: output file or folder; None is the working directory.
+        force: replace an existing file that this project did not write.
+        is_export: recognizes files that this project wrote, by their path.
 
     Raises:
         UserError: if it must not be written.
     """
     stage = metadata.get("stage", metadata["kind"])
     run = run_folder_name(source, stage) or metadata.get("recipe", {}).get("name", source.stem)
-    name = f"{run}-{stage}{'-timm' if layout == 'timm' else ''}{SUFFIX}"
+    name = f"{run}-{stage}{ENDINGS[layout]}"
     target = Path(name) if out is None else out / name if out.is_dir() else out
-    if target.suffix != SUFFIX:
-        raise UserError(f"--out: {target} must end in {SUFFIX}, from which timm infers the format")
+    if target.suffix != Path(name).suffix:
+        raise UserError(f"--out: {target} must end in {Path(name).suffix}, from which programs infer the format")
     if target.exists():
         if target.samefile(source):
             raise UserError(f"--out: {target} is the run's own file; choose another")
-        if not force and not is_ours(target):
+        if not force and not is_export(target):
             raise UserError(
                 f"--out: {target} exists and was not written by this project; choose another file, or replace it "
                 "with --force"

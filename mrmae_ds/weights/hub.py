@@ -15,7 +15,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RECIPE_FILE, RECORD_FILE, RunRecord, stage_cost
 from mrmae_ds.records.sections import PretrainSummary, StageCost
 from mrmae_ds.units import PETA, significant
-from mrmae_ds.weights.export import Exported, export_run, timm_arguments, timm_overlay
+from mrmae_ds.weights.export import Exported, export_run, load_exported
 from mrmae_ds.weights.model_file import is_ours, read_metadata, read_tensors, save_weights
 from mrmae_ds.weights.paths import MODEL_FILE, find_weights
 
@@ -75,9 +75,7 @@ def write_repository(source: Path, folder: Path, repository: str) -> Exported:
     folder.mkdir(parents=True)
     exported = export_run(path, "timm", folder / "exported.safetensors")
     metadata = read_metadata(folder / "exported.safetensors")
-    name, settings = timm_arguments(metadata)
-    overlay = timm_overlay(metadata, folder / "exported.safetensors")
-    model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **settings)
+    model = load_exported(folder / "exported.safetensors")
     timm.models.save_for_hf(model, str(folder), safe_serialization=True)
     metadata = _without_folders(metadata)
     save_weights(folder / MODEL_FILE, read_tensors(folder / "exported.safetensors"), metadata)

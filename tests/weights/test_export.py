@@ -172,48 +172,6 @@ def test_the_hubs_configuration_reproduces_the_model(spec: EncoderSpec, tmp_path
         assert torch.equal(from_hub(images), model(images))
 
 
-PORTABLE = pytest.mark.parametrize("kind", ["avg", "token", "encoder"])  # classifiers by their pooling
-EXAMPLE = (random_images(2, 24, seed=3),)
-
-
-def portable_model(folder: Path, spec: EncoderSpec, kind: str) -> nn.Module:
-    """The model that timm loads from an export."""
-    if kind == "encoder":
-        pretraining_run(folder, spec)
-    else:
-        classifier_run(folder, spec, 24, kind)
-    return load_by(export_run(folder, "timm", folder / "out.safetensors"))
-
-
-@PORTABLE
-@BOTH
-def test_an_onnx_file_gives_the_outputs(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
-    """For any number of images; the pixels are those of timm's transform, as in the tests above."""
-    pytest.importorskip("onnxscript")
-    runtime = pytest.importorskip("onnxruntime")
-    model, path = portable_model(tmp_path, spec, kind), tmp_path / "x.onnx"
-    torch.onnx.export(model, EXAMPLE, path, dynamo=True, dynamic_shapes=({0: "batch"},), verbose=False)
-    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    for count in (1, 5):
-        images = random_images(count, 24, seed=4)
-        (found,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), model(images), atol=1e-5, rtol=1e-4)
-
-
-@PORTABLE
-@BOTH
-def test_an_exported_program_gives_the_outputs(spec: EncoderSpec, kind: str, tmp_path: Path) -> None:
-    """For any number of images, after a round trip through a file."""
-    model, path = portable_model(tmp_path, spec, kind), tmp_path / "x.pt2"
-    torch.export.save(torch.export.export(model, EXAMPLE, dynamic_shapes=({0: torch.export.Dim("batch")},)), path)
-    program = torch.export.load(path).module()
-    for count in (1, 5):
-        images = random_images(count, 24, seed=4)
-        with torch.no_grad():
-            torch.testing.assert_close(program(images), model(images), atol=1e-5, rtol=1e-4)
-
-
 @pytest.mark.parametrize("family", ["mcmae", "mae"])
 def test_exports_released_files(family: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
     reference = request.getfixturevalue(family)

@@ -112,10 +112,10 @@ def test_a_card_states_training_numbers_cost_and_limits() -> None:
         assert f"\n{line}\n" in card
 
 
-@pytest.mark.parametrize("to", ["hub:", "hub:name", "huub:a/b", "a/b", "onnx"])
+@pytest.mark.parametrize("to", ["hub:", "hub:name", "huub:a/b", "a/b", "onxx"])
 def test_a_wrong_target_is_refused(to: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(runs / "vit" / "finetune"), "--to", to]) == 2
-    assert capsys.readouterr().err == f"error: --to {to}: expected timm, safetensors or hub:ORG/NAME\n"
+    assert capsys.readouterr().err == f"error: --to {to}: expected timm, safetensors, onnx, pt2 or hub:ORG/NAME\n"
 
 
 def test_a_file_without_a_record_has_no_card(runs: Path) -> None:
