@@ -6,14 +6,19 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
+import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
 
 from mrmae_ds.api import ImageEncoder
 from mrmae_ds.data.beton.sidecar import check_beton
 from tests.support.processes import REPOSITORY
-from tests.support.record_runs import VIT, make_recipe, save_pretraining
+from tests.support.record_runs import CVIT, VIT, make_recipe, save_pretraining
+from tests.support.sample_data import SIDE, write_sample_beton
 
 
 def test_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,3 +56,42 @@ def test_torch_hub(tmp_path: Path) -> None:
     assert pretraining.reconstruct(images).prediction.shape == (2, 3, 32, 32)
     model = torch.hub.load(str(REPOSITORY), "model", "cvit_tiny", source="local", num_classes=5)
     assert model.eval()(torch.rand(1, 3, 32, 32)).shape == (1, 5)
+
+
+NOTEBOOK, RUN = REPOSITORY / "examples" / "pretraining.ipynb", 'RUN = Path("runs/tiny/pretrain")'
+SHAPES = "list(map(list, (pixels.shape, rebuilt.masked.shape, attention.teachers['guide'].shape, colors.shape)))"
+
+
+def execute(run: Path) -> Any:
+    """The notebook after a kernel of its own has run it, with another run than the demo's and a cell more."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    (start,) = (cell for cell in notebook.cells if RUN in cell.source)
+    start.source = start.source.replace(RUN, f"RUN = Path({str(run)!r})")
+    notebook.cells.append(nbformat.v4.new_code_cell(SHAPES))
+    return NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+
+
+@pytest.mark.slow
+@pytest.mark.multi_process
+def test_the_notebook(tmp_path: Path) -> None:
+    write_sample_beton(tmp_path, train=8, val=16)
+    save_pretraining(tmp_path / "mae", make_recipe(tmp_path / "val.beton", "MAE", VIT, SIDE, None), seed=1)
+    recipe = make_recipe(tmp_path / "val.beton", "MR-MAE", CVIT, SIDE, tmp_path / "mae" / "pretrain")
+    save_pretraining(tmp_path / "mrmae", recipe, seed=2)
+    executed = execute(tmp_path / "mrmae" / "pretrain")
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
+    images = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert len(set(images)) == 3 and not [output for output in outputs if output.output_type == "error"]
+    side, grid = [8, 3, SIDE, SIDE], SIDE // 4
+    assert outputs[-1].data["text/plain"] == str([side, side, [8, grid, grid], [8, 3, grid, grid]])
+
+
+@pytest.mark.multi_process
+def test_the_notebook_without_its_run_names_the_demo(tmp_path: Path) -> None:
+    with pytest.raises(CellExecutionError, match=r"absent is missing: run `make demo` in the repository, or set RUN"):
+        execute(tmp_path / "absent")
+
+
+def test_the_notebook_is_stored_without_outputs() -> None:
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
