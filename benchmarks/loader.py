@@ -61,7 +61,7 @@ def ours(settings: Settings, backend: str, policy: str | None = None) -> Batches
     from mrmae_ds.data.loaders.build import build_loader
     from mrmae_ds.data.loaders.crop import CropSettings
 
-    augment = AugmentSettings(policy, (0.5, 0.5, 0.5)) if policy else None
+    augment = AugmentSettings((0.5, 0.5, 0.5), policy) if policy else None
     request = LoaderRequest(
         "train", settings.size, settings.batch, transform=TrainTransform(CropSettings(scale=SCALE), augment)
     )
@@ -106,7 +106,7 @@ def torchvision_folder(settings: Settings, policy: str | None = None, folder: Pa
     from mrmae_ds.data.loaders.crop import CropSettings, random_boxes
 
     bicubic = transform.InterpolationMode.BICUBIC
-    augment = Augment(AugmentSettings(policy, (0.5, 0.5, 0.5)), settings.size) if policy else None
+    augment = Augment(AugmentSettings((0.5, 0.5, 0.5), policy), settings.size) if policy else None
 
     class Images(ImageFolder):
         def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:

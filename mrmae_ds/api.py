@@ -18,7 +18,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.factory import build_pretraining
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.encoders import Encoder, mean_features
-from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.masking import TokenMask, VisibleSet
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import reconstruct
 from mrmae_ds.teachers import Teacher, build_teacher
@@ -142,7 +142,7 @@ class ImageEncoder(nn.Module):
             images: [B, 3, S, S], uint8 or float in 0 to 1.
         """
         inputs = (check_pixels(images, self.image_size) - self.mean) / self.std
-        tokens = self.encoder.forward_features(inputs.to(self.encoder.pos_embed.dtype))
+        tokens = self.encoder.forward_features(inputs.to(self.encoder.token_projection.weight.dtype))
         tokens = tokens[:, self.encoder.num_prefix_tokens :]
         return Features(tokens, mean_features(tokens))
 
@@ -260,7 +260,8 @@ class MRMAE(nn.Module):
         of_visible = [name for name, teacher in self.teachers.items() if teacher.sees_visible]
         outputs = {name: teacher(pixels) for name, teacher in self.teachers.items() if name not in of_visible}
         visible = self._draw_mask(pixels, outputs, noise, generator)
-        outputs |= {name: self.teachers[name](pixels, visible) for name in of_visible}
+        if isinstance(visible, VisibleSet):
+            outputs |= {name: self.teachers[name](pixels, visible) for name in of_visible}
         targets = targets_of(self.config.objectives, self.teachers, outputs)
         return self.student(self._normalize(pixels), visible, targets)
 
@@ -293,7 +294,8 @@ class MRMAE(nn.Module):
         """
         pixels = check_pixels(images, self.image_size)
         masking = self.config.masking
-        outputs = {} if masking.mode == "random" else self._teach(pixels, masking.teacher)
+        teacher = None if masking is None else masking.teacher
+        outputs = {} if teacher is None else self._teach(pixels, teacher)
         visible = self._draw_mask(pixels, outputs, noise, generator)
         result = reconstruct(self.student, self._normalize(pixels), visible)
         if result is None:
@@ -360,10 +362,11 @@ class MRMAE(nn.Module):
         outputs: Mapping[str, TeacherOutput],
         noise: Tensor | None,
         generator: torch.Generator | None,
-    ) -> VisibleSet:
+    ) -> VisibleSet | TokenMask:
         if not len(pixels):
             raise UserError("no images: a batch to mask needs at least one")
-        grid = self.student.encoder.grid
+        encoder, masking = self.student.encoder, self.config.masking
         if noise is None:
-            noise = torch.rand(len(pixels), grid[0] * grid[1], generator=generator)
-        return draw_visible(self.config.masking, outputs, noise.to(pixels.device), grid)
+            rows, columns = encoder.grid if masking is None else masking.grid(encoder.grid, encoder.stride)
+            noise = torch.rand(len(pixels), rows * columns, generator=generator)
+        return draw_visible(self.config, outputs, noise.to(pixels.device), encoder.grid, encoder.stride)

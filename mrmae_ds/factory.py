@@ -8,7 +8,6 @@ from mrmae_ds.config.recipe import DataConfig, Recipe, TeacherConfig
 from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.encoders import build_encoder
-from mrmae_ds.models.masking import num_visible
 from mrmae_ds.models.pretrain import PretrainModel
 from mrmae_ds.teachers import Teacher, build_teacher
 
@@ -27,17 +26,17 @@ def build_pretraining(
             weights.
 
     Raises:
-        UserError: if the patches do not tile the image, no token would be visible, a fused layer does not exist, or
-            a teacher cannot be loaded or does not fit.
+        UserError: if the patches do not tile the image, a fused layer does not exist, or a teacher cannot be loaded or
+            does not fit.
     """
     size = recipe.model.image_size
-    encoder = build_encoder(recipe.model.spec(), size, drop_path_rate=stage.drop_path)
-    rows, columns = encoder.grid
-    if num_visible(rows * columns, stage.masking.keep_ratio) < 1:
-        raise UserError(
-            f"stages.pretrain.masking.keep_ratio: {stage.masking.keep_ratio} of {rows}x{columns} "
-            "tokens leaves none visible; raise it or model.image_size"
-        )
+    encoder = build_encoder(
+        recipe.model.spec(),
+        size,
+        drop_path_rate=stage.drop_path,
+        attn_drop_rate=stage.attention_dropout,
+        mask_token=stage.encoder_input == "mask_tokens",
+    )
     teachers = {
         name: teacher_builder(name, recipe.teachers[name], recipe.data, size, encoder.grid) for name in stage.teachers
     }

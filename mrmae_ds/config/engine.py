@@ -146,6 +146,22 @@ class EngineConfig:
         config.setdefault("steps_per_print", 2**31 - 1)
         return config
 
+    def with_clipping(self, clip_grad: float | None) -> EngineConfig:
+        """Return the engine config with the recipe's clipping of gradients; None leaves it as it is.
+
+        Raises:
+            UserError: if the file states another norm.
+        """
+        stated = self._raw["gradient_clipping"]
+        if clip_grad is None or stated == clip_grad:
+            return self
+        if stated:
+            raise UserError(
+                f"{self.path}: gradient_clipping {stated:g} contradicts the recipe's optimizer.clip_grad "
+                f"{clip_grad:g}; write 0.0, which takes the recipe's"
+            )
+        return replace(self, _raw=self._raw | {"gradient_clipping": clip_grad})
+
     def for_probe(self) -> EngineConfig:
         """Return the engine config of a linear classifier: the same micro-batch, ZeRO stage 0, float32."""
         raw = {key: self._raw[key] for key in _PROBE_KEYS if key in self._raw} | {"zero_optimization": {"stage": 0}}

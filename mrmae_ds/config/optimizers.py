@@ -8,31 +8,58 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from mrmae_ds.config.sections import Ascending, Fraction, Positive
+from mrmae_ds.errors import ConfigError
 from mrmae_ds.schema import Section
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class RateConfig(Section):
-    """Learning-rate schedule: linear warm-up, then cosine to ``min_lr``.
+    """Learning-rate schedule: linear warm-up, then cosine to ``min_lr``, or constant with steps down.
 
     Attributes:
         base_lr: peak learning rate for a batch of 256 images, scaled linearly with the batch size.
         lr: absolute peak learning rate, instead of ``base_lr``.
         min_lr: learning rate at the end.
         warmup_epochs: length of the warm-up.
+        schedule: ``cosine``, or ``step``: the rate is divided by 10 at each of ``milestones`` (SimMIM).
+        milestones: epochs.
     """
 
     base_lr: Positive | None = None
     lr: Positive | None = None
     min_lr: float = Field(0.0, ge=0, allow_inf_nan=False)
     warmup_epochs: float = Field(ge=0)
+    # Left out of records and hashes at their defaults, so that runs from before they existed keep their hash.
+    schedule: Literal["cosine", "step"] = Field("cosine", exclude_if=lambda value: value == "cosine")
+    milestones: Annotated[tuple[Positive, ...], Ascending] = Field((), exclude_if=lambda value: not value)
 
     @model_validator(mode="after")
     def _one_rate(self) -> RateConfig:
         if (self.base_lr is None) == (self.lr is None):
             raise ValueError("give exactly one of base_lr (times batch_size/256) and lr (absolute)")
         return self
+
+    @model_validator(mode="after")
+    def _milestones_are_of_steps(self) -> RateConfig:
+        if (self.schedule == "step") != bool(self.milestones):
+            raise ConfigError("milestones", "schedule: step needs some, and cosine has none")
+        if self.schedule == "step" and self.min_lr:
+            raise ConfigError("min_lr", "has no effect on schedule: step (only on cosine); remove it")
+        return self
+
+    def lr_at_epoch(self, epoch: float, batch_size: int, epochs: float) -> float:
+        """Return the learning rate at a fractional epoch.
+
+        Args:
+            epoch: step / steps_per_epoch before the optimizer step.
+            batch_size: images per optimizer step.
+            epochs: length of the training.
+        """
+        peak = self.peak_lr(batch_size)
+        if self.schedule == "step" and epoch >= self.warmup_epochs:
+            return peak * 0.1 ** sum(epoch >= milestone for milestone in self.milestones)
+        return lr_at_epoch(epoch, peak=peak, floor=self.min_lr, warmup_epochs=self.warmup_epochs, epochs=epochs)
 
     def peak_lr(self, batch_size: int) -> float:
         """Return the learning rate at the end of warm-up."""
@@ -45,10 +72,13 @@ class OptimizerConfig(RateConfig):
     Attributes:
         betas: AdamW's.
         weight_decay: of weights; biases and norms have none.
+        clip_grad: largest norm of the gradient; it becomes the engine config's ``gradient_clipping``. null leaves that
+            to the engine config.
     """
 
     betas: tuple[Beta, Beta]
     weight_decay: float = Field(0.05, ge=0)
+    clip_grad: Positive | None = Field(None, exclude_if=lambda value: value is None)
 
 
 class LarsConfig(RateConfig):

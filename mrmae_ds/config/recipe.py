@@ -53,7 +53,7 @@ from mrmae_ds.errors import ConfigError, UserError, errors_below
 from mrmae_ds.models.hog import cell_size
 from mrmae_ds.models.objectives import COMPUTED, HOG
 from mrmae_ds.models.pretrain import check_taps, taps_latent
-from mrmae_ds.models.sizes import CViTSpec, token_grid
+from mrmae_ds.models.sizes import BeitSpec, CViTSpec, token_grid
 from mrmae_ds.schema import Section
 
 # Sections that change no result.
@@ -119,14 +119,21 @@ class Recipe(Section):
                     f"stages.pretrain.teachers ({_listed(targets)})",
                 )
             teacher = self.teachers.get(objective.target.partition(".")[0])
+            if teacher and teacher.sees == "visible" and stage.encoder_input != "visible":
+                raise ConfigError(
+                    f"teachers.{objective.target}.sees",
+                    f"visible needs stages.pretrain.encoder_input: visible, not {stage.encoder_input}",
+                )
             if teacher and teacher.sees == "visible" and objective.tokens != "visible":
                 raise ConfigError(
                     f"stages.pretrain.objectives.{key}.tokens",
                     f"its teacher sees visible tokens only, so tokens: {objective.tokens} have no target; use visible",
                 )
-        masking = stage.masking
-        if masking.teacher not in stage.teachers and (masking.teacher is not None or masking.mode != "random"):
-            wanted = "needs" if masking.mode != "random" else "uses no teacher; remove it or name"
+        if (masking := stage.masking) is None:
+            return self
+        by_importance = masking.mode in ("sample", "topk")
+        if masking.teacher not in stage.teachers and (masking.teacher is not None or by_importance):
+            wanted = "needs" if by_importance else "uses no teacher; remove it or name"
             raise ConfigError(
                 "stages.pretrain.masking.teacher",
                 f"mode {masking.mode} {wanted} one of stages.pretrain.teachers ({_listed(stage.teachers)}), got "
@@ -144,6 +151,21 @@ class Recipe(Section):
         stage, spec = self.stages.pretrain, self.model.spec()
         if stage is None:
             return self
+        if stage.encoder_input != "visible" and isinstance(spec, CViTSpec):
+            raise ConfigError(
+                "stages.pretrain.encoder_input",
+                f"{stage.encoder_input}: a CViT computes visible tokens only; use visible, or a plain ViT or BEiT",
+            )
+        if stage.encoder_input == "visible" and isinstance(spec, BeitSpec):
+            raise ConfigError(
+                "stages.pretrain.encoder_input",
+                "visible: a BEiT has relative positions of all tokens; use mask_tokens or full, or a plain ViT",
+            )
+        if stage.attention_dropout and isinstance(spec, CViTSpec):
+            raise ConfigError("stages.pretrain.attention_dropout", "has no effect on a CViT; remove it")
+        if stage.masking is not None:
+            with errors_below("stages.pretrain.masking"):
+                stage.masking.grid(token_grid(spec, self.model.image_size), spec.stride)
         with errors_below("stages.pretrain.objectives"):
             check_taps(stage.objectives, spec.num_blocks, 0 if isinstance(spec, CViTSpec) else 1)
         for name, objective in stage.objectives.items():
@@ -173,6 +195,8 @@ class Recipe(Section):
             raise ConfigError(
                 "data.detection", "stages.detect needs COCO's train and val, each with images and annotations"
             )
+        if isinstance(self.model.spec(), BeitSpec):
+            raise ConfigError("stages.detect", "a BEiT has no windows; detectors need a CViT or a plain ViT")
         with errors_below("stages.detect.detector"):
             stage.detector.check_depth(self.model.spec().num_blocks)
         return self

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
+from torch import Tensor
 
 from mrmae_ds.config.files import nearest_key
-from mrmae_ds.config.optimizers import LarsConfig, OptimizerConfig, RateConfig, lr_at_epoch
+from mrmae_ds.config.optimizers import LarsConfig, OptimizerConfig, RateConfig
 from mrmae_ds.config.sections import Fraction, Positive
 from mrmae_ds.errors import ConfigError
-from mrmae_ds.models.masking import MaskingMode
+from mrmae_ds.models.block_masking import block_masks
+from mrmae_ds.models.masking import MaskingMode, num_visible
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.schema import Section
 
@@ -27,14 +30,84 @@ class MaskingConfig(Section):
     """Masking of the student's input.
 
     Attributes:
-        keep_ratio: share of visible tokens.
-        mode: selection of the visible tokens; all modes but ``random`` use the importance that ``teacher`` computes.
+        keep_ratio: share of visible tokens, 0.25 by default; not of mode ``block``.
+        mode: selection of the visible tokens; ``sample`` and ``topk`` use the importance that ``teacher`` computes.
+            ``block`` removes blocks of random area and aspect (BEiT).
         teacher: name of one of the stage's teachers.
+        unit: side in pixels of the squares of tokens that mode ``random`` keeps or removes whole (SimMIM: 32); null is
+            one token.
+        masked: of mode ``block``: largest number of removed tokens; most images have it.
+        min_block: of mode ``block``: smallest area of a block, in tokens.
+        max_block: of mode ``block``: largest number of tokens that a block removes; null is no bound.
+        exact: of mode ``block``: draw until ``masked`` tokens are removed, instead of stopping after ten vain draws.
     """
 
-    keep_ratio: float = Field(0.25, gt=0, lt=1)
-    mode: MaskingMode = "random"
+    keep_ratio: float | None = Field(None, gt=0, lt=1)
+    mode: Literal[MaskingMode, "block"] = "random"
     teacher: str | None = None
+    # Left out of records and hashes at their defaults, so that runs from before they existed keep their hash.
+    unit: int | None = Field(None, ge=1, exclude_if=lambda value: value is None)
+    masked: int | None = Field(None, ge=1, exclude_if=lambda value: value is None)
+    min_block: int = Field(16, ge=1, exclude_if=lambda value: value == 16)
+    max_block: int | None = Field(None, ge=1, exclude_if=lambda value: value is None)
+    exact: bool = Field(False, exclude_if=lambda value: not value)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_quarter_is_visible(cls, values: Any) -> Any:
+        blocks = isinstance(values, dict) and values.get("mode") == "block"
+        return values if blocks or not isinstance(values, dict) else {"keep_ratio": 0.25, **values}
+
+    @model_validator(mode="after")
+    def _keys_have_an_effect(self) -> MaskingConfig:
+        blocks = self.mode == "block"
+        for key in ("masked", "min_block", "max_block", "exact") if not blocks else ("keep_ratio",):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ConfigError(key, f"has no effect on mode: {self.mode}; set it to null")
+        required = "masked" if blocks else "keep_ratio"
+        if getattr(self, required) is None:
+            raise ConfigError(required, f"mode: {self.mode} needs it")
+        if self.masked is not None and self.masked < self.min_block:
+            raise ConfigError("min_block", f"{self.min_block} is above masked ({self.masked})")
+        if self.unit is not None and self.mode != "random":
+            raise ConfigError("unit", f"has no effect on mode: {self.mode} (only on random); remove it")
+        return self
+
+    def draw_blocks(self, seeds: Iterable[int | bytes], grid: tuple[int, int]) -> Tensor:
+        """Draw the removed tokens of images by mode ``block``, bool [B, L].
+
+        Args:
+            seeds: one an image.
+            grid: rows and columns of the token grid.
+        """
+        assert self.masked is not None
+        return block_masks(seeds, grid, self.masked, self.min_block, self.max_block, self.exact)
+
+    def grid(self, grid: tuple[int, int], stride: int) -> tuple[int, int]:
+        """Return rows and columns of what is kept or removed as one: the token grid, or the squares of ``unit``.
+
+        Args:
+            grid: rows and columns of the token grid.
+            stride: side of a token in pixels.
+
+        Raises:
+            ConfigError: if the squares do not tile the image, the tokens do not tile them, or too few tokens are left.
+        """
+        rows, columns = grid
+        if self.unit is not None:
+            side, rest = divmod(self.unit, stride)
+            if rest or not side or rows % side or columns % side:
+                size = f"{rows * stride}x{columns * stride}"
+                raise ConfigError("unit", f"{self.unit} must be a multiple of the token's {stride} that tiles {size}")
+            rows, columns = rows // side, columns // side
+        if self.keep_ratio is not None and num_visible(rows * columns, self.keep_ratio) < 1:
+            raise ConfigError(
+                "keep_ratio",
+                f"{self.keep_ratio} of {rows}x{columns} tokens leaves none visible; raise it or model.image_size",
+            )
+        if self.masked is not None and self.masked >= rows * columns:
+            raise ConfigError("masked", f"{self.masked} must be below the number of tokens, {rows}x{columns}")
+        return rows, columns
 
 
 class StageConfig(Section):
@@ -82,6 +155,8 @@ class CropStageConfig(StageConfig):
     def _warmup_ends(self) -> CropStageConfig:
         if self.optimizer.warmup_epochs >= self.epochs:
             raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs}); change both")
+        if max(self.optimizer.milestones, default=0) >= self.epochs:
+            raise ValueError(f"optimizer.milestones must be below epochs ({self.epochs}); change both")
         return self
 
     @model_validator(mode="after")
@@ -93,14 +168,7 @@ class CropStageConfig(StageConfig):
 
     def lr_at_step(self, step: int, steps_per_epoch: int) -> float:
         """Return the learning rate of an optimizer step, from the fractional epoch before it."""
-        optimizer = self.optimizer
-        return lr_at_epoch(
-            step / steps_per_epoch,
-            peak=optimizer.peak_lr(self.batch_size),
-            floor=optimizer.min_lr,
-            warmup_epochs=optimizer.warmup_epochs,
-            epochs=self.epochs,
-        )
+        return self.optimizer.lr_at_epoch(step / steps_per_epoch, self.batch_size, self.epochs)
 
 
 class PlacementConfig(Section):
@@ -161,9 +229,13 @@ class PretrainConfig(CropStageConfig):
     Attributes:
         init: initial weights: a run's stage folder or a weights file, of this project or released; null is random.
         teachers: names of the recipe's teachers that this stage uses.
-        masking: selection of the visible tokens.
+        encoder_input: the ``visible`` tokens alone, all tokens with ``mask_tokens`` in place of removed ones (BEiT), or
+            the ``full`` image without masking (FD).
+        masking: selection of the visible tokens; null with ``encoder_input: full``.
         objectives: losses by name.
         drop_path: rate of stochastic depth in the last block, rising linearly from 0.
+        attention_dropout: rate of dropout of the attention.
+        color_jitter: largest relative change of brightness, contrast and saturation, in random order, after the crop.
         placement: placement of the teachers' weights: one kind for all (``device``, ``step``, ``stream``,
             ``sharded``), or by teacher a kind or a section (:class:`PlacementConfig`); others are on the device. It
             affects speed and memory, not results, and no hash.
@@ -174,10 +246,15 @@ class PretrainConfig(CropStageConfig):
 
     init: str | None = None
     teachers: tuple[str, ...] = ()
-    masking: MaskingConfig = MaskingConfig()
-    objectives: dict[Name, Objective] = Field(min_length=1)
     # Left out of records and hashes at its default, so that runs from before it existed keep their hash.
+    encoder_input: Literal["visible", "mask_tokens", "full"] = Field(
+        "visible", exclude_if=lambda value: value == "visible"
+    )
+    masking: MaskingConfig | None = None
+    objectives: dict[Name, Objective] = Field(min_length=1)
     drop_path: float = Field(0.0, ge=0, lt=1, exclude_if=lambda value: value == 0)
+    attention_dropout: float = Field(0.0, ge=0, lt=1, exclude_if=lambda value: value == 0)
+    color_jitter: float = Field(0.0, ge=0, le=1, exclude_if=lambda value: value == 0)
     placement: dict[str, PlacementConfig] = Field({})
     knn: KnnConfig | None = None
 
@@ -201,6 +278,48 @@ class PretrainConfig(CropStageConfig):
             raise ConfigError(f"placement.{unknown}", f"not one of this stage's teachers{near}")
         sections = {name: given.get(name, "device") for name in names}
         return values | {"placement": {n: {"kind": s} if isinstance(s, str) else s for n, s in sections.items()}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _masked_unless_full(cls, values: Any) -> Any:
+        full = isinstance(values, dict) and values.get("encoder_input") == "full"
+        return values if full or not isinstance(values, dict) else {"masking": {}, **values}
+
+    @model_validator(mode="after")
+    def _masking_suits_the_input(self) -> PretrainConfig:
+        masking, encoder_input = self.masking, self.encoder_input
+        if (masking is None) != (encoder_input == "full"):
+            raise ConfigError("masking", "null belongs to encoder_input: full, and a section to the others")
+        if masking is not None and encoder_input == "visible" and (masking.mode == "block" or masking.unit):
+            key = "mode" if masking.mode == "block" else "unit"
+            raise ConfigError(f"masking.{key}", f"{getattr(masking, key)} needs encoder_input: mask_tokens")
+        return self
+
+    @model_validator(mode="after")
+    def _tokens_are_computed(self) -> PretrainConfig:
+        for name, objective in self.objectives.items():
+            tap, tokens, where = objective.tap, objective.tokens, f"objectives.{name}"
+            if self.encoder_input == "visible" and tap == "encoder" and tokens != "visible":
+                raise ConfigError(
+                    f"{where}.tokens",
+                    f"tap: encoder has visible tokens only, so tokens: {tokens} cannot be supervised; use visible, or "
+                    "encoder_input: mask_tokens",
+                )
+            if self.encoder_input != "visible" and tap == "decoder":
+                raise ConfigError(f"{where}.tap", f"encoder_input: {self.encoder_input} has no decoder; use encoder")
+            if self.encoder_input == "full" and tokens != "all":
+                raise ConfigError(f"{where}.tokens", f"encoder_input: full removes none, so {tokens} is all; write all")
+        return self
+
+    def visible_share(self, num_tokens: int) -> float:
+        """Return the share of tokens that are not removed; of mode ``block`` its least.
+
+        Args:
+            num_tokens: L, of the encoder's grid.
+        """
+        if self.masking is None:
+            return 1.0
+        return self.masking.keep_ratio or 1 - (self.masking.masked or 0) / num_tokens
 
     @field_validator("objectives")
     @classmethod

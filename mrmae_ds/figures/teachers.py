@@ -6,7 +6,7 @@ Shapes: N images, S x S pixels, L tokens on the student's grid.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,8 +18,10 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import attention_grid
 from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
 from mrmae_ds.models.encoders import build_encoder
-from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.masking import TokenMask, VisibleSet
+from mrmae_ds.models.sizes import token_grid
 from mrmae_ds.teachers import Teacher, build_teacher
+from mrmae_ds.teachers.base import TeacherOutput, draw_visible
 
 logger = logging.getLogger(__name__)
 
@@ -118,14 +120,30 @@ def _sample_mask(
 ) -> tuple[Tensor | None, list[str]]:
     """Return kept patches as 1, [N, rows, columns], with a legend; None without a pre-training."""
     stage = recipe.stages.pretrain
-    if stage is None:
+    if stage is None or stage.masking is None:
         return None, []
     masking = stage.masking
-    noise = torch.rand(count, grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
-    scores = importance.get(masking.teacher or "")
-    visible = choose_visible(noise, grid, masking.keep_ratio, masking.mode, scores)
-    source = "" if masking.mode == "random" else f", by {masking.teacher}"
+    visible = sample_mask(recipe, importance, count, seed)
+    source = "" if masking.teacher is None else f", by {masking.teacher}"
     return 1 - visible.mask.unflatten(1, grid), [f"Patches are kept by the recipe's masking: {masking.mode}{source}."]
+
+
+def sample_mask(recipe: Recipe, importance: Mapping[str, Tensor], count: int, seed: int) -> VisibleSet | TokenMask:
+    """Draw the masks of images as a pre-training does.
+
+    Args:
+        recipe: with the stage ``pretrain``.
+        importance: of the patches [N, L], by the teacher's name.
+        count: N, number of images.
+        seed: of the masks.
+    """
+    stage, spec = recipe.stages.pretrain, recipe.model.spec()
+    assert stage is not None
+    grid = token_grid(spec, recipe.model.image_size)
+    rows, columns = grid if stage.masking is None else stage.masking.grid(grid, spec.stride)
+    noise = torch.rand(count, rows * columns, generator=torch.Generator().manual_seed(seed))
+    outputs = {name: TeacherOutput(values, values) for name, values in importance.items()}
+    return draw_visible(stage, outputs, noise, grid, spec.stride)
 
 
 def _features(config: TeacherConfig) -> str:

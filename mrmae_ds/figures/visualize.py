@@ -17,9 +17,9 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import HIDDEN, attention_grid, denormalize, reconstruction_grid
 from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
-from mrmae_ds.figures.teachers import CHUNK, importance_of, short_source
+from mrmae_ds.figures.teachers import CHUNK, importance_of, sample_mask, short_source
 from mrmae_ds.files import make_folder
-from mrmae_ds.models.masking import VisibleSet, choose_visible
+from mrmae_ds.models.masking import TokenMask, VisibleSet
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import Reconstruction, reconstruct
 from mrmae_ds.teachers import build_teacher
@@ -36,6 +36,8 @@ _MODES = {
     "random": "at random",
     "sample": "in proportion to the importance that {} gives them",
     "topk": "as those to which {} gives most importance",
+    "block": "outside blocks that are drawn at random",
+    "none": "all",
 }
 
 
@@ -139,7 +141,7 @@ class _AttentionMaps:
 class _Mask(NamedTuple):
     """The visible set, and a description of its sampling."""
 
-    visible: VisibleSet
+    visible: VisibleSet | TokenMask
     mode: str
 
 
@@ -147,7 +149,7 @@ class _Mask(NamedTuple):
 def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: int) -> _Mask:
     """Add the rows of a pre-training's teachers for pixels [N, 3, S, S] in [0, 1], and sample its mask."""
     stage, grid = run.pretraining, run.grid
-    importance = None
+    importance: dict[str, Tensor] = {}
     for name in stage.teachers:
         config = run.recipe.teachers[name]
         if config.sees == "visible":
@@ -159,15 +161,16 @@ def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: 
             continue
         scores = importance_of(teacher, pixels)
         maps.add(f"{_TEACHER}{name}\n{short_source(config.source)}", scores, grid, teacher.details["importance"])
-        if name == stage.masking.teacher:
-            importance = scores
-    mode = stage.masking.mode
-    if mode != "random" and importance is None:
-        logger.warning("the mask is sampled at random, not by teacher %s", stage.masking.teacher)
-        mode = "random"
-    noise = torch.rand(len(pixels), grid[0] * grid[1], generator=torch.Generator().manual_seed(seed))
-    visible = choose_visible(noise, grid, stage.masking.keep_ratio, mode, importance)
-    return _Mask(visible, _MODES[mode].format(f"teacher {stage.masking.teacher}"))
+        importance[name] = scores
+    masking, recipe = stage.masking, run.recipe
+    if masking is not None and masking.teacher is not None and masking.teacher not in importance:
+        logger.warning("the mask is sampled at random, not by teacher %s", masking.teacher)
+        masking = masking.model_copy(update={"mode": "random", "teacher": None})
+        stages = recipe.stages.model_copy(update={"pretrain": stage.model_copy(update={"masking": masking})})
+        recipe = recipe.model_copy(update={"stages": stages})
+    mode = "none" if masking is None else masking.mode
+    visible = sample_mask(recipe, importance, len(pixels), seed)
+    return _Mask(visible, _MODES[mode].format(f"teacher {masking and masking.teacher}"))
 
 
 @torch.no_grad()
@@ -189,6 +192,9 @@ def _add_student(
         return None
     if encoder.grid != mask.visible.grid:
         logger.warning("%s: no reconstructions, its grid of patches is not the first pre-training's", run.path)
+        return None
+    if isinstance(mask.visible, VisibleSet) == (getattr(encoder, "mask_token", None) is not None):
+        logger.warning("%s: no reconstructions, its encoder does not take the first pre-training's mask", run.path)
         return None
     try:
         result = reconstruct(model, images, mask.visible)
@@ -227,7 +233,7 @@ def _draw_reconstructions(
         masked_pixels(pixels, mask.visible, lead.stride, fill=HIDDEN),
         rows,
         path,
-        keep_ratio=lead.pretraining.masking.keep_ratio,
+        keep_ratio=lead.pretraining.visible_share(mask.visible.grid[0] * mask.visible.grid[1]),
         captions=captions,
         title=f"Reconstructions by {title}",
         legend=legend,

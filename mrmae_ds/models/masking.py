@@ -25,8 +25,46 @@ def num_visible(num_tokens: int, keep_ratio: float) -> int:
 
 
 @dataclass(frozen=True)
+class TokenMask:
+    """The removed tokens of a batch whose encoder computes all of them, with a mask token in place of a removed one.
+
+    Attributes:
+        removed: True where a token is removed, bool [B, L]; images may differ in their number.
+        grid: rows and columns of the final grid, rows * columns = L.
+    """
+
+    removed: Tensor
+    grid: tuple[int, int]
+
+    @property
+    def mask(self) -> Tensor:
+        """Return the mask, float32 [B, L]: 1 where a token is removed."""
+        return self.removed.float()
+
+    def take(self, tokens: Tensor) -> Tensor:
+        """Return the encoder's tokens, all of them, [B, L, ...], of all tokens [B, L, ...] or [1, L, ...]."""
+        return tokens.expand(len(self.removed), *tokens.shape[1:])
+
+    def fill(self, tokens: Tensor, mask_token: Tensor) -> Tensor:
+        """Replace the removed tokens of [B, L, C] by ``mask_token`` [1, 1, C]."""
+        # mask_token is fp32, while the tokens may be bf16 under autocast.
+        return torch.where(self.removed[..., None], mask_token.to(tokens.dtype), tokens)
+
+    @classmethod
+    def whole(cls, batch: int, grid: tuple[int, int], device: torch.device) -> TokenMask:
+        """Return a mask that removes nothing of ``batch`` images on ``device``."""
+        return cls(torch.zeros(batch, grid[0] * grid[1], dtype=torch.bool, device=device), grid)
+
+    @classmethod
+    def of_units(cls, visible: VisibleSet, grid: tuple[int, int]) -> TokenMask:
+        """Return the mask of a visible set on a coarser grid, whose cells are squares of tokens of ``grid``."""
+        removed, side = visible.mask.bool().unflatten(1, visible.grid), grid[0] // visible.grid[0]
+        return cls(removed.repeat_interleave(side, 1).repeat_interleave(side, 2).flatten(1), grid)
+
+
+@dataclass(frozen=True)
 class VisibleSet:
-    """The visible tokens of a batch.
+    """The visible tokens of a batch, the only ones that the encoder computes.
 
     Attributes:
         ids_keep: indices of the visible tokens in the encoder's order, int64 [B, K].
@@ -152,7 +190,7 @@ class _PutBlocks(torch.autograd.Function):
 
 
 class VisibleFeatures(TypedDict):
-    """Output of an encoder for visible tokens, P prefix tokens first where there are any.
+    """Output of an encoder for visible tokens (all of a :class:`TokenMask`), P prefix tokens first if there are any.
 
     Attributes:
         tokens: [B, P + K, C] after the last block, before any norm.

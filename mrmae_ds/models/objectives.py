@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.masking import TokenMask, VisibleSet
 from mrmae_ds.schema import Section
 
 PIXELS, HOG = "pixels", "hog"
@@ -31,7 +31,7 @@ class Objective(Section):
         block: at the encoder, the transformer block (0-based) whose output is tapped instead of the latent.
         mix: tap a weighted sum of all blocks' outputs instead; its learned weights start near ``block`` alone
             (MaskAlign).
-        tokens: tokens that the loss is averaged over. The encoder has visible tokens only.
+        tokens: tokens that the loss is averaged over. Of an encoder that computes the visible ones alone, these.
         class_token: the class token is one more of these tokens.
         loss: per-token distance: ``l2`` mean squared error over channels, ``l2_sum`` its sum over channels
             (Eq. 2 of the MR-MAE paper, literally), ``l1`` mean absolute error, ``smooth_l1``, or ``cosine`` (1 - cosine
@@ -56,12 +56,6 @@ class Objective(Section):
     normalize: Literal["standardize", "layer_norm", "l2", "none"]
     normalize_prediction: Literal["none", "l2"] = Field("none", exclude_if=lambda value: value == "none")
     weight: float = Field(gt=0)
-
-    @model_validator(mode="after")
-    def _encoder_sees_visible_tokens_only(self) -> Objective:
-        if self.tap == "encoder" and self.tokens != "visible":
-            raise ValueError(f"tap: encoder has visible tokens only, so tokens: {self.tokens} cannot be supervised")
-        return self
 
     @model_validator(mode="after")
     def _beta_has_an_effect(self) -> Objective:
@@ -161,23 +155,27 @@ def token_loss(prediction: Tensor, target: Tensor, loss: str, beta: float = 1.0)
     return squared.sum(-1) if loss == "l2_sum" else squared.mean(-1)
 
 
-def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible: VisibleSet) -> Tensor:
+def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible: VisibleSet | TokenMask) -> Tensor:
     """Compute the mean of one objective over its tokens.
 
     Args:
         spec: the objective.
-        prediction: [B, K, D] at the encoder, [B, L, D] at the decoder, the class token first if the objective has it.
+        prediction: [B, K, D] at an encoder of a visible set, else [B, L, D], the class token first if the objective
+            has it.
         target: target before normalization, [B, P + L, D] with P class tokens (none, or one).
-        visible: visible set of the batch.
+        visible: visible set of the batch, or mask.
 
     Returns:
         Scalar: float32, or float64 if an input is.
 
     Raises:
-        ValueError: if prediction and target differ in shape.
+        ValueError: if prediction and target differ in shape, or the encoder does not compute the objective's tokens.
     """
+    only_visible = spec.tap == "encoder" and isinstance(visible, VisibleSet)
+    if only_visible and spec.tokens != "visible":
+        raise ValueError(f"tap: encoder has visible tokens only, so tokens: {spec.tokens} cannot be supervised")
     target = normalize_target(target, spec.normalize)
-    prefix = target.shape[1] - visible.ids_restore.shape[1]
+    prefix = target.shape[1] - visible.grid[0] * visible.grid[1]
     classes, target = target[:, :prefix], target[:, prefix:]
     if spec.tap == "encoder":
         target = visible.take(target)
@@ -188,7 +186,7 @@ def objective_loss(spec: Objective, prediction: Tensor, target: Tensor, visible:
     if prediction.shape != target.shape:
         raise ValueError(f"prediction {tuple(prediction.shape)} and target {tuple(target.shape)} differ")
     per_token = token_loss(prediction, target, spec.loss, 1.0 if spec.beta is None else spec.beta)
-    if spec.tap == "encoder" or spec.tokens == "all":
+    if spec.tokens == "all" or only_visible:
         return per_token.mean()
     removed = visible.mask
     chosen = removed if spec.tokens == "masked" else 1 - removed

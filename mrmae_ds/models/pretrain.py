@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
+from mrmae_ds.models.beit import MaskedBeit
 from mrmae_ds.models.decoder import DECODERS, DecoderSpec
 from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.models.hog import hog_tokens, hog_width
 from mrmae_ds.models.layers import PatchConv
-from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
+from mrmae_ds.models.masking import TokenMask, VisibleFeatures, VisibleSet
 from mrmae_ds.models.objectives import COMPUTED, HOG, PIXELS, Objective, objective_loss, patchify, total_loss
 from mrmae_ds.schema import Section
 
@@ -241,7 +242,7 @@ class PretrainModel(nn.Module):
     def reset_parameters(self) -> None:
         """Initialize as MAE does: Xavier uniform for linear layers and the token projection, N(0, 0.02) for tokens.
 
-        Other convolutions keep torch's default (MCMAE's public code).
+        Other convolutions keep torch's default (MCMAE's public code). A BEiT is initialized as its authors do.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -252,10 +253,14 @@ class PretrainModel(nn.Module):
         nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
         if self.encoder.cls_token is not None:
             nn.init.normal_(self.encoder.cls_token, std=0.02)
-        if self.decoder is not None:
-            nn.init.normal_(self.decoder.mask_token, std=0.02)
+        if isinstance(self.encoder, MaskedBeit):
+            self.encoder.init_weights()
+            nn.init.trunc_normal_(weight, std=0.02)
+        for owner in (self.encoder, self.decoder):
+            if (mask_token := getattr(owner, "mask_token", None)) is not None:
+                nn.init.normal_(mask_token, std=0.02)
 
-    def forward(self, images: Tensor, visible: VisibleSet, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, visible: VisibleSet | TokenMask, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute all losses of a batch.
 
         Args:
@@ -277,7 +282,7 @@ class PretrainModel(nn.Module):
         }
         return {"loss": total_loss(self.objectives, losses), **losses}
 
-    def predict(self, images: Tensor, visible: VisibleSet) -> dict[str, Tensor]:
+    def predict(self, images: Tensor, visible: VisibleSet | TokenMask) -> dict[str, Tensor]:
         """Compute each objective's prediction.
 
         Args:
@@ -290,7 +295,9 @@ class PretrainModel(nn.Module):
         """
         return self.predict_from(*self.encode(images, visible), visible)
 
-    def predict_from(self, latent: Tensor, blocks: Sequence[Tensor], visible: VisibleSet) -> dict[str, Tensor]:
+    def predict_from(
+        self, latent: Tensor, blocks: Sequence[Tensor], visible: VisibleSet | TokenMask
+    ) -> dict[str, Tensor]:
         """Compute the predictions of :meth:`predict` from the results of :meth:`encode`."""
         taps: dict[str | int, Tensor] = {"encoder": latent, **dict(zip(self.tapped_blocks, blocks, strict=True))}
         if self.decoder is not None:
@@ -307,11 +314,11 @@ class PretrainModel(nn.Module):
             predictions[name] = self.heads[name](tokens)
         return predictions
 
-    def latent(self, images: Tensor, visible: VisibleSet) -> Tensor:
+    def latent(self, images: Tensor, visible: VisibleSet | TokenMask) -> Tensor:
         """Compute the fused, normalized visible tokens of images [B, 3, H, W], prefix tokens first: [B, P + K, C]."""
         return self.encode(images, visible)[0]
 
-    def encode(self, images: Tensor, visible: VisibleSet) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, images: Tensor, visible: VisibleSet | TokenMask) -> tuple[Tensor, list[Tensor]]:
         """Compute :meth:`latent` and the output of each of :attr:`tapped_blocks`, all [B, P + K, C]."""
         images = images.to(self.fusion.norm.weight.dtype)
         fused = self.fusion.spec.blocks
@@ -334,7 +341,7 @@ def set_checkpointing(model: nn.Module, plan: CheckpointPlan) -> None:
         model.decoder.checkpoint_every = plan.decoder
 
 
-def masked_pixels(images: Tensor, visible: VisibleSet, stride: int, fill: float = 0.0) -> Tensor:
+def masked_pixels(images: Tensor, visible: VisibleSet | TokenMask, stride: int, fill: float = 0.0) -> Tensor:
     """Overwrite the pixels of removed tokens.
 
     Args:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.masking import TokenMask, VisibleSet
 from mrmae_ds.models.objectives import PIXELS, patchify, unpatchify
 from mrmae_ds.models.pretrain import PretrainModel
 
@@ -30,13 +30,13 @@ class Reconstruction(NamedTuple):
     standardized: bool
 
 
-def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet) -> Reconstruction | None:
-    """Reconstruct normalized images by the first objective that predicts pixels at the decoder.
+def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet | TokenMask) -> Reconstruction | None:
+    """Reconstruct normalized images by the first objective that predicts the pixels of all tokens.
 
     Args:
         model: the pre-trained model.
         images: normalized images [B, 3, S, S].
-        visible: the visible set.
+        visible: the visible set, or the mask.
 
     Returns:
         Normalized images; None if the model has no such objective.
@@ -44,7 +44,8 @@ def reconstruct(model: PretrainModel, images: Tensor, visible: VisibleSet) -> Re
     Raises:
         UserError: if the normalization of the objective's targets cannot be undone.
     """
-    specs = {name: spec for name, spec in model.objectives.items() if (spec.target, spec.tap) == (PIXELS, "decoder")}
+    taps = ("encoder", "decoder") if isinstance(visible, TokenMask) else ("decoder",)
+    specs = {name: spec for name, spec in model.objectives.items() if spec.target == PIXELS and spec.tap in taps}
     if not specs:
         return None
     name, spec = next(iter(specs.items()))

@@ -1,7 +1,8 @@
 """Model sizes as data. Widths, depths and patches of the named models are defined here only.
 
 CViT: Base from the authors' public code, Large and Huge from an author's statement, Small from the same family.
-Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. ``tiny`` is this project's, for images of 32 or 64 pixels.
+Plain ViT: MAE's B/16, L/16, H/14, and the common S/16. BEiT: its authors' Base. ``tiny`` is this project's, for images
+of 32 or 64 pixels.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -66,6 +67,7 @@ class ViTSpec:
         num_heads: attention heads per block.
         mlp_ratio: hidden width of the MLPs, as a multiple of ``dim``.
         patch: side of a patch in pixels.
+        positions: ``sincos``, fixed in pre-training, or ``learned`` from random values (MaskFeat).
     """
 
     dim: Count
@@ -73,6 +75,7 @@ class ViTSpec:
     num_heads: Count
     mlp_ratio: Ratio = 4
     patch: Count = 16
+    positions: Literal["sincos", "learned"] = "sincos"
 
     @property
     def stride(self) -> int:
@@ -90,7 +93,46 @@ class ViTSpec:
         return self.depth
 
 
-EncoderSpec = CViTSpec | ViTSpec
+@dataclass(frozen=True)
+class BeitSpec:
+    """Size of BEiT's vision transformer, with a class token, relative positions and layer scale.
+
+    Attributes:
+        dim: width.
+        depth: number of blocks.
+        num_heads: attention heads per block.
+        mlp_ratio: hidden width of the MLPs, as a multiple of ``dim``.
+        patch: side of a patch in pixels.
+        layer_scale: initial scale of each block's branches.
+        relative_positions: one table ``shared`` by all blocks (pre-training), or a table in each of the ``blocks``
+            (classifiers, whatever the spec).
+    """
+
+    dim: Count
+    depth: Count
+    num_heads: Count
+    mlp_ratio: Ratio = 4
+    patch: Count = 16
+    layer_scale: Ratio = 0.1
+    relative_positions: Literal["shared", "blocks"] = "shared"
+
+    @property
+    def stride(self) -> int:
+        """Return the side of a token in pixels."""
+        return self.patch
+
+    @property
+    def embed_dim(self) -> int:
+        """Return the width of the blocks."""
+        return self.dim
+
+    @property
+    def num_blocks(self) -> int:
+        """Return the number of transformer blocks."""
+        return self.depth
+
+
+EncoderSpec = CViTSpec | ViTSpec | BeitSpec
 
 ARCHITECTURES: dict[str, EncoderSpec] = {
     "cvit_tiny": CViTSpec((32, 64, 96), (1, 1, 3), 4, patches=(2, 2, 1)),
@@ -103,10 +145,17 @@ ARCHITECTURES: dict[str, EncoderSpec] = {
     "vit_base": ViTSpec(768, 12, 12),
     "vit_large": ViTSpec(1024, 24, 16),
     "vit_huge": ViTSpec(1280, 32, 16, patch=14),
+    "beit_tiny": BeitSpec(96, 4, 4, patch=4),
+    "beit_base": BeitSpec(768, 12, 12),
 }
 
 
-FAMILIES: dict[str, type[CViTSpec] | type[ViTSpec]] = {"cvit": CViTSpec, "vit": ViTSpec}
+FAMILIES: dict[str, type[EncoderSpec]] = {"cvit": CViTSpec, "vit": ViTSpec, "beit": BeitSpec}
+
+
+def family_of(spec: EncoderSpec) -> str:
+    """Return the name of a spec's family in :data:`FAMILIES`."""
+    return next(name for name, kind in FAMILIES.items() if isinstance(spec, kind))
 
 
 def encoder_spec(arch: str, overrides: dict[str, Any] | None = None, key: str = "overrides") -> EncoderSpec:
@@ -130,7 +179,7 @@ def encoder_spec(arch: str, overrides: dict[str, Any] | None = None, key: str = 
     return make_spec(type(spec), values | (overrides or {}), key)
 
 
-def make_spec(kind: type[CViTSpec] | type[ViTSpec], values: dict[str, Any], key: str) -> EncoderSpec:
+def make_spec(kind: type[EncoderSpec], values: dict[str, Any], key: str) -> EncoderSpec:
     """Validate plain values (lists for tuples) and return them as a spec.
 
     Args:

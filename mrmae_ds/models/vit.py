@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan, run_blocks
-from mrmae_ds.models.masking import VisibleFeatures, VisibleSet
+from mrmae_ds.models.masking import TokenMask, VisibleFeatures, VisibleSet
 from mrmae_ds.models.pos_embed import resize_pos_embed, sincos_pos_embed
 from mrmae_ds.models.sizes import ImageSize, ViTSpec, height_width, token_grid
 
@@ -29,6 +29,8 @@ class MaskedViT(VisionTransformer):
         num_classes: outputs of the head; 0 builds the bare encoder for pre-training (frozen position embedding, no
             final norm).
         drop_path_rate: stochastic depth of the last block.
+        attn_drop_rate: dropout of the attention.
+        mask_token: have a mask token, for pre-training on a :class:`~mrmae_ds.models.masking.TokenMask`.
         pool: input of the head: ``avg``, the mean of the patch tokens followed by ``fc_norm`` (MAE's fine-tuning), or
             ``token``, the class token after ``norm`` (MAE's other variant).
 
@@ -37,6 +39,7 @@ class MaskedViT(VisionTransformer):
     """
 
     fusable_stages: tuple[tuple[int, int], ...] = ()
+    undecayed = ("pos_embed",)  # in pre-training, where MAE's code decays the class token
 
     def __init__(
         self,
@@ -45,6 +48,9 @@ class MaskedViT(VisionTransformer):
         num_classes: int = 0,
         drop_path_rate: float = 0.0,
         pool: str = "avg",
+        *,
+        attn_drop_rate: float = 0.0,
+        mask_token: bool = False,
     ) -> None:
         if pool not in POOLS:
             raise UserError(f"pool: {pool!r} is unknown; a plain ViT has {' and '.join(POOLS)}")
@@ -61,13 +67,18 @@ class MaskedViT(VisionTransformer):
             fc_norm=bool(num_classes) and pool == "avg",
             final_norm=bool(num_classes),  # timm builds fc_norm only with a final norm
             drop_path_rate=drop_path_rate,
+            attn_drop_rate=attn_drop_rate,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
         )
         self.spec = spec
         self.grid = grid
         self.stride = spec.stride
         self.checkpointing = CheckpointPlan()
-        self.pos_embed = nn.Parameter(sincos_pos_embed(spec.dim, grid, 1), requires_grad=num_classes > 0)
+        learned = spec.positions == "learned"
+        self.pos_embed = nn.Parameter(sincos_pos_embed(spec.dim, grid, 1), requires_grad=num_classes > 0 or learned)
+        if learned:
+            nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.dim)) if mask_token else None
 
     @property
     def transformer_blocks(self) -> nn.Sequential:
@@ -80,22 +91,25 @@ class MaskedViT(VisionTransformer):
         return self.patch_embed.proj
 
     def forward(
-        self, images: Tensor, visible: VisibleSet | None = None, taps: tuple[int, ...] = ()
+        self, images: Tensor, visible: VisibleSet | TokenMask | None = None, taps: tuple[int, ...] = ()
     ) -> Tensor | VisibleFeatures:
-        """Classify images, or encode visible tokens for pre-training.
+        """Classify images, or encode them for pre-training.
 
         Args:
             images: normalized images [B, 3, H, W].
-            visible: visible set; None classifies.
+            visible: visible set, or mask whose removed tokens become mask tokens; None classifies.
             taps: 0-based indices of transformer blocks whose outputs are also returned.
 
         Returns:
             Logits [B, classes], or features whose tensors are [B, 1 + K, C]: the class token comes first.
         """
         # By type: torch.fx passes a stand-in that is not None for an argument that is left out.
-        if not isinstance(visible, VisibleSet):
+        if not isinstance(visible, VisibleSet | TokenMask):
             return self.forward_head(self.forward_features(images))
-        patches = visible.take(self.patch_embed(images) + self.pos_embed[:, 1:])
+        embedded = self.patch_embed(images)
+        if self.mask_token is not None and isinstance(visible, TokenMask):
+            embedded = visible.fill(embedded, self.mask_token)
+        patches = visible.take(embedded + self.pos_embed[:, 1:])
         x = torch.cat([self._class_token(patches), patches], dim=1)
         outputs: list[Tensor] = []
         x = run_blocks(self.blocks, x, self.checkpointing.transformer, collect=outputs)

@@ -19,6 +19,7 @@ from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.sizes import (
     PYRAMID_MULTIPLE,
+    BeitSpec,
     CViTSpec,
     EncoderSpec,
     ImageSize,
@@ -124,6 +125,8 @@ def build_windowed(
     """Build the windowed encoder of a spec; arguments are those of :class:`WindowedCViT`."""
     if isinstance(spec, CViTSpec):
         return WindowedCViT(spec, image_size, window, global_blocks, position_size, drop_path_rate)
+    if isinstance(spec, BeitSpec):
+        raise UserError("a BEiT has relative positions of one size and no windows; use a CViT or a plain ViT")
     return WindowedViT(spec, image_size, window, global_blocks, position_size, drop_path_rate)
 
 

@@ -24,7 +24,7 @@ from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.imagenet import IMAGENET_CLASSES
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import build_encoder
-from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.masking import TokenMask, VisibleSet, choose_visible
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.models.sizes import EncoderSpec
 from mrmae_ds.teachers import build_meta_teacher
@@ -165,12 +165,16 @@ def _pretrain(
         encoder = model.encoder
         # The count depends on the number of visible tokens only.
         noise = torch.empty(1, math.prod(encoder.grid))
-    visible = choose_visible(noise, encoder.grid, stage.masking.keep_ratio)
+    visible: VisibleSet | TokenMask
+    if stage.encoder_input == "visible":
+        visible = choose_visible(noise, encoder.grid, stage.visible_share(noise.shape[1]))
+    else:
+        visible = TokenMask.whole(1, encoder.grid, noise.device)
     images = _image(recipe.model.image_size)
 
     checkpoint = partial(set_checkpointing, model)
     parts = {"encoder": count_training(lambda: model.latent(images, visible), checkpoint, plan)}
-    num_tokens = encoder.num_prefix_tokens + visible.ids_keep.shape[1]
+    num_tokens = encoder.num_prefix_tokens + visible.take(noise).shape[1]
     latent = torch.empty(1, num_tokens, encoder.embed_dim, device="meta", requires_grad=True)
     # The losses have no products, so the predictions are enough.
     name = "heads" if model.decoder is None else "decoder, heads"
@@ -179,7 +183,7 @@ def _pretrain(
     for name, teacher in teachers.items():
         with flop_counter() as count, torch.no_grad():
             image = _image(teacher.image_size).to(teacher.dtype)
-            if teacher.sees_visible:
+            if teacher.sees_visible and isinstance(visible, VisibleSet):
                 teacher.encode_visible(image, visible)
             else:
                 teacher.encode(image)

@@ -173,8 +173,9 @@ class Design(RecordSection):
     """Configuration of a pre-training, as in the columns of the paper's Table 3.
 
     Attributes:
-        keep_ratio: visible share of the patches.
-        masking: mode by which visible patches are chosen.
+        keep_ratio: share of the patches that are not removed.
+        masking: mode by which these are chosen; ``none`` if nothing is removed.
+        encoder_input: ``visible`` if the encoder computes these patches alone, ``mask_tokens`` or ``full``.
         fusion: layers that are fused with the last one.
         objectives: losses by name.
         decoder: kind of the decoder.
@@ -182,6 +183,7 @@ class Design(RecordSection):
 
     keep_ratio: float
     masking: str
+    encoder_input: str = "visible"  # of records from before the field existed
     fusion: tuple[str, ...] = ()
     objectives: dict[str, ObjectiveInfo]
     decoder: str = "mae"

@@ -22,12 +22,14 @@ from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
 from mrmae_ds.tables.select_runs import dataset_labels, describe_training, fill_cell, finetuned_runs
 
-OWN_METHODS = ("MAE", "ViTDet", "DMAE", "MCMAE", "MILAN", "MR-MAE")
+OWN_METHODS = ("MAE", "ViTDet", "MaskFeat", "DMAE", "MVP", "MCMAE", "MILAN", "MR-MAE")
 ACCURACY, PARAMETERS, VISIBLE = "FT", "Params (M)", "Ratio (%)"
-# Decoder, and the configuration as columns of Table 3 (see `parts_of`); relatives of these methods match neither.
+# Decoder or encoder's input, and the configuration as columns of Table 3 (see `parts_of`); relatives match none.
 _FEATURE_METHODS = {
     "MILAN": ("prompting", "", "decoder, cosine, class token, all", "yes", "", ""),
     "DMAE": ("mae", "L_R", "encoder block, l1, class token, visible", "", "", ""),
+    "MaskFeat": ("mask_tokens, block", "", "encoder, HOG, masked", "", "", ""),
+    "MVP": ("mask_tokens, block", "", "encoder, cosine, masked", "", "", ""),
 }
 _NO_ROW = "its training configuration matches no row of this table"
 
@@ -108,7 +110,8 @@ def _our_row(number: int, key: tuple[str, str, str, str], runs: list[Run]) -> tu
         cells[PARAMETERS] = Cell(sum(record.parameters.total for record in records) / len(records) / 1e6)
     pretraining = _pretraining(first)
     if VISIBLE in printed.columns and pretraining and pretraining.design:
-        cells[VISIBLE] = Cell(100 * pretraining.design.keep_ratio)
+        design = pretraining.design
+        cells[VISIBLE] = Cell(100 * design.keep_ratio if design.encoder_input == "visible" else 100)
     labels = {}
     if number == 1:
         archs = dict.fromkeys(tuning.model.arch for tuning in first.finetunings if tuning and tuning.model)
@@ -153,7 +156,7 @@ def parts_of(pretraining: PretrainSummary | None) -> dict[str, str] | None:
     values = (
         _loss(low),
         _loss(high),
-        "yes" if pretraining.design.masking != "random" else "",
+        "yes" if pretraining.design.masking in ("sample", "topk") else "",
         "yes" if pretraining.design.fusion else "",
         "yes" if pretraining.model.convolutional else "",
     )
@@ -190,7 +193,9 @@ def match_method(record: RunRecord) -> str | None:
     pretraining = _pretraining(record)
     parts = parts_of(pretraining)
     if pretraining is not None and pretraining.design is not None and parts is not None:
-        found = (pretraining.design.decoder, *(parts[name] for name in PARTS))
+        design = pretraining.design
+        seen = design.decoder if design.encoder_input == "visible" else f"{design.encoder_input}, {design.masking}"
+        found = (seen, *(parts[name] for name in PARTS))
         method = next((method for method, wanted in _FEATURE_METHODS.items() if found == wanted), None)
         if method is not None:
             return method

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mrmae_ds.config.stages import MaskingConfig
+from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
-from mrmae_ds.models.masking import VisibleSet, choose_visible
+from mrmae_ds.models.masking import TokenMask, VisibleSet, choose_visible
 from mrmae_ds.models.objectives import COMPUTED, Objective
 from mrmae_ds.teachers.options import TeacherOptions
 
@@ -40,18 +40,33 @@ class TeacherOutput(NamedTuple):
 
 
 def draw_visible(
-    masking: MaskingConfig, outputs: Mapping[str, TeacherOutput], noise: Tensor, grid: tuple[int, int]
-) -> VisibleSet:
-    """Draw the visible set of each image as a recipe says.
+    stage: PretrainConfig,
+    outputs: Mapping[str, TeacherOutput],
+    noise: Tensor,
+    grid: tuple[int, int],
+    stride: int,
+) -> VisibleSet | TokenMask:
+    """Draw the visible set or the mask of each image as a recipe says.
 
     Args:
-        masking: the recipe's section.
-        outputs: of the teachers by name; only the one that ``masking`` names is used, and none by mode ``random``.
-        noise: uniform in [0, 1), [B, L]; the only source of randomness.
+        stage: the recipe's pre-training stage.
+        outputs: of the teachers by name; only one that ``stage.masking`` names is used.
+        noise: uniform in [0, 1), [B, L] (of the squares of ``masking.unit``, if it is given); the only source of
+            randomness. For mode ``block``, also the removed tokens, bool [B, L].
         grid: rows and columns of the token grid.
+        stride: side of a token in pixels.
     """
+    masking = stage.masking
+    if masking is None:
+        return TokenMask.whole(len(noise), grid, noise.device)
+    if masking.mode == "block":
+        if noise.dtype != torch.bool:
+            noise = masking.draw_blocks([row.numpy().tobytes() for row in noise.cpu()], grid).to(noise.device)
+        return TokenMask(noise, grid)
     importance = None if masking.mode == "random" else outputs[masking.teacher or ""].importance
-    return choose_visible(noise, grid, masking.keep_ratio, masking.mode, importance)
+    assert masking.keep_ratio is not None
+    visible = choose_visible(noise, masking.grid(grid, stride), masking.keep_ratio, masking.mode, importance)
+    return visible if stage.encoder_input == "visible" else TokenMask.of_units(visible, grid)
 
 
 def targets_of(
@@ -275,6 +290,7 @@ def class_attention(
     from_class: bool = True,
     q_norm: nn.Module | None = None,
     k_norm: nn.Module | None = None,
+    position_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute the class token's attention to the patches, averaged over heads.
 
@@ -290,6 +306,7 @@ def class_attention(
             patches' queries is returned instead: the attention that each patch receives.
         q_norm: norm of the queries per head, where the layer has one.
         k_norm: norm of the keys per head, where the layer has one.
+        position_bias: of relative positions, added to the scores, [heads, prefix + L, prefix + L].
 
     Returns:
         Attention to each patch, float32 [B, L].
@@ -300,7 +317,10 @@ def class_attention(
     q = F.linear(queries, qkv_weight[:dim], bias_q).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     k = F.linear(x, qkv_weight[dim : 2 * dim], bias_k).unflatten(-1, (num_heads, -1)).transpose(1, 2)
     q, k = q_norm(q) if q_norm else q, k_norm(k) if k_norm else k
-    attention = (q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1)
+    scores = q.float() @ k.float().transpose(-1, -2) * q.shape[-1] ** -0.5
+    if position_bias is not None:
+        scores = scores + (position_bias[:, :1] if prefix and from_class else position_bias[:, prefix:])
+    attention = scores.softmax(-1)
     return attention.mean(dim=(1, 2))[:, prefix:]
 
 

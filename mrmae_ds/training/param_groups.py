@@ -33,7 +33,8 @@ def adamw(betas: tuple[float, float]) -> MakeOptimizer:
 def pretrain_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
     """Return two groups: decayed and not decayed.
 
-    1-D parameters and biases are not decayed; the mask and class tokens are. Frozen parameters are in neither.
+    1-D parameters and biases are not decayed, nor the encoder's ``undecayed``; the mask token and other class tokens
+    are. Frozen parameters are in neither.
 
     Args:
         model: the student.
@@ -42,7 +43,9 @@ def pretrain_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
     Returns:
         Groups with ``params``, ``weight_decay``, ``lr_scale`` and ``name``.
     """
-    return _grouped(model, weight_decay, {}, _is_matrix)
+    undecayed = getattr(getattr(model, "encoder", None), "undecayed", ())
+    without = {f"encoder.{name}" for name in undecayed}
+    return _grouped(model, weight_decay, {}, lambda name, shape: name not in without and _is_matrix(name, shape))
 
 
 def finetune_groups(model: Encoder, weight_decay: float, layer_decay: float) -> ParamGroups:

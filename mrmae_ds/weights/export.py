@@ -38,12 +38,14 @@ TIMM_VITS = {
     "vit_large": "vit_large_patch16_224",
     "vit_huge": "vit_huge_patch14_224",
 }
+TIMM_BEITS = {"beit_base": "beit_base_patch16_224"}
 TIMM_VIT_FIELDS = {
     "dim": "embed_dim",
     "depth": "depth",
     "num_heads": "num_heads",
     "mlp_ratio": "mlp_ratio",
     "patch": "patch_size",
+    "layer_scale": "init_values",
 }
 
 
@@ -121,7 +123,7 @@ def _content(path: Path, layout: WeightLayout) -> tuple[dict[str, Any], dict[str
         return metadata, model.state_dict()
     tensors = {f"encoder.{name}": tensor for name, tensor in model.state_dict().items()}
     norm = {ours: weights.file.tensors[name] for name, ours in weights.identity.names.items() if "fusion.norm" in ours}
-    if metadata["family"] == "vit" and not norm:
+    if metadata["family"] != "cvit" and not norm:
         raise UserError(f"{path}: lacks the norm after its last block (norm.weight), without which timm cannot load it")
     return metadata | {"kind": "pretrain"}, tensors | norm
 
@@ -191,8 +193,12 @@ def timm_arguments(metadata: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     if metadata["family"] == "cvit":
         name, changes = nearest_architecture("cvit", sizes)
     else:
-        arch, changes = nearest_architecture("vit", sizes, among=TIMM_VITS)
-        name, changes = TIMM_VITS[arch], {TIMM_VIT_FIELDS[key]: value for key, value in changes.items()}
+        names = TIMM_BEITS if metadata["family"] == "beit" else TIMM_VITS
+        arch, changes = nearest_architecture(metadata["family"], sizes, among=names)
+        name = names[arch]
+        changes = {TIMM_VIT_FIELDS[key]: value for key, value in changes.items() if key in TIMM_VIT_FIELDS}
+        if sizes.get("relative_positions") == "shared":
+            changes |= {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": True}
     settings: dict[str, Any] = {"img_size": size_from_metadata(metadata), **changes}
     if metadata["kind"] == "classifier":
         return name, settings | {"num_classes": metadata["num_classes"], "global_pool": metadata.get("pool", "avg")}
@@ -236,13 +242,13 @@ def provenance(path: Path) -> dict[str, Any]:
 
 
 def _bare(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the encoder of a pre-training by timm's names, with the final norm for a plain ViT only."""
-    prefixes = {"encoder.": "", "fusion.norm.": "norm."} if metadata["family"] == "vit" else {"encoder.": ""}
+    """Return the encoder of a pre-training by timm's names, with the final norm unless it is a CViT."""
+    prefixes = {"encoder.": ""} if metadata["family"] == "cvit" else {"encoder.": "", "fusion.norm.": "norm."}
     return {
         new + name.removeprefix(old): tensor
         for name, tensor in tensors.items()
         for old, new in prefixes.items()
-        if name.startswith(old)
+        if name.startswith(old) and name != "encoder.mask_token"
     }
 
 

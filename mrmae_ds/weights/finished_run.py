@@ -247,8 +247,9 @@ class FinishedRun(SavedEncoder):
             )
         if self.kind == "classifier":
             return super().load()
-        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size)
         model, stage, tensors = self.recipe.model, self.pretraining, read_tensors(self.path)
+        mask_token = "encoder.mask_token" in tensors
+        encoder = build_encoder(spec_from_metadata(self.metadata), self.image_size, mask_token=mask_token)
         try:
             student = PretrainModel.of_tensors(encoder, model.fusion, model.decoder, stage.objectives, tensors)
         except (KeyError, RuntimeError) as error:

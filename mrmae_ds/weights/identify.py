@@ -1,7 +1,7 @@
 """Identify a checkpoint's architecture from its tensor names and shapes, and map them to this project's names.
 
 Sizes are never inferred from a file's name: the published CViT-Large and CViT-Huge files share theirs and differ in
-depth and MLP ratio. No shape depends on the number of heads, which origin.py finds elsewhere.
+depth and MLP ratio. No shape but that of BEiT's tables depends on the number of heads, which origin.py finds elsewhere.
 """
 
 from __future__ import annotations
@@ -27,13 +27,22 @@ Kind = Literal["pretrain", "classifier", "detector", "encoder", "clip", "unknown
 Shapes = Mapping[str, tuple[int, ...]]
 
 METADATA_KEY = "mrmae"
-FAMILY_TITLES = {"cvit": "CViT", "vit": "plain ViT"}
+FAMILY_TITLES = {"cvit": "CViT", "vit": "plain ViT", "beit": "BEiT"}
 POOL_TITLES = {"avg": ", mean-pooled", "token": ", on the class token"}
 PIXEL_HEAD = "heads.pixels."
 OUR_PARTS = ("encoder.", "fusion.", "decoder.", "heads.")
+OURS = {"encoder.pos_embed", "encoder.patch_embed.proj.weight"}  # names of a pre-training, of which others have none
 # Names in MAE's layout that other methods alone have, and the names of their heads in ds_configs/methods/.
 PROMPTING, DMAE_HEAD = "decoder_blocks.0.attn.q.weight", "aligned_feature_projection_heads.0."
 MILAN_HEAD = "heads.clip."
+# Names of BEiT's tables of relative positions, shared by all blocks or in each, and marks of the methods that train it.
+TABLE, SHARED_TABLE, BLOCK_TABLE = (
+    "relative_position_bias_table",
+    "rel_pos_bias.relative_position_bias_table",
+    "blocks.0.attn.relative_position_bias_table",
+)
+AGGREGATION = "cls_pt_layers.0.gamma_1"
+BEIT_NAMES = ((re.compile(r"norm\."), "fusion.norm."), (re.compile(r"lm_head\."), "heads.lm."))
 # Map from the start of MCMAE's and MAE's names to those of models/pretrain.py; all other names are the encoder's.
 RELEASED_NAMES = (
     (re.compile(r"stage(\d)_output_decode\."), r"fusion.stage_convs.\1."),
@@ -44,7 +53,7 @@ RELEASED_NAMES = (
     (re.compile(r"decoder_"), "decoder."),
 )
 PLAIN_VIT = re.compile(
-    r"cls_token|pos_embed|patch_embed\.proj\.(weight|bias)"
+    r"cls_token|mask_token|pos_embed|patch_embed\.proj\.(weight|bias)"
     r"|(blocks\.\d+\.(norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)|norm|fc_norm|head)\.(weight|bias)"
 )
 RELATIVE_POSITIONS = re.compile(r"\.attn\.rel_pos_[hw]$")  # of ViTDet-style detectors
@@ -63,13 +72,13 @@ class WeightIdentity:
     Attributes:
         kind: ``pretrain`` with a decoder, ``classifier`` with a head, ``detector`` if this project
             wrote it, ``encoder`` with neither, ``clip``, ``unknown``.
-        family: ``cvit``, ``vit``, or "" if there is no such encoder.
+        family: ``cvit``, ``vit``, ``beit``, or "" if there is no such encoder.
         title: the kind in words.
         ours: True if written by this project.
-        sizes: fields of the family's spec, for ``clip`` those of a plain ViT's; ``num_heads`` only if ``ours``, see
-            ``origin``.
-        grid: rows and columns of the position embedding: as recorded in this project's files, otherwise a square; None
-            if its rows do not form one.
+        sizes: fields of the family's spec, for ``clip`` those of a plain ViT's; ``num_heads`` only if ``ours`` or of a
+            BEiT, see ``origin``.
+        grid: rows and columns of the position embedding, or of BEiT's tables: as recorded in this project's files,
+            otherwise a square; None if its rows do not form one.
         prefix_rows: rows of the position embedding before the grid's (of a class token).
         num_classes: outputs of the head.
         pool: input of the head: ``avg`` the mean of the patches, ``token`` the class token; "" without a head or for
@@ -129,6 +138,8 @@ def identify(file: TensorFile) -> WeightIdentity:
     kind = metadata.get("kind", inferred)
     pos_embed = encoder.get("pos_embed", ())
     grid, prefix_rows = _grid(pos_embed[1] if len(pos_embed) == 3 else 0, _recorded_grid(metadata, sizes))
+    if family == "beit":
+        grid = _recorded_grid(metadata, sizes) or _grid_of_table(encoder)
     recorded = recorded_pool(model_config(file, sizes))
     pool = metadata.get("pool", _pool(family, encoder, recorded) if inferred == "classifier" else "")
     detector = detector_title(file.left)
@@ -136,7 +147,7 @@ def identify(file: TensorFile) -> WeightIdentity:
     return WeightIdentity(
         kind=kind,
         family=family,
-        title=_title(kind, family, shapes, bool(metadata), pool) + (f" of {detector}" if detector else ""),
+        title=_title(kind, family, shapes, bool(metadata), pool, file.left) + (f" of {detector}" if detector else ""),
         ours=bool(metadata),
         sizes=sizes | heads,
         grid=grid,
@@ -175,7 +186,11 @@ def encoder_sizes(shapes: Shapes) -> tuple[str, dict[str, Any]]:
             }
         dim, _, _, patch = shapes["patch_embed.proj.weight"]
         depth, ratio = _depth(shapes, "blocks."), _mlp_ratio(shapes, "blocks.", dim)
-        return "vit", {"dim": dim, "depth": depth, "mlp_ratio": ratio, "patch": patch}
+        sizes = {"dim": dim, "depth": depth, "mlp_ratio": ratio, "patch": patch}
+        if tables := _is_beit(shapes):
+            heads = shapes[SHARED_TABLE if tables == "shared" else BLOCK_TABLE][1]
+            return "beit", sizes | {"num_heads": heads, "relative_positions": tables}
+        return "vit", sizes
     except (KeyError, ValueError, IndexError):
         return "", {}
 
@@ -222,7 +237,7 @@ def nearest_architecture(
     """Find the named architecture that shares most of the given sizes.
 
     Args:
-        family: ``cvit`` or ``vit``.
+        family: ``cvit``, ``vit`` or ``beit``; where BEiT's tables lie is not compared.
         sizes: fields of the family's spec.
         among: names of the candidates.
 
@@ -233,7 +248,7 @@ def nearest_architecture(
     for arch in among:
         spec = ARCHITECTURES[arch]
         if isinstance(spec, FAMILIES[family]):
-            known = spec_sizes(spec)
+            known = spec_sizes(spec) | {"relative_positions": sizes.get("relative_positions")}
             candidates.append(
                 (arch, {key: value for key, value in sizes.items() if _format(value) != _format(known[key])})
             )
@@ -242,9 +257,13 @@ def nearest_architecture(
 
 def _our_names(names: Iterable[str]) -> dict[str, str]:
     names = list(names)
-    if "encoder.pos_embed" in names:
+    if OURS & set(names):
         return {name: name for name in names if name.startswith(OUR_PARTS)}
-    ours = {name: _renamed(name) for name in names}
+    if _is_beit(names):
+        ours = {name: _renamed(name, BEIT_NAMES) for name in names if not name.endswith(".relative_position_index")}
+        ours = {name: own for name, own in ours.items() if not own.startswith("encoder.cls_pt_layers.")}
+    else:
+        ours = {name: _renamed(name) for name in names}
     if PROMPTING in ours:
         ours = {name: own.replace(PIXEL_HEAD, MILAN_HEAD) for name, own in ours.items()}
     if "head.weight" in ours and "fc_norm.weight" not in ours:
@@ -253,8 +272,23 @@ def _our_names(names: Iterable[str]) -> dict[str, str]:
     return ours
 
 
-def _renamed(name: str) -> str:
-    for pattern, ours in RELEASED_NAMES:
+def _is_beit(names: Iterable[str]) -> str:
+    """Return where BEiT's tables of relative positions lie: ``shared``, ``blocks``, or "" if it is no such BEiT."""
+    names = set(names)
+    if not {"blocks.0.attn.q_bias", "blocks.0.gamma_1", "cls_token"} <= names or "pos_embed" in names:
+        return ""
+    return "shared" if SHARED_TABLE in names else "blocks" if BLOCK_TABLE in names else ""
+
+
+def _grid_of_table(shapes: Shapes) -> tuple[int, int] | None:
+    """Return the square grid of a table of (2 n - 1)² distances, and three of the class token; None for other sizes."""
+    rows = (shapes.get(SHARED_TABLE) or shapes[BLOCK_TABLE])[0] - 3
+    side = isqrt(max(rows, 0))
+    return ((side + 1) // 2, (side + 1) // 2) if side * side == rows and side % 2 else None
+
+
+def _renamed(name: str, names: tuple[tuple[re.Pattern[str], str], ...] = RELEASED_NAMES) -> str:
+    for pattern, ours in names:
         if pattern.match(name):
             return pattern.sub(ours, name, count=1)
     return "encoder." + name
@@ -270,7 +304,7 @@ def _mlp_ratio(shapes: Shapes, prefix: str, dim: int) -> float:
 
 def _pool(family: str, names: Iterable[str], recorded: str) -> str:
     """Return the pooling that the names show; "" if they show none, or another than the recorded one."""
-    pool = "token" if family == "vit" or "cls_token" in names else ""
+    pool = "token" if family != "cvit" or "cls_token" in names else ""
     pool = "avg" if "fc_norm.weight" in names else pool
     return pool if recorded in ("", pool) else ""
 
@@ -285,8 +319,8 @@ def _incomplete(
 ) -> str:
     """Compare an encoder's tensors with those of the model of its sizes; "" if all are there in the right shape."""
     try:
-        # Any number of heads gives the same shapes.
-        spec = make_spec(FAMILIES[family], {**sizes, "num_heads": 1}, "the file")
+        # Any number of heads gives the same shapes, but of BEiT's tables.
+        spec = make_spec(FAMILIES[family], {"num_heads": 1, **sizes}, "the file")
         expected = _bare_shapes(spec, grid or (1, 1))
     except UserError as error:
         return str(error)
@@ -373,10 +407,16 @@ def _extras(encoder: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in unknown))
 
 
-def _title(kind: Kind, family: str, names: Iterable[str], ours: bool, pool: str) -> str:
-    title = FAMILY_TITLES[family]
+def _title(kind: Kind, family: str, shapes: Shapes, ours: bool, pool: str, left: Iterable[str]) -> str:
+    title, names = FAMILY_TITLES[family], set(shapes)
+    if family == "beit" and "mask_token" in names:
+        head = shapes.get("lm_head.weight", (0, 0))
+        methods = {"BEiT v2": AGGREGATION in names, "data2vec": head[0] == head[1] != 0, "BEiT": head[0] > 0}
+        method = next((method for method, found in methods.items() if found), "")
+        method = method or ("SimMIM" if any(name.endswith("decoder.0.weight") for name in left) else "")
+        return f"{title} encoder, {method} pre-training as released" if method else f"{title} encoder with a mask token"
     if kind == "pretrain":
-        if ours or "encoder.pos_embed" in names:
+        if ours or OURS & names:
             return f"{title}, pre-training of this project"
         marks = {"MCMAE": family == "cvit", "MILAN": PROMPTING in names, "DMAE": f"{DMAE_HEAD}weight" in names}
         method = next((method for method, found in marks.items() if found), "MAE")

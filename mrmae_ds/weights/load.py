@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
@@ -18,7 +19,14 @@ from mrmae_ds.models.objectives import PIXELS, Objective
 from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.units import counted, first_few
-from mrmae_ds.weights.identify import PIXEL_HEAD, WeightIdentity, decoder_sizes, size_differences
+from mrmae_ds.weights.identify import (
+    PIXEL_HEAD,
+    SHARED_TABLE,
+    TABLE,
+    WeightIdentity,
+    decoder_sizes,
+    size_differences,
+)
 from mrmae_ds.weights.model_file import (
     build_classifier,
     read_metadata,
@@ -63,7 +71,9 @@ class LoadReport:
 
 
 def load_encoder(encoder: Encoder, path: Path, key: str = "") -> LoadReport:
-    """Load the encoder in a file into ``encoder``; the position embedding is resized to its grid.
+    """Load the encoder in a file into ``encoder``; its positions are resized to its grid.
+
+    A table of relative positions that a BEiT's blocks share in pre-training is copied into each block.
 
     Args:
         encoder: encoder with or without a head. A head in the file is loaded only if it has the same shape and pooling
@@ -95,7 +105,14 @@ def load_encoder_weights(encoder: Encoder, weights: Weights) -> LoadReport:
     if encoder.global_pool == "token":
         names = {name: ours.replace("fusion.norm.", "encoder.norm.") for name, ours in names.items()}
     identity = replace(identity, names=names)
-    incoming, report = match_tensors(weights.file.tensors, identity, state, encoder, where, "encoder.")
+    tensors = dict(weights.file.tensors)
+    own = [name for name in state if name.startswith("blocks.") and name.endswith(TABLE)]
+    shared = next((name for name, ours in names.items() if ours == f"encoder.{SHARED_TABLE}"), "")
+    if own and shared:
+        table = tensors.pop(shared)
+        tensors |= dict.fromkeys(own, table)
+        identity = replace(identity, names=names | {name: f"encoder.{name}" for name in own})
+    incoming, report = match_tensors(tensors, identity, state, encoder, where, "encoder.")
     if "cls_token" in report.missing:
         raise UserError(f"{where}: has no class token (cls_token), which pool: token takes; use pool: avg")
     optional = re.compile(r"(?:head|fc_norm|norm)\.|.*\.rel_pos_[hw]$")
@@ -141,7 +158,8 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
         names = {name: ours.replace(PIXEL_HEAD, head) for name, ours in identity.names.items()}
         identity = replace(identity, names=names)
     incoming, report = match_tensors(file.tensors, identity, state, model.encoder, where)
-    if any(name.startswith("encoder.") and name != "encoder.pos_embed" for name in report.missing):
+    optional = ("encoder.pos_embed", "encoder.mask_token")
+    if any(name.startswith("encoder.") and name not in optional for name in report.missing):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
     model.load_state_dict(incoming, strict=False)  # what is missing was checked, or is reported
     report.notes = weights.notes()
@@ -180,7 +198,8 @@ def _built(metadata: Mapping[str, Any], tensors: dict[str, Tensor]) -> Encoder |
     objectives = {name: Objective.model_validate(values) for name, values in stage["objectives"].items()}
     fusion = FusionSpec.model_validate(recipe["model"]["fusion"])
     decoder = DecoderSpec.model_validate(recipe["model"]["decoder"])
-    encoder = build_encoder(spec_from_metadata(metadata), size_from_metadata(metadata))
+    mask_token = "encoder.mask_token" in tensors
+    encoder = build_encoder(spec_from_metadata(metadata), size_from_metadata(metadata), mask_token=mask_token)
     return PretrainModel.of_tensors(encoder, fusion, decoder, objectives, tensors)
 
 
@@ -192,7 +211,7 @@ def match_tensors(
     where: str,
     prefix: str = "",
 ) -> tuple[dict[str, Tensor], LoadReport]:
-    """Match checkpoint tensors to model parameters; the position embedding is resized.
+    """Match checkpoint tensors to model parameters; positions are resized.
 
     Args:
         tensors: tensors of the file, by its names.
@@ -220,6 +239,9 @@ def match_tensors(
             if fitted.shape != tensor.shape:
                 report.resized.append(ours)
             tensor = fitted
+        elif full.endswith(TABLE) and tensor.shape != state[ours].shape:
+            tensor = resize_rel_pos_bias_table(tensor, encoder.grid, state[ours].shape, identity.grid)
+            report.resized.append(ours)
         if tensor.shape != state[ours].shape:
             if not full.startswith(("encoder.head.", "heads.")):
                 raise UserError(f"{where}: {name} is {tuple(tensor.shape)}, expected {tuple(state[ours].shape)}")

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import replacing
-from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.encoders import Encoder, build_encoder
-from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, ImageSize, make_spec
+from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, ImageSize, family_of, make_spec
 from mrmae_ds.weights.formats import read_safetensors
 from mrmae_ds.weights.identify import METADATA_KEY
 from mrmae_ds.weights.paths import MODEL_FILE
@@ -46,7 +45,7 @@ def encoder_metadata(encoder: Encoder) -> dict[str, Any]:
     height, width = (side * encoder.stride for side in encoder.grid)
     pool = {"pool": encoder.global_pool} if encoder.num_classes else {}
     return {
-        "family": "cvit" if isinstance(encoder, CViT) else "vit",
+        "family": family_of(encoder.spec),
         "spec": asdict(encoder.spec),
         "image_size": height if height == width else [height, width],
         **pool,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD, Rgb
-from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, CViTSpec, ViTSpec
+from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, CViTSpec, EncoderSpec
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.names import HF_VIT, VITDET, detector_title
 
@@ -171,6 +171,8 @@ def _heads(
 ) -> tuple[int | None, str]:
     if metadata.get("spec"):
         return metadata["spec"]["num_heads"], "its metadata"
+    if "num_heads" in sizes:
+        return sizes["num_heads"], "the width of its tables of relative positions"
     widths = [tensor.shape[-1] for name, tensor in file.tensors.items() if name.endswith(".attn.rel_pos_h")]
     dim = sizes["dims"][-1] if "dims" in sizes else sizes.get("dim", 0)
     if widths and widths[0] and dim % widths[0] == 0:
@@ -208,7 +210,7 @@ def _is_small(family: str, sizes: Mapping[str, Any]) -> bool:
     return family == "vit" and _same_widths(ARCHITECTURES["vit_small"], sizes)
 
 
-def _same_widths(spec: CViTSpec | ViTSpec, sizes: Mapping[str, Any]) -> bool:
+def _same_widths(spec: EncoderSpec, sizes: Mapping[str, Any]) -> bool:
     if isinstance(spec, CViTSpec):
         return (spec.dims, spec.depths) == (tuple(sizes["dims"]), tuple(sizes["depths"]))
     return (spec.dim, spec.depth) == (sizes["dim"], sizes["depth"])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.sizes import FAMILIES, EncoderSpec, make_spec
+from mrmae_ds.models.sizes import FAMILIES, BeitSpec, EncoderSpec, family_of, make_spec
 from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file
 from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify, size_differences, spec_sizes
@@ -69,7 +69,7 @@ class Weights:
         Raises:
             UserError: naming every size that differs.
         """
-        identity, family = self.identity, next(name for name, kind in FAMILIES.items() if isinstance(spec, kind))
+        identity, family = self.identity, family_of(spec)
         if identity.family != family:
             raise UserError(
                 f"{self.where}: contains {identity.title}, but the recipe's model is a {FAMILY_TITLES[family]}"
@@ -80,6 +80,8 @@ class Weights:
         by = f" (num_heads by {origin.heads_by}; a config.json beside the file with num_attention_heads overrules it)"
         if origin.num_heads is not None:
             found["num_heads"] = origin.num_heads
+        if isinstance(spec, BeitSpec) and found["relative_positions"] == "shared":
+            del found["relative_positions"]  # a shared table fits every block's own
         if differences := size_differences(found, spec_sizes(spec)):
             stated = by if not identity.ours and any(text.startswith("num_heads") for text in differences) else ""
             raise UserError(

@@ -136,7 +136,7 @@ def test_every_number_of_the_tables_has_its_recipe() -> None:
             key = {"6": f"{recipe.method} {recipe.size}", "1": recipe.method, "5": str(epochs)}.get(table, row)
             quoted.setdefault((int(table), key), []).append(file.stem)
     wanted = {(6, f"{row.method} {size}") for row in TABLES[6].rows for size in row.cells}
-    wanted |= {(1, method) for method in ("MAE", "DMAE", "MCMAE", "MILAN", "MR-MAE")}
+    wanted |= {(1, method) for method in ("MAE", "DMAE", "MaskFeat", "MCMAE", "MILAN", "MR-MAE", "MVP")}
     wanted |= {(5, str(row.epochs)) for row in TABLES[5].rows}
     wanted |= {(table, str(n + 1)) for table in (3, 4) for n in range(len(TABLES[table].rows))}
     assert quoted.keys() == wanted
@@ -257,6 +257,7 @@ def test_the_scaling_table_has_the_methods_own_schedules() -> None:
             assert stage is not None and recipe.size == size.capitalize()
             assert (recipe.method, stage.epochs) == (row.method, row.epochs)
             assert (stage.batch_size, stage.optimizer.warmup_epochs) == batches[row.method]
+            assert stage.masking is not None
             assert stage.optimizer.base_lr == 1.5e-4 and stage.masking.keep_ratio == 0.25
             assert recipe.model.arch == f"{'vit' if row.method == 'MAE' else 'cvit'}_{size}"
             weights = [0.5, 0.5] if row.method == "MR-MAE" else [1.0]
@@ -300,6 +301,7 @@ def test_a_row_of_table_3_has_the_parts_that_the_table_ticks(row: int) -> None:
     assert [(o.tap, o.tokens) for o in features] == high
     assert [(o.tap, o.tokens) for o in pixels] == [("decoder", "masked")] * (printed.labels["Low Level"] == "L_R")
     assert sum(o.weight for o in stage.objectives.values()) == 1.0
+    assert stage.masking is not None
     assert stage.masking.mode == ("sample" if printed.labels["Focused Mimic"] else "random")
     assert bool(model.fusion.stages or model.fusion.blocks) == bool(printed.labels["Multi-layer Fusion"])
     assert model.arch == ("cvit_base" if printed.labels["Masked Conv."] else "vit_base")
@@ -372,7 +374,14 @@ def test_cost_line_has_the_documented_form(file: Path) -> None:
     assert float(match[2].replace(",", "")) == pytest.approx(exaflop * 1e18 / 200e12 / 3600, rel=0.01)
 
 
-COUNTED = ["base", "ablations/table3_6_mimic_only", "methods/milan_base", "methods/dmae_base"]
+COUNTED = [
+    "base",
+    "ablations/table3_6_mimic_only",
+    "methods/milan_base",
+    "methods/dmae_base",
+    "methods/mvp_base",
+    "methods/fd_base",
+]
 
 
 @pytest.mark.parametrize("name", COUNTED)

@@ -164,9 +164,10 @@ def test_shapes_that_differ_are_refused(visible: VisibleSet) -> None:
 
 
 @pytest.mark.parametrize("tokens", ["masked", "all"])
-def test_removed_tokens_at_the_encoder_are_refused(tokens: str) -> None:
-    with pytest.raises(ValidationError, match=f"visible tokens only, so tokens: {tokens} cannot be supervised"):
-        Objective(target="t", tap="encoder", tokens=tokens, normalize="none", weight=1)
+def test_removed_tokens_at_the_encoder_are_refused(tokens: str, visible: VisibleSet) -> None:
+    spec = Objective(target="t", tap="encoder", tokens=tokens, normalize="none", weight=1)
+    with pytest.raises(ValueError, match=f"visible tokens only, so tokens: {tokens} cannot be supervised"):
+        objective_loss(spec, normal(B, L, 4), normal(B, L, 4), visible)
 
 
 @pytest.mark.parametrize("change", [{"weight": 0}, {"loss": "l3"}, {"wieght": 1}, {"normalize": "mean"}])

@@ -27,7 +27,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 def augmented(path: Path, device: torch.device) -> list[Batch]:
     """Return two epochs of augmented batches, all of them kept."""
-    settings = AugmentSettings("rand-m9-mstd0.5-inc1", IMAGENET_MEAN)
+    settings = AugmentSettings(IMAGENET_MEAN, "rand-m9-mstd0.5-inc1")
     options = {"crop": CropSettings(scale=(0.2, 1.0)), "augment": settings, "seed": 5, "micro_batch": 8}
     loader = open_loader(path, device=device, num_workers=2, **options)
     batches = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]

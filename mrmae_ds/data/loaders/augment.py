@@ -1,4 +1,4 @@
-"""Augmentation of fine-tuning by timm's code, with all randomness derived from each sample's key.
+"""Augmentation, of fine-tuning by timm's code, with all randomness derived from each sample's key.
 
 timm draws from Python's and numpy's global generators. Both are seeded by the sample's key before each image, so the
 result does not depend on threads, processes, ranks or restarts.
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageEnhance, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
@@ -27,27 +27,29 @@ from mrmae_ds.imagenet import Rgb
 
 _POLICY_FORM = re.compile(r"rand(-((m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3aw?)))*")
 # Uses of a sample's key besides its box and flip.
-_POLICY, _ERASING = 0x706F6C69, 0x65726173
+_POLICY, _ERASING, _JITTER = 0x706F6C69, 0x65726173, 0x6A697474
 
 
 @dataclass(frozen=True)
 class AugmentSettings:
-    """Settings of RandAugment.
+    """Settings of RandAugment and color jitter.
 
     Attributes:
-        policy: timm's configuration string (``rand-m9-mstd0.5-inc1``).
         mean: color, 0 to 1, of the area that a shift or rotation uncovers.
+        policy: timm's configuration string (``rand-m9-mstd0.5-inc1``); None is no RandAugment.
+        color_jitter: largest relative change of brightness, contrast and saturation; 0 is none.
     """
 
-    policy: str
     mean: Rgb
+    policy: str | None = None
+    color_jitter: float = 0.0
 
 
 class Augment:
-    """RandAugment of single images, to be built in the process that uses it.
+    """Color jitter and RandAugment of single images, to be built in the process that uses it.
 
     Args:
-        settings: policy and fill color.
+        settings: policy, fill color and jitter.
         size: S, pixels.
 
     Raises:
@@ -55,6 +57,9 @@ class Augment:
     """
 
     def __init__(self, settings: AugmentSettings, size: int) -> None:
+        self._jitter, self._transform = settings.color_jitter, None
+        if settings.policy is None:
+            return
         if not _POLICY_FORM.fullmatch(settings.policy):  # timm ignores unknown parts
             raise UserError(
                 f"rand_augment: {settings.policy!r} is not a RandAugment policy of timm; expected a form like "
@@ -69,8 +74,22 @@ class Augment:
 
     def __call__(self, image: Image.Image, key: int) -> Image.Image:
         """Augment one RGB image; its size stays."""
+        if self._jitter:
+            seed_generators(key, _JITTER)
+            image = _jitter(image, self._jitter)
+        if self._transform is None:
+            return image
         seed_generators(key, _POLICY)
         return self._transform(image)
+
+
+def _jitter(image: Image.Image, strength: float) -> Image.Image:
+    """Change brightness, contrast and saturation in random order, as torchvision's ColorJitter does."""
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+    random.shuffle(enhancers)
+    for enhancer in enhancers:
+        image = enhancer(image).enhance(random.uniform(1 - strength, 1 + strength))
+    return image
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

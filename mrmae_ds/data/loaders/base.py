@@ -81,7 +81,7 @@ class TrainTransform:
 
     Attributes:
         crop: random resized crop and flip.
-        augment: RandAugment after them; None is none.
+        augment: RandAugment or color jitter after them; None is none.
     """
 
     crop: CropSettings

@@ -38,7 +38,7 @@ def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         threads = recipe.loader.num_workers or 1
         items["buffers of the decoding threads"] = ranks * threads * 3 * CONSTANTS.image_side**2
     if stage.task.augment is not None:
-        items["batches in RandAugment (shared)"] = ranks * CONSTANTS.augment_batches * batch
+        items["batches in augmentation (shared)"] = ranks * CONSTANTS.augment_batches * batch
     items["page cache of the training images"] = num_images * CONSTANTS.image_bytes
     return items
 
@@ -66,8 +66,9 @@ def loader_cost(recipe: Recipe, stage: CountedStage, folder: Path = RESULTS) -> 
     """Return the measured cost of the recipe's loader; None if the results of benchmarks/loader.py lack it."""
     if not _reads_beton(stage):
         return None
-    augmented = stage.task.augment is not None
-    contender = f"mrmae_ds, {recipe.data.backend}" + (" + RandAugment" if augmented else " backend")
+    augment = stage.task.augment
+    kind = " backend" if augment is None else " + RandAugment" if augment.policy else " + color jitter"
+    contender = f"mrmae_ds, {recipe.data.backend}{kind}"
     for path in sorted(folder.glob("loader*.json")):
         result = json.loads(path.read_text())
         rounds = result.get("rounds")

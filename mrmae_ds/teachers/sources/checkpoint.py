@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.models.beit import MaskedBeit
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.window_attention import WindowAttention
@@ -58,7 +59,11 @@ def encoder_attention(encoder: Encoder, images: Tensor, layers: tuple[int, ...] 
             tokens = encode_layers(encoder, images, VisibleSet.whole(len(images), encoder.grid, images.device), layers)
         else:
             tokens = encoder.forward_features(images)
-    importance = class_attention(block.norm1(captured.x), attn.qkv.weight, attn.qkv.bias, attn.num_heads, prefix)
+    bias, positions = attn.qkv.bias, None
+    if isinstance(encoder, MaskedBeit):
+        bias, positions = encoder.last_attention()
+    x = block.norm1(captured.x)
+    importance = class_attention(x, attn.qkv.weight, bias, attn.num_heads, prefix, position_bias=positions)
     return TeacherOutput(tokens[:, prefix:], importance, tokens[:, :prefix] if prefix else None)
 
 

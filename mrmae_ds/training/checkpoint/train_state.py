@@ -53,8 +53,14 @@ class TrainState:
             "grad_norm": None if norm is None else float(norm),
             "meter": self.meter.state() | {"micro_batch": micro_batch},
             "random": random_state(device),
-            "buffers": dict(module.named_buffers()),
+            "buffers": persistent_buffers(module),
         }
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers by name, without those that follow from the model's sizes (indices of relative positions)."""
+    left = {id(part._buffers[name]) for part in module.modules() for name in part._non_persistent_buffers_set}
+    return {name: buffer for name, buffer in module.named_buffers() if id(buffer) not in left}
 
 
 def state_file(rank: int) -> str:
@@ -88,7 +94,7 @@ def load_state(
         meters[rank] = _read(checkpoint, rank)["meter"]
     meters = {rank: meter for some in gather(meters) for rank, meter in some.items()}
     restore_random_state(own["random"], device)
-    buffers = dict(module.named_buffers())
+    buffers = persistent_buffers(module)
     if buffers.keys() != own["buffers"].keys():
         raise ValueError(f"{checkpoint}: buffers differ: {sorted(buffers.keys() ^ own['buffers'].keys())}")
     for name, buffer in buffers.items():

@@ -31,6 +31,7 @@ from mrmae_ds.models.compiled import compile_each
 from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.pretrain import set_checkpointing
 from mrmae_ds.profiling.step_ranges import mark_reduction
+from mrmae_ds.training.checkpoint.train_state import persistent_buffers
 from mrmae_ds.training.engine.deepspeed_patches import apply_patches
 from mrmae_ds.training.engine.kernels import apply_kernel_settings
 from mrmae_ds.training.engine.missing_gradients import watch_gradients
@@ -139,7 +140,8 @@ def gather_state(engine: deepspeed.DeepSpeedEngine) -> dict[str, Tensor]:
                 if keep:
                     state[f"{prefix}.{name}" if prefix else name] = full.detach().float().cpu().clone()
     if keep:
-        state.update({name: buffer.detach().cpu().clone() for name, buffer in engine.module.named_buffers()})
+        buffers = persistent_buffers(engine.module)
+        state.update({name: buffer.detach().cpu().clone() for name, buffer in buffers.items()})
     return state
 
 

@@ -71,6 +71,15 @@ class MicroBatchKey:
         digest = hashlib.blake2b(repr((self.seed, self.step, where, purpose)).encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") >> 1
 
+    def image_seeds(self, purpose: str) -> list[int]:
+        """Return a seed for each image, of its place in the global batch and not of the number of ranks.
+
+        Args:
+            purpose: name of the draw.
+        """
+        first, seed = self.part * self.micro_batch, self.seed_for(purpose, per_part=False)
+        return [seed + place for place in range(first, first + self.micro_batch)]
+
     def noise(self, num_tokens: int) -> Tensor:
         """Return uniform noise for masking, float32 [B, L] on the CPU.
 
@@ -287,7 +296,7 @@ class Task(ABC, Generic[ConfigT]):
 
     @property
     def augment(self) -> AugmentSettings | None:
-        """RandAugment of the training images; None for none."""
+        """Augmentation of the cropped training images; None for none."""
         return None
 
     @property

@@ -83,7 +83,7 @@ class FinetuneTask(ClassifierTask[FinetuneConfig]):
     def augment(self) -> AugmentSettings | None:
         """RandAugment; None if the recipe has no policy."""
         policy = self.config.rand_augment
-        return AugmentSettings(policy, self.data.mean) if policy else None
+        return AugmentSettings(self.data.mean, policy) if policy else None
 
     @property
     def even_micro_batch(self) -> bool:
@@ -93,6 +93,10 @@ class FinetuneTask(ClassifierTask[FinetuneConfig]):
     def param_groups(self) -> ParamGroups:
         """Return groups by layer and decay."""
         return finetune_groups(self.model, self.config.optimizer.weight_decay, self.config.layer_decay)
+
+    def adapt_engine_config(self, config: EngineConfig) -> EngineConfig:
+        """Return the engine config with the recipe's clipping."""
+        return config.with_clipping(self.config.optimizer.clip_grad)
 
     def make_optimizer(self, groups: ParamGroups, fused: bool) -> Optimizer:
         """Return AdamW."""

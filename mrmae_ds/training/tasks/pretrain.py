@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
@@ -14,10 +15,13 @@ from mrmae_ds.config.engine import EngineConfig, check_compiled_teachers
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, PretrainConfig
+from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import Batch, to_device
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.encoders import Encoder, dense_features
+from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.sizes import token_grid
 from mrmae_ds.profiling.step_ranges import step_range
 from mrmae_ds.records.sections import Design, ObjectiveInfo
 from mrmae_ds.teachers import PlacedTeacher, Teacher, build_teacher, place_teacher
@@ -96,9 +100,19 @@ class PretrainTask(CropTask[PretrainConfig]):
         """True if k-NN evaluation is on."""
         return self.config.knn is not None
 
+    @property
+    def augment(self) -> AugmentSettings | None:
+        """Color jitter; None if the recipe has none."""
+        jitter = self.config.color_jitter
+        return AugmentSettings(self.data.mean, color_jitter=jitter) if jitter else None
+
     def param_groups(self) -> ParamGroups:
         """Return the decayed and the other parameters."""
         return pretrain_groups(self.model, self.config.optimizer.weight_decay)
+
+    def adapt_engine_config(self, config: EngineConfig) -> EngineConfig:
+        """Return the engine config with the recipe's clipping."""
+        return config.with_clipping(self.config.optimizer.clip_grad)
 
     def make_optimizer(self, groups: ParamGroups, fused: bool) -> Optimizer:
         """Return AdamW."""
@@ -119,19 +133,27 @@ class PretrainTask(CropTask[PretrainConfig]):
     def losses(self, engine: nn.Module, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:
         """Compute targets with the teachers, choose the visible tokens, and compute every objective."""
         # Before the teachers: a copy after them would have to wait for what they compute.
-        noise = to_device(key.noise(self.grid[0] * self.grid[1]), batch.images.device)
+        noise = to_device(self._noise(key), batch.images.device)
         pixels = self.normalize.pixels(batch.images)
         with step_range("teachers"):
             placed = self.placed or self.teachers
             of_visible = [name for name, teacher in self.teachers.items() if teacher.sees_visible]
             outputs = {name: teacher(pixels) for name, teacher in placed.items() if name not in of_visible}
-            visible = draw_visible(self.config.masking, outputs, noise, self.grid)
-            outputs |= {name: placed[name](pixels, visible) for name in of_visible}
+            visible = draw_visible(self.config, outputs, noise, self.grid, self.encoder.stride)
+            if isinstance(visible, VisibleSet):
+                outputs |= {name: placed[name](pixels, visible) for name in of_visible}
         targets = targets_of(self.config.objectives, self.teachers, outputs)
         torch.manual_seed(key.seed_for("model"))
         # float32 whatever the model's precision: the pixel targets are computed from it.
         with step_range("student"):
             return engine(self.normalize.student(pixels, torch.float32), visible, targets)
+
+    def _noise(self, key: MicroBatchKey) -> Tensor:
+        """Return the noise that :func:`draw_visible` takes, of no tokens without masking; of blocks, their masks."""
+        masking = self.config.masking
+        if masking is not None and masking.mode == "block":
+            return masking.draw_blocks(key.image_seeds("mask"), self.grid)
+        return key.noise(0 if masking is None else math.prod(masking.grid(self.grid, self.encoder.stride)))
 
     def build_evaluator(self, context: EvalContext) -> Evaluator | None:
         """Return the k-NN evaluation; None if it is off."""
@@ -158,9 +180,11 @@ def describe_design(recipe: Recipe, config: PretrainConfig) -> Design:
         config: its pre-training stage.
     """
     fusion = recipe.model.fusion
+    rows, columns = token_grid(recipe.model.spec(), recipe.model.image_size)
     return Design(
-        keep_ratio=config.masking.keep_ratio,
-        masking=config.masking.mode,
+        keep_ratio=config.visible_share(rows * columns),
+        masking="none" if config.masking is None else config.masking.mode,
+        encoder_input=config.encoder_input,
         fusion=(*(f"stage {n}" for n in fusion.stages), *(f"block {n}" for n in fusion.blocks)),
         objectives={
             name: ObjectiveInfo(

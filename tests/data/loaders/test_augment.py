@@ -17,7 +17,7 @@ from tests.support.sample_data import photograph
 
 pytestmark = pytest.mark.timeout(180, method="thread")
 POLICY = "rand-m9-mstd0.5-inc1"
-SETTINGS = AugmentSettings(POLICY, IMAGENET_MEAN)
+SETTINGS = AugmentSettings(IMAGENET_MEAN, POLICY)
 
 
 def test_augment_equals_timm() -> None:

@@ -28,7 +28,7 @@ from tests.support.loaders import open_loader
 
 pytestmark = pytest.mark.timeout(120, method="thread")
 CROP = CropSettings(scale=(0.2, 1.0))
-POLICY = AugmentSettings("rand-m9-mstd0.5-inc1", (0.5, 0.5, 0.5))
+POLICY = AugmentSettings((0.5, 0.5, 0.5), "rand-m9-mstd0.5-inc1")
 
 
 def _loader(path: Path, train: bool, backend: str = "pillow", **changes: Any) -> Loader:

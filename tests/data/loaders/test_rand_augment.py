@@ -21,7 +21,7 @@ from mrmae_ds.imagenet import IMAGENET_MEAN
 from tests.support.loaders import open_loader
 
 pytestmark = pytest.mark.timeout(300, method="thread")
-SETTINGS = AugmentSettings("rand-m9-mstd0.5-inc1", IMAGENET_MEAN)
+SETTINGS = AugmentSettings(IMAGENET_MEAN, "rand-m9-mstd0.5-inc1")
 
 
 def _loader(path: Path, backend: str = "ffcv", augment: AugmentSettings | None = SETTINGS, **changes: Any) -> Loader:
@@ -106,4 +106,4 @@ def test_dead_worker_is_an_error(betons: tuple[Path, Path]) -> None:
 @pytest.mark.parametrize("policy", ["auto", "rand-m9-tnonsense", "rand-mx"])
 def test_invalid_policy_is_an_error(betons: tuple[Path, Path], policy: str) -> None:
     with pytest.raises(UserError, match=f"rand_augment: '{policy}' is not a RandAugment policy"):
-        _loader(betons[0], augment=AugmentSettings(policy, (0.5, 0.5, 0.5)))
+        _loader(betons[0], augment=AugmentSettings((0.5, 0.5, 0.5), policy))
