@@ -83,9 +83,9 @@ class BetonFile:
             if (self.table[:, 0] + self.table[:, 1] > len(self.content)).any():
                 raise ValueError("images beyond its end")
         except (ValueError, IndexError) as error:  # numpy's, of a file that is too short or of another kind
-            raise UserError(
-                f"{info.path}: does not hold what its sidecar describes ({error}); copy or write it again"
-            ) from None
+            described = "what its sidecar describes" if info.sha256 else "samples of an image and a label"
+            fix = "copy or write it again" if info.sha256 else "it needs `image` (RGBImageField) and `label` (IntField)"
+            raise UserError(f"{info.path}: does not hold {described} ({error}); {fix}") from None
         self.labels = samples["label"].astype(np.int64)
         self.indices = samples["index"].astype(np.int64) if "index" in names else np.arange(num_samples)
         self.checksums = (

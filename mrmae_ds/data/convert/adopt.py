@@ -23,7 +23,7 @@ from mrmae_ds.data.convert.splits import check_look_alikes
 from mrmae_ds.data.convert.verify import find_problems
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, write_text
-from mrmae_ds.units import counted
+from mrmae_ds.units import counted, first_few
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +61,11 @@ def adopt_beton(path: str | Path, classes: str | Path | None = None, name: str |
         logger.info("%s: names no classes, which are called by their numbers; --classes FILE names them", path)
     names = read_classes(Path(classes)) if classes else [str(label) for label in range(highest + 1)]
     check_look_alikes(classes or path, names)
+    empty = sorted(set(range(len(names))) - set(file.labels.tolist()))
+    if empty:
+        logger.warning(
+            "%s: no sample of %s: %s", path, counted(len(empty), "class"), first_few([names[i] for i in empty], 5)
+        )
     raw = file.table[:, 4] == RAW
     max_side = int(file.table[:, 2:4].max())
     info = replace(info, class_names=tuple(names), num_classes=len(names), max_side=max_side)

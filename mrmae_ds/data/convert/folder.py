@@ -21,6 +21,7 @@ from mrmae_ds.data.convert.splits import (
     find_classes,
     find_parts,
     is_folder,
+    is_hidden,
     is_image,
     kind_of,
     list_folder,
@@ -83,7 +84,7 @@ class _ClassFolder:
             raise UserError(f"{folder}: is a link into the class {owner}; an image can have one class only")
         self._visited.add(real)
         for entry in list_folder(folder):
-            if entry.name.startswith("."):
+            if is_hidden(entry.name):
                 self._others["hidden folders" if is_folder(entry) else "hidden files"] += 1
             elif is_folder(entry):
                 if not self._nested:
@@ -158,6 +159,8 @@ def _report(folder: Path, use: str, images: ImageIndex, class_names: Sequence[st
     ignored = f", ignored: {describe_ignored(images.ignored)}" if images.ignored else ""
     if all(name.isdecimal() for name in class_names):
         logger.info("%s: its classes are called by numbers; rename the folders if the classes have names", folder)
+    if len(class_names) == 1:
+        logger.warning("%s: a single class, %s; is each class a folder?", folder, class_names[0])
     counts = f"{counted(len(class_names), 'class')}, {counted(len(images), 'image')}"
     logger.info("%s: taken as %s: %s%s", folder, use, counts, ignored)
 

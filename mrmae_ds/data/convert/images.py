@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import logging
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedIm
 from mrmae_ds.data.convert.options import WriteOptions
 
 # Not all that Pillow opens: its EPS reader runs Ghostscript on the file's content, whatever the file's name.
+logger = logging.getLogger(__name__)
+
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_DARK = "16-bit, but dark"  # the whole image below an eighth of white
+_DARK_LIMIT = 0xFFFF // 8
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -156,8 +161,7 @@ def _rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     """Convert any mode to RGB, appending the conversion to ``kinds``."""
     mode = image.mode
     if mode.startswith("I;16"):
-        kinds.append("16-bit")
-        return _from_16_bits(np.asarray(image))
+        return _from_16_bits(np.asarray(image), kinds)
     if mode in ("I", "F"):
         return _from_32_bits(np.asarray(image), mode, kinds)
     if image.has_transparency_data:
@@ -175,12 +179,28 @@ def _rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_16_bits(values: npt.NDArray[Any]) -> Image.Image:
+def _from_16_bits(values: npt.NDArray[Any], kinds: list[str]) -> Image.Image:
     """Divide by 257 and round, as RGB: 65,535 becomes 255."""
+    kinds += ["16-bit", _DARK] if values.max() <= _DARK_LIMIT else ["16-bit"]
     scaled = values.astype(np.uint32)
     scaled += 128
     scaled //= 257
     return Image.fromarray(scaled.astype(np.uint8)).convert("RGB")
+
+
+def warn_of_dark(path: Path, kinds: Mapping[str, int]) -> None:
+    """Print a warning if all 16-bit images are dark, as 12-bit values in 16 bits are.
+
+    Args:
+        path: the file that they were written to.
+        kinds: number of conversions by kind.
+    """
+    if 0 < kinds.get(_DARK, 0) == kinds["16-bit"]:
+        logger.warning(
+            "%s: no 16-bit image is brighter than an eighth of white, 65,535; if its white is another "
+            "(4,095 of 12 bits), scale the values before conversion",
+            path,
+        )
 
 
 def _from_32_bits(values: npt.NDArray[Any], mode: str, kinds: list[str]) -> Image.Image:
@@ -189,8 +209,7 @@ def _from_32_bits(values: npt.NDArray[Any], mode: str, kinds: list[str]) -> Imag
     if not np.isfinite([low, high]).all():
         raise ImageError("pixels that are not finite")
     if mode == "I" and low >= 0 and high <= 0xFFFF:
-        kinds.append("16-bit")
-        return _from_16_bits(values)
+        return _from_16_bits(values, kinds)
     kinds.append("32-bit")
     stretched = values.astype(np.float64)
     stretched -= low

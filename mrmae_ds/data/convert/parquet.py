@@ -61,12 +61,35 @@ class TableStore:
 
 def _read(path: str, group: int, column: str) -> Any:
     """Return one column of a row group."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     if path.endswith(".parquet"):
         return pq.ParquetFile(path).read_row_group(group, columns=[column], use_threads=False).column(column)
-    return pa.ipc.open_stream(pa.memory_map(path)).read_all().to_batches()[group].column(column)
+    return _arrow_table(path).to_batches()[group].column(column)
+
+
+def _arrow_table(path: str) -> Any:
+    """Read an Arrow file, in the format of streams (Hugging Face's) or of files (Feather)."""
+    import pyarrow as pa
+
+    mapped = pa.memory_map(path)
+    is_file = mapped.read(6) == b"ARROW1"
+    mapped.seek(0)
+    return (pa.ipc.open_file if is_file else pa.ipc.open_stream)(mapped).read_all()
+
+
+def _check_image_type(path: Path, column: Any) -> None:
+    """Check that a column holds encoded images: bytes, or a struct with ``bytes``; raises UserError otherwise."""
+    import pyarrow as pa
+
+    kind = column.type
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(
+            f"{path}: column {column.name} holds {column.type}, but images are bytes of a file such as JPEG, "
+            "alone or as `bytes` of a struct; encode them first"
+        )
 
 
 def open_tables(
@@ -103,17 +126,20 @@ def open_tables(
                     [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)],
                 )
             else:
-                table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+                table = _arrow_table(str(path))
                 schema, sizes = table.schema, [batch.num_rows for batch in table.to_batches()]
             features = _features(schema)
             found = _column(path, schema, features, "image", image), _column(path, schema, features, "label", label)
             if columns not in (None, found):
                 raise UserError(f"{path}: its columns are {found}, those of {paths[0]} {columns}")
             columns = found
+            _check_image_type(path, schema.field(found[0]))
             column = file.read([found[1]]) if path.suffix == ".parquet" else table.select([found[1]])
             values = column.column(0).to_pylist()
         except pa.ArrowException as error:
-            raise UserError(f"{path}: cannot be read ({error}); fetch it again") from error
+            pointer = path.read_bytes()[:24] == b"version https://git-lfs."
+            fix = "it is a pointer of Git LFS: `git lfs pull` fetches the file" if pointer else "fetch it again"
+            raise UserError(f"{path}: cannot be read ({error}); {fix}") from error
         stated = features.get(found[1], {}).get("names")
         if names is not None and stated != names:
             raise UserError(f"{path}: its classes differ from those of {paths[0]}")
@@ -132,9 +158,12 @@ def open_tables(
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """Return Hugging Face's description of the columns; {} without one."""
-    stored = (schema.metadata or {}).get(b"huggingface")
-    return json.loads(stored).get("info", {}).get("features", {}) if stored else {}
+    """Return Hugging Face's description of the columns; {} without one that can be read."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+    except (KeyError, TypeError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _column(path: Path, schema: Any, features: dict[str, Any], kind: str, chosen: str | None) -> str:

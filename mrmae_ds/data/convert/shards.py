@@ -19,7 +19,7 @@ from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.parquet import open_tables
 from mrmae_ds.data.convert.parts import split_validation, write_parts
-from mrmae_ds.data.convert.splits import ARCHIVES, check_is_folder, check_look_alikes, part_of_file
+from mrmae_ds.data.convert.splits import ARCHIVES, check_is_folder, check_look_alikes, is_hidden, part_of_file
 from mrmae_ds.data.convert.tar_files import open_shards
 from mrmae_ds.errors import UserError
 from mrmae_ds.units import counted, first_few
@@ -66,7 +66,7 @@ def find_shards(source: Path, kind: Kind) -> dict[str, list[Path]]:
     found: dict[str | None, list[Path]] = defaultdict(list)
     for path in sorted(source.rglob("*")):
         inner = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inner.parts) or path.name.startswith("cache-")
+        hidden = any(map(is_hidden, inner.parts)) or path.name.startswith("cache-")
         if path.is_file() and path.suffix in _SUFFIXES[kind] and not hidden:
             found[part_of_file(str(inner))].append(path)
         elif kind == "tars" and path.name.lower().endswith(ARCHIVES) and not hidden:

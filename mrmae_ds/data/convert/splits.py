@@ -19,13 +19,17 @@ logger = logging.getLogger(__name__)
 Part = Literal["train", "val", "test"]
 _NAMES: dict[Part, tuple[str, ...]] = {
     "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
+    "val": ("val", "valid", "validation", "dev", "eval"),
     "test": ("test", "testing"),
 }
 # HEIC is included so that it is reported as unreadable instead of ignored.
 _SUFFIXES = "jpg jpeg jpe jfif mpo png apng gif webp avif bmp dib ppm pgm pbm pnm tif tiff jp2 j2k jpx heic heif"
 EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split())
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".tar.bz2", ".zip", ".7z", ".rar")
+# Folders of file systems and of archives: thumbnails, trash, copies of attributes.
+_SYSTEM_FOLDERS = frozenset(
+    {"@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found"}
+)
 _HIDDEN, _LOOSE = "hidden folders", "images beside the class folders"
 
 
@@ -46,9 +50,14 @@ def part_of_file(path: str) -> Part | None:
     return parts.pop() if parts else None
 
 
+def is_hidden(name: str) -> bool:
+    """Return True for the name of a hidden file or folder, and of a folder that the operating system keeps."""
+    return name.startswith(".") or name in _SYSTEM_FOLDERS
+
+
 def is_image(name: str) -> bool:
     """Return True for the name of an image that is not hidden."""
-    return os.path.splitext(name)[1].lower() in EXTENSIONS and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in EXTENSIONS and not is_hidden(name)
 
 
 def kind_of(name: str) -> str:
@@ -87,7 +96,7 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
 
 def subfolders(folder: str | Path) -> list[str]:
     """Return the names of a folder's folders, sorted; hidden ones do not count."""
-    return [entry.name for entry in list_folder(folder) if is_folder(entry) and not entry.name.startswith(".")]
+    return [entry.name for entry in list_folder(folder) if is_folder(entry) and not is_hidden(entry.name)]
 
 
 def _holds_images(entries: Iterable[os.DirEntry[str]]) -> bool:
@@ -122,10 +131,10 @@ def find_parts(source: Path) -> tuple[Path, Path | None]:
             logger.warning("%s: not used%s", source / name, hint)
         return train, next((source / name for name in named["val"]), None)
     parts = [name for names in named.values() for name in names]
-    if any(subfolders(source / name) for name in parts):
-        raise UserError(
-            f"{source}: has {parts[0]}/ but no train/; expected {source}/train/CLASS and {source}/val/CLASS"
-        )
+    of_classes = [name for name in parts if subfolders(source / name)]
+    if of_classes:
+        lacks = f"but {named['train'][0]}/ holds no class folders" if named["train"] else "but no train/"
+        raise UserError(f"{source}: has {of_classes[0]}/ {lacks}; expected {source}/train/CLASS and {source}/val/CLASS")
     if parts and not others:
         raise UserError(
             f"{source}: {first_few(parts, 3)} hold no class folders; expected {source}/{parts[0]}/CLASS/IMAGE"
@@ -192,7 +201,7 @@ def check_look_alikes(source: Path | str, names: Iterable[str]) -> None:
 def _image_folders(folder: str) -> list[str]:
     """Return the folders at or below ``folder`` that hold images; links to folders are not followed."""
     entries = list_folder(folder)
-    below = [e.path for e in entries if e.is_dir(follow_symlinks=False) and not e.name.startswith(".")]
+    below = [e.path for e in entries if e.is_dir(follow_symlinks=False) and not is_hidden(e.name)]
     found = [inner for path in below for inner in _image_folders(path)]
     return [folder, *found] if _holds_images(entries) else found
 
@@ -229,7 +238,7 @@ def count_ignored(root: Path) -> Counter[str]:
     ignored: Counter[str] = Counter()
     for entry in list_folder(root):
         if is_folder(entry):
-            ignored[_HIDDEN] += entry.name.startswith(".")
+            ignored[_HIDDEN] += is_hidden(entry.name)
         else:
             ignored[_LOOSE if is_image(entry.name) else kind_of(entry.name)] += 1
     return ignored

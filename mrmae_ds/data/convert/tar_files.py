@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from mrmae_ds.data.convert.images import ImageError, open_content
 from mrmae_ds.data.convert.index import ImageIndex
-from mrmae_ds.data.convert.splits import is_image, kind_of
+from mrmae_ds.data.convert.splits import is_hidden, is_image, kind_of
 from mrmae_ds.errors import UserError
 from mrmae_ds.units import first_few
 
@@ -154,7 +154,9 @@ def _index_shard(path: Path, ignored: Counter[str], bar: tqdm[Any]) -> tuple[dic
     known: dict[str, int] = {}
     for member in list_members(path, progress=bar):
         folder, _, name = member.name.rpartition("/")
-        if name.startswith("."):  # macOS's ._1.jpg beside 1.jpg
+        if any(
+            is_hidden(part) for part in member.name.split("/") if part not in (".", "..")
+        ):  # macOS's ._1.jpg beside 1.jpg
             ignored["hidden files"] += 1
             continue
         key, _, extension = name.partition(".")

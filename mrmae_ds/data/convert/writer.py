@@ -29,7 +29,7 @@ from mrmae_ds.data.beton.sidecar import (
     read_sidecar,
     sidecar_path,
 )
-from mrmae_ds.data.convert.images import pixel_limit, reason
+from mrmae_ds.data.convert.images import pixel_limit, reason, warn_of_dark
 from mrmae_ds.data.convert.journal import Journal, SampleBatch
 from mrmae_ds.data.convert.jpegs import check_jpegtran, shaping, store, stored_by
 from mrmae_ds.data.convert.options import WriteOptions
@@ -137,6 +137,7 @@ def write_beton(
         if journal.sidecar is None:
             tally = _write_images(dataset, path, journal, options, class_names)
             _check_classes(dataset, path, tally, class_names)
+            warn_of_dark(path, tally.kinds)
             journal.finish({**_describe(journal.partial, tally, options, class_names), **about})
         _publish(path, journal, dataset, train)
         if not keep_journal:

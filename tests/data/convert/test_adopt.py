@@ -103,6 +103,10 @@ def test_command_and_class_names(
     with pytest.raises(UserError, match="finch is there twice"):
         adopt_beton(path, names)
     assert not sidecar_path(path).exists()
+    names.write_text("finch\nwren\nowl\n")
+    adopt_beton(path, names)
+    assert "birds.beton: no sample of 1 class: owl" in caplog.text
+    sidecar_path(path).unlink()
     adopt_beton(path)
     assert "birds.beton: names no classes, which are called by their numbers; --classes FILE names them" in caplog.text
 
@@ -117,7 +121,10 @@ def test_other_fields_and_damaged_samples_are_refused(tmp_path: Path) -> None:
         adopt_beton(_write(tmp_path / "json.beton", "jpg", [(i, n, {}) for i, n in _samples()], note=JSONField()))
     soft = {"image": RGBImageField(write_mode="jpg"), "label": FloatField()}
     DatasetWriter(str(tmp_path / "soft.beton"), soft, num_workers=1).from_indexed_dataset([(_samples()[0][0], 0.5)])
-    with pytest.raises(UserError, match="without an `image` of RGBImageField and a `label` of IntField"):
+    with pytest.raises(
+        UserError,
+        match=r"does not hold samples of an image and a label .*, without .*; it needs `image` \(RGBImageField\) and",
+    ):
         adopt_beton(tmp_path / "soft.beton")
     path = _write(tmp_path / "damaged.beton", "jpg")
     content = bytearray(path.read_bytes())

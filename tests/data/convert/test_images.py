@@ -135,6 +135,21 @@ def test_16_bit_values_keep_range_and_order(name: str, images: dict[str, Image.I
     assert np.abs(row - np.asarray(RAMP_8, dtype=int)[0, :, 1]).max() < 3
 
 
+@pytest.mark.parametrize(("white", "warned"), [(4095, True), (8191, True), (8192, False), (65535, False)])
+def test_dark_16_bit_images_are_a_warning(
+    white: int, warned: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "in" / "scan").mkdir(parents=True)
+    for number, peak in enumerate((white, 100)):
+        ramp = np.linspace(0, peak, 24 * 24).astype(np.uint16).reshape(24, 24)
+        Image.fromarray(ramp).save(tmp_path / "in" / "scan" / f"{number}.png")
+    options = WriteOptions(workers=1)
+    write_beton(
+        scan(tmp_path / "in", ["scan"]), tmp_path / "x.beton", options, class_names=["scan"], name="x", source="x"
+    )
+    assert ("x.beton: no 16-bit image is brighter than an eighth of white" in caplog.text) == warned
+
+
 def test_exif_orientation_is_applied(images: dict[str, Image.Image]) -> None:
     """Compare with the image and its seven other orientations."""
     for way in range(2, 9):

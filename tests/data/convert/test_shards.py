@@ -227,6 +227,9 @@ def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     labels = pq.read_table(path).drop_columns("label").append_column("label", [[True]])
     pq.write_table(labels, path)
     assert "row 0 has the label True; every row needs a whole number, 0 or more" in message()
+    pixels = pq.read_table(path).drop_columns("image").append_column("image", [[[1, 2]]])
+    pq.write_table(pixels, path)
+    assert "column image holds list<element: int64>, but images are bytes of a file such as JPEG" in message()
     pq.write_table(_table(SAMPLES, ["caf\xe9", "cafe\u0301"]), path)
     assert r"'caf\xe9' and 'cafe\u0301' are one name in two Unicode forms" in message()
     pq.write_table(_table(SAMPLES, ["finch"]), path)
@@ -236,6 +239,34 @@ def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main([*command, "--image-column", "pixels", "--label-column", "target", "--workers", "1"]) == 0
     path.write_bytes(path.read_bytes()[:-9])
     assert "cannot be read" in message()
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    assert "it is a pointer of Git LFS: `git lfs pull` fetches the file" in message()
+
+
+@pytest.mark.parametrize("metadata", ['{"info": null}', "none", "[]", '{"info": {"features": []}}'])
+def test_a_description_that_cannot_be_read_is_none(metadata: str, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(_table(SAMPLES).replace_schema_metadata({"huggingface": metadata}), tmp_path / "x.parquet")
+    train, val, names = open_parts(tmp_path, "parquet", ShardOptions(val_fraction=0.5))
+    assert len(train) + len(val) == len(SAMPLES) and names == ["0", "1"]
+
+
+def test_arrow_files_of_both_formats_hold_the_same_images(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    table = _table(SAMPLES)
+    stored = []
+    for name, new in (("stream", pa.ipc.new_stream), ("file", pa.ipc.new_file)):
+        (tmp_path / name).mkdir()
+        with new(str(tmp_path / name / "x.arrow"), table.schema) as writer:
+            writer.write_table(table)
+        assert (
+            main(["data", "parquet", str(tmp_path / name), "--out", str(tmp_path / f"{name}.out"), "--workers", "1"])
+            == 0
+        )
+        stored.append(stored_jpegs(tmp_path / f"{name}.out/train.beton"))
+    assert stored[0] == stored[1] and stored[0]
 
 
 def test_imagenets_archives_give_the_bytes_of_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,7 +34,7 @@ def _refusal(source: Path, nested: bool | None = None) -> str:
 
 
 @pytest.mark.parametrize("train", ["train", "Train", "training", "TRAIN"])
-@pytest.mark.parametrize("val", ["val", "Val", "valid", "validation"])
+@pytest.mark.parametrize("val", ["val", "Val", "valid", "validation", "eval"])
 def test_usual_names_of_parts(train: str, val: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     _part(tmp_path / train, 3)
     _part(tmp_path / val, 1)
@@ -133,6 +133,27 @@ def test_one_folder_of_one_name_in_every_class_is_part_of_the_class(tmp_path: Pa
     _images(tmp_path / "cat" / "images", tmp_path / "dog" / "images", tmp_path / "dog")
     (tmp_path / "dog" / "notes").mkdir()
     assert open_folder(tmp_path, 0.5)[2] == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("name", ["@eaDir", "#recycle", "__MACOSX", "$RECYCLE.BIN", "lost+found", ".trash"])
+def test_folders_of_the_system_never_count(name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    _images(*(tmp_path / inner for inner in ("cat", "dog", f"cat/{name}/0", f"cat/{name}", f"{name}/cat", name)))
+    first, second, names = open_folder(tmp_path, 0.5)
+    assert (len(first), len(second), names) == (2, 2, ["cat", "dog"])
+    assert "ignored: 2 hidden folders" in caplog.text
+
+
+def test_a_part_without_classes_beside_one_with_classes_is_named(tmp_path: Path) -> None:
+    _images(tmp_path / "train")
+    _part(tmp_path / "test")
+    assert _refusal(tmp_path).startswith(f"{tmp_path}: has test/ but train/ holds no class folders; expected ")
+
+
+def test_a_single_class_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _images(tmp_path / "jpg")
+    assert open_folder(tmp_path, 0.5)[2] == ["jpg"]
+    assert f"{tmp_path}: a single class, jpg; is each class a folder?" in caplog.text
 
 
 def test_hidden_folders_never_count(tmp_path: Path) -> None:
