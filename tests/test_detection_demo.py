@@ -45,9 +45,9 @@ def test_images_with_few_large_objects_are_copied(tmp_path: Path) -> None:
 @pytest.mark.multi_process
 @pytest.mark.timeout(2000)
 def test_the_demo_learns_boxes_and_masks(tmp_path: Path) -> None:
-    """The least of three seeds ended at 0.171 of its first loss, with box AP50 62.8 and mask AP50 53.9.
+    """The least of three seeds ended at 0.015 of its first loss, with AP50 of boxes and masks of 100.
 
-    Limits lie a quarter below it: another version of torch rounds otherwise, and then another seed has its setback.
+    Limits leave room: another version of torch rounds otherwise.
     """
     data, folder = tmp_path / "data", tmp_path / "run"
     annotations = COCO200 / "annotations" / "instances_train.json"
@@ -59,6 +59,6 @@ def test_the_demo_learns_boxes_and_masks(tmp_path: Path) -> None:
     ended = finish(rank_processes(2, *arguments, *sets), 1900)
     assert [process.status for process in ended] == [0, 0], ended[0].stderr[-4000:]
     record, lines = RunRecord.load(folder / "detect"), read_metrics(folder / "detect")
-    assert lines[-1]["loss"] < lines[0]["loss"] / 4.5
+    assert lines[-1]["loss"] < lines[0]["loss"] / 20
     scores = [record.results.value(name) for name in ("box/AP50", "mask/AP50")]
-    assert all(score is not None and score > limit for score, limit in zip(scores, (45, 40), strict=True)), scores
+    assert all(score is not None and score > limit for score, limit in zip(scores, (75, 75), strict=True)), scores
