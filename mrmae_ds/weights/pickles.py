@@ -8,7 +8,7 @@ from __future__ import annotations
 import pickle
 import pickletools
 import zipfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def _bytes(text: str = "", *_: Any) -> bytes:
     return text.encode("latin1")
 
 
-_STAND_INS = {
+_STAND_INS: dict[str, Callable[..., Any]] = {
     "numpy.dtype": _DType,
     "numpy.ndarray": _Array,
     **{f"numpy.{core}.multiarray._reconstruct": _Array for core in ("core", "_core")},
