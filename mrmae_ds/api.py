@@ -216,8 +216,8 @@ class MRMAE(nn.Module):
 
         Args:
             path: stage folder, ``runs/NAME/pretrain``, or its ``model.safetensors``.
-            teachers: also load the teachers. Without them there are no losses of teachers, no attention maps of
-                teachers, and no masks drawn by their importance.
+            teachers: also load the teachers, except moving averages, which runs do not keep. Without them there are no
+                losses of teachers, no attention maps of teachers, and no masks drawn by their importance.
 
         Raises:
             UserError: if the path is not a finished pre-training, or a teacher cannot be loaded.
@@ -230,6 +230,7 @@ class MRMAE(nn.Module):
         built = {
             name: build_teacher(name, recipe.teachers[name], recipe.data, run.image_size, student.encoder.grid)
             for name in (stage.teachers if teachers else ())
+            if recipe.teachers[name].kind != "ema"
         }
         return cls(student, built, stage, run.mean, run.std).eval()
 
@@ -256,7 +257,8 @@ class MRMAE(nn.Module):
         """
         pixels = check_pixels(images, self.image_size)
         for name in self.config.teachers:
-            self._require_teacher(name)
+            if name not in self.student.averages:
+                self._require_teacher(name)
         of_visible = [name for name, teacher in self.teachers.items() if teacher.sees_visible]
         outputs = {name: teacher(pixels) for name, teacher in self.teachers.items() if name not in of_visible}
         visible = self._draw_mask(pixels, outputs, noise, generator)
@@ -349,7 +351,10 @@ class MRMAE(nn.Module):
 
     def _require_teacher(self, name: str) -> Teacher:
         if name not in self.teachers:
-            raise UserError(f"teacher {name} is not loaded; use from_run(..., teachers=True)")
+            raise UserError(
+                f"teacher {name} is not loaded; use from_run(..., teachers=True), or from_recipe for a moving average, "
+                "which runs do not keep"
+            )
         return self.teachers[name]
 
     def _teach(self, pixels: Tensor, only: str | None = None) -> dict[str, TeacherOutput]:

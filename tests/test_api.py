@@ -15,7 +15,7 @@ from torch import Tensor
 
 import mrmae_ds
 from mrmae_ds.api import MRMAE, ImageEncoder
-from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.encoders import build_encoder
@@ -210,6 +210,40 @@ def test_run_without_teachers_has_features_but_no_losses(folder: Path, images: T
     for call in (model, model.reconstruct):
         with pytest.raises(UserError, match=r"teacher guide is not loaded; use from_run\(..., teachers=True\)"):
             call(images)
+
+
+EMA = (
+    "teachers.ema={kind: ema, decay: 0.5}",
+    "stages.pretrain.teachers=[guide, ema]",
+    "stages.pretrain.objectives.latent={target: ema, tap: encoder, tokens: visible, normalize: none, weight: 1.0}",
+)
+
+
+def test_a_moving_average_starts_at_the_initial_weights_and_is_updated(
+    recipe: Recipe, folder: Path, images: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    model = MRMAE.from_recipe(path, [f"stages.pretrain.init={folder / 'mrmae' / 'pretrain'}", *EMA])
+    average = model.student.averages["ema"]
+    for name, tensor in model.student.encoder.state_dict().items():
+        assert torch.equal(average.network.state_dict()[name], tensor), name
+    losses = model(images)
+    assert losses.keys() == {"loss", "pixels", "mimic", "latent"} and losses["latent"] > 0
+    perturb(model.student, seed=1)
+    expected = (average.network.token_projection.weight + model.student.encoder.token_projection.weight) / 2
+    model.student.update_averages(epoch=1.0)
+    assert torch.allclose(average.network.token_projection.weight, expected)
+
+
+def test_runs_do_not_keep_moving_averages(recipe: Recipe, images: Tensor, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    save_pretraining(tmp_path, load_recipe(path, list(EMA)), seed=1)
+    model = MRMAE.from_run(tmp_path / "pretrain")
+    assert model.attention(images).teachers.keys() == {"guide"} and model.features(images).pooled.shape == (COUNT, 16)
+    with pytest.raises(UserError, match=r"teacher ema is not loaded; .* which runs do not keep"):
+        model(images)
 
 
 def test_wrong_images_runs_and_overrides_are_refused(

@@ -129,8 +129,19 @@ class Recipe(Section):
                     f"stages.pretrain.objectives.{key}.tokens",
                     f"its teacher sees visible tokens only, so tokens: {objective.tokens} have no target; use visible",
                 )
+        averages = {name for name in stage.teachers if self.teachers[name].kind == "ema"}
+        for name, placement in stage.placement.items():
+            if name in averages and placement.kind != "device":
+                raise ConfigError(
+                    f"stages.pretrain.placement.{name}",
+                    f"{placement} has no effect on a moving average, which is partitioned as the model is; remove it",
+                )
         if (masking := stage.masking) is None:
             return self
+        if masking.teacher in averages:
+            raise ConfigError(
+                "stages.pretrain.masking.teacher", f"{masking.teacher} is a moving average without importance"
+            )
         by_importance = masking.mode in ("sample", "topk")
         if masking.teacher not in stage.teachers and (masking.teacher is not None or by_importance):
             wanted = "needs" if by_importance else "uses no teacher; remove it or name"
@@ -168,6 +179,13 @@ class Recipe(Section):
                 stage.masking.grid(token_grid(spec, self.model.image_size), spec.stride)
         with errors_below("stages.pretrain.objectives"):
             check_taps(stage.objectives, spec.num_blocks, 0 if isinstance(spec, CViTSpec) else 1)
+        for name in stage.teachers:
+            config = self.teachers[name]
+            if config.kind == "ema" and max(config.layers or (0,)) >= spec.num_blocks:
+                raise ConfigError(
+                    f"teachers.{name}.layers",
+                    f"block {max(config.layers or ())} does not exist; the encoder has 0 to {spec.num_blocks - 1}",
+                )
         for name, objective in stage.objectives.items():
             if objective.target == HOG and spec.stride % cell_size(spec.stride):
                 raise ConfigError(

@@ -141,8 +141,9 @@ class TeacherConfig(Section):
     """A frozen teacher; ``stages.pretrain.placement`` places its weights.
 
     Attributes:
-        kind: ``checkpoint`` (a run of this project), ``clip`` (an open_clip vision tower) or ``timm`` (any timm model
-            with tokens or feature maps: DINO, DINOv2, a convolutional network).
+        kind: ``checkpoint`` (a run of this project), ``clip`` (an open_clip vision tower), ``timm`` (any timm model
+            with tokens or feature maps: DINO, DINOv2, a convolutional network) or ``ema`` (a moving average of the
+            encoder that is trained: data2vec).
         source: a run's stage folder or model file; for clip and timm the model's name (``hf-hub:`` and ``local-dir:``
             too); for clip ``file``, a tower of the sizes of the file in ``weights``.
         weights: for clip and timm, a tag or a local file; null is the source's own.
@@ -159,13 +160,17 @@ class TeacherConfig(Section):
         std: standard deviation of the weights' training per channel, if the library's is another.
         precision: of weights and arithmetic.
         layers: transformer blocks, 0-based, whose raw outputs are the targets (each is one of its own, NAME.LAYER, if
-            there are several); null is the last block.
+            there are several); null is the last block. Of kind ema, the target is their mean.
         sees: the ``image``, or the student's ``visible`` tokens alone (checkpoint only; DMAE); then blocks after the
             deepest of ``layers`` are not computed, and no importance.
+        decay: for ema, share of the old average in the update after each optimizer step.
+        decay_start: for ema, decay at the start, from which it rises linearly to ``decay``; null is constant.
+        decay_epochs: for ema, epochs of this rise.
+        layer_norm: for ema, ``each`` normalizes each token of every layer before their mean (data2vec); null does not.
     """
 
-    kind: Literal["checkpoint", "clip", "timm"]
-    source: str
+    kind: Literal["checkpoint", "clip", "timm", "ema"]
+    source: str = ""
     weights: str | None = None
     image_size: int | None = Field(None, gt=0)
     features: Literal["raw", "ln_post", "proj"] = "raw"
@@ -179,6 +184,24 @@ class TeacherConfig(Section):
     # Left out of records and hashes at their defaults, so that runs from before they existed keep their hash.
     layers: tuple[int, ...] | None = Field(None, min_length=1, exclude_if=lambda value: value is None)
     sees: Literal["image", "visible"] = Field("image", exclude_if=lambda value: value == "image")
+    decay: float | None = Field(None, gt=0, lt=1, exclude_if=lambda value: value is None)
+    decay_start: float | None = Field(None, ge=0, lt=1, exclude_if=lambda value: value is None)
+    decay_epochs: Positive | None = Field(None, exclude_if=lambda value: value is None)
+    layer_norm: Literal["each"] | None = Field(None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _source_or_average(self) -> TeacherConfig:
+        average = {"decay", "decay_start", "decay_epochs", "layer_norm"}
+        ours = {"kind", "layers", *average} if self.kind == "ema" else type(self).model_fields.keys() - average
+        for key, field in type(self).model_fields.items():
+            if key not in ours and getattr(self, key) != field.default:
+                raise ConfigError(key, f"has no effect on kind {self.kind}; remove it")
+        required = "decay" if self.kind == "ema" else "source"
+        if not getattr(self, required):
+            raise ConfigError(required, "this key is required")
+        if (self.decay_start is None) != (self.decay_epochs is None):
+            raise ValueError("give both decay_start and decay_epochs, or neither")
+        return self
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> TeacherConfig:
@@ -205,7 +228,15 @@ class TeacherConfig(Section):
     def targets(self, name: str) -> tuple[str, ...]:
         """Return the names of its targets: the teacher's own ``name``, or NAME.LAYER of several layers."""
         layers = self.layers or ()
-        return tuple(f"{name}.{layer}" for layer in layers) if len(layers) > 1 else (name,)
+        several = len(layers) > 1 and self.kind != "ema"
+        return tuple(f"{name}.{layer}" for layer in layers) if several else (name,)
+
+    def decay_at(self, epoch: float) -> float:
+        """Return the decay of a moving average after this many epochs, which may be fractional."""
+        assert self.decay is not None
+        if self.decay_start is None or self.decay_epochs is None:
+            return self.decay
+        return self.decay_start + (self.decay - self.decay_start) * min(epoch / self.decay_epochs, 1)
 
 
 class LoaderConfig(Section):

@@ -5,6 +5,7 @@ Defaults and rules are those of DeepSpeed 0.19.8; comments name its files.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -30,6 +31,7 @@ _COUNTS = {
     "sub_group": "sub_group_size",
     "allgather_bucket": "allgather_bucket_size",
     "hpz": "zero_hpz_partition_size",
+    "persistence": "stage3_param_persistence_threshold",
 }
 
 
@@ -52,6 +54,7 @@ class ZeroSettings:
         overlap: communication overlaps computation.
         contiguous: gradients are copied into buckets.
         hpz: ranks over which a second copy of the parameters is partitioned; 1 is none.
+        persistence: elements up to which ZeRO-3 leaves a parameter gathered.
         offload_optimizer: location of the optimizer states between uses, ``cpu`` or ``nvme``; None is the device.
         offload_param: location of the parameters between uses, ``cpu`` or ``nvme``; None is the device.
         leaves: names of classes that are gathered whole, as classes derived from them are.
@@ -72,6 +75,7 @@ class ZeroSettings:
     overlap: bool = False
     contiguous: bool = True
     hpz: int = 1
+    persistence: int = 100_000
     offload_optimizer: str | None = None
     offload_param: str | None = None
     leaves: tuple[str, ...] = ()
@@ -152,6 +156,32 @@ def parse_zero(path: Path, raw: dict[str, Any]) -> ZeroSettings:
         leaves=tuple(name.rpartition(".")[2] for name in zero.get("leaf_module", {}).get("classes", ())),
         **given,
     )
+
+
+def check_averages(path: Path, zero: ZeroSettings, names: Collection[str]) -> None:
+    """Check that moving averages of parameters are updated wherever the engine keeps a copy of them.
+
+    Args:
+        path: of the engine config, for messages.
+        zero: its settings.
+        names: of the teachers that are moving averages.
+
+    Raises:
+        UserError: naming the key with which an average would silently stay behind.
+    """
+    problems = {
+        "bf16": zero.bf16 and "rounds most of its updates away; use torch_autocast",
+        "zero_optimization.stage3_param_persistence_threshold": zero.stage == 3
+        and zero.persistence > 0
+        and f"{zero.persistence} leaves small parameters gathered, which its updates do not reach; write 0",
+        "zero_optimization.zero_hpz_partition_size": zero.hpz > 1
+        and "keeps second copies of parameters, which its updates do not reach; leave it out",
+        "zero_optimization.offload_param": zero.offload_param == "nvme"
+        and "keeps parameters in files, which its updates do not reach; use cpu",
+    }
+    for key, problem in problems.items():
+        if names and problem:
+            raise UserError(f"{path}: teachers.{min(names)} is a moving average: {key} {problem}")
 
 
 def offload_devices(raw: dict[str, Any]) -> dict[str, str]:

@@ -29,16 +29,17 @@ CHUNK = 8  # images per forward pass, to limit memory
 
 
 def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
-    """Build every teacher that a recipe defines, used by a stage or not, by name, on the CPU.
+    """Build every teacher that a recipe defines, used by a stage or not, by name, on the CPU; no moving averages.
 
     Raises:
         UserError: if there is none, or one cannot be loaded or does not fit the student's grid.
     """
-    if not recipe.teachers:
-        raise UserError(f"recipe {recipe.name} has no teachers")
+    configs = {name: config for name, config in recipe.teachers.items() if config.kind != "ema"}
+    if not configs:
+        raise UserError(f"recipe {recipe.name} has no teachers with weights of their own")
     size = recipe.model.image_size
     grid = build_encoder(recipe.model.spec(), size).grid
-    return {name: build_teacher(name, config, recipe.data, size, grid) for name, config in recipe.teachers.items()}
+    return {name: build_teacher(name, config, recipe.data, size, grid) for name, config in configs.items()}
 
 
 def describe_teacher(name: str, config: TeacherConfig, teacher: Teacher) -> str:

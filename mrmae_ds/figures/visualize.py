@@ -152,8 +152,8 @@ def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: 
     importance: dict[str, Tensor] = {}
     for name in stage.teachers:
         config = run.recipe.teachers[name]
-        if config.sees == "visible":
-            continue  # it has no importance
+        if config.sees == "visible" or config.kind == "ema":
+            continue  # it has no importance, or is not saved with the run
         try:
             teacher = build_teacher(name, config, run.recipe.data, run.image_size, grid)
         except UserError as error:

@@ -6,6 +6,7 @@ Shape legend: B images, P prefix tokens, K visible tokens, L tokens of the grid,
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
 from pydantic import field_validator
@@ -19,8 +20,11 @@ from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.models.hog import hog_tokens, hog_width
 from mrmae_ds.models.layers import PatchConv
 from mrmae_ds.models.masking import TokenMask, VisibleFeatures, VisibleSet
+from mrmae_ds.models.moving_average import MovingAverage
 from mrmae_ds.models.objectives import COMPUTED, HOG, PIXELS, Objective, objective_loss, patchify, total_loss
 from mrmae_ds.schema import Section
+
+AVERAGES = "averages."  # prefix of the moving averages' tensors, which belong to training and not to its result
 
 
 class FusionSpec(Section):
@@ -181,6 +185,8 @@ class PretrainModel(nn.Module):
     ) -> None:
         super().__init__()
         self.objectives = objectives
+        # Moving averages of the encoder by the recipe's names of these teachers; first, because they run first.
+        self.averages = nn.ModuleDict()
         self.encoder = encoder
         self.fusion = Fusion(fusion, encoder)
         # Frozen where no loss uses it: a trained parameter without a gradient stops the training.
@@ -260,20 +266,37 @@ class PretrainModel(nn.Module):
             if (mask_token := getattr(owner, "mask_token", None)) is not None:
                 nn.init.normal_(mask_token, std=0.02)
 
+    def reset_averages(self) -> None:
+        """Set the moving averages to the encoder's weights."""
+        for average in self.averages.values():
+            cast(MovingAverage, average).network.load_state_dict(self.encoder.state_dict())
+
+    def update_averages(self, epoch: float) -> None:
+        """Update the moving averages after an optimizer step.
+
+        Args:
+            epoch: epochs completed.
+        """
+        for average in self.averages.values():
+            cast(MovingAverage, average).update(self.encoder, epoch)
+
     def forward(self, images: Tensor, visible: VisibleSet | TokenMask, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         """Compute all losses of a batch.
 
         Args:
             images: normalized images [B, 3, H, W] in full precision, because pixel targets are computed from them.
             visible: visible set of the batch.
-            targets: features [B, L, D] of each teacher, by name.
+            targets: features [B, L, D] of each teacher that is no moving average, by name.
 
         Returns:
             ``loss`` (the weighted total) and the loss of each objective by name, scalars: float32, or float64 if model
             and input are float64.
         """
+        # The averages before the student, so that their activations are freed before its own are kept.
+        dtype = self.fusion.norm.weight.dtype
+        averages = {name: average(images.to(dtype)) for name, average in self.averages.items()}
         predictions = self.predict(images, visible)
-        targets = {PIXELS: patchify(images, self.encoder.stride), **targets}
+        targets = {PIXELS: patchify(images, self.encoder.stride), **averages, **targets}
         if any(spec.target == HOG for spec in self.objectives.values()):
             targets[HOG] = hog_tokens(images, self.encoder.stride)
         losses = {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from mrmae_ds.config.zero import ZeroSettings
+from mrmae_ds.models.moving_average import MovingAverage
 from mrmae_ds.planning.zero3_gathers import GatheredParam, GatherUnit
 
 
@@ -72,7 +73,8 @@ def _gather_unit(module: nn.Module, zero: ZeroSettings, low: set[int]) -> Gather
     """Convert a module and those inside it. The models of this project run them in the order of registration."""
     leaf = zero.is_leaf(module)
     own = tuple(GatheredParam(p.numel(), id(p) in low, p.requires_grad) for p in module.parameters(recurse=leaf))
-    return GatherUnit(own, leaf, () if leaf else tuple(_gather_unit(child, zero, low) for child in _called(module)))
+    children = () if leaf else tuple(_gather_unit(child, zero, low) for child in _called(module))
+    return GatherUnit(own, leaf, children, forward_only=isinstance(module, MovingAverage))
 
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:

@@ -32,11 +32,13 @@ class GatherUnit:
         own: parameters gathered for it: its own; of a leaf, all inside it.
         leaf: True if it is gathered whole.
         children: modules that run inside it, in order; empty for a leaf.
+        forward_only: True if backward does not reach it.
     """
 
     own: tuple[GatheredParam, ...] = ()
     leaf: bool = False
     children: tuple[GatherUnit, ...] = ()
+    forward_only: bool = False
 
     def all_parameters(self) -> Iterator[GatheredParam]:
         """Yield its parameters and those of the modules inside it."""
@@ -86,10 +88,12 @@ class _Coordinator:
         self.inside: list[list[int]] = []
         self.leaf: list[bool] = []
         self.events: list[tuple[bool, int]] = []  # (True if entered, False if left; module)
+        self.forward_only: set[int] = set()
         self._enter(model)
         forward = len(self.events)
         # Backward enters a module before those inside it, in reverse order.
-        self.events += [(not entered, number) for entered, number in reversed(self.events)]
+        again = [event for event in reversed(self.events) if event[1] not in self.forward_only]
+        self.events += [(not entered, number) for entered, number in again]
         self.forward_steps = sum(entered for entered, _ in self.events[:forward])
         self.order = [number for entered, number in self.events if entered]
         self.queue = deque((p, step) for step, number in enumerate(self.order) for p in self.own[number])
@@ -126,6 +130,8 @@ class _Coordinator:
         self.events.append((True, number))
         for child in module.children:
             inside += self._enter(child)
+        if module.forward_only:
+            self.forward_only |= set(range(number, len(self.own)))
         self.events.append((False, number))
         return inside
 

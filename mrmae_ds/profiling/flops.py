@@ -188,6 +188,10 @@ def _pretrain(
             else:
                 teacher.encode(image)
         parts[f"teacher {name}"] = Flops(count.get_total_flops())
+    for name, average in model.averages.items():
+        with flop_counter() as count:
+            average(images)
+        parts[f"teacher {name}"] = Flops(count.get_total_flops())
     return parts
 
 

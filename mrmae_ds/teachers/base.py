@@ -19,7 +19,7 @@ from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.masking import TokenMask, VisibleSet, choose_visible
-from mrmae_ds.models.objectives import COMPUTED, Objective
+from mrmae_ds.models.objectives import Objective
 from mrmae_ds.teachers.options import TeacherOptions
 
 
@@ -74,6 +74,8 @@ def targets_of(
 ) -> dict[str, Tensor]:
     """Return the features that objectives predict, by the objectives' names of their targets.
 
+    Pixels, HOG and moving averages are no outputs of teachers; the student computes them.
+
     Args:
         objectives: by name.
         teachers: by name.
@@ -82,7 +84,7 @@ def targets_of(
     Returns:
         [B, L, C] each; [B, 1 + L, C] with the class token first if an objective includes it.
     """
-    specs = [spec for spec in objectives.values() if spec.target not in COMPUTED]
+    specs = [spec for spec in objectives.values() if spec.target.partition(".")[0] in teachers]
     with_class = {spec.target for spec in specs if spec.class_token}
     targets = {}
     for target in dict.fromkeys(spec.target for spec in specs):

@@ -65,7 +65,7 @@ def run_step(
     with step_range("optimizer"):
         status = take_step(engine, exchange)
     if status.finite:
-        task.after_step()
+        task.after_step((step + 1) / schedule.steps_per_epoch)
     return status
 
 

@@ -17,7 +17,7 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import Encoder, build_encoder
 from mrmae_ds.models.objectives import PIXELS, Objective
 from mrmae_ds.models.pos_embed import resize_pos_embed
-from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
+from mrmae_ds.models.pretrain import AVERAGES, FusionSpec, PretrainModel
 from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.identify import (
     PIXEL_HEAD,
@@ -127,7 +127,8 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
     """Load all modules of a pre-training that a file contains: encoder, fusion, decoder, heads.
 
     The pixel head of a released file is loaded into the first objective that reconstructs pixels at the decoder. The
-    decoder's fixed position embedding is never loaded; the encoder's is resized to its grid.
+    decoder's fixed position embedding is never loaded; the encoder's is resized to its grid. Moving averages of the
+    encoder start at its new weights.
 
     Args:
         model: model with any objectives; heads, fusion and decoder that the file lacks keep their values.
@@ -144,7 +145,7 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
     weights = resolve(path, key)
     weights.check_encoder(model.encoder.spec)
     file, identity, where = weights.file, weights.identity, weights.where
-    state = model.state_dict()
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(AVERAGES)}
     state.pop("decoder.pos_embed", None)
     shapes = {ours: tuple(file.tensors[name].shape) for name, ours in identity.names.items()}
     sizes = decoder_sizes({name: tuple(tensor.shape) for name, tensor in state.items()})
@@ -162,6 +163,7 @@ def load_pretrained(model: PretrainModel, path: Path, key: str = "") -> LoadRepo
     if any(name.startswith("encoder.") and name not in optional for name in report.missing):
         raise UserError(f"{where}: encoder tensors are missing: {report}")
     model.load_state_dict(incoming, strict=False)  # what is missing was checked, or is reported
+    model.reset_averages()
     report.notes = weights.notes()
     return report
 

@@ -22,6 +22,7 @@ from mrmae_ds.config.engine import (
 from mrmae_ds.config.files import json_text, merge
 from mrmae_ds.config.kernels import KernelSettings
 from mrmae_ds.config.stages import PlacementConfig
+from mrmae_ds.config.zero import check_averages
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.planning.cost_report import describe_cost
@@ -428,6 +429,30 @@ def test_only_teachers_that_stay_on_the_device_are_compiled(load: Load) -> None:
         UserError, match=r"json: compile\.teachers needs .*placement: device, and that of clip is stream; "
     ):
         check_compiled_teachers(config, placements)
+
+
+KEPT = STAGE_3 | {"stage3_param_persistence_threshold": 0}
+STALE = {
+    "bf16": {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}},
+    "stage3_param_persistence_threshold 100000": {"zero_optimization": STAGE_3},
+    "stage3_param_persistence_threshold 1": {"zero_optimization": KEPT | {"stage3_param_persistence_threshold": 1}},
+    "zero_hpz_partition_size": {"zero_optimization": KEPT | {"zero_hpz_partition_size": 2}},
+    "offload_param": {"zero_optimization": KEPT | {"offload_param": {"device": "nvme", "nvme_path": "/tmp"}}},
+}
+
+
+@pytest.mark.parametrize("key", STALE)
+def test_engines_that_leave_moving_averages_behind_are_refused(key: str, load: Load) -> None:
+    config = load(**STALE[key])
+    check_averages(config.path, config.zero, [])
+    with pytest.raises(UserError, match=rf"json: teachers\.ema is a moving average: .*{key} "):
+        check_averages(config.path, config.zero, ["ema"])
+
+
+def test_other_engines_update_moving_averages(load: Load) -> None:
+    for section in ({"stage": 0}, {"stage": 2}, KEPT, KEPT | {"offload_param": {"device": "cpu"}}):
+        config = load(torch_autocast={"enabled": True, "dtype": "bfloat16"}, zero_optimization=section)
+        check_averages(config.path, config.zero, ["ema"])
 
 
 def test_offloading_needs_zero_and_a_supported_optimizer(load: Load) -> None:

@@ -360,6 +360,15 @@ IMPOSSIBLE = {
     "teachers.clip={layers: [2], features: proj}": ["teachers.clip.features", "proj", "raw"],
     "teachers.clip.sees=visible": ["teachers.clip.sees", "kind clip", "checkpoint"],
     "teachers.clip={kind: checkpoint, weights: null, sees: visible}": ["stages.pretrain.masking.teacher", "clip"],
+    "teachers.clip.source=null": ["teachers.clip.source", "required"],
+    "teachers.clip.decay=0.9": ["teachers.clip.decay", "kind clip"],
+    "teachers.clip.layer_norm=each": ["teachers.clip.layer_norm", "kind clip"],
+    "teachers.clip={kind: ema, source: null}": ["teachers.clip.decay", "required"],
+    "teachers.clip={kind: ema, decay: 0.9}": ["teachers.clip.source", "kind ema"],
+    "teachers.clip={kind: ema, source: null, decay: 0.9, features: proj}": ["teachers.clip.features", "kind ema"],
+    "teachers.clip={kind: ema, source: null, decay: 1.0}": ["teachers.clip.decay", "less than 1"],
+    "teachers.clip={kind: ema, source: null, decay: 0.9, decay_start: 0.5}": ["teachers.clip", "both decay_start and"],
+    "teachers.clip={kind: ema, source: null, decay: 0.9}": ["stages.pretrain.masking.teacher", "moving average"],
     "stages.pretrain.objectives={pixels: null, mimic: {block: 10}}": ["model.fusion", "taps the latent", "null"],
     "stages.pretrain.objectives.pixels={target: hog, class_token: true}": ["class_token", "hog have no class token"],
     "teachers.hog={kind: timm, source: x}": ["teachers.hog", "not a name for a teacher"],
@@ -408,6 +417,23 @@ IMPOSSIBLE_NAMES_AND_NUMBERS = [
 @pytest.mark.parametrize("override", IMPOSSIBLE_NAMES_AND_NUMBERS)
 def test_an_impossible_value_is_named(override: str, path: Path) -> None:
     assert override.partition("=")[0] in _error(path, override)
+
+
+def test_a_moving_average_is_part_of_the_model(path: Path) -> None:
+    """It needs neither source nor placement, and its layers are one target."""
+    own = [
+        "teachers.clip=null",
+        "teachers.ema={kind: ema, decay: 0.9, layers: [8, 10]}",
+        "stages.pretrain.masking=null",
+    ]
+    own += ["stages.pretrain.teachers=[ema]", "stages.pretrain.objectives.mimic.target=ema"]
+    recipe = load_recipe(path, own)
+    assert recipe.teachers["ema"].targets("ema") == ("ema",)
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path).hash() == recipe.hash()
+    for placement in ("stream", "{ema: sharded}"):
+        assert "stages.pretrain.placement.ema" in _error(path, f"stages.pretrain.placement={placement}")
+    assert "teachers.ema.layers: block 11 does not exist" in _error(path, "teachers.ema.layers=[10, 11]")
 
 
 POSSIBLE = [

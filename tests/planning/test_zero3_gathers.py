@@ -65,6 +65,18 @@ def test_prefetch_is_limited_by_bucket_and_live_parameters() -> None:
     assert gather(modules, max_reuse=0, max_live=8, prefetch_bucket=4).forward == 8
 
 
+def test_parameters_without_backward_are_gathered_and_released_in_forward() -> None:
+    average = replace(sequence(3, 2), forward_only=True)
+    model = GatherUnit(children=(average, sequence(5, 7)))
+    trace = gather(model, max_reuse=0, max_live=0)
+    assert (trace.gathered, trace.calls) == (3 + 2 + 2 * (5 + 7), 6)
+    assert trace.backward == ((0, 0), (0, 0), (0, 7), (7, 5))
+    # For a leaf, the model's own backward counts as a use of all parameters inside it.
+    trace = gather(model, max_reuse=EVERYTHING)
+    assert (trace.gathered, trace.forward) == (3 + 2 + 5 + 7, 3 + 2 + 5 + 7)
+    assert trace.backward[-1] == (7, 5 + 3 + 2)
+
+
 def measured() -> Iterator[tuple[str, float]]:
     """Yield the settings of benchmarks/gather_volume.py and the gathered volume per step, in models."""
     for name, steps in json.loads(MEASURED.read_text())["steps"].items():

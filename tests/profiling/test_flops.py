@@ -126,6 +126,15 @@ def test_teacher_processes_all_tokens_without_backward(short: list[StageFlops]) 
     assert joint["teacher clip"] == joint["teacher dino"] == expected
 
 
+def test_a_moving_average_processes_all_tokens_without_backward(short: list[StageFlops]) -> None:
+    average = "teachers={clip: null, ema: {kind: ema, decay: 0.9}}"
+    own = ("stages.pretrain={teachers: [ema], masking: null, objectives: {mimic: {target: ema}}}",)
+    parts = cost("small", *SHORT, average, *own, "stages.finetune=null")[0].parts
+    conv = conv_block(3136, 128, mixed_cells=3136) + conv_block(784, 256, mixed_cells=784)
+    assert parts["teacher ema"] == Flops(sum(PATCHES) + conv + 2 * block(196, 384))
+    assert parts["encoder"] == short[0].parts["encoder"]
+
+
 # Recomputation of the convolution stages. Backward does not need a block's last product, unless drop path follows it;
 # in fine-tuning the first block has no drop path.
 CONV_RECOMPUTED = (

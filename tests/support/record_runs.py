@@ -49,7 +49,7 @@ def save_pretraining(folder: Path, recipe: Recipe, seed: int = 0, teacher_width:
     stage = recipe.stages.pretrain
     assert stage is not None
     encoder = build_encoder(recipe.model.spec(), recipe.model.image_size)
-    widths = {"guide": teacher_width}
+    widths = {"guide": teacher_width, "ema": encoder.embed_dim}
     model = PretrainModel(encoder, recipe.model.fusion, recipe.model.decoder, stage.objectives, widths)
     _save(folder / "pretrain", recipe, model, "pretrain", seed)
     return model.eval()

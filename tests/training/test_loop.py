@@ -43,7 +43,7 @@ class LinearTask:
         self.seen: list[Batch] = []
         self.steps_applied = 0
 
-    def after_step(self) -> None:
+    def after_step(self, epoch: float) -> None:
         self.steps_applied += 1
 
     def losses(self, engine: Any, batch: Batch, key: MicroBatchKey) -> dict[str, Tensor]:

@@ -253,8 +253,12 @@ class Task(ABC, Generic[ConfigT]):
         """
         return self.losses(engine, batch, key)
 
-    def after_step(self) -> None:
-        """Update state that follows the weights (a moving average). Called after every applied optimizer step."""
+    def after_step(self, epoch: float) -> None:
+        """Update state that follows the weights (a moving average). Called after every applied optimizer step.
+
+        Args:
+            epoch: epochs completed.
+        """
 
     # ---- data
 

@@ -15,15 +15,16 @@ from mrmae_ds.config.engine import EngineConfig, check_compiled_teachers
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import PlacementConfig, PretrainConfig
+from mrmae_ds.config.zero import check_averages
 from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import Batch, to_device
 from mrmae_ds.factory import TeacherBuilder, build_pretraining
 from mrmae_ds.models.encoders import Encoder, dense_features
 from mrmae_ds.models.masking import VisibleSet
-from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.models.pretrain import AVERAGES, PretrainModel
 from mrmae_ds.models.sizes import token_grid
 from mrmae_ds.profiling.step_ranges import step_range
-from mrmae_ds.records.sections import Design, ObjectiveInfo
+from mrmae_ds.records.sections import Design, ObjectiveInfo, Parameters
 from mrmae_ds.teachers import PlacedTeacher, Teacher, build_teacher, place_teacher
 from mrmae_ds.teachers.base import draw_visible, targets_of
 from mrmae_ds.training.evaluation.base import EvalContext, Evaluator
@@ -78,6 +79,7 @@ class PretrainTask(CropTask[PretrainConfig]):
         if run_dir is not None and config.init is not None:
             init = find_weights(Path(config.init), "stages.pretrain.init")
         model, teachers = build_pretraining(recipe, config, teacher_builder)
+        check_averages(engine_config.path, engine_config.zero, model.averages.keys())
         task = cls(model, teachers, config, recipe.data)
         task.compile_teachers = engine_config.compile_teachers
         if init is not None:
@@ -154,6 +156,21 @@ class PretrainTask(CropTask[PretrainConfig]):
         if masking is not None and masking.mode == "block":
             return masking.draw_blocks(key.image_seeds("mask"), self.grid)
         return key.noise(0 if masking is None else math.prod(masking.grid(self.grid, self.encoder.stride)))
+
+    def after_step(self, epoch: float) -> None:
+        """Update the moving averages of the encoder."""
+        self.model.update_averages(epoch)
+
+    def export_state(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the student's tensors: moving averages are teachers, and are not exported."""
+        return {name: tensor for name, tensor in state.items() if not name.startswith(AVERAGES)}
+
+    def count_parameters(self) -> Parameters:
+        """Count the student's parameters, without moving averages, as without other teachers."""
+        counts = super().count_parameters()
+        return counts.model_copy(
+            update={"total": counts.total - sum(p.numel() for p in self.model.averages.parameters())}
+        )
 
     def build_evaluator(self, context: EvalContext) -> Evaluator | None:
         """Return the k-NN evaluation; None if it is off."""

@@ -6,6 +6,7 @@ Small linear models with gradients of exact halves, so that nothing rounds diffe
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,8 @@ REPAIRS = ("groups", "steps", "fixed")
 
 def _engine(stage: int, more: dict[str, Any], world_size: int, fresh: bool) -> Any:
     """Two layers with a frozen parameter and a buffer, in three groups of different learning rate and decay.
+
+    The frozen parameter is the moving average of a trained one.
 
     If not ``fresh``, everything is zero, so that a test sees what a load leaves out.
     """
@@ -68,6 +71,9 @@ def _engine(stage: int, more: dict[str, Any], world_size: int, fresh: bool) -> A
 
 def _train(engine: Any, first: int, count: int, world_size: int, rank: int) -> dict[str, Any]:
     """Take steps of two micro-batches each, on one rank or two; return the weights after them."""
+    from torch import nn
+
+    from mrmae_ds.models.moving_average import MovingAverage
     from mrmae_ds.training.engine.build import gather_state
 
     for step in range(first, first + count):
@@ -78,6 +84,8 @@ def _train(engine: Any, first: int, count: int, world_size: int, rank: int) -> d
             loss = engine(torch.randn(4, 7, generator=generator)).float().square().mean()
             engine.backward(loss)
             engine.step()
+        fixed, followed = (nn.ParameterList([p]) for p in (engine.module.fixed, engine.module.a.bias))
+        MovingAverage.update(SimpleNamespace(network=fixed, decay=lambda _: 0.5), followed, 0.0)
     return gather_state(engine)
 
 

@@ -19,6 +19,7 @@ from tests.training.parity.cases import (
     Case,
     Difference,
     Trace,
+    average_cases,
     beside_the_matrix,
     compiled_cases,
     difference,
@@ -44,6 +45,9 @@ FEW = [
     Case("pretrain", 2, True, 1, 2, clipping=CLIPPED["pretrain"]),
     Case("pretrain", 3, True, 2, 2, placement="sharded"),
     Case("pretrain", 3, False, 1, 2),
+    # Before the case of hpZ, whose second copies DeepSpeed also gives to later engines of the process.
+    Case("pretrain", 3, True, 2, 2, average=True),
+    Case("pretrain", 1, False, 2, 1, average=True),
     Case("pretrain", 3, False, 4, 2, "autocast"),  # two micro-batches between the first and the last
     Case("finetune", 0, True, 1, 2, clipping=CLIPPED["finetune"]),
     Case("finetune", 1, False, 2, 2),
@@ -118,7 +122,7 @@ def test_the_comparison_detects_errors() -> None:
 
 def test_the_matrix_is_complete() -> None:
     assert len(matrix()) == 4 * 2 * 2 * 2 * (4 + 1 + 1)
-    names = [case.name for case in [*matrix(), *beside_the_matrix(), *method_cases()]]
+    names = [case.name for case in [*matrix(), *beside_the_matrix(), *method_cases(), *average_cases()]]
     assert len(set(names)) == len(names)
 
 
@@ -167,3 +171,13 @@ def test_other_methods_train_like_one_plain_process(tmp_path: Path) -> None:
     compare = _comparison(cases, tmp_path, limit_s=2500)
     wrong = {case.name: found for case in cases if not (found := compare(case)).within(case.tolerance)}
     assert not wrong
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_moving_averages_follow_as_in_one_plain_process(tmp_path: Path) -> None:
+    """Their weights are among those compared."""
+    cases = average_cases()
+    compare = _comparison(cases, tmp_path, limit_s=1500)
+    found = {case.name: (compare(case), TOLERANCE[case.precision]) for case in cases}
+    assert not {name: value for name, (value, bound) in found.items() if not value.within(bound)}

@@ -22,6 +22,7 @@ DETECT_WARMUP, MILESTONES = 3, (0.5, 0.8)
 LAYER_DECAY = 0.75
 BETAS = {"pretrain": (0.9, 0.95), "finetune": (0.9, 0.999), "detect": (0.9, 0.999)}
 WEIGHT_DECAY = 0.05
+DECAY = (0.5, 0.9)  # of moving averages, rising in the first epoch
 # Below the gradient norms. Scaled further down, some gradients of a detector's mask head are near Adam's epsilon.
 CLIPPED = {"pretrain": 0.1, "finetune": 0.1, "detect": 1.0}
 Stage = Literal["pretrain", "finetune", "detect"]
@@ -76,6 +77,7 @@ class Case:
         label: names ``engine``.
         wide: blocks of several megabytes instead of half of one.
         recipe: of ds_configs, with a teacher named mae.
+        average: add an objective whose teacher is a moving average of the encoder.
     """
 
     stage: Stage = "pretrain"
@@ -90,6 +92,7 @@ class Case:
     label: str = ""
     wide: bool = False
     recipe: str = "tiny"
+    average: bool = False
 
     @property
     def name(self) -> str:
@@ -101,6 +104,7 @@ class Case:
         parts += ["clipped"] if self.clipping else []
         parts += ["wide"] if self.wide else []
         parts += [Path(self.recipe).name] if self.recipe != "tiny" else []
+        parts += ["average"] if self.average else []
         return "-".join([*parts, *([self.label] if self.label else [])])
 
     @property
@@ -113,6 +117,7 @@ class Case:
         world_size, accumulation = self.cut
         rest = ("-clipped" if self.clipping else "") + ("-wide" if self.wide else "")
         rest += "" if self.recipe == "tiny" else f"-{Path(self.recipe).name}"
+        rest += "-average" if self.average else ""
         return f"plain-{self.stage}-{self.precision}-W{world_size}-A{accumulation}{rest}"
 
     @property
@@ -190,6 +195,19 @@ def method_cases() -> list[Case]:
         for placement in PLACEMENTS
         for method in ("milan", "dmae", "maskalign")
     ]
+
+
+def average_cases() -> list[Case]:
+    """Return {ZeRO 0 to 3} x {1, 2 ranks} x {accumulation 1, 2} with a moving average; offloading; autocast."""
+    cases = [
+        Case("pretrain", zero, zero == 3, accumulation, world_size, average=True)
+        for world_size in (1, 2)
+        for zero in ZERO
+        for accumulation in (1, 2)
+    ]
+    kept = {"zero_optimization": {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}}
+    cases += [Case("pretrain", 3, True, 2, size, engine=kept, label="offload_all", average=True) for size in (1, 2)]
+    return [*cases, *(Case("pretrain", zero, True, 2, 2, "autocast", average=True) for zero in (0, 1, 3))]
 
 
 def compiled_cases(world_size: int) -> list[Case]:

@@ -19,6 +19,7 @@ from tests.support import small_detections
 from tests.support.sample_data import write_sample_beton
 from tests.training.parity.cases import (
     BETAS,
+    DECAY,
     DETECT_WARMUP,
     EPOCHS,
     GLOBAL_BATCH,
@@ -48,6 +49,13 @@ def write_workspace(folder: Path) -> None:
 
 
 WIDE = "{dims: [64, 128, 512]}"
+AVERAGE = [
+    f"teachers.ema={{kind: ema, decay: {DECAY[1]}, decay_start: {DECAY[0]}, decay_epochs: 1, layers: [0, 2], "
+    "layer_norm: each}",
+    "stages.pretrain.teachers=[mae, ema]",
+    "stages.pretrain.objectives.latent={target: ema, tap: decoder, tokens: masked, loss: smooth_l1, beta: 2.0, "
+    "normalize: layer_norm, weight: 1.0}",
+]
 
 
 def overrides(case: Case, folder: Path) -> tuple[str, ...]:
@@ -72,6 +80,7 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
     rest = [f"stages.{stage}.optimizer={optimizer}"]
     rest += [f"stages.pretrain.placement={case.placement}"] if case.placement != "device" else []
     rest += [f"model.overrides={WIDE}"] if case.wide else []
+    rest += AVERAGE if case.average else []
     return (*(f"{key}={value}" for key, value in keys.items()), *rest)
 
 

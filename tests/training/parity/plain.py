@@ -16,6 +16,7 @@ from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from tests.training.parity.cases import (
     BETAS,
+    DECAY,
     DETECT_WARMUP,
     EPOCHS,
     GLOBAL_BATCH,
@@ -74,6 +75,7 @@ def run_plain(case: Case, folder: Path) -> Trace:
         with torch.no_grad():
             for name, parameter in trained.items():
                 parameter.copy_(masters[name])
+            _update_averages(model, step + 1)
     state = {name: tensor.detach().float() for name, tensor in model.state_dict().items()}
     return Trace(losses, norms, state | {n: m.detach() for n, m in masters.items()}, time.perf_counter() - began)
 
@@ -121,6 +123,17 @@ def plain_rate(step: int, stage: Stage) -> float:
     if epoch < WARMUP:
         return LR * epoch / WARMUP
     return MIN_LR + (LR - MIN_LR) * (1 + math.cos(math.pi * (epoch - WARMUP) / (last - WARMUP))) / 2
+
+
+def _update_averages(model: nn.Module, steps: int) -> None:
+    """Move the averages after this many steps; the decay rises linearly in the first epoch, as in fairseq."""
+    start, end = DECAY
+    decay = end - (end - start) * max(1 - steps / STEPS_PER_EPOCH, 0)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if name.startswith("averages."):
+            trained = state["encoder." + name.partition(".network.")[2]]
+            tensor.copy_(decay * tensor + (1 - decay) * trained)
 
 
 def _cut(batch: Any, first: int, size: int) -> Any:

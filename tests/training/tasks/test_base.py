@@ -14,6 +14,7 @@ from mrmae_ds.config.stages import MaskingConfig, PretrainConfig
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import VisibleSet
+from mrmae_ds.models.moving_average import MovingAverage
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import encoder_spec
 from mrmae_ds.teachers import Teacher
@@ -165,6 +166,23 @@ def test_pretraining_losses_are_a_function_of_the_key() -> None:
     assert _values(task.losses(task.model, batch, KEY)) == first
     for other in (MicroBatchKey(1, 3, 0, 0, 1, 4), MicroBatchKey(7, 2, 0, 0, 1, 4)):
         assert _values(task.losses(task.model, batch, other)) != first
+
+
+def test_a_moving_average_follows_the_encoder_and_is_not_exported() -> None:
+    task = _pretrain_task(pretrain_config(), None)
+    plain, state = task.count_parameters(), task.model.state_dict()
+    task.model.averages["ema"] = MovingAverage(task.encoder, lambda epoch: epoch)
+    assert task.count_parameters() == plain
+    assert task.export_state(task.model.state_dict()).keys() == state.keys()
+    before = task.encoder.pos_embed + 1
+    with torch.no_grad():
+        for parameter in task.encoder.parameters():
+            parameter += 1
+    task.after_step(0.25)
+    (average,) = task.model.averages.values()
+    assert torch.allclose(average.network.pos_embed, before - 0.25)
+    task.model.reset_averages()
+    assert torch.equal(average.network.pos_embed, task.encoder.pos_embed)
 
 
 def test_drop_path_differs_between_ranks() -> None:
