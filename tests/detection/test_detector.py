@@ -208,19 +208,22 @@ def test_detections_and_proposals_lie_in_the_image(detector: Detector, reference
             assert (of_image[:, 2:] > of_image[:, :2]).all()
 
 
-def test_proposals_under_autocast_are_float32_with_fractions(detector: Detector, reference: dict[str, Tensor]) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_proposals_under_autocast_are_float32_with_fractions(
+    detector: Detector, reference: dict[str, Tensor], dtype: torch.dtype
+) -> None:
     images, sizes, targets = reference_batch(reference)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", dtype):
         levels = detector.backbone(images)
         proposals, losses = detector.rpn(levels, sizes, targets)
-        assert {level.dtype for level in levels} == {torch.bfloat16}
+        assert {level.dtype for level in levels} == {dtype}
         assert all(value.dtype == torch.float32 for value in detector(images, sizes, targets).values())
         found = detector.eval()(images, sizes)
     assert {boxes.dtype for boxes in proposals} == {torch.float32}
     assert losses["loss_objectness"].dtype == torch.float32
     assert all(image[name].dtype == torch.float32 for image in found for name in ("boxes", "scores", "masks"))
     exact = torch.cat(proposals)
-    assert (exact != exact.bfloat16().float()).float().mean() > 0.5
+    assert (exact != exact.to(dtype).float()).float().mean() > 0.5
 
 
 def test_a_model_in_bfloat16_has_losses_and_gradients() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -174,6 +175,20 @@ def test_gray_and_cmyk_images_are_converted(train: CocoSplit) -> None:
         Image.open(path).convert(mode).save(path)
     images = {int(b.indices[0]): b.images[0] for b in loader(train, STILL).epoch(0)}
     assert torch.equal(images[0][0], images[0][1]) and not torch.equal(images[1][0], images[1][2])
+
+
+def test_images_are_not_rotated_by_their_exif_record(train: CocoSplit) -> None:
+    """Annotations are of the pixels as they are stored."""
+    images = {path: Image.open(path).copy() for path in train.folder.iterdir()}
+    turned = Image.Exif()
+    turned[274] = 6  # a quarter
+
+    def written(**options: Any) -> list[bytes]:
+        for path, image in images.items():
+            image.save(path, quality=95, **options)
+        return content(list(loader(train).epoch(0)))
+
+    assert written() == written(exif=turned)
 
 
 @pytest.mark.parametrize("share", [2, 4])  # Pillow warns beyond the limit, and raises beyond twice of it

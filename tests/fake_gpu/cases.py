@@ -46,6 +46,9 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
     "bf16-zero3": ("tiny", BF16),
     "detect-zero1": ("tiny-zero1", PAIRS),
     "detect-zero3": ("tiny", PAIRS),
+    "detect-autocast": ("tiny", AUTOCAST | PAIRS),
+    "detect-bf16-zero1": ("tiny-zero1", BF16 | PAIRS),
+    "detect-two-ranks": ("tiny", {"train_micro_batch_size_per_gpu": 1}),
 }
 SETTINGS = (
     *(f"stages.{stage}.epochs={STEPS // STEPS_PER_EPOCH}" for stage in ("pretrain", "finetune", "probe")),
@@ -99,6 +102,9 @@ CASES = {
     "finetune-bf16": Case("bf16-zero1", "finetune", (*SCRATCH, *AUGMENT)),
     "detect-zero1": Case("detect-zero1", "detect"),
     "detect-zero3": Case("detect-zero3", "detect"),
+    "detect-autocast": Case("detect-autocast", "detect"),
+    "detect-bf16-zero1": Case("detect-bf16-zero1", "detect"),
+    "detect-two-ranks": Case("detect-two-ranks", "detect", ranks=2),
     "two-ranks-zero1": Case("zero1", ranks=2),
     "two-ranks-zero3": Case("zero3", ranks=2, settings=("stages.pretrain.placement=sharded",)),
 }

@@ -97,33 +97,54 @@ def _write(result: Any, computed: Any) -> Any:
     return result
 
 
-def _attention(query: Tensor, key: Tensor, value: Tensor, *options: Any, scale: float | None = None) -> tuple[Tensor]:
-    """Return the output [B, heads, N, D] of unmasked attention without dropout, from inputs of the same shape."""
-    _check_unmasked(options)
-    return (F.scaled_dot_product_attention(query.float(), key.float(), value.float(), scale=scale),)
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None, scale: float | None = None
+) -> tuple[Tensor]:
+    """Return the output [B, heads, N, D] of attention without dropout, from inputs of the same shape.
+
+    Args:
+        query: not scaled.
+        key: of the tokens.
+        value: of the tokens.
+        bias: of the scores, [B, heads, N, N], or a shape that is broadcast to it.
+        scale: of the scores.
+    """
+    query, key, value = (tensor.float() for tensor in (query, key, value))
+    return (F.scaled_dot_product_attention(query, key, value, None if bias is None else bias.float(), scale=scale),)
 
 
 def _attention_backward(
-    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *options: Any, scale: float | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key and value, each [B, heads, N, D]."""
+    gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of query, key and value, each [B, heads, N, D], and that of a bias of all scores."""
     gradient, query, key, value = (tensor.float() for tensor in (gradient, query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    weights = (scale * query @ key.mT).softmax(-1)
+    weights = (scale * query @ key.mT + (0.0 if bias is None else bias.float())).softmax(-1)
     of_weights = gradient @ value.mT
-    of_scores = scale * weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
-    return of_scores @ key, of_scores.mT @ query, weights.mT @ gradient
+    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+    of_inputs = scale * of_scores @ key, scale * of_scores.mT @ query, weights.mT @ gradient
+    return of_inputs if bias is None else (*of_inputs, of_scores)
 
 
-def _check_unmasked(options: tuple[Any, ...]) -> None:
-    if any(isinstance(option, Tensor) for option in options):
-        raise NotImplementedError
+def _without_rest(attention: Any, has_bias: bool) -> Any:
+    """Return a function of a kernel's arguments: after the tensors, a bias or not, and what is not used here."""
+    tensors = 3 if attention is _attention else 4
+
+    def computed(*arguments: Any, scale: float | None = None) -> tuple[Tensor, ...]:
+        return attention(*arguments[: tensors + has_bias], scale=scale)
+
+    return computed
 
 
 # Kernels that the CPU does not have. Their first results are computed, the others serve only their backward.
 FUSED_ATTENTION = {
-    aten._scaled_dot_product_efficient_attention.default: _attention,
-    aten._scaled_dot_product_efficient_attention_backward.default: _attention_backward,
-    aten._scaled_dot_product_flash_attention.default: _attention,
-    aten._scaled_dot_product_flash_attention_backward.default: _attention_backward,
+    aten._scaled_dot_product_efficient_attention.default: _without_rest(_attention, has_bias=True),
+    aten._scaled_dot_product_efficient_attention_backward.default: _without_rest(_attention_backward, has_bias=True),
+    aten._scaled_dot_product_flash_attention.default: _without_rest(_attention, has_bias=False),
+    aten._scaled_dot_product_flash_attention_backward.default: _without_rest(_attention_backward, has_bias=False),
 }
