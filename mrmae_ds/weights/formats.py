@@ -44,7 +44,7 @@ _IN_PLACE = {
     b"<": "a web page in place of the weights; download them again",
     b"{": "text in JSON, not weights; of files in shards, only the index of safetensors is read",
 }
-SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+SHARD = re.compile(r"[-_](\d+)-of-(\d+)\.\w+$")  # model-00001-of-00002.safetensors
 
 
 def _numpy_scalar(dtype: np.dtype, data: bytes) -> int | float | bool | str:
@@ -79,6 +79,7 @@ class TensorFile:
         tensors: tensors by name, on the CPU, without prefixes of wrappers.
         metadata: header metadata of a safetensors file; empty for others.
         args: command line stored in a released file, by option.
+        keys: keys of a checkpoint, with that of the weights; empty for others.
         code: source text of a TorchScript archive; empty for others.
         state_key: key of the weights in a checkpoint; "" if they are its whole content.
         choice: part of the tensor names that the user chose; "" for none.
@@ -93,6 +94,7 @@ class TensorFile:
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
     args: dict[str, Any] = field(default_factory=dict)
+    keys: frozenset[str] = frozenset()
     code: str = ""
     state_key: str = ""
     choice: str = ""
@@ -136,11 +138,11 @@ def _read(path: Path) -> Any:
     """Return the content of safetensors or a TorchScript archive; of other files, what is pickled."""
     if path.name.endswith(INDEX_SUFFIX):
         return _read_shards(path)
+    if (shard := SHARD.search(path.name)) and int(shard[2]) > 1:
+        index = path.with_name(path.name[: shard.start()] + INDEX_SUFFIX)
+        fix = "name their index" if index.is_file() else "download all of them as safetensors, and name their index"
+        raise UserError(f"{path}: one shard of several; {fix}, {index}")
     if _is_safetensors(path):
-        if shard := SHARD.search(path.name):
-            index = path.with_name(path.name[: shard.start()] + INDEX_SUFFIX)
-            if index.is_file():
-                raise UserError(f"{path}: one shard of several; name their index, {index}")
         tensors, metadata = read_safetensors(path)
         return _without_wrapper(TensorFile(path, "safetensors", tensors, metadata=metadata))
     if code := _torchscript_code(path):
@@ -282,7 +284,9 @@ def _state_of(content: Any, path: Path, choice: str, where: str) -> TensorFile:
     if chosen in networks or (not chosen and len(known) == len(copies) == 1):
         rest = choice[len(chosen) :].removeprefix(".")
         state_key = chosen or known[0]
-        return TensorFile(path, "pickle", dict(states[state_key]), args=options, state_key=state_key, choice=rest)
+        keys = frozenset(map(str, content))
+        file = TensorFile(path, "pickle", dict(states[state_key]), args=options, keys=keys)
+        return replace(file, state_key=state_key, choice=rest)
     if states:
         what = f"{len(networks)} sets of weights" if known else f"weights under unknown keys ({len(networks)})"
         refused = f"{chosen} holds no layers, only {first_few(list(states[chosen]), 3)}; " if chosen else ""

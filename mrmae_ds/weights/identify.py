@@ -19,9 +19,10 @@ import torch
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec, height_width, make_spec
 from mrmae_ds.units import first_few
+from mrmae_ds.weights.beside import model_config, recorded_pool
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.names import detector_title
-from mrmae_ds.weights.origin import Origin, model_config, recorded_pool
+from mrmae_ds.weights.origin import Origin
 
 Kind = Literal["pretrain", "classifier", "detector", "encoder", "clip", "unknown"]
 Shapes = Mapping[str, tuple[int, ...]]

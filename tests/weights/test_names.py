@@ -292,12 +292,17 @@ def test_a_hugging_face_vit_has_the_layers_of_this_projects(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("options", "settings", "mean"),
     [
-        ({"layer_decay": 0.75}, {}, IMAGENET_MEAN),
-        ({"layer_decay": 0.75}, {"init_values": 0.1}, None),  # of BEiT or another that MAE's script cannot build
+        ({"layer_decay": 0.75, "blr": 1e-3}, {}, IMAGENET_MEAN),
+        ({"layer_decay": 0.75, "blr": 1e-3}, {"init_values": 0.1}, None),  # of another script: MAE's cannot build it
+        ({"layer_decay": 0.75}, {}, None),
+        ({"norm_pix_loss": False, "mask_ratio": 0.75}, {}, IMAGENET_MEAN),
+        ({"norm_pix_loss": False}, {}, None),
+        ({"local_crops_number": 8, "momentum_teacher": 0.996}, {}, IMAGENET_MEAN),
+        ({"local_crops_number": 8}, {}, None),
         ({"layer_decay": 0.75, "imagenet_default_mean_and_std": False}, {}, (0.5, 0.5, 0.5)),
         ({"layer_decay": 0.75, "imagenet_default_mean_and_std": True}, {"init_values": 0.1}, IMAGENET_MEAN),
     ],
-    ids=["MAE", "unknown", "BEiT", "BEiT with ImageNet's"],
+    ids=str,
 )
 def test_statistics_by_the_command_line(
     options: dict[str, Any], settings: dict[str, Any], mean: tuple[float, ...] | None, tmp_path: Path

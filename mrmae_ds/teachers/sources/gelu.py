@@ -14,9 +14,10 @@ import torch
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.options import TeacherOptions
+from mrmae_ds.weights.beside import config_part, describes_tower, read_config
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.names import HF_CLIP
-from mrmae_ds.weights.origin import OPENAI_SCALARS, describes_tower
+from mrmae_ds.weights.origin import OPENAI_SCALARS
 
 OPEN_CLIP_CONFIG = "open_clip_config.json"
 
@@ -102,11 +103,8 @@ def _from_hugging_face(file: TensorFile) -> Gelu | None:
     """Read ``hidden_act`` of the configuration that transformers writes beside a CLIP."""
     if file.layout != HF_CLIP:
         return None
-    try:
-        content = json.loads((file.path.parent / "config.json").read_text(encoding="utf-8"))
-        act = content.get("vision_config", content).get("hidden_act")
-    except (OSError, ValueError, AttributeError):
-        return None
+    config = read_config(file, "config.json")
+    act = (config_part(config, "vision_config") or config).get("hidden_act")
     return Gelu(act == "quick_gelu", "config.json beside it") if act in ("quick_gelu", "gelu") else None
 
 
@@ -115,7 +113,7 @@ def _from_config(file: TensorFile) -> Gelu | None:
     if not config.is_file():
         return None
     try:
-        content = json.loads(config.read_text(encoding="utf-8"))
+        content = json.loads(config.read_text(encoding="utf-8-sig"))
         model = content.get("model_cfg", content)
         vision = model["vision_cfg"]
         if "timm_model_name" in vision or not describes_tower(vision, file.tensors):
