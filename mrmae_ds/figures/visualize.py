@@ -20,6 +20,7 @@ from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
 from mrmae_ds.figures.teachers import CHUNK, importance_of, sample_mask, short_source
 from mrmae_ds.files import make_folder
 from mrmae_ds.models.masking import TokenMask, VisibleSet
+from mrmae_ds.models.objectives import PIXELS
 from mrmae_ds.models.pretrain import PretrainModel, masked_pixels
 from mrmae_ds.models.reconstruction import Reconstruction, reconstruct
 from mrmae_ds.teachers import build_teacher
@@ -193,7 +194,8 @@ def _add_student(
     if encoder.grid != mask.visible.grid:
         logger.warning("%s: no reconstructions, its grid of patches is not the first pre-training's", run.path)
         return None
-    if isinstance(mask.visible, VisibleSet) == (getattr(encoder, "mask_token", None) is not None):
+    pixels_predicted = any(spec.target == PIXELS for spec in model.objectives.values())
+    if pixels_predicted and isinstance(mask.visible, VisibleSet) == (getattr(encoder, "mask_token", None) is not None):
         logger.warning("%s: no reconstructions, its encoder does not take the first pre-training's mask", run.path)
         return None
     try:

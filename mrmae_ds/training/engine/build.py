@@ -21,6 +21,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils.z3_leaf_module import set_z3_leaf_module
+from timm.models import beit
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -112,7 +113,7 @@ def compile_blocks(model: nn.Module) -> None:
 
     Only blocks: DeepSpeed's hooks on a full model break the graph at every layer, those of a leaf block lie outside it.
     """
-    compile_each([module for module in model.modules() if isinstance(module, Block | ConvBlock)])
+    compile_each([module for module in model.modules() if isinstance(module, Block | beit.Block | ConvBlock)])
 
 
 def set_lr(engine: deepspeed.DeepSpeedEngine, lr: float) -> None:

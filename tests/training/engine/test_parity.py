@@ -71,6 +71,7 @@ FEW = [
     Case("pretrain", 3, True, 2, 2, placement="sharded", recipe="methods/dmae_tiny"),
     Case("pretrain", 0, True, 2, 1, placement="stream", recipe="methods/dmae_tiny"),
     Case("pretrain", 3, True, 2, 2, placement="step", recipe="methods/maskalign_tiny"),
+    Case("pretrain", 3, True, 2, 2, placement="stream", recipe="methods/mvp_tiny"),
 ]
 Compare = Callable[[Case], Difference]
 

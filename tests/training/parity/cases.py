@@ -28,6 +28,10 @@ CLIPPED = {"pretrain": 0.1, "finetune": 0.1, "detect": 1.0}
 Stage = Literal["pretrain", "finetune", "detect"]
 Precision = Literal["fp32", "autocast", "bf16"]
 CHECKPOINTING = {"conv_stages": "all", "transformer": 2, "decoder": "all"}
+# Methods whose losses depend on the division of a step into micro-batches: by random draws of the model, or by losses
+# over masks of different sizes. Their encoders compute all tokens.
+OF_MICRO_BATCHES = ("maskfeat", "simmim_vit", "mvp", "fd")
+WITHOUT_TEACHER = ("maskfeat", "simmim_vit")
 PRECISIONS: dict[Precision, dict[str, Any]] = {
     "fp32": {},
     "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},
@@ -76,7 +80,7 @@ class Case:
         engine: laid on the engine config, by what this case is named for.
         label: names ``engine``.
         wide: blocks of several megabytes instead of half of one.
-        recipe: of ds_configs, with a teacher named mae.
+        recipe: of ds_configs; its teacher, if it has one, is named mae.
         average: add an objective whose teacher is a moving average of the encoder.
     """
 
@@ -112,7 +116,8 @@ class Case:
         """Name of the plain run that the case must equal.
 
         In pre-training a step's results do not depend on its division into micro-batches, except for the rounding of
-        bfloat16; in fine-tuning the random draws do, and in detection the means over objects.
+        bfloat16 and for :data:`OF_MICRO_BATCHES`; in fine-tuning the random draws do, and in detection the means over
+        objects.
         """
         world_size, accumulation = self.cut
         rest = ("-clipped" if self.clipping else "") + ("-wide" if self.wide else "")
@@ -123,7 +128,8 @@ class Case:
     @property
     def cut(self) -> tuple[int, int]:
         """W and A of the plain run: its division of a step into micro-batches."""
-        whole = self.stage == "pretrain" and self.precision == "fp32"
+        divided = Path(self.recipe).name.removesuffix("_tiny") in OF_MICRO_BATCHES
+        whole = self.stage == "pretrain" and self.precision == "fp32" and not divided
         return (1, 1) if whole else (self.world_size, self.accumulation)
 
     @property
@@ -193,7 +199,8 @@ def method_cases() -> list[Case]:
         for world_size in (1, 2)
         for zero in (0, 1, 3)
         for placement in PLACEMENTS
-        for method in ("milan", "dmae", "maskalign")
+        for method in ("milan", "dmae", "maskalign", *OF_MICRO_BATCHES)
+        if placement == "device" or method not in WITHOUT_TEACHER
     ]
 
 
@@ -215,7 +222,10 @@ def compiled_cases(world_size: int) -> list[Case]:
     compiled: dict[str, Any] = {"engine": {"compile": {"blocks": True, "teachers": True}}, "label": "compiled"}
     stages: tuple[tuple[Stage, int], ...] = (("pretrain", 3), ("finetune", 3), ("finetune", 1))
     cases = [Case(stage, zero, zero == 3, 2, world_size, **compiled) for stage, zero in stages]
-    return [*cases, Case("pretrain", 3, True, 2, world_size, recipe="methods/milan_tiny", **compiled)]
+    others = [
+        Case("pretrain", 3, True, 2, world_size, recipe=f"methods/{m}_tiny", **compiled) for m in ("milan", "mvp")
+    ]
+    return [*cases, *others]
 
 
 def nvme_cases(folder: Path, world_size: int) -> list[Case]:

@@ -30,6 +30,7 @@ from tests.training.parity.cases import (
     STEPS_PER_EPOCH,
     WARMUP,
     WEIGHT_DECAY,
+    WITHOUT_TEACHER,
     Case,
 )
 
@@ -76,6 +77,8 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
     }
     if stage == "finetune":
         ours |= {"init": "scratch", "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0, "layer_decay": LAYER_DECAY}
+    if Path(case.recipe).name.removesuffix("_tiny") in WITHOUT_TEACHER:
+        del ours["teachers.mae.source"]
     keys = {key if "." in key else f"stages.finetune.{key}": value for key, value in ours.items()}
     rest = [f"stages.{stage}.optimizer={optimizer}"]
     rest += [f"stages.pretrain.placement={case.placement}"] if case.placement != "device" else []
