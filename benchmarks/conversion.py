@@ -3,7 +3,8 @@
     python benchmarks/conversion.py TREE [--max-side 512] [--rounds 3] [--out conversion.json]
 
 TREE has a folder per class. Every variant is written ``rounds`` times, in turn, by one worker;
-CPU time is that of the whole process tree, jpegtran's included, and its median over rounds is printed.
+CPU time is that of the whole process tree, jpegtran's included, and its median over rounds is printed. Raw pixels are
+written where --max-side is so small that ``--format auto`` would write them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import statistics
 import tempfile
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from PIL import Image
@@ -23,16 +25,18 @@ from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import read_sidecar
 from mrmae_ds.data.convert import jpegs
 from mrmae_ds.data.convert.folder import scan
-from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.options import RAW_SIDE, WriteOptions
 from mrmae_ds.data.convert.splits import find_classes
 from mrmae_ds.data.convert.writer import write_beton
 
 PLAIN = "JPEG, encode, without markers"
-VARIANTS = {
+RAW = "raw pixels"
+VARIANTS: dict[str, dict[str, Any]] = {
     PLAIN: {"jpegs": "encode"},
     "JPEG, encode": {"jpegs": "encode"},
     "JPEG, auto": {"jpegs": "auto"},
     "JPEG, keep": {"jpegs": "keep"},
+    RAW: {"storage": "raw"},
 }
 
 
@@ -83,7 +87,7 @@ def main() -> None:
     results: dict[str, list[dict[str, float]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
-            for name in VARIANTS:
+            for name in VARIANTS if args.max_side <= RAW_SIDE else [name for name in VARIANTS if name != RAW]:
                 results[name].append(convert(name, args, Path(folder)))
     print(table(results))
     if args.out:

@@ -210,15 +210,18 @@ def measure(name: str, settings: Settings, images: int) -> dict[str, float]:
 
 
 def unpack(beton: Path, folder: Path) -> None:
-    """Write the .beton's JPEGs as FOLDER/LABEL/ROW.jpg."""
-    from mrmae_ds.data.beton.file import BetonFile
+    """Write the .beton's JPEGs as FOLDER/LABEL/ROW.jpg, its raw images as ROW.bmp."""
+    from mrmae_ds.data.beton.file import RAW, BetonFile
     from mrmae_ds.data.beton.sidecar import check_beton
 
     file = BetonFile(check_beton(beton))
     for row, label in enumerate(file.labels.tolist()):
         target = folder / f"{label:04d}" / f"{row:08d}.jpg"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(file.jpeg(row))
+        if file.table[row, 4] == RAW:
+            file.image(row).save(target.with_suffix(".bmp"))
+        else:
+            target.write_bytes(file.jpeg(row))
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> Results:
@@ -262,7 +265,9 @@ def ratios(results: Results) -> str:
     """Format the ratios of images/s to reach, of two readers in the same round, as Markdown."""
     lines = ["| | against | median | lowest to highest | to reach |", "|---|---|---|---|---|"]
     for ours_name, other_name, goal in TO_REACH:
-        pair = results.get(ours_name, "was left out"), results.get(other_name, "was left out")
+        if not {ours_name, other_name} <= results.keys():
+            continue
+        pair = results[ours_name], results[other_name]
         if isinstance(pair[0], str) or isinstance(pair[1], str):
             found = " | "
         else:

@@ -11,9 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, get_args
 
+from mrmae_ds.cli.data_bench import add_bench_arguments, run_bench
 from mrmae_ds.cli.parser import CommandParser
 from mrmae_ds.data.beton.sidecar import BetonInfo
-from mrmae_ds.data.convert.options import Jpegs, Output, WriteOptions, parse_max_bad
+from mrmae_ds.data.convert.options import RAW_SIDE, Jpegs, Output, Storage, WriteOptions, parse_max_bad
 from mrmae_ds.data.convert.skipped import report_path
 from mrmae_ds.errors import UserError
 from mrmae_ds.units import counted
@@ -41,6 +42,7 @@ def add_arguments(parser: CommandParser) -> None:
         ),
         ("adopt", _add_adopt_arguments, _run_adopt, "check a .beton of FFCV's own writer, and write its sidecar"),
         ("info", _add_info_arguments, _run_info, "describe a .beton"),
+        ("bench", add_bench_arguments, run_bench, "measure the loader, and the CPU cores that a GPU needs"),
         ("verify", _add_verify_arguments, _run_verify, "check the checksum of a .beton and decode every image"),
     ):
         subparser = commands.add_parser(name, help=summary, description=summary)
@@ -70,6 +72,11 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
         "--quality", type=int, default=default.quality, metavar="Q", help="JPEG quality, 1 to 100; default: %(default)s"
     )
     parser.add_argument(
+        "--format", choices=get_args(Storage), default=default.storage, dest="storage",
+        help=f"jpeg; raw: pixels without loss, 3 bytes each, which need no decoding; auto: raw up to {RAW_SIDE} pixels "
+        "on the longer side, jpeg above; the expected size is printed first; default: %(default)s",
+    )  # fmt: skip
+    parser.add_argument(
         "--jpegs", choices=get_args(Jpegs), default=default.jpegs,
         help="JPEGs that are not reduced: auto transcodes those whose quality is not above --quality without loss "
         "(needs jpegtran), keep transcodes all, encode encodes all again; default: %(default)s",
@@ -95,7 +102,7 @@ def _add_writing_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _output(args: argparse.Namespace) -> Output:
-    names = ("max_side", "quality", "jpegs", "workers", "max_bad", "max_pixels", "background", "timeout_s")
+    names = ("max_side", "quality", "storage", "jpegs", "workers", "max_bad", "max_pixels", "background", "timeout_s")
     options = WriteOptions(**{name: getattr(args, name) for name in names})
     return Output(args.out, args.name, options, args.num_train_images, args.num_val_images)
 

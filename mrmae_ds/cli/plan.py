@@ -32,6 +32,7 @@ def add_arguments(parser: CommandParser) -> None:
     add("--peak", type=float, metavar="TFLOPS", help="dense bf16 peak of a GPU, for a type without a key")
     add("--micro-batch", type=int, metavar="N", help="micro-batch, instead of the engine config's")
     add("--loader", type=float, metavar="IMAGES/S", help="measured throughput of the loader of one node")
+    add("--loader-bench", type=Path, metavar="FILE", help="JSON file of `mrmae data bench`: CPU time of an image")
     add("--search", action="store_true", help="find the fastest engine config for these GPUs")
     add("--write", type=Path, metavar="FILE", help="with --search: write the engine config that it finds")
     parser.add_overrides()

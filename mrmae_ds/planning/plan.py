@@ -26,7 +26,7 @@ from mrmae_ds.planning.search import check_new_engine, search, search_lines, wri
 from mrmae_ds.planning.stage import CountedStage, count_stage
 from mrmae_ds.profiling.flops import COUNTED_STAGES
 from mrmae_ds.profiling.gpus import GPUS, Gpu, find_gpu
-from mrmae_ds.profiling.measured_node import MeasuredNode, read_measured
+from mrmae_ds.profiling.measured_node import MeasuredNode, read_measured, read_step_rates
 from mrmae_ds.tables.detectors import COCO_2017
 from mrmae_ds.units import GIGA, TERA
 
@@ -53,6 +53,7 @@ class PlanRequest:
         peak: peak dense bf16 TFLOP/s of a GPU.
         micro_batch: instead of the engine config's.
         loader: images/s that a node's loader delivers.
+        loader_bench: JSON file of ``mrmae data bench``, whose CPU time replaces the committed measurements.
         search: search for the fastest engine config instead.
         write: file for the engine config that the search finds.
         overrides: ``key.path=value`` for the recipe.
@@ -73,6 +74,7 @@ class PlanRequest:
     peak: float | None = None
     micro_batch: int | None = None
     loader: float | None = None
+    loader_bench: Path | None = None
     search: bool = False
     write: Path | None = None
     overrides: Sequence[str] = ()
@@ -110,6 +112,29 @@ def describe_plan(request: PlanRequest) -> str:
         "assumptions of the estimates (mrmae_ds/planning/estimates/constants.yaml)",
     ]
     return "\n".join([*lines, *(f"  {line}" for line in _assumptions(request, recipe, cluster, config.zero))])
+
+
+def gpu_throughput(request: PlanRequest) -> tuple[float, str]:
+    """Return the images/s that a GPU trains in ``request.stage`` if its loader keeps up, and where they are from.
+
+    They are those of a doctor's report, if it has timed steps of this recipe's pre-training, else estimated.
+
+    Raises:
+        UserError: as ``describe_plan``, and if the throughput of the GPU is unknown.
+    """
+    path = request.recipe or default_recipe(request.ds_config)
+    config, cluster = load_engine_config(request.ds_config), make_cluster(request)
+    recipe = _select_stage(load_recipe(path, list(request.overrides)), request.stage)
+    if request.measured is not None and request.stage == "pretrain":
+        timed = read_step_rates(request.measured).get(recipe.name)
+        if timed:
+            return timed, f"measured by mrmae doctor on {cluster.measured.device}, its fastest step"
+    check_ranks(config, cluster.gpus, cluster.gpus_in_node)
+    (stage,) = _count_stages(recipe, config, request.classes)
+    demand = estimate_step(stage, config.zero, cluster, config.micro_batch).node_demand
+    if demand is None:
+        raise UserError(f"the throughput of {cluster.gpu.key} is unknown; pass it with --images-per-s")
+    return demand / cluster.gpus_in_node, f"an estimate of mrmae plan for {_hardware(cluster)}, not measured"
 
 
 def _search(request: PlanRequest, path: Path, recipe: Recipe, config: EngineConfig, cluster: Cluster) -> list[str]:
@@ -150,7 +175,8 @@ def make_cluster(request: PlanRequest) -> Cluster:
     measured = MeasuredNode() if request.measured is None else read_measured(request.measured)
     if request.measured is not None and gpu.names and measured.device not in gpu.names:
         raise UserError(f"{request.measured} was measured on {measured.device}, which is not --gpu {gpu.key}")
-    cluster = Cluster(gpu, request.gpus, request.gpus_per_node, request.network, sustained, measured, request.loader)
+    given = request.loader, request.loader_bench
+    cluster = Cluster(gpu, request.gpus, request.gpus_per_node, request.network, sustained, measured, *given)
     if cluster.node_loader is None and measured.loader_images_per_s_per_core and measured.loader_cores:
         rank_rate = measured.loader_images_per_s_per_core * measured.loader_cores
         cluster = replace(cluster, node_loader=rank_rate * cluster.gpus_in_node)

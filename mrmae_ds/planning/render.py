@@ -131,7 +131,7 @@ def _time_lines(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
     )
     yield f"  once a step: {1000 * compute.update_s:,.1f} ms update, {1000 * waiting:,.1f} ms waiting for transfers"
     if step.node_demand is not None:
-        yield f"  loader: {step.node_demand:,.0f} images/s per node" + _cores(recipe, stage, step.node_demand)
+        yield f"  loader: {step.node_demand:,.0f} images/s per node" + _cores(recipe, stage, step)
 
 
 def _hours(hours: float | None) -> str:
@@ -140,12 +140,15 @@ def _hours(hours: float | None) -> str:
     return f"{hours:,.1f}" if hours >= 1 else f"{hours:.2f}"
 
 
-def _cores(recipe: Recipe, stage: CountedStage, images_per_s: float) -> str:
-    cost = loader_cost(recipe, stage)
-    if cost is None:
+def _cores(recipe: Recipe, stage: CountedStage, step: StepEstimate) -> str:
+    cost = loader_cost(recipe, stage, step.cluster.loader_bench)
+    if cost is None or step.node_demand is None:
         return ""
-    cores = images_per_s * cost.cpu_s_per_1000 / 1000
-    return f": {cores:,.1f} cores at {cost.cpu_s_per_1000:.2f} CPU-s per 1,000 ({cost.size} pixels, {cost.cpu})"
+    cores = step.node_demand * cost.cpu_s_per_1000 / 1000
+    return (
+        f": {cores:,.1f} cores, {cores / step.cluster.gpus_in_node:,.1f} a GPU, at {cost.cpu_s_per_1000:.2f} CPU-s per "
+        f"1,000 ({cost.size} pixels, {cost.cpu}; measured, {cost.source})"
+    )
 
 
 def _node_lines(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_images: int) -> Iterator[str]:

@@ -118,6 +118,19 @@ def read_measured(path: Path) -> MeasuredNode:
     return measured
 
 
+def read_step_rates(path: Path) -> dict[str, float]:
+    """Return the highest images/s of a rank in the steps that a doctor timed, by the recipe's name; {} without one.
+
+    Args:
+        path: the doctor's JSON file, as :func:`read_measured` takes it.
+    """
+    checks = json.loads(path.read_text(encoding="utf-8")).get("checks") or ()
+    rows = [row for check in checks if check["name"] == "steps" for row in check["rows"]]
+    recipes = [row["value"] for row in rows if row["name"] == "recipe"]
+    rates = [row["value"] for row in rows if row["unit"] == "images/s"]
+    return {str(recipes[0]): float(max(rates))} if recipes and rates else {}
+
+
 def _check_results(path: Path, content: dict[str, Any]) -> None:
     """Refuse the report of a doctor that a check stopped; warn of what failed or was not run."""
     for check in content.get("checks") or ():

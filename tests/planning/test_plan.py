@@ -227,15 +227,26 @@ def test_host_memory_of_a_node(recipe: Recipe, stages: dict[str, CountedStage]) 
 
 
 def test_loader_cost_is_read_from_measurements(tmp_path: Path, recipe: Recipe, stages: dict[str, CountedStage]) -> None:
-    assert loader_cost(recipe, stages["pretrain"], tmp_path) is None
+    assert loader_cost(recipe, stages["pretrain"], folder=tmp_path) is None
     (tmp_path / "loader_cpu.json").write_text(
         '{"settings": {"size": "224"}, "machine": {"cpu": "a CPU"}, "rounds": {"mrmae_ds, ffcv backend": '
         '[{"cpu_s_per_1000": 2.0}, {"cpu_s_per_1000": 4.0}, {"cpu_s_per_1000": 3.0}]}}'
     )
-    cost = loader_cost(recipe, stages["pretrain"], tmp_path)
+    cost = loader_cost(recipe, stages["pretrain"], folder=tmp_path)
     assert cost is not None and (cost.cpu_s_per_1000, cost.size, cost.cpu) == (3.0, 224, "a CPU")
     # Fine-tuning uses RandAugment, which was not measured.
-    assert loader_cost(recipe, stages["finetune"], tmp_path) is None
+    assert loader_cost(recipe, stages["finetune"], folder=tmp_path) is None
+    # A measurement of the user's machine comes first.
+    bench = tmp_path / "bench.json"
+    bench.write_text((tmp_path / "loader_cpu.json").read_text().replace("4.0", "1.5").replace("a CPU", "this CPU"))
+    cost = loader_cost(recipe, stages["pretrain"], bench, tmp_path)
+    assert cost is not None and (cost.cpu_s_per_1000, cost.cpu, cost.source) == (2.0, "this CPU", "bench.json")
+    with pytest.raises(
+        UserError, match=r"has no measurement of 'mrmae_ds, ffcv . RandAugment'; write it with `mrmae data"
+    ):
+        loader_cost(recipe, stages["finetune"], bench, tmp_path)
+    with pytest.raises(UserError, match=r"none\.json: No such file"):
+        loader_cost(recipe, stages["pretrain"], tmp_path / "none.json")
 
 
 def plan(*arguments: str, config: str = "small") -> int:

@@ -105,7 +105,7 @@ def _compared(info: BetonInfo, digested: bool) -> tuple[Any, ...]:
     pixels = info.max_side, sidecar.get("background"), sidecar["versions"].get("libjpeg-turbo")
     if digested:
         return pixels
-    jpegs = sidecar.get("jpegs"), sidecar["versions"].get("jpegtran")
+    jpegs = sidecar.get("storage", "jpeg"), sidecar.get("jpegs"), sidecar["versions"].get("jpegtran")
     return (info.quality, *pixels, *jpegs) if info.quality else ()
 
 

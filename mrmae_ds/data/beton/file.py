@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from mrmae_ds.data.beton.segments import describe_damage
 from mrmae_ds.data.beton.sidecar import BetonInfo, sidecar_path
 from mrmae_ds.data.types import ImageArray, IntArray
 from mrmae_ds.errors import UserError
@@ -116,9 +117,20 @@ class BetonFile:
         """Return the JPEG of one sample, or its raw pixels, as stored; raises ValueError if it has changed."""
         offset, length = self.table[row, :2]
         content = self.content[offset : offset + length].tobytes()
-        if self.checksums[row] not in (-1, zlib.adler32(content)):
-            raise ValueError("its checksum has changed since it was written")
+        if self._has_changed(row, content):
+            raise ValueError(
+                " ".join(["its checksum has changed since it was written", self.describe_damage(row)]).strip()
+            )
         return content
+
+    def describe_damage(self, row: int) -> str:
+        """Return the damaged segments of a JPEG that has changed since it was written; "" if they are not known."""
+        offset, length = self.table[row, :2]
+        content = self.content[offset : offset + length].tobytes()
+        return describe_damage(content) if self._has_changed(row, content) else ""
+
+    def _has_changed(self, row: int, content: bytes) -> bool:
+        return self.checksums[row] not in (-1, zlib.adler32(content))
 
 
 def pixel_digest(image: Image.Image) -> int:

@@ -1,4 +1,4 @@
-"""Sequential writer of .beton files (FFCV's format 2) from encoded JPEGs.
+"""Sequential writer of .beton files (FFCV's format 2) from encoded JPEGs and raw pixels.
 
 FFCV's own ``DatasetWriter`` waits forever if one of its processes dies or its disk is full, and its file layout depends
 on the timing of its processes; this one writes the same bytes for the same images.
@@ -15,14 +15,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mrmae_ds.data.beton.file import ALLOCATION, DIGESTED_SAMPLE, FIELD, HEADER, JPEG, SAMPLE, VERSION
+from mrmae_ds.data.beton.file import ALLOCATION, DIGESTED_SAMPLE, FIELD, HEADER, JPEG, RAW, SAMPLE, VERSION
 
-_MIN_PAGE = 1 << 21
+MIN_PAGE = 1 << 21  # bytes
 _IMAGE_FIELD, _INTEGER_FIELD = 2, 1  # FFCV's numbers for the kinds of field
 
 
 class StoredImage(NamedTuple):
-    """All that the tables need of an image: its bytes, sides in pixels, class, Adler-32 and digest of its pixels."""
+    """All that the tables need of an image.
+
+    Attributes:
+        length: bytes.
+        width: pixels.
+        height: pixels.
+        label: its class.
+        adler32: of the bytes.
+        pixels: digest of its pixels; None where the file has none.
+        raw: True for raw pixels, False for a JPEG.
+    """
 
     length: int
     width: int
@@ -30,6 +40,7 @@ class StoredImage(NamedTuple):
     label: int
     adler32: int
     pixels: int | None
+    raw: bool
 
 
 class BetonWriter:
@@ -47,7 +58,7 @@ class BetonWriter:
         self, path: Path, capacity: int, max_side: int, digests: bool, stored: Sequence[StoredImage] = ()
     ) -> None:
         # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
-        self._page = max(_MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
+        self._page = max(MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
         self._samples = np.zeros(capacity, dtype=DIGESTED_SAMPLE if digests else SAMPLE)
         self._names = self._samples.dtype.names or ()
         self._allocations = np.zeros(capacity, dtype=ALLOCATION)
@@ -69,32 +80,35 @@ class BetonWriter:
         else:
             self._discard()
 
-    def append(self, jpeg: bytes, width: int, height: int, label: int, pixels: int | None) -> StoredImage:
+    def append(
+        self, content: bytes, width: int, height: int, label: int, pixels: int | None, raw: bool = False
+    ) -> StoredImage:
         """Write an image.
 
         Args:
-            jpeg: its content.
+            content: its JPEG or raw pixels.
             width: pixels.
             height: pixels.
             label: its class.
             pixels: digest of its pixels; None where the file has none.
+            raw: True for raw pixels.
 
         Raises:
             OSError: of the disk, for example if it is full.
         """
-        image = StoredImage(len(jpeg), width, height, label, zlib.adler32(jpeg), pixels)
+        image = StoredImage(len(content), width, height, label, zlib.adler32(content), pixels, raw)
         self._file.write(bytes(self._add(image)))
-        self._file.write(jpeg)
+        self._file.write(content)
         return image
 
     def _add(self, image: StoredImage) -> int:
         """Add an image to the tables; return the number of bytes that are left free before it."""
         if image.length > self._page:
-            raise ValueError(f"a JPEG of {image.length:,} bytes does not fit into a page of {self._page:,}")
+            raise ValueError(f"an image of {image.length:,} bytes does not fit into a page of {self._page:,}")
         left = -self._end % self._page
         gap = left if image.length > left else 0
         place = self._end + gap
-        stored = (JPEG, image.width, image.height, place)
+        stored = (RAW if image.raw else JPEG, image.width, image.height, place)
         numbers = (stored, image.label, self._count, image.adler32, image.pixels)
         self._samples[self._count] = numbers[: len(self._names)]
         self._allocations[self._count] = (self._count, place, image.length)

@@ -21,6 +21,8 @@ import struct
 import zlib
 from typing import NamedTuple
 
+from mrmae_ds.units import first_few
+
 MAGIC = b"MRMAESEG"
 NUMBERS, LENGTHS = 14, 30  # places in an indexed JPEG
 _MOST = (0xFFFF - LENGTHS) // 6  # segments whose index fits into an application segment
@@ -97,6 +99,31 @@ def _read_header(jpeg: bytes) -> Header | None:
             return Header(frame, place + 2 + length, interval, size, mcu, plain) if frame else None
         place += 2 + length
     return None
+
+
+def describe_damage(jpeg: bytes) -> str:
+    """Return which segments of a JPEG do not have their checksums; "" if it has no index.
+
+    Args:
+        jpeg: one whose own checksum is wrong, so that something in it is.
+    """
+    header = read_header(jpeg)
+    if jpeg[NUMBERS - len(MAGIC) : NUMBERS] != MAGIC:
+        return ""
+    scan, interval, count = struct.unpack_from("<3I", jpeg, NUMBERS + 4)
+    if header is None or (header.scan, header.interval) != (scan, interval) or len(jpeg) < LENGTHS + 6 * count:
+        return "in its header"
+    lengths = struct.unpack_from(f"<{count}H", jpeg, LENGTHS)
+    checksums = struct.unpack_from(f"<{count}I", jpeg, LENGTHS + 2 * count)
+    across, (wide, high) = header.blocks[0] // interval, (header.mcu[0] * interval, header.mcu[1])
+    damaged = []
+    for segment, (length, checksum) in enumerate(zip(lengths, checksums, strict=True)):
+        if zlib.adler32(jpeg[scan : scan + length]) != checksum:
+            left, top = segment % across * wide, segment // across * high
+            place = f"columns {left} to {left + wide - 1}, rows {top} to {top + high - 1}"
+            damaged.append(f"in segment {segment} of {count} ({place})")
+        scan += length + 2
+    return first_few(damaged, 4) or "in its header"
 
 
 def choose_interval(blocks: tuple[int, int]) -> int:

@@ -134,7 +134,7 @@ def write_fashion_mnist(output: Output, source: str = "auto") -> list[BetonInfo]
     """Write Fashion-MNIST as train.beton and val.beton.
 
     Args:
-        output: the files; the conversion's options are fixed.
+        output: the files; of the conversion's options, its storage counts.
         source: a folder of the four files, or "auto"; see ``find_files``.
 
     Returns:
@@ -155,7 +155,7 @@ def write_fashion_mnist(output: Output, source: str = "auto") -> list[BetonInfo]
         write_beton(
             dataset,
             output.folder / f"{part}.beton",
-            WriteOptions(max_side=SIDE, quality=95, max_bad=0),
+            WriteOptions(max_side=SIDE, quality=95, storage=output.options.storage, max_bad=0),
             class_names=CLASS_NAMES,
             name=output.name or "Fashion-MNIST",
             source=f"Fashion-MNIST, {part}, {len(dataset)} images padded to {SIDE}x{SIDE}",

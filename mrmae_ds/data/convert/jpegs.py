@@ -1,4 +1,4 @@
-"""Encoding of images as JPEGs that a reader can decode in parts, or transcoding without loss where they are JPEGs."""
+"""Images as they are stored: raw pixels, or JPEGs that a reader decodes in parts, of JPEGs without loss if possible."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import subprocess
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image, JpegImagePlugin, features
 
 from mrmae_ds.data.beton.segments import add_index, choose_interval, read_header
 from mrmae_ds.data.convert.images import to_rgb
-from mrmae_ds.data.convert.options import Jpegs, WriteOptions
+from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -26,22 +26,37 @@ _RECORDED = ("numpy", "pillow", "mrmae_ds")
 _PACKAGES = "libjpeg-turbo (Debian: libjpeg-turbo-progs; conda: libjpeg-turbo)"
 
 
-def store(image: Image.Image, options: WriteOptions) -> tuple[bytes, Image.Image, list[str]]:
-    """Decode an image of any format, and transcode or encode it.
+class Stored(NamedTuple):
+    """An image as it is stored.
+
+    Attributes:
+        content: its JPEG or its raw pixels.
+        raw: True for raw pixels.
+        pixels: before encoding, RGB.
+        kinds: the conversions that it needed.
+    """
+
+    content: bytes
+    raw: bool
+    pixels: Image.Image
+    kinds: list[str]
+
+
+def store(image: Image.Image, options: WriteOptions) -> Stored:
+    """Decode an image of any format, and transcode or encode it if its pixels are not stored raw.
 
     Args:
         image: not decoded yet.
         options: of the conversion.
-
-    Returns:
-        The JPEG, its pixels before encoding (RGB), and the conversions that it needed.
     """
     content = content_to_keep(image, options)
     rgb, kinds = to_rgb(image, max_side=options.max_side, max_pixels=options.max_pixels, background=options.background)
+    if options.stores_raw(rgb.size):
+        return Stored(rgb.tobytes(), True, rgb, kinds)
     kept = transcode(content, rgb) if content and "rotated" not in kinds else None
     if kept is not None:
         kinds.append(LOSSLESS)
-    return kept or encode(rgb, options.quality), rgb, kinds
+    return Stored(kept or encode(rgb, options.quality), False, rgb, kinds)
 
 
 def encode(image: Image.Image, quality: int) -> bytes:
@@ -70,11 +85,16 @@ def find_jpegtran() -> tuple[str, str] | None:
     return path, lines[0] if lines else "unknown"
 
 
-def check_jpegtran(jpegs: Jpegs) -> None:
+def uses_jpegtran(options: WriteOptions) -> bool:
+    """Return True if JPEGs may be transcoded."""
+    return options.jpegs != "encode" and options.storage != "raw"
+
+
+def check_jpegtran(options: WriteOptions) -> None:
     """Warn once if JPEGs are encoded because ``jpegtran`` is missing; raises UserError if they must be kept."""
-    if jpegs == "encode" or find_jpegtran() is not None:
+    if not uses_jpegtran(options) or find_jpegtran() is not None:
         return
-    if jpegs == "keep":
+    if options.jpegs == "keep":
         raise UserError(f"--jpegs keep needs jpegtran, of {_PACKAGES}; install it, or use --jpegs auto")
     _warn(f"jpegtran is not installed, so all JPEGs are encoded again, at some loss; it is part of {_PACKAGES}")
 
@@ -92,7 +112,9 @@ def content_to_keep(image: Image.Image, options: WriteOptions) -> bytes | None:
         options: of the conversion.
     """
     file = getattr(image, "fp", None)
-    if options.jpegs == "encode" or image.format != "JPEG" or file is None or max(image.size) > options.max_side:
+    if not uses_jpegtran(options) or options.stores_raw(image.size):
+        return None
+    if image.format != "JPEG" or file is None or max(image.size) > options.max_side:
         return None
     if options.jpegs == "auto" and not is_coarse(image, options.quality):
         return None
@@ -158,13 +180,13 @@ def _quantization(quality: int) -> dict[int, list[int]]:
 
 def shaping(options: WriteOptions) -> dict[str, Any]:
     """Return what decides how an image is stored."""
-    names = ("max_side", "quality", "jpegs", "max_pixels", "background")
+    names = ("max_side", "quality", "storage", "jpegs", "max_pixels", "background")
     return {"versions": stored_by(options), **{name: getattr(options, name) for name in names}}
 
 
 def stored_by(options: WriteOptions) -> dict[str, str]:
     """Return the versions of all that shapes the images."""
-    program = find_jpegtran() if options.jpegs != "encode" else None
+    program = find_jpegtran() if uses_jpegtran(options) else None
     return {**dict(record_versions()), **({"jpegtran": program[1]} if program else {})}
 
 

@@ -13,6 +13,8 @@ from PIL import ImageColor
 from mrmae_ds.errors import UserError
 
 Jpegs = Literal["auto", "keep", "encode"]
+Storage = Literal["jpeg", "raw", "auto"]
+RAW_SIDE = 96  # pixels: up to this longer side, "auto" stores images raw
 MAX_SIDE = 8192  # FFCV stores sides in 16 bits, and an image must fit into a page of the file
 
 
@@ -23,6 +25,9 @@ class WriteOptions:
     Attributes:
         max_side: larger images are reduced to this many pixels on the longer side.
         quality: of the JPEGs, 1 to 100.
+        storage: "jpeg" stores all images as JPEGs, "raw" the pixels of all, 3 bytes each, and "auto" the pixels of
+            those whose longer side is at most ``RAW_SIDE`` and the others as JPEGs. Raw pixels have no loss and need no
+            decoding.
         jpegs: treatment of JPEGs that are not reduced. "encode" encodes them again; "keep" transcodes them without
             loss; "auto" does so where jpegtran is installed and they are not of a higher quality than ``quality``.
         workers: number of processes; None is the number of available cores, at most 8.
@@ -36,6 +41,7 @@ class WriteOptions:
 
     max_side: int = 512
     quality: int = 90
+    storage: Storage = "jpeg"
     jpegs: Jpegs = "auto"
     workers: int | None = None
     max_bad: int | float = 0.01
@@ -55,6 +61,10 @@ class WriteOptions:
             )
         if self.jpegs not in get_args(Jpegs):
             raise UserError(f"jpegs must be one of {', '.join(get_args(Jpegs))}, not {self.jpegs!r}")
+        if self.storage not in get_args(Storage):
+            raise UserError(f"storage must be one of {', '.join(get_args(Storage))}, not {self.storage!r}")
+        if self.storage == "raw" and self.jpegs == "keep":
+            raise UserError("--format raw stores no JPEGs, so --jpegs keep has none to keep; leave one of them out")
         if self.workers is not None and self.workers < 1:
             raise UserError(f"workers must be at least 1, not {self.workers}")
         if self.max_bad < 0 or (isinstance(self.max_bad, float) and not self.max_bad <= 1):
@@ -70,6 +80,10 @@ class WriteOptions:
     def num_workers(self) -> int:
         """Number of worker processes."""
         return min(len(os.sched_getaffinity(0)), 8) if self.workers is None else self.workers
+
+    def stores_raw(self, size: tuple[int, int]) -> bool:
+        """Return True if the pixels of an image of this size, as it is stored, are stored raw."""
+        return self.storage == "raw" or (self.storage == "auto" and max(size) <= RAW_SIDE)
 
     def bad_limit(self, count: int) -> int:
         """Return the number of unreadable images allowed among ``count``."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import errno
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.journal import journal_path
 from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.subset import split_off
-from mrmae_ds.data.convert.writer import check_outputs, write_beton
+from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
 
 
@@ -44,6 +46,26 @@ def split_validation(
         )
     first, second = split_off(images.labels, fraction)
     return images.take(first), images.take(second)
+
+
+def check_outputs(paths: Iterable[Path]) -> None:
+    """Check that files can be created, before hours of work.
+
+    Raises:
+        UserError: naming the path and the fix.
+    """
+    for path in paths:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or path.parent}: no files can be written there ({error.strerror}); "
+                "name another folder with --out"
+            ) from error
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; remove it, or name another folder with --out")
 
 
 def write_parts(

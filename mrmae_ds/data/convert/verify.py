@@ -37,9 +37,11 @@ def verify_beton(path: str | Path) -> BetonInfo:
         UserError: listing the faults.
     """
     info = check_beton(path)
-    if file_sha256(info.path) != info.sha256:
-        raise UserError(f"{path}: its SHA-256 differs from its sidecar's, so it changed: copy or write it again")
+    changed = file_sha256(info.path) != info.sha256
     problems = list(find_problems(info, read_sidecar(path)))
+    if changed:
+        head = f"{path}: its SHA-256 differs from its sidecar's, so it changed: copy or write it again"
+        raise UserError(format_list(head, problems))
     if problems:
         raise UserError(format_list(f"{path}: {counted(len(problems), 'fault')}; write it again:", problems))
     return info
@@ -89,7 +91,7 @@ def find_problems(info: BetonInfo, sidecar: dict[str, Any]) -> Iterator[str]:
             chunk = rows[start : start + _CHUNK]
             wrong = dict(_sizes(file, chunk))
             undamaged = np.array([row for row in chunk.tolist() if row not in wrong], dtype=np.int64)
-            wrong |= {int(row): "damaged JPEG" for row in _damaged(file, undamaged)}
+            wrong |= {int(row): _damage(file, int(row)) for row in _damaged(file, undamaged)}
             yield from (f"sample {row}: {fault}" for row, fault in sorted(wrong.items()))
             progress.update(len(chunk))
 
@@ -105,7 +107,11 @@ def _sizes(file: BetonFile, rows: IntArray) -> Iterator[tuple[int, str]]:
                 if image.size != (width, height):
                     yield row, f"{image.width} x {image.height}, {width} x {height} in the table"
         except (OSError, ValueError, SyntaxError):
-            yield row, "damaged JPEG"
+            yield row, _damage(file, row)
+
+
+def _damage(file: BetonFile, row: int) -> str:
+    return f"damaged image {file.describe_damage(row)}".strip()
 
 
 def _damaged(file: BetonFile, rows: IntArray) -> list[int]:
@@ -178,7 +184,12 @@ def describe_beton(path: str | Path) -> str:
 
 def _quality(info: BetonInfo, sidecar: dict[str, Any]) -> str:
     """Return how the images are stored."""
-    return f"JPEG quality {info.quality}" if info.quality else "as FFCV wrote them, " + _listing("", sidecar["modes"])
+    if not info.quality:
+        return "as FFCV wrote them, " + _listing("", sidecar["modes"])
+    modes, jpegs = sidecar.get("modes", {}), f"JPEG quality {info.quality}"
+    if "raw" not in modes:
+        return jpegs
+    return f"{modes['raw']:,} raw, {modes['JPEG']:,} {jpegs}" if "JPEG" in modes else "raw"
 
 
 def _listing(start: str, counts: dict[str, int] | None) -> str:

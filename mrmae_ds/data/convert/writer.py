@@ -8,7 +8,7 @@ import os
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from mrmae_ds.data.beton.copies import find_copies
 from mrmae_ds.data.beton.file import BetonFile, pixel_digest, tables_sha256
-from mrmae_ds.data.beton.file_writer import BetonWriter
+from mrmae_ds.data.beton.file_writer import BetonWriter, StoredImage
 from mrmae_ds.data.beton.sidecar import (
     SIDECAR_FORMAT,
     BetonInfo,
@@ -29,6 +29,7 @@ from mrmae_ds.data.beton.sidecar import (
     read_sidecar,
     sidecar_path,
 )
+from mrmae_ds.data.convert.expected_size import announce_size
 from mrmae_ds.data.convert.images import pixel_limit, reason, warn_of_dark
 from mrmae_ds.data.convert.journal import Journal, SampleBatch
 from mrmae_ds.data.convert.jpegs import check_jpegtran, shaping, store, stored_by
@@ -65,11 +66,12 @@ class ImageDataset(Protocol):
 class _Encoded(NamedTuple):
     """An image as it is stored, with the digest of its pixels; ``kinds`` are the conversions that it needed."""
 
-    jpeg: bytes
+    content: bytes
     width: int
     height: int
     label: int
     pixels: int | None
+    raw: bool
     kinds: list[str]
 
 
@@ -78,10 +80,16 @@ class _Tally:
     """Counts of what was written."""
 
     class_counts: list[int]
+    modes: Counter[str] = field(default_factory=Counter)
     kinds: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
     seconds: float = 0.0
     cpu_seconds: float = 0.0
+
+    def add(self, image: StoredImage) -> None:
+        """Count an image that was written."""
+        self.class_counts[image.label] += 1
+        self.modes["raw" if image.raw else "JPEG"] += 1
 
 
 def write_beton(
@@ -97,7 +105,7 @@ def write_beton(
     train: tuple[Path, ImageDataset] | None = None,
     keep_journal: bool = False,
 ) -> BetonInfo:
-    """Write images as JPEGs into a .beton, and its sidecar.
+    """Write images as JPEGs or raw pixels into a .beton, and its sidecar.
 
     Every image is decoded completely and converted to RGB (``images.to_rgb``). Unreadable ones are left out and listed
     in the sidecar and in a report beside it, up to ``options.max_bad``. The file appears under its name when it is
@@ -126,7 +134,7 @@ def write_beton(
             missing where ``options`` need it.
     """
     path, options = Path(path), options or WriteOptions()
-    check_jpegtran(options.jpegs)
+    check_jpegtran(options)
     if len(dataset) == 0:
         raise UserError(f"{path}: nothing to write, the data set is empty")
     about = {"name": name, "source": source, "origin": origin, "ignored": dict(ignored or {})}
@@ -169,35 +177,17 @@ def _stored_name(sidecar: Mapping[str, Any], dataset: ImageDataset) -> Callable[
     return lambda row: _name(dataset, int(rows[row]))
 
 
-def check_outputs(paths: Iterable[Path]) -> None:
-    """Check that files can be created, before hours of work.
-
-    Raises:
-        UserError: naming the path and the fix.
-    """
-    for path in paths:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if not os.access(path.parent, os.W_OK | os.X_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
-        except OSError as error:
-            raise UserError(
-                f"{error.filename or path.parent}: no files can be written there ({error.strerror}); "
-                "name another folder with --out"
-            ) from error
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; remove it, or name another folder with --out")
-
-
 def _write_images(
     dataset: ImageDataset, path: Path, journal: Journal, options: WriteOptions, class_names: Sequence[str]
 ) -> _Tally:
     """Convert all images that the journal does not have, and write the readable ones to its partial file."""
     count, limit, done = len(dataset), options.bad_limit(len(dataset)), journal.done
-    tally = _Tally([0] * len(class_names), done.kinds, done.skipped)
+    tally = _Tally([0] * len(class_names), kinds=done.kinds, skipped=done.skipped)
     for image in done.images:
-        tally.class_counts[image.label] += 1
+        tally.add(image)
     start, batch, row = len(done), SampleBatch(), len(done) - 1
+    if not start:
+        announce_size(path, _Converter(dataset, options, 0).size, count, options)
     began, cpu_began = time.monotonic(), _cpu_seconds()
     results = map_in_order(
         _Converter(dataset, options, start),
@@ -221,10 +211,10 @@ def _write_images(
                     break
             else:
                 _check_label(result.label, dataset, row, class_names)
-                tally.class_counts[result.label] += 1
                 batch.kinds.update(result.kinds)
                 if len(tally.skipped) <= limit:
                     batch.images.append(file.append(*result[:-1]))
+                    tally.add(batch.images[-1])
             if time.monotonic() - saved >= SAVE_EVERY_S and len(tally.skipped) <= limit:
                 journal.add(batch, file.sync())
                 tally.kinds.update(batch.kinds)
@@ -260,6 +250,7 @@ def _describe(partial: Path, tally: _Tally, options: WriteOptions, class_names: 
         "class_names": list(class_names),
         "class_counts": tally.class_counts,
         **asdict(options),
+        "modes": dict(sorted(tally.modes.items())),
         "workers": options.num_workers,
         "size": partial.stat().st_size,
         "sha256": file_sha256(partial),
@@ -288,15 +279,20 @@ class _Converter:
         row = self.start + item
         return self._stamp(row), self._convert(row)
 
+    def size(self, row: int) -> tuple[int, bool] | None:
+        """Return the bytes of an image and whether they are raw pixels; None if it is unreadable."""
+        result = self._convert(row)
+        return None if isinstance(result, str) else (len(result.content), result.raw)
+
     def _convert(self, row: int) -> _Encoded | str:
         options = self.options
         try:
             with pixel_limit(options.max_pixels):
                 image, label = self.dataset[row]
                 with image:
-                    jpeg, rgb, kinds = store(image, options)
+                    content, raw, rgb, kinds = store(image, options)
             pixels = None if options.jpegs == "encode" else pixel_digest(rgb)
-            return _Encoded(jpeg, rgb.width, rgb.height, int(label), pixels, kinds)
+            return _Encoded(content, rgb.width, rgb.height, int(label), pixels, raw, kinds)
         except Exception as error:
             return reason(error, options.max_pixels)
 

@@ -54,7 +54,7 @@ class FFCVLoader:
                 f"num_workers is {threads}, but this process has {numba_config.NUMBA_NUM_THREADS} cores "
                 "(NUMBA_NUM_THREADS): lower it, or give the job more CPUs"
             )
-        file = BetonFile(settings.info)
+        file = self._file = BetonFile(settings.info)
         self._labels, self._indices = file.labels, file.indices
         request = settings.request
         self._decoder = BoxDecoder(request.image_size, file, threads)
@@ -122,8 +122,9 @@ class FFCVLoader:
         assert decoded.images is not None and decoded.failed is not None
         if len(decoded.failed):
             path = self.settings.info.path
+            places = [f"{row} {self._file.describe_damage(row)}".strip() for row in decoded.failed.tolist()]
             raise UserError(
-                f"{path}: damaged JPEG in sample {', '.join(map(str, decoded.failed))}; "
+                f"{path}: damaged image in sample {', '.join(places)}; "
                 f"`mrmae data verify {path}` lists all of them; copy or write the file again"
             )
         return decoded.images

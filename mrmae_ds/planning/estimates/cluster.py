@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.planning.estimates.constants import CONSTANTS
@@ -27,6 +28,7 @@ class Cluster:
             operator; None uses that.
         measured: constants measured on a node, in place of estimates.
         node_loader: images/s that the loader of a node delivers; None if unknown.
+        loader_bench: file of ``mrmae data bench``; None takes the committed measurements.
     """
 
     gpu: Gpu
@@ -36,6 +38,7 @@ class Cluster:
     sustained: float | None = None
     measured: MeasuredNode = field(default_factory=MeasuredNode)
     node_loader: float | None = None
+    loader_bench: Path | None = None
 
     @cached_property
     def rates(self) -> DeviceRates | None:

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mrmae_ds.config.recipe import Recipe
+from mrmae_ds.config.sections import Backend
+from mrmae_ds.data.loaders.augment import AugmentSettings
+from mrmae_ds.errors import UserError
 from mrmae_ds.planning.estimates.constants import CONSTANTS
 from mrmae_ds.planning.estimates.step import StepEstimate
 from mrmae_ds.planning.stage import CountedStage
@@ -49,31 +52,62 @@ def _reads_beton(stage: CountedStage) -> bool:
 
 @dataclass(frozen=True)
 class LoaderCost:
-    """CPU cost of a loader, measured by benchmarks/loader.py.
+    """CPU cost of a loader, measured by benchmarks/loader.py or ``mrmae data bench``.
 
     Attributes:
         cpu_s_per_1000: CPU seconds per 1,000 images.
         size: image size in pixels.
         cpu: name of the CPU.
+        source: file of the measurement.
     """
 
     cpu_s_per_1000: float
     size: int
     cpu: str
+    source: str
 
 
-def loader_cost(recipe: Recipe, stage: CountedStage, folder: Path = RESULTS) -> LoaderCost | None:
-    """Return the measured cost of the recipe's loader; None if the results of benchmarks/loader.py lack it."""
+def loader_name(backend: Backend, augment: AugmentSettings | None) -> str:
+    """Return the name of a loader in files of measurements."""
+    kind = " backend" if augment is None else " + RandAugment" if augment.policy else " + color jitter"
+    return f"mrmae_ds, {backend}{kind}"
+
+
+def loader_cost(
+    recipe: Recipe, stage: CountedStage, bench: Path | None = None, folder: Path = RESULTS
+) -> LoaderCost | None:
+    """Return the measured cost of the recipe's loader; None if the results of benchmarks/loader.py lack it.
+
+    Args:
+        recipe: the recipe.
+        stage: one of its stages.
+        bench: file of ``mrmae data bench``, which comes first.
+        folder: of the results.
+
+    Raises:
+        UserError: if ``bench`` is no such file, or has no measurement of the recipe's loader.
+    """
     if not _reads_beton(stage):
         return None
-    augment = stage.task.augment
-    kind = " backend" if augment is None else " + RandAugment" if augment.policy else " + color jitter"
-    contender = f"mrmae_ds, {recipe.data.backend}{kind}"
-    for path in sorted(folder.glob("loader*.json")):
-        result = json.loads(path.read_text())
-        rounds = result.get("rounds")
-        measured = rounds.get(contender) if isinstance(rounds, dict) else None
-        if isinstance(measured, list) and measured:
-            cost = statistics.median(each["cpu_s_per_1000"] for each in measured)
-            return LoaderCost(cost, int(result["settings"]["size"]), str(result["machine"]["cpu"]))
-    return None
+    name = loader_name(recipe.data.backend, stage.task.augment)
+    if bench is not None:
+        cost = _read_cost(bench, name)
+        if cost is None:
+            raise UserError(f"{bench}: has no measurement of {name!r}; write it with `mrmae data bench` of this recipe")
+        return cost
+    return next((cost for path in sorted(folder.glob("loader*.json")) if (cost := _read_cost(path, name))), None)
+
+
+def _read_cost(path: Path, name: str) -> LoaderCost | None:
+    """Read the measurement of a loader from a file; None if it has none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        measured = result["rounds"].get(name)
+        if not isinstance(measured, list) or not measured:
+            return None
+        cost = statistics.median(float(each["cpu_s_per_1000"]) for each in measured)
+        return LoaderCost(cost, int(result["settings"]["size"]), str(result["machine"]["cpu"]), path.name)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; `mrmae data bench FILE.beton --out {path}` writes it") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None

@@ -69,7 +69,7 @@ def test_changed_byte_is_detected(beton: Path) -> None:
     content[bytes(content).index(stored_jpegs(beton)[1][0]) + 700] ^= 0xFF
     beton.write_bytes(content)
     check_beton(beton)
-    with pytest.raises(UserError, match="SHA-256"):
+    with pytest.raises(UserError, match=r"SHA-256.*\n  sample 1: damaged image in"):
         verify_beton(beton)
     beton.write_bytes(content[:-1])
     with pytest.raises(UserError, match="truncated"):
@@ -87,7 +87,9 @@ def _damage(beton: Path, row: int) -> None:
 def test_undecodable_samples_are_listed(beton: Path) -> None:
     _damage(beton, 1)
     _damage(beton, 9)
-    with pytest.raises(UserError, match=r"2 faults; .*\n  sample 1: damaged JPEG\n  sample 9: damaged JPEG$"):
+    with pytest.raises(
+        UserError, match=r"2 faults; .*\n  sample 1: damaged image in segment \d.*\n  sample 9: damaged image in"
+    ):
         verify_beton(beton)
 
 
@@ -97,7 +99,7 @@ def test_damage_is_detected_without_ffcv(beton: Path) -> None:
     content, jpeg = beton.read_bytes(), stored_jpegs(beton)[1][0]
     entry = content.rindex(content.index(jpeg).to_bytes(8, "little"))  # in the table at the end: offset, then length
     _rewrite(beton, content[: entry + 8] + (len(jpeg) // 2).to_bytes(8, "little") + content[entry + 16 :])
-    with pytest.raises(UserError, match=r"1 fault; .*\n  sample 1: damaged JPEG$"):
+    with pytest.raises(UserError, match=r"1 fault; .*\n  sample 1: damaged image in segment \d"):
         verify_beton(beton)
 
 

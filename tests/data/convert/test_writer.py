@@ -231,6 +231,7 @@ import signal, sys, time
 from pathlib import Path
 from tests.support.sample_data import photograph
 from mrmae_ds.cli.data import _stoppable
+from mrmae_ds.data.convert import writer
 from mrmae_ds.data.convert.writer import write_beton
 
 class Slow:
@@ -240,6 +241,7 @@ class Slow:
         time.sleep(0.05 if row < 40 else 3)
         return photograph(), 0
 
+writer.announce_size = lambda *_: None  # reads images of its own, from anywhere
 # Where the tests run in the background of a script, Python finds Ctrl-C ignored and leaves it so.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 with _stoppable():

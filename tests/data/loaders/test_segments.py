@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mrmae_ds.data.beton.segments import add_index, read_header
+from mrmae_ds.data.beton.segments import add_index, describe_damage, read_header
 from mrmae_ds.data.loaders._ffcv import import_ffcv
 from tests.support.sample_data import photograph
 
@@ -109,6 +109,20 @@ def test_flipped_bits_are_noticed_where_they_are_decoded() -> None:
         noticed += [segment] if status == [jpeg_kernel.DAMAGED] else []
         assert status == [jpeg_kernel.DAMAGED] or np.array_equal(image, expected)
     assert noticed == [4 * row + column for row in (1, 2, 3) for column in (1, 2)]
+
+
+def test_damaged_segments_are_named_with_their_place() -> None:
+    """8 rows and 4 columns of segments, each 64 pixels wide and 16 high."""
+    jpeg = add_index(_encode((256, 128), "420", 4))
+    for segment, (start, end) in enumerate(_places(jpeg)):
+        changed = bytearray(jpeg)
+        changed[(start + end) // 2] ^= 1
+        left, top = segment % 4 * 64, segment // 4 * 16
+        place = f"(columns {left} to {left + 63}, rows {top} to {top + 15})"
+        assert describe_damage(bytes(changed)) == f"in segment {segment} of 32 {place}"
+    for place in (40 + 6 * 32, jpeg.index(b"\xff\xc0") + 5):
+        assert describe_damage(jpeg[:place] + b"\0" + jpeg[place + 1 :]) == "in its header"
+    assert describe_damage(_encode((256, 128), "420", 4)[:-9]) == ""
 
 
 def test_every_flipped_bit_of_the_header_is_noticed() -> None:
