@@ -157,7 +157,11 @@ class ModelInfo(RecordSection):
 
 
 class ObjectiveInfo(RecordSection):
-    """A pre-training loss, with the fields of `models.objectives.Objective`."""
+    """A pre-training loss, with the fields of `models.objectives.Objective`.
+
+    Attributes:
+        average: its target is a moving average of the encoder.
+    """
 
     target: str
     tap: Literal["encoder", "decoder"]
@@ -167,6 +171,7 @@ class ObjectiveInfo(RecordSection):
     loss: str | None = None
     block: int | None = None
     class_token: bool = False
+    average: bool = False
 
 
 class Design(RecordSection):

@@ -22,13 +22,14 @@ from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
 from mrmae_ds.tables.select_runs import dataset_labels, describe_training, fill_cell, finetuned_runs
 
-OWN_METHODS = ("MAE", "ViTDet", "MaskFeat", "DMAE", "MVP", "MCMAE", "MILAN", "MR-MAE")
+OWN_METHODS = ("MAE", "ViTDet", "MaskFeat", "DMAE", "data2vec", "MVP", "MCMAE", "MILAN", "MR-MAE")
 ACCURACY, PARAMETERS, VISIBLE = "FT", "Params (M)", "Ratio (%)"
 # Decoder or encoder's input, and the configuration as columns of Table 3 (see `parts_of`); relatives match none.
 _FEATURE_METHODS = {
     "MILAN": ("prompting", "", "decoder, cosine, class token, all", "yes", "", ""),
     "DMAE": ("mae", "L_R", "encoder block, l1, class token, visible", "", "", ""),
     "MaskFeat": ("mask_tokens, block", "", "encoder, HOG, masked", "", "", ""),
+    "data2vec": ("mask_tokens, block", "", "encoder, smooth_l1, moving average, masked", "", "", ""),
     "MVP": ("mask_tokens, block", "", "encoder, cosine, masked", "", "", ""),
 }
 _NO_ROW = "its training configuration matches no row of this table"
@@ -109,13 +110,15 @@ def _our_row(number: int, key: tuple[str, str, str, str], runs: list[Run]) -> tu
     if PARAMETERS in printed.columns:
         cells[PARAMETERS] = Cell(sum(record.parameters.total for record in records) / len(records) / 1e6)
     pretraining = _pretraining(first)
-    if VISIBLE in printed.columns and pretraining and pretraining.design:
-        design = pretraining.design
+    design = pretraining.design if pretraining else None
+    if VISIBLE in printed.columns and design:
         cells[VISIBLE] = Cell(100 * design.keep_ratio if design.encoder_input == "visible" else 100)
     labels = {}
     if number == 1:
         archs = dict.fromkeys(tuning.model.arch for tuning in first.finetunings if tuning and tuning.model)
-        supervision = ", ".join(teacher_sources(first).values()) or "RGB"
+        averages = any(objective.average for objective in design.objectives.values()) if design else False
+        sources = [*teacher_sources(first).values(), *(["Momentum"] if averages else [])]
+        supervision = ", ".join(sources) or "RGB"
         labels = {"Backbone": ", ".join(archs), "Supervision": supervision}
     if number == 3:
         labels = parts_of(pretraining) or {}
@@ -168,6 +171,7 @@ def _tap(objective: ObjectiveInfo) -> tuple[str, str]:
     words = [objective.tap if objective.block is None else f"{objective.tap} block"]
     words += [] if objective.loss in (None, "l2", "l2_sum") else [objective.loss]
     words += ["class token"] if objective.class_token else []
+    words += ["moving average"] if objective.average else []
     words += ["HOG"] if objective.target == HOG else []
     return ", ".join(words), objective.tokens
 

@@ -136,7 +136,7 @@ def test_every_number_of_the_tables_has_its_recipe() -> None:
             key = {"6": f"{recipe.method} {recipe.size}", "1": recipe.method, "5": str(epochs)}.get(table, row)
             quoted.setdefault((int(table), key), []).append(file.stem)
     wanted = {(6, f"{row.method} {size}") for row in TABLES[6].rows for size in row.cells}
-    wanted |= {(1, method) for method in ("MAE", "DMAE", "MaskFeat", "MCMAE", "MILAN", "MR-MAE", "MVP")}
+    wanted |= {(1, method) for method in ("MAE", "DMAE", "MaskFeat", "MCMAE", "MILAN", "MR-MAE", "MVP", "data2vec")}
     wanted |= {(5, str(row.epochs)) for row in TABLES[5].rows}
     wanted |= {(table, str(n + 1)) for table in (3, 4) for n in range(len(TABLES[table].rows))}
     assert quoted.keys() == wanted
@@ -381,6 +381,7 @@ COUNTED = [
     "methods/dmae_base",
     "methods/mvp_base",
     "methods/fd_base",
+    "methods/data2vec_base",
 ]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,21 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.config.sections import TeacherConfig
+from mrmae_ds.models.beit import MaskedBeit
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
-from mrmae_ds.models.masking import choose_visible
+from mrmae_ds.models.masking import TokenMask, choose_visible
 from mrmae_ds.models.moving_average import MovingAverage
-from mrmae_ds.models.objectives import Objective, objective_loss
+from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
-from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
+from mrmae_ds.models.sizes import BeitSpec, CViTSpec, EncoderSpec, ViTSpec
 from tests.fixtures import load_reference, part
 from tests.support.reference import perturb, random_images, random_noise
 
 VIT = ViTSpec(16, 3, 4, patch=4)
 CVIT = CViTSpec((8, 12, 16), (1, 1, 3), 4, patches=(2, 2, 1))
+GRID = (4, 4)
 LATENT = Objective(
     target="ema", tap="decoder", tokens="masked", loss="smooth_l1", beta=2.0, normalize="layer_norm", weight=1.0
 )
+
+DATA2VEC = LATENT.model_copy(update={"tap": "encoder"})
 
 
 @pytest.fixture(scope="module")
@@ -47,30 +50,59 @@ def test_an_update_equals_the_authors(data2vec: dict[str, Tensor]) -> None:
         assert not torch.equal(found, before[name])
 
 
-class Recorded(nn.Module):
-    """Stand-in for an encoder, whose blocks have given outputs."""
+def data2vec_model(data2vec: dict[str, Tensor], objective: Objective = DATA2VEC, **average: Any) -> PretrainModel:
+    """Student and average with the authors' weights."""
+    encoder = MaskedBeit(BeitSpec(16, 4, 2, mlp_ratio=2, patch=8, layer_scale=0.1), 32, mask_token=True)
+    model = PretrainModel(encoder, FusionSpec(), DecoderSpec(), {"latent": objective}, {"ema": 16})
+    options: dict[str, Any] = {"decay": always(0.9998), "layers": (1, 2, 3), "layer_norm": True}
+    model.averages["ema"] = MovingAverage(encoder, **options | average)
+    ours = {"norm.": "fusion.norm.", "lm_head.": "heads.latent."}
+    state = {}
+    for name, value in part(data2vec, "student/").items():
+        prefix = next((prefix for prefix in ours if name.startswith(prefix)), "")
+        state[ours.get(prefix, "encoder.") + name.removeprefix(prefix)] = value
+    for name, value in part(data2vec, "ema/").items():
+        if not name.startswith(tuple(ours)):
+            state[f"averages.ema.network.{name}"] = value
+    model.load_state_dict(state)
+    return model.train()
 
-    grid = (4, 4)
 
-    def __init__(self, outputs: Tensor) -> None:
-        super().__init__()
-        self.outputs = outputs
+def test_data2vecs_target_loss_and_gradients(data2vec: dict[str, Tensor]) -> None:
+    model, images = data2vec_model(data2vec), data2vec["images"]
+    mask = TokenMask(data2vec["mask"].bool(), GRID)
+    target = model.averages["ema"](images)[:, 1:]
+    torch.testing.assert_close(F.layer_norm(target, (16,)), data2vec["target"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(model.predict(images, mask)["latent"], data2vec["prediction"], atol=1e-5, rtol=1e-4)
+    loss = model(images, mask, {})["loss"]
+    assert loss.item() == pytest.approx(0.2511747, abs=1e-6)
+    loss.backward()
+    norms = {name.removeprefix("lm_head."): norm for name, norm in part(data2vec, "grad_norms/").items()}
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == len(norms)
+    for name, parameter in trained.items():
+        theirs = norms[name.removeprefix("heads.latent.").removeprefix("fusion.").removeprefix("encoder.")]
+        assert parameter.grad.norm().item() == pytest.approx(theirs.item(), rel=1e-4, abs=1e-7), name
 
-    def forward(self, images: Tensor, visible: Any, taps: tuple[int, ...]) -> dict[str, list[Tensor]]:
-        assert not visible.mask.any()
-        return {"blocks": [self.outputs[tap - 1] for tap in taps]}
+
+def test_variants_of_data2vec_are_others(data2vec: dict[str, Tensor]) -> None:
+    """fairseq's target is normalized once; and beta is 1 by default."""
+    images, mask = data2vec["images"], TokenMask(data2vec["mask"].bool(), GRID)
+    fairseq = data2vec_model(data2vec, layer_norm=False).averages["ema"](images)[:, 1:]
+    expected = data2vec["target_without_layer_norms"]
+    torch.testing.assert_close(F.layer_norm(fairseq, (16,)), expected, atol=1e-5, rtol=0)
+    assert not torch.allclose(expected, data2vec["target"], atol=2e-5, rtol=0)
+    loss = data2vec_model(data2vec, DATA2VEC.model_copy(update={"beta": None}))(images, mask, {})["loss"]
+    assert loss.item() == pytest.approx(data2vec["loss_beta_1"].item(), abs=1e-6)
 
 
-def test_the_target_and_the_loss_equal_the_authors(data2vec: dict[str, Tensor]) -> None:
-    for layer_norm, expected in ((True, "target"), (False, "target_without_layer_norms")):
-        average = MovingAverage(Recorded(data2vec["layer_outputs"]), always(0.9998), (1, 2, 3), layer_norm)
-        target = average(data2vec["images"])
-        torch.testing.assert_close(F.layer_norm(target, (16,)), data2vec[expected], atol=1e-6, rtol=0)
-        mask: Any = SimpleNamespace(mask=data2vec["mask"].float(), ids_restore=data2vec["mask"])
-        for beta, loss in ((2.0, 0.2511747), (1.0, data2vec["loss_beta_1"].item())):
-            spec = LATENT.model_copy(update={"beta": beta})
-            found = objective_loss(spec, data2vec["prediction"], target, mask).item()
-            assert (abs(found - loss) < 1e-6) == layer_norm
+def test_masked_pixels_change_the_target_and_no_prediction(data2vec: dict[str, Tensor]) -> None:
+    model, images, mask = data2vec_model(data2vec), data2vec["images"], TokenMask(data2vec["mask"].bool(), GRID)
+    removed = mask.mask.reshape(2, 1, *GRID).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    with torch.no_grad():
+        prediction, changed = (model.predict(x, mask)["latent"] for x in (images, images + 100 * removed))
+        target, other = (model.averages["ema"](x) for x in (images, images + removed))
+    assert torch.equal(prediction, changed) and not torch.allclose(target, other)
 
 
 def build(spec: EncoderSpec, **average: Any) -> PretrainModel:
@@ -104,7 +136,7 @@ def test_the_target_is_the_mean_of_whole_images_without_drop_path(spec: EncoderS
 
 def test_only_the_student_is_trained() -> None:
     model, images = build(VIT), random_images(2, 16, seed=2)
-    visible = choose_visible(random_noise(2, 16, seed=3), (4, 4), 0.25)
+    visible = choose_visible(random_noise(2, 16, seed=3), GRID, 0.25)
     model(images, visible, {})["loss"].backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
@@ -121,7 +153,7 @@ def test_training_equals_a_loop_in_float64() -> None:
     teacher = build_encoder(VIT, 16).double().eval()
     for step, decay in enumerate((0.5 + 0.4 / 3, 0.5 + 0.8 / 3, 0.9, 0.9, 0.9)):
         images = random_images(2, 16, seed=step).double()
-        visible = choose_visible(random_noise(2, 16, seed=step), (4, 4), 0.25)
+        visible = choose_visible(random_noise(2, 16, seed=step), GRID, 0.25)
         teacher.load_state_dict(own)
         x = torch.cat([teacher._class_token(images), teacher.patch_embed(images) + teacher.pos_embed[:, 1:]], dim=1)
         blocks = []

@@ -36,7 +36,7 @@ def test_without_runs_the_papers_rows_are_as_printed_and_ours_are_blank(number: 
     assert [{c: cell.value for c, cell in row.cells.items()} for row in papers] == [row.cells for row in printed.rows]
     assert [row.labels for row in papers] == [row.labels for row in printed.rows]
     ours = [row for row in table.rows if row.source == "ours"]
-    assert len(ours) == (7 if number == 1 else len(printed.rows))
+    assert len(ours) == (8 if number == 1 else len(printed.rows))
     assert all(row.cells == {} and "not run" in row.label for row in ours)
     assert "No run of ours" in to_markdown(table)
 
@@ -102,7 +102,7 @@ def test_table_1_matches_by_method_and_names_backbone_and_supervision() -> None:
     assert mrmae.cells["Params (M)"].value == pytest.approx(85.374824) and mrmae.cells["Ratio (%)"].value == 25
     assert table.excluded == ("runs/c/finetune: its training configuration matches no row of this table",)
     methods = [row.method for row in table.rows if row.source == "ours"]
-    assert methods == ["MAE", "MaskFeat", "DMAE", "MVP", "MCMAE", "MILAN", "MR-MAE"]
+    assert methods == ["MAE", "MaskFeat", "DMAE", "data2vec", "MVP", "MCMAE", "MILAN", "MR-MAE"]
 
 
 def _of_recipe(name: str) -> Run:
@@ -115,12 +115,13 @@ def _of_recipe(name: str) -> Run:
 
 
 @pytest.mark.parametrize("size", ["base", "tiny"])
-@pytest.mark.parametrize("method", ["MILAN", "DMAE", "MaskFeat", "MVP"])
+@pytest.mark.parametrize("method", ["MILAN", "DMAE", "MaskFeat", "data2vec", "MVP"])
 def test_a_run_of_a_method_is_listed_below_its_row_of_table_1(method: str, size: str) -> None:
     name = f"{method.lower()}_{size}"
     table = build_table(1, [_of_recipe(name)])
     (ours,) = _ours(table)
     assert _paper_row(table, ours).method == method
+    assert ("Momentum" in ours.labels["Supervision"]) == (method == "data2vec")
     assert ours.cells["Ratio (%)"].value == _paper_row(table, ours).cells["Ratio (%)"].value
     assert build_table(3, [_of_recipe(name)]).excluded == (f"runs/{name}/finetune: {NO_ROW}",)
 

@@ -197,6 +197,7 @@ def describe_design(recipe: Recipe, config: PretrainConfig) -> Design:
         config: its pre-training stage.
     """
     fusion = recipe.model.fusion
+    averages = {name for name in config.teachers if recipe.teachers[name].kind == "ema"}
     rows, columns = token_grid(recipe.model.spec(), recipe.model.image_size)
     return Design(
         keep_ratio=config.visible_share(rows * columns),
@@ -212,6 +213,7 @@ def describe_design(recipe: Recipe, config: PretrainConfig) -> Design:
                 loss=item.loss,
                 block=item.block,
                 class_token=item.class_token,
+                average=item.target in averages,
             )
             for name, item in config.objectives.items()
         },
