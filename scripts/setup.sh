@@ -77,7 +77,7 @@ fi
 python=.venv/bin/python
 echo "setup: installing the pinned Python packages into .venv (several GB the first time)"
 "$python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-    -e '.[ffcv,parquet,onnx,detection,wandb,docs,dev]'
+    -e '.[ffcv,parquet,onnx,detection,wandb,mlflow,docs,dev]'
 
 echo "setup: building DeepSpeed's shared-memory op for the CPU (about a minute the first time)"
 # One process builds it here, because a half-built op with a stale lock file makes later jobs wait forever.

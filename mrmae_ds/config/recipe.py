@@ -32,6 +32,7 @@ from mrmae_ds.config.sections import (
     LoaderConfig,
     LoggingConfig,
     MemorySnapshotConfig,
+    MlflowConfig,
     ModelConfig,
     NvtxConfig,
     ProfilerConfig,
@@ -57,7 +58,7 @@ from mrmae_ds.models.sizes import BeitSpec, CViTSpec, token_grid
 from mrmae_ds.schema import Section
 
 # Sections that change no result.
-OPTIONAL_CALLBACKS = ("profiler", "nvtx", "memory_snapshot", "garbage_collection", "wandb")
+OPTIONAL_CALLBACKS = ("profiler", "nvtx", "memory_snapshot", "garbage_collection", "wandb", "mlflow")
 NO_INFLUENCE = ("loader", "logging", "checkpoint", "watchdog", *OPTIONAL_CALLBACKS)
 
 
@@ -98,6 +99,7 @@ class Recipe(Section):
     memory_snapshot: MemorySnapshotConfig | None = None
     garbage_collection: GarbageCollectionConfig | None = None
     wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
 
     @model_validator(mode="after")
     def _names_exist(self) -> Recipe:

@@ -372,3 +372,20 @@ class WandbConfig(Section):
     group: str | None = None
     tags: tuple[str, ...] = ()
     mode: Literal["online", "offline", "disabled"] = "online"
+
+
+class MlflowConfig(Section):
+    """Logging of metrics to MLflow by rank 0 (``pip install mlflow-skinny``); no influence on results.
+
+    If MLflow fails, a warning says so, and training continues without it.
+
+    Attributes:
+        tracking_uri: address of the server, or of a folder, ``file:///absolute/path``; null is the variable
+            ``MLFLOW_TRACKING_URI``.
+        experiment: MLflow experiment, created if it does not exist.
+        tags: tags of the run.
+    """
+
+    tracking_uri: str | None = None
+    experiment: str = "mrmae"
+    tags: dict[str, str] = Field({})

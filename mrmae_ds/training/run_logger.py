@@ -28,7 +28,7 @@ from mrmae_ds.records.sections import (
     Schedule,
     TeacherInfo,
 )
-from mrmae_ds.training.callbacks.wandb import ID_FILE
+from mrmae_ds.training.callbacks import mlflow, wandb
 from mrmae_ds.training.checkpoint.manifest import ResultValues
 from mrmae_ds.training.evaluation.base import DataSet
 from mrmae_ds.training.job import PreparedStage
@@ -60,8 +60,9 @@ class RecordWriter:
     def write(self, status: Status) -> None:
         """Write the record."""
         self.record.status = status
-        if (self.folder / ID_FILE).is_file():  # the tracker starts after the record, and may fail to
-            self.record.trackers["wandb"] = (self.folder / ID_FILE).read_text(encoding="utf-8").strip()
+        for name, file in {"wandb": wandb.ID_FILE, "mlflow": mlflow.ID_FILE}.items():
+            if (self.folder / file).is_file():  # the tracker starts after the record, and may fail to
+                self.record.trackers[name] = (self.folder / file).read_text(encoding="utf-8").strip()
         self.record.wall_seconds = round(self.wall_before + time.monotonic() - self.started, 1)
         self.record.write(self.folder)
 

@@ -128,7 +128,7 @@ def test_leaf_modules_are_checked_while_preparing(data: tuple[str, str], tmp_pat
 def test_missing_wandb_package_is_reported_before_data_and_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mrmae_ds.training.callbacks.wandb.find_spec", lambda name: None)
+    monkeypatch.setattr("mrmae_ds.training.callbacks.build.find_spec", lambda name: None)
     absent = ("data.train=absent.beton", "data.val=absent.beton")
     with pytest.raises(UserError, match="wandb: the package is not installed"):
         _prepare(absent, tmp_path, "pretrain", "wandb={project: p}")

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.stages import StageName
+from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.base import Callback
 from mrmae_ds.training.callbacks.garbage_collection import GarbageCollectionCallback
 from mrmae_ds.training.callbacks.memory_snapshot import MemorySnapshotCallback
+from mrmae_ds.training.callbacks.mlflow import MlflowCallback
 from mrmae_ds.training.callbacks.nonfatal import NonfatalCallback
 from mrmae_ds.training.callbacks.nvtx import NvtxCallback
 from mrmae_ds.training.callbacks.profiler import ProfilerCallback
-from mrmae_ds.training.callbacks.wandb import WandbCallback, check_installed
+from mrmae_ds.training.callbacks.wandb import WandbCallback
 
 
 def check_optional_callbacks(recipe: Recipe) -> None:
@@ -23,8 +26,12 @@ def check_optional_callbacks(recipe: Recipe) -> None:
     Raises:
         UserError: if one is not.
     """
-    if recipe.wandb is not None:
-        check_installed()
+    for name in ("wandb", "mlflow"):  # sections, extras and packages of trackers
+        if getattr(recipe, name) is not None and find_spec(name) is None:
+            raise UserError(
+                f"{name}: the package is not installed; in the clone: pip install -e '.[{name}]' -c constraints.txt, "
+                f"or remove the recipe's section {name}"
+            )
 
 
 def build_optional_callbacks(
@@ -36,7 +43,7 @@ def build_optional_callbacks(
         recipe: resolved recipe.
         stage_name: stage that is trained.
         stage_dir: output folder.
-        rank: this rank; profiles, snapshots and W&B are rank 0's.
+        rank: this rank; profiles, snapshots and trackers are rank 0's.
         device: device of this rank.
     """
     callbacks: list[Callback] = []
@@ -56,4 +63,6 @@ def build_optional_callbacks(
         )
     if recipe.wandb is not None:
         callbacks.append(NonfatalCallback("wandb", WandbCallback(recipe.wandb, recipe, stage_name, stage_dir)))
+    if recipe.mlflow is not None:
+        callbacks.append(NonfatalCallback("mlflow", MlflowCallback(recipe.mlflow, recipe, stage_name, stage_dir)))
     return callbacks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -10,25 +9,11 @@ from typing import Any
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import WandbConfig
 from mrmae_ds.config.stages import StageName
-from mrmae_ds.errors import UserError
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 
 ID_FILE = "wandb_id.txt"
 # W&B waits for its server without end, but the rest of the stage, or a requeued job's last minutes, must not.
 FINISH_LIMIT_S = 60
-
-
-def check_installed() -> None:
-    """Check that the ``wandb`` package is installed.
-
-    Raises:
-        UserError: if it is not.
-    """
-    if find_spec("wandb") is None:
-        raise UserError(
-            "wandb: the package is not installed; in the clone: pip install -e '.[wandb]' -c constraints.txt, or "
-            "remove the recipe's section wandb"
-        )
 
 
 class WandbCallback(Callback):

@@ -19,11 +19,13 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.callbacks.build import build_optional_callbacks, check_optional_callbacks
+from mrmae_ds.training.callbacks.mlflow import LIMITS
 from mrmae_ds.training.callbacks.nonfatal import NonfatalCallback
 from mrmae_ds.training.checkpoint.train_state import TrainState
 from mrmae_ds.training.run_logger import RecordWriter
 from mrmae_ds.training.step_sync import StepStatus
 from tests.support.jobs import make_context
+from tests.support.processes import free_port
 from tests.support.records import make_record
 
 RECIPE, CPU = Path("ds_configs/baselines/mae_tiny.yaml"), torch.device("cpu")
@@ -98,11 +100,12 @@ def test_a_failing_optional_callback_is_left_out_with_one_warning(
 
 
 def test_rank_0s_observers_cannot_end_a_training(tmp_path: Path) -> None:
-    observers = _build(tmp_path, "profiler={}", "memory_snapshot={}", "wandb={}")
+    observers = _build(tmp_path, "profiler={}", "memory_snapshot={}", "wandb={}", "mlflow={}")
     assert [callback.name for callback in observers if isinstance(callback, NonfatalCallback)] == [
         "profiler",
         "memory_snapshot",
         "wandb",
+        "mlflow",
     ]
 
 
@@ -198,11 +201,13 @@ def test_garbage_is_collected_every_few_steps_only(monkeypatch: pytest.MonkeyPat
 # ---- Weights & Biases
 
 
-def test_a_missing_wandb_package_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe(RECIPE, ["wandb={project: p}"])
-    monkeypatch.setattr("mrmae_ds.training.callbacks.wandb.find_spec", lambda name: None)
+@pytest.mark.parametrize("name", ["wandb", "mlflow"])
+def test_a_trackers_missing_package_is_bad_input(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = load_recipe(RECIPE, [f"{name}={{}}"])
+    check_optional_callbacks(recipe)
+    monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(
-        UserError, match=r"wandb: the package is not installed; .*pip install -e '\.\[wandb\]' -c constraints\.txt"
+        UserError, match=rf"{name}: the package is not installed; .*pip install -e '\.\[{name}\]' -c constraints\.txt"
     ):
         check_optional_callbacks(recipe)
     check_optional_callbacks(load_recipe(RECIPE))
@@ -247,13 +252,16 @@ def test_wandb_gets_recipe_lines_and_results_and_resumes_its_run(tmp_path: Path)
         assert any((item.key or item.nested_key[0], item.value_json) == ("top1", "50.0") for item in updates)
 
 
-def test_the_record_names_the_wandb_run(tmp_path: Path) -> None:
+def test_the_record_names_the_trackers_runs(tmp_path: Path) -> None:
     writer = RecordWriter(tmp_path, make_record())
     writer.write("running")
     assert RunRecord.load(tmp_path).trackers == {}
     (tmp_path / "wandb_id.txt").write_text("abc123")
     writer.write("running")
     assert RunRecord.load(tmp_path).trackers == {"wandb": "abc123"}
+    (tmp_path / "mlflow_id.txt").write_text("def456")
+    writer.write("running")
+    assert RunRecord.load(tmp_path).trackers == {"wandb": "abc123", "mlflow": "def456"}
 
 
 def test_wandb_that_never_finishes_does_not_hold_up_the_end(
@@ -268,3 +276,51 @@ def test_wandb_that_never_finishes_does_not_hold_up_the_end(
     callback.close()
     server.set()
     assert "wandb: TimeoutError: not everything was sent within 0.01 s; wandb sync sends the rest" in caplog.text
+
+
+# ---- MLflow
+
+
+def test_mlflow_gets_recipe_lines_and_results_and_resumes_its_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real library, into a folder: a start that is killed, and one that continues its run to the end."""
+    client_of = pytest.importorskip("mlflow").MlflowClient
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store = (tmp_path / "store").as_uri()
+    (tmp_path / "stage").mkdir()
+    for start, status in enumerate(("KILLED", "FINISHED")):
+        (callback,) = _build(tmp_path / "stage", f"mlflow={{tracking_uri: '{store}', experiment: e, tags: {{a: b}}}}")
+        context = make_context(state=TrainState(step=5 + start), results={"top1": 50.0})
+        callback.on_train_start(context)
+        identity = (tmp_path / "stage" / "mlflow_id.txt").read_text()
+        assert client_of(store).get_run(identity).info.status == "RUNNING"
+        callback.on_log(context, {"loss": 1.5 + start, "loss/pixels": 2.0})
+        if status == "FINISHED":
+            callback.on_train_end(context)
+        callback.close()
+        assert not callback.failed  # type: ignore[attr-defined]
+        run = client_of(store).get_run(identity)
+        assert run.info.status == status
+    client = client_of(store)
+    experiment = client.get_experiment_by_name("e")
+    assert [found.info.run_id for found in client.search_runs([experiment.experiment_id])] == [identity]
+    assert [(item.step, item.value) for item in client.get_metric_history(identity, "loss")] == [(5, 1.5), (6, 2.5)]
+    assert run.data.metrics == {"loss": 2.5, "loss.pixels": 2.0, "top1": 50.0}
+    assert (run.data.tags["a"], run.data.tags["stage"]) == ("b", "pretrain")
+    recipe = json.loads(Path(client.download_artifacts(identity, "recipe.json")).read_text())
+    assert recipe["model"]["arch"] == load_recipe(RECIPE).model.arch
+
+
+def test_an_mlflow_server_that_is_gone_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("mlflow")
+    for name in LIMITS:
+        monkeypatch.setenv(name, "0" if "RETRIES" in name else "1")
+    (callback,) = _build(tmp_path, f"mlflow={{tracking_uri: 'http://127.0.0.1:{free_port()}'}}")
+    _steps(callback, 2)
+    callback.close()
+    warnings = [record.message for record in caplog.records if record.message.startswith("mlflow: ")]
+    assert len(warnings) == 1 and warnings[0].endswith("; it is off from here, training continues")
+    assert not (tmp_path / "mlflow_id.txt").exists()
