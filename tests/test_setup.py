@@ -1,4 +1,4 @@
-"""Set-up script: a second run does nothing, and packages that it may not install are a clear error."""
+"""Set-up script, in copies of a clone: what it installs, what it leaves alone, and packages that it may not install."""
 
 from __future__ import annotations
 
@@ -10,18 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.processes import REPOSITORY, environment, run
+from tests.support.processes import REPOSITORY, Finished, environment, run
 from tests.support.slurm_cluster import find_program
 
 pytestmark = pytest.mark.multi_process
-
-
-def test_a_second_run_does_nothing() -> None:
-    """`make test` has run it once; its stamp says that nothing has changed since."""
-    before = {path: path.stat().st_mtime_ns for path in (REPOSITORY / ".venv").glob(".setup-*")}
-    done = run(["bash", "scripts/setup.sh"], 30)
-    assert (done.status, done.stdout, done.stderr) == (0, "", "")
-    assert len(before) == 1 and all(path.stat().st_mtime_ns == then for path, then in before.items())
 
 
 @pytest.fixture
@@ -47,7 +39,8 @@ def test_missing_packages_are_named_where_they_cannot_be_installed(bare_machine:
     assert done.status == 1
     for package in ("g++", "pkg-config", "libopencv-dev", "libturbojpeg0-dev"):
         assert package in done.stderr
-    assert "apt-get install" in done.stderr and "conda install -c conda-forge" in done.stderr
+    for way in ("apt-get install", "conda install -c conda-forge", "uv", "container"):
+        assert way in done.stderr
     assert not (bare_machine / ".venv").exists()
 
 
@@ -67,7 +60,7 @@ def _script(path: Path, *lines: str) -> None:
 def root_machine(bare_machine: Path) -> Path:
     """The clone on a machine with everything but Slurm, with root; nothing is really installed."""
     tools = bare_machine.parent / "bin"
-    for name in ("g++", "pkg-config", "jpegtran"):
+    for name in ("g++", "pkg-config", "jpegtran", "git"):
         _script(tools / name)
     for name in ("mkdir", "rm", "touch"):
         (tools / name).symlink_to(shutil.which(name) or name)
@@ -78,10 +71,108 @@ def root_machine(bare_machine: Path) -> Path:
     return bare_machine
 
 
-def test_slurm_is_installed_for_tests_only(root_machine: Path) -> None:
-    done = run(
-        ["bash", root_machine / "scripts/setup.sh"], 30, environment() | {"PATH": str(root_machine.parent / "bin")}
+def _setup(clone: Path, *arguments: str, **variables: str) -> Finished:
+    """Run the clone's script with its tools only."""
+    path = {"PATH": str(clone.parent / "bin")}
+    return run(["bash", clone / "scripts/setup.sh", *arguments], 30, environment() | path | variables)
+
+
+def test_a_second_run_does_nothing(root_machine: Path) -> None:
+    assert "setup: ready" in _setup(root_machine).stdout
+    before = {path: path.stat().st_mtime_ns for path in (root_machine / ".venv").rglob("*")}
+    done = _setup(root_machine)
+    assert (done.status, done.stdout, done.stderr) == (0, "", "")
+    assert before == {path: path.stat().st_mtime_ns for path in (root_machine / ".venv").rglob("*")}
+    (root_machine / "constraints.txt").write_text("torch==0.0.1\n")
+    assert "setup: ready" in _setup(root_machine).stdout
+
+
+def test_the_environment_of_another_clone_is_left_alone(root_machine: Path) -> None:
+    """A worktree's link: an editable installation would make the other clone import this one's code."""
+    python = root_machine / ".venv/bin/python"
+    _script(python, f'echo "$@" >> {root_machine}/asked')
+    (root_machine / ".venv").rename(root_machine.parent / "shared")
+    (root_machine / ".venv").symlink_to(root_machine.parent / "shared")
+    done = _setup(root_machine)
+    assert (done.status, done.stdout) == (0, "") and ".venv is a link" in done.stderr
+    assert not (root_machine / "asked").exists() and not list((root_machine / ".venv/").glob(".setup-*"))
+
+
+def test_tools_for_development_are_left_out_of_the_image(root_machine: Path) -> None:
+    _script(root_machine / ".venv/bin/python", f'echo "$@" >> {root_machine}/asked')
+    extras = []
+    for arguments in ((), ("--no-dev",)):
+        (root_machine / "asked").unlink(missing_ok=True)
+        assert "setup: ready" in _setup(root_machine, *arguments).stdout
+        extras.append(re.findall(r"-e \.\[(.*)\]", (root_machine / "asked").read_text())[0].split(","))
+    assert extras[0] == [*extras[1], "docs", "dev"] and "ffcv" in extras[1]
+
+
+def test_system_packages_are_a_step_of_their_own(root_machine: Path) -> None:
+    """The image's first layer has neither Python nor pyproject.toml."""
+    for name in ("python3", "git", "pkg-config"):
+        (root_machine.parent / "bin" / name).unlink()
+    (root_machine / "pyproject.toml").unlink()
+    _script(root_machine.parent / "bin" / "apt-get", f'echo "$@" >> {root_machine}/asked', *_INSTALLS_PYTHON)
+    done = _setup(root_machine, "--system")
+    assert (done.status, done.stderr) == (0, ""), done.stderr
+    asked = (root_machine / "asked").read_text()
+    for package in ("pkg-config", "libopencv-dev", "libturbojpeg0-dev", "python3 python3-venv python3-dev", "git"):
+        assert package in asked
+    assert not list((root_machine / ".venv").glob(".setup-*"))
+
+
+_INSTALLS_PYTHON = (f'[ -e "${{0%/*}}/python3" ] || /bin/ln -s {sys.base_prefix}/bin/python3 "${{0%/*}}/python3"',)
+
+
+def test_libraries_are_unpacked_without_root(root_machine: Path) -> None:
+    """apt-get may not install, but download; FFCV's flags then name the unpacked libraries, by a relative path."""
+    tools = root_machine.parent / "bin"
+    for name in ("awk", "basename", "chmod"):
+        (tools / name).symlink_to(shutil.which(name) or name)
+    _script(tools / "id", "echo 1000")
+    (tools / "pkg-config").unlink()
+    _script(
+        tools / "apt-get",
+        'case "$*" in',
+        f'    *simulate*) echo "$@" >> {root_machine}/asked; echo "Inst libturbojpeg0 (1.0)" ;;',
+        '    *"download libturbojpeg0") echo > libturbojpeg0.deb ;;',
+        "    *) exit 100 ;;",
+        "esac",
     )
+    _script(tools / "dpkg", 'mkdir -p "$3/usr/lib/x86_64-linux-gnu"')
+    flags = root_machine / "flags"
+    _script(
+        root_machine / ".venv/bin/python",
+        f'[[ "$*" != *"-m pip install"* ]] || {{ pkg-config --cflags --libs opencv4; echo "$LDFLAGS"; }} > {flags}',
+    )
+    done = _setup(root_machine)
+    assert done.status == 0 and "without root: unpacking pkg-config libopencv-dev libturbojpeg0-dev" in done.stdout
+    system = root_machine / ".venv/system"
+    assert f"-I{system}/usr/include/opencv4" in flags.read_text()
+    assert "-rpath,$ORIGIN/../../../../system/usr/lib/x86_64-linux-gnu:" in flags.read_text()
+    assert not list(system.glob("**/*.deb"))
+
+
+def test_uv_supplies_python_without_root(root_machine: Path) -> None:
+    tools = root_machine.parent / "bin"
+    shutil.rmtree(root_machine / ".venv")
+    (tools / "python3").unlink()
+    _script(tools / "own-python", '[[ "$*" != *ensurepip* ]]')
+    _script(
+        tools / "uv",
+        f'echo "$@" >> {root_machine}/asked',
+        f'[ "$1 $2" != "python find" ] || echo {tools}/own-python',
+        f'[ "$1" != venv ] || {{ mkdir -p .venv/bin; {shutil.which("cp")} {tools}/own-python .venv/bin/python; }}',
+    )
+    done = _setup(root_machine)
+    assert done.status == 0 and "setup: ready" in done.stdout, done.stderr
+    asked = (root_machine / "asked").read_text().splitlines()
+    assert asked[0] == "python install --quiet 3.11" and f"--python {tools}/own-python .venv" in asked[2]
+
+
+def test_slurm_is_installed_for_tests_only(root_machine: Path) -> None:
+    done = _setup(root_machine)
     assert done.status == 0 and "setup: ready" in done.stdout, done.stderr
     assert not (root_machine / "asked").exists()
     makefile = (REPOSITORY / "Makefile").read_text()

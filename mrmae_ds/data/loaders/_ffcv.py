@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -34,6 +37,7 @@ def import_ffcv() -> None:
     try:
         import numba
 
+        _load_tbb()
         if "NUMBA_THREADING_LAYER" not in os.environ:
             numba.config.THREADING_LAYER = "tbb"
         before = numba.config.DISABLE_JIT
@@ -56,3 +60,11 @@ def import_ffcv() -> None:
         raise UserError(
             f"numba finds no TBB library ({error}); in the clone: pip install tbb -c constraints.txt"
         ) from error
+
+
+def _load_tbb() -> None:
+    """Load pip's TBB if the system has none: numba's threading layer searches only the system's folders."""
+    for name in ("libtbb.so.12", str(Path(sys.prefix) / "lib" / "libtbb.so.12")):
+        with suppress(OSError):
+            ctypes.CDLL(name)
+            return

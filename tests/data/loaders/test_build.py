@@ -23,6 +23,7 @@ from mrmae_ds.data.beton.file_writer import BetonWriter
 from mrmae_ds.data.beton.sidecar import sidecar_path
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import write_beton
+from mrmae_ds.data.loaders._ffcv import _load_tbb
 from mrmae_ds.data.loaders.base import Batch, Loader
 from mrmae_ds.data.loaders.build import default_num_workers
 from mrmae_ds.data.loaders.crop import CropSettings
@@ -433,3 +434,16 @@ def test_missing_ffcv_is_an_error_naming_the_remedy(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "ffcv.loader", None)
     with pytest.raises(UserError, match=r"needs ffcv.*pip install -e '\.\[ffcv\]' -c constraints\.txt.*=pillow"):
         check_backend()
+
+
+def test_tbb_of_pip_is_found_where_the_system_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = []
+
+    def load(name: str) -> None:
+        loaded.append(name)
+        if "/" not in name:
+            raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr("mrmae_ds.data.loaders._ffcv.ctypes.CDLL", load)
+    _load_tbb()
+    assert loaded == ["libtbb.so.12", f"{sys.prefix}/lib/libtbb.so.12"]
