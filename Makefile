@@ -5,13 +5,21 @@ DATA ?=
 # One process per core, four at most: some tests start two ranks of their own.
 PYTEST := pytest -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: setup slurm demo lint docs test test-fast test-all coverage clean
+ENGINE ?= $(firstword $(notdir $(foreach name,docker podman,$(shell command -v $(name)))))
+IMAGE ?= mrmae
+
+.PHONY: setup slurm image demo lint docs test test-fast test-all coverage clean
 setup:
 	@bash scripts/setup.sh
 
 # For tests/slurm: needs root or sudo on Debian or Ubuntu; elsewhere these tests are skipped.
 slurm: setup
 	@bash scripts/setup.sh --slurm
+
+# A container (docs/container.md); IMAGE=tag, BASE=another base image, ENGINE=podman.
+image:
+	@[ -n "$(ENGINE)" ] || { echo "make image: neither docker nor podman is on the PATH; see docs/container.md" >&2; exit 2; }
+	$(ENGINE) build --tag $(IMAGE) $(if $(BASE),--build-arg BASE=$(BASE)) .
 
 demo: setup
 	@bash scripts/demo.sh --data "$(DATA)"

@@ -28,8 +28,12 @@ PYTHON=.venv/bin/python                   # Python of the environment; inside th
 
 # ---- launching ranks
 TASKS_PER_NODE=                           # ranks per node; empty: the number of GPUs of the job on a node
-SRUN_OPTIONS=()                           # (--container-image=/images/mrmae.sqsh --container-mounts=/work) with pyxis
-CONTAINER=()                              # (apptainer exec --nv --bind /work /images/mrmae.sif), placed before $PYTHON
+SRUN_OPTIONS=()                           # further options of srun, (--label) for example
+CONTAINER=()                              # a command that is placed before $PYTHON; IMAGE sets it for apptainer
+
+# ---- container (docs/container.md): the image of `make image`, in which every rank runs
+IMAGE=                                    # /images/mrmae.sif (apptainer); /images/mrmae.sqsh or REGISTRY#NAME:TAG (pyxis)
+MOUNTS=()                                 # (/data /scratch/runs): folders beside the repository; no spaces or commas
 
 # ---- network
 NETWORK_INTERFACE=                        # for NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME: ib0, for example
