@@ -144,13 +144,17 @@ def _locked(args: TrainArgs, launch: Launch) -> AbstractContextManager[None]:
 def _prepare(args: TrainArgs, launch: Launch) -> Callable[[], None]:
     """Resolve, check and load a stage, before any process group is started; return the function that runs it."""
     if args.stage == "evaluate":
-        from mrmae_ds.training.evaluate import names_detector, prepare_evaluation, run_evaluation
+        from mrmae_ds.training.evaluate import prepare_evaluation, run_evaluation
+        from mrmae_ds.training.evaluation.job import EvaluationJob
+        from mrmae_ds.weights.detectors import detector_of
 
-        if names_detector(args):
+        job = EvaluationJob.of_args(args, launch)
+        first = job.resolve_member(0)
+        if detector_of(first):
             from mrmae_ds.training.evaluate_detector import prepare_detector, run_detector
 
-            return partial(run_detector, prepare_detector(args, launch))
-        return partial(run_evaluation, prepare_evaluation(args, launch))
+            return partial(run_detector, prepare_detector(job, first))
+        return partial(run_evaluation, prepare_evaluation(job, first))
     from mrmae_ds.training.job import prepare_stage
     from mrmae_ds.training.run import dry_run, run_stage
 

@@ -18,12 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mrmae_ds.config.stages import EvaluateConfig
 from mrmae_ds.data.beton.copies import recorded_copies
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton
 from mrmae_ds.data.loaders.build import check_backend
 from mrmae_ds.data.node_cache import cache_all
-from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.records.record import RECORD_FILE, RunRecord, summarize_finetuning
@@ -31,16 +29,14 @@ from mrmae_ds.records.sections import Member, Parameters, Schedule
 from mrmae_ds.training.evaluation.accuracy import AccuracyCounter
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
 from mrmae_ds.training.evaluation.classes import match_classes, restricted_from
-from mrmae_ds.training.evaluation.job import EvaluationJob
-from mrmae_ds.training.job import TrainArgs, load_configs
+from mrmae_ds.training.evaluation.job import EvaluationJob, member_key
 from mrmae_ds.training.run_logger import describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.units import counted
-from mrmae_ds.weights.detectors import holds_detector
 from mrmae_ds.weights.load import load_encoder_weights
 from mrmae_ds.weights.model_file import build_classifier
 from mrmae_ds.weights.paths import find_weights, weights_sha256
-from mrmae_ds.weights.resolve import model_metadata, resolve
+from mrmae_ds.weights.resolve import Weights, model_metadata
 
 logger = logging.getLogger(__name__)
 
@@ -96,52 +92,45 @@ class PreparedEvaluation(EvaluationJob):
     done: bool
 
 
-def names_detector(args: TrainArgs) -> bool:
-    """Return True if a member of the evaluation is a whole detector."""
-    members = load_configs(args)[0].stages.evaluate.members or ()
-    return any(holds_detector(Path(source)) for source in members)
-
-
-def prepare_evaluation(args: TrainArgs, launch: Launch) -> PreparedEvaluation:
-    """Resolve and check the stage, and load the models on the CPU.
+def prepare_evaluation(job: EvaluationJob, first: Weights) -> PreparedEvaluation:
+    """Check the stage, and load the models on the CPU.
 
     Args:
-        args: command line.
-        launch: this rank among the others.
+        job: what is evaluated.
+        first: weights of its first member; the others are read one by one.
 
     Raises:
         UserError: for everything that the user can fix: a member that has not finished, is no classifier, or has other
             classes than the validation set; an image size that the patches do not tile.
     """
-    job = EvaluationJob.of_args(args, launch)
-    recipe, stage = job.recipe, job.recipe.stages.evaluate
+    recipe = job.recipe
     check_backend(recipe.data.val_backend)
     val_data = check_beton(recipe.data.val)
-    sources = stage.members or (str(job.stage_dir.parent / "finetune"),)
-    classifiers = tuple(
-        load_classifier(source, f"stages.evaluate.members[{i}]", stage, val_data) for i, source in enumerate(sources)
-    )
-    done = job.is_done(args.resume, val_data.sha256, sources, [classifier.member for classifier in classifiers])
+    classifiers = [load_classifier(job, 0, first, val_data)]
+    for number in range(1, len(job.sources)):
+        classifiers.append(load_classifier(job, number, job.resolve_member(number), val_data))
+    done = job.is_done(val_data.sha256, [classifier.member for classifier in classifiers])
     if not done:
         cache_all([recipe.data.val], recipe.loader.cache_dir)
-    return PreparedEvaluation(recipe, job.engine_config, launch, job.stage_dir, val_data, classifiers, done)
+    return PreparedEvaluation(
+        recipe, job.engine_config, job.launch, job.stage_dir, job.resume, val_data, tuple(classifiers), done
+    )
 
 
-def load_classifier(source: str, key: str, stage: EvaluateConfig, val_data: BetonInfo) -> Classifier:
+def load_classifier(job: EvaluationJob, number: int, weights: Weights, val_data: BetonInfo) -> Classifier:
     """Build a classifier from its weights file.
 
     Args:
-        source: a stage folder, or the file of a classifier of any origin.
-        key: its key in the recipe, for error messages.
-        stage: the recipe's stage, for the image size.
+        job: what is evaluated.
+        number: of the member.
+        weights: its file.
         val_data: validation set, whose classes must be among the model's.
 
     Raises:
-        UserError: naming ``key`` and what does not fit.
+        UserError: naming the member's key in the recipe, and what does not fit.
     """
-    path = find_weights(Path(source), key)
-    weights = resolve(path, key)
-    metadata = model_metadata(weights)
+    stage, source, key = job.recipe.stages.evaluate, job.sources[number], member_key(number)
+    path, metadata = find_weights(Path(source), key), model_metadata(weights)
     if metadata["kind"] != "classifier":
         raise UserError(f"{key}: {path} holds no classifier ({metadata['kind']}); name a fine-tuned model")
     if not metadata.get("pool", "avg"):

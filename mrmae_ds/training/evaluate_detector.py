@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from mrmae_ds.detection.coco import CocoSplit, open_split
 from mrmae_ds.detection.loader import DetectionBatch
-from mrmae_ds.detection.saved import SavedDetector, open_detector
-from mrmae_ds.distributed.launch import Launch
+from mrmae_ds.detection.saved import SavedDetector, saved_detector
 from mrmae_ds.distributed.watchdog import Watchdog
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RunRecord
@@ -21,11 +19,11 @@ from mrmae_ds.records.sections import Member, Parameters, Schedule
 from mrmae_ds.training.evaluation.base import EvalContext, Scores
 from mrmae_ds.training.evaluation.classes import match_classes, restricted_from
 from mrmae_ds.training.evaluation.coco import CocoEvaluator
-from mrmae_ds.training.evaluation.job import EvaluationJob
-from mrmae_ds.training.job import TrainArgs
+from mrmae_ds.training.evaluation.job import EvaluationJob, member_key
 from mrmae_ds.training.run_logger import describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.weights.paths import weights_sha256
+from mrmae_ds.weights.resolve import Weights
 
 
 @dataclass(frozen=True)
@@ -51,37 +49,37 @@ class PreparedDetector(EvaluationJob):
     done: bool
 
 
-def prepare_detector(args: TrainArgs, launch: Launch) -> PreparedDetector:
-    """Resolve and check the stage, and read the detector.
+def prepare_detector(job: EvaluationJob, first: Weights) -> PreparedDetector:
+    """Check the stage and the detector.
 
     Args:
-        args: command line.
-        launch: this rank among the others.
+        job: what is evaluated.
+        first: weights of its first member, a whole detector.
 
     Raises:
         UserError: for several members, a file that is not usable, a recipe without annotations, or classes that the
             detector does not have.
     """
-    job = EvaluationJob.of_args(args, launch)
     recipe, stage = job.recipe, job.recipe.stages.evaluate
-    sources, key = stage.members or (), "stages.evaluate.members"
-    if len(sources) != 1:
-        raise UserError(f"{key}: detectors are evaluated one by one, and not beside other models; name one")
+    if len(job.sources) != 1:
+        raise UserError(
+            "stages.evaluate.members: detectors are evaluated one by one, and not beside other models; name one"
+        )
     if recipe.data.detection is None:
         raise UserError("data.detection: evaluating a detector needs COCO's val; name its images and annotations")
     files = recipe.data.detection.val
     val_data = open_split(
         files.annotations, files.images, training=False, first=files.first, index_folder=recipe.loader.cache_dir
     )
-    detector = open_detector(Path(sources[0]), f"{key}[0]")
-    metadata, path = detector.metadata, detector.file.weights.raw.path
-    classes = match_classes(metadata["class_names"], metadata["num_classes"], val_data, f"{key}[0]: {path}")
+    detector, path = saved_detector(first), first.raw.path
+    metadata = detector.metadata
+    classes = match_classes(metadata["class_names"], metadata["num_classes"], val_data, f"{member_key(0)}: {path}")
     restricted = restricted_from(metadata["num_classes"], classes)
     member = Member(file=path.name, sha256=weights_sha256(path), of_classes=restricted)
-    done = job.is_done(args.resume, val_data.sha256, sources, [member])
+    done = job.is_done(val_data.sha256, [member])
     size = stage.image_size or detector.image_size
-    whole = (job.recipe, job.engine_config, job.launch, job.stage_dir)
-    return PreparedDetector(*whole, sources[0], detector, member, val_data, classes, size, done)
+    whole = (job.recipe, job.engine_config, job.launch, job.stage_dir, job.resume)
+    return PreparedDetector(*whole, job.sources[0], detector, member, val_data, classes, size, done)
 
 
 def run_detector(job: PreparedDetector) -> None:

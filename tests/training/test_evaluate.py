@@ -25,6 +25,7 @@ from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.records.metrics import read_metrics
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.evaluate import PreparedEvaluation, evaluate, log_mean_softmax, prepare_evaluation
+from mrmae_ds.training.evaluation.job import EvaluationJob
 from mrmae_ds.training.job import TrainArgs
 from mrmae_ds.weights.export import Exported, export_run
 from mrmae_ds.weights.model_file import (
@@ -52,6 +53,12 @@ POOLS = {"cvit": "avg", "vit": "token"}
 pytestmark = [pytest.mark.timeout(400), pytest.mark.multi_process]
 
 
+def prepared(options: TrainArgs) -> PreparedEvaluation:
+    """Prepare an evaluation on one rank."""
+    job = EvaluationJob.of_args(options, ALONE)
+    return prepare_evaluation(job, job.resolve_member(0))
+
+
 @dataclass(frozen=True)
 class Workspace:
     """A folder with images and, in runs/NAME/finetune, two classifiers better than chance."""
@@ -72,7 +79,7 @@ class Workspace:
     ) -> PreparedEvaluation:
         overrides = self.overrides(*members, **evaluate)
         options = TrainArgs(ENGINE, "evaluate", RECIPE, self.folder / run, resume, overrides)
-        return prepare_evaluation(options, ALONE)
+        return prepared(options)
 
     def images(self, part: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """All images of a part as evaluation sees them, read singly: uint8 [N, 3, size, size] and labels [N]."""
@@ -174,7 +181,7 @@ def test_timm_measures_the_same_of_the_exported_model(
     """By the printed line and timm's own transform, on the stored images: accuracies and loss of our evaluation."""
     overrides = (*workspace.overrides(name), "data.eval_backend=pillow")
     options = TrainArgs(ENGINE, "evaluate", RECIPE, tmp_path / "run", "auto", overrides)
-    measured, _ = evaluate(prepare_evaluation(options, ALONE), CPU)
+    measured, _ = evaluate(prepared(options), CPU)
     exported = export_run(workspace.member(name), out=tmp_path / "x.safetensors")
     assert _accuracy(workspace, _softmax_by_timm(exported, workspace)) == pytest.approx(measured, rel=1e-5)
     without_statistics = re.sub(r"'(mean|std)': \([^)]*\),? ?", "", exported.line)
@@ -247,10 +254,10 @@ def test_default_member_is_the_runs_fine_tuning(workspace: Workspace) -> None:
     for run, found in ((workspace.folder / "runs" / "vit", True), (workspace.folder / "nowhere", False)):
         options = TrainArgs(ENGINE, "evaluate", RECIPE, run, "auto", overrides)
         if found:
-            assert prepare_evaluation(options, ALONE).classifiers[0].source == str(workspace.member("vit"))
+            assert prepared(options).classifiers[0].source == str(workspace.member("vit"))
             continue
         with pytest.raises(UserError, match=r"stages\.evaluate\.members\[0\]: .*nowhere/finetune does not exist"):
-            prepare_evaluation(options, ALONE)
+            prepared(options)
 
 
 def _foreign(workspace: Workspace, folder: Path, **config: object) -> Path:
@@ -348,7 +355,7 @@ def test_refuses_invalid_evaluations(changes: dict[str, object], message: str, w
         ENGINE, "evaluate", RECIPE, workspace.folder, **{"overrides": workspace.overrides("vit")} | changes
     )
     with pytest.raises(UserError, match=message):
-        prepare_evaluation(options, ALONE)
+        prepared(options)
 
 
 def test_ensemble_averages_probabilities() -> None:
@@ -376,9 +383,9 @@ def test_evaluation_repeats_the_final_accuracy_of_fine_tuning(workspace: Workspa
     assert result.status == 0, result.stderr
     tuned = RunRecord.load(run / "finetune").results
     plain = TrainArgs(ENGINE, "evaluate", recipe, run, "auto", overrides)
-    again, _ = evaluate(prepare_evaluation(replace(plain, ds_config=config), ALONE), CPU)
+    again, _ = evaluate(prepared(replace(plain, ds_config=config)), CPU)
     assert again == {name: getattr(tuned, name) for name in ("top1", "top5", "loss", "eval_samples")}
-    full, _ = evaluate(prepare_evaluation(plain, ALONE), CPU)
+    full, _ = evaluate(prepared(plain), CPU)
     assert full["loss"] != again["loss"]  # by any amount: rounding may cancel in a mean
 
 
@@ -391,7 +398,7 @@ def test_bf16_weights_are_evaluated_as_they_were_trained(
     options = TrainArgs(
         config, "evaluate", RECIPE, workspace.folder / "bf16", "auto", workspace.overrides("cvit", "vit")
     )
-    job = prepare_evaluation(options, ALONE)
+    job = prepared(options)
     average, _ = evaluate(job, CPU)
     assert {p.dtype for classifier in job.classifiers for p in classifier.model.parameters()} == {torch.bfloat16}
     assert average["loss"] == pytest.approx(expected["both"]["loss"], rel=0.02)

@@ -10,14 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+from mrmae_ds.cli import train
 from mrmae_ds.detection.coco import open_split
 from mrmae_ds.detection.evaluate import coco_scores
 from mrmae_ds.detection.predict import Predictor
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RunRecord
-from mrmae_ds.training.evaluate import names_detector
-from mrmae_ds.training.evaluate_detector import prepare_detector
+from mrmae_ds.training.evaluate_detector import run_detector
+from mrmae_ds.training.evaluation import job
 from mrmae_ds.training.job import TrainArgs
+from mrmae_ds.weights import resolve
 from tests.support.coco import CATEGORIES, small_coco
 from tests.support.jobs import ALONE
 from tests.support.ranks import Ranks, start
@@ -104,16 +106,29 @@ def test_classes_are_matched_by_name(folder: Path) -> None:
     )
 
 
+def arguments(folder: Path, *more: str) -> TrainArgs:
+    """Return the arguments of an evaluation on one rank."""
+    engine = Path(write_engine(folder / "engine.json"))
+    return TrainArgs(engine, "evaluate", RECIPE, folder / "run", overrides=tuple(overrides(folder, *more)))
+
+
+def test_configs_and_weights_are_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of another project shows only by its tensors that it holds a detector."""
+    read: list[str] = []
+    for module, name in ((job, "load_configs"), (resolve, "read_tensor_file")):
+        whole = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, n=name, w=whole: read.append(n) or w(*args))
+    run = train._prepare(arguments(folder, f"stages.evaluate.members=[{folder / 'detector.pth'}]"), ALONE)
+    assert run.func is run_detector and read == ["load_configs", "read_tensor_file"]
+
+
 def test_evaluations_that_are_refused(folder: Path) -> None:
     path = folder / "detector.pth"
     one = f"stages.evaluate.members=[{path}]"
 
     def refused(*more: str) -> str:
-        engine = Path(write_engine(folder / "engine.json"))
-        args = TrainArgs(engine, "evaluate", RECIPE, folder / "run", overrides=tuple(overrides(folder, *more)))
-        assert names_detector(args)
         with pytest.raises(UserError) as error:
-            prepare_detector(args, ALONE)
+            train._prepare(arguments(folder, *more), ALONE)
         return str(error.value)
 
     assert "detectors are evaluated one by one" in refused(f"stages.evaluate.members=[{path},{folder / 'x.pth'}]")

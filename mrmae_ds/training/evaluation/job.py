@@ -25,8 +25,15 @@ from mrmae_ds.training.evaluation.base import Scores
 from mrmae_ds.training.job import TrainArgs, load_configs
 from mrmae_ds.training.run import ALREADY_FINISHED, process_group
 from mrmae_ds.training.run_logger import RecordWriter
+from mrmae_ds.weights.paths import find_weights
+from mrmae_ds.weights.resolve import Weights, resolve
 
 logger = logging.getLogger(__name__)
+
+
+def member_key(number: int) -> str:
+    """Return the recipe key of a member."""
+    return f"stages.evaluate.members[{number}]"
 
 
 @dataclass(frozen=True)
@@ -38,12 +45,14 @@ class EvaluationJob:
         engine_config: engine config, for micro-batch and precision.
         launch: this rank among the others.
         stage_dir: output folder.
+        resume: ``auto`` or ``never``.
     """
 
     recipe: Recipe
     engine_config: EngineConfig
     launch: Launch
     stage_dir: Path
+    resume: str
 
     @classmethod
     def of_args(cls, args: TrainArgs, launch: Launch) -> EvaluationJob:
@@ -57,15 +66,27 @@ class EvaluationJob:
             raise UserError("--dry-run: not available for stage evaluate, which trains nothing; run it without")
         if args.resume not in ("auto", "never"):
             raise UserError(f"--resume {args.resume}: stage evaluate has no checkpoints; give auto or never")
-        return cls(recipe, engine_config, launch, args.stage_dir(recipe))
+        return cls(recipe, engine_config, launch, args.stage_dir(recipe), args.resume)
 
-    def is_done(self, resume: str, val_sha256: str, sources: Sequence[str], members: Sequence[Member]) -> bool:
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Names of the members: those of the recipe, or this run's fine-tuned model."""
+        return self.recipe.stages.evaluate.members or (str(self.stage_dir.parent / "finetune"),)
+
+    def resolve_member(self, number: int) -> Weights:
+        """Read the weights of a member.
+
+        Raises:
+            UserError: naming its key, if it has not finished or cannot be read.
+        """
+        key = member_key(number)
+        return resolve(find_weights(Path(self.sources[number]), key), key)
+
+    def is_done(self, val_sha256: str, members: Sequence[Member]) -> bool:
         """Return True if the folder already has the result.
 
         Args:
-            resume: the argument ``--resume``.
             val_sha256: of the validation set.
-            sources: names of the members.
             members: their entries in the run record.
 
         Raises:
@@ -79,12 +100,12 @@ class EvaluationJob:
             val=val_sha256,
             recipe=recipe.counted("evaluate"),
         )
-        if decide_start(self.stage_dir, "evaluate", identity, resume).action != "done":
+        if decide_start(self.stage_dir, "evaluate", identity, self.resume).action != "done":
             return False
         if [member.sha256 for member in RunRecord.load(self.stage_dir).members] != [m.sha256 for m in members]:
             raise UserError(
-                f"{self.stage_dir}: holds the evaluation of other weights of {', '.join(sources)}; name another folder "
-                "with --run, or start over here with --resume never"
+                f"{self.stage_dir}: holds the evaluation of other weights of {', '.join(self.sources)}; name another "
+                "folder with --run, or start over here with --resume never"
             )
         return True
 
