@@ -47,6 +47,7 @@ FEW = [
     Case("pretrain", 3, False, 1, 2),
     # Before the case of hpZ, whose second copies DeepSpeed also gives to later engines of the process.
     Case("pretrain", 3, True, 2, 2, average=True),
+    Case("pretrain", 3, True, 2, 2, recipe="methods/data2vec_tiny"),
     Case("pretrain", 1, False, 2, 1, average=True),
     Case("pretrain", 3, False, 4, 2, "autocast"),  # two micro-batches between the first and the last
     Case("finetune", 0, True, 1, 2, clipping=CLIPPED["finetune"]),

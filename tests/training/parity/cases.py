@@ -30,8 +30,8 @@ Precision = Literal["fp32", "autocast", "bf16"]
 CHECKPOINTING = {"conv_stages": "all", "transformer": 2, "decoder": "all"}
 # Methods whose losses depend on the division of a step into micro-batches: by random draws of the model, or by losses
 # over masks of different sizes. Their encoders compute all tokens.
-OF_MICRO_BATCHES = ("maskfeat", "simmim_vit", "mvp", "fd")
-WITHOUT_TEACHER = ("maskfeat", "simmim_vit")
+OF_MICRO_BATCHES = ("maskfeat", "simmim_vit", "mvp", "fd", "data2vec")
+WITHOUT_TEACHER = ("maskfeat", "simmim_vit", "data2vec")
 PRECISIONS: dict[Precision, dict[str, Any]] = {
     "fp32": {},
     "autocast": {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}},

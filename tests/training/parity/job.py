@@ -50,9 +50,10 @@ def write_workspace(folder: Path) -> None:
 
 
 WIDE = "{dims: [64, 128, 512]}"
+RISING = f"teachers.ema={{decay: {DECAY[1]}, decay_start: {DECAY[0]}, decay_epochs: 1}}"
 AVERAGE = [
-    f"teachers.ema={{kind: ema, decay: {DECAY[1]}, decay_start: {DECAY[0]}, decay_epochs: 1, layers: [0, 2], "
-    "layer_norm: each}",
+    "teachers.ema={kind: ema, layers: [0, 2], layer_norm: each}",
+    RISING,
     "stages.pretrain.teachers=[mae, ema]",
     "stages.pretrain.objectives.latent={target: ema, tap: decoder, tokens: masked, loss: smooth_l1, beta: 2.0, "
     "normalize: layer_norm, weight: 1.0}",
@@ -83,7 +84,7 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
     rest = [f"stages.{stage}.optimizer={optimizer}"]
     rest += [f"stages.pretrain.placement={case.placement}"] if case.placement != "device" else []
     rest += [f"model.overrides={WIDE}"] if case.wide else []
-    rest += AVERAGE if case.average else []
+    rest += AVERAGE if case.average else [RISING] if "data2vec" in case.recipe else []
     return (*(f"{key}={value}" for key, value in keys.items()), *rest)
 
 
