@@ -171,6 +171,22 @@ def test_uv_supplies_python_without_root(root_machine: Path) -> None:
     assert asked[0] == "python install --quiet 3.11" and f"--python {tools}/own-python .venv" in asked[2]
 
 
+def test_opencv_without_libgl_is_replaced(root_machine: Path) -> None:
+    (root_machine.parent / "bin" / "sed").symlink_to(shutil.which("sed") or "sed")
+    python = root_machine / ".venv/bin/python"
+    _script(python, f'echo "$@" >> {root_machine}/asked', '[[ "$*" != *"import cv2"* ]]')
+    assert "setup: ready" in _setup(root_machine).stdout
+    pinned = re.findall(r"^opencv-python==(\S+)", (REPOSITORY / "constraints.txt").read_text(), re.M)
+    assert f"--force-reinstall --no-deps opencv-python-headless=={pinned[0]}\n" in (root_machine / "asked").read_text()
+
+
+def test_conda_s_compiler_is_found_by_its_variable(root_machine: Path) -> None:
+    (root_machine.parent / "bin" / "g++").rename(root_machine.parent / "bin" / "x86_64-conda-linux-gnu-c++")
+    done = _setup(root_machine, CXX="x86_64-conda-linux-gnu-c++ -O2")
+    assert done.status == 0 and not (root_machine / "asked").exists(), done.stderr
+    assert "g++" not in done.stdout
+
+
 def test_slurm_is_installed_for_tests_only(root_machine: Path) -> None:
     done = _setup(root_machine)
     assert done.status == 0 and "setup: ready" in done.stdout, done.stderr
