@@ -34,7 +34,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
-def test_augmented_batches_go_through_one_pinned_buffer(result: dict[str, Any]) -> None:
+def test_augmented_batches_are_sent_from_the_decoders_buffer(result: dict[str, Any]) -> None:
     """The values are those of the CPU's batches; the only waits are for a copy that ended long ago."""
     found = result["augmented"]
     assert found["equal"] and found["batches"] == 10 and found["races"] == 0

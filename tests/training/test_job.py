@@ -159,6 +159,3 @@ def test_shared_memory_is_checked_while_preparing(
     with pytest.raises(UserError, match=r"/dev/shm: the Pillow reader needs"):
         _prepare(data, tmp_path, "pretrain", "data.backend=pillow")
     _prepare(data, tmp_path, "pretrain")
-    options = ("stages.finetune.init=scratch", "stages.finetune.rand_augment=rand-m9-mstd0.5-inc1")
-    with pytest.raises(UserError, match=r"/dev/shm: RandAugment needs"):
-        _prepare(data, tmp_path, "finetune", *options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -23,9 +22,6 @@ def build_loader(
     data: DataConfig, config: LoaderConfig, request: LoaderRequest, device: torch.device = _CPU
 ) -> Loader[Batch]:
     """Open a data set for one rank.
-
-    With the ffcv backend and RandAugment, half of the workers are threads that decode, the others processes that
-    augment.
 
     Args:
         data: paths and backends.
@@ -59,13 +55,7 @@ def build_loader(
         return PillowLoader(settings)
     from mrmae_ds.data.loaders.ffcv import FFCVLoader
 
-    if augment is None:
-        return FFCVLoader(settings)
-    from mrmae_ds.data.loaders.rand_augment import RandAugmentLoader
-
-    threads, processes = _divide(settings.num_workers)
-    inner = FFCVLoader(replace(settings, num_workers=threads, device=_CPU))
-    return RandAugmentLoader(inner, settings, augment, processes)
+    return FFCVLoader(settings)
 
 
 def check_loader_memory(data: DataConfig, config: LoaderConfig, request: LoaderRequest) -> None:
@@ -79,25 +69,14 @@ def check_loader_memory(data: DataConfig, config: LoaderConfig, request: LoaderR
     Raises:
         UserError: naming the bytes that are needed and present, and the fix.
     """
-    workers = num_workers_of(config)
     if _backend_of(data, request) == "pillow":
         from mrmae_ds.data.loaders.pillow import check_pillow_memory
 
-        check_pillow_memory(request, workers)
-    elif request.transform is not None and request.transform.augment is not None:
-        from mrmae_ds.data.loaders.rand_augment import check_augment_memory
-
-        check_augment_memory(request, _divide(workers)[1])
+        check_pillow_memory(request, num_workers_of(config))
 
 
 def _backend_of(data: DataConfig, request: LoaderRequest) -> Backend:
     return data.backend if request.transform is not None else data.val_backend
-
-
-def _divide(workers: int) -> tuple[int, int]:
-    """Return the numbers of decoding threads and of augmenting processes."""
-    threads = max(1, workers // 2)
-    return threads, max(1, workers - threads)
 
 
 def check_backend(backend: Backend = "ffcv") -> None:

@@ -14,6 +14,7 @@ from mrmae_ds.data.loaders._ffcv import import_ffcv, keep_torch_threads
 from mrmae_ds.data.loaders.base import EPOCH_ENDED, Batch, DeviceCopier, LoaderSettings, to_device
 from mrmae_ds.data.loaders.crop import center_boxes, random_boxes, sample_keys
 from mrmae_ds.data.loaders.ffcv_decoder import BoxDecoder, Decoded, build_stock_loader
+from mrmae_ds.data.loaders.rand_augment import BatchAugment
 from mrmae_ds.data.types import BoolArray, ImageArray, IntArray
 from mrmae_ds.errors import UserError
 
@@ -57,6 +58,8 @@ class FFCVLoader:
         file = self._file = BetonFile(settings.info)
         self._labels, self._indices = file.labels, file.indices
         request = settings.request
+        policy = request.transform.augment if request.transform is not None else None
+        self._augment = BatchAugment(policy, request.image_size, threads) if policy is not None else None
         self._decoder = BoxDecoder(request.image_size, file, threads)
         with keep_torch_threads():
             self._loader = build_stock_loader(path, self._decoder, batch_size=request.micro_batch, threads=threads)
@@ -101,6 +104,7 @@ class FFCVLoader:
         if request.transform is not None:
             crop = request.transform.crop
             self._decoder.boxes = partial(random_boxes, seed=request.seed, epoch=epoch, crop=crop)
+            self._decoder.augment = partial(self._augment_rows, epoch) if self._augment is not None else None
         else:
             self._decoder.boxes = lambda heights, widths, _: center_boxes(heights, widths, request.image_size)
         self._decoder.beyond = request.transform is None
@@ -110,6 +114,10 @@ class FFCVLoader:
         self._loader.first_traversal_order = rows.reshape(-1)
         with keep_torch_threads():
             return iter(self._loader)
+
+    def _augment_rows(self, epoch: int, images: ImageArray, rows: IntArray) -> None:
+        assert self._augment is not None
+        self._augment(images, sample_keys(self.settings.request.seed, epoch, rows))
 
     def _checked(self, decoded: Decoded) -> ImageArray:
         """Return the images of a batch.

@@ -31,18 +31,22 @@ from ffcv.pipeline.allocation_query import AllocationQuery  # noqa: E402
 from ffcv.pipeline.compiler import Compiler  # noqa: E402
 from ffcv.pipeline.state import State  # noqa: E402
 
-from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
+from mrmae_ds.data.loaders import augment_kernel, jpeg_kernel  # noqa: E402
 
 logger = logging.getLogger(__name__)
 
 
+_COMPILED = {jpeg_kernel.decode: "the JPEG decoder", augment_kernel.augment: "RandAugment"}
+
+
 class CompilationNotice(numba.core.event.Listener):
-    """Log that the kernel is compiled. Numba announces it only if it finds no compiled version on disk."""
+    """Log that a kernel is compiled. Numba announces it only if it finds no compiled version on disk."""
 
     def on_start(self, event: Any) -> None:
         """Log the start."""
-        if event.data["dispatcher"] is jpeg_kernel.decode:
-            logger.info("compiling the JPEG decoder, once per installation and CPU type; about half a minute")
+        name = _COMPILED.get(event.data["dispatcher"])
+        if name is not None:
+            logger.info("compiling %s, once per installation and CPU type; about half a minute", name)
 
     def on_end(self, event: Any) -> None:
         """Log nothing."""
@@ -76,6 +80,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
 
     Attributes:
         boxes: function of (heights, widths, rows) to boxes [B, 5] (``crop``), set before each epoch.
+        augment: function that changes images [B, S, S, 3] of rows [B], set before each epoch; None changes nothing.
         beyond: True crops after resizing (``jpeg_kernel.decode``).
         torch_threads: torch's number of threads in FFCV's thread.
     """
@@ -85,6 +90,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
         self.size = size
         self.table, self.checksums, self.fields = file.table, file.checksums, file.names
         self.boxes: Callable[[IntArray, IntArray, IntArray], IntArray | FloatArray] | None = None
+        self.augment: Callable[[ImageArray, IntArray], None] | None = None
         self.beyond = False
         self.torch_threads = torch.get_num_threads()
         self._scratch = jpeg_kernel.make_scratch(file.table, size, threads)
@@ -116,6 +122,8 @@ class BoxDecoder(SimpleRGBImageDecoder):
         jpeg_kernel.decode(
             file.view(np.ndarray), self.table, self.checksums, rows, boxes, self.beyond, images, self._scratch, status
         )
+        if self.augment is not None:
+            self.augment(images, rows)
         return Decoded(images, rows[status != 0])
 
 

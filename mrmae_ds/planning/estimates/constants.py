@@ -51,7 +51,6 @@ class Constants:
     dataset_bytes: float
     image_side: float
     ffcv_batches: float
-    augment_batches: float
     threshold: float
 
     @property

@@ -40,8 +40,6 @@ def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         items[f"batches decoded by FFCV ({batches:g} per rank, pinned)"] = ranks * batches * batch
         threads = recipe.loader.num_workers or 1
         items["buffers of the decoding threads"] = ranks * threads * 3 * CONSTANTS.image_side**2
-    if stage.task.augment is not None:
-        items["batches in augmentation (shared)"] = ranks * CONSTANTS.augment_batches * batch
     items["page cache of the training images"] = num_images * CONSTANTS.image_bytes
     return items
 

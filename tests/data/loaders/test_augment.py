@@ -11,13 +11,22 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 
-from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, SampleErasing, seed_generators
+from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, Change, PolicyDraws, SampleErasing
+from mrmae_ds.data.loaders.crop import splitmix64
 from mrmae_ds.imagenet import IMAGENET_MEAN
 from tests.support.sample_data import photograph
 
 pytestmark = pytest.mark.timeout(180, method="thread")
 POLICY = "rand-m9-mstd0.5-inc1"
 SETTINGS = AugmentSettings(IMAGENET_MEAN, POLICY)
+
+
+def _seed_generators(key: int, purpose: int) -> int:
+    """Seed the global generators, which timm draws from, as the project seeds its own."""
+    seed = int(splitmix64(np.array([key], dtype=np.uint64) ^ np.uint64(purpose))[0]) >> 1
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    return seed
 
 
 def test_augment_equals_timm() -> None:
@@ -30,11 +39,36 @@ def test_augment_equals_timm() -> None:
     for key in keys:
         ours(image, key + 1)  # an earlier draw has no effect
         result = np.asarray(ours(image, key))
-        seed_generators(key, 0x706F6C69)
+        _seed_generators(key, 0x706F6C69)
         assert np.array_equal(result, np.asarray(theirs(image))), key
         changed += not np.array_equal(result, np.asarray(image))
     # Two operations, each applied with probability a half: a quarter of the images stays as it is.
     assert 20 <= changed <= 38
+
+
+def test_draws_have_the_distribution_of_the_policy() -> None:
+    """15 operations with the same probability, each applied in half of the cases, at magnitudes of N(9, 0.5)."""
+    count = 4000
+    codes, arguments = PolicyDraws(SETTINGS, 224)(np.arange(count, dtype=np.uint64))
+    assert abs((codes != Change.NONE).mean() - 0.5) < 0.02
+    shares = np.bincount(codes[codes != Change.NONE], minlength=12)[1:] / (codes != Change.NONE).sum()
+    expected = np.array([1] * 10 + [5]) / 15  # the five geometric operations are one kind of change
+    assert abs(shares - expected).max() < 0.02
+    factors = arguments[codes == Change.BRIGHTNESS, 0]  # 1 +- 0.09 for each magnitude, at most 10
+    assert abs(abs(factors - 1).mean() - 0.81) < 0.01 and 0.35 < (factors > 1).mean() < 0.65
+    assert factors.min() >= 0.1 and factors.max() <= 1.9
+
+
+def test_draws_leave_the_global_generators_alone() -> None:
+    """Mixup and erasing draw from them at the same time, in another thread."""
+
+    def states() -> tuple[object, list[int]]:
+        return random.getstate(), np.random.get_state()[1].tolist()  # type: ignore[index]
+
+    before = states()
+    PolicyDraws(SETTINGS, 224)(np.arange(10, dtype=np.uint64))
+    Augment(SETTINGS, 600)(photograph(), 3)
+    assert states() == before
 
 
 def test_posterize_at_highest_magnitude_gives_black() -> None:
@@ -54,7 +88,7 @@ def test_erasing_equals_timm(dtype: torch.dtype) -> None:
     theirs = RandomErasing(0.5, mode="pixel", device="cpu")
     expected = images.clone()
     for image, key in zip(expected, keys.tolist(), strict=True):
-        torch.manual_seed(seed_generators(key, 0x65726173))
+        torch.manual_seed(_seed_generators(key, 0x65726173))
         theirs(image)
     torch.manual_seed(0)
     before = torch.get_rng_state()

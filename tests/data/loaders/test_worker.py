@@ -87,22 +87,31 @@ def _start(code: str, beton: Path, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
-_TRAINING = """
-import os, sys, time
+# Beside a GPU the workers are children of a fork server.
+_SERVER = """
+import multiprocessing, os, signal, sys, time
 from pathlib import Path
+import torch
+from mrmae_ds.data.loaders import pillow
+from mrmae_ds.data.loaders.worker import STOP_SIGNALS
 from tests.data.loaders.test_rand_augment import _loader
 
+start_method = pillow.start_method
+pillow.start_method = lambda device: start_method(torch.device("cuda", 0))
+"""
+_TRAINING = f"""
+{_SERVER}
 if __name__ == "__main__":
-    loader = _loader(Path(sys.argv[1]), num_workers=4)
+    loader = _loader(Path(sys.argv[1]), "pillow")
     next(loader.epoch(0))
-    print(*loader._pool._processes, flush=True)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(60)
 """
 
 
 @pytest.mark.timeout(300, method="thread")
-def test_augmentation_workers_end_with_their_training_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
-    """The workers are children of a fork server, which would keep running with them."""
+def test_workers_of_a_fork_server_end_with_their_training_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
+    """The server would keep running with them."""
     training = _start(_TRAINING, betons[0], tmp_path)
     try:
         assert training.stdout is not None
@@ -114,16 +123,12 @@ def test_augmentation_workers_end_with_their_training_process(betons: tuple[Path
     assert all(_wait_for_end(pid) for pid in workers)
 
 
-_SIGNALED = """
-import os, signal, sys
-from pathlib import Path
-from mrmae_ds.data.loaders.worker import STOP_SIGNALS
-from tests.data.loaders.test_rand_augment import _loader
-
+_SIGNALED = f"""
+{_SERVER}
 if __name__ == "__main__":
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: None)
-    loader = _loader(Path(sys.argv[1]), num_workers=4)
+    loader = _loader(Path(sys.argv[1]), "pillow")
     batches = loader.epoch(0)
     next(batches)
     for number in STOP_SIGNALS:
@@ -135,7 +140,7 @@ if __name__ == "__main__":
 
 @pytest.mark.multi_process
 @pytest.mark.timeout(300, method="thread")
-def test_augmentation_survives_a_signal_to_every_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
+def test_workers_survive_a_signal_to_every_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
     """As Slurm and terminals send it. The fork server is not one of the workers, and they end with it."""
     training = _start(_SIGNALED, betons[0], tmp_path)
     try:
@@ -157,10 +162,10 @@ def test_shared_memory_is_checked_for_all_ranks_of_a_node(
     monkeypatch.setenv("LOCAL_SIZE", str(ranks))
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if fits:
-        check_shared_memory("RandAugment", 57 * mib, processes=15)
+        check_shared_memory("the reader", 57 * mib, processes=15)
         return
     message = (
-        rf"RandAugment needs 58.0 MiB for each of {ranks} ranks .* has {total}[.\d]* MiB, {free}.0 MiB .*--shm-size"
+        rf"the reader needs 58.0 MiB for each of {ranks} ranks .* has {total}[.\d]* MiB, {free}.0 MiB .*--shm-size"
     )
     with pytest.raises(UserError, match=message):
-        check_shared_memory("RandAugment", 57 * mib, processes=15)
+        check_shared_memory("the reader", 57 * mib, processes=15)
