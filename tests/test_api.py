@@ -74,6 +74,28 @@ def test_losses_are_those_of_training(mode: str, recipe: Recipe, tmp_path: Path)
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("masking", ["{mode: random, keep_ratio: 0.4}", "{mode: block, masked: 6, min_block: 2}"])
+def test_losses_with_mask_tokens_are_those_of_training(masking: str, recipe: Recipe, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    settings = ["encoder_input=mask_tokens", "masking=null", f"masking={masking}"]
+    settings += ["objectives.pixels.tap=encoder", "objectives.mimic.tokens=masked"]
+    model = MRMAE.from_recipe(
+        path,
+        ["model.arch=beit_tiny", "model.overrides=null", "model.fusion=null"]
+        + [f"stages.pretrain.{setting}" for setting in settings],
+    )
+    batch, noise = make_batch(COUNT, SIDE), KEY.noise(16)
+    expected = _task(model, recipe).losses(model.student, batch, KEY)
+    stage = model.config.masking
+    assert stage is not None
+    drawn = stage.draw_blocks(KEY.image_seeds("mask"), (4, 4)) if stage.mode == "block" else noise
+    losses = model(batch.images, noise=drawn)
+    assert all(torch.equal(losses[name], expected[name]) for name in losses)
+    assert torch.equal(model(batch.images, noise=noise)["loss"], model(batch.images, noise=noise)["loss"])
+    assert model.attention(batch.images).student.shape == (COUNT, 4, 4)
+
+
 def test_losses_by_another_path(folder: Path, images: Tensor) -> None:
     """Statistics, targets and losses computed with numpy from the two models' predictions."""
     model = MRMAE.from_run(folder / "mrmae" / "pretrain")

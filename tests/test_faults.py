@@ -399,7 +399,7 @@ def test_resumes_fine_tuning_with_layer_decay(runs: SmallRuns) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "placement"), [("milan", "sharded"), ("dmae", "step")])
+@pytest.mark.parametrize(("method", "placement"), [("milan", "sharded"), ("dmae", "step"), ("mvp", "stream")])
 def test_other_methods_resume_and_are_replayed(method: str, placement: str, runs: SmallRuns, undisturbed: Path) -> None:
     """Bit by bit, and the visible set that a teacher sees is that of the captured step."""
     recipe = ("--recipe", f"ds_configs/methods/{method}_tiny.yaml", f"teachers.mae.source={undisturbed}")
@@ -413,7 +413,7 @@ def test_other_methods_resume_and_are_replayed(method: str, placement: str, runs
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     (capture,) = (runs.stage(f"nan {method}") / "captures").iterdir()
     for part in replay(capture, CPU)[1]:
-        assert part.finite and len(part.replayed) == {"milan": 2, "dmae": 3}[method]
+        assert part.finite and len(part.replayed) == {"milan": 2, "dmae": 3, "mvp": 2}[method]
         for name in part.replayed.keys() - {"loss"}:
             assert part.replayed[name] == pytest.approx(part.captured[name], rel=1e-5)
 

@@ -201,6 +201,15 @@ def test_clipping_must_be_stated(load: Load) -> None:
     assert "gradient_clipping is required" in _error(load, gradient_clipping=None)
 
 
+def test_the_recipes_clipping_fills_the_files(load: Load) -> None:
+    config = load(gradient_clipping=0.0)
+    assert config.with_clipping(None) is config
+    assert config.with_clipping(0.02).for_deepspeed(1)["gradient_clipping"] == 0.02
+    assert load(gradient_clipping=3.0).with_clipping(3.0).as_used(1)["gradient_clipping"] == 3.0
+    with pytest.raises(UserError, match="1 contradicts the recipe's optimizer"):
+        load(gradient_clipping=1.0).with_clipping(3.0)
+
+
 @pytest.mark.parametrize("value", [None, "auto"])
 def test_the_micro_batch_must_be_stated(load: Load, value: str | None) -> None:
     assert "train_micro_batch_size_per_gpu is required" in _error(load, train_micro_batch_size_per_gpu=value)

@@ -134,6 +134,19 @@ def test_the_loss_is_the_mean_over_masked_tokens_of_the_batch(spec: EncoderSpec)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("spec", [SPEC, VIT], ids=["beit", "vit"])
+def test_attention_is_dropped_in_training_alone(spec: EncoderSpec) -> None:
+    encoder, images = build_encoder(spec, 32, attn_drop_rate=0.5), random_images(2, 32, seed=3)
+    perturb(encoder, seed=1)
+    rates = {block.attn.attn_drop.p for block in encoder.transformer_blocks}
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first, second = encoder(images), encoder(images)
+        assert rates == {0.5} and not torch.equal(first, second)
+        encoder.eval()
+        assert torch.equal(encoder(images), encoder(images))
+
+
 def test_all_tokens_without_a_mask_have_no_mask_token() -> None:
     model, images = model_of(SPEC, ALL, mask_token=False), random_images(2, 32, seed=3)
     assert "encoder.mask_token" not in model.state_dict()

@@ -152,6 +152,14 @@ def test_lr_of_every_step_follows_the_schedule() -> None:
     assert rates[0] == 0.0 and max(rates) <= 0.3
 
 
+def test_a_step_schedule_divides_the_rate_by_ten_at_its_milestones() -> None:
+    optimizer = optimizer_config(lr=0.3, min_lr=0.0, warmup_epochs=1.5, schedule="step", milestones=(2, 3.5))
+    schedule = make_schedule(finetune_config(epochs=5, optimizer=optimizer), steps_per_epoch=4)
+    rates = [schedule.lr_at_step(step) for step in range(20)]
+    expected = [0.3 * step / 6 for step in range(6)] + [0.3] * 2 + [0.03] * 6 + [0.003] * 6
+    assert rates == pytest.approx(expected, rel=1e-12)
+
+
 def test_base_lr_is_scaled_by_the_global_batch() -> None:
     optimizer = optimizer_config(lr=None, base_lr=0.1, warmup_epochs=0)
     schedule = make_schedule(finetune_config(batch_size=1024, optimizer=optimizer))

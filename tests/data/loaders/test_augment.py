@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import functional
 
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, Change, PolicyDraws, SampleErasing
 from mrmae_ds.data.loaders.crop import splitmix64
@@ -69,6 +70,24 @@ def test_draws_leave_the_global_generators_alone() -> None:
     PolicyDraws(SETTINGS, 224)(np.arange(10, dtype=np.uint64))
     Augment(SETTINGS, 600)(photograph(), 3)
     assert states() == before
+
+
+def test_color_jitter_is_torchvisions_by_the_sample_alone() -> None:
+    """Against torchvision's functions, with the order and the factors that a generator of the sample's key gives."""
+    image, size = photograph().crop((100, 100, 196, 196)), 96
+    jitter = Augment(AugmentSettings(IMAGENET_MEAN, color_jitter=0.4), size)
+    changes = [functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation]
+    for key in range(8):
+        jitter(image, key + 1)
+        found = np.asarray(jitter(image, key))
+        seed = splitmix64(np.array([key ^ 0x6A697474], dtype=np.uint64))[0] >> np.uint64(1)
+        generator, expected, order = random.Random(int(seed)), image, list(changes)
+        generator.shuffle(order)
+        for change in order:
+            expected = change(expected, generator.uniform(0.6, 1.4))
+        assert np.array_equal(found, np.asarray(expected)) and not np.array_equal(found, np.asarray(image))
+    both = Augment(AugmentSettings(IMAGENET_MEAN, POLICY, 0.4), size)
+    assert np.array_equal(np.asarray(both(image, 3)), np.asarray(Augment(SETTINGS, size)(jitter(image, 3), 3)))
 
 
 def test_posterize_at_highest_magnitude_gives_black() -> None:
