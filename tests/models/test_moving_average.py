@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.sections import TeacherConfig
+from mrmae_ds.factory import build_pretraining
 from mrmae_ds.models.beit import MaskedBeit
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
@@ -174,3 +177,14 @@ def test_training_equals_a_loop_in_float64() -> None:
         own = {name: decay * own[name] + (1 - decay) * weights[name].detach() for name in names}
         for name, parameter in model.averages["ema"].network.named_parameters():
             torch.testing.assert_close(parameter.detach(), own[name], rtol=1e-12, atol=1e-14)
+
+
+def test_parameters_are_as_many_as_the_authors() -> None:
+    recipe = load_recipe(Path("ds_configs/methods/data2vec_base.yaml"))
+    assert recipe.stages.pretrain is not None
+    with torch.device("meta"):
+        model, teachers = build_pretraining(recipe, recipe.stages.pretrain)
+    averaged = sum(p.numel() for p in model.averages.parameters())
+    assert sum(p.numel() for p in model.parameters()) == 86_256_720 + averaged and not teachers
+    assert averaged == sum(p.numel() for p in model.encoder.parameters())
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 86_256_720

@@ -93,7 +93,7 @@ def test_every_pretraining_can_be_built_and_its_batch_size_divides(name: str) ->
             with torch.device("meta"):
                 model, teachers = build_pretraining(job.recipe, pretrain, _build_teacher)
             assert model.encoder.grid == (6, 6) and {teacher.grid for teacher in teachers.values()} <= {(6, 6)}
-            assert bool(teachers) == (job.recipe.method not in ("MAE", "MCMAE", "MaskFeat", "SimMIM (ViT)"))
+            assert bool(teachers) == (job.recipe.method not in ("MAE", "MCMAE", "MaskFeat", "SimMIM (ViT)", "data2vec"))
 
 
 def test_table_3_is_complete() -> None:
@@ -121,7 +121,7 @@ def test_rows_1_and_7_are_trained_once_for_both_tables() -> None:
 def test_table_1_shares_runs_with_table_6_and_has_all_methods_that_are_computed() -> None:
     six, one = _jobs("toy6", [0, 1]), _jobs("toy1", [0, 1])
     methods = {job.recipe.method for job in one.values()}
-    others = {"MILAN", "DMAE", "MaskAlign", "MaskFeat", "MVP", "FD", "SimMIM (ViT)"}
+    others = {"MILAN", "DMAE", "MaskAlign", "MaskFeat", "MVP", "FD", "SimMIM (ViT)", "data2vec"}
     assert methods == {"MAE", "MCMAE", "MR-MAE"} | others
     assert one["toy_dmae_base-seed1/pretrain"].dependencies == ("toy_mae_base-seed1/pretrain",)
     shared = one.keys() & six.keys()
