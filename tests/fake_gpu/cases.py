@@ -73,6 +73,7 @@ class Case:
         settings: further recipe values.
         ranks: number of ranks.
         fast: in the default lane.
+        recipe: below ds_configs/, except in detection.
     """
 
     engine: str
@@ -80,6 +81,7 @@ class Case:
     settings: tuple[str, ...] = ()
     ranks: int = 1
     fast: bool = False
+    recipe: str = "tiny"
 
 
 SCRATCH = ("stages.finetune.init=scratch",)
@@ -97,6 +99,8 @@ CASES = {
     "placement-step": Case("zero1", settings=("stages.pretrain.placement=step",)),
     "placement-stream": Case("zero1", settings=("stages.pretrain.placement=stream",)),
     "placement-sharded": Case("zero3", settings=("stages.pretrain.placement=sharded",)),
+    "mask-tokens-zero1": Case("zero1", recipe="methods/mvp_tiny"),
+    "mask-tokens-autocast": Case("autocast", recipe="methods/mvp_tiny"),
     "finetune-zero1": Case("zero1", "finetune", (*SCRATCH, *AUGMENT), fast=True),
     "finetune-zero3": Case("zero3", "finetune", (*SCRATCH, "stages.finetune.rand_augment=rand-m9-mstd0.5-inc1")),
     "finetune-bf16": Case("bf16-zero1", "finetune", (*SCRATCH, *AUGMENT)),
@@ -129,7 +133,7 @@ class Workspace:
 
     def arguments(self, case: Case, name: str) -> list[str | Path]:
         """Return the command line of train.py for a run in ``FOLDER/NAME``."""
-        recipe, settings = Path("ds_configs/tiny.yaml"), list(self.settings)
+        recipe, settings = Path(f"ds_configs/{case.recipe}.yaml"), list(self.settings)
         if case.stage == "detect":
             recipe, settings = small_detections.RECIPE, small_detections.overrides(self.folder / "coco")
         where = ["--recipe", recipe, "--stage", case.stage, "--run", self.folder / name]

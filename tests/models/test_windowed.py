@@ -190,6 +190,11 @@ def test_another_stride_is_refused(arch: str) -> None:
     assert build_windowed(encoder_spec("cvit_tiny", {"patches": [4, 2, 2]}), 64, 2, ()).stride == 16
 
 
+def test_a_beit_is_refused() -> None:
+    with pytest.raises(UserError, match="relative positions of one size and no windows; use a CViT or a plain ViT"):
+        build_windowed(ARCHITECTURES["beit_base"], 224, 14, ())
+
+
 def test_blocks_that_do_not_exist_are_refused() -> None:
     with pytest.raises(UserError, match=r"detector.global_blocks: there is no block 4; .* numbered 0 to 3"):
         build_windowed(CVIT, 96, 5, (1, 4, 7))
