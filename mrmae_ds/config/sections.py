@@ -246,10 +246,13 @@ class LoaderConfig(Section):
         num_workers: decoding threads per rank; null chooses from the available cores.
         cache_dir: folder on each node (``/dev/shm/NAME``, ``$TMPDIR``) to which the .beton files are copied before
             training; null reads them in place.
+        augment_on: place of RandAugment and color jitter, ``cpu`` (the loader's workers) or ``device`` (beside the
+            model, for few cores per GPU); the pixels are the same.
     """
 
     num_workers: int | None = Field(None, ge=1)
     cache_dir: Path | None = None
+    augment_on: Literal["cpu", "device"] = "cpu"
 
 
 class LoggingConfig(Section):

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,17 +20,18 @@ from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.imagenet import IMAGENET_MEAN
 from mrmae_ds.training.checkpoint.async_saver import copy_to_cpu
 from mrmae_ds.training.checkpoint.save import write_shard
+from tests.support.fake_gpu.compute import ComputeOnHost
 from tests.support.fake_gpu.report import Counters
 from tests.support.loaders import open_loader
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
-def augmented(path: Path, device: torch.device) -> list[Batch]:
+def augmented(path: Path, device: torch.device, place: Literal["cpu", "device"] = "cpu") -> list[Batch]:
     """Return two epochs of augmented batches, all of them kept."""
     settings = AugmentSettings(IMAGENET_MEAN, "rand-m9-mstd0.5-inc1")
     options = {"crop": CropSettings(scale=(0.2, 1.0)), "augment": settings, "seed": 5, "micro_batch": 8}
-    loader = open_loader(path, device=device, num_workers=2, **options)
+    loader = open_loader(path, device=device, augment_on=place, num_workers=2, **options)
     batches = [batch for epoch in (0, 1) for batch in loader.epoch(epoch)]
     loader.close()
     return batches
@@ -40,11 +42,12 @@ def main(folder: Path) -> None:
     counters, result = Counters(), {}
 
     expected = augmented(folder / "train.beton", CPU)
-    counters.reset()
-    batches = augmented(folder / "train.beton", CUDA)
-    result["augmented"] = counters.read() | {"batches": len(batches)}
-    same = [torch.equal(a.images.cpu(), b.images) for a, b in zip(batches, expected, strict=True)]
-    result["augmented"]["equal"] = all(same)
+    for place in ("cpu", "device"):
+        counters.reset()
+        with ComputeOnHost():
+            batches = augmented(folder / "train.beton", CUDA, place)  # type: ignore[arg-type]
+        found = result[f"augmented on {place}"] = counters.read() | {"batches": len(batches)}
+        found["equal"] = all(torch.equal(a.images.cpu(), b.images) for a, b in zip(batches, expected, strict=True))
 
     keys = np.arange(64, dtype=np.uint64)
     erased = SampleErasing(0.25, CPU)(torch.zeros(64, 3, 32, 32), keys).flatten(1).any(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ def open_loader(
     augment: AugmentSettings | None = None,
     num_workers: int = 1,
     device: torch.device = CPU,
+    augment_on: Literal["cpu", "device"] = "cpu",
     **request: Any,
 ) -> Loader:
     """Return a loader of one .beton: 32 pixels, micro-batches of 4, one rank; for training if ``crop`` is given."""
@@ -31,4 +32,6 @@ def open_loader(
     values = {"image_size": 32, "micro_batch": 4, "transform": transform, **request}
     # Unchecked, for the tests of invalid settings.
     data = DataConfig.model_construct(train=path, val=path, backend=backend)
-    return build_loader(data, LoaderConfig(num_workers=num_workers), LoaderRequest("train", **values), device)
+    return build_loader(
+        data, LoaderConfig(num_workers=num_workers, augment_on=augment_on), LoaderRequest("train", **values), device
+    )

@@ -34,9 +34,10 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "result.json").read_text())
 
 
-def test_augmented_batches_are_sent_from_the_decoders_buffer(result: dict[str, Any]) -> None:
+@pytest.mark.parametrize("place", ["cpu", "device"])
+def test_augmented_batches_are_sent_from_the_decoders_buffer(result: dict[str, Any], place: str) -> None:
     """The values are those of the CPU's batches; the only waits are for a copy that ended long ago."""
-    found = result["augmented"]
+    found = result[f"augmented on {place}"]
     assert found["equal"] and found["batches"] == 10 and found["races"] == 0
     assert found["stream_waits"] == 0 and found["other_waits"] <= found["batches"]
 

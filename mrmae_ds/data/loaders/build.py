@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import get_args
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from mrmae_ds.config.sections import Backend, DataConfig, LoaderConfig
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.loaders.augment import Augment
-from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, LoaderSettings
+from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, LoaderSettings, TrainTransform
 from mrmae_ds.data.loaders.worker import ranks_of_launcher
 from mrmae_ds.data.node_cache import cached_path
 from mrmae_ds.errors import UserError
@@ -45,9 +46,20 @@ def build_loader(
         num_workers=num_workers_of(config),
         device=torch.device(device),
     )
-    augment = request.transform.augment if request.transform is not None else None
-    if augment is not None:
+    transform = request.transform
+    if transform is not None and transform.augment is not None:
+        augment = transform.augment
         Augment(augment, request.image_size)  # an invalid policy raises here, not in a worker
+        if config.augment_on == "device":
+            from mrmae_ds.data.loaders.augment_device import DeviceAugmentLoader
+
+            plain = replace(request, transform=TrainTransform(transform.crop))
+            inner = _open(backend, replace(settings, request=plain))
+            return DeviceAugmentLoader(inner, augment, request.image_size, settings.device)
+    return _open(backend, settings)
+
+
+def _open(backend: Backend, settings: LoaderSettings) -> Loader[Batch]:
     # Backends are imported late: ffcv is optional, and each takes time to import.
     if backend == "pillow":
         from mrmae_ds.data.loaders.pillow import PillowLoader
