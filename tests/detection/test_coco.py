@@ -6,7 +6,9 @@ import copy
 import pickle
 import re
 import shutil
+import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,13 @@ from tests.support.coco import CATEGORIES, COCO200, needs_coco200, small_coco, w
 @pytest.fixture
 def index(tmp_path: Path) -> CocoIndex:
     return open_index(write_coco(tmp_path)[0])
+
+
+def test_the_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    monkeypatch.delitem(sys.modules, "mrmae_ds.detection.rle")
+    with pytest.raises(UserError, match=r"detection needs pycocotools .*pip install -e '\.\[detection\]' -c constr"):
+        import_module("mrmae_ds.detection.rle")
 
 
 def test_the_index_holds_what_pycocotools_reads(index: CocoIndex, tmp_path: Path) -> None:

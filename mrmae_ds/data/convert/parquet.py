@@ -112,7 +112,10 @@ def open_tables(
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise UserError(f"Parquet and Arrow files need pyarrow ({error}): pip install pyarrow") from error
+        raise UserError(
+            f"Parquet and Arrow files need pyarrow ({error}); in the clone: pip install -e '.[parquet]' "
+            "-c constraints.txt"
+        ) from error
     places: list[Place] = []
     labels: list[int] = []
     names: list[str] | None = None

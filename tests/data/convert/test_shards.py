@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -209,6 +210,17 @@ def test_a_gap_in_the_numbers_of_shards_is_a_warning(tmp_path: Path, caplog: pyt
     find_shards(_numbered(tmp_path, "train-000005.tar", "val-10.tar"), "tars")
     assert f"{tmp_path}: no train-*.tar is numbered 3, 4; are files missing?" in caplog.text
     assert f"{tmp_path}: no val-*.tar is numbered 8, 9; are files missing?" in caplog.text
+
+
+def test_the_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert main(["data", "parquet", str(tmp_path), "--out", str(tmp_path / "out"), "--val-fraction", "0.5"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: Parquet and Arrow files need pyarrow (")
+    assert error.endswith("in the clone: pip install -e '.[parquet]' -c constraints.txt")
 
 
 def test_tables_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

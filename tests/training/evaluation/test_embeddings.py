@@ -18,7 +18,7 @@ from mrmae_ds.cli.main import main
 from mrmae_ds.training.evaluation.embeddings import fit_linear, list_files, quick_accuracy
 from mrmae_ds.weights.export import export_run
 from tests.fixtures import load_reference
-from tests.support.record_runs import VIT, make_recipe, save_pretraining
+from tests.support.record_runs import VIT, make_recipe, save_finetuning, save_pretraining
 from tests.support.released import mae_state, write_released
 from tests.support.sample_data import SIDE, Crops
 from tests.weights.test_export import load_by
@@ -87,12 +87,30 @@ def test_parquet_with_classes_and_accuracies(
     assert all(line.endswith(f" of {table['part'].count('val')} images of 2 classes") for line in (knn, probe))
 
 
-def test_released_weights(tree: Path, tmp_path: Path) -> None:
+def test_released_weights(tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_released(tmp_path / "mae.pth", mae_state(load_reference("mae")))
     (tmp_path / "config.json").write_text('{"num_attention_heads": 4}')
-    images, out = sorted(tree.glob("*/*.png"))[:2], tmp_path / "f.npy"
-    assert main(["features", str(path), *map(str, images), "--out", str(out), "--device", "cpu"]) == 0
+    out = tmp_path / "f.npy"
+    assert main(["features", str(path), str(tree), "--accuracy", "--out", str(out), "--device", "cpu"]) == 0
+    with out.with_suffix(".csv").open(newline="") as file:
+        images = [Path(row["file"]) for row in csv.DictReader(file)]
     np.testing.assert_allclose(np.load(out), _expected(path, images, tmp_path), atol=1e-5)
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["knn/top1", "probe/top1"]
+
+
+@pytest.mark.parametrize("part", ["pretrain", "finetune"])
+def test_exported_files_and_classifiers(part: str, tree: Path, tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path / "val.beton", "MAE", VIT, SIDE, None)
+    save_pretraining(tmp_path, recipe, seed=1)
+    save_finetuning(tmp_path, recipe, seed=2)
+    stage, images, found = tmp_path / part, sorted(tree.glob("*/*.png"))[:3], []
+    exports = [export_run(stage, layout, tmp_path / f"{layout}.safetensors").path for layout in ("timm", "safetensors")]
+    for path in (stage, *exports):
+        out = str(tmp_path / "f.npy")
+        assert main(["features", str(path), *map(str, images), "--out", out, "--device", "cpu"]) == 0
+        found.append(np.load(out))
+    np.testing.assert_allclose(found[0], _expected(stage, images, tmp_path), atol=1e-5)
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
