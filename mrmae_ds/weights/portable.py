@@ -54,9 +54,9 @@ def export_portable(source: Path, layout: PortableLayout, out: Path | None = Non
     """
     if layout == "onnx":
         _check_onnx()
-    path = finished_weights(source)
+    path = file = finished_weights(source)
+    notes: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory() as temporary:
-        file, notes = path, tuple[str, ...]()
         if not is_ours(path) or read_metadata(path).get("layout") != "timm":
             exported = export_run(path, "timm", Path(temporary) / "timm.safetensors")
             file, notes = Path(exported.path), exported.notes
