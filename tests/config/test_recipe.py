@@ -537,7 +537,7 @@ def test_writing_a_default_out_does_not_change_the_hash(path: Path, recipe: Reci
 
 def test_the_resolved_recipe_states_every_default(path: Path, recipe: Recipe, tmp_path: Path) -> None:
     resolved = yaml.safe_load(recipe.to_yaml())
-    assert resolved["loader"] == {"num_workers": None, "cache_dir": None}
+    assert resolved["loader"] == {"num_workers": None, "cache_dir": None, "augment_on": "cpu"}
     assert resolved["stages"]["pretrain"]["objectives"]["mimic"]["loss"] == "l2"
     assert resolved["data"]["train"] == "train.beton"
     (tmp_path / "again.yaml").write_text(recipe.to_yaml())

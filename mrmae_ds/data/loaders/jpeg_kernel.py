@@ -75,7 +75,7 @@ class Scratch(NamedTuple):
         firsts: int64 [T, 4, S], first input sample of each output, for luma down, luma across, chroma down, chroma
             across.
         weights: int16 [T, 4, S, K], of the same axes.
-        kernel: float64 [T, K].
+        sums: float64 [T, K + 3, S].
     """
 
     handles: UIntArray
@@ -89,7 +89,7 @@ class Scratch(NamedTuple):
     reduced: npt.NDArray[np.int16]
     firsts: IntArray
     weights: npt.NDArray[np.int16]
-    kernel: FloatArray
+    sums: FloatArray
 
 
 def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
@@ -123,7 +123,7 @@ def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
         reduced=np.empty((threads, 3, side + taps, size + -size % 4), dtype=np.int16),
         firsts=np.zeros((threads, 4, size), dtype=np.int64),
         weights=np.zeros((threads, 4, size, taps), dtype=np.int16),
-        kernel=np.zeros((threads, taps)),
+        sums=np.zeros((threads, taps + 3, size)),
     )
 
 
