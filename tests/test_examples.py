@@ -12,10 +12,10 @@ import nbformat
 import pytest
 import torch
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
 
 from mrmae_ds.api import ImageEncoder
 from mrmae_ds.data.beton.sidecar import check_beton
+from mrmae_ds.errors import UserError
 from tests.support.processes import REPOSITORY
 from tests.support.record_runs import CVIT, VIT, make_recipe, save_pretraining
 from tests.support.sample_data import SIDE, write_sample_beton
@@ -62,13 +62,12 @@ NOTEBOOK, RUN = REPOSITORY / "examples" / "pretraining.ipynb", 'RUN = Path("runs
 SHAPES = "list(map(list, (pixels.shape, rebuilt.masked.shape, attention.teachers['guide'].shape, colors.shape)))"
 
 
-def execute(run: Path) -> Any:
-    """The notebook after a kernel of its own has run it, with another run than the demo's and a cell more."""
+def notebook_of(run: Path) -> Any:
+    """The notebook with another run than the demo's."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     (start,) = (cell for cell in notebook.cells if RUN in cell.source)
     start.source = start.source.replace(RUN, f"RUN = Path({str(run)!r})")
-    notebook.cells.append(nbformat.v4.new_code_cell(SHAPES))
-    return NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}}).execute()
+    return notebook
 
 
 @pytest.mark.slow
@@ -78,7 +77,10 @@ def test_the_notebook(tmp_path: Path) -> None:
     save_pretraining(tmp_path / "mae", make_recipe(tmp_path / "val.beton", "MAE", VIT, SIDE, None), seed=1)
     recipe = make_recipe(tmp_path / "val.beton", "MR-MAE", CVIT, SIDE, tmp_path / "mae" / "pretrain")
     save_pretraining(tmp_path / "mrmae", recipe, seed=2)
-    executed = execute(tmp_path / "mrmae" / "pretrain")
+    notebook = notebook_of(tmp_path / "mrmae" / "pretrain")
+    notebook.cells.append(nbformat.v4.new_code_cell(SHAPES))
+    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(NOTEBOOK.parent)}})
+    executed = client.execute()  # by a kernel of its own
     outputs = [output for cell in executed.cells for output in cell.get("outputs", ())]
     images = [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert len(set(images)) == 3 and not [output for output in outputs if output.output_type == "error"]
@@ -86,10 +88,11 @@ def test_the_notebook(tmp_path: Path) -> None:
     assert outputs[-1].data["text/plain"] == str([side, side, [8, grid, grid], [8, 3, grid, grid]])
 
 
-@pytest.mark.multi_process
-def test_the_notebook_without_its_run_names_the_demo(tmp_path: Path) -> None:
-    with pytest.raises(CellExecutionError, match=r"absent is missing: run `make demo` in the repository, or set RUN"):
-        execute(tmp_path / "absent")
+def test_the_notebook_without_its_run_names_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(NOTEBOOK.parent)
+    code = [cell.source for cell in notebook_of(tmp_path / "absent").cells if cell.cell_type == "code"]
+    with pytest.raises(UserError, match=r"absent is missing: run `make demo` in the repository, or set RUN"):
+        exec(code[0], {})
 
 
 def test_the_notebook_is_stored_without_outputs() -> None:
