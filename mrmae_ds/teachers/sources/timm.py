@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ from mrmae_ds.weights.names import PREFIX_WORDS, describe_names
 from mrmae_ds.weights.paths import weights_sha256
 from mrmae_ds.weights.resolve import Weights, resolve
 
+# Tensors that no feature needs: heads, the norm and the pooling before one, and masks of pre-training.
+UNUSED = re.compile(r"(head\w*|fc_norm|attn_pool|pre_logits)\.|mask_token$|.*num_batches_tracked$")
+TOKEN = re.compile(r"(cls|dist|reg)_token")  # with rows in the position embedding
+REGISTERS = re.compile(r"^(register|storage)_tokens$")  # DINOv2's and DINOv3's own names
 # DINO's guard against rounding when a position embedding is resized.
 DINO_OFFSET = 0.1
 
@@ -112,10 +117,11 @@ def load_timm(options: TeacherOptions) -> LoadedNetwork:
     except UserError:
         raise
     except Exception as error:  # timm, the hub client and torch raise exceptions of their own
+        reason = f"timm model {source!r} could not be loaded ({type(error).__name__}: {' '.join(str(error).split())})"
+        if weights is not None:
+            raise UserError(f"{key}: {reason}; set source to the model that {options.weights} was saved from") from None
         raise UserError(
-            f"{key}: timm model {source!r} could not be loaded ({type(error).__name__}: "
-            f"{' '.join(str(error).split())}); check the name, or give a local file as {key}.weights if the hub cannot "
-            "be reached"
+            f"{key}: {reason}; check the name, or give a local file as {key}.weights if the hub cannot be reached"
         ) from None
     statistics, details = _decide(network, None, options)
     return LoadedNetwork(network, statistics, details=details)
@@ -149,22 +155,46 @@ def _load(options: TeacherOptions, weights: Weights | None, *, dino: bool) -> Lo
     else:
         tensors = _without_prefix(weights.file.tensors, network)
     state = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    if weights is not None:  # before resizing, which takes the model's tokens for those of the file
+        tokens = [REGISTERS.sub("reg_token", name) for name in state]
+        _check_names(list(filter(TOKEN.fullmatch, tokens)), network, weights, options)
     details |= _resize_pos_embed(state, network, options, dino)
     filter_fn = _checkpoint_filter(network)
     state = filter_fn(state, network) if filter_fn else state
+    if weights is not None:
+        _check_names(list(state), network, weights, options)
     result = network.load_state_dict(state, strict=False)
-    # The file may have a head, which is not needed; it must not have blocks, or parts of them, that the model lacks.
-    known = {name.split(".")[0] for name in network.state_dict().keys() & state.keys() if "." in name}
-    foreign = [name for name in result.unexpected_keys if name.split(".")[0] in known]
-    if foreign:
-        raise UserError(
-            f"{options.key}.weights: {options.weights} is not a file of {options.source}: the model lacks "
-            f"{len(foreign)} of its tensors, first {foreign[0]}"
-        )
     missing = [name for name in result.missing_keys if not name.endswith("num_batches_tracked")]
     identity = weights.identity if weights is not None else None
     is_mean_pooled = identity is not None and not identity.extras and identity.pool == "avg"
     return LoadedNetwork(network, statistics, missing, details, is_mean_pooled)
+
+
+def _check_names(names: Collection[str], network: TimmNetwork, weights: Weights, options: TeacherOptions) -> None:
+    """Check that a model has all tensors of a file but those that no feature needs, and that the file has its tokens.
+
+    Args:
+        names: of the file's tensors, by timm's names.
+        network: the model.
+        weights: the file.
+        options: options from the recipe.
+
+    Raises:
+        UserError: naming the recipe key and the first tensor.
+    """
+    expected, ours = network.state_dict().keys(), weights.identity.names
+    heads = network.pretrained_cfg.get("classifier") or ()
+    unused = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
+    # Decoders and heads of a pre-training that this project knows.
+    unused += tuple(name for name in names if not ours.get(name, "encoder.").startswith("encoder."))
+    foreign = [n for n in names if n not in expected and not UNUSED.match(n) and not n.startswith(unused)]
+    lacking = [n for n in expected - set(names) if TOKEN.fullmatch(n)] if "cls_token" in names else []
+    what = f"the model lacks {len(foreign)} of its tensors, first {foreign[0]}" if foreign else ""
+    if what or lacking:
+        raise UserError(
+            f"{options.key}.weights: {options.weights} is not a file of {options.source}: "
+            f"{what or f'it lacks {lacking[0]}'}; set source to the model that it was saved from"
+        )
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], network: nn.Module) -> Mapping[str, Tensor]:

@@ -262,10 +262,72 @@ def test_unused_tensors_may_be_missing_or_superfluous(tmp_path: Path) -> None:
     state = save_model(tmp_path / "weights.pt").state_dict()
     expected = build(tmp_path / "weights.pt")(pixels_of(1, 64))
     bare = {name: value for name, value in state.items() if not name.startswith(("norm.", "head."))}
-    torch.save(bare | {"projection.weight": torch.ones(2)}, tmp_path / "bare.pt")
+    torch.save(bare | {"head.mlp.0.weight": torch.ones(2), "mask_token": torch.ones(1, 1, 48)}, tmp_path / "bare.pt")
     assert torch.equal(build(tmp_path / "bare.pt")(pixels_of(1, 64)).tokens, expected.tokens)
     with pytest.raises(UserError, match=r"lacks 2 of its tensors, first norm.(weight|bias)"):
         build(tmp_path / "bare.pt", features="ln_post")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    ["reg_token", "dist_token", "norm_pre.weight", "rel_pos_bias.table", "rope.freqs", "projection.weight", "scale"],
+)
+def test_tensors_that_the_model_lacks_are_refused_wherever_they_are(extra: str, tmp_path: Path) -> None:
+    """Without them the features differ, and no shape does."""
+    state = save_model(tmp_path / "weights.pt").state_dict()
+    torch.save(state | {extra: torch.ones(1, 1, 48)}, tmp_path / "more.pt")
+    with pytest.raises(UserError, match=rf"dino.weights: .*more.pt is not a file of .*: the model lacks 1 .* {extra};"):
+        build(tmp_path / "more.pt")
+
+
+@pytest.mark.parametrize(
+    "extra", ["head_dist.weight", "fc_norm.weight", "attn_pool.q.weight", "pre_logits.fc.bias", "decoder_embed.weight"]
+)
+def test_heads_and_decoders_are_not_needed(extra: str, tmp_path: Path) -> None:
+    state = save_model(tmp_path / "weights.pt").state_dict()
+    torch.save(state | {extra: torch.ones(48)}, tmp_path / "more.pt")
+    expected = build(tmp_path / "weights.pt")(pixels_of(1, 64))
+    assert torch.equal(build(tmp_path / "more.pt")(pixels_of(1, 64)).tokens, expected.tokens)
+
+
+@pytest.mark.parametrize("distilled", ["deit_tiny_distilled_patch16_224", "vit_tiny_patch16_224"])
+def test_a_distilled_model_and_a_plain_one_are_not_exchanged(distilled: str, tmp_path: Path) -> None:
+    """The position embedding has a row per token, so its resizing fails first, with an error of torch's."""
+    names = {"deit_tiny_distilled_patch16_224", "deit_tiny_patch16_224", "vit_tiny_patch16_224"} - {distilled}
+    torch.save(timm.create_model(distilled, num_classes=0).state_dict(), tmp_path / "x.pt")
+    other = "deit_tiny_patch16_224" if "distilled" in distilled else sorted(names)[0]
+    found = "the model lacks 1 of its tensors, first dist_token" if "distilled" in distilled else "it lacks dist_token"
+    with pytest.raises(UserError, match=rf"x.pt is not a file of {other}.*: {found}; set source to") as refused:
+        build(tmp_path / "x.pt", other, image_size=224, student_grid=(14, 14))
+    assert "hub" not in str(refused.value)
+
+
+def test_a_local_file_of_other_shapes_is_refused_without_the_hub(tmp_path: Path) -> None:
+    torch.save(timm.create_model("mrmae_test_vit", num_classes=0, embed_dim=24).state_dict(), tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"could not be loaded .*; set source to the model that .*x.pt was") as refused:
+        build(tmp_path / "x.pt")
+    assert "hub" not in str(refused.value)
+
+
+def test_registers_by_their_authors_names(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "weights.pt", reg_tokens=4, no_embed_class=True, img_size=64)
+    state = model.state_dict()
+    state["register_tokens"] = state.pop("reg_token")
+    row, state["mask_token"] = torch.ones(1, 1, 48), torch.zeros(1, 48)
+    state["pos_embed"] = torch.cat([row, state["pos_embed"]], dim=1)
+    state["cls_token"] = state["cls_token"] - row  # timm's conversion adds the row
+    torch.save(state, tmp_path / "registers.pt")
+
+    @register_model
+    def mrmae_test_vit_registers(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+        return _vit(3, pretrained, **{"reg_tokens": 4, "no_embed_class": True} | kwargs)
+
+    found = build(tmp_path / "registers.pt", "mrmae_test_vit_registers", position_resize="library")
+    expected = build(tmp_path / "weights.pt", "mrmae_test_vit_registers", position_resize="library")
+    pixels = pixels_of(1, 64)
+    torch.testing.assert_close(found(pixels).tokens, expected(pixels).tokens, atol=1e-5, rtol=1e-4)
+    with pytest.raises(UserError, match="the model lacks 1 of its tensors, first reg_token"):
+        build(tmp_path / "registers.pt")
 
 
 def test_clip_weights_under_a_timm_name_of_the_other_gelu_are_refused(tmp_path: Path) -> None:
