@@ -16,12 +16,13 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.weights.formats import TensorFile
-from mrmae_ds.weights.names import HF_VIT
+from mrmae_ds.weights.names import HF_CLIP, HF_VIT
 
 CONFIG, PROCESSOR, OPEN_CLIP = "config.json", "preprocessor_config.json", "open_clip_config.json"
 # Hugging Face's names of the exact GELU, and the largest epsilon of a layer norm that changes no result: models here
 # have 1e-6, Google's ViT 1e-12.
 EXACT_GELU, MAX_EPSILON = ("gelu", "gelu_python"), 1e-5
+ACTIVATIONS = {HF_VIT: EXACT_GELU, HF_CLIP: (*EXACT_GELU, "quick_gelu")}
 # Names of sizes in Hugging Face's configurations and in timm's model_args, by the fields of a plain ViT's spec.
 RECORDED_SIZES = {"depth": ("num_hidden_layers", "depth"), "patch": ("patch_size",)}
 OPEN_CLIP_SIZES = {"depth": ("layers",), "patch": ("patch_size",)}
@@ -228,20 +229,32 @@ def recorded_classes(file: TensorFile, config: Mapping[str, Any], num_classes: i
     return tuple(str(numbered[str(number)]) for number in range(num_classes))
 
 
-def check_layers(file: TensorFile, config: Mapping[str, Any]) -> None:
-    """Check that a configuration of :func:`model_config` is of an encoder with the layers of this project's.
+def check_layers(file: TensorFile, config: Mapping[str, Any], plain: bool = True) -> None:
+    """Check that a configuration of :func:`model_config` is of an encoder with the layers of those here.
+
+    Args:
+        file: the file.
+        config: the configuration.
+        plain: it has only tensors that this project's encoder has; for others timm has layers of any kind.
 
     Raises:
-        UserError: for another activation or epsilon.
+        UserError: for another activation, norm or epsilon.
     """
-    if file.layout == HF_VIT:
-        activation, epsilon = config.get("hidden_act", EXACT_GELU[0]), config.get("layer_norm_eps", 0)
-        if activation not in EXACT_GELU:
+    for key, known in TIMM_LAYERS.items():
+        layer = config_part(config, "model_args").get(key)
+        if plain and layer is not None and layer not in known:
             raise UserError(
-                f"{file.path}: has the activation {activation} (hidden_act in config.json), not the exact GELU"
+                f"{file.path}: has the {key} {layer} (model_args in config.json), and encoders here {known[0]}"
             )
-        if not isinstance(epsilon, (int, float)) or not 0 <= epsilon <= MAX_EPSILON:
-            raise UserError(
-                f"{file.path}: has layer norms of epsilon {epsilon} (layer_norm_eps in config.json), more than the "
-                f"models here have ({MAX_EPSILON:g} at most)"
-            )
+    if file.layout not in ACTIVATIONS:
+        return
+    activations = ACTIVATIONS[file.layout]
+    activation, epsilon = config.get("hidden_act", activations[0]), config.get("layer_norm_eps", 0)
+    if activation not in activations:
+        known = "the exact GELU" + " or quick_gelu" * ("quick_gelu" in activations)
+        raise UserError(f"{file.path}: has the activation {activation} (hidden_act in config.json), not {known}")
+    if not isinstance(epsilon, (int, float)) or not 0 <= epsilon <= MAX_EPSILON:
+        raise UserError(
+            f"{file.path}: has layer norms of epsilon {epsilon} (layer_norm_eps in config.json), more than the "
+            f"models here have ({MAX_EPSILON:g} at most)"
+        )

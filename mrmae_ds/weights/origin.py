@@ -92,7 +92,7 @@ def find_origin(
         UserError: if a configuration beside the file is damaged, or of an encoder that this project does not compute.
     """
     config = model_config(file, sizes)
-    check_layers(file, config)
+    check_layers(file, config, plain and bool(family))
     statistics, statistics_by = _statistics(file, metadata, config)
     if statistics is None and (mark := _mark(file, family, plain)):
         statistics, statistics_by = (IMAGENET_MEAN, IMAGENET_STD), mark

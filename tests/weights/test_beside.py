@@ -173,3 +173,33 @@ def test_an_image_processor_of_another_input_is_refused(change: dict[str, Any], 
     ((key, value),) = change.items()
     with pytest.raises(UserError, match=rf"x.pth: preprocessor_config.json beside it has {key} {value}, so the input"):
         resolve(path)
+
+
+@pytest.mark.parametrize("layer", [{"act_layer": "quick_gelu"}, {"act_layer": "gelu_tanh"}, {"norm_layer": "rmsnorm"}])
+def test_another_activation_or_norm_of_timms_is_refused(layer: dict[str, str], tmp_path: Path) -> None:
+    path = classifier(tmp_path)
+    usual = {"num_heads": 3, "act_layer": "gelu", "norm_layer": "layernorm"}
+    write(tmp_path, "config.json", {"model_args": usual, "label_names": ["a", "b", "c"]})
+    assert names_of(path) == ["a", "b", "c"]
+    write(tmp_path, "config.json", {"model_args": usual | layer})
+    ((key, value),) = layer.items()
+    with pytest.raises(UserError, match=rf"x.pth: has the {key} {value} \(model_args in config.json\), and encoders"):
+        resolve(path)
+    torch.save(tiny_vit(pre_norm=True).state_dict(), path)  # which no encoder here has anyway: a teacher of timm's
+    assert resolve(path).identity.extras
+
+
+@pytest.mark.parametrize("epsilon", [1e-5, 1e-6])
+@pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
+def test_a_hugging_face_clip_has_the_layers_of_open_clips(act: str, epsilon: float, tmp_path: Path) -> None:
+    torch.save(hugging_face_clip(tiny_clip()), tmp_path / "x.pth")
+    usual = CLIP_VISION | {"hidden_act": act, "layer_norm_eps": epsilon}
+    write(tmp_path, "config.json", {"vision_config": usual})
+    assert resolve(tmp_path / "x.pth").problem == ""
+    for change, message in (
+        ({"hidden_act": "gelu_pytorch_tanh"}, r"x.pth: has the activation gelu_pytorch_tanh \(hidden_act .*quick_gelu"),
+        ({"layer_norm_eps": 0.01}, r"x.pth: has layer norms of epsilon 0.01 \(layer_norm_eps in config.json\)"),
+    ):
+        write(tmp_path, "config.json", {"vision_config": usual | change})
+        with pytest.raises(UserError, match=message):
+            resolve(tmp_path / "x.pth")

@@ -20,7 +20,7 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.teachers.base import LibraryTeacher, MetaTeacher, tensors_sha256
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.sources.timm_origin import check_gelu, check_heads, check_kind, statistics_of
+from mrmae_ds.teachers.sources.timm_origin import check_activation, check_gelu, check_heads, check_kind, statistics_of
 from mrmae_ds.teachers.sources.timm_readers import BlockReader, TimmNetwork, timm_reader
 from mrmae_ds.weights.names import PREFIX_WORDS, describe_names
 from mrmae_ds.weights.paths import weights_sha256
@@ -140,6 +140,7 @@ def _decide(
     if weights is not None:
         blocks = getattr(network, "blocks", None)
         heads = getattr(getattr(blocks[-1], "attn", None), "num_heads", None) if blocks else None
+        details |= check_activation(network, weights, options)
         details |= check_heads(heads, weights, options) | {"statistics": by}
         if chosen := describe_names(weights.file):
             details["weights"] = "; ".join(chosen)

@@ -7,7 +7,8 @@ contradicts another, is refused. timm itself takes the values of the name's defa
 from __future__ import annotations
 
 import timm
-from timm.layers import QuickGELU
+import torch
+from timm.layers import QuickGELU, create_act_layer
 from timm.models import get_pretrained_cfg
 
 from mrmae_ds.errors import UserError
@@ -15,6 +16,7 @@ from mrmae_ds.imagenet import Rgb
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.gelu import Gelu, gelu_of_file, resolve_gelu
 from mrmae_ds.teachers.sources.timm_readers import TimmNetwork
+from mrmae_ds.weights.beside import config_part, model_config
 from mrmae_ds.weights.resolve import Weights
 
 
@@ -59,6 +61,29 @@ def check_gelu(network: TimmNetwork, weights: Weights | None, options: TeacherOp
             f"{gelu.why}), which {options.source} does not compute; use {other}"
         )
     return {"GELU": str(gelu)}
+
+
+def check_activation(network: TimmNetwork, weights: Weights, options: TeacherOptions) -> dict[str, str]:
+    """Check that a network has the activation that timm's configuration beside a file records, and describe it.
+
+    Raises:
+        UserError: naming the recipe key, if it has another.
+    """
+    recorded = config_part(model_config(weights.file, weights.identity.sizes), "model_args").get("act_layer")
+    if recorded is None:
+        return {}
+    x = torch.linspace(-3, 3, 13)
+    try:
+        expected = create_act_layer(recorded)(x)
+    except (KeyError, AttributeError, TypeError):  # timm has no such activation
+        expected = None
+    found = [module(x) for name, module in network.named_modules() if name.endswith(".act")]
+    if expected is None or not any(torch.allclose(y, expected, atol=1e-6) for y in found):
+        raise UserError(
+            f"{options.key}.source: {options.weights} has the activation {recorded} (act_layer in config.json beside "
+            f"it), which {options.source} does not compute; set source to the model that it was saved from"
+        )
+    return {"activation": f"{recorded}, by config.json beside it"}
 
 
 def check_heads(heads: int | None, weights: Weights, options: TeacherOptions) -> dict[str, str]:

@@ -53,6 +53,18 @@ def mrmae_test_vit_dinov2(pretrained: bool = False, **kwargs: Any) -> VisionTran
     return _vit(2, pretrained, **kwargs)
 
 
+@register_model
+def mrmae_test_vit_registers(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """A model with register tokens."""
+    return _vit(3, pretrained, **{"reg_tokens": 4, "no_embed_class": True} | kwargs)
+
+
+@register_model
+def mrmae_test_vit_registers_tanh(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
+    """The same with the approximate GELU."""
+    return mrmae_test_vit_registers(pretrained, **{"act_layer": "gelu_tanh"} | kwargs)
+
+
 def save_model(path: Path, name: str = "mrmae_test_vit", **kwargs: Any) -> VisionTransformer:
     model = timm.create_model(name, num_classes=1000, **kwargs).eval()
     perturb(model, seed=3, scale=0.2)
@@ -309,18 +321,31 @@ def test_a_local_file_of_other_shapes_is_refused_without_the_hub(tmp_path: Path)
     assert "hub" not in str(refused.value)
 
 
+@pytest.mark.parametrize("computed", ["gelu", "gelu_tanh"])
+def test_a_recorded_activation_is_compared_with_the_models(computed: str, tmp_path: Path) -> None:
+    """Of networks that only timm has; a plain ViT with another one is refused before."""
+    source = "mrmae_test_vit_registers" + "_tanh" * (computed == "gelu_tanh")
+    save_model(tmp_path / "weights.pt", source)
+    for recorded in ("gelu", "gelu_tanh", "no_such_activation"):
+        (tmp_path / "config.json").write_text(json.dumps({"model_args": {"act_layer": recorded}}))
+        if recorded == computed:
+            details = build(tmp_path / "weights.pt", source).details
+            assert details["activation"] == f"{recorded}, by config.json beside it"
+            continue
+        with pytest.raises(
+            UserError, match=rf"dino.source: .* has the activation {recorded} \(act_layer in config.jso"
+        ):
+            build(tmp_path / "weights.pt", source)
+
+
 def test_registers_by_their_authors_names(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "weights.pt", reg_tokens=4, no_embed_class=True, img_size=64)
+    model = save_model(tmp_path / "weights.pt", "mrmae_test_vit_registers")
     state = model.state_dict()
     state["register_tokens"] = state.pop("reg_token")
     row, state["mask_token"] = torch.ones(1, 1, 48), torch.zeros(1, 48)
     state["pos_embed"] = torch.cat([row, state["pos_embed"]], dim=1)
     state["cls_token"] = state["cls_token"] - row  # timm's conversion adds the row
     torch.save(state, tmp_path / "registers.pt")
-
-    @register_model
-    def mrmae_test_vit_registers(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-        return _vit(3, pretrained, **{"reg_tokens": 4, "no_embed_class": True} | kwargs)
 
     found = build(tmp_path / "registers.pt", "mrmae_test_vit_registers", position_resize="library")
     expected = build(tmp_path / "weights.pt", "mrmae_test_vit_registers", position_resize="library")

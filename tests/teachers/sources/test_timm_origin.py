@@ -269,5 +269,5 @@ def test_prefixes_of_a_convolutional_networks_names_are_removed(tmp_path: Path) 
         expected = model.forward_intermediates(normalize(images, cfg["mean"], cfg["std"]), intermediates_only=True)[-1]
     torch.testing.assert_close(teacher(images).tokens, expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-4)
     torch.save({f"generator.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / "x.pt")
-    with pytest.raises(UserError, match=r"is not a file of test_resnet.r160_in1k: the model lacks 75 of its tensors, first gen"):
+    with pytest.raises(UserError, match=r"is not a file of test_resnet.r160_in1k: the model lacks 75 .* first gen"):
         TimmTeacher(options("t", "test_resnet.r160_in1k", **changes))
