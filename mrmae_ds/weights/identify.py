@@ -161,7 +161,7 @@ def identify(file: TensorFile) -> WeightIdentity:
         metadata=metadata,
         problem=_uneven_blocks(encoder, "blocks.")
         if extras
-        else _incomplete(family, sizes, shapes, names, grid, relative),
+        else _incomplete(family, sizes, shapes, names, grid, relative) or _missing_of_norms(names, pool),
     )
 
 
@@ -267,7 +267,7 @@ def _our_names(names: Iterable[str]) -> dict[str, str]:
         ours = {name: _renamed(name) for name in names}
     if PROMPTING in ours:
         ours = {name: own.replace(PIXEL_HEAD, MILAN_HEAD) for name, own in ours.items()}
-    if "head.weight" in ours and "fc_norm.weight" not in ours:
+    if "head.weight" in ours and not any(name.startswith("fc_norm.") for name in ours):
         # This norm is the classifier's own, before its head; `fc_norm` would follow the mean of the patches.
         ours |= {name: f"encoder.{name}" for name in ours if name.startswith("norm.")}
     return ours
@@ -306,7 +306,7 @@ def _mlp_ratio(shapes: Shapes, prefix: str, dim: int) -> float:
 def _pool(family: str, names: Iterable[str], recorded: str) -> str:
     """Return the pooling that the names show; "" if they show none, or another than the recorded one."""
     pool = "token" if family != "cvit" or "cls_token" in names else ""
-    pool = "avg" if "fc_norm.weight" in names else pool
+    pool = "avg" if any(name.startswith("fc_norm.") for name in names) else pool
     return pool if recorded in ("", pool) else ""
 
 
@@ -336,6 +336,23 @@ def _incomplete(
         resized = name == "pos_embed" and len(found) == 3 and (found[0], found[2]) == (shape[0], shape[2])
         if found != shape and not resized:
             return f"{theirs[name]} is {shapes[theirs[name]]}, expected {shape}"
+    return ""
+
+
+def _missing_of_norms(names: Mapping[str, str], pool: str) -> str:
+    """Report a tensor that the norm before a head lacks, or half of any last norm; "" if there is none.
+
+    Args:
+        names: this project's names by those of the file.
+        pool: input of the head; "" without a head that is taken.
+    """
+    held = set(names.values())
+    needed = {"": "", "token": "encoder.norm."}.get(pool, "encoder.fc_norm.")
+    for norm in ("encoder.norm.", "encoder.fc_norm.", "fusion.norm."):
+        both = {f"{norm}weight", f"{norm}bias"}
+        if (norm == needed or both & held) and (missing := sorted(both - held)):
+            name = " and ".join(name.removeprefix("encoder.").removeprefix("fusion.") for name in missing)
+            return f"lacks {name} of the norm after its last block{', before its head' * (norm == needed)}"
     return ""
 
 

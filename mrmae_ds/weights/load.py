@@ -113,6 +113,10 @@ def load_encoder_weights(encoder: Encoder, weights: Weights) -> LoadReport:
         tensors |= dict.fromkeys(own, table)
         identity = replace(identity, names=names | {name: f"encoder.{name}" for name in own})
     incoming, report = match_tensors(tensors, identity, state, encoder, where, "encoder.")
+    if "head.weight" in incoming and "head.bias" in report.missing:
+        incoming["head.bias"] = torch.zeros_like(state["head.bias"])
+        report.missing.remove("head.bias")
+        notes.append("head without a bias, which is zero")
     if "cls_token" in report.missing:
         raise UserError(f"{where}: has no class token (cls_token), which pool: token takes; use pool: avg")
     optional = re.compile(r"(?:head|fc_norm|norm)\.|.*\.rel_pos_[hw]$")

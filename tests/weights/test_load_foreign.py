@@ -12,6 +12,7 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
+from mrmae_ds.cli.inspect import describe
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.cvit import CViT
 from mrmae_ds.models.decoder import DecoderSpec
@@ -21,6 +22,7 @@ from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, ViTSpec
 from mrmae_ds.models.vit import MaskedViT
+from mrmae_ds.weights.export import export_run, load_exported
 from mrmae_ds.weights.load import load_encoder, load_pretrained
 from tests.fixtures import part
 from tests.support import dense
@@ -309,3 +311,58 @@ def test_a_cvit_with_a_class_token_is_pooled_by_it(tmp_path: Path) -> None:
     without = {name: tensor for name, tensor in source.state_dict().items() if name != "cls_token"}
     with pytest.raises(UserError, match=r"x.pth: has no class token \(cls_token\), which pool: token takes"):
         load_encoder(model, write_released(tmp_path / "x.pth", without))
+
+
+@pytest.mark.parametrize("lost", [["weight"], ["bias"], ["weight", "bias"]], ids=str)
+@pytest.mark.parametrize("pool", ["token", "avg"])
+def test_a_classifier_without_the_norm_before_its_head_is_refused(pool: str, lost: list[str], tmp_path: Path) -> None:
+    """A default norm in its place gives other logits; every use refuses it as check does."""
+    state, norm = tiny_vit(global_pool=pool).state_dict(), "norm" if pool == "token" else "fc_norm"
+    path, model = tmp_path / "x.pth", MaskedViT(TINY_VIT_SPEC, 32, 5, pool=pool)
+    torch.save(state, path)
+    assert load_encoder(model, path).missing == []
+    torch.save({name: t for name, t in state.items() if name not in [f"{norm}.{end}" for end in lost]}, path)
+    if (pool, len(lost)) == ("avg", 2):  # the head then is one on the class token, by its names
+        norm = "norm"
+    missing = " and ".join(f"{norm}.{end}" for end in sorted(lost))
+    problem = f"lacks {missing} of the norm after its last block, before its head"
+    for use in (load_encoder, load_pretrained):
+        taker = model if use is load_encoder else new_vit()
+        with pytest.raises(UserError, match=rf"x.pth: {problem}$"):
+            use(taker, path)
+    assert " ".join(describe(path).splitlines()[-1].split()) == f"NOT USABLE {problem}"
+    with pytest.raises(UserError, match=problem):
+        export_run(path, out=tmp_path / "out.safetensors")
+
+
+def new_vit() -> PretrainModel:
+    return pixel_model(build_encoder(TINY_VIT_SPEC, 32), FusionSpec(), DECODERS["mae"], "none")
+
+
+def test_half_a_norm_after_a_pretraining_is_refused(mae: dict[str, Tensor], tmp_path: Path) -> None:
+    state = {name: tensor for name, tensor in mae_state(mae).items() if name != "norm.weight"}
+    path = write_released(tmp_path / "x.pth", state)
+    with pytest.raises(UserError, match=r"x.pth: lacks norm.weight of the norm after its last block$"):
+        load_encoder(build_encoder(MAE, 64, 5, pool="token"), path)
+    load_encoder(build_encoder(MAE, 64), write_released(path, {n: t for n, t in state.items() if n != "norm.bias"}))
+
+
+def test_a_head_without_a_bias_has_a_zero_one(tmp_path: Path) -> None:
+    source = tiny_vit()
+    torch.nn.init.zeros_(source.head.bias)
+    torch.save(
+        {name: tensor for name, tensor in source.state_dict().items() if name != "head.bias"}, tmp_path / "x.pth"
+    )
+    model, images = MaskedViT(TINY_VIT_SPEC, 32, 5, pool="token").eval(), random_images(2, 32, seed=1)
+    torch.nn.init.ones_(model.head.bias)
+    report = load_encoder(model, tmp_path / "x.pth")
+    assert report.missing == [] and "head without a bias, which is zero" in report.notes
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), source(images))
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 3}')
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}')
+    exported = export_run(tmp_path / "x.pth", out=tmp_path / "out.safetensors")
+    with torch.no_grad():
+        torch.testing.assert_close(load_exported(Path(exported.path))(images), source(images))
+    other = MaskedViT(TINY_VIT_SPEC, 32, 7, pool="token")  # of other classes: nothing is taken
+    assert load_encoder(other, tmp_path / "x.pth").missing == ["head.weight", "head.bias"]

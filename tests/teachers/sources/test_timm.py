@@ -332,9 +332,7 @@ def test_a_recorded_activation_is_compared_with_the_models(computed: str, tmp_pa
             details = build(tmp_path / "weights.pt", source).details
             assert details["activation"] == f"{recorded}, by config.json beside it"
             continue
-        with pytest.raises(
-            UserError, match=rf"dino.source: .* has the activation {recorded} \(act_layer in config.jso"
-        ):
+        with pytest.raises(UserError, match=rf"dino.source: .* has the activation {recorded} \(act_layer in config"):
             build(tmp_path / "weights.pt", source)
 
 
