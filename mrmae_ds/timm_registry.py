@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.sizes import CViTSpec, encoder_spec
-from mrmae_ds.weights.formats import TensorFile, unwrap
+from mrmae_ds.weights.formats import TensorFile
+from mrmae_ds.weights.states import unwrap
 
 FIELDS = [field.name for field in fields(CViTSpec)]
 PREFIX = "encoder."

@@ -251,8 +251,8 @@ def check_layers(file: TensorFile, config: Mapping[str, Any], plain: bool = True
     activations = ACTIVATIONS[file.layout]
     activation, epsilon = config.get("hidden_act", activations[0]), config.get("layer_norm_eps", 0)
     if activation not in activations:
-        known = "the exact GELU" + " or quick_gelu" * ("quick_gelu" in activations)
-        raise UserError(f"{file.path}: has the activation {activation} (hidden_act in config.json), not {known}")
+        usual = "the exact GELU" + " or quick_gelu" * ("quick_gelu" in activations)
+        raise UserError(f"{file.path}: has the activation {activation} (hidden_act in config.json), not {usual}")
     if not isinstance(epsilon, (int, float)) or not 0 <= epsilon <= MAX_EPSILON:
         raise UserError(
             f"{file.path}: has layer norms of epsilon {epsilon} (layer_norm_eps in config.json), more than the "

@@ -11,7 +11,6 @@ one.
 from __future__ import annotations
 
 import argparse
-import json
 import pickle
 import re
 import warnings
@@ -31,18 +30,25 @@ from mrmae_ds.files import split_choice
 from mrmae_ds.units import first_few
 from mrmae_ds.weights.paths import INDEX_SUFFIX, read_index
 from mrmae_ds.weights.pickles import holds_arrays, pickle_contents, read_arrays
+from mrmae_ds.weights.states import choose_state, removed_words, unwrap, with_dots
 
-# Keys of the weights in a training script's checkpoint.
-STATE_KEYS = (
-    *("model", "state_dict", "module", "model_state_dict", "network", "net", "backbone", "encoder"),
-    *("model_ema", "state_dict_ema", "ema", "ema_state_dict", "student", "teacher"),
-)
-WRAPPERS = ("module.", "_orig_mod.")  # prefixes of DistributedDataParallel and torch.compile
+_CONVERT = "convert it with the program that wrote it, and save its state_dict as safetensors"
 # Starts of files that lie in the place of weights, and what they are.
 _IN_PLACE = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the weights; run git lfs pull in its repository",
     b"<": "a web page in place of the weights; download them again",
     b"{": "text in JSON, not weights; of files in shards, only the index of safetensors is read",
+    b"gguf": f"a GGUF file; {_CONVERT}",
+    b"\x89hdf": f"an HDF5 file, as of Keras; {_CONVERT}",
+    b"\x93numpy": f"one array of numpy; {_CONVERT}",
+    b"\x1f\x8b": "a gzip archive; unpack it and name the weights file in it",
+}
+# Endings of files of other formats, whose starts do not tell them.
+_ENDINGS = {
+    ".onnx": f"a program in ONNX; {_CONVERT}",
+    ".distcp": "a part of torch's distributed checkpoint; convert the whole: python -m "
+    "torch.distributed.checkpoint.format_utils dcp_to_torch FOLDER FILE.pth",
+    ".msgpack": f"weights of Flax; {_CONVERT}",
 }
 SHARD = re.compile(r"[-_](\d+)-of-(\d+)\.\w+$")  # model-00001-of-00002.safetensors
 
@@ -83,9 +89,10 @@ class TensorFile:
         code: source text of a TorchScript archive; empty for others.
         state_key: key of the weights in a checkpoint; "" if they are its whole content.
         choice: part of the tensor names that the user chose; "" for none.
-        wrapper: prefix of wrappers before every name in the file, which was removed first.
+        wrapper: words of wrappers in the names, which were removed first.
         prefix: prefix of the encoder's names, which was removed then.
         left: names of tensors outside that prefix.
+        ignored: keys beside the tensors that hold none.
         layout: other project whose names were converted to timm's or open_clip's; "" for none.
     """
 
@@ -101,6 +108,7 @@ class TensorFile:
     wrapper: str = ""
     prefix: str = ""
     left: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
     layout: str = ""
 
 
@@ -123,6 +131,8 @@ def read_tensor_file(source: Path, key: str = "") -> TensorFile:
         with warnings.catch_warnings():
             # torch warns that TorchScript is deprecated, and that a pickle's protocol is unusual.
             warnings.simplefilter("ignore")
+            if ending := _ENDINGS.get(path.suffix):
+                raise UserError(f"{path}: {ending}")
             content = _read(path)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from None
@@ -130,8 +140,8 @@ def read_tensor_file(source: Path, key: str = "") -> TensorFile:
     except Exception as error:
         raise UserError(f"{where}: {_reason(path, error)}") from None
     if isinstance(content, TensorFile):
-        return replace(content, choice=choice)
-    return _without_wrapper(_state_of(content, path, choice, where))
+        return _without_wrapper(replace(content, choice=choice), where)
+    return _without_wrapper(_state_of(content, path, choice, where), where)
 
 
 def _read(path: Path) -> Any:
@@ -144,7 +154,7 @@ def _read(path: Path) -> Any:
         raise UserError(f"{path}: one shard of several; {fix}, {index}")
     if _is_safetensors(path):
         tensors, metadata = read_safetensors(path)
-        return _without_wrapper(TensorFile(path, "safetensors", tensors, metadata=metadata))
+        return TensorFile(path, "safetensors", tensors, metadata=metadata)
     if code := _torchscript_code(path):
         if "__setstate__" in code:
             raise ValueError("a TorchScript archive whose __setstate__ would run when it is loaded")
@@ -172,6 +182,7 @@ def _read_shards(index: Path) -> TensorFile:
         shards = read_index(index)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index}: not an index of safetensors ({type(error).__name__}: {error})") from None
+    _check_numbers(index, set(shards.values()))
     tensors: dict[str, Tensor] = {}
     for name in sorted(set(shards.values())):
         path = index.parent / name
@@ -185,7 +196,24 @@ def _read_shards(index: Path) -> TensorFile:
                 f"{path}: does not hold the tensors that {index.name} names, first {wrong[0]}; copy both again"
             )
         tensors |= found
-    return _without_wrapper(TensorFile(index, "safetensors", tensors))
+    return TensorFile(index, "safetensors", tensors)
+
+
+def _check_numbers(index: Path, names: set[str]) -> None:
+    """Check that an index names all shards, by their numbers.
+
+    Raises:
+        UserError: naming the first that it lacks.
+    """
+    for name in sorted(names):
+        if shard := SHARD.search(name):
+            width, count = len(shard[1]), int(shard[2])
+            numbers = {int(found[1]) for found in map(SHARD.search, names) if found and int(found[2]) == count}
+            if lacking := sorted(set(range(1, count + 1)) - numbers):
+                raise UserError(
+                    f"{index}: names {len(numbers)} of {count} shards, not number {lacking[0]:0{width}}; download it "
+                    "again"
+                )
 
 
 def verify_checksums(path: Path) -> None:
@@ -204,18 +232,22 @@ def verify_checksums(path: Path) -> None:
         )
 
 
-def unwrap(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove prefixes that wrappers of modules put before every name."""
-    names = dict(tensors)
-    while names and (prefix := next((p for p in WRAPPERS if all(name.startswith(p) for name in names)), "")):
-        names = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
-    return names
+def _without_wrapper(file: TensorFile, where: str) -> TensorFile:
+    """Remove what wrappers put into the names, also of the choice.
 
-
-def _without_wrapper(file: TensorFile) -> TensorFile:
-    tensors = unwrap(file.tensors)
-    wrapper = next(iter(file.tensors), "").removesuffix(next(iter(tensors), ""))
-    return replace(file, tensors=tensors, wrapper=wrapper)
+    Raises:
+        UserError: naming a weight without elements.
+    """
+    if empty := [name for name, tensor in file.tensors.items() if name.endswith("weight") and not tensor.numel()]:
+        raise UserError(
+            f"{where}: {len(empty)} weights have no elements, first {empty[0]}; a checkpoint of ZeRO-3 keeps them in "
+            "the files of its ranks: run zero_to_fp32.py in its folder, and name the file that it writes"
+        )
+    tensors, choice = unwrap(file.tensors), file.choice
+    words = removed_words(file.tensors, tensors)
+    for word in words:
+        choice = f"{choice}.".removeprefix(f"{word}.").removesuffix(".")
+    return replace(file, tensors=with_dots(tensors), wrapper="".join(f"{word}." for word in words), choice=choice)
 
 
 def _is_safetensors(path: Path) -> bool:
@@ -237,6 +269,8 @@ def _reason(path: Path, error: Exception) -> str:
     """Explain why a file could not be read."""
     if in_place := next((what for start, what in _IN_PLACE.items() if _start(path).startswith(start)), ""):
         return in_place
+    if zipfile.is_zipfile(path) and (inside := _archived(path)):
+        return inside
     protocol, called = pickle_contents(path)
     if holds_arrays(called) or (zipfile.is_zipfile(path) and not isinstance(error, pickle.UnpicklingError)):
         return f"not a readable weights file, or truncated ({_first_line(error)})"
@@ -256,6 +290,16 @@ def _reason(path: Path, error: Exception) -> str:
     return f"not a readable weights file, or truncated ({_first_line(error)})"
 
 
+def _archived(path: Path) -> str:
+    """Describe a zip archive of arrays or of weights files; "" for others, as torch's own."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith(".npy") for name in names):
+        return f"arrays of numpy (.npz), as of JAX; {_CONVERT}"
+    weights = [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors", ".ckpt"))]
+    return f"an archive with {first_few(weights, 3)}; unpack it and name the weights file in it" if weights else ""
+
+
 def _start(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(100).lstrip().lower()
@@ -271,45 +315,10 @@ def _state_of(content: Any, path: Path, choice: str, where: str) -> TensorFile:
         raise UserError(f"{where}: contains a {type(content).__name__}, not a dictionary of tensors")
     args = content.get("args", {})
     options = vars(args) if isinstance(args, argparse.Namespace) else args if isinstance(args, dict) else {}
-    if _is_state(content):
-        return TensorFile(path, "pickle", dict(content), args=options, choice=choice)
-    states = _states(content)
-    # Sets without a layer's weight are buffers, as of a loss.
-    networks = [name for name, state in states.items() if any(n.endswith("weight") for n in state)] or list(states)
-    known = [name for name in networks if name in STATE_KEYS]
-    chosen = next((name for name in states if f"{choice}.".startswith(f"{name}.")), "")
-    # Another state of the same names is another copy, as of a moving average; of other names, another part.
-    names = unwrap(states[known[0]]).keys() if known else set()
-    copies = [name for name in networks if unwrap(states[name]).keys() & names]
-    if chosen in networks or (not chosen and len(known) == len(copies) == 1):
-        rest = choice[len(chosen) :].removeprefix(".")
-        state_key = chosen or known[0]
-        keys = frozenset(map(str, content))
-        file = TensorFile(path, "pickle", dict(states[state_key]), args=options, keys=keys)
-        return replace(file, state_key=state_key, choice=rest)
-    if states:
-        what = f"{len(networks)} sets of weights" if known else f"weights under unknown keys ({len(networks)})"
-        refused = f"{chosen} holds no layers, only {first_few(list(states[chosen]), 3)}; " if chosen else ""
-        raise UserError(
-            f"{where}: {refused}contains {what}: {', '.join(networks)}; choose one: "
-            f"{' or '.join(f'{path}#{name}' for name in networks)}"
-        )
-    shown = json.dumps([str(name) for name in list(content)[:8]])
-    raise UserError(
-        f"{where}: no weights found, neither at the top level nor under {first_few(STATE_KEYS, 4)}; its keys are "
-        f"{shown}"
-    )
-
-
-def _states(content: Mapping[Any, Any]) -> dict[str, Mapping[str, Tensor]]:
-    """Return the sets of tensors in a checkpoint by key, ``KEY.KEY`` for one in a dictionary of it."""
-    parts = {name: part for name, part in content.items() if isinstance(part, Mapping) and not _is_state(part)}
-    inner = {f"{name}.{key}": value for name, part in parts.items() for key, value in part.items()}
-    return {str(name): value for name, value in {**content, **inner}.items() if _is_state(value)}
-
-
-def _is_state(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+    chosen = choose_state(content, path, choice, where)
+    keys = frozenset(map(str, content)) if chosen.key else frozenset()
+    file = TensorFile(path, "pickle", chosen.tensors, args=options, keys=keys, ignored=chosen.ignored)
+    return replace(file, state_key=chosen.key, choice=chosen.choice)
 
 
 def _first_line(error: Exception) -> str:

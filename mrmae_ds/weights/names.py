@@ -23,6 +23,8 @@ PREFIX_WORDS = {
     *("bottom_up", "vit", "dinov2", "dinov2_with_registers"),  # detectors, Hugging Face
 }
 HF_VIT, HF_CLIP = "Hugging Face's ViT or DINOv2", "Hugging Face's CLIP"
+CHUNKS = "DINOv2's chunks of blocks"  # blocks.CHUNK.NUMBER, as its training script saves them
+CHUNKED = re.compile(r"blocks\.\d+\.(\d+\.)")
 # Last names of the first convolution, by which an encoder is found, with the names' layout.
 ANCHORS = (
     (re.compile(r"(.*?)visual\.(?:conv1|trunk\.patch_embed\.proj)\.weight"), "clip"),
@@ -114,10 +116,12 @@ def canonical(file: TensorFile) -> TensorFile:
             inside["visual.proj"] = projection.T
             left, unknown = ([name for name in names if "visual_projection" not in name] for names in (left, unknown))
         left += unknown
+    if not layout and (flat := _without_chunks(inside)):
+        inside, layout = flat, CHUNKS
     head = {name for name in inside if name.startswith("head.")} - {"head.0.num_batches_tracked"}
     if head == set(PROBE):  # a BatchNorm with weights of its own is another's, of unknown epsilon
         inside = _fold_probe(inside)
-    named = layout if layout in RENAMED else ""
+    named = layout if layout in (*RENAMED, CHUNKS) else ""
     return replace(file, tensors=inside, prefix=prefix, left=tuple(left), layout=named)
 
 
@@ -147,6 +151,14 @@ def _find_encoder(file: TensorFile) -> tuple[str, str | None]:
             f"the weights to load, name {file.path}#{prefix.removesuffix('.')}"
         )
     return prefix, layout
+
+
+def _without_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of an encoder whose blocks are saved in chunks by the blocks' own numbers; else empty."""
+    blocks = [name for name in tensors if name.startswith("blocks.")]
+    flat = {CHUNKED.sub(r"blocks.\1", name): tensor for name, tensor in tensors.items()}
+    # The numbers continue over the chunks; with those of each chunk alone, blocks would replace each other.
+    return flat if blocks and all(map(CHUNKED.match, blocks)) and len(flat) == len(tensors) else {}
 
 
 def _take_head(
@@ -217,6 +229,8 @@ def describe_names(file: TensorFile) -> list[str]:
     said = [f"weights under {file.state_key}"] if file.state_key else []
     said += [f"names without {prefix}"] if (prefix := file.wrapper + file.prefix) else []
     said += [f"names converted from {file.layout}"] if file.layout else []
+    if file.ignored:
+        said.append(f"{counted(len(file.ignored), 'key')} without tensors left out ({first_few(file.ignored, 4)})")
     if file.left:
         parts = dict.fromkeys(name.removeprefix(file.prefix).split(".")[0] for name in file.left)
         said.append(f"{counted(len(file.left), 'tensor')} outside the encoder left out ({first_few(list(parts), 4)})")

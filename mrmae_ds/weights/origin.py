@@ -170,7 +170,12 @@ def _heads(
         return dim // widths[0], "the width of its relative positions"
     recorded = config.get("num_attention_heads", config_part(config, "model_args").get("num_heads"))
     if recorded is not None:
-        if not isinstance(recorded, int) or recorded < 1 or dim % recorded:
+        if not isinstance(recorded, int) or isinstance(recorded, bool):
+            raise UserError(
+                f"{file.path}: config.json beside it gives {recorded!r} attention heads, which is not a whole number; "
+                "correct that file"
+            )
+        if recorded < 1 or dim % recorded:
             raise UserError(
                 f"{file.path}: config.json beside it gives {recorded} attention heads, which do not divide its width, "
                 f"{dim}; correct that file"

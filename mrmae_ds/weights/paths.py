@@ -8,10 +8,12 @@ from pathlib import Path
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, split_choice
+from mrmae_ds.units import first_few
 
 MODEL_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 HUB = "hf:"
+OTHER_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt", ".pkl")
 
 
 def find_weights(source: Path, key: str = "") -> Path:
@@ -38,6 +40,11 @@ def find_weights(source: Path, key: str = "") -> Path:
             )
         path = indices[0] if indices else path
     if not path.is_file():
+        others = [] if not source.is_dir() else sorted(p.name for p in source.iterdir() if p.suffix in OTHER_SUFFIXES)
+        if others:
+            raise UserError(
+                f"{key}{': ' if key else ''}{source} has no {MODEL_FILE}; name a file in it: {first_few(others, 3)}"
+            )
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
         raise UserError(
             f"{key}{': ' if key else ''}{source} {what}; run that stage first, or name a stage folder "

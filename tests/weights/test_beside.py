@@ -203,3 +203,16 @@ def test_a_hugging_face_clip_has_the_layers_of_open_clips(act: str, epsilon: flo
         write(tmp_path, "config.json", {"vision_config": usual | change})
         with pytest.raises(UserError, match=message):
             resolve(tmp_path / "x.pth")
+
+
+def test_a_damaged_configuration_is_named(tmp_path: Path) -> None:
+    path = classifier(tmp_path)
+    config = json.dumps({"num_attention_heads": 3, "label_names": ["a", "b", "c"]})
+    (tmp_path / "config.json").write_text(config, encoding="utf-8-sig")  # with a mark of the byte order
+    assert names_of(path) == ["a", "b", "c"]
+    for name in ("config.json", "preprocessor_config.json", "open_clip_config.json"):
+        for text in (config[:-1] + ",}", "[]"):
+            (tmp_path / name).write_text(text)
+            with pytest.raises(UserError, match=rf"{name}: not (JSON \(.*line 1|a JSON object).*; correct or"):
+                resolve(path)
+        (tmp_path / name).unlink()

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from mrmae_ds.cli.inspect import describe_file
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
-from mrmae_ds.weights.formats import TensorFile, read_tensor_file, unwrap, verify_checksums
-from mrmae_ds.weights.paths import weights_sha256
+from mrmae_ds.weights.formats import TensorFile, read_tensor_file, verify_checksums
+from mrmae_ds.weights.paths import find_weights, weights_sha256
+from mrmae_ds.weights.states import unwrap
 
 STATE = {"a.weight": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])}
 
@@ -383,3 +384,41 @@ def test_checksums_of_an_archive(tmp_path: Path) -> None:
 def test_a_prefix_of_some_names_stays() -> None:
     assert list(unwrap({"module.a": STATE["b"], "b": STATE["b"]})) == ["module.a", "b"]
     assert unwrap({}) == {}
+
+
+def write_zip(path: Path, name: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(name, b"x")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.gguf", b"GGUF\x03\0\0\0", "a GGUF file; convert it"),
+        ("x.h5", b"\x89HDF\r\n\x1a\n", "an HDF5 file, as of Keras; convert it"),
+        ("x.npy", b"\x93NUMPY\x01\0", "one array of numpy; convert it"),
+        ("x.pth.gz", b"\x1f\x8b\x08\0", "a gzip archive; unpack it"),
+        ("x.onnx", b"\x08\x07\x12\x07pytorch", "a program in ONNX; convert it"),
+        ("__0_0.distcp", b"PK", "a part of torch's distributed checkpoint; convert the whole: python -m torch.dist"),
+        ("flax_model.msgpack", b"\x81\xa6params", "weights of Flax; convert it"),
+        ("x.npz", "a/b.npy", r"arrays of numpy \(.npz\), as of JAX; convert it"),
+        ("x.zip", "a/model.pth", "an archive with a/model.pth; unpack it and name the weights file in it"),
+    ],
+)
+def test_files_of_other_formats_are_named(name: str, content: bytes | str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if isinstance(content, str):
+        write_zip(path, content)
+    else:
+        path.write_bytes(content)
+    for refuse in (read_tensor_file, describe_file):
+        with pytest.raises(UserError, match=rf"{name}: {message}"):
+            refuse(path)
+
+
+def test_a_folder_of_other_weights_is_no_unfinished_stage(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has not finished"):
+        find_weights(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"init: .* has no model.safetensors; name a file in it: pytorch_model.bin$"):
+        find_weights(tmp_path, "init")

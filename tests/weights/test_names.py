@@ -238,7 +238,15 @@ def test_heads_of_a_known_size_are_compared(tmp_path: Path) -> None:
         load_encoder(two[12], path)
 
 
-@pytest.mark.parametrize("heads", [5, 0, "3", 2.5])
+@pytest.mark.parametrize("heads", ["3", 2.5, True])
+def test_heads_that_are_no_whole_number_are_refused(heads: object, tmp_path: Path) -> None:
+    torch.save(tiny_vit().state_dict(), tmp_path / "x.pth")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))
+    message = f"x.pth: config.json beside it gives {heads!r} attention heads, which is not a whole number; correct"
+    assert_refused(tmp_path / "x.pth", re.escape(message))
+
+
+@pytest.mark.parametrize("heads", [5, 0])
 def test_heads_that_do_not_divide_the_width_are_refused(heads: object, tmp_path: Path) -> None:
     torch.save(tiny_vit().state_dict(), tmp_path / "x.pth")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": heads}))

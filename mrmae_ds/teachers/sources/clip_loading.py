@@ -279,9 +279,8 @@ def fit_tower(
     }
     listed = [f"{what} {names[0]} ({counted(len(names), 'such tensor')})" for what, names in problems.items() if names]
     if listed:
-        raise UserError(
-            f"{where} is not a file of {source}: {'; '.join(listed)}; set source to the model that it was saved from"
-        )
+        other = "an image tower of OpenAI's form" if source == FROM_FILE else f"a file of {source}"
+        raise UserError(f"{where} is not {other}: {'; '.join(listed)}; set source to the model that it was saved from")
     return tower
 
 

@@ -375,7 +375,7 @@ def test_a_tower_without_a_name_is_built_from_its_file(layout: str, tmp_path: Pa
     if layout == "whole":
         assert build(path, "file", image_size=32, features="proj").width == 16
     else:
-        with pytest.raises(UserError, match=r"is not a file of file: it lacks visual.proj"):
+        with pytest.raises(UserError, match=r"is not an image tower of OpenAI's form: it lacks visual.proj"):
             build(path, "file", image_size=32, features="proj")
 
 
