@@ -28,9 +28,9 @@ def overwritten() -> None:
 
 def item() -> None:
     """Read a value after each step: the host waits for the device."""
-    from mrmae_ds.training.tasks.base import Task
+    from mrmae_ds.training.tasks.pretrain import PretrainTask
 
-    Task.after_step = lambda task, epoch: next(task.model.parameters()).sum().item()  # type: ignore[method-assign]
+    PretrainTask.after_step = lambda task, epoch: next(task.model.parameters()).sum().item()  # type: ignore[method-assign]
 
 
 def cpu_tensor() -> None:
