@@ -333,7 +333,7 @@ def _altered(workspace: Workspace, folder: Path, drop: str = "", **metadata: obj
             {"class_names": ["a", "b"], "num_classes": 2},
             r"members\[1\]: .*other classes \(2\).*\(10; number 0 is .*the other",
         ),
-        ({"drop": "fc_norm"}, r"members\[1\]: .*incomplete: .*fc_norm"),
+        ({"drop": "fc_norm"}, r"members\[1\]: .*lacks fc_norm"),
         ({"drop": "head"}, r"members\[1\]: .*incomplete: .*head.weight"),
     ],
 )
