@@ -11,13 +11,13 @@ machine can only add to it.
 from __future__ import annotations
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from loader import POLICY, Settings, ours
+from loader_limits import least
 from PIL import Image
 from result_file import write_result
 from timm.data.mixup import Mixup
@@ -25,17 +25,6 @@ from timm.data.mixup import Mixup
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, PolicyDraws, SampleErasing
 from mrmae_ds.data.loaders.rand_augment import BatchAugment
 from mrmae_ds.imagenet import IMAGENET_MEAN
-
-
-def least(function: Callable[[], object], rounds: int) -> float:
-    """Return the CPU seconds of the cheapest round, after one warm-up round."""
-    function()
-    spent = []
-    for _ in range(rounds):
-        start = time.process_time()
-        function()
-        spent.append(time.process_time() - start)
-    return min(spent)
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:

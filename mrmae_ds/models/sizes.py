@@ -58,8 +58,8 @@ class CViTSpec:
 
 
 @dataclass(frozen=True)
-class ViTSpec:
-    """Size of MAE's plain vision transformer with a class token.
+class _PlainSpec:
+    """Size of a vision transformer whose blocks all have one width and one grid of tokens.
 
     Attributes:
         dim: width.
@@ -67,7 +67,6 @@ class ViTSpec:
         num_heads: attention heads per block.
         mlp_ratio: hidden width of the MLPs, as a multiple of ``dim``.
         patch: side of a patch in pixels.
-        positions: ``sincos``, fixed in pre-training, or ``learned`` from random values (MaskFeat).
     """
 
     dim: Count
@@ -75,7 +74,6 @@ class ViTSpec:
     num_heads: Count
     mlp_ratio: Ratio = 4
     patch: Count = 16
-    positions: Literal["sincos", "learned"] = "sincos"
 
     @property
     def stride(self) -> int:
@@ -94,42 +92,28 @@ class ViTSpec:
 
 
 @dataclass(frozen=True)
-class BeitSpec:
+class ViTSpec(_PlainSpec):
+    """Size of MAE's plain vision transformer with a class token.
+
+    Attributes:
+        positions: ``sincos``, fixed in pre-training, or ``learned`` from random values (MaskFeat).
+    """
+
+    positions: Literal["sincos", "learned"] = "sincos"
+
+
+@dataclass(frozen=True)
+class BeitSpec(_PlainSpec):
     """Size of BEiT's vision transformer, with a class token, relative positions and layer scale.
 
     Attributes:
-        dim: width.
-        depth: number of blocks.
-        num_heads: attention heads per block.
-        mlp_ratio: hidden width of the MLPs, as a multiple of ``dim``.
-        patch: side of a patch in pixels.
         layer_scale: initial scale of each block's branches.
         relative_positions: one table ``shared`` by all blocks (pre-training), or a table in each of the ``blocks``
             (classifiers, whatever the spec).
     """
 
-    dim: Count
-    depth: Count
-    num_heads: Count
-    mlp_ratio: Ratio = 4
-    patch: Count = 16
     layer_scale: Ratio = 0.1
     relative_positions: Literal["shared", "blocks"] = "shared"
-
-    @property
-    def stride(self) -> int:
-        """Return the side of a token in pixels."""
-        return self.patch
-
-    @property
-    def embed_dim(self) -> int:
-        """Return the width of the blocks."""
-        return self.dim
-
-    @property
-    def num_blocks(self) -> int:
-        """Return the number of transformer blocks."""
-        return self.depth
 
 
 EncoderSpec = CViTSpec | ViTSpec | BeitSpec
