@@ -36,7 +36,6 @@ from ffcv.libffcv import lib  # noqa: E402
 
 from mrmae_ds.data.loaders import jpeg_kernel  # noqa: E402
 
-JPEG_INDEX = NUMBERS - len(MAGIC)  # place of the index's magic number
 NO_OUTPUT, FAST_DCT = 16, 2048  # libturbojpeg's TJXOPT_NOOUTPUT and TJFLAG_FASTDCT
 
 
@@ -104,7 +103,7 @@ class Parts:
         file = BetonFile(check_beton(beton))
         self.rows = np.arange(len(file.labels))
         jpegs = [file.jpeg(row) for row in self.rows.tolist()]
-        if not all(jpeg[JPEG_INDEX : JPEG_INDEX + len(MAGIC)] == MAGIC for jpeg in jpegs):
+        if not all(jpeg[NUMBERS - len(MAGIC) : NUMBERS] == MAGIC for jpeg in jpegs):
             raise SystemExit(f"{beton}: has images without an index of their segments; write it again")
         self.indexed = Images(jpegs, file.table)
         # The index is an application segment at the start, of a length that bytes 4 and 5 say.

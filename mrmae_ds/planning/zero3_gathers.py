@@ -131,7 +131,7 @@ class _Coordinator:
         for child in module.children:
             inside += self._enter(child)
         if module.forward_only:
-            self.forward_only |= set(range(number, len(self.own)))
+            self.forward_only.update(range(number, len(self.own)))
         self.events.append((False, number))
         return inside
 

@@ -118,9 +118,7 @@ class BetonFile:
         offset, length = self.table[row, :2]
         content = self.content[offset : offset + length].tobytes()
         if self._has_changed(row, content):
-            raise ValueError(
-                " ".join(["its checksum has changed since it was written", self.describe_damage(row)]).strip()
-            )
+            raise ValueError(f"its checksum has changed since it was written {describe_damage(content)}".strip())
         return content
 
     def describe_damage(self, row: int) -> str:

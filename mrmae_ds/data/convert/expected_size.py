@@ -50,7 +50,8 @@ def announce_size(
     found, end = [], time.monotonic() + _LIMIT_S
     with closing(results), suppress(UserError):
         for result in results:
-            found += [result] if result is not None else []
+            if result is not None:
+                found.append(result)
             if time.monotonic() > end:
                 break
     if not found:

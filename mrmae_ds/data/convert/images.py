@@ -17,9 +17,9 @@ from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedIm
 
 from mrmae_ds.data.convert.options import WriteOptions
 
-# Not all that Pillow opens: its EPS reader runs Ghostscript on the file's content, whatever the file's name.
 logger = logging.getLogger(__name__)
 
+# Not all that Pillow opens: its EPS reader runs Ghostscript on the file's content, whatever the file's name.
 FORMATS = ("JPEG", "MPO", "PNG", "GIF", "BMP", "DIB", "PPM", "TIFF", "WEBP", "AVIF", "JPEG2000")
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _DARK = "16-bit, but dark"  # the whole image below an eighth of white

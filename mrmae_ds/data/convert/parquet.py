@@ -140,7 +140,8 @@ def open_tables(
             column = file.read([found[1]]) if path.suffix == ".parquet" else table.select([found[1]])
             values = column.column(0).to_pylist()
         except pa.ArrowException as error:
-            pointer = path.read_bytes()[:24] == b"version https://git-lfs."
+            with path.open("rb") as start:
+                pointer = start.read(24) == b"version https://git-lfs."
             fix = "it is a pointer of Git LFS: `git lfs pull` fetches the file" if pointer else "fetch it again"
             raise UserError(f"{path}: cannot be read ({error}); {fix}") from error
         stated = features.get(found[1], {}).get("names")

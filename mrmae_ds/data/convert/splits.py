@@ -206,18 +206,16 @@ def _image_folders(folder: str) -> list[str]:
     return [folder, *found] if _holds_images(entries) else found
 
 
-def _inner_folders(folder: Path, beside_images: bool) -> list[str]:
-    """Return the names of the folders in a folder that may be classes: beside images, those that hold some."""
-    names = subfolders(folder)
-    if not beside_images:
-        return names
-    return [name for name in names if not (folder / name).is_symlink() and _image_folders(str(folder / name))]
-
-
 def _decide_nested(root: Path, names: Sequence[str]) -> bool:
     """Return whether the classes lie below folders of initial letters; raises UserError where this cannot be seen."""
-    direct = {name for name in names if _holds_images(list_folder(root / name))}
-    below = {name: _inner_folders(root / name, name in direct) for name in names}
+    direct, below = False, dict[str, list[str]]()
+    for name in names:
+        entries = list_folder(root / name)
+        folders = [entry for entry in entries if is_folder(entry) and not is_hidden(entry.name)]
+        if _holds_images(entries):  # beside images, only folders that hold some may be classes
+            direct = True
+            folders = [entry for entry in folders if not entry.is_symlink() and _image_folders(entry.path)]
+        below[name] = [entry.name for entry in folders]
     inner = {folder for folders in below.values() for folder in folders}
     if len(names) == 1 and inner and not direct:
         raise UserError(f"{root}: holds only the folder {names[0]}, which holds folders; pass {root / names[0]}")

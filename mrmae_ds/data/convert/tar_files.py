@@ -154,9 +154,8 @@ def _index_shard(path: Path, ignored: Counter[str], bar: tqdm[Any]) -> tuple[dic
     known: dict[str, int] = {}
     for member in list_members(path, progress=bar):
         folder, _, name = member.name.rpartition("/")
-        if any(
-            is_hidden(part) for part in member.name.split("/") if part not in (".", "..")
-        ):  # macOS's ._1.jpg beside 1.jpg
+        parts = [part for part in member.name.split("/") if part not in (".", "..")]
+        if any(map(is_hidden, parts)):  # macOS's ._1.jpg beside 1.jpg
             ignored["hidden files"] += 1
             continue
         key, _, extension = name.partition(".")
