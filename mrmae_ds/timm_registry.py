@@ -74,7 +74,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: nn.Module) -> dic
     from mrmae_ds.weights.names import canonical
 
     file = canonical(TensorFile(Path("the file"), "pickle", unwrap(state_dict)))
-    tensors, identity = file.tensors, identify(file)
+    tensors, identity = file.tensors, identify(file, beside=False)
     if identity.family != "cvit":
         return state_dict
     ours = {full.removeprefix(PREFIX): name for name, full in identity.names.items() if full.startswith(PREFIX)}

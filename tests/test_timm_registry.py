@@ -167,6 +167,18 @@ def test_a_checkpoint_file_is_loaded_bit_by_bit(tmp_path: Path) -> None:
         timm.create_model("cvit_base", **settings, num_classes=10)
 
 
+def test_a_configuration_in_the_working_directory_is_not_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    (tmp_path / "weights").mkdir()
+    saved, path = narrow(num_classes=10), tmp_path / "weights" / "model.safetensors"
+    save_file(saved.state_dict(), path)
+    images = torch.randn(1, 3, 32, 48)
+    assert torch.equal(pretrained(path, **NARROW, img_size=(32, 48), num_classes=10)(images), saved.eval()(images))
+
+
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "wrapped"])
 def test_checkpoint_path_of_released_files(wrapped: bool, tmp_path: Path) -> None:
     reference = load_reference("mcmae")

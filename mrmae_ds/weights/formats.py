@@ -159,7 +159,7 @@ def _read(path: Path) -> Any:
         if "__setstate__" in code:
             raise ValueError("a TorchScript archive whose __setstate__ would run when it is loaded")
         return TensorFile(path, "torchscript", dict(torch.jit.load(path, map_location="cpu").state_dict()), code=code)
-    if holds_arrays(pickle_contents(path)[1]):
+    if not zipfile.is_zipfile(path) and holds_arrays(pickle_contents(path)[1]):
         return read_arrays(path)
     with torch.serialization.safe_globals(_ARGUMENT_CLASSES):
         return torch.load(path, map_location="cpu", weights_only=True)
@@ -269,10 +269,11 @@ def _reason(path: Path, error: Exception) -> str:
     """Explain why a file could not be read."""
     if in_place := next((what for start, what in _IN_PLACE.items() if _start(path).startswith(start)), ""):
         return in_place
-    if zipfile.is_zipfile(path) and (inside := _archived(path)):
+    zipped = zipfile.is_zipfile(path)
+    if zipped and (inside := _archived(path)):
         return inside
     protocol, called = pickle_contents(path)
-    if holds_arrays(called) or (zipfile.is_zipfile(path) and not isinstance(error, pickle.UnpicklingError)):
+    if not isinstance(error, pickle.UnpicklingError) if zipped else holds_arrays(called):
         return f"not a readable weights file, or truncated ({_first_line(error)})"
     refused = re.search(r"GLOBAL ([\w.]+)", str(error))
     # torch's own functions, of which every torch pickle consists, and the classes of a command line are no code.

@@ -109,8 +109,12 @@ class WeightIdentity:
     problem: str = ""
 
 
-def identify(file: TensorFile) -> WeightIdentity:
+def identify(file: TensorFile, beside: bool = True) -> WeightIdentity:
     """Identify a weights file with canonical names.
+
+    Args:
+        file: the file.
+        beside: also by the configuration beside it; False for tensors that are not those of ``file.path``.
 
     Raises:
         UserError: if this project wrote the file, but its metadata cannot be read.
@@ -141,7 +145,7 @@ def identify(file: TensorFile) -> WeightIdentity:
     grid, prefix_rows = _grid(pos_embed[1] if len(pos_embed) == 3 else 0, _recorded_grid(metadata, sizes))
     if family == "beit":
         grid = _recorded_grid(metadata, sizes) or _grid_of_table(encoder)
-    recorded = recorded_pool(model_config(file, sizes))
+    recorded = recorded_pool(model_config(file, sizes)) if beside else ""
     pool = metadata.get("pool", _pool(family, encoder, recorded) if inferred == "classifier" else "")
     detector = detector_title(file.left)
     relative = any(RELATIVE_POSITIONS.search(name) for name in encoder)

@@ -126,6 +126,12 @@ def test_torchscript_that_would_run_on_loading_is_refused(tmp_path: Path) -> Non
         read_tensor_file(tmp_path / "x.pt")
 
 
+def test_arrays_of_numpy_in_torchs_archive_are_named(tmp_path: Path) -> None:
+    torch.save({"a": np.ones(3)}, tmp_path / "x.pt")
+    with pytest.raises(UserError, match=r"x.pt: a pickle that calls numpy\.\w+\.multiarray\._reconstruct, and code"):
+        read_tensor_file(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("kind", ["zip", "legacy", "plain0", "plain2", "plain4", "plain5"])
 def test_code_is_named_and_never_runs(kind: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     path, ran = tmp_path / "x.pt", tmp_path / "ran"
