@@ -14,10 +14,10 @@ from torch import Tensor
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import TeacherConfig
+from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import attention_grid
 from mrmae_ds.figures.select_images import NUM_IMAGES, select_images
-from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.masking import TokenMask, VisibleSet
 from mrmae_ds.models.sizes import token_grid
 from mrmae_ds.teachers import Teacher, build_teacher
@@ -38,7 +38,7 @@ def build_teachers(recipe: Recipe) -> dict[str, Teacher]:
     if not configs:
         raise UserError(f"recipe {recipe.name} has no teachers with weights of their own")
     size = recipe.model.image_size
-    grid = build_encoder(recipe.model.spec(), size).grid
+    grid = token_grid(recipe.model.spec(), size)
     return {name: build_teacher(name, config, recipe.data, size, grid) for name, config in configs.items()}
 
 
@@ -124,27 +124,28 @@ def _sample_mask(
     if stage is None or stage.masking is None:
         return None, []
     masking = stage.masking
-    visible = sample_mask(recipe, importance, count, seed)
+    visible = sample_mask(stage, importance, grid, recipe.model.spec().stride, count, seed)
     source = "" if masking.teacher is None else f", by {masking.teacher}"
     return 1 - visible.mask.unflatten(1, grid), [f"Patches are kept by the recipe's masking: {masking.mode}{source}."]
 
 
-def sample_mask(recipe: Recipe, importance: Mapping[str, Tensor], count: int, seed: int) -> VisibleSet | TokenMask:
+def sample_mask(
+    stage: PretrainConfig, importance: Mapping[str, Tensor], grid: tuple[int, int], stride: int, count: int, seed: int
+) -> VisibleSet | TokenMask:
     """Draw the masks of images as a pre-training does.
 
     Args:
-        recipe: with the stage ``pretrain``.
+        stage: the pre-training.
         importance: of the patches [N, L], by the teacher's name.
+        grid: rows and columns of tokens.
+        stride: side of a token in pixels.
         count: N, number of images.
         seed: of the masks.
     """
-    stage, spec = recipe.stages.pretrain, recipe.model.spec()
-    assert stage is not None
-    grid = token_grid(spec, recipe.model.image_size)
-    rows, columns = grid if stage.masking is None else stage.masking.grid(grid, spec.stride)
+    rows, columns = grid if stage.masking is None else stage.masking.grid(grid, stride)
     noise = torch.rand(count, rows * columns, generator=torch.Generator().manual_seed(seed))
     outputs = {name: TeacherOutput(values, values) for name, values in importance.items()}
-    return draw_visible(stage, outputs, noise, grid, spec.stride)
+    return draw_visible(stage, outputs, noise, grid, stride)
 
 
 def _features(config: TeacherConfig) -> str:

@@ -163,14 +163,13 @@ def _add_teachers(run: FinishedRun, pixels: Tensor, maps: _AttentionMaps, seed: 
         scores = importance_of(teacher, pixels)
         maps.add(f"{_TEACHER}{name}\n{short_source(config.source)}", scores, grid, teacher.details["importance"])
         importance[name] = scores
-    masking, recipe = stage.masking, run.recipe
+    masking = stage.masking
     if masking is not None and masking.teacher is not None and masking.teacher not in importance:
         logger.warning("the mask is sampled at random, not by teacher %s", masking.teacher)
         masking = masking.model_copy(update={"mode": "random", "teacher": None})
-        stages = recipe.stages.model_copy(update={"pretrain": stage.model_copy(update={"masking": masking})})
-        recipe = recipe.model_copy(update={"stages": stages})
+        stage = stage.model_copy(update={"masking": masking})
     mode = "none" if masking is None else masking.mode
-    visible = sample_mask(recipe, importance, len(pixels), seed)
+    visible = sample_mask(stage, importance, grid, run.stride, len(pixels), seed)
     return _Mask(visible, _MODES[mode].format(f"teacher {masking and masking.teacher}"))
 
 

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,7 +34,7 @@ from mrmae_ds.training.tasks.base import Normalize
 from mrmae_ds.units import counted
 from mrmae_ds.weights.load import load_encoder_weights
 from mrmae_ds.weights.model_file import build_classifier
-from mrmae_ds.weights.paths import find_weights, weights_sha256
+from mrmae_ds.weights.paths import weights_sha256
 from mrmae_ds.weights.resolve import Weights, model_metadata
 
 logger = logging.getLogger(__name__)
@@ -130,7 +129,7 @@ def load_classifier(job: EvaluationJob, number: int, weights: Weights, val_data:
         UserError: naming the member's key in the recipe, and what does not fit.
     """
     stage, source, key = job.recipe.stages.evaluate, job.sources[number], member_key(number)
-    path, metadata = find_weights(Path(source), key), model_metadata(weights)
+    path, metadata = weights.source, model_metadata(weights)
     if metadata["kind"] != "classifier":
         raise UserError(f"{key}: {path} holds no classifier ({metadata['kind']}); name a fine-tuned model")
     if not metadata.get("pool", "avg"):

@@ -30,25 +30,21 @@ def find_weights(source: Path, key: str = "") -> Path:
     source, choice = split_choice(source)
     if str(source).startswith(HUB):
         source = _download(str(source).removeprefix(HUB), key)
+    where = f"{key}: {source}" if key else str(source)
     path = source / MODEL_FILE if source.is_dir() else source
     if source.is_dir() and not path.is_file():
         indices = sorted(source.glob(f"*{INDEX_SUFFIX}"))
         if len(indices) > 1:
             names = ", ".join(index.name for index in indices)
-            raise UserError(
-                f"{key}{': ' if key else ''}{source} has {len(indices)} indices ({names}); name one of them"
-            )
+            raise UserError(f"{where} has {len(indices)} indices ({names}); name one of them")
         path = indices[0] if indices else path
     if not path.is_file():
         others = [] if not source.is_dir() else sorted(p.name for p in source.iterdir() if p.suffix in OTHER_SUFFIXES)
         if others:
-            raise UserError(
-                f"{key}{': ' if key else ''}{source} has no {MODEL_FILE}; name a file in it: {first_few(others, 3)}"
-            )
+            raise UserError(f"{where} has no {MODEL_FILE}; name a file in it: {first_few(others, 3)}")
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
         raise UserError(
-            f"{key}{': ' if key else ''}{source} {what}; run that stage first, or name a stage folder "
-            "(runs/NAME/STAGE) or a model file"
+            f"{where} {what}; run that stage first, or name a stage folder (runs/NAME/STAGE) or a model file"
         )
     return Path(f"{path}#{choice}") if choice else path
 

@@ -35,13 +35,15 @@ class Weights:
         file: its tensors; of a detector, those of its encoder.
         raw: all tensors as stored.
         identity: their architecture and origin.
-        where: key and path, for errors.
+        source: the file as it was named, with ``#KEY``.
+        where: key and source, for errors.
         unusable: tensors whose values cannot be used, in words; "" if there are none.
     """
 
     file: TensorFile
     raw: TensorFile
     identity: WeightIdentity
+    source: Path
     where: str
     unusable: str
 
@@ -135,7 +137,7 @@ def resolve(source: Path, key: str = "") -> Weights:
             identity = replace(identity, origin=origin)
     except UserError as error:
         raise UserError(f"{key}: {error}" if key else str(error)) from None
-    return Weights(file, raw, identity, where, unusable_tensors(file.tensors))
+    return Weights(file, raw, identity, source, where, unusable_tensors(file.tensors))
 
 
 def unusable_tensors(tensors: Mapping[str, Tensor]) -> str:

@@ -19,9 +19,10 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.teachers.sources.gelu import OPEN_CLIP_CONFIG, Gelu, gelu_of_file, resolve_gelu
+from mrmae_ds.teachers.sources.gelu import Gelu, gelu_of_file, resolve_gelu
 from mrmae_ds.teachers.sources.timm_origin import check_heads
 from mrmae_ds.units import counted
+from mrmae_ds.weights.beside import OPEN_CLIP
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.resolve import Weights, resolve
 
@@ -30,7 +31,7 @@ NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers
 # Source of a tower whose sizes are those of its weights file, for towers that open_clip has no name for.
 FROM_FILE = "file"
 _QUICK_NAME = "-quickgelu"
-_BESIDE = f"put its {OPEN_CLIP_CONFIG} beside it"
+_BESIDE = f"put its {OPEN_CLIP} beside it"
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def _own_size(config: dict[str, Any], weights: Weights) -> open_clip.CLIP:
 
 
 def _from_named_files(options: TeacherOptions, config: dict[str, Any]) -> ClipTower:
-    where = f"{OPEN_CLIP_CONFIG} of {options.source}"
+    where = f"{OPEN_CLIP} of {options.source}"
     gelu = None
     if not _is_timm(config):
         gelu = resolve_gelu(Gelu(bool(config.get("quick_gelu", False)), where), options, _BESIDE)
@@ -299,7 +300,7 @@ def _statistics_of_file(weights: Weights, name: str, options: TeacherOptions) ->
         return *options.statistics, "the recipe"
     raise UserError(
         f"{options.key}.mean: the statistics of the input that {options.weights} was trained with are not known; give "
-        f"mean and std, or put its {OPEN_CLIP_CONFIG} beside it"
+        f"mean and std, or put its {OPEN_CLIP} beside it"
     )
 
 

@@ -14,12 +14,10 @@ import torch
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.options import TeacherOptions
-from mrmae_ds.weights.beside import config_part, describes_tower, read_config
+from mrmae_ds.weights.beside import CONFIG, OPEN_CLIP, config_part, describes_tower, read_config
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.names import HF_CLIP
 from mrmae_ds.weights.origin import OPENAI_SCALARS
-
-OPEN_CLIP_CONFIG = "open_clip_config.json"
 
 
 @dataclass(frozen=True)
@@ -103,13 +101,13 @@ def _from_hugging_face(file: TensorFile) -> Gelu | None:
     """Read ``hidden_act`` of the configuration that transformers writes beside a CLIP."""
     if file.layout != HF_CLIP:
         return None
-    config = read_config(file, "config.json")
+    config = read_config(file, CONFIG)
     act = (config_part(config, "vision_config") or config).get("hidden_act")
     return Gelu(act == "quick_gelu", "config.json beside it") if act in ("quick_gelu", "gelu") else None
 
 
 def _from_config(file: TensorFile) -> Gelu | None:
-    config = file.path.parent / OPEN_CLIP_CONFIG
+    config = file.path.parent / OPEN_CLIP
     if not config.is_file():
         return None
     try:
@@ -118,6 +116,6 @@ def _from_config(file: TensorFile) -> Gelu | None:
         vision = model["vision_cfg"]
         if "timm_model_name" in vision or not describes_tower(vision, file.tensors):
             return None  # timm defines the GELU of such a tower, or it is another file's
-        return Gelu(bool(model.get("quick_gelu", False)), f"{OPEN_CLIP_CONFIG} beside it")
+        return Gelu(bool(model.get("quick_gelu", False)), f"{OPEN_CLIP} beside it")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{config}: not an open_clip configuration ({type(error).__name__}: {error})") from None
