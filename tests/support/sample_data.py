@@ -6,11 +6,13 @@ from functools import cache
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 from PIL import Image
 
 from mrmae_ds.data.convert.fashion_mnist import CLASS_NAMES, FashionMNIST, debian_folder
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import ImageDataset, write_beton
+from mrmae_ds.data.types import ImageArray
 
 SIDE = 32
 
@@ -21,6 +23,18 @@ def photograph() -> Image.Image:
     path = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
     with Image.open(path) as image:
         return image.convert("RGB")
+
+
+@cache
+def hard_images(size: int) -> tuple[ImageArray, ...]:
+    """Return a photograph, noise, few values, one value, and single pixels that differ."""
+    rng = np.random.default_rng(0)
+    sparse = np.full((size, size, 3), 7, dtype=np.uint8)
+    sparse[0, -1], sparse[-1, 0] = (255, 0, 8), (0, 255, 6)
+    noise = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+    plain = np.full((size, size, 3), 200, dtype=np.uint8)
+    few = rng.choice(np.array([3, 4, 250], dtype=np.uint8), (size, size, 3))
+    return np.asarray(photograph().resize((size, size))), noise, few, plain, sparse
 
 
 class Crops:

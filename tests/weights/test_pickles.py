@@ -50,7 +50,7 @@ def test_arrays_of_every_protocol_are_read(protocol: int, key: str, tmp_path: Pa
 
 def test_arrays_that_an_older_numpy_or_python_wrote(tmp_path: Path) -> None:
     """Numpy 1 has another name for its module, and the strings of Python 2 are bytes."""
-    (old,) = (pickle.dumps({"w": ARRAYS["single"]}, protocol=2).replace(b"numpy._core", b"numpy.core"),)
+    old = pickle.dumps({"w": ARRAYS["single"]}, protocol=2).replace(b"numpy._core", b"numpy.core")
     assert b"numpy.core.multiarray" in old
     (tmp_path / "x.pkl").write_bytes(old)
     assert torch.equal(read_tensor_file(tmp_path / "x.pkl").tensors["w"], torch.from_numpy(ARRAYS["single"]))

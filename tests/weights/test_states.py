@@ -15,18 +15,13 @@ from torch import Tensor, nn
 
 from mrmae_ds.cli.inspect import describe
 from mrmae_ds.errors import UserError
-from mrmae_ds.models.sizes import ViTSpec
-from mrmae_ds.models.vit import MaskedViT
-from mrmae_ds.weights.load import LoadReport, load_encoder
-from tests.support.reference import random_images
+from mrmae_ds.weights.load import LoadReport
 from tests.support.released import tiny_vit
-
-IMAGES = random_images(2, 32, seed=1)
+from tests.weights.test_names import IMAGES, load_into_vit
 
 
 def logits(path: Path | str) -> tuple[Tensor, LoadReport]:
-    model = MaskedViT(ViTSpec(24, 2, 3, patch=8), 32, 5, pool="token").eval()
-    report = load_encoder(model, Path(path))
+    model, report = load_into_vit(Path(path))
     assert report.missing == []
     with torch.no_grad():
         return model(IMAGES), report

@@ -15,6 +15,7 @@ from mrmae_ds.cli.main import main
 from mrmae_ds.data.beton.file import RAW, BetonFile
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar
 from mrmae_ds.data.convert.folder import write_folder
+from mrmae_ds.data.convert.journal import Journal
 from mrmae_ds.data.convert.options import Output, WriteOptions
 from mrmae_ds.data.convert.verify import describe_beton, verify_beton
 from mrmae_ds.data.convert.writer import write_beton
@@ -106,7 +107,7 @@ def test_an_interrupted_conversion_continues_with_raw_images(tmp_path: Path, mon
     options = WriteOptions(workers=1, max_bad=0, storage="auto")
     write_folder(tmp_path / "in", Output(tmp_path / "unbroken", "t", options))
     monkeypatch.setattr("mrmae_ds.data.convert.writer.SAVE_EVERY_S", 0.0)
-    added = []
+    added, add = [], Journal.add
 
     def interrupt(journal: object, *line: object) -> None:
         add(journal, *line)
@@ -115,9 +116,6 @@ def test_an_interrupted_conversion_continues_with_raw_images(tmp_path: Path, mon
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        from mrmae_ds.data.convert.journal import Journal
-
-        add = Journal.add
         patch.setattr(Journal, "add", interrupt)
         with pytest.raises(KeyboardInterrupt):
             write_folder(tmp_path / "in", Output(tmp_path / "out", "t", options))

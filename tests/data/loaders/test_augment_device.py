@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from mrmae_ds.config.sections import DataConfig, LoaderConfig
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings
 from mrmae_ds.data.loaders.augment_device import DeviceAugment
-from mrmae_ds.data.loaders.base import LoaderRequest, TrainTransform
-from mrmae_ds.data.loaders.build import build_loader
 from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_MEAN
-from tests.support.sample_data import photograph
+from tests.support.loaders import open_loader
+from tests.support.sample_data import hard_images
 
 DEVICES = [
     torch.device("cpu"),
@@ -36,12 +35,7 @@ DEVICES = [
 )
 def test_pixels_equal_timm_on_pillow(policy: str | None, jitter: float, size: int, device: torch.device) -> None:
     settings, keys = AugmentSettings(IMAGENET_MEAN, policy, jitter), np.arange(150, dtype=np.uint64)
-    rng = np.random.default_rng(0)
-    noise = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-    few = rng.choice(np.array([3, 4, 250], dtype=np.uint8), (size, size, 3))
-    plain = np.full((size, size, 3), 200, dtype=np.uint8)
-    kinds = [np.asarray(photograph().resize((size, size))), noise, few, plain]
-    images = np.stack([kinds[key % 4] for key in keys.tolist()])
+    images = np.stack([hard_images(size)[key % 4] for key in keys.tolist()])
     batch = torch.from_numpy(images.copy()).to(device).permute(0, 3, 1, 2)
     result = DeviceAugment(settings, size, device)(batch, keys)
     assert result.shape == batch.shape and result.stride() == batch.stride()
@@ -50,17 +44,13 @@ def test_pixels_equal_timm_on_pillow(policy: str | None, jitter: float, size: in
         assert np.array_equal(changed, np.asarray(pillow(Image.fromarray(image), key))), key
 
 
-@pytest.mark.parametrize("backend", ["ffcv", "pillow"])
+@pytest.mark.parametrize("backend", [pytest.param("ffcv", marks=pytest.mark.ffcv), "pillow"])
 def test_the_place_changes_no_pixel(betons: tuple[Path, Path], backend: str) -> None:
-    if backend == "ffcv":
-        pytest.importorskip("ffcv")
-    settings = AugmentSettings(IMAGENET_MEAN, "rand-m9-mstd0.5-inc1")
-    transform = TrainTransform(CropSettings(scale=(0.2, 1.0)), settings)
-    data = DataConfig(train=betons[0], val=betons[1], backend=backend)
+    settings, crop = AugmentSettings(IMAGENET_MEAN, "rand-m9-mstd0.5-inc1"), CropSettings(scale=(0.2, 1.0))
     epochs = []
-    for place in ("cpu", "device"):
-        config = LoaderConfig(num_workers=1, augment_on=place)
-        loader = build_loader(data, config, LoaderRequest("train", 32, 8, seed=5, transform=transform))
+    places: tuple[Literal["cpu", "device"], ...] = ("cpu", "device")
+    for place in places:
+        loader = open_loader(betons[0], backend, crop=crop, augment=settings, augment_on=place, micro_batch=8, seed=5)
         epochs.append([(batch.indices, batch.images.clone()) for batch in loader.epoch(1, 12)])
         loader.close()
     assert len(epochs[0]) == 6

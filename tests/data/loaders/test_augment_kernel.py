@@ -10,9 +10,8 @@ import timm.data.auto_augment as timm
 from PIL import Image
 
 from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, Change
-from mrmae_ds.data.types import ImageArray
 from mrmae_ds.imagenet import IMAGENET_MEAN
-from tests.support.sample_data import photograph
+from tests.support.sample_data import hard_images
 
 pytest.importorskip("ffcv")
 
@@ -25,21 +24,10 @@ OPTIONS = {"resample": Image.Resampling.BICUBIC, "fillcolor": FILL}
 FACTORS = (0.0, 0.1, 0.19, 0.5, 0.77777, 1.0, 1.3, 1.81, 1.9)
 
 
-def _images(size: int) -> list[ImageArray]:
-    """Return a photograph, noise, few values, one value, and single pixels that differ."""
-    rng = np.random.default_rng(0)
-    sparse = np.full((size, size, 3), 7, dtype=np.uint8)
-    sparse[0, -1], sparse[-1, 0] = (255, 0, 8), (0, 255, 6)
-    noise = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
-    plain = np.full((size, size, 3), 200, dtype=np.uint8)
-    few = rng.choice(np.array([3, 4, 250], dtype=np.uint8), (size, size, 3))
-    return [np.asarray(photograph().resize((size, size))), noise, few, plain, sparse]
-
-
 def _check(
     size: int, change: Change, values: tuple[float, ...], expected: Callable[[Image.Image], Image.Image]
 ) -> None:
-    images = np.stack(_images(size))
+    images = np.stack(hard_images(size))
     arguments = np.zeros((len(images), 1, 6))
     arguments[:, 0, : len(values)] = values
     results = images.copy()
@@ -102,7 +90,7 @@ def test_whole_policies_equal_timm_on_pillow(policy: str | None, jitter: float, 
     """Draws included: rotations by right angles and by nothing, magnitudes beyond 10, weighted choices."""
     settings = AugmentSettings(IMAGENET_MEAN, policy, jitter)
     keys = np.arange(150, dtype=np.uint64)
-    images = np.stack([_images(size)[key % 3] for key in keys.tolist()])
+    images = np.stack([hard_images(size)[key % 3] for key in keys.tolist()])
     results = images.copy()
     BatchAugment(settings, size, 2)(results, keys)
     pillow, changed = Augment(settings, size), 0
@@ -114,7 +102,7 @@ def test_whole_policies_equal_timm_on_pillow(policy: str | None, jitter: float, 
 
 def test_pixels_do_not_depend_on_threads_or_batches() -> None:
     settings, keys = AugmentSettings(IMAGENET_MEAN, "rand-m9-mstd0.5-inc1"), np.arange(20, dtype=np.uint64)
-    images = np.stack([_images(48)[0]] * len(keys))
+    images = np.stack([hard_images(48)[0]] * len(keys))
     whole, parts = images.copy(), images[::-1].copy()
     BatchAugment(settings, 48, 1)(whole, keys)
     three = BatchAugment(settings, 48, 3)

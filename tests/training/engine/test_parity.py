@@ -181,5 +181,4 @@ def test_moving_averages_follow_as_in_one_plain_process(tmp_path: Path) -> None:
     """Their weights are among those compared."""
     cases = average_cases()
     compare = _comparison(cases, tmp_path, limit_s=1500)
-    found = {case.name: (compare(case), TOLERANCE[case.precision]) for case in cases}
-    assert not {name: value for name, (value, bound) in found.items() if not value.within(bound)}
+    assert not {case.name: found for case in cases if not (found := compare(case)).within(case.tolerance)}
