@@ -28,7 +28,7 @@ NVIDIA_SMI = {
     "ecc.errors.uncorrected.volatile.total": "uncorrected memory errors",
 }
 NO_ERRORS = Expected(high=0, source="any uncorrected error since the last reset calls for a reset of the GPU")
-SHM = Expected(low=1.0, source="batches of augmentation workers and NCCL's buffers; containers often get 64 MiB")
+SHM = Expected(low=1.0, source="batches of the Pillow reader and NCCL's buffers; containers often get 64 MiB")
 MEMLOCK = Expected(low=64.0, source="RDMA and pinned memory; `ulimit -l unlimited` (shown as 1e6)")
 CORES = Expected(low=8, source="decoding threads for the images of one GPU, and the rank's own")
 SAME_NUMA = Expected(low=1, source="copies to the GPU cross no socket")
