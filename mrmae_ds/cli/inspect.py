@@ -134,7 +134,7 @@ def _detector_rows(detector: DetectorFile, path: Path) -> list[InfoRow]:
         return [*rows, ("NOT USABLE", problem), *alone]
     rows.append(("use it", detector_usage(detector, path)))
     try:
-        names = saved_detector(weights).metadata["class_names"]
+        names = saved_detector(detector).metadata["class_names"]
     except UserError as error:
         reason = str(error).removeprefix(f"{weights.where}: ")
         return [*rows, *alone, ("refused yet", f"detect, evaluation and export: it {reason}")]

@@ -150,10 +150,10 @@ def _prepare(args: TrainArgs, launch: Launch) -> Callable[[], None]:
 
         job = EvaluationJob.of_args(args, launch)
         first = job.resolve_member(0)
-        if detector_of(first):
+        if (detector := detector_of(first)) is not None:
             from mrmae_ds.training.evaluate_detector import prepare_detector, run_detector
 
-            return partial(run_detector, prepare_detector(job, first))
+            return partial(run_detector, prepare_detector(job, detector))
         return partial(run_evaluation, prepare_evaluation(job, first))
     from mrmae_ds.training.job import prepare_stage
     from mrmae_ds.training.run import dry_run, run_stage

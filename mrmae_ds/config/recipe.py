@@ -215,10 +215,11 @@ class Recipe(Section):
             raise ConfigError(
                 "data.detection", "stages.detect needs COCO's train and val, each with images and annotations"
             )
-        if isinstance(self.model.spec(), BeitSpec):
+        spec = self.model.spec()
+        if isinstance(spec, BeitSpec):
             raise ConfigError("stages.detect", "a BEiT has no windows; detectors need a CViT or a plain ViT")
         with errors_below("stages.detect.detector"):
-            stage.detector.check_depth(self.model.spec().num_blocks)
+            stage.detector.check_depth(spec.num_blocks)
         return self
 
     @overload

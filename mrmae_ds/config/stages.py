@@ -55,8 +55,9 @@ class MaskingConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _a_quarter_is_visible(cls, values: Any) -> Any:
-        blocks = isinstance(values, dict) and values.get("mode") == "block"
-        return values if blocks or not isinstance(values, dict) else {"keep_ratio": 0.25, **values}
+        if isinstance(values, dict) and values.get("mode") != "block":
+            return {"keep_ratio": 0.25, **values}
+        return values
 
     @model_validator(mode="after")
     def _keys_have_an_effect(self) -> MaskingConfig:
@@ -132,7 +133,7 @@ class StageConfig(Section):
 
 
 class CropStageConfig(StageConfig):
-    """Base of the stages that train on random crops, with a warm-up and a cosine.
+    """Base of the stages that train on random crops, with a warm-up.
 
     Attributes:
         optimizer: with its schedule.
@@ -282,8 +283,9 @@ class PretrainConfig(CropStageConfig):
     @model_validator(mode="before")
     @classmethod
     def _masked_unless_full(cls, values: Any) -> Any:
-        full = isinstance(values, dict) and values.get("encoder_input") == "full"
-        return values if full or not isinstance(values, dict) else {"masking": {}, **values}
+        if isinstance(values, dict) and values.get("encoder_input") != "full":
+            return {"masking": {}, **values}
+        return values
 
     @model_validator(mode="after")
     def _masking_suits_the_input(self) -> PretrainConfig:

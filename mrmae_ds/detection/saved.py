@@ -16,7 +16,7 @@ from mrmae_ds.weights.export import Exported, export_target, provenance
 from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.model_file import save_weights, size_from_metadata, spec_from_metadata
 from mrmae_ds.weights.paths import find_weights
-from mrmae_ds.weights.resolve import Weights, resolve
+from mrmae_ds.weights.resolve import resolve
 
 
 @dataclass(frozen=True)
@@ -48,29 +48,29 @@ class SavedDetector:
         return model.eval()
 
 
-def open_detector(source: Path, key: str = "") -> SavedDetector:
+def open_detector(source: Path) -> SavedDetector:
     """Open a finished stage ``detect`` or a released detector; all tensors are compared with the model of its sizes.
 
     Args:
         source: stage folder, or weights file.
-        key: recipe key that named it, for errors.
 
     Raises:
         UserError: if it holds no whole detector, is damaged, or its heads, statistics or classes are not known.
     """
-    return saved_detector(resolve(find_weights(source, key), key))
-
-
-def saved_detector(weights: Weights) -> SavedDetector:
-    """Return the detector of a resolved file, as :func:`open_detector` does."""
+    weights = resolve(find_weights(source))
     file = detector_of(weights)
     if file is None:
         raise UserError(
             f"{weights.where}: holds no whole detector ({weights.identity.title}); name a finished stage, "
             "runs/NAME/detect, or a file of the authors' ViTDet-style code"
         )
+    return saved_detector(file)
+
+
+def saved_detector(file: DetectorFile) -> SavedDetector:
+    """Return the detector of a file, as :func:`open_detector` does."""
     if problem := detector_problem(file):
-        raise UserError(f"{weights.where}: {problem}")
+        raise UserError(f"{file.weights.where}: {problem}")
     return SavedDetector(file, with_present_keys(file.metadata()))
 
 

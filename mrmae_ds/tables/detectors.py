@@ -33,17 +33,17 @@ def detector_rows(
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
     rows, excluded, unmatched = list[Row](), list[str](), list[str]()
     for run in (run for run in records if run[1].stage == "detect"):
-        record, row_name = run[1], row_name_of(run[1])
+        record = run[1]
         if reason := _unusable(record):
             excluded.append(f"{run_path(run)}: {reason}")
-        elif row_name is None:
+        elif (row_name := row_name_of(record)) is None:
             unmatched.append(f"{run_path(run)}: {no_row}")
         else:
-            groups[row_name, detection_data(record), record.name, describe_pretraining(record)].append(run)
+            groups[row_name, _detection_data(record), record.name, _describe_pretraining(record)].append(run)
     excluded += unmatched
     for key in sorted(groups):
         row_name, dataset, run_name, length = key
-        cells, older = ap_cells(groups[key])
+        cells, older = _ap_cells(groups[key])
         label = f"{row_name}, ours: {run_name} ({length}, {dataset})"
         epochs = cells["AP box"].runs[0][1].pretrain_epochs
         rows.append(Row(row_name, "ours", label, dataset, epochs, cells))
@@ -61,7 +61,7 @@ def _unusable(record: RunRecord) -> str | None:
     return None
 
 
-def ap_cells(runs: Sequence[Run]) -> tuple[dict[str, Cell], list[str]]:
+def _ap_cells(runs: Sequence[Run]) -> tuple[dict[str, Cell], list[str]]:
     """Return the cells of AP of the newest of ``runs``, and the other runs, each with the reason; see `fill_cell`."""
     cells: dict[str, Cell] = {}
     older: list[str] = []
@@ -70,13 +70,13 @@ def ap_cells(runs: Sequence[Run]) -> tuple[dict[str, Cell], list[str]]:
     return cells, older
 
 
-def describe_pretraining(record: RunRecord) -> str:
+def _describe_pretraining(record: RunRecord) -> str:
     """Return the length of the encoder's pre-training."""
     epochs = record.pretrain_epochs
     return "unknown pre-training" if epochs is None else f"{epochs:.4g} ep"
 
 
-def detection_data(record: RunRecord) -> str:
+def _detection_data(record: RunRecord) -> str:
     """Return "COCO" for the whole of COCO 2017, and a description of any other data set."""
     info = record.detection
     if info is None:

@@ -111,9 +111,7 @@ def prepare_evaluation(job: EvaluationJob, first: Weights) -> PreparedEvaluation
     done = job.is_done(val_data.sha256, [classifier.member for classifier in classifiers])
     if not done:
         cache_all([recipe.data.val], recipe.loader.cache_dir)
-    return PreparedEvaluation(
-        recipe, job.engine_config, job.launch, job.stage_dir, job.resume, val_data, tuple(classifiers), done
-    )
+    return PreparedEvaluation(**vars(job), val_data=val_data, classifiers=tuple(classifiers), done=done)
 
 
 def load_classifier(job: EvaluationJob, number: int, weights: Weights, val_data: BetonInfo) -> Classifier:

@@ -22,8 +22,8 @@ from mrmae_ds.training.evaluation.coco import CocoEvaluator
 from mrmae_ds.training.evaluation.job import EvaluationJob, member_key
 from mrmae_ds.training.run_logger import describe_data, describe_run
 from mrmae_ds.training.tasks.base import Normalize
+from mrmae_ds.weights.detectors import DetectorFile
 from mrmae_ds.weights.paths import weights_sha256
-from mrmae_ds.weights.resolve import Weights
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class PreparedDetector(EvaluationJob):
     done: bool
 
 
-def prepare_detector(job: EvaluationJob, first: Weights) -> PreparedDetector:
+def prepare_detector(job: EvaluationJob, file: DetectorFile) -> PreparedDetector:
     """Check the stage and the detector.
 
     Args:
         job: what is evaluated.
-        first: weights of its first member, a whole detector.
+        file: of its first member, a whole detector.
 
     Raises:
         UserError: for several members, a file that is not usable, a recipe without annotations, or classes that the
@@ -71,15 +71,17 @@ def prepare_detector(job: EvaluationJob, first: Weights) -> PreparedDetector:
     val_data = open_split(
         files.annotations, files.images, training=False, first=files.first, index_folder=recipe.loader.cache_dir
     )
-    detector, path = saved_detector(first), first.raw.path
+    detector, path = saved_detector(file), file.weights.raw.path
     metadata = detector.metadata
     classes = match_classes(metadata["class_names"], metadata["num_classes"], val_data, f"{member_key(0)}: {path}")
     restricted = restricted_from(metadata["num_classes"], classes)
     member = Member(file=path.name, sha256=weights_sha256(path), of_classes=restricted)
     done = job.is_done(val_data.sha256, [member])
     size = stage.image_size or detector.image_size
-    whole = (job.recipe, job.engine_config, job.launch, job.stage_dir, job.resume)
-    return PreparedDetector(*whole, job.sources[0], detector, member, val_data, classes, size, done)
+    return PreparedDetector(
+        **vars(job), source=job.sources[0], detector=detector, member=member, val_data=val_data, classes=classes,
+        image_size=size, done=done,
+    )  # fmt: skip
 
 
 def run_detector(job: PreparedDetector) -> None:
