@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan, run_blocks
-from mrmae_ds.models.masking import TokenMask, VisibleFeatures, VisibleSet
 from mrmae_ds.models.sizes import BeitSpec, ImageSize, height_width, token_grid
-from mrmae_ds.models.vit import POOLS
+from mrmae_ds.models.vit import POOLS, PlainEncoder
 
 
-class MaskedBeit(Beit):
+class MaskedBeit(PlainEncoder, Beit):
     """A BEiT with the interface of :class:`mrmae_ds.models.vit.MaskedViT`; it always computes all tokens.
 
     Args:
@@ -37,7 +36,6 @@ class MaskedBeit(Beit):
         UserError: if the patch does not tile ``img_size``, or for an unknown pooling.
     """
 
-    fusable_stages: tuple[tuple[int, int], ...] = ()
     undecayed = ("cls_token",)  # in pre-training
 
     def __init__(
@@ -77,39 +75,7 @@ class MaskedBeit(Beit):
         self.checkpointing = CheckpointPlan()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.dim)) if mask_token else None
 
-    @property
-    def transformer_blocks(self) -> nn.ModuleList:
-        """Return the blocks, first to last."""
-        return self.blocks
-
-    @property
-    def token_projection(self) -> nn.Conv2d:
-        """Return the convolution that makes the tokens."""
-        return self.patch_embed.proj
-
-    def forward(
-        self, images: Tensor, visible: VisibleSet | TokenMask | None = None, taps: tuple[int, ...] = ()
-    ) -> Tensor | VisibleFeatures:
-        """Classify images, or encode them for pre-training; as :meth:`mrmae_ds.models.vit.MaskedViT.forward`.
-
-        A visible set must be whole: relative positions are those of all tokens.
-        """
-        # By type: torch.fx passes a stand-in that is not None for an argument that is left out.
-        if not isinstance(visible, VisibleSet | TokenMask):
-            return self.forward_head(self.forward_features(images))
-        patches = visible.take(self.patch_embed(images))
-        if self.mask_token is not None and isinstance(visible, TokenMask):
-            patches = visible.fill(patches, self.mask_token)
-        outputs: list[Tensor] = []
-        x = self._run(patches, outputs)
-        return {"tokens": x, "stages": [], "blocks": [outputs[i] for i in taps]}
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Compute class and patch tokens [B, 1 + L, C] of images [B, 3, H, W], after ``norm`` if ``pool`` is token."""
-        return self.norm(self._run(self.patch_embed(images)))
-
     def _run(self, patches: Tensor, collect: list[Tensor] | None = None) -> Tensor:
-        """Run the blocks on the class token and patch tokens [B, L, C]."""
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         # Once for all blocks, in its own module, at whose call ZeRO-3 gathers the table.
         bias = None if self.rel_pos_bias is None else self.rel_pos_bias()

@@ -6,6 +6,7 @@ Parameter names are those of MAE's released files. Source of the masked path: He
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -20,7 +21,67 @@ from mrmae_ds.models.sizes import ImageSize, ViTSpec, height_width, token_grid
 POOLS = ("avg", "token")
 
 
-class MaskedViT(VisionTransformer):
+class PlainEncoder:
+    """Part that encoders on timm's transformers share: they classify, or encode for pre-training.
+
+    Subclasses also derive from timm's class, say where positions are added and run the blocks.
+    """
+
+    fusable_stages: tuple[tuple[int, int], ...] = ()
+    blocks: Any
+    patch_embed: Any
+    norm: Any
+    forward_head: Any
+    mask_token: nn.Parameter | None
+
+    @property
+    def transformer_blocks(self) -> nn.Sequential | nn.ModuleList:
+        """Return the blocks, first to last."""
+        return self.blocks
+
+    @property
+    def token_projection(self) -> nn.Conv2d:
+        """Return the convolution that makes the tokens."""
+        return self.patch_embed.proj
+
+    def forward(
+        self, images: Tensor, visible: VisibleSet | TokenMask | None = None, taps: tuple[int, ...] = ()
+    ) -> Tensor | VisibleFeatures:
+        """Classify images, or encode them for pre-training.
+
+        Args:
+            images: normalized images [B, 3, H, W].
+            visible: visible set, which must be whole for a BEiT, or mask whose removed tokens become mask tokens; None
+                classifies.
+            taps: 0-based indices of transformer blocks whose outputs are also returned.
+
+        Returns:
+            Logits [B, classes], or features whose tensors are [B, 1 + K, C]: the class token comes first.
+        """
+        # By type: torch.fx passes a stand-in that is not None for an argument that is left out.
+        if not isinstance(visible, VisibleSet | TokenMask):
+            return self.forward_head(self.forward_features(images))
+        patches = self.patch_embed(images)
+        if self.mask_token is not None and isinstance(visible, TokenMask):
+            patches = visible.fill(patches, self.mask_token)
+        outputs: list[Tensor] = []
+        x = self._run(visible.take(self._positioned(patches)), outputs)
+        return {"tokens": x, "stages": [], "blocks": [outputs[i] for i in taps]}
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Compute class and patch tokens [B, 1 + L, C] of images [B, 3, H, W], after ``norm`` if ``pool`` is token."""
+        return self.norm(self._run(self._positioned(self.patch_embed(images))))
+
+    def _positioned(self, patches: Tensor) -> Tensor:
+        """Add the positions that are part of the tokens to patch tokens [B, L, C]."""
+        return patches
+
+    def _run(self, patches: Tensor, collect: list[Tensor] | None = None) -> Tensor:
+        """Run the blocks on the class token and patch tokens [B, L, C]; ``collect`` receives the blocks' outputs."""
+        raise NotImplementedError
+
+
+class MaskedViT(PlainEncoder, VisionTransformer):
     """A ViT with a class token and the interface of :class:`mrmae_ds.models.cvit.CViT`.
 
     Args:
@@ -38,7 +99,6 @@ class MaskedViT(VisionTransformer):
         UserError: if the patch does not tile ``img_size``, or for an unknown pooling.
     """
 
-    fusable_stages: tuple[tuple[int, int], ...] = ()
     undecayed = ("pos_embed",)  # in pre-training, where MAE's code decays the class token
 
     def __init__(
@@ -80,46 +140,12 @@ class MaskedViT(VisionTransformer):
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, spec.dim)) if mask_token else None
 
-    @property
-    def transformer_blocks(self) -> nn.Sequential:
-        """Return the blocks, first to last."""
-        return self.blocks
+    def _positioned(self, patches: Tensor) -> Tensor:
+        return patches + self.pos_embed[:, 1:]
 
-    @property
-    def token_projection(self) -> nn.Conv2d:
-        """Return the convolution that makes the tokens."""
-        return self.patch_embed.proj
-
-    def forward(
-        self, images: Tensor, visible: VisibleSet | TokenMask | None = None, taps: tuple[int, ...] = ()
-    ) -> Tensor | VisibleFeatures:
-        """Classify images, or encode them for pre-training.
-
-        Args:
-            images: normalized images [B, 3, H, W].
-            visible: visible set, or mask whose removed tokens become mask tokens; None classifies.
-            taps: 0-based indices of transformer blocks whose outputs are also returned.
-
-        Returns:
-            Logits [B, classes], or features whose tensors are [B, 1 + K, C]: the class token comes first.
-        """
-        # By type: torch.fx passes a stand-in that is not None for an argument that is left out.
-        if not isinstance(visible, VisibleSet | TokenMask):
-            return self.forward_head(self.forward_features(images))
-        embedded = self.patch_embed(images)
-        if self.mask_token is not None and isinstance(visible, TokenMask):
-            embedded = visible.fill(embedded, self.mask_token)
-        patches = visible.take(embedded + self.pos_embed[:, 1:])
+    def _run(self, patches: Tensor, collect: list[Tensor] | None = None) -> Tensor:
         x = torch.cat([self._class_token(patches), patches], dim=1)
-        outputs: list[Tensor] = []
-        x = run_blocks(self.blocks, x, self.checkpointing.transformer, collect=outputs)
-        return {"tokens": x, "stages": [], "blocks": [outputs[i] for i in taps]}
-
-    def forward_features(self, images: Tensor) -> Tensor:
-        """Compute class and patch tokens [B, 1 + L, C] of images [B, 3, H, W], after ``norm`` if ``pool`` is token."""
-        patches = self.patch_embed(images) + self.pos_embed[:, 1:]
-        x = torch.cat([self._class_token(patches), patches], dim=1)
-        return self.norm(run_blocks(self.blocks, x, self.checkpointing.transformer))
+        return run_blocks(self.blocks, x, self.checkpointing.transformer, collect=collect)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute the activations of all blocks in backward, or of none."""
