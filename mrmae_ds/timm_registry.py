@@ -3,8 +3,8 @@
 timm_hook.py imports this module when timm is imported. The models themselves are imported only when one is built: this
 module may run while they are being imported, because they import timm.
 
-Tracing and ``torch.export`` work on these models. TorchScript's compiler and symbolic tracing (``torch.fx``) do not,
-because patches are cut out of any leading dimensions.
+Tracing, also symbolic (``torch.fx``), and ``torch.export`` work on these models; TorchScript's compiler, which torch
+has deprecated, does not.
 """
 
 from __future__ import annotations

@@ -254,6 +254,17 @@ def test_the_encoder_of_a_released_file_with_a_class_token(prefix: str) -> None:
     assert torch.equal(taken["pos_embed"], released["pos_embed"][:, 1:])
 
 
+@pytest.mark.parametrize("pool", ["avg", "max", ""])
+def test_a_model_whose_pooling_was_changed_is_saved_with_its_class_token(pool: str, tmp_path: Path) -> None:
+    model = timm.create_model("cvit_tiny", num_classes=7, global_pool="token").eval()
+    perturb(model, seed=1)
+    model.reset_classifier(3, global_pool=pool)
+    timm.models.save_for_hf(model, tmp_path)
+    saved = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    images = torch.rand(2, 3, 32, 32)
+    assert torch.equal(saved(images), model(images))
+
+
 def test_features_of_a_file(tmp_path: Path) -> None:
     saved, path = narrow(num_classes=10), tmp_path / "model.safetensors"
     save_file(saved.state_dict(), path)

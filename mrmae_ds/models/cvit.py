@@ -48,6 +48,8 @@ class CViT(nn.Module):
             blocks, and a frozen position embedding.
         drop_rate: dropout before the head.
         in_chans: channels of the input.
+        class_token: whether the transformer stage has a class token; None is for ``token`` pooling only. A model keeps
+            its token when ``reset_classifier`` changes the pooling.
 
     Raises:
         UserError: if the patches do not tile ``img_size``, or for an unknown pooling.
@@ -64,6 +66,7 @@ class CViT(nn.Module):
         global_pool: str = "avg",
         drop_rate: float = 0.0,
         in_chans: int = 3,
+        class_token: bool | None = None,
     ) -> None:
         super().__init__()
         self.spec, self.in_chans, self.stride = spec, in_chans, spec.stride
@@ -79,7 +82,7 @@ class CViT(nn.Module):
         self.patch_embed3 = PatchEmbed(c2, c3, p3)
         self.patch_embed4 = nn.Linear(c3, c3)
         bare = num_classes == 0 and not global_pool
-        self.num_prefix_tokens = int(global_pool == "token")
+        self.num_prefix_tokens = int(global_pool == "token" if class_token is None else class_token)
         token = nn.Parameter(torch.zeros(1, 1, c3)) if self.num_prefix_tokens else None
         self.register_parameter("cls_token", token)
         positions = sincos_pos_embed(c3, self.grid, self.num_prefix_tokens)
@@ -255,6 +258,9 @@ class CViT(nn.Module):
                     norm = NORM(width, device=device, dtype=dtype) if needed else nn.Identity()
                     setattr(self, name, norm.train(self.training))
             self.global_pool = global_pool
+            if self.cls_token is not None:
+                # timm stores the settings that rebuild an exported model here, the present pooling among them.
+                self._model_args = {**getattr(self, "_model_args", {}), "class_token": True}
         self.num_classes = num_classes
         head = nn.Linear(width, num_classes, device=device, dtype=dtype) if num_classes > 0 else nn.Identity()
         self.head = head.train(self.training)
