@@ -19,6 +19,9 @@ from mrmae_ds.training.callbacks.nvtx import NvtxCallback
 from mrmae_ds.training.callbacks.profiler import ProfilerCallback
 from mrmae_ds.training.callbacks.wandb import WandbCallback
 
+# W&B itself gives up its start after 90 s and says why.
+TRACKER_LIMIT_S = 180.0
+
 
 def check_optional_callbacks(recipe: Recipe) -> None:
     """Check that the packages of the recipe's optional callbacks are installed.
@@ -61,8 +64,12 @@ def build_optional_callbacks(
         callbacks.append(
             NonfatalCallback("memory_snapshot", MemorySnapshotCallback(recipe.memory_snapshot, path, device))
         )
+    # The other ranks wait meanwhile, and so does the watchdog, which would end the job.
+    limit_s = min(TRACKER_LIMIT_S, 60 * recipe.watchdog.timeout_minutes / 2)
     if recipe.wandb is not None:
-        callbacks.append(NonfatalCallback("wandb", WandbCallback(recipe.wandb, recipe, stage_name, stage_dir)))
+        wandb = WandbCallback(recipe.wandb, recipe, stage_name, stage_dir)
+        callbacks.append(NonfatalCallback("wandb", wandb, limit_s))
     if recipe.mlflow is not None:
-        callbacks.append(NonfatalCallback("mlflow", MlflowCallback(recipe.mlflow, recipe, stage_name, stage_dir)))
+        mlflow = MlflowCallback(recipe.mlflow, recipe, stage_name, stage_dir)
+        callbacks.append(NonfatalCallback("mlflow", mlflow, limit_s))
     return callbacks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -12,6 +13,8 @@ from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import MlflowConfig
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
+
+logger = logging.getLogger(__name__)
 
 ID_FILE = "mlflow_id.txt"
 # MLflow's own values wait minutes for a server that is gone, and the other ranks with it. Set variables are kept.
@@ -43,8 +46,11 @@ class MlflowCallback(Callback):
         for name, value in {**LIMITS, **folder}.items():
             os.environ.setdefault(name, value)
         client = MlflowClient(uri)
-        if self.id_file.exists():
-            self._run_id = self.id_file.read_text(encoding="utf-8")
+        self._run_id = self.id_file.read_text(encoding="utf-8") if self.id_file.exists() else ""
+        if self._run_id and _is_deleted(client, self._run_id):
+            logger.warning(f"mlflow: run {self._run_id} was deleted; a new one gets the values from here")
+            self._run_id = ""
+        if self._run_id:
             client.update_run(self._run_id, status="RUNNING")
         else:
             experiment = client.get_experiment_by_name(self.config.experiment)
@@ -78,3 +84,14 @@ class MlflowCallback(Callback):
         # A folder of MLflow cannot hold both loss and loss/pixels.
         metrics = [Metric(name.replace("/", "."), float(value), now, step) for name, value in values.items()]
         self._client.log_batch(self._run_id, metrics=metrics)
+
+
+def _is_deleted(client: Any, run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).info.lifecycle_stage == "deleted"
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # as without a server
+            raise
+        return True

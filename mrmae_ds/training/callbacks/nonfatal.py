@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future
+from threading import Thread
 
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
 from mrmae_ds.training.step_sync import StepStatus
@@ -20,10 +22,12 @@ class NonfatalCallback(Callback):
     Args:
         name: section of the recipe, for the warning.
         callback: the observer.
+        limit_s: seconds after which a call counts as a failure, for an observer that may wait without end; its calls
+            then run in threads of their own. None is no limit.
     """
 
-    def __init__(self, name: str, callback: Callback) -> None:
-        self.name, self.callback = name, callback
+    def __init__(self, name: str, callback: Callback, limit_s: float | None = None) -> None:
+        self.name, self.callback, self.limit_s = name, callback, limit_s
         self.failed = False
 
     def on_train_start(self, context: TrainContext) -> None:
@@ -54,8 +58,31 @@ class NonfatalCallback(Callback):
         if self.failed:
             return
         try:
-            method()
+            if self.limit_s is None:
+                method()
+            else:
+                _run_within(self.limit_s, method)
         except Exception as error:  # of any library
             self.failed = True
             reason = " ".join(str(error).split())
             logger.warning(f"{self.name}: {type(error).__name__}: {reason}; it is off from here, training continues")
+
+
+def _run_within(seconds: float, method: Callable[[], None]) -> None:
+    """Run a method, or raise TimeoutError and leave it alone in its thread, which does not outlive the process."""
+    outcome: Future[None] = Future()
+
+    def work() -> None:
+        try:
+            method()
+        except BaseException as error:  # raised again where it is waited for
+            outcome.set_exception(error)
+        else:
+            outcome.set_result(None)
+
+    thread = Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not outcome.done():
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    outcome.result()

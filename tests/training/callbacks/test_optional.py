@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import shutil
 import sys
 import threading
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from mrmae_ds.config.recipe import OPTIONAL_CALLBACKS, load_recipe
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
-from mrmae_ds.training.callbacks.build import build_optional_callbacks, check_optional_callbacks
+from mrmae_ds.training.callbacks.build import TRACKER_LIMIT_S, build_optional_callbacks, check_optional_callbacks
 from mrmae_ds.training.callbacks.mlflow import LIMITS
 from mrmae_ds.training.callbacks.nonfatal import NonfatalCallback
 from mrmae_ds.training.checkpoint.train_state import TrainState
@@ -97,6 +98,34 @@ def test_a_failing_optional_callback_is_left_out_with_one_warning(
     (record,) = caplog.records
     assert callback.calls == calls and record.levelname == "WARNING"
     assert record.message == (f"wandb: RuntimeError: no server in {broken}; it is off from here, training continues")
+
+
+@pytest.mark.parametrize("hung", ["on_train_start", "on_log", "on_train_end", "close"])
+def test_a_tracker_that_never_answers_is_left_out(hung: str, caplog: pytest.LogCaptureFixture) -> None:
+    answer = threading.Event()
+
+    class Hung(_Broken):
+        def count(self, name: str) -> None:
+            self.calls += 1
+            if name == hung:
+                answer.wait()
+
+    callback = Hung(hung)
+    guarded, context = NonfatalCallback("wandb", callback, limit_s=0.1), make_context()
+    guarded.on_train_start(context)
+    guarded.on_log(context, {})
+    guarded.on_train_end(context)
+    guarded.close()
+    answer.set()
+    assert callback.calls == 1 + ["on_train_start", "on_log", "on_train_end", "close"].index(hung)
+    message = "wandb: TimeoutError: no answer within 0.1 s; it is off from here, training continues"
+    assert [record.message for record in caplog.records] == [message]
+
+
+def test_trackers_have_less_time_than_the_watchdog(tmp_path: Path) -> None:
+    for minutes, seconds in ((20, TRACKER_LIMIT_S), (1, 30)):
+        found = _build(tmp_path, "wandb={}", "mlflow={}", f"watchdog.timeout_minutes={minutes}")
+        assert [callback.limit_s for callback in found if isinstance(callback, NonfatalCallback)] == [seconds] * 2
 
 
 def test_rank_0s_observers_cannot_end_a_training(tmp_path: Path) -> None:
@@ -310,6 +339,32 @@ def test_mlflow_gets_recipe_lines_and_results_and_resumes_its_run(
     assert (run.data.tags["a"], run.data.tags["stage"]) == ("b", "pretrain")
     recipe = json.loads(Path(client.download_artifacts(identity, "recipe.json")).read_text())
     assert recipe["model"]["arch"] == load_recipe(RECIPE).model.arch
+
+
+@pytest.mark.parametrize("way", ["deleted", "purged"])
+def test_a_stage_whose_mlflow_run_was_deleted_gets_a_new_one(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    client_of = pytest.importorskip("mlflow").MlflowClient
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store, identities = (tmp_path / "store").as_uri(), []
+    (tmp_path / "stage").mkdir()
+    for step in range(2):
+        (callback,) = _build(tmp_path / "stage", f"mlflow={{tracking_uri: '{store}'}}")
+        context = make_context(state=TrainState(step=step))
+        callback.on_train_start(context)
+        identities.append((tmp_path / "stage" / "mlflow_id.txt").read_text())
+        callback.on_log(context, {"loss": 1.0})
+        callback.close()
+        assert not callback.failed  # type: ignore[attr-defined]
+        if step == 0 and way == "deleted":
+            client_of(store).delete_run(identities[0])
+        elif step == 0:
+            shutil.rmtree(next((tmp_path / "store").glob(f"*/{identities[0]}")))
+    message = f"mlflow: run {identities[0]} was deleted; a new one gets the values from here"
+    assert [record.message for record in caplog.records] == [message]
+    (metric,) = client_of(store).get_metric_history(identities[1], "loss")
+    assert identities[0] != identities[1] and metric.step == 1
 
 
 def test_an_mlflow_server_that_is_gone_is_a_warning(
