@@ -17,6 +17,8 @@ from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.files import expand_home
 from mrmae_ds.units import first_few
 
+Join = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping.
@@ -27,13 +29,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return _parsed(path, parse_yaml)
 
 
-def read_extended(path: Path, model: type[BaseModel], ancestors: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_extended(
+    path: Path, model: type[BaseModel], ancestors: tuple[Path, ...] = (), *, join: Join | None = None
+) -> dict[str, Any]:
     """Read a YAML file and merge it into the file that it ``extends``, if any, recursively.
 
     Args:
         path: the file.
         model: schema of the merged content, for null keys.
         ancestors: files that extend this one.
+        join: merges a file, the second argument, into the one that it extends; None is :func:`merge`.
 
     Raises:
         UserError: as :func:`read_yaml`, for a file that extends itself, for a renamed key, and for an unknown key that
@@ -51,7 +56,7 @@ def read_extended(path: Path, model: type[BaseModel], ancestors: tuple[Path, ...
     if not base.is_file():
         problem = "a folder; name a file in it" if base.is_dir() else f"no such file{_nearest_file(base, besides=path)}"
         raise UserError(f"{path}: extends: {base}: {problem}")
-    return merge(read_extended(base, model, (*ancestors, path.resolve())), raw)
+    return (join or merge)(read_extended(base, model, (*ancestors, path.resolve()), join=join), raw)
 
 
 # Kinds of configuration: a key that every file of the kind has and no other, what takes it, and an example.

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from mrmae_ds.config.files import describe_errors, nearest_key, read_extended, refuse_other_kind
+from mrmae_ds.config.files import describe_errors, merge, nearest_key, read_extended, refuse_other_kind
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.schema import Section
@@ -95,13 +95,28 @@ def to_overrides(changes: dict[str, Any], prefix: str = "") -> Iterator[str]:
             yield f"{path}={json.dumps(value)}"
 
 
+def _extend(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Merge a pipeline file into the one that it extends.
+
+    As anywhere, null removes a key, but inside ``set`` and ``sets.NAME`` it stays: there it removes a recipe's key.
+    """
+    merged, kept = merge(base, over), merge(base, over, keep_null=True)
+    if isinstance(over.get("set"), dict):
+        merged["set"] = kept["set"]
+    named = over.get("sets")
+    for name, changes in named.items() if isinstance(named, dict) else ():
+        if isinstance(changes, dict):
+            merged["sets"][name] = kept["sets"][name]
+    return merged
+
+
 def load_pipeline(path: Path) -> PipelineConfig:
     """Read and validate a pipeline file. Like a recipe, it may contain ``extends: other.yaml``.
 
     Raises:
         UserError: naming file, key and nearest known key.
     """
-    raw = read_extended(path, PipelineConfig)
+    raw = read_extended(path, PipelineConfig, join=_extend)
     refuse_other_kind(raw, "a pipeline file", path)
     try:
         return PipelineConfig.model_validate(raw)

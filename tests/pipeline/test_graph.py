@@ -212,6 +212,25 @@ def test_pipelines_extend_others(tmp_path: Path) -> None:
         load_pipeline(tmp_path / "more.yaml")
 
 
+def test_null_in_the_sets_of_an_extending_pipeline_removes_a_recipes_key(tmp_path: Path) -> None:
+    """Below them it removes what the extended pipeline has, as in a recipe."""
+    stages = {"stages": {"pretrain": {"objectives": {"pixels": {"weight": 0.25}}}}}
+    write_pipeline(tmp_path, sets={"light": stages, "unused": {"seed": 1}}, set={"checkpoint": {"every_epochs": 2}})
+    run = {"config": "ds_configs/tiny.json", "stages": ["pretrain"], "use": ["light", "own"]}
+    own = {"stages": {"pretrain": {"objectives": {"pixels": None}}}}
+    sets = {"unused": None, "light": {"stages": {"pretrain": {"flip": 0.0}}}, "own": own}
+    more = {"extends": "pipeline.yaml", "runs": [run], "sets": sets, "set": {"checkpoint": {"every_epochs": None}}}
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(more))
+    pipeline = load_pipeline(tmp_path / "more.yaml")
+    assert pipeline.sets.keys() == {"light", "own"}
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/model.safetensors").touch()
+    (job,) = build_jobs(pipeline, tmp_path, overrides=[f"teachers.mae.source={tmp_path / 'teacher'}"])
+    stage = job.recipe.stages.pretrain
+    assert stage is not None and stage.objectives.keys() == {"mimic"} and stage.flip == 0.0
+    assert job.recipe.checkpoint.every_epochs == 1  # the recipe's default again
+
+
 INIT_SCRATCH = {"stages": {"finetune": {"init": "scratch"}}}
 
 
