@@ -301,7 +301,7 @@ class MRMAE(nn.Module):
         visible = self._draw_mask(pixels, outputs, noise, generator)
         result = reconstruct(self.student, self._normalize(pixels), visible)
         if result is None:
-            raise UserError("the model has no objective that predicts pixels at the decoder")
+            raise UserError("the model has no objective that predicts the pixels of all patches")
         pasted, alone = ((part * self.std + self.mean).clamp(0, 1) for part in (result.pasted, result.alone))
         masked = masked_pixels(pixels, visible, self.student.encoder.stride, fill=0.5)
         return ReconstructedImages(masked, pasted, alone)

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 IMAGES = "images"
 COMPARED = "compared"
 _TEACHER = "Teacher "
+_PASTED = "Reconstructed: visible patches unchanged, removed ones as predicted."
 _MODES = {
     "random": "at random",
     "sample": "in proportion to the importance that {} gives them",
@@ -194,7 +195,7 @@ def _add_student(
         logger.warning("%s: no reconstructions, its grid of patches is not the first pre-training's", run.path)
         return None
     pixels_predicted = any(spec.target == PIXELS for spec in model.objectives.values())
-    if pixels_predicted and isinstance(mask.visible, VisibleSet) == (getattr(encoder, "mask_token", None) is not None):
+    if pixels_predicted and not _takes(model, mask.visible):
         logger.warning("%s: no reconstructions, its encoder does not take the first pre-training's mask", run.path)
         return None
     try:
@@ -208,6 +209,14 @@ def _add_student(
     return Reconstruction(pasted, alone, result.standardized)
 
 
+def _takes(model: PretrainModel, visible: VisibleSet | TokenMask) -> bool:
+    """Return True if a model was trained on such masks: visible tokens alone, mask tokens, or whole images."""
+    if isinstance(visible, VisibleSet):
+        return model.decoder is not None
+    has_token = getattr(model.encoder, "mask_token", None) is not None
+    return has_token or (model.decoder is None and not visible.removed.any())
+
+
 def _draw_reconstructions(
     lead: FinishedRun,
     pixels: Tensor,
@@ -217,14 +226,17 @@ def _draw_reconstructions(
     path: Path,
     title: str,
 ) -> None:
-    if len(reconstructions) == 1:
+    single = len(reconstructions) == 1
+    if not mask.visible.mask.any():
+        rows = {"Output" if single else f"Output\n{label}": parts.alone for label, parts in reconstructions.items()}
+        legend = ["Output: the prediction of all patches, none of which was removed."]
+    elif single:
         only = next(iter(reconstructions.values()))
         rows = {"Reconstructed": only.pasted, "Output alone": only.alone}
+        legend = [_PASTED, "Output alone: the prediction of all patches, also the visible ones."]
     else:
         rows = {f"Reconstructed\n{label}": parts.pasted for label, parts in reconstructions.items()}
-    legend = ["Reconstructed: visible patches unchanged, removed ones as predicted."]
-    if len(reconstructions) == 1:
-        legend.append("Output alone: the decoder's prediction of all patches, also the visible ones.")
+        legend = [_PASTED]
     if any(parts.standardized for parts in reconstructions.values()):
         legend.append(
             "Patches are predicted without their mean and contrast (normalize: standardize); both are the true patch's."

@@ -4,6 +4,7 @@ import io
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from mrmae_ds.cli.main import main
+from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
@@ -20,11 +22,14 @@ from mrmae_ds.figures import plots as figures
 from mrmae_ds.figures.image_grid import GridRow
 from mrmae_ds.figures.select_images import SelectedImages
 from mrmae_ds.figures.visualize import show_run, show_runs
+from mrmae_ds.models.masking import TokenMask
+from mrmae_ds.models.objectives import unpatchify
 from mrmae_ds.models.pretrain import PretrainModel
+from mrmae_ds.weights.load import load_model
 from mrmae_ds.weights.model_file import read_metadata, read_tensors, save_weights
 from mrmae_ds.weights.paths import MODEL_FILE
 from tests.support.jpegs import stored_jpegs
-from tests.support.record_runs import CVIT, MEAN, STD, VIT, make_recipe, save_finetuning, save_pretraining
+from tests.support.record_runs import CVIT, MEAN, PIXELS, STD, VIT, make_recipe, save_finetuning, save_pretraining
 from tests.support.released import tiny_vit
 from tests.support.sample_data import Photographs, photograph
 from tests.support.sample_teachers import normalize, timm_attention
@@ -237,6 +242,42 @@ def test_warns_of_a_run_with_another_grid(
     assert pages["reconstructions.png"].title == "Reconstructions by mrmae (MR-MAE, cvit_tiny, 4 epochs, photographs)"
     (message,) = caplog.messages
     assert str(tmp_path / "larger") in message and "no reconstructions" in message
+
+
+WHOLE = {"encoder_input": "full", "masking": None}
+SQUARES = {"encoder_input": "mask_tokens", "masking": {"mode": "random", "unit": 8}}
+
+
+def at_the_encoder(folder: Path, val: Path, stage: dict[str, Any]) -> Path:
+    """Save a pre-training that predicts the pixels of all tokens at the encoder."""
+    pixels = PIXELS | {"tap": "encoder", "tokens": "all", "normalize": "none"}
+    recipe = make_recipe(val, "pixels", VIT, SIDE, None).model_dump(mode="json")
+    recipe["stages"]["pretrain"] |= stage | {"objectives": {"pixels": pixels}}
+    save_pretraining(folder, Recipe.model_validate(recipe))
+    return folder / "pretrain"
+
+
+def test_reconstructions_by_encoders_of_all_tokens(
+    runs: Runs, pages: dict[str, Page], val: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each takes the masks of its training, and of no other: a whole image, mask tokens, or visible tokens alone."""
+    whole, squares = at_the_encoder(tmp_path / "w", val, WHOLE), at_the_encoder(tmp_path / "s", val, SQUARES)
+    show_runs([whole], ["6"], out=tmp_path)
+    page, image = pages["reconstructions.png"], normalize(evaluated(val, 6)[None], MEAN, STD)
+    assert page.labels == ["Original", "Visible (100 %)", "Output"] and not caplog.messages
+    model = load_model(whole / MODEL_FILE)
+    with torch.no_grad():
+        predicted = model.predict(image, TokenMask.whole(1, (GRID, GRID), image.device))["pixels"]
+    expected = figures.denormalize(unpatchify(predicted, (GRID, GRID), 4), MEAN, STD)
+    np.testing.assert_allclose(page.rows["Output"].images, expected, atol=1e-5)
+    show_runs([squares], ["6"], out=tmp_path)
+    assert pages["reconstructions.png"].labels == ["Original", "Visible (25 %)", "Reconstructed", "Output alone"]
+    for lead, others in ((whole, [runs.mae]), (squares, [whole, runs.mae]), (runs.mae, [whole, squares])):
+        caplog.clear()
+        show_runs([lead, *others], ["6"], out=tmp_path)
+        assert len(pages["reconstructions.png"].labels) == (3 if lead == whole else 4), "of the first alone"
+        refused = [message for message in caplog.messages if "does not take the first pre-training's mask" in message]
+        assert [str(other) in text for other, text in zip(others, refused, strict=True)] == [True] * len(others)
 
 
 def test_crops_the_same_part_above_224_pixels(val: Path) -> None:

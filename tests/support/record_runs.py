@@ -48,7 +48,8 @@ def save_pretraining(folder: Path, recipe: Recipe, seed: int = 0, teacher_width:
     """Write ``folder/pretrain``; returns the model in it, in eval mode."""
     stage = recipe.stages.pretrain
     assert stage is not None
-    encoder = build_encoder(recipe.model.spec(), recipe.model.image_size)
+    mask_token = stage.encoder_input == "mask_tokens"
+    encoder = build_encoder(recipe.model.spec(), recipe.model.image_size, mask_token=mask_token)
     widths = {"guide": teacher_width, "ema": encoder.embed_dim}
     model = PretrainModel(encoder, recipe.model.fusion, recipe.model.decoder, stage.objectives, widths)
     _save(folder / "pretrain", recipe, model, "pretrain", seed)
