@@ -23,6 +23,7 @@ StageName = Literal[TrainStageName, "evaluate"]
 # Part of module, metric and folder names.
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w-]*$")]
 PlacementKind = Literal["device", "step", "stream", "sharded"]
+_DRAWN = 32  # masks of mode block that a check draws
 RESERVED_OBJECTIVES = {"loss": "name of the weighted total", "keys": "reserved by torch"}
 
 
@@ -92,7 +93,8 @@ class MaskingConfig(Section):
             stride: side of a token in pixels.
 
         Raises:
-            ConfigError: if the squares do not tile the image, the tokens do not tile them, or too few tokens are left.
+            ConfigError: if the squares do not tile the image, the tokens do not tile them, too few tokens are left, or
+                blocks do not fit.
         """
         rows, columns = grid
         if self.unit is not None:
@@ -108,6 +110,15 @@ class MaskingConfig(Section):
             )
         if self.masked is not None and self.masked >= rows * columns:
             raise ConfigError("masked", f"{self.masked} must be below the number of tokens, {rows}x{columns}")
+        if self.masked is not None:
+            # Never exact: its loop does not end where no block fits.
+            drawn = block_masks(range(_DRAWN), grid, self.masked, self.min_block, self.max_block)
+            if not drawn.any(1).all():
+                raise ConfigError(
+                    "min_block",
+                    f"{self.min_block}: of {rows}x{columns} tokens, most draws of such a block do not fit, and some "
+                    "images would have no removed token; lower it",
+                )
         return rows, columns
 
 
@@ -156,8 +167,12 @@ class CropStageConfig(StageConfig):
     def _warmup_ends(self) -> CropStageConfig:
         if self.optimizer.warmup_epochs >= self.epochs:
             raise ValueError(f"optimizer.warmup_epochs must be below epochs ({self.epochs}); change both")
-        if max(self.optimizer.milestones, default=0) >= self.epochs:
-            raise ValueError(f"optimizer.milestones must be below epochs ({self.epochs}); change both")
+        milestones = self.optimizer.milestones
+        if milestones and not self.optimizer.warmup_epochs <= milestones[0] <= milestones[-1] < self.epochs:
+            raise ValueError(
+                f"optimizer.milestones must be between warmup_epochs ({self.optimizer.warmup_epochs:g}) and epochs "
+                f"({self.epochs}); change them"
+            )
         return self
 
     @model_validator(mode="after")
