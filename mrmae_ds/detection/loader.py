@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mrmae_ds.data.convert.images import ImageError, read_rgb
+from mrmae_ds.data.convert.images import ImageError, read_rgb, read_upright
 from mrmae_ds.data.loaders.base import EpochOrder, LoaderRequest, to_device
 from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray, IntArray
@@ -184,7 +185,7 @@ class _Samples(Dataset[_Sample | str]):
         if image.size != (entry.width, entry.height):
             return (
                 f"{path} is {image.width} x {image.height} pixels, but {entry.width} x {entry.height} in the "
-                "annotations; use the images that were annotated, without rotating or resizing them"
+                f"annotations; {_size_hint(path, image, entry)}"
             )
         if self._jitter is None:
             return _prepare(image, eval_jitter(entry.height, entry.width, self._side))
@@ -199,6 +200,18 @@ class _Samples(Dataset[_Sample | str]):
         masks, classes = masks[left], annotations.classes[used][left]
         encoded = mask_api.encode(masks.transpose(2, 1, 0)) if len(masks) else []
         return _prepare(image, jitter)._replace(boxes=boxes_of_masks(masks), labels=classes + 1, masks=encoded)
+
+
+def _size_hint(path: Path, image: Image.Image, entry: ImageEntry) -> str:
+    """Return the fix for an image of another size than annotated."""
+    if (image.height, image.width) == (entry.width, entry.height):
+        if read_upright(path).size == (entry.width, entry.height):
+            return (
+                "its EXIF orientation, which training ignores, makes them equal: the upright image was annotated, so "
+                "write all images upright (mogrify -auto-orient)"
+            )
+        return "width and height are exchanged: correct them in the annotations, or the image's rotation"
+    return "use the images that were annotated, without rotating or resizing them"
 
 
 def _prepare(image: Image.Image, jitter: Jitter) -> _Sample:

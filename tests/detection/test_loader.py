@@ -191,6 +191,28 @@ def test_images_are_not_rotated_by_their_exif_record(train: CocoSplit) -> None:
     assert written() == written(exif=turned)
 
 
+@pytest.mark.parametrize(
+    ("orientation", "message"),
+    [
+        (6, "its EXIF orientation, which training ignores, makes them equal: the upright image was annotated"),
+        (3, "width and height are exchanged: correct them"),
+        (None, "width and height are exchanged: correct them"),
+    ],
+)
+def test_exchanged_width_and_height_are_explained(tmp_path: Path, orientation: int | None, message: str) -> None:
+    annotations = small_coco()
+    image = annotations["images"][0]
+    image["width"], image["height"] = image["height"], image["width"]
+    annotations["annotations"] = [entry for entry in annotations["annotations"] if entry["image_id"] != image["id"]]
+    split = open_split(*write_coco(tmp_path, annotations), training=False)
+    if orientation is not None:
+        turned = Image.Exif()
+        turned[274] = orientation
+        Image.open(split.folder / "0.jpg").save(split.folder / "0.jpg", exif=turned)
+    with pytest.raises(UserError, match=rf"0.jpg is 96 x 64 pixels, but 64 x 96 in the annotations; {message}"):
+        list(loader(split, None).epoch(0))
+
+
 @pytest.mark.parametrize("share", [2, 4])  # Pillow warns beyond the limit, and raises beyond twice of it
 def test_images_of_too_many_pixels_are_named(train: CocoSplit, share: int, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = min(width * height for width, height in SIZES) * 2 // share - 1

@@ -6,7 +6,7 @@ import io
 import logging
 import stat
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -108,10 +108,35 @@ def read_rgb(path: Path) -> Image.Image:
         ImageError: if it has more pixels than conversion takes by default, or is damaged.
         OSError: if there is no such file.
     """
+
+    def convert(image: Image.Image) -> Image.Image:
+        image.load()
+        return _rgb(image, WriteOptions.background, []).copy()
+
+    return _decode(path, convert)
+
+
+def read_upright(path: Path) -> Image.Image:
+    """Decode an image file to RGB, rotated by its EXIF orientation as viewers show it.
+
+    Raises:
+        ImageError: as :func:`read_rgb`.
+        OSError: as :func:`read_rgb`.
+    """
+    limit, background = WriteOptions.max_pixels, WriteOptions.background
+
+    def convert(image: Image.Image) -> Image.Image:
+        return to_rgb(image, max_side=max(image.size), max_pixels=limit, background=background)[0]
+
+    return _decode(path, convert)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Open an image file and convert it; all that Pillow raises for a damaged one is an ImageError."""
     limit = WriteOptions.max_pixels
     try:
         with pixel_limit(limit), open_image(path) as image:
-            return image.convert("RGB")
+            return convert(image)
     except _BOMB:
         raise ImageError(f"more than {limit:,} pixels") from None
     except FileNotFoundError:

@@ -17,7 +17,7 @@ from torchvision.transforms import v2
 from mrmae_ds.config.sections import Backend
 from mrmae_ds.data.beton.sidecar import read_sidecar
 from mrmae_ds.data.convert.folder import scan
-from mrmae_ds.data.convert.images import ImageError, open_image, pixel_limit, to_rgb
+from mrmae_ds.data.convert.images import ImageError, open_image, pixel_limit, read_rgb, read_upright, to_rgb
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.splits import find_classes
 from mrmae_ds.data.convert.verify import verify_beton
@@ -216,3 +216,31 @@ def test_pixel_limit_ends_with_the_block(tmp_path: Path) -> None:
     assert before == Image.MAX_IMAGE_PIXELS
     with pytest.raises(ImageError, match=r"96 x 72: more than 100 pixels \(--max-pixels\)"):
         to_rgb(open_image(tmp_path / "x.png"), max_side=512, max_pixels=100, background="white")
+
+
+@pytest.mark.parametrize("name", [name for name, odd in ODD.items() if "reduced" not in odd.kinds], ids=ascii)
+def test_one_file_is_decoded_as_conversion_does(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``read_upright`` gives the expected image, ``read_rgb`` the same before its rotation."""
+    monkeypatch.setattr(WriteOptions, "max_pixels", MAX_PIXELS)
+    odd, path = ODD[name], tmp_path / name
+    odd.make(path)
+    if isinstance(odd.expected, str):
+        for read in (read_rgb, read_upright):
+            with pytest.raises((ImageError, OSError)):
+                read(path)
+        return
+    upright, expected = np.asarray(read_upright(path)).astype(float), np.asarray(odd.expected)
+    assert np.abs(upright - expected).mean() <= odd.tolerance
+    stored = np.asarray(read_rgb(path))
+    if "rotated" in odd.kinds:
+        assert sorted(stored.ravel()) == sorted(upright.ravel()) and not np.array_equal(stored, upright)
+    else:
+        assert np.array_equal(stored, upright)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "CMYK", "RGBA", "LA"])
+def test_ordinary_images_have_the_pixels_that_torchvision_reads(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / f"image.{'jpg' if mode == 'CMYK' else 'png'}"
+    plain().convert(mode).save(path)
+    with Image.open(path) as image:
+        assert image.mode == mode and np.array_equal(np.asarray(read_rgb(path)), np.asarray(image.convert("RGB")))
