@@ -5,12 +5,16 @@ Shapes: n objects, H x W pixels.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from mrmae_ds.data.convert.images import read_rgb
@@ -23,6 +27,7 @@ from mrmae_ds.files import replacing
 
 NUM_IMAGES = 8  # of the figure
 _ALPHA = 0.45  # of masks
+_LAST_RESORT = "Last Resort High-Efficiency"  # a font of boxes that name the script of a letter
 _CELL, _GAP, _PAIRS = 400, 8, 2  # longer side of an image, pixels between images, pairs of images in a row
 
 
@@ -92,11 +97,12 @@ def draw_objects(image: Image.Image, objects: Sequence[DrawnObject]) -> Image.Im
         if item.mask is not None:
             _blend(pixels, mask_api.decode(item.mask).astype(bool), item.color)
     drawn = Image.fromarray(pixels)
-    pen, longer = ImageDraw.Draw(drawn), max(image.size)
-    font, line = ImageFont.load_default(max(10, longer / 32)), max(1, round(longer / 250))
+    pen, side = ImageDraw.Draw(drawn), min(max(image.size), 4 * min(image.size))  # of a panorama less than the longer
+    size, line = max(10, side / 32), max(1, round(side / 250))
     for item in objects:
         pen.rectangle(item.box, outline=item.color, width=line)
-        text = item.name if item.score is None else f"{item.name} {item.score:.2f}"
+        name, file = legible_name(item.name)
+        font, text = ImageFont.truetype(file, size), name if item.score is None else f"{name} {item.score:.2f}"
         _, _, width, height = pen.textbbox((0, 0), text, font=font)
         left = max(0, min(item.box[0], image.width - width - 4))
         top = max(0, item.box[1] - height - 2)
@@ -141,6 +147,19 @@ def fixed_rows(split: CocoSplit) -> list[int]:
     """Return the rows of the figure's images: evenly spaced among those with objects, the same at every evaluation."""
     rows = split.annotated_rows()
     return rows[evenly_spaced(len(rows), min(NUM_IMAGES, len(rows)))].tolist()
+
+
+@cache
+def legible_name(name: str) -> tuple[str, str]:
+    """Return a name as it can be drawn, and the font's file. Letters that no installed font has are escaped."""
+    default = str(font_manager.findfont("DejaVu Sans"))  # matplotlib's own
+    installed = [str(font.fname) for font in font_manager.fontManager.ttflist if font.name != _LAST_RESORT]
+    for file in (default, *installed):
+        with contextlib.suppress(OSError, RuntimeError):  # a font that was removed, or is damaged
+            if {*map(ord, f"{name} 0.")} <= FT2Font(file).get_charmap().keys():
+                return name, file
+    known = FT2Font(default).get_charmap()
+    return "".join(letter if ord(letter) in known else ascii(letter)[1:-1] for letter in name), default
 
 
 def _reduced(image: Image.Image) -> Image.Image:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import font_manager
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageColor
 from pycocotools import mask as mask_api
 
@@ -17,6 +19,7 @@ from mrmae_ds.detection.draw import (
     draw_objects,
     draw_predictions,
     fixed_rows,
+    legible_name,
 )
 from tests.detection.test_evaluate import perfect
 from tests.support.coco import write_coco
@@ -45,6 +48,31 @@ def test_names_stay_inside_the_image() -> None:
     gray = Image.new("RGB", (100, 60), (128, 128, 128))
     items = [DrawnObject((95, 0, 99, 50), "hair drier", "#D55E00")]
     assert (np.asarray(draw_objects(gray, items))[:10] != 128).any(axis=2).sum() > 100
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 1), (1, 3000), (3000, 100)])
+def test_names_leave_most_of_a_narrow_image_visible(size: tuple[int, int]) -> None:
+    gray = Image.new("RGB", size, (128, 128, 128))
+    drawn = draw_objects(gray, [DrawnObject((0, 0, *size), "zebra", "#0072B2", None, 0.5)])
+    assert drawn.size == size
+    if min(size) == 100:
+        assert (np.asarray(drawn) == 128).all(axis=2).mean() > 0.8
+
+
+def test_names_in_other_alphabets_are_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Letters are drawn by a font that has them; where none has, they are escaped."""
+    default, other = (font_manager.findfont(family) for family in ("DejaVu Sans", "STIXGeneral"))
+    missing = FT2Font(other).get_charmap().keys() - FT2Font(default).get_charmap().keys()
+    letter, choose = chr(max(missing)), legible_name.__wrapped__
+    for name in ("zebra", "\u0447\u0435\u043b\u043e\u0432\u0435\u043a", "\u03b6\u03ad\u03b2\u03c1\u03b1"):
+        assert choose(name) == (name, default)
+    removed = font_manager.FontEntry(fname="removed.ttf", name="Removed")
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [removed, font_manager.FontEntry(other, "STIXGeneral")])
+    assert choose(letter) == (letter, other)
+    assert choose(f"\u81ea {letter}\n") == (f"\\u81ea {ascii(letter)[1:-1]}\\n", default)
+    gray = Image.new("RGB", (200, 100), (128, 128, 128))
+    drawn = [draw_objects(gray, [DrawnObject((0, 50, 90, 90), name, "#0072B2")]) for name in ("\u0416", "\u0429")]
+    assert drawn[0].tobytes() != drawn[1].tobytes()  # not the same box for both
 
 
 def test_results_below_the_score_are_left_out(split: CocoSplit) -> None:
