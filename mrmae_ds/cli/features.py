@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from mrmae_ds.cli.parser import CommandParser, require_path
+from mrmae_ds.cli.parser import CommandParser, add_device_option, requested_device, require_path
 from mrmae_ds.units import counted
 
 SUMMARY = "write the embeddings of images by the encoder of a run or of released weights, and judge them"
@@ -34,25 +34,23 @@ def add_arguments(parser: CommandParser) -> None:
     )
     parser.add_argument("--batch-size", type=int, default=64, help="images at a time; default: %(default)s")
     parser.add_argument("--workers", type=int, help="processes that decode; default: one per CPU core, at most 8")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Write the files and print their paths, and the accuracies with ``--accuracy``."""
     for path in (args.run, *args.images):
         require_path(path)
-    import torch
-
     from mrmae_ds.api import ImageEncoder
     from mrmae_ds.training.evaluation import embeddings
 
     embeddings.check_output(args.out)
+    device = requested_device(args.device)
     encoder = ImageEncoder.from_file(args.run)
     files = embeddings.list_files(args.images, args.accuracy)
     batch_size, count = max(args.batch_size, 1), len(files.paths)
     cores = len(os.sched_getaffinity(0))
     workers = args.workers if args.workers is not None else 0 if count <= batch_size else min(cores, 8)
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     features = embeddings.embed(encoder, files.paths, device, batch_size, workers)
     written = embeddings.write_embeddings(args.out, files, features)
     print(f"{counted(count, 'image')}, {features.shape[1]} features each: {', '.join(map(str, written))}")

@@ -11,13 +11,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mrmae_ds.distributed.logs import configure_logging
 from mrmae_ds.errors import UserError, user_message
 from mrmae_ds.files import expand_home, split_choice
+from mrmae_ds.units import counted
+
+if TYPE_CHECKING:
+    import torch
 
 OVERRIDE = re.compile(r"[A-Za-z_][\w.-]*=")
+_DEVICE = re.compile(r"cpu|cuda(:(?P<number>[0-9]+))?")
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 # How the completion scripts that shtab writes complete a path.
 _COMPLETE_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
@@ -110,6 +115,33 @@ def add_recipe_options(parser: CommandParser) -> None:
     parser.add_argument(
         "--recipe", type=Path, help="recipe; default: the YAML of the same name beside the engine config"
     )
+
+
+def add_device_option(parser: CommandParser) -> None:
+    """Add ``--device``, which :func:`requested_device` reads."""
+    parser.add_argument("--device", metavar="{cpu,cuda,cuda:N}", help="where to compute; default: cuda if available")
+
+
+def requested_device(name: str | None) -> torch.device:
+    """Return the device of ``--device``; None is the first GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: for another name, or a GPU that torch does not find.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return torch.device("cuda" if gpus else "cpu")
+    match = _DEVICE.fullmatch(name)
+    if match is None:
+        raise UserError(f"--device {name}: expected cpu, cuda or cuda:N")
+    if name != "cpu" and int(match["number"] or 0) >= gpus:
+        fix = (
+            f"use cuda:0 to cuda:{gpus - 1}" if gpus else "use --device cpu, or see nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+        raise UserError(f"--device {name}: torch {torch.__version__} finds {counted(gpus, 'GPU')} here; {fix}")
+    return torch.device(name)
 
 
 def require_path(path: Path) -> None:

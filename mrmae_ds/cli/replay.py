@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mrmae_ds.cli.parser import CommandParser
+from mrmae_ds.cli.parser import CommandParser, add_device_option, requested_device
 
 SUMMARY = "repeat a step that training skipped because a loss or a gradient was not finite"
 
@@ -13,14 +13,11 @@ SUMMARY = "repeat a step that training skipped because a loss or a gradient was 
 def add_arguments(parser: CommandParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("capture", type=Path, metavar="CAPTURE", help="RUN/STAGE/captures/step_N")
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if available")
+    add_device_option(parser)
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the result of the repetition."""
-    import torch
-
     from mrmae_ds.training.replay import describe, replay
 
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    print(describe(*replay(args.capture, torch.device(name))))
+    print(describe(*replay(args.capture, requested_device(args.device))))

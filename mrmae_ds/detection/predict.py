@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from mrmae_ds.data.convert.images import ImageError, read_rgb
+from mrmae_ds.data.convert.images import ImageError, read_upright
 from mrmae_ds.detection.coco import ImageEntry
 from mrmae_ds.detection.draw import detected_objects, draw_objects
 from mrmae_ds.detection.evaluate import Result, image_results
@@ -19,7 +20,9 @@ from mrmae_ds.detection.jitter import eval_jitter, jitter_image
 from mrmae_ds.detection.loader import DetectionBatch
 from mrmae_ds.detection.saved import open_detector
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import replacing, write_text
+from mrmae_ds.figures.select_images import images_below
+from mrmae_ds.files import check_writable, replacing, write_text
+from mrmae_ds.units import counted, first_few
 
 
 class Predictor:
@@ -71,9 +74,11 @@ def detect_images(
 ) -> Iterator[tuple[Path, int]]:
     """Detect the objects in image files; write a figure (PNG) and the results (JSON) of each.
 
+    Figure and results are of the upright image, turned by its EXIF orientation.
+
     Args:
         source: as in :class:`Predictor`.
-        images: the files.
+        images: as in :func:`plan_outputs`.
         out: folder for the files.
         score: least score that is drawn; the results have all detections.
         device: to compute on.
@@ -82,26 +87,91 @@ def detect_images(
         Path of each figure, and the number of objects in it.
 
     Raises:
-        UserError: if two images have the same name, one cannot be read, or the source holds no detector.
+        UserError: as :func:`plan_outputs` and :class:`Predictor`, if ``out`` cannot be written, and, when all others
+            are written, if images cannot be read.
     """
-    stems = [path.stem for path in images]
-    repeated = next((stem for stem in stems if stems.count(stem) > 1), None)
-    if repeated is not None:
-        raise UserError(f"{repeated}: two images have this name; their figures would overwrite each other, rename one")
+    planned = plan_outputs(images, out)
+    check_writable(planned[0].figure)
     predictor = Predictor(source, device)
-    names = dict(zip(predictor.category_ids.tolist(), predictor.class_names, strict=True))
-    for number, path in enumerate(images):
+    class_names = dict(zip(predictor.category_ids.tolist(), predictor.class_names, strict=True))
+    problems = []
+    for number, (path, name, figure) in enumerate(planned):
         try:
-            image = read_rgb(path)
+            image = read_upright(path)
         except (OSError, ImageError) as error:
-            raise UserError(f"{path}: not a readable image ({error})") from None
-        results = predictor.detect(image, ImageEntry(number, path.name, image.height, image.width))
+            problems.append(f"{path} ({error})")
+            continue
+        results = predictor.detect(image, ImageEntry(number, name, image.height, image.width))
         objects = detected_objects(results, predictor.category_ids, predictor.class_names, score)
-        figure = out / f"{path.stem}.png"
         with replacing(figure) as temporary:
             draw_objects(image, objects).save(temporary, format="PNG")
         named: list[dict[str, Any]] = [
-            {"file_name": path.name, "category": names[result["category_id"]]} | result for result in results
+            {"file_name": name, "category": class_names[result["category_id"]]} | result for result in results
         ]
-        write_text(figure.with_suffix(".json"), json.dumps(named, indent=1) + "\n")
+        write_text(figure.with_suffix(".json"), json.dumps(named, indent=1, ensure_ascii=False) + "\n")
         yield figure, len(objects)
+    if problems:
+        files = first_few(problems, 3)
+        if len(planned) > 1:
+            files = f"{len(problems):,} of {counted(len(planned), 'image')}: {files}; the others are done"
+        raise UserError(f"not readable: {files}")
+
+
+class PlannedImage(NamedTuple):
+    """An image to detect objects in.
+
+    Attributes:
+        path: of the image.
+        name: path below the folder that was given; of a file its name.
+        figure: path of the PNG; the JSON is beside it.
+    """
+
+    path: Path
+    name: str
+    figure: Path
+
+
+def plan_outputs(images: Sequence[Path], out: Path) -> list[PlannedImage]:
+    """List images, each once, and name their figures so that none replaces another or an image.
+
+    A figure has the name of its image without the extension. If two are equal, all have the path below the folder that
+    the images share, and the extension too if two differ in it alone.
+
+    Args:
+        images: files, and folders whose images are taken at any depth, except those in ``out``.
+        out: folder for the figures.
+
+    Raises:
+        UserError: if there are no images, or a figure would be beside an image.
+    """
+    found: dict[Path, tuple[Path, Path]] = {}  # by absolute path: as given, and below the folder that was given
+    for path in images:
+        folder = path if path.is_dir() else path.parent
+        for file in images_below(path) if path.is_dir() else [path]:
+            if not _is_below(file, out) or not _is_below(out, folder):
+                found.setdefault(_absolute(file), (file, file.relative_to(folder)))
+    if not found:
+        raise UserError(f"{first_few(images, 3)}: no images but those of {out}; name other images")
+    shared = os.path.commonpath([place.parent for place in found])
+    whole = [place.relative_to(shared) for place in found]
+    below = [name for _, name in found.values()]
+    for names in ([name.with_suffix("") for name in below], [name.with_suffix("") for name in whole], whole):
+        if len(set(names)) == len(names):
+            break
+    figures = [out / f"{name}.png" for name in names]
+    folders = {place.parent.resolve() for place in found}
+    beside = next((figure.parent for figure in figures if figure.parent.resolve() in folders), None)
+    if beside is not None:
+        raise UserError(
+            f"{beside}: the output would be beside the images and could replace files of theirs; name another folder"
+        )
+    pairs = zip(found.values(), figures, strict=True)
+    return [PlannedImage(path, str(name), figure) for (path, name), figure in pairs]
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))
+
+
+def _is_below(path: Path, folder: Path) -> bool:
+    return _absolute(folder) in _absolute(path).parents

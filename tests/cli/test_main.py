@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import yaml
 
 from mrmae_ds.cli.main import COMMANDS, build_parser, main
-from mrmae_ds.cli.parser import run_command
+from mrmae_ds.cli.parser import requested_device, run_command
 from mrmae_ds.cli.train import STAGES, parse_arguments
 from mrmae_ds.config.recipe import load_recipe
 from mrmae_ds.config.stages import StageName
@@ -72,6 +73,40 @@ def test_bad_input_is_one_line_and_status_2(
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1 and err.endswith("\n")
     assert str(tmp_path) in err
+
+
+@pytest.mark.parametrize("command", ["detect {0} {0} --out {1}", "features {0} {0}", "replay {0}"])
+def test_a_device_that_is_not_there_is_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything is loaded: the weights are none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    (tmp_path / "image.png").write_bytes(b"")
+    words = command.format(tmp_path / "image.png", tmp_path / "out").split()
+    for name, message in (
+        ("foo", "--device foo: expected cpu, cuda or cuda:N"),
+        ("meta", "--device meta: expected cpu, cuda or cuda:N"),
+        ("cuda:9", f"--device cuda:9: torch {torch.__version__} finds 2 GPUs here; use cuda:0 to cuda:1"),
+    ):
+        assert main([*words, "--device", name]) == 2
+        assert capsys.readouterr().err == f"error: {message}\n"
+
+
+@pytest.mark.parametrize(("gpus", "default"), [(0, "cpu"), (2, "cuda")])
+def test_devices(gpus: int, default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert requested_device(None) == torch.device(default) and requested_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "cuda:0", "cuda:1"):
+        if gpus:
+            assert requested_device(name) == torch.device(name)
+        else:
+            with pytest.raises(UserError, match="finds 0 GPUs here; use --device cpu"):
+                requested_device(name)
+    for wrong in ("", "CPU", "cuda:", "cuda:-1", "cuda:1\n", "cuda:\u0661"):
+        with pytest.raises(UserError, match="expected cpu, cuda or cuda:N"):
+            requested_device(wrong)
 
 
 def test_table_without_runs_has_blank_cells_and_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
