@@ -21,11 +21,13 @@ from mrmae_ds.models.layers import ConvBlock
 from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.planning.cost_report import cost_line
 from mrmae_ds.profiling.flops import recipe_cost
-from mrmae_ds.tables.paper import TABLES, PaperRow
+from mrmae_ds.tables.paper import TABLES, PaperRow, errata_of
 from mrmae_ds.teachers import Teacher, build_meta_teacher
+from mrmae_ds.teachers.base import TeacherOutput, draw_visible
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.checkpoint import meta_teacher
 
+UNIFORM = torch.ones(64, 196)
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "ds_configs"
 FILES = sorted(CONFIGS.rglob("*.yaml"))
@@ -286,6 +288,83 @@ def test_fine_tuning_is_the_published_one(name: str) -> None:
     assert (stage.batch_size, stage.optimizer.warmup_epochs, stage.optimizer.min_lr) == (1024, 5, 1e-6)
     assert stage.rand_augment == "rand-m9-mstd0.5-inc1"
     assert stage.crop_scale == (0.08, 1.0) and stage.optimizer.betas == (0.9, 0.999)
+
+
+# Epochs, batch, peak rate, floor, warm-up, betas, clipping, drop path, crop scale, color jitter: the authors' code.
+# MVP has none: BEiT's.
+PRETRAINING = {
+    "milan": (400, 4096, 2.4e-3, 0, 40, (0.9, 0.95), None, 0, (0.2, 1), 0),
+    "dmae": (100, 4096, 2.4e-3, 0, 20, (0.9, 0.95), None, 0, (0.2, 1), 0),
+    "maskalign": (200, 1024, 6e-4, 1e-5, 20, (0.9, 0.95), None, 0.1, (0.2, 1), 0),
+    "maskfeat": (300, 2048, 1.6e-3, 1e-6, 30, (0.9, 0.999), 0.02, 0, (0.5, 1), 0),
+    "mvp": (300, 2048, 1.5e-3, 1e-5, 10, (0.9, 0.999), 3, 0.1, (0.08, 1), 0.4),
+    "fd": (300, 2048, 1.2e-3, 2e-5, 10, (0.9, 0.999), 3, 0.2, (0.08, 1), 0),
+    "simmim_vit": (800, 2048, 4e-4, 0, 10, (0.9, 0.999), 5, 0.1, (0.67, 1), 0),
+    "data2vec": (800, 2048, 2e-3, 1e-5, 10, (0.9, 0.999), 3, 0.25, (0.08, 1), 0.4),
+}
+# Batch, peak rate, layer decay, drop path, warm-up, weight decay.
+METHOD_TUNING = {
+    "milan": (1024, 4e-4, 0.65, 0.1, 5, 0.05),
+    "dmae": (1024, 2e-3, 0.75, 0.15, 20, 0.05),
+    "maskalign": (1024, 1.2e-3, 0.55, 0.2, 5, 0.05),
+    "maskfeat": (2048, 8e-3, 0.65, 0.1, 20, 0.05),
+    "mvp": (1024, 4e-3, 0.65, 0.1, 20, 0.05),
+    "fd": (2048, 5e-3, 0.6, 0.3, 20, 0.05),
+    "simmim_vit": (2048, 5e-3, 0.65, 0.1, 20, 0.05),
+    "data2vec": (1024, 4e-3, 0.65, 0.2, 10, 0.0),
+}
+# Encoder input, arch, and visible or removed tokens of 196.
+MASKS = {
+    "milan": ("visible", "vit_base", 49),
+    "dmae": ("visible", "vit_base", 49),
+    "maskalign": ("visible", "vit_base", 58),
+    "maskfeat": ("mask_tokens", "vit_base", 78),
+    "mvp": ("mask_tokens", "beit_base", 75),
+    "fd": ("full", "beit_base", 0),
+    "simmim_vit": ("mask_tokens", "beit_base", 30 * 4),  # 30 of 49 squares
+    "data2vec": ("mask_tokens", "beit_base", 120),
+}
+
+
+@pytest.mark.parametrize("name", PRETRAINING)
+def test_a_method_is_trained_as_its_authors_do(name: str) -> None:
+    recipe = loaded(CONFIGS / f"methods/{name}_base.yaml")
+    stage, tuning = recipe.stages.pretrain, recipe.stages.finetune
+    assert stage is not None and tuning is not None
+    rate, floor = stage.optimizer, stage.optimizer.min_lr
+    found = (stage.epochs, stage.batch_size, rate.peak_lr(stage.batch_size), floor, rate.warmup_epochs, rate.betas)
+    found += (rate.clip_grad, stage.drop_path, stage.crop_scale, stage.color_jitter)
+    assert [value == pytest.approx(wanted) for value, wanted in zip(found, PRETRAINING[name], strict=True)] == [
+        True
+    ] * 10
+    assert (rate.weight_decay, stage.flip) == (0.05, 0.5)
+    assert stage.attention_dropout == (0.05 if name == "data2vec" else 0)
+    assert (rate.schedule, rate.milestones) == (("step", (700,)) if name == "simmim_vit" else ("cosine", ()))
+    rate = tuning.optimizer
+    found = (tuning.batch_size, rate.peak_lr(tuning.batch_size), tuning.layer_decay, tuning.drop_path)
+    assert (*found, rate.warmup_epochs, rate.weight_decay) == pytest.approx(METHOD_TUNING[name])
+    assert (tuning.epochs, tuning.rand_augment, tuning.pool) == (100, "rand-m9-mstd0.5-inc1", "avg")
+    assert (tuning.mixup, tuning.cutmix, tuning.label_smoothing, tuning.random_erasing) == (0.8, 1.0, 0.1, 0.25)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_method_masks_as_its_authors_do(name: str) -> None:
+    recipe = loaded(CONFIGS / f"methods/{name}_base.yaml")
+    stage = recipe.stages.pretrain
+    assert stage is not None
+    rows, columns = (14, 14) if stage.masking is None else stage.masking.grid((14, 14), 16)
+    importance = {"clip": TeacherOutput(UNIFORM, UNIFORM)}
+    counts = draw_visible(stage, importance, torch.rand(64, rows * columns), (14, 14), 16).mask.sum(1)
+    counts = 196 - counts if stage.encoder_input == "visible" else counts
+    assert (stage.encoder_input, recipe.model.arch, counts.max().item()) == MASKS[name]
+
+
+def test_numbers_of_papers_that_were_not_read_are_marked() -> None:
+    for file in METHODS:
+        for sentence in re.split(r"(?<=[)\d%])[,;] |\. ", " ".join(header(file)["paper"])):
+            assert "authors' paper" not in sentence or "(not confirmed here)" in sentence, named(file)
+    marked = [text for text in errata_of(1) if "not confirmed here" in text]
+    assert [text.partition(":")[0] for text in marked] == ["BEiT", "CAE", "CMAE"]
 
 
 @pytest.mark.parametrize("row", range(1, 8))

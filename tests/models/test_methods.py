@@ -22,7 +22,7 @@ from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
 from mrmae_ds.models.vit import MaskedViT
-from mrmae_ds.teachers.base import targets_of
+from mrmae_ds.teachers.base import TeacherOutput, draw_visible, targets_of
 from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
 from mrmae_ds.weights.load import load_pretrained
 from mrmae_ds.weights.model_file import encoder_metadata, save_weights
@@ -238,6 +238,32 @@ def test_removed_pixels_change_no_prediction(case: str) -> None:
     with torch.no_grad():
         first, second = model.predict(images, visible), model.predict(images + 100 * removed, visible)
         third = model.predict(images + 1 - removed, visible)
+    for name in first:
+        assert torch.equal(first[name], second[name])
+        assert not torch.equal(first[name], third[name])
+
+
+RECIPES = sorted(Path("ds_configs/methods").glob("*_tiny.yaml"))
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_removed_pixels_change_no_prediction_of_a_recipe(file: Path) -> None:
+    """By the recipe's own masks, encoder and objectives; FD's removes nothing, and all of its pixels are seen."""
+    recipe = load_recipe(file)
+    stage, grid = recipe.stages.pretrain, (8, 8)
+    assert stage is not None
+    stand_in = SimpleNamespace(width=6, has_class_token=True)
+    model = build_pretraining(recipe, stage, lambda *_: stand_in)[0].eval()
+    perturb(model, seed=1)
+    cells = grid if stage.masking is None else stage.masking.grid(grid, 4)
+    importance = {name: TeacherOutput(torch.ones(2, 64), torch.ones(2, 64)) for name in stage.teachers}
+    mask = draw_visible(stage, importance, random_noise(2, cells[0] * cells[1], seed=2), grid, 4)
+    removed = mask.mask.reshape(2, 1, *grid).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    images = random_images(2, 32, seed=3)
+    with torch.no_grad():
+        first, second = model.predict(images, mask), model.predict(images + 100 * removed, mask)
+        third = model.predict(images + 1 - removed, mask)
+    assert bool(removed.any()) == (stage.encoder_input != "full") and first.keys() == stage.objectives.keys()
     for name in first:
         assert torch.equal(first[name], second[name])
         assert not torch.equal(first[name], third[name])

@@ -29,6 +29,7 @@ from mrmae_ds.planning.stage import CountedStage, count_stage, stage_memory, wit
 from mrmae_ds.profiling.flops import recipe_cost
 from mrmae_ds.profiling.gpus import Gpu, find_gpu
 from mrmae_ds.profiling.measured_node import MeasuredNode
+from tests.support.record_runs import make_recipe, save_pretraining
 
 CONFIGS = Path(__file__).resolve().parents[2] / "ds_configs"
 # CViT-Small with one block per stage, which is fast to trace.
@@ -48,6 +49,30 @@ def stages(recipe: Recipe) -> dict[str, CountedStage]:
     config = load_engine_config(SMALL)
     costs = recipe_cost(recipe, config.checkpointing, 1000)
     return {cost.stage: count_stage(build_meta_task(recipe, cost.stage, config, 1000), config, cost) for cost in costs}
+
+
+FIXED = {"vit_tiny": ("encoder.pos_embed", "decoder.pos_embed"), "beit_tiny": ()}
+METHODS = sorted((CONFIGS / "methods").glob("*_tiny.yaml"))
+
+
+@pytest.mark.parametrize("file", METHODS, ids=lambda file: file.stem)
+def test_every_method_is_planned(file: Path, tmp_path: Path) -> None:
+    """Memory and time of a step; of the parameters, fixed positions and data2vec's average are not trained."""
+    save_pretraining(tmp_path, make_recipe(tmp_path, "MAE", {"arch": "vit_tiny"}, 32, None))
+    with_teacher = "mae" in load_recipe(file).teachers
+    recipe = load_recipe(file, [f"teachers.mae.source={tmp_path / 'pretrain'}"] if with_teacher else [])
+    config = load_engine_config(CONFIGS / "tiny.json")
+    (cost,) = recipe_cost(recipe, config.checkpointing, only="pretrain")
+    stage = count_stage(build_meta_task(recipe, "pretrain", config, 10), config, cost)
+    step = estimate_step(stage, config.zero, CLUSTER, 2)
+    assert total(step) > 0 and step.compute is not None and set(stage.teachers) == set(recipe.teachers) - {"ema"}
+    counts = stage.count_parameters(config.zero)
+    frozen = counts.encoder if "ema" in recipe.teachers else 0  # the average
+    frozen += sum(p.numel() for name, p in stage.task.model.named_parameters() if name in FIXED[recipe.model.arch])
+    if recipe.model.overrides:
+        frozen = 0  # learned positions, without a decoder
+    norm = 2 * 96 if recipe.method == "MaskAlign" else 0  # behind the last block, where no loss is tapped
+    assert counts.frozen == frozen + norm and counts.trainable == sum(stage.groups)
 
 
 def with_room(size: float) -> Cluster:
