@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -119,6 +121,24 @@ def test_the_shared_table_is_copied_into_each_block_and_resized(tmp_path: Path) 
     with torch.no_grad():
         tokens = same.eval()._run(same.patch_embed(images))
         torch.testing.assert_close(tokens, model.encoder(images))
+
+
+def test_a_table_is_interpolated_between_distances_that_grow(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """BEiT's rule: old entries lie at 1, 1 + q, 1 + q + q^2 = 4 from the center, new ones at each whole distance."""
+    old = pretraining(tmp_path).encoder.rel_pos_bias.relative_position_bias_table.detach().double()
+    larger = build_encoder(SPEC, 40, 3)
+    load_encoder(larger, tmp_path / MODEL_FILE)
+    q = (math.sqrt(13) - 1) / 2
+    known = np.array([-4, -1 - q, -1, 0, 1, 1 + q, 4])
+    wanted = np.arange(-4.0, 5.0)
+    for head in range(2):
+        grid = old[:49, head].reshape(7, 7).numpy()
+        rows = np.stack([np.interp(wanted, known, row) for row in grid])
+        expected = np.stack([np.interp(wanted, known, column) for column in rows.T], axis=1)
+        found = getattr(larger.blocks[1].attn, TABLE)[:, head].detach()
+        np.testing.assert_allclose(found[:81].reshape(9, 9).numpy(), expected, atol=1e-5)
+        assert torch.equal(found[81:].double(), old[49:, head])
+    assert not recwarn.list
 
 
 def test_a_classifiers_own_tables_do_not_become_a_shared_one(tmp_path: Path) -> None:

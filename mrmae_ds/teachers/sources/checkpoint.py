@@ -94,9 +94,14 @@ def cut_encoder(encoder: Encoder, options: TeacherOptions) -> None:
     """Remove the blocks of a teacher of visible tokens that are behind its deepest layer.
 
     Raises:
-        UserError: naming the recipe key, for a layer that does not exist.
+        UserError: naming the recipe key, for a layer that does not exist, or an encoder that computes all tokens.
     """
     options.check_layers(len(encoder.transformer_blocks))
+    if options.sees_visible and isinstance(encoder, MaskedBeit):
+        raise UserError(
+            f"{options.key}.sees: {options.source} is a BEiT, whose relative positions are of all tokens; remove the "
+            "key, or choose a plain ViT or CViT"
+        )
     if options.sees_visible and options.layers:
         del encoder.transformer_blocks[max(options.layers) + 1 :]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.encoders import build_encoder
-from mrmae_ds.models.sizes import EncoderSpec
+from mrmae_ds.models.sizes import BeitSpec, EncoderSpec
 from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.paths import MODEL_FILE
@@ -177,3 +177,10 @@ def test_layers_and_class_token(spec: EncoderSpec, tmp_path: Path) -> None:
     assert len(build(tmp_path, layers=(0,), sees_visible=True).network.transformer_blocks) == 1
     with pytest.raises(UserError, match=f"teachers.t.layers: .* has no block {depth}; it has 0 to {depth - 1}"):
         build(tmp_path, layers=(depth,))
+
+
+def test_a_beit_that_sees_visible_tokens_is_refused(tmp_path: Path) -> None:
+    save_run(tmp_path, BeitSpec(16, 2, 2, patch=4))
+    assert build(tmp_path).has_class_token
+    with pytest.raises(UserError, match=r"teachers.t.sees: .* is a BEiT, whose relative positions are of all tokens"):
+        build(tmp_path, sees_visible=True)
