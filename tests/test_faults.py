@@ -398,12 +398,27 @@ def test_resumes_fine_tuning_with_layer_decay(runs: SmallRuns) -> None:
     assert ours[-1]["top1"] == theirs[-1]["top1"]
 
 
+# Recipe values of each method, and the number of its losses with their total. The models have two blocks.
+LAYERS = "stages.pretrain.objectives={layer2: {block: 0}, layer3: {block: 1}}"
+METHODS: dict[str, tuple[tuple[str, ...], int]] = {
+    "milan": (("stages.pretrain.placement=sharded",), 2),
+    "dmae": (("stages.pretrain.placement=step",), 3),
+    "maskalign": (("stages.pretrain.placement=stream", "teachers.mae.layers=[0, 1]", LAYERS), 3),
+    "mvp": (("stages.pretrain.placement=stream",), 2),
+    "fd": (("stages.pretrain.placement=sharded",), 2),
+    "maskfeat": ((), 2),
+    "simmim_vit": (("stages.pretrain.optimizer.milestones=[2]",), 2),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "placement"), [("milan", "sharded"), ("dmae", "step"), ("mvp", "stream")])
-def test_other_methods_resume_and_are_replayed(method: str, placement: str, runs: SmallRuns, undisturbed: Path) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_other_methods_resume_and_are_replayed(method: str, runs: SmallRuns, undisturbed: Path) -> None:
     """Bit by bit, and the visible set that a teacher sees is that of the captured step."""
-    recipe = ("--recipe", f"ds_configs/methods/{method}_tiny.yaml", f"teachers.mae.source={undisturbed}")
-    here = (*recipe, f"stages.pretrain.placement={placement}", "stages.pretrain.drop_path=0.2")
+    values, losses = METHODS[method]
+    teacher = () if method in ("maskfeat", "simmim_vit") else (f"teachers.mae.source={undisturbed}",)
+    recipe = ("--recipe", f"ds_configs/methods/{method}_tiny.yaml", *teacher)
+    here = (*recipe, *values, "stages.pretrain.drop_path=0.2")
     assert runs.launch(f"{method}", *here).wait(LIMIT_S) == [0, 0]
     ranks = runs.launch(f"half {method}", *here, fault=STOP)
     assert ranks.wait(LIMIT_S) == [StopRequested.exit_status] * 2, ranks.text()
@@ -413,7 +428,7 @@ def test_other_methods_resume_and_are_replayed(method: str, placement: str, runs
     assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     (capture,) = (runs.stage(f"nan {method}") / "captures").iterdir()
     for part in replay(capture, CPU)[1]:
-        assert part.finite and len(part.replayed) == {"milan": 2, "dmae": 3, "mvp": 2}[method]
+        assert part.finite and len(part.replayed) == losses
         for name in part.replayed.keys() - {"loss"}:
             assert part.replayed[name] == pytest.approx(part.captured[name], rel=1e-5)
 
