@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from mrmae_ds.config.recipe import load_recipe
 from tests.support import small_detections
 from tests.support.fake_gpu import preload
 from tests.support.fake_gpu.report import Report, Wait
@@ -84,6 +85,7 @@ class Case:
     recipe: str = "tiny"
 
 
+MILESTONES = ("stages.pretrain.optimizer.milestones=[1.5]",)
 SCRATCH = ("stages.finetune.init=scratch",)
 CASES = {
     "pretrain-zero1": Case("zero1", fast=True),
@@ -101,6 +103,12 @@ CASES = {
     "placement-sharded": Case("zero3", settings=("stages.pretrain.placement=sharded",)),
     "mask-tokens-zero1": Case("zero1", recipe="methods/mvp_tiny"),
     "mask-tokens-autocast": Case("autocast", recipe="methods/mvp_tiny"),
+    "hog-zero1": Case("zero1", recipe="methods/maskfeat_tiny"),
+    "squares-autocast": Case("autocast", recipe="methods/simmim_vit_tiny", settings=MILESTONES),
+    "whole-image-zero1": Case("zero1", recipe="methods/fd_tiny"),
+    "average-zero1": Case("zero1", recipe="methods/data2vec_tiny"),
+    "average-zero3": Case("zero3", recipe="methods/data2vec_tiny"),
+    "prompting-zero1": Case("zero1", recipe="methods/milan_tiny"),
     "finetune-zero1": Case("zero1", "finetune", (*SCRATCH, *AUGMENT), fast=True),
     "finetune-zero3": Case("zero3", "finetune", (*SCRATCH, "stages.finetune.rand_augment=rand-m9-mstd0.5-inc1")),
     "finetune-bf16": Case("bf16-zero1", "finetune", (*SCRATCH, *AUGMENT)),
@@ -111,6 +119,7 @@ CASES = {
     "detect-two-ranks": Case("detect-two-ranks", "detect", ranks=2),
     "two-ranks-zero1": Case("zero1", ranks=2),
     "two-ranks-zero3": Case("zero3", ranks=2, settings=("stages.pretrain.placement=sharded",)),
+    "two-ranks-average": Case("zero3", ranks=2, recipe="methods/data2vec_tiny"),
 }
 
 
@@ -126,7 +135,7 @@ class Workspace:
         small_detections.write_detection_data(folder / "coco")
         data = write_sample_beton(folder, train=STEPS_PER_EPOCH * BATCH, val=10)
         self.settings = (f"data.train={data[0]}", f"data.val={data[1]}", *SETTINGS)
-        self.settings += (f"teachers.mae.source={save_teacher(folder / 'teacher')}",)
+        self.teacher = f"teachers.mae.source={save_teacher(folder / 'teacher')}"
         for name, (file, sections) in ENGINES.items():
             config = json.loads((REPOSITORY / "ds_configs" / f"{file}.json").read_text())
             (folder / f"{name}.json").write_text(json.dumps(config | MICRO_BATCH | sections))
@@ -136,6 +145,8 @@ class Workspace:
         recipe, settings = Path(f"ds_configs/{case.recipe}.yaml"), list(self.settings)
         if case.stage == "detect":
             recipe, settings = small_detections.RECIPE, small_detections.overrides(self.folder / "coco")
+        elif "mae" in load_recipe(REPOSITORY / recipe).teachers:
+            settings += [self.teacher]
         where = ["--recipe", recipe, "--stage", case.stage, "--run", self.folder / name]
         return ["--ds_config", self.folder / f"{case.engine}.json", *where, *settings, *case.settings]
 
