@@ -13,16 +13,18 @@ libturbojpeg returns the planes of luma and chroma as they are stored, chroma at
 first and converted to RGB afterwards, which equals the opposite order up to rounding and chroma's interpolation, and
 processes a third of the numbers. Resizing is Pillow's antialiased bicubic, in integers: the same on every machine.
 
-Shapes: B samples in a batch, S output size, N samples in the file, T threads, K taps of the filter.
+Shapes: B samples in a batch, S output size, N samples in the file, T threads, K taps of the filter; "rounded" means up
+to a multiple of ``vector_kernel.LANES``.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numpy as np
@@ -31,9 +33,10 @@ from ffcv.libffcv import lib
 from numba import njit, prange, types
 
 from mrmae_ds.data.beton import segments
-from mrmae_ds.data.loaders import resize_kernel, segment_kernel
+from mrmae_ds.data.loaders import resize_kernel, segment_kernel, vector_kernel
 from mrmae_ds.data.loaders.resize_kernel import resize, weigh_axes
 from mrmae_ds.data.loaders.segment_kernel import adler32, cut, has_index
+from mrmae_ds.data.loaders.vector_kernel import LANES, SIDE
 from mrmae_ds.data.types import FloatArray, ImageArray, IntArray, UIntArray
 
 for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
@@ -55,6 +58,7 @@ _YCBCR, _GRAY = 1, 2  # libturbojpeg's numbers of the color spaces
 # 4:2:0, gray (which has no chroma planes), 4:4:0, 4:1:1.
 _WIDER, _HIGHER = (1, 2, 2, 1, 1, 4), (1, 1, 2, 1, 2, 1)
 _BLOCK_SIDE = 8  # of a block of coefficients, samples
+_LINE = 64  # of a cache, bytes
 _PADDING = 4  # planes are padded to whole chroma samples
 
 
@@ -67,14 +71,15 @@ class Scratch(NamedTuple):
         pointers: uint64 [T, 3], addresses of the planes.
         planes: uint8 [T, bytes of the largest image].
         parts: uint8 [T, bytes of the longest JPEG], the JPEG of the segments of a box.
-        rows: int32 [T, 4, largest side].
-        columns: int32 [T, 3, S].
-        pixels: uint8 [T, 3, S].
-        reduced: int16 [T, 3, largest side + K, S rounded up to a multiple of 4], planes after the first pass,
-            transposed; the part beyond their end is multiplied by weights of 0.
+        pairs: int32 [T, ...], pairs of rows of a plane.
+        rows: int16 [T, SIDE, largest side, rounded], rows after the first pass.
+        columns: int32 [T, 3, (largest side + K) / 2, S, rounded], pairs of columns of the planes after the first pass;
+            the part beyond their end is multiplied by weights of 0.
+        lines: int32 [T, 3, S rounded], a column after the second pass.
+        pixels: int32 [T, SIDE, S rounded], columns of the image.
         firsts: int64 [T, 4, S], first input sample of each output, for luma down, luma across, chroma down, chroma
             across.
-        weights: int16 [T, 4, S, K], of the same axes.
+        weights: int32 [T, 4, K / 2, S], of the same axes.
         sums: float64 [T, K + 3, S].
     """
 
@@ -83,13 +88,22 @@ class Scratch(NamedTuple):
     pointers: UIntArray
     planes: ImageArray
     parts: ImageArray
-    rows: npt.NDArray[np.int32]
+    pairs: npt.NDArray[np.int32]
+    rows: npt.NDArray[np.int16]
     columns: npt.NDArray[np.int32]
-    pixels: ImageArray
-    reduced: npt.NDArray[np.int16]
+    lines: npt.NDArray[np.int32]
+    pixels: npt.NDArray[np.int32]
     firsts: IntArray
-    weights: npt.NDArray[np.int16]
+    weights: npt.NDArray[np.int32]
     sums: FloatArray
+
+
+def _aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+    """Allocate an array that starts at a cache line: a vector across two lines takes twice the time."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
@@ -108,7 +122,8 @@ def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
     handles = [init() for _ in range(threads)]
     if None in handles:
         raise MemoryError("libturbojpeg cannot be initialized")
-    side = int(table[:, 2:4].max())
+    side = int(table[:, 2:4].max()) + _PADDING
+    width, lines = side + 1 + -(side + 1) % LANES, size + -size % LANES
     taps = 2 * (2 * -(-side // size) + 2)
     area = int(((table[:, 2] + _PADDING) * (table[:, 3] + _PADDING)).max())
     return Scratch(
@@ -117,12 +132,13 @@ def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
         pointers=np.zeros((threads, 3), dtype=np.uint64),
         planes=np.empty((threads, 3 * area), dtype=np.uint8),
         parts=np.empty((threads, int(table[:, 1].max()) + 2), dtype=np.uint8),
-        rows=np.empty((threads, 4, side + _PADDING), dtype=np.int32),
-        columns=np.empty((threads, 3, size), dtype=np.int32),
-        pixels=np.empty((threads, 3, size), dtype=np.uint8),
-        reduced=np.empty((threads, 3, side + taps, size + -size % 4), dtype=np.int16),
+        pairs=_aligned((threads, (side + taps) // 2 * width), np.int32),
+        rows=_aligned((threads, SIDE, width), np.int16),
+        columns=_aligned((threads, 3, (width + taps) // 2, lines), np.int32),
+        lines=_aligned((threads, 3, lines), np.int32),
+        pixels=_aligned((threads, SIDE, lines), np.int32),
         firsts=np.zeros((threads, 4, size), dtype=np.int64),
-        weights=np.zeros((threads, 4, size, taps), dtype=np.int16),
+        weights=np.zeros((threads, 4, taps // 2, size), dtype=np.int32),
         sums=np.zeros((threads, taps + 3, size)),
     )
 
@@ -149,7 +165,7 @@ def _decode_raw(content, sides, box, beyond, image, scratch, thread):  # type: i
             green[y, x] = interleaved[y, x, 1]
             blue[y, x] = interleaved[y, x, 2]
     used = weigh_axes(sides, (1, 1), box, beyond, scratch, thread)
-    resize((red, green, blue), used, True, image, scratch, thread)
+    resize((red, green, blue), used, True, box[4] != 0, image, scratch, thread)
     return True
 
 
@@ -233,7 +249,7 @@ def _decode_jpeg(jpeg, checksum, sides, box, beyond, image, scratch, thread):  #
         memory[luma : luma + chroma].reshape((down, across)),
         memory[luma + chroma : luma + 2 * chroma].reshape((down, across)),
     )
-    resize(planes, used, False, image, scratch, thread)
+    resize(planes, used, False, box[4] != 0, image, scratch, thread)
     return True
 
 
@@ -280,5 +296,5 @@ def _compile(sources: int) -> Callable[..., None]:
     return decode
 
 
-_PARTS = [Path(str(module.__file__)) for module in (segments, resize_kernel, segment_kernel)]
+_PARTS = [Path(str(module.__file__)) for module in (segments, resize_kernel, segment_kernel, vector_kernel)]
 decode = _compile(zlib.crc32(b"".join(path.read_bytes() for path in _PARTS)))
