@@ -40,6 +40,10 @@ def run(args: argparse.Namespace) -> None:
     """Write or upload the file; print its path or address and the line of Python that loads it."""
     require_path(args.run)
     before, hub, repository = (args.to or "timm").partition("hub:")
+    unused = {"--out": args.out and hub, "--force": args.force and hub, "--private": args.private and not hub}
+    for option, is_unused in unused.items():
+        if is_unused:
+            raise UserError(f"{option}: has no effect {'with' if hub else 'without'} --to hub:ORG/NAME; leave it out")
     if hub and not before and repository.count("/") == 1:
         from mrmae_ds.weights.hub import push_to_hub
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, add_device_option, requested_device, require_path
+from mrmae_ds.errors import UserError
 from mrmae_ds.units import counted
 
 SUMMARY = "write the embeddings of images by the encoder of a run or of released weights, and judge them"
@@ -41,6 +42,9 @@ def run(args: argparse.Namespace) -> None:
     """Write the files and print their paths, and the accuracies with ``--accuracy``."""
     for path in (args.run, *args.images):
         require_path(path)
+    for option, value, least in (("--batch-size", args.batch_size, 1), ("--workers", args.workers, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{option}: {value} is less than {least}")
     from mrmae_ds.api import ImageEncoder
     from mrmae_ds.training.evaluation import embeddings
 
@@ -48,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     device = requested_device(args.device)
     encoder = ImageEncoder.from_file(args.run)
     files = embeddings.list_files(args.images, args.accuracy)
-    batch_size, count = max(args.batch_size, 1), len(files.paths)
+    batch_size, count = args.batch_size, len(files.paths)
     cores = len(os.sched_getaffinity(0))
     workers = args.workers if args.workers is not None else 0 if count <= batch_size else min(cores, 8)
     features = embeddings.embed(encoder, files.paths, device, batch_size, workers)

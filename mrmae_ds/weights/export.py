@@ -219,16 +219,13 @@ def input_statistics(metadata: Mapping[str, Any]) -> str:
 
 def finished_weights(source: Path) -> Path:
     """Return the model file of a stage; for an unfinished one, raise UserError with the remedy."""
-    if source.is_dir() and not (source / MODEL_FILE).is_file():
-        if (source / RECORD_FILE).is_file():
-            record = RunRecord.load(source)
-            done = f"{record.schedule.steps_done} of {record.schedule.steps} steps, status {record.status}"
-            raise UserError(
-                f"{source}: not finished ({done}); {MODEL_FILE} is written at the end. Resume it by "
-                "running its training command again, then export"
-            )
-        if stages := sorted(str(file.parent) for file in source.glob(f"*/{MODEL_FILE}")):
-            raise UserError(f"{source}: contains {len(stages)} finished stages; choose one: {', '.join(stages)}")
+    if source.is_dir() and not (source / MODEL_FILE).is_file() and (source / RECORD_FILE).is_file():
+        record = RunRecord.load(source)
+        done = f"{record.schedule.steps_done} of {record.schedule.steps} steps, status {record.status}"
+        raise UserError(
+            f"{source}: not finished ({done}); {MODEL_FILE} is written at the end. Resume it by "
+            "running its training command again, then export"
+        )
     return find_weights(source)
 
 

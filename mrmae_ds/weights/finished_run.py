@@ -30,7 +30,7 @@ from mrmae_ds.weights.model_file import (
     spec_from_metadata,
 )
 from mrmae_ds.weights.paths import find_weights
-from mrmae_ds.weights.resolve import model_metadata, resolve
+from mrmae_ds.weights.resolve import RELATIVE, model_metadata, resolve
 
 
 def with_present_keys(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -166,8 +166,10 @@ def open_saved(source: Path, detectors: bool = False) -> SavedEncoder:
         UserError: if it is none of these.
     """
     path = find_weights(source)
-    kinds = ("encoder", "detector") if detectors else ("encoder",)
-    if is_ours(path) and read_metadata(path).get("kind") not in kinds:
+    kind = read_metadata(path).get("kind") if is_ours(path) else "encoder"
+    if kind == "detector" and not detectors:
+        raise UserError(f"{path}: {RELATIVE}")
+    if kind not in ("encoder", "detector"):
         return FinishedRun.open(path)
     weights = resolve(path)
     if detectors and (detector := detector_of(weights)):
@@ -181,8 +183,8 @@ def open_saved(source: Path, detectors: bool = False) -> SavedEncoder:
     if not isinstance(size, int):
         raise UserError(f"{path}: is of rectangular images; only square ones are shown")
     # Without a recipe, the decoder of a released pre-training cannot be built: its encoder is taken.
-    kind: Literal["classifier", "encoder"] = "classifier" if metadata["kind"] == "classifier" else "encoder"
-    return SavedEncoder(path, metadata, kind, size, tuple(metadata["mean"]), tuple(metadata["std"]))
+    taken: Literal["classifier", "encoder"] = "classifier" if metadata["kind"] == "classifier" else "encoder"
+    return SavedEncoder(path, metadata, taken, size, tuple(metadata["mean"]), tuple(metadata["std"]))
 
 
 @dataclass(frozen=True)

@@ -295,6 +295,8 @@ def _archived(path: Path) -> str:
     """Describe a zip archive of arrays or of weights files; "" for others, as torch's own."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
+    if any(name.endswith("/archive_format") for name in names):
+        return f"a program of torch.export; {_CONVERT}"
     if any(name.endswith(".npy") for name in names):
         return f"arrays of numpy (.npz), as of JAX; {_CONVERT}"
     weights = [name for name in names if name.endswith((".pth", ".pt", ".bin", ".safetensors", ".ckpt"))]

@@ -17,7 +17,7 @@ from mrmae_ds.records.sections import PretrainSummary, StageCost
 from mrmae_ds.units import PETA, significant
 from mrmae_ds.weights.export import Exported, export_run, load_exported
 from mrmae_ds.weights.model_file import is_ours, read_metadata, read_tensors, save_weights
-from mrmae_ds.weights.paths import MODEL_FILE, find_weights
+from mrmae_ds.weights.paths import MODEL_FILE, describe_hub_failure, find_weights
 
 
 def push_to_hub(source: Path, repository: str, private: bool = False) -> Exported:
@@ -35,7 +35,6 @@ def push_to_hub(source: Path, repository: str, private: bool = False) -> Exporte
         UserError: if ``source`` is not a finished run, or the hub refuses the upload.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
@@ -44,11 +43,9 @@ def push_to_hub(source: Path, repository: str, private: bool = False) -> Exporte
             api = HfApi(library_name="mrmae_ds")
             address = api.create_repo(repository, private=private, exist_ok=True)
             api.upload_folder(repo_id=repository, folder_path=folder, commit_message="Upload by mrmae export")
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(
-                f"--to hub:{repository}: the upload failed ({reason}); set HF_TOKEN to a token that may write there"
-            ) from None
+        except Exception as error:  # of the client, and of the HTTP library under it, as in paths.py
+            failure = describe_hub_failure(error, "write")
+            raise UserError(f"--to hub:{repository}: the upload failed {failure}") from None
     return Exported(str(address), exported.line, exported.notes)
 
 

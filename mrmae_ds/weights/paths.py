@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
+from typing import Literal
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, split_choice
-from mrmae_ds.units import first_few
+from mrmae_ds.units import counted, first_few
 
 MODEL_FILE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -42,6 +44,9 @@ def find_weights(source: Path, key: str = "") -> Path:
         others = [] if not source.is_dir() else sorted(p.name for p in source.iterdir() if p.suffix in OTHER_SUFFIXES)
         if others:
             raise UserError(f"{where} has no {MODEL_FILE}; name a file in it: {first_few(others, 3)}")
+        if stages := sorted(str(file.parent) for file in source.glob(f"*/{MODEL_FILE}")):
+            count = counted(len(stages), "finished stage")
+            raise UserError(f"{where} is the folder of {count}; choose one: {first_few(stages, 8)}")
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
         raise UserError(
             f"{where} {what}; run that stage first, or name a stage folder (runs/NAME/STAGE) or a model file"
@@ -52,19 +57,38 @@ def find_weights(source: Path, key: str = "") -> Path:
 def _download(repository: str, key: str) -> Path:
     """Return the folder of a hub's repository in the cache, with its safetensors weights and configurations."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     name, _, revision = repository.partition("@")
     files = [MODEL_FILE, "model-*.safetensors", f"model{INDEX_SUFFIX}", "*config.json"]
     where = f"{key}{': ' if key else ''}{HUB}{repository}"
     try:
         folder = Path(snapshot_download(name, revision=revision or None, allow_patterns=files))
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"{where}: cannot be downloaded ({reason}); check the name, HF_TOKEN and the network") from None
+    except Exception as error:  # of the client, and of the HTTP library under it, which differs between its versions
+        raise UserError(f"{where}: cannot be downloaded {describe_hub_failure(error, 'read')}") from None
     if not any(folder.glob("model*.safetensors*")):
         raise UserError(f"{where}: the repository has no {MODEL_FILE}; download its weights file and name that")
     return folder
+
+
+def describe_hub_failure(error: Exception, right: Literal["read", "write"]) -> str:
+    """Return the reason of a failed request to the hub, in parentheses, and the way out.
+
+    Args:
+        error: of the hub's client.
+        right: what a token must allow.
+    """
+    reason = " ".join(re.sub(r"For more information check: \S+", "", str(error)).split())[:300]
+    answers = [getattr(cause, "response", None) for cause in (error, error.__cause__)]
+    status = next((answer.status_code for answer in answers if answer is not None), None)
+    if isinstance(error, ValueError) and status is None:
+        fix = "check the name"
+    elif status in (401, 403, 404):  # the hub answers 401 for a name that it does not have, too
+        fix = f"check the name, and that HF_TOKEN is a token that may {right} there"
+    elif status is None:
+        fix = "check the network and HF_ENDPOINT, then run the command again"
+    else:
+        fix = "run the command again later"
+    return f"({reason or type(error).__name__}); {fix}"
 
 
 def weights_sha256(source: Path) -> str:

@@ -75,6 +75,9 @@ def test_exported_detector_is_the_same(released: Path, reference: dict[str, Tens
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     rows = rows_of(out)
     assert rows["classes"] == "ant, bee, cat, dog, emu" and rows["written by"].startswith("this project")
+    for path in (released, out):
+        with pytest.raises(UserError, match="windows and relative positions"):
+            open_saved(path)
 
 
 def test_check_prints_how_to_use_it(released: Path) -> None:

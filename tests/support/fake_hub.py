@@ -1,7 +1,8 @@
 """Part of the Hugging Face hub's HTTP API, for its real client: create, upload and download repositories in memory.
 
 One revision, ``main``, whose commit is a checksum of the files; every file is sent and stored as a regular one. A wrong
-path is a 404, and writing without the token a 401, with the hub's headers.
+path is a 404, and writing without the token a 401, with the hub's headers. Repositories of the organization ``503``
+answer with this status, as of any other number, and those of ``drop`` by closing the connection.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +36,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Answer descriptions, lists of files and files."""
         parts = self.path.partition("?")[0].strip("/").split("/")
         name = "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
+        if self._fails(name):
+            return None
         files = self.repositories.get(name)
         if files is None:
             return self._send({}, 404, {"X-Error-Code": "RepoNotFound"})
@@ -60,6 +64,8 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[1:] == ["repos", "create"]:
             request = json.loads(body)
             name = f"{request['organization']}/{request['name']}"
+            if self._fails(name):
+                return None
             self.repositories.setdefault(name, {})
             return self._send({"url": f"{url}/{name}"})
         if parts[1] == "validate-yaml":
@@ -73,6 +79,16 @@ class _Handler(BaseHTTPRequestHandler):
             if line["key"] == "file":
                 self.repositories[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
         return self._send({"commitUrl": f"{url}/{name}/commit/main", "commitOid": "0" * 40})
+
+    def _fails(self, name: str) -> bool:
+        """Answer for a repository that never works; return whether it is one."""
+        organization = name.split("/")[0]
+        if organization == "drop":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif organization.isdecimal():
+            self._send({"error": "by its name"}, int(organization))
+        return organization == "drop" or organization.isdecimal()
 
     def _send(self, content: Any, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -355,7 +355,7 @@ def test_refuses_runs_that_are_not_finished(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"^/.*small has not finished .*name a stage folder"):
         export_run(tmp_path / "small")
     classifier_run(tmp_path / "small" / "finetune", CVIT)
-    with pytest.raises(UserError, match=r"small: contains 1 finished stages; choose one: .*small/finetune$"):
+    with pytest.raises(UserError, match=r"small is the folder of 1 finished stage; choose one: .*small/finetune$"):
         export_run(tmp_path / "small")
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         export_run(tmp_path / "nowhere")

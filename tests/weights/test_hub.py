@@ -49,8 +49,10 @@ for family in ("cvit", "vit"):
     hub = ImageEncoder.from_file(f"hf:{name}-encoder@main")
     assert torch.equal(hub.features(images).pooled, local.features(images).pooled)
     assert main(["check", f"hf:{name}"]) == 0
-for bad in (["check", "hf:lab/none"], ["check", "hf:lab/empty"], ["check", "hf:a/b/c"]):
-    assert main(bad) == 2
+for bad in ("lab/none", "lab/empty", "a/b/c", "403/x", "503/x", "drop/x"):
+    assert main(["check", f"hf:{bad}"]) == 2
+for bad in ("-/x", "403/x", "404/x", "500/x", "drop/x"):
+    assert main(["export", str(stage / "finetune"), "--to", f"hub:{bad}"]) == 2
 import os
 os.environ["HF_TOKEN"] = "wrong"
 assert main(["export", str(stage / "finetune"), "--to", "hub:lab/vit"]) == 2
@@ -76,13 +78,25 @@ def test_runs_travel_over_the_hub(runs: Path) -> None:
     assert finished.status == 0, finished.stderr
     assert f"written: {address}/lab/cvit" in finished.stdout
     assert 'import mrmae_ds, timm; model = timm.create_model("hf-hub:lab/cvit", pretrained=True)' in finished.stdout
-    none, empty, wrong, token = (line for line in finished.stderr.splitlines() if line.startswith("error: "))
-    assert none.startswith("error: hf:lab/none: cannot be downloaded (") and "check the name, HF_TOKEN" in none
-    assert empty == (
-        "error: hf:lab/empty: the repository has no model.safetensors; download its weights file and name that"
-    )
-    assert wrong.startswith("error: hf:a/b/c: cannot be downloaded (")
-    assert token.startswith("error: --to hub:lab/vit: the upload failed (") and "set HF_TOKEN" in token
+    lines = [line for line in finished.stderr.splitlines() if line.startswith("error: ")]
+    token, name = "check the name, and that HF_TOKEN is a token that may {} there", "check the name"
+    later, network = "run the command again later", "check the network and HF_ENDPOINT, then run the command again"
+    expected = {
+        "hf:lab/none: cannot be downloaded (": token.format("read"),
+        "hf:lab/empty: the repository has no model.safetensors": "download its weights file and name that",
+        "hf:a/b/c: cannot be downloaded (": name,
+        "hf:403/x: cannot be downloaded (": token.format("read"),
+        "hf:503/x: cannot be downloaded (": later,
+        "hf:drop/x: cannot be downloaded (": network,
+        "--to hub:-/x: the upload failed (": name,
+        "--to hub:403/x: the upload failed (": token.format("write"),
+        "--to hub:404/x: the upload failed (": token.format("write"),
+        "--to hub:500/x: the upload failed (": later,
+        "--to hub:drop/x: the upload failed (": network,
+        "--to hub:lab/vit: the upload failed (": token.format("write"),
+    }
+    for line, (start, fix) in zip(lines, expected.items(), strict=True):
+        assert line.startswith(f"error: {start}") and line.endswith(f"; {fix}")
     files = repositories["lab/cvit"]
     names = ["README.md", "config.json", "model.safetensors", "recipe.yaml", "record.json"]
     assert sorted(file for file in files if file != ".gitattributes") == names
@@ -116,6 +130,21 @@ def test_a_card_states_training_numbers_cost_and_limits() -> None:
 def test_a_wrong_target_is_refused(to: str, runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(runs / "vit" / "finetune"), "--to", to]) == 2
     assert capsys.readouterr().err == f"error: --to {to}: expected timm, safetensors, onnx, pt2 or hub:ORG/NAME\n"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--to", "hub:a/b", "--out", "x"], "--out: has no effect with"),
+        (["--to", "hub:a/b", "--force"], "--force: has no effect with"),
+        (["--to", "timm", "--private"], "--private: has no effect without"),
+    ],
+)
+def test_options_of_other_targets_are_refused(
+    options: list[str], message: str, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export", str(runs / "vit" / "finetune"), *options]) == 2
+    assert capsys.readouterr().err == f"error: {message} --to hub:ORG/NAME; leave it out\n"
 
 
 def test_a_file_without_a_record_has_no_card(runs: Path) -> None:

@@ -73,6 +73,8 @@ def test_a_run(
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"written: {out}" and "its outputs for random images equal PyTorch's to" in lines[-3]
     exec(lines[-1].strip())
+    assert main(["check", str(out)]) == 2  # of the program, not of the archive that holds it
+    assert capsys.readouterr().err.startswith(f"error: {out}: a program ")
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 

@@ -23,7 +23,7 @@ from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses, center_crop, stac
 from mrmae_ds.data.types import ImageArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.select_images import images_below, open_upright
-from mrmae_ds.files import replacing
+from mrmae_ds.files import check_writable, replacing
 from mrmae_ds.training.evaluation.knn import Bank, votes
 
 VAL_FRACTION = 0.1
@@ -124,7 +124,8 @@ def check_output(out: Path) -> None:
     """Check the form of the output file before anything is computed.
 
     Raises:
-        UserError: for another ending than .npy and .parquet, or without pyarrow for the latter.
+        UserError: for another ending than .npy and .parquet, without pyarrow for the latter, or if the file cannot be
+            written.
     """
     if out.suffix not in (".npy", ".parquet"):
         raise UserError(f"--out: {out} must end in .npy or .parquet")
@@ -133,6 +134,7 @@ def check_output(out: Path) -> None:
             import pyarrow.parquet  # noqa: F401  (optional dependency)
         except ImportError:
             raise UserError(f"--out: {PARQUET_EXTRA}") from None
+    check_writable(out)
 
 
 def write_embeddings(out: Path, files: LabeledFiles, features: Tensor) -> list[Path]:

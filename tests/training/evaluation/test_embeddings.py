@@ -131,6 +131,9 @@ def test_a_file_that_is_no_image_is_named(
     [
         (["--out", "features.txt"], "--out: features.txt must end in .npy or .parquet"),
         (["--accuracy"], "--accuracy needs one folder with a folder per class"),
+        (["--out", "/proc/features.npy"], "/proc/features.npy: cannot be written"),
+        (["--batch-size", "0"], "--batch-size: 0 is less than 1"),
+        (["--workers", "-1"], "--workers: -1 is less than 0"),
         (["--out", "features.parquet"], "--out: writing Parquet needs pyarrow; in the clone: pip install -e '.[parq"),
     ],
 )
