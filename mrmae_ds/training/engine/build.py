@@ -14,6 +14,8 @@ no distributed code.
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -77,7 +79,10 @@ def build_engine(
     fused = device.type == "cuda" or config.offloads_optimizer
     optimizer = make_optimizer(groups, fused)
     apply_patches()
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config.for_deepspeed(accumulation))
+    settings = config.for_deepspeed(accumulation)
+    # The bf16 optimizer prints the memory before and after each parameter group; log messages are not caught here.
+    with contextlib.redirect_stdout(io.StringIO()):
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     watch_gradients(engine)
     mark_reduction(engine)
     return engine

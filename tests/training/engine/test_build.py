@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.utils import see_memory_usage
 from deepspeed.utils.z3_leaf_module import get_z3_leaf_modules
 from torch import nn
 
@@ -115,11 +116,14 @@ def test_compiles_blocks_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("device", "fused"), [("cuda:0", True), ("cpu", False)])
-def test_a_gpu_gets_the_fused_adamw(device: str, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_gets_the_fused_adamw(
+    device: str, fused: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     given: list[torch.optim.Optimizer] = []
 
     def initialize(optimizer: torch.optim.Optimizer, **_: Any) -> tuple[None]:
         given.append(optimizer)
+        see_memory_usage("begin bf16_optimizer", force=True)
         return (None,)
 
     monkeypatch.setattr(build.deepspeed, "initialize", initialize)
@@ -129,6 +133,7 @@ def test_a_gpu_gets_the_fused_adamw(device: str, fused: bool, monkeypatch: pytes
     build_engine(model, pretrain_groups(model, 0.05), adamw((0.9, 0.95)), CONFIG, 1, torch.device(device))
     assert [type(optimizer) for optimizer in given] == [torch.optim.AdamW]
     assert given[0].defaults["fused"] is fused
+    assert capsys.readouterr().out == ""
 
 
 def test_scales_the_learning_rate_of_each_group() -> None:
