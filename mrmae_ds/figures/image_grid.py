@@ -88,7 +88,7 @@ def draw_grid(
         for index, axes in enumerate(line):
             _draw_cell(axes, row.images[index], None if row.heat is None else row.heat[index])
     for axes, caption in zip(all_axes[0], captions or (), strict=False):
-        axes.set_title(_shorten(caption, cell_width), fontsize=_SMALL, pad=4, color=style.INK, parse_math=False)
+        axes.set_title(_shorten(caption, cell_width), fontsize=_SMALL, pad=4, color=style.INK)
     _write(figure, _EDGE, title_lines, _TITLE, style.INK, "bold")
     if any(row.heat is not None for row in rows):
         _draw_scale(figure, bottom + _GAP)
@@ -120,14 +120,14 @@ def _write_beside(
     """Write to the left or right of `axes`, by the sign of the offset in pixels from the middle of its edge."""
     x, ha = (0, "right") if offset[0] < 0 else (1, "left")
     label = axes.annotate(text, (x, 0.5), offset, "axes fraction", "offset pixels", annotation_clip=False)
-    label.set(fontsize=size, ha=ha, va=va, color=color, parse_math=False)
+    label.set(fontsize=size, ha=ha, va=va, color=color)
 
 
 def _write(figure: Figure, y: int, lines: Sequence[str], size: float, color: str, weight: str = "normal") -> None:
     """Write lines of text at the left edge, `y` pixels from the top; dollar signs are plain text."""
     width, height = figure.get_size_inches() * style.DPI
     for number, line in enumerate(lines):
-        text = figure.text(_EDGE / width, 1 - (y + number * _line(size)) / height, line, va="top", parse_math=False)
+        text = figure.text(_EDGE / width, 1 - (y + number * _line(size)) / height, line, va="top")
         text.set(fontsize=size, fontweight=weight, color=color)
 
 

@@ -185,7 +185,9 @@ def compare_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], name: str, o
     axes = figure.subplots()
     for index, (label, lines) in enumerate(runs.items()):
         if any(line.get(name) is not None for line in lines):
-            _draw_curve(axes, lines, name, style.PALETTE[index % len(style.PALETTE)], label)
+            # matplotlib leaves labels that start with an underscore out of legends.
+            shown = f" {label}" if label.startswith("_") else label
+            _draw_curve(axes, lines, name, style.PALETTE[index % len(style.PALETTE)], shown)
     style.tidy(axes)
     axes.margins(x=0.01)
     axes.set_xlabel("Optimizer step", fontsize=10)

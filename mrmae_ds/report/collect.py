@@ -97,6 +97,8 @@ def _stage(run: Run) -> ReportedStage:
     recipe = _load(folder / RECIPE_FILE, yaml.safe_load)
     # A recipe has the settings of all stages; those of the others did not influence this one.
     recipe["stages"] = {record.stage: (recipe.get("stages") or {}).get(record.stage)}
+    if not record.teachers:  # of other stages, too
+        recipe.pop("teachers", None)
     circumstances = {part: value for part, value in record.model_dump(mode="json").items() if part in _CIRCUMSTANCES}
     groups = {"recipe": recipe, "engine": _load(folder / ENGINE_FILE, json.loads), "": circumstances}
     settings = {key: value for group, tree in groups.items() for key, value in _flatten(tree, group)}
@@ -134,14 +136,15 @@ def differing_settings(stages: Sequence[ReportedStage]) -> dict[str, list[str]]:
 
 
 def describe_results(record: RunRecord) -> str:
-    """Return a stage's result in one line: accuracy with its sampling error, APs, or the last loss."""
+    """Return a stage's result in one line: accuracy with its sampling error, APs, or the evaluated or last loss."""
     results = record.results
     if results.top1 is not None:
         return f"top-1 {results.top1:.2f} ± {sampling_error(record):.2f} %"
     known = {column: value for column, key in AP_RESULTS.items() if (value := results.value(key)) is not None}
     if known:
         return ", ".join(f"{column} {value:.1f} %" for column, value in known.items())
-    return "" if results.loss is None else f"loss {results.loss:.4f}"
+    loss = results.value("last_loss") if results.loss is None else results.loss
+    return "" if loss is None else f"loss {loss:.4f}"
 
 
 def cost_values(record: RunRecord) -> dict[str, str]:

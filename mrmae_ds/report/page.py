@@ -17,7 +17,7 @@ from PIL import Image
 from mrmae_ds import __version__
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.plots import compare_curves
-from mrmae_ds.files import write_text
+from mrmae_ds.files import check_writable, write_text
 from mrmae_ds.report.collect import (
     STAGES,
     ReportedStage,
@@ -52,6 +52,7 @@ def write_report(roots: Sequence[Path], out: Path | None = None) -> Path:
     path = out or roots[0] / REPORT_FILE
     if path.is_dir():
         raise UserError(f"{path}: is a folder; --out names the HTML file")
+    check_writable(path)
     write_text(path, render_report(stages))
     return path
 

@@ -7,6 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 from mrmae_ds.errors import UserError
@@ -184,6 +185,16 @@ def test_loss_curves_plot_every_series(tmp_path: Path, steps: int) -> None:
     assert {_rgb(style.INK), _rgb(style.PALETTE[1]), _rgb(style.PALETTE[2])} <= _colors(path)
     with Image.open(path) as image:
         assert image.size[0] == 8 * style.DPI
+
+
+def test_names_of_runs_are_shown_as_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[Figure] = []
+    save = style.save
+    monkeypatch.setattr(style, "save", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    names = ["_old/pretrain", "$a_{x$/pretrain", "a/pretrain"]
+    lines = [{"step": step, "loss": 1.0} for step in range(3)]
+    plots.compare_curves(dict.fromkeys(names, lines), "loss", tmp_path / "x.png")
+    assert [text.get_text().strip() for text in drawn[0].legends[0].get_texts()] == names
 
 
 def test_loss_curves_of_a_run_that_ends_in_nan(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from PIL import Image
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.metrics import MetricsWriter
 from mrmae_ds.records.record import RECIPE_FILE
+from mrmae_ds.records.sections import Results, TeacherInfo
 from mrmae_ds.report.collect import collect_stages, describe_results, differing_settings, filled_cells
 from mrmae_ds.report.page import MAX_WIDTH, write_report
 from tests.support.records import make_record
@@ -36,6 +37,8 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
+        if tag == "wbr":
+            return
         if tag == "img":
             self.images[values["alt"] or ""] = values["src"] or ""
         self.loaded += [value for key, value in attrs if key in ("src", "href") and value]
@@ -92,6 +95,29 @@ def test_only_settings_of_the_own_stage_that_differ_are_shown(tmp_path: Path) ->
         )
     differences = differing_settings(collect_stages([tmp_path]))
     assert differences == {"recipe.stages.finetune.epochs": ["3", "4"], "recipe.extra.k": ["", "1"]}
+
+
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_teachers_are_settings_of_the_stages_that_have_one(stage: str, tmp_path: Path) -> None:
+    teacher = TeacherInfo(kind="clip", source="ViT-B-16", sha256=None)
+    teachers = {"clip": teacher} if stage == "pretrain" else {}
+    write_stage(tmp_path / "a" / stage, {"teachers": {"clip": {"kind": "clip"}}}, stage=stage, teachers=teachers)
+    (found,) = collect_stages([tmp_path])
+    assert found.settings.get("recipe.teachers.clip.kind") == ("clip" if stage == "pretrain" else None)
+
+
+def test_a_pretraining_has_its_last_loss_as_result(tmp_path: Path) -> None:
+    record = make_record(stage="pretrain", top1=None)
+    record.results = Results(images_per_s=5.0, last_loss=0.25)
+    assert describe_results(record) == "loss 0.2500"
+
+
+def test_on_a_phone_each_differing_value_names_its_stage(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_stage(tmp_path / name / "finetune", {"name": name})
+    text = write_report([tmp_path]).read_text()
+    row = next(line for line in text.splitlines() if "recipe.<wbr>name" in line)
+    assert re.findall(r'data-label="([^"]*)">([^<]*)<', row) == [("a/finetune", "a"), ("b/finetune", "b")]
 
 
 def test_stages_are_ordered_as_they_build_on_each_other(tmp_path: Path) -> None:
