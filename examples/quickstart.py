@@ -16,7 +16,7 @@ for _ in range(3):
     print({name: round(loss.item(), 3) for name, loss in losses.items()})
 
 model.eval()
-features = model.features(images)  # .tokens [8, 64, 128], .pooled [8, 128]
+features = model.features(images)  # .tokens [8, 64, 96], .pooled [8, 96]
 rebuilt = model.reconstruct(images)  # .masked, .reconstruction, .prediction: [8, 3, 32, 32] in 0 to 1
 attention = model.attention(images)  # .student and .teachers["mae"]: [8, 8, 8]
 print(features.pooled.shape, rebuilt.reconstruction.shape, attention.student.shape)

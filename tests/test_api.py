@@ -345,7 +345,10 @@ def test_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert len(out) == 4 and all(
         re.match(r"\{'loss': [\d.]+, 'pixels': [\d.]+, 'mimic': [\d.]+\}", line) for line in out[:3]
     )
-    assert names["features"].tokens.shape == (8, 64, names["features"].pooled.shape[1])
+    found = names["features"]
+    shapes = f".tokens {list(found.tokens.shape)}, .pooled {list(found.pooled.shape)}"
+    for page in ("examples/quickstart.py", "README.md"):
+        assert shapes in (REPOSITORY / page).read_text(encoding="utf-8")
     assert names["rebuilt"].masked.shape == (8, 3, 32, 32)
     assert names["attention"].teachers["mae"].shape == (8, 8, 8)
 
