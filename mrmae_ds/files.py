@@ -35,7 +35,11 @@ def replacing(path: Path) -> Iterator[Path]:
         process = leftover.name.removeprefix(prefix).split(".")[0]
         if process.isdecimal() and not _is_alive(int(process)):
             leftover.unlink(missing_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f"{prefix}{os.getpid()}.", suffix=".tmp", dir=path.parent)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f"{prefix}{os.getpid()}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # which a reader knows
+        raise
     os.close(handle)
     temporary = Path(name)
     try:

@@ -102,3 +102,9 @@ def test_a_folder_that_cannot_be_made_is_named(folder: str, tmp_path: Path, monk
     Path("file").touch()
     with pytest.raises(UserError, match=f"^{folder}: cannot be made"):
         write_text(Path(folder) / "table.md", "")
+
+
+def test_an_error_names_the_file_and_not_the_temporary_one() -> None:
+    with pytest.raises(OSError) as failure:
+        write_text(Path("/proc/a.txt"), "x")  # where root cannot write either
+    assert failure.value.filename == "/proc/a.txt"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import check_writable
 from mrmae_ds.imagenet import crop_share
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import height_width
@@ -293,4 +294,5 @@ def export_target(
                 f"--out: {target} exists and was not written by this project; choose another file, or replace it "
                 "with --force"
             )
+    check_writable(target)
     return target

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import make_folder
 from mrmae_ds.models.sizes import height_width
 from mrmae_ds.weights.export import (
     Exported,
@@ -65,7 +64,6 @@ def export_portable(source: Path, layout: PortableLayout, out: Path | None = Non
     preprocessing = {key: value for key, value in overlay.items() if key not in ("file", "num_classes")}
     metadata |= {"layout": layout, "preprocessing": preprocessing}
     target = export_target(path, metadata, layout, out, force, _is_portable)
-    make_folder(target.parent)
     # Beside the target: large weights of ONNX are a second file, NAME.onnx.data, which the first one names.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
         written = Path(folder) / target.name

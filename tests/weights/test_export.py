@@ -359,6 +359,8 @@ def test_refuses_runs_that_are_not_finished(tmp_path: Path) -> None:
         export_run(tmp_path / "small")
     with pytest.raises(UserError, match=r"nowhere does not exist"):
         export_run(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"^/proc/x.safetensors: cannot be written .*name a file in another folder$"):
+        export_run(tmp_path / "small" / "finetune", out=Path("/proc/x.safetensors"))
     exported = export_run(tmp_path / "small" / "finetune", out=tmp_path / "out.safetensors").path
     with pytest.raises(UserError, match=r"out.safetensors: is itself an export; give the run's folder"):
         export_run(exported, out=tmp_path / "again.safetensors")
