@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mrmae_ds.config.engine import default_recipe, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.sections import Backend, DataConfig, LoaderConfig
 from mrmae_ds.data.beton.sidecar import check_beton
-from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import LoaderRequest, TrainTransform
 from mrmae_ds.data.loaders.build import build_loader, num_workers_of
 from mrmae_ds.data.loaders.crop import CropSettings
 from mrmae_ds.data.loaders.throughput import Throughput, measure_throughput
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import write_text
+from mrmae_ds.files import check_writable, write_text
 from mrmae_ds.imagenet import IMAGENET_CLASSES
 from mrmae_ds.planning.estimates.host import loader_name
 from mrmae_ds.planning.fake_step import build_meta_task
@@ -68,12 +68,21 @@ class LoaderBenchRequest:
 
 @dataclass(frozen=True)
 class _Case:
-    """Images of a stage: size in pixels, micro-batch, transform."""
+    """Images of a stage.
+
+    Attributes:
+        name: of the stage.
+        size: pixels.
+        micro_batch: images.
+        transform: crops, and the augmentation that the loader's workers apply.
+        described: augmentation, for the report.
+    """
 
     name: str
     size: int
     micro_batch: int
     transform: TrainTransform
+    described: str = ""
 
 
 def bench_loader(request: LoaderBenchRequest) -> str:
@@ -87,37 +96,35 @@ def bench_loader(request: LoaderBenchRequest) -> str:
     recipe = _load_recipe(request)
     backend = request.backend or (recipe.data.backend if recipe else "ffcv")
     data = DataConfig(train=request.beton, val=request.beton, backend=backend)
-    own = LoaderConfig(num_workers=request.workers)
-    config = recipe.loader if recipe and request.workers is None else own
+    config = (recipe.loader if recipe else LoaderConfig()).model_copy(update={"cache_dir": None})
+    if request.workers is not None:
+        config = config.model_copy(update={"num_workers": request.workers})
     workers, cores = num_workers_of(config), len(os.sched_getaffinity(0))
     info = check_beton(request.beton)
     lines = [
-        f"{info.path}: {info.num_samples:,} images, {backend} backend, {counted(workers, 'worker')} on "
+        f"{info.path}: {counted(info.num_samples, 'image')}, {backend} backend, {counted(workers, 'worker')} on "
         f"{counted(cores, 'core')} ({cpu_name()})"
     ]
-    found: dict[str, list[dict[str, float]]] = {}
-    for case in _cases(request, recipe):
+    found: dict[str, list[dict[str, str | float]]] = defaultdict(list)
+    cases = _cases(request, recipe)
+    needs = [_needed(request, case.name) for case in cases]  # before the measurements: they find invalid options
+    for case, needed in zip(cases, needs, strict=True):
         batch = min(case.micro_batch, info.num_samples)
         loader = build_loader(data, config, LoaderRequest("train", case.size, batch, transform=case.transform))
         speed = measure_throughput(loader, request.seconds)
-        augment = case.transform.augment
         lines.append(
-            f"  {case.name}, {case.size} pixels{_described(augment)}: {speed.images_per_s:,.0f} "
+            f"  {case.name}, {case.size} pixels{case.described}: {speed.images_per_s:,.0f} "
             f"images/s, {speed.per_core:,.0f} a core ({speed.cpu_s_per_1000:.2f} CPU ms an image)"
         )
-        lines += _cores(request, case.name, speed, cores)
-        found[loader_name(backend, augment)] = [vars(speed)]
-        size = case.size
+        lines += _cores(needed, speed, cores)
+        name = loader_name(backend, case.transform.augment)
+        found[name].append({"stage": case.name, "size": case.size, **vars(speed)})
     if request.out is not None:
         machine = {"cpu": cpu_name(), "cores": cores, "versions": collect_versions()}
-        settings = {"beton": info.path.name, "size": size, "workers": workers, "seconds": request.seconds}
+        settings = {"beton": info.path.name, "workers": workers, "seconds": request.seconds}
         content = {"settings": settings, "machine": machine, "rounds": found}
         write_text(request.out, json.dumps(content, indent=1) + "\n")
     return "\n".join(lines)
-
-
-def _described(augment: AugmentSettings | None) -> str:
-    return f", {augment.policy or 'color jitter'}" if augment else ""
 
 
 def _check(request: LoaderBenchRequest) -> None:
@@ -133,6 +140,8 @@ def _check(request: LoaderBenchRequest) -> None:
         )
     if request.measured is not None and request.gpu is None:
         raise UserError("--measured needs --gpu, the type of GPU that it was measured on")
+    if request.out is not None:
+        check_writable(request.out)
 
 
 def _load_recipe(request: LoaderBenchRequest) -> Recipe | None:
@@ -150,23 +159,42 @@ def _cases(request: LoaderBenchRequest, recipe: Recipe | None) -> list[_Case]:
     if not names:
         raise UserError(f"recipe {recipe.name} has no stage {request.stage or 'that trains on random crops'}")
     tasks = [(name, build_meta_task(recipe, name, config, IMAGENET_CLASSES)) for name in names]
-    return [_Case(name, t.image_size, config.micro_batch, t.transform) for name, t in tasks if t.transform is not None]
-
-
-def _cores(request: LoaderBenchRequest, name: str, speed: Throughput, cores: int) -> list[str]:
-    """Return the line of the cores that a GPU needs; none if its throughput is not asked for."""
-    if request.images_per_s is not None:
-        needed, source = request.images_per_s, "as given"
-    elif request.gpu is not None and request.ds_config is not None:
-        plan = PlanRequest(
-            request.ds_config, request.gpus, request.gpu, name, recipe=request.recipe, measured=request.measured,
-            overrides=request.overrides,
-        )  # fmt: skip
-        needed, source = gpu_throughput(plan)
-    else:
-        return []
-    each = needed / speed.per_core
     return [
-        f"    a GPU trains {needed:,.0f} images/s ({source}): {each:,.1f} cores a GPU; "
+        _case(name, task.image_size, config.micro_batch, task.transform, recipe.loader)
+        for name, task in tasks
+        if task.transform is not None
+    ]
+
+
+def _case(name: str, size: int, micro_batch: int, transform: TrainTransform, loader: LoaderConfig) -> _Case:
+    if transform.augment is None:
+        return _Case(name, size, micro_batch, transform)
+    described = f", {transform.augment.policy or 'color jitter'}"
+    if loader.augment_on == "device":  # which is not the CPU that is measured
+        transform, described = replace(transform, augment=None), f"{described} on the device and not measured"
+    return _Case(name, size, micro_batch, transform, described)
+
+
+def _needed(request: LoaderBenchRequest, name: str) -> tuple[float, str] | None:
+    """Return the images/s that a GPU trains and where they are from; None if they are not asked for."""
+    if request.images_per_s is not None:
+        return request.images_per_s, "as given"
+    if request.gpu is None or request.ds_config is None:
+        return None
+    plan = PlanRequest(
+        request.ds_config, request.gpus, request.gpu, name, recipe=request.recipe, measured=request.measured,
+        overrides=request.overrides,
+    )  # fmt: skip
+    return gpu_throughput(plan)
+
+
+def _cores(needed: tuple[float, str] | None, speed: Throughput, cores: int) -> list[str]:
+    """Return the line of the cores that a GPU needs; none if its throughput is not asked for."""
+    if needed is None:
+        return []
+    rate, source = needed
+    each = rate / speed.per_core
+    return [
+        f"    a GPU trains {rate:,.0f} images/s ({source}): {each:,.1f} cores a GPU; "
         f"{counted(cores, 'core')} of this machine feed {cores / each:,.1f} GPUs"
     ]

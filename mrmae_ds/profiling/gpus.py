@@ -106,6 +106,7 @@ def find_gpu(key: str) -> Gpu:
     close = difflib.get_close_matches(key.lower(), keys, n=1, cutoff=0.8)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise UserError(
-        f"--gpu {key}: unknown GPU{hint}; known are {', '.join(keys)}. For another GPU, pass --memory (GiB as torch "
-        "reports it) and --peak (dense bf16 TFLOP/s of its data sheet) instead"
+        f"--gpu {key}: unknown GPU{hint}; known are {', '.join(keys)}. For another GPU, `mrmae plan` takes --memory "
+        "(GiB as torch reports it) and --peak (dense bf16 TFLOP/s of its data sheet) instead, and `mrmae data bench` "
+        "--images-per-s"
     )

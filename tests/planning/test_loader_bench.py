@@ -55,13 +55,56 @@ def test_the_plans_images_per_s_are_called_an_estimate(
     text = capsys.readouterr().out
     assert "an estimate of mrmae plan for 8 x h100-80 (one node), not measured): " in text
     assert json.loads(out.read_text())["rounds"] == {
-        "mrmae_ds, ffcv backend": [{"images_per_s": 900.0, "cpu_s_per_1000": 2.0}]
+        "mrmae_ds, ffcv backend": [{"stage": "pretrain", "size": 224, "images_per_s": 900.0, "cpu_s_per_1000": 2.0}]
     }
     needed = float(text.split("a GPU trains ")[1].split(" ")[0].replace(",", ""))
     assert main(["plan", *small, *gpu, "--loader-bench", str(out), blocks]) == 0
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  loader: ")]
     assert line.startswith(f"  loader: {8 * needed:,.0f}"[:-1]) and "at 2.00 CPU-s per 1,000 (224 pixels" in line
     assert f"cores, {needed * 2 / 1000:,.1f} a GPU" in line and line.endswith("measured, bench.json)")
+
+
+def test_stages_of_one_loader_have_a_measurement_each(
+    betons: tuple[Path, Path], requests: list, tmp_path: Path
+) -> None:
+    """Without RandAugment the loader of fine-tuning has the name of pre-training's."""
+    out = tmp_path / "bench.json"
+    overrides = ("stages.finetune.rand_augment=null", "stages.finetune.image_size=288")
+    bench_loader(LoaderBenchRequest(betons[0], SMALL, out=out, overrides=overrides))
+    ((name, measured),) = json.loads(out.read_text())["rounds"].items()
+    assert name == "mrmae_ds, ffcv backend"
+    assert [(each["stage"], each["size"]) for each in measured] == [("pretrain", 224), ("finetune", 288)]
+
+
+def test_augmentation_on_the_device_is_not_measured_on_the_cpu(
+    betons: tuple[Path, Path], requests: list, tmp_path: Path
+) -> None:
+    out = tmp_path / "bench.json"
+    overrides = ("loader.augment_on=device", "loader.cache_dir=/nowhere", "loader.num_workers=7")
+    request = LoaderBenchRequest(betons[0], SMALL, stage="finetune", workers=1, out=out, overrides=overrides)
+    assert "finetune, 224 pixels, rand-m9-mstd0.5-inc1 on the device and not measured: " in bench_loader(request)
+    ((_, config, read),) = requests
+    assert read.transform.augment is None and config.num_workers == 1
+    assert (config.augment_on, config.cache_dir) == ("device", None)  # all else as in the recipe, but read in place
+    assert list(json.loads(out.read_text())["rounds"]) == ["mrmae_ds, ffcv backend"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"gpu": "h100"}, "--gpu h100: unknown GPU.* `mrmae data bench` --images-per-s"),
+        ({"gpu": "h100-80", "gpus": 0}, "--gpus"),
+        ({"gpu": "h100-80", "measured": Path("none.json")}, "none.json"),
+        ({"out": Path("/proc/none/bench.json")}, "/proc/none: cannot be made"),
+        ({"out": Path("tests")}, "tests: is a folder"),
+    ],
+)
+def test_invalid_options_are_errors_before_anything_is_measured(
+    betons: tuple[Path, Path], requests: list, values: dict, message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        bench_loader(LoaderBenchRequest(betons[0], SMALL, stage="pretrain", **values))
+    assert requests == []
 
 
 def test_steps_of_the_doctor_come_before_the_estimate(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pytest
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
+from mrmae_ds.config.sections import LoaderConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.planning.estimates import host
@@ -271,6 +273,35 @@ def test_loader_cost_is_read_from_measurements(tmp_path: Path, recipe: Recipe, s
         loader_cost(recipe, stages["finetune"], bench, tmp_path)
     with pytest.raises(UserError, match=r"none\.json: No such file"):
         loader_cost(recipe, stages["pretrain"], tmp_path / "none.json")
+
+
+def _write_bench(path: Path, **rounds: list[dict[str, object]]) -> Path:
+    names = {f"mrmae_ds, ffcv {kind.replace('_', ' ')}": each for kind, each in rounds.items()}
+    path.write_text(json.dumps({"settings": {}, "machine": {"cpu": "a CPU"}, "rounds": names}))
+    return path
+
+
+def test_loader_cost_is_that_of_the_stage(tmp_path: Path, recipe: Recipe, stages: dict[str, CountedStage]) -> None:
+    """Stages without RandAugment, or with it on the device, have one loader, whose images differ in size."""
+    measured: list[dict[str, object]] = [
+        {"stage": "finetune", "size": 288, "cpu_s_per_1000": 5.0},
+        {"stage": "pretrain", "size": 224, "cpu_s_per_1000": 2.0},
+    ]
+    bench = _write_bench(tmp_path / "bench.json", backend=measured)
+    cost = loader_cost(recipe, stages["pretrain"], bench)
+    assert cost is not None and (cost.cpu_s_per_1000, cost.size) == (2.0, 224)
+    on_device = recipe.model_copy(update={"loader": LoaderConfig(augment_on="device")})
+    cost = loader_cost(on_device, stages["finetune"], bench)
+    assert cost is not None and (cost.cpu_s_per_1000, cost.size) == (5.0, 288)
+
+
+@pytest.mark.parametrize("ms", [0.0, -2.0, math.nan, math.inf])
+def test_impossible_loader_cost_is_an_error(
+    ms: float, tmp_path: Path, recipe: Recipe, stages: dict[str, CountedStage]
+) -> None:
+    bench = _write_bench(tmp_path / "bench.json", backend=[{"size": 224, "cpu_s_per_1000": ms}])
+    with pytest.raises(UserError, match=r"bench\.json: 'mrmae_ds, ffcv backend' took .* must be above 0"):
+        loader_cost(recipe, stages["pretrain"], bench)
 
 
 def plan(*arguments: str, config: str = "small") -> int:

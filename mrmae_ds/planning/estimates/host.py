@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,25 +88,32 @@ def loader_cost(
     """
     if not _reads_beton(stage):
         return None
-    name = loader_name(recipe.data.backend, stage.task.augment)
+    augment = None if recipe.loader.augment_on == "device" else stage.task.augment
+    name = loader_name(recipe.data.backend, augment)
     if bench is not None:
-        cost = _read_cost(bench, name)
+        cost = _read_cost(bench, name, stage.name)
         if cost is None:
             raise UserError(f"{bench}: has no measurement of {name!r}; write it with `mrmae data bench` of this recipe")
         return cost
-    return next((cost for path in sorted(folder.glob("loader*.json")) if (cost := _read_cost(path, name))), None)
+    paths = sorted(folder.glob("loader*.json"))
+    return next((cost for path in paths if (cost := _read_cost(path, name, stage.name))), None)
 
 
-def _read_cost(path: Path, name: str) -> LoaderCost | None:
-    """Read the measurement of a loader from a file; None if it has none."""
+def _read_cost(path: Path, name: str, stage: str) -> LoaderCost | None:
+    """Read the measurement of a loader from a file, that of ``stage`` if there are several; None if it has none."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
         measured = result["rounds"].get(name)
         if not isinstance(measured, list) or not measured:
             return None
-        cost = statistics.median(float(each["cpu_s_per_1000"]) for each in measured)
-        return LoaderCost(cost, int(result["settings"]["size"]), str(result["machine"]["cpu"]), path.name)
+        own = [each for each in measured if each.get("stage") == stage] or measured
+        cost = statistics.median(float(each["cpu_s_per_1000"]) for each in own)
+        size, cpu = int(own[0].get("size") or result["settings"]["size"]), str(result["machine"]["cpu"])
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; `mrmae data bench FILE.beton --out {path}` writes it") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError):
         return None
+    if not (0 < cost < math.inf and size > 0):
+        fault = f"{cost:g} CPU seconds for 1,000 images of {size} pixels"
+        raise UserError(f"{path}: {name!r} took {fault}, which must be above 0; write it again with `mrmae data bench`")
+    return LoaderCost(cost, size, cpu, path.name)
