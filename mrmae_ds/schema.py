@@ -1,10 +1,10 @@
-"""Base class of the sections of recipes and pipeline files: strict and immutable."""
+"""Base class of the sections of recipes and pipeline files, strict and immutable, and the text of pydantic's errors."""
 
 from __future__ import annotations
 
 from typing import Any, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mrmae_ds.errors import ConfigError, UserError
 from mrmae_ds.files import expand_home
@@ -54,3 +54,10 @@ def _expanded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(map(_expanded, value))
     return expand_home(value) if isinstance(value, str) else value
+
+
+def validation_faults(error: ValidationError) -> str:
+    """Return pydantic's errors on one line, each with its key, without the values."""
+    return "; ".join(
+        f"{'.'.join(str(part) for part in item['loc']) or 'content'}: {item['msg']}" for item in error.errors()
+    )

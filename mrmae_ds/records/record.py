@@ -38,6 +38,7 @@ from mrmae_ds.records.sections import (
     StageCost,
     TeacherInfo,
 )
+from mrmae_ds.schema import validation_faults
 
 RECORD_FILE = "record.json"
 RECIPE_FILE = "recipe.yaml"
@@ -158,7 +159,7 @@ class RunRecord(RecordSection):
         try:
             checked = type(self).model_validate(self.model_dump())
         except ValidationError as error:
-            raise UserError(f"{path}: this record cannot be written: {_reasons(error)}") from None
+            raise UserError(f"{path}: this record cannot be written: {validation_faults(error)}") from None
         write_text(path, checked.model_dump_json(indent=2) + "\n")
         return path
 
@@ -185,7 +186,7 @@ class RunRecord(RecordSection):
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise UserError(f"{path}: not a valid run record: {_reasons(error)}") from None
+            raise UserError(f"{path}: not a valid run record: {validation_faults(error)}") from None
 
 
 def stage_cost(record: RunRecord) -> StageCost:
@@ -238,13 +239,6 @@ def summarize_finetuning(record: RunRecord) -> FinetuneSummary:
 def _shared(values: Sequence[T]) -> T | None:
     """Return the value that all are equal to, None if there is none."""
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _reasons(error: ValidationError) -> str:
-    """Return pydantic's errors on one line, each with its key, without the values."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in item['loc']) or 'record'}: {item['msg']}" for item in error.errors()
-    )
 
 
 def find_records(roots: Sequence[str | Path]) -> list[tuple[Path, RunRecord]]:

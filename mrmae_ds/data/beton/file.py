@@ -171,7 +171,10 @@ def read_checksums(path: Path, count: int) -> IntArray:
     stored = json.loads(sidecar.read_text(encoding="utf-8")).get("adler32") if sidecar.is_file() else None
     if stored is None:
         return np.full(count, -1, dtype=np.int64)
-    checksums = np.frombuffer(base64.b64decode(stored), dtype="<u4").astype(np.int64)
+    try:
+        checksums = np.frombuffer(base64.b64decode(stored, validate=True), dtype="<u4").astype(np.int64)
+    except ValueError as error:
+        raise UserError(f"{sidecar}: its checksums are damaged ({error}); adopt the file again") from None
     if len(checksums) != count:
         raise UserError(f"{sidecar}: has {len(checksums):,} checksums for {count:,} images; adopt the file again")
     return checksums

@@ -6,24 +6,67 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from mrmae_ds.errors import UserError
+from mrmae_ds.schema import validation_faults
 from mrmae_ds.units import first_few
 
 SIDECAR_FORMAT = 1
-_REQUIRED = (
-    "format",
-    "num_samples",
-    "class_names",
-    "max_side",
-    "quality",
-    "name",
-    "source",
-    "size",
-    "sha256",
-    "versions",
-)
+
+
+class _Content(BaseModel):
+    """Base class of the sidecar's parts: types are exact, and keys of other versions are allowed."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+
+class _CopyCounts(_Content):
+    repeated: int
+    across_classes: int
+    of_train: int | None
+    examples: list[Annotated[list[str], Field(min_length=2, max_length=2)]]
+    train: str | None = None
+
+
+class _LeftOut(_Content):
+    row: int
+
+
+class _Sidecar(_Content):
+    """Content of a sidecar; earlier versions and ``mrmae data adopt`` write less than all of it."""
+
+    format: int
+    num_samples: int = Field(ge=1)
+    class_names: list[str]
+    max_side: int
+    quality: int | None
+    name: str
+    source: str
+    size: int
+    sha256: str
+    versions: dict[str, str]
+    tables_sha256: str | None = None
+    adler32: str | None = None
+    class_counts: list[int] | None = None
+    modes: dict[str, int] = {}
+    converted: dict[str, int] = {}
+    ignored: dict[str, int] = {}
+    skipped: list[_LeftOut] = []
+    copies: _CopyCounts | None = None
+    origin: dict[str, Any] | None = None
+    written: str | None = None
+    workers: int | None = None
+    seconds: float | None = None
+    cpu_seconds: float | None = None
+
+    @model_validator(mode="after")
+    def _count_each_class(self) -> _Sidecar:
+        if self.class_counts is not None and len(self.class_counts) != len(self.class_names):
+            raise ValueError(f"{len(self.class_counts)} class_counts of {len(self.class_names)} class_names")
+        return self
 
 
 @dataclass(frozen=True)
@@ -93,10 +136,18 @@ def read_sidecar(path: str | Path) -> dict[str, Any]:
         content = json.loads(sidecar.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{sidecar}: not JSON ({error}); write the data set again (see docs/data.md)") from error
-    missing = [key for key in _REQUIRED if not isinstance(content, dict) or key not in content]
+    required = [key for key, field in _Sidecar.model_fields.items() if field.is_required()]
+    missing = [key for key in required if not isinstance(content, dict) or key not in content]
     if missing or content["format"] != SIDECAR_FORMAT:
         fault = f"lacks {', '.join(missing)}" if missing else f"has format {content['format']}, not {SIDECAR_FORMAT}"
         raise UserError(f"{sidecar}: {fault}; write the data set again (see docs/data.md)")
+    try:
+        _Sidecar.model_validate(content)
+    except ValidationError as error:
+        raise UserError(
+            f"{sidecar}: damaged ({validation_faults(error)}); copy it from the origin of {path.name}, or write the "
+            "data set again (see docs/data.md)"
+        ) from None
     return content
 
 

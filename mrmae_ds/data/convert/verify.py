@@ -167,7 +167,7 @@ def describe_beton(path: str | Path) -> str:
         lines[0] += f", {lowest}{counted(max(counts), 'image')} per class"
     # The file is larger by its tables, and by up to a page of 2 MB that is not full.
     lines[2] += f", {BetonFile(info).table[:, 1].mean():,.0f} bytes per image"
-    if sidecar.get("cpu_seconds"):
+    if all(sidecar.get(key) for key in ("seconds", "cpu_seconds", "workers")):
         rates = [info.num_samples / sidecar[key] for key in ("seconds", "cpu_seconds")]
         lines.append(
             f"  speed     {rates[0]:,.0f} images/s with {counted(sidecar['workers'], 'worker')}, {rates[1]:,.0f} per "

@@ -61,6 +61,22 @@ def test_missing_file_error_names_the_scripts(tmp_path: Path) -> None:
         ("[]", "lacks format"),
         ('{"format": 1}', "lacks num_samples"),
         (json.dumps(CONTENT | {"format": 2}), "has format 2, not 1"),
+        *(
+            (json.dumps(CONTENT | changed), rf"damaged \(.*{next(iter(changed))}.*copy it from the origin of train")
+            for changed in (
+                {"num_samples": "2"},
+                {"num_samples": 0},
+                {"class_names": {"a": 0}},
+                {"versions": {"numpy": 2}},
+                {"class_counts": [1, 2, 3]},
+                {"modes": {"raw": "all"}},
+                {"skipped": [{"reason": "empty file"}]},
+                {"copies": {"repeated": 0, "across_classes": 0, "of_train": None}},
+                {"copies": {"repeated": 0, "across_classes": 0, "of_train": None, "examples": [["a"]]}},
+                {"seconds": "long"},
+                {"tables_sha256": 1},
+            )
+        ),
     ],
 )
 def test_invalid_sidecar_is_an_error(beton: Path, content: str | None, message: str) -> None:

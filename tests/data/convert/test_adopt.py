@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,12 @@ def test_a_raw_image_that_changed_later_is_an_error(backend: str, tmp_path: Path
     with pytest.raises(UserError, match=r"damaged (JPEG|image) in sample 3"):
         list(loader.epoch(0))
     loader.close()
+
+
+def test_damaged_checksums_in_the_sidecar_are_an_error(tmp_path: Path) -> None:
+    info = adopt_beton(_write(tmp_path / "train.beton", "raw"))
+    sidecar = json.loads(sidecar_path(info.path).read_text())
+    for damaged in (sidecar["adler32"][1:], "%" + sidecar["adler32"][1:], "AAAA" * 2):
+        sidecar_path(info.path).write_text(json.dumps(sidecar | {"adler32": damaged}))
+        with pytest.raises(UserError, match=r"train\.beton\.json: .*checksums.*adopt the file again"):
+            BetonFile(check_beton(info.path))

@@ -64,6 +64,21 @@ def test_bytes_of_an_image_are_those_of_its_jpeg(beton: Path) -> None:
     assert " with 1 worker, " in describe_beton(beton)
 
 
+def test_a_file_is_described_without_any_one_key_of_its_sidecar(beton: Path) -> None:
+    """Earlier versions did not write all of them; without a required one there is an error that names it."""
+    sidecar = read_sidecar(beton)
+    missing = []
+    for key in sidecar:
+        sidecar_path(beton).write_text(json.dumps({other: sidecar[other] for other in sidecar if other != key}))
+        try:
+            assert describe_beton(beton).startswith(f"{beton}: t, 16 images, 2 classes (wide, tall)")
+        except UserError as error:
+            assert f"lacks {key};" in str(error)
+            missing.append(key)
+    required = {"format", "num_samples", "class_names", "max_side", "quality", "name", "source"}
+    assert set(missing) == required | {"size", "sha256", "versions"}
+
+
 def test_changed_byte_is_detected(beton: Path) -> None:
     content = bytearray(beton.read_bytes())
     content[bytes(content).index(stored_jpegs(beton)[1][0]) + 700] ^= 0xFF
