@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 LOSSLESS = "transcoded without loss"  # a kind of conversion
 _MCU = 16  # pixels, both sides, of the subsampling 4:2:0 that Pillow chooses
 _RECORDED = ("numpy", "pillow", "mrmae_ds")
+_CAUTION = b"Caution: quantization tables are too coarse"  # of 16 bits, which all readers take
 _PACKAGES = "libjpeg-turbo (Debian: libjpeg-turbo-progs; conda: libjpeg-turbo)"
 
 
@@ -66,7 +67,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
         image: RGB.
         quality: 1 to 100.
     """
-    interval = choose_interval((-(-image.width // _MCU), -(-image.height // _MCU)))
+    interval = choose_interval((-(-image.width // _MCU), -(-image.height // _MCU)), _MCU)
     stream = io.BytesIO()
     # Huffman tables of its own would take longer than all of the rest, for 4 % of the bytes. The comment would be the
     # source's.
@@ -76,13 +77,29 @@ def encode(image: Image.Image, quality: int) -> bytes:
 
 @cache
 def find_jpegtran() -> tuple[str, str] | None:
-    """Return the path and version of libjpeg-turbo's ``jpegtran``; None if it is not installed."""
+    """Return the path and version of libjpeg-turbo's ``jpegtran``; None if there is none that works.
+
+    MozJPEG's writes progressive JPEGs, and a broken installation nothing.
+    """
     path = shutil.which("jpegtran")
-    if path is None:
+    if path is None or _run_jpegtran(path, encode(Image.new("RGB", (_MCU, _MCU)), 90)) is None:
         return None
     run = subprocess.run([path, "-version"], capture_output=True, text=True, check=False, timeout=60)
     lines = (run.stdout + run.stderr).strip().splitlines()
     return path, lines[0] if lines else "unknown"
+
+
+def _run_jpegtran(path: str, content: bytes) -> bytes | None:
+    """Return a JPEG with restart markers, of the same coefficients; None if ``jpegtran`` warns, or cannot do it."""
+    header = read_header(content)
+    if header is None:
+        return None
+    interval = choose_interval(header.blocks, header.mcu[0])
+    command = [path, "-copy", "none", "-optimize", "-restart", f"{interval}B"]
+    run = subprocess.run(command, input=content, capture_output=True, check=False)
+    warnings = [line for line in run.stderr.splitlines() if not line.startswith(_CAUTION)]
+    written = None if run.returncode or warnings else read_header(run.stdout)
+    return run.stdout if written is not None and written.plain else None
 
 
 def uses_jpegtran(options: WriteOptions) -> bool:
@@ -96,7 +113,7 @@ def check_jpegtran(options: WriteOptions) -> None:
         return
     if options.jpegs == "keep":
         raise UserError(f"--jpegs keep needs jpegtran, of {_PACKAGES}; install it, or use --jpegs auto")
-    _warn(f"jpegtran is not installed, so all JPEGs are encoded again, at some loss; it is part of {_PACKAGES}")
+    _warn(f"no working jpegtran is installed, so all JPEGs are encoded again, at some loss; it is part of {_PACKAGES}")
 
 
 @cache
@@ -114,7 +131,7 @@ def content_to_keep(image: Image.Image, options: WriteOptions) -> bytes | None:
     file = getattr(image, "fp", None)
     if not uses_jpegtran(options) or options.stores_raw(image.size):
         return None
-    if image.format != "JPEG" or file is None or max(image.size) > options.max_side:
+    if image.format not in ("JPEG", "MPO") or file is None or max(image.size) > options.max_side:
         return None
     if options.jpegs == "auto" and not is_coarse(image, options.quality):
         return None
@@ -136,20 +153,14 @@ def transcode(content: bytes, decoded: Image.Image) -> bytes | None:
         The JPEG; None if ``jpegtran`` is missing or warns, or the result is not one that readers can decode in parts
         to the same pixels.
     """
-    header, program = read_header(content), find_jpegtran()
-    if header is None or program is None:
-        return None
-    command = [program[0], "-copy", "none", "-optimize", "-restart", f"{choose_interval(header.blocks)}B"]
-    run = subprocess.run(command, input=content, capture_output=True, check=False)
-    if run.returncode or run.stderr:
-        return None
-    written = read_header(run.stdout)
-    if written is None or not written.plain:
+    program = find_jpegtran()
+    written = _run_jpegtran(program[0], content) if program is not None else None
+    if written is None:
         return None
     # Coefficients that are equal may be decoded differently, if scans of a progressive JPEG are missing.
-    with Image.open(io.BytesIO(run.stdout), formats=["JPEG"]) as image:
+    with Image.open(io.BytesIO(written), formats=["JPEG"]) as image:
         same = image.size == decoded.size and image.convert("RGB").tobytes() == decoded.tobytes()
-    return add_index(run.stdout) if same else None
+    return add_index(written) if same else None
 
 
 def is_coarse(image: Image.Image, quality: int) -> bool:

@@ -32,9 +32,9 @@ def _image() -> Image.Image:
     return photograph().crop((100, 50, 100 + 203, 50 + 301))
 
 
-def _file(image: Image.Image, **options: object) -> bytes:
+def _file(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     stream = io.BytesIO()
-    image.save(stream, "JPEG", **{"quality": 80, **options})
+    image.save(stream, kind, **{"quality": 80, **options})
     return stream.getvalue()
 
 
@@ -87,16 +87,30 @@ def test_jpegs_of_all_kinds_are_kept(tmp_path: Path) -> None:
         "gray": _file(ImageOps.grayscale(_image())),
         "one pixel": _file(_image().resize((1, 1))),
         "low quality": _file(_image(), quality=3),
+        "tables of 16 bits": _file(_image(), qtables=[[300] * 64, [400] * 64]),
+        "several images": _file(_image(), "MPO", save_all=True, append_images=[_image().rotate(180)]),
     }
     stored = _write(tmp_path, files, jpegs="auto")
     for name, content in files.items():
         assert np.array_equal(_pixels(stored[name]), _pixels(content)), name
         assert MAGIC in stored[name][:14], name
-    assert stored["progressive"] == stored["4:2:0"]
+    assert stored["progressive"] == stored["4:2:0"] == stored["several images"]
     sidecar = read_sidecar(tmp_path / "train.beton")
     assert sidecar["converted"][jpegs.LOSSLESS] == len(files) and "jpegtran" in sidecar["versions"]
     info = verify_beton(tmp_path / "train.beton")
-    assert find_copies(BetonFile(info)).repeated == [(3, 2)]
+    assert find_copies(BetonFile(info)).repeated == [(3, 2), (8, 2)]
+
+
+@needs_jpegtran
+@pytest.mark.parametrize("kind", ["4:4:4", "4:2:2", "4:2:0", "gray"])
+def test_markers_and_index_cost_little_of_a_small_file(kind: str, tmp_path: Path) -> None:
+    """Segments of 4 MCUs of 8 pixels would cost 17 % of such a gray JPEG, and 12 % of one with full chroma."""
+    image = photograph().resize((384, 256))
+    content = _file(ImageOps.grayscale(image)) if kind == "gray" else _file(image, subsampling=kind)
+    (stored,) = _write(tmp_path, {kind: content}, jpegs="keep").values()
+    header = read_header(stored)
+    assert header is not None and header.interval * header.mcu[0] == 64
+    assert len(stored) < 1.08 * len(content)
 
 
 @needs_jpegtran
@@ -131,10 +145,15 @@ def test_auto_keeps_jpegs_up_to_the_quality(tmp_path: Path, mode: str, kept: int
     assert read_sidecar(tmp_path / "train.beton")["converted"].get(jpegs.LOSSLESS, 0) == kept
 
 
-def test_without_jpegtran_jpegs_are_encoded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("program", [None, "echo cannot be loaded >&2; exit 127", "exec jpegtran -progressive"])
+def test_without_a_working_jpegtran_jpegs_are_encoded(
+    program: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
+    """It is missing, broken, or writes progressive JPEGs as MozJPEG's does."""
+    script = tmp_path / "jpegtran"
+    script.write_text(f"#!/bin/sh\n{program}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda name: program and str(script))
     jpegs.find_jpegtran.cache_clear()
     jpegs._warn.cache_clear()
     try:
