@@ -43,6 +43,18 @@ class StoredImage(NamedTuple):
     raw: bool
 
 
+def page_size(max_side: int) -> int:
+    """Return the bytes of a page, which holds any image of sides up to ``max_side``."""
+    # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
+    return max(MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
+
+
+def gap_before(end: int, length: int, page: int) -> int:
+    """Return the bytes to leave free after ``end``, so that an image of ``length`` bytes crosses no page border."""
+    left = -end % page
+    return left if length > left else 0
+
+
 class BetonWriter:
     """A .beton being written, as a context manager. No image crosses a page border, as FFCV requires.
 
@@ -57,8 +69,7 @@ class BetonWriter:
     def __init__(
         self, path: Path, capacity: int, max_side: int, digests: bool, stored: Sequence[StoredImage] = ()
     ) -> None:
-        # A JPEG of noise takes more bytes than the pixels themselves, but not twice as many.
-        self._page = max(MIN_PAGE, 1 << (6 * max_side * max_side - 1).bit_length())
+        self._page = page_size(max_side)
         self._samples = np.zeros(capacity, dtype=DIGESTED_SAMPLE if digests else SAMPLE)
         self._names = self._samples.dtype.names or ()
         self._allocations = np.zeros(capacity, dtype=ALLOCATION)
@@ -105,8 +116,7 @@ class BetonWriter:
         """Add an image to the tables; return the number of bytes that are left free before it."""
         if image.length > self._page:
             raise ValueError(f"an image of {image.length:,} bytes does not fit into a page of {self._page:,}")
-        left = -self._end % self._page
-        gap = left if image.length > left else 0
+        gap = gap_before(self._end, image.length, self._page)
         place = self._end + gap
         stored = (RAW if image.raw else JPEG, image.width, image.height, place)
         numbers = (stored, image.label, self._count, image.adler32, image.pixels)

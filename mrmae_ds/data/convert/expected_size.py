@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mrmae_ds.data.beton.file import ALLOCATION, DIGESTED_SAMPLE
-from mrmae_ds.data.beton.file_writer import MIN_PAGE
+from mrmae_ds.data.beton.file import ALLOCATION, DIGESTED_SAMPLE, FIELD, HEADER
+from mrmae_ds.data.beton.file_writer import gap_before, page_size
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.pool import map_in_order
 from mrmae_ds.errors import UserError
@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 
 _SAMPLE = 64
 _LIMIT_S = 10.0  # after which a part of the sample is enough
-_TABLES = DIGESTED_SAMPLE.itemsize + ALLOCATION.itemsize  # bytes of an image
+_DRAWN = 4096  # images of the sample's sizes that are put into pages, which large ones do not fill
+_FIELDS = len(DIGESTED_SAMPLE.names or ())
 
 
 def announce_size(
@@ -56,9 +57,15 @@ def announce_size(
                 break
     if not found:
         return
-    mean, raw = np.mean([size for size, _ in found]), sum(raw for _, raw in found)
-    # The images start at a whole page, and the last page is full.
-    expected = count * (mean + _TABLES) + MIN_PAGE
+    sizes, raw = np.array([size for size, _ in found]), sum(raw for _, raw in found)
+    mean, page = sizes.mean(), page_size(options.max_side)
+    drawn = np.random.default_rng(0).choice(sizes, min(count, _DRAWN))
+    end = 0
+    for size in drawn.tolist():
+        end += gap_before(end, size, page) + size
+    tables = HEADER.itemsize + _FIELDS * FIELD.itemsize + count * DIGESTED_SAMPLE.itemsize
+    # The images start at a whole page; the table of their places follows the last one.
+    expected = -(-tables // page) * page + count * (end / len(drawn) + ALLOCATION.itemsize)
     free = shutil.disk_usage(path.parent).free
     modes = {0: "JPEGs", len(found): "raw pixels"}.get(raw, f"{raw / len(found):.0%} raw pixels, else JPEGs")
     message = (

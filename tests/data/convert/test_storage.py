@@ -13,7 +13,9 @@ from PIL import Image
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.data.beton.file import RAW, BetonFile
+from mrmae_ds.data.beton.file_writer import BetonWriter
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar
+from mrmae_ds.data.convert.expected_size import announce_size
 from mrmae_ds.data.convert.folder import write_folder
 from mrmae_ds.data.convert.journal import Journal
 from mrmae_ds.data.convert.options import Output, WriteOptions
@@ -148,6 +150,20 @@ def test_the_expected_size_is_printed_before_writing(
     assert {"raw": "(raw pixels)", "auto": "(38% raw pixels, else JPEGs)", "jpeg": "(JPEGs)"}[storage] in line
     announced = re.search(r"about ([\d,]+) MB", line)
     assert announced is not None and abs(float(announced[1]) - path.stat().st_size / 1e6) <= 1
+
+
+@pytest.mark.parametrize("size", [100_000, 700_000, 1_100_000])
+def test_the_expected_size_counts_pages_that_images_do_not_fill(
+    size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Pages have 2 MB; those of images of 700 kB are filled by two thirds, those of 1.1 MB by a half."""
+    caplog.set_level("INFO")
+    path, count = tmp_path / "train.beton", 30
+    with BetonWriter(path, count, 512, digests=True) as writer:
+        for _ in range(count):
+            writer.append(bytes(size), 1, 1, 0, 0)
+    announce_size(path, lambda row: (size, True), count, WriteOptions(workers=1))
+    assert f"about {path.stat().st_size / 1e6:,.0f} MB" in caplog.text
 
 
 def test_too_small_a_disk_is_noticed_before_writing(
