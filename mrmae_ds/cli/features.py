@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, add_device_option, requested_device, require_path
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import counted
+from mrmae_ds.units import counted, first_few
 
 SUMMARY = "write the embeddings of images by the encoder of a run or of released weights, and judge them"
 
@@ -55,10 +55,14 @@ def run(args: argparse.Namespace) -> None:
     batch_size, count = args.batch_size, len(files.paths)
     cores = len(os.sched_getaffinity(0))
     workers = args.workers if args.workers is not None else 0 if count <= batch_size else min(cores, 8)
-    features = embeddings.embed(encoder, files.paths, device, batch_size, workers)
+    found = embeddings.embed(encoder, files.paths, device, batch_size, workers)
+    features, files = found.features, files.select(found.rows)
     written = embeddings.write_embeddings(args.out, files, features)
-    print(f"{counted(count, 'image')}, {features.shape[1]} features each: {', '.join(map(str, written))}")
+    print(f"{counted(len(files.paths), 'image')}, {features.shape[1]} features each: {', '.join(map(str, written))}")
     if args.accuracy:
         val = counted(files.parts.count("val"), "image")
         for name, value in embeddings.quick_accuracy(files, features).items():
             print(f"{name}: {value:.2f} % of {val} of {counted(len(files.class_names), 'class')}")
+    if found.problems:
+        left_out = f"{len(found.problems):,} of {counted(count, 'image')} left out"
+        raise UserError(f"{left_out}, the others are written: {first_few(found.problems, 3)}")

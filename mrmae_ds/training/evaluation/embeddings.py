@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from mrmae_ds.api import ImageEncoder
 from mrmae_ds.config.stages import KnnConfig
 from mrmae_ds.data.convert.folder import open_folder
-from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses, center_crop, stack_images
+from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses, center_crop
 from mrmae_ds.data.types import ImageArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.select_images import images_below, open_upright
@@ -49,6 +49,28 @@ class LabeledFiles:
     labels: Tensor
     class_names: list[str]
 
+    def select(self, rows: Sequence[int]) -> LabeledFiles:
+        """Return the files of these numbers, with the same classes."""
+        paths = [self.paths[row] for row in rows]
+        if not self.class_names:
+            return replace(self, paths=paths)
+        return replace(self, paths=paths, parts=[self.parts[row] for row in rows], labels=self.labels[list(rows)])
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Features of the images that can be read.
+
+    Attributes:
+        features: float32 [M, C] on the CPU.
+        rows: numbers of the M images.
+        problems: messages about the others, each with its file.
+    """
+
+    features: Tensor
+    rows: list[int]
+    problems: list[str]
+
 
 class _Crops(Dataset[ImageArray | str]):
     """Crops of evaluation, uint8 [S, S, 3], or a message about a file that cannot be read."""
@@ -64,6 +86,13 @@ class _Crops(Dataset[ImageArray | str]):
             return np.array(center_crop(open_upright(self.paths[key[1]]), self.size))
         except UserError as error:
             return str(error)
+
+
+def _readable(crops: list[ImageArray | str]) -> tuple[list[str], list[Tensor]]:
+    """Return a message for each crop, "" for one that was read, and the batch of those, in a list that may be empty."""
+    images = [crop for crop in crops if not isinstance(crop, str)]
+    messages = [crop if isinstance(crop, str) else "" for crop in crops]
+    return messages, [torch.from_numpy(np.stack(images))] if images else []
 
 
 def list_files(paths: Sequence[Path], with_classes: bool) -> LabeledFiles:
@@ -89,7 +118,7 @@ def list_files(paths: Sequence[Path], with_classes: bool) -> LabeledFiles:
 
 def embed(
     encoder: ImageEncoder, paths: Sequence[Path], device: torch.device, batch_size: int = 64, workers: int = 0
-) -> Tensor:
+) -> Embeddings:
     """Compute the features of images, cropped as in evaluation: the layer-normalized mean of the patch tokens.
 
     Args:
@@ -99,25 +128,27 @@ def embed(
         batch_size: images at a time.
         workers: processes that decode; 0 decodes in this one.
 
-    Returns:
-        float32 [N, C] on the CPU.
-
     Raises:
-        UserError: for a file that cannot be read as an image.
+        UserError: if none of the files can be read as an image.
     """
     encoder = encoder.to(device)
     crops = _Crops(paths, encoder.image_size)
-    processes: WorkerProcesses[Tensor] = WorkerProcesses(crops, stack_images, workers, device)
+    processes: WorkerProcesses[tuple[list[str], list[Tensor]]] = WorkerProcesses(crops, _readable, workers, device)
     numbers = range(len(paths))
     batches = [numbers[start : start + batch_size] for start in range(0, len(paths), batch_size)]
+    parts: list[Tensor] = []
+    messages: list[str] = []
     try:
-        parts = [
-            encoder.features(images.to(device).permute(0, 3, 1, 2)).pooled.float().cpu()
-            for images in processes.epoch(0, batches)
-        ]
+        for batch_messages, readable in processes.epoch(0, batches):
+            messages += batch_messages
+            for images in readable:
+                parts.append(encoder.features(images.to(device).permute(0, 3, 1, 2)).pooled.float().cpu())
     finally:
         processes.close()
-    return torch.cat(parts)
+    problems = [message for message in messages if message]
+    if not parts:
+        raise UserError(problems[0])
+    return Embeddings(torch.cat(parts), [row for row, message in enumerate(messages) if not message], problems)
 
 
 def check_output(out: Path) -> None:
@@ -183,7 +214,13 @@ def quick_accuracy(files: LabeledFiles, features: Tensor, config: KnnConfig | No
 
     Returns:
         ``knn/top1`` and ``probe/top1`` in percent.
+
+    Raises:
+        UserError: if a part has no image, or train/ has only one.
     """
+    for name, least in (("train", 2), ("val", 1)):
+        if files.parts.count(name) < least:
+            raise UserError(f"--accuracy: {name}/ has too few images that can be read; at least {least} are needed")
     config = config or KnnConfig()
     is_val = torch.tensor([part == "val" for part in files.parts])
     (train, val), (known, wanted) = ((rows[~is_val], rows[is_val]) for rows in (features, files.labels))

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from mrmae_ds.cli.main import main
+from mrmae_ds.errors import UserError
 from mrmae_ds.training.evaluation.embeddings import fit_linear, list_files, quick_accuracy
 from mrmae_ds.weights.export import export_run
 from tests.fixtures import load_reference
@@ -114,16 +115,26 @@ def test_exported_files_and_classifiers(part: str, tree: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_a_file_that_is_no_image_is_named(
-    stage: Path, tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
+def test_a_file_that_is_no_image_is_left_out_and_named(
+    stage: Path, tree: Path, tmp_path: Path, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "notes.png").write_text("notes")
     out = tmp_path / "features.npy"
-    arguments = ["features", str(stage), str(tmp_path), "--out", str(out), "--workers", workers, "--device", "cpu"]
-    assert main(arguments) == 2
+    options = ["--out", str(out), "--workers", workers, "--device", "cpu", "--batch-size", "1"]
+    assert main(["features", str(stage), str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}/notes.png: cannot be read") and error.count("\n") == 1
     assert not out.exists()
+    images = sorted((tree / "top").iterdir())[:3]
+    names = [str(path) for path in (images[0], tmp_path / "notes.png", *images[1:])]
+    for size in ("1", "3"):
+        assert main(["features", str(stage), *names, *options[:-1], size]) == 2
+        printed = capsys.readouterr()
+        assert printed.out.startswith("3 images, ") and printed.err.startswith(
+            f"error: 1 of 4 images left out, the others are written: {tmp_path}/notes.png: cannot be read"
+        )
+        np.testing.assert_allclose(np.load(out), _expected(stage, images, tmp_path), atol=1e-5)
+        assert out.with_suffix(".csv").read_text().splitlines()[1:] == [*map(str, images)]
 
 
 @pytest.mark.parametrize(
@@ -165,6 +176,14 @@ def test_accuracies_equal_other_formulas(tree: Path) -> None:
         totals = [np.exp(cosines[nearest] / 0.07)[files.labels.numpy()[~is_val][nearest] == c].sum() for c in (0, 1)]
         right += int(np.argmax(totals)) == label
     assert quick_accuracy(files, features)["knn/top1"] == pytest.approx(100 * right / is_val.sum())
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_a_part_without_images_has_no_accuracy(part: str, tree: Path) -> None:
+    files = list_files([tree], with_classes=True)
+    rows = [row for row, other in enumerate(files.parts) if other != part]
+    with pytest.raises(UserError, match=rf"--accuracy: {part}/ has too few images that can be read"):
+        quick_accuracy(files.select(rows), torch.zeros(len(rows), 4))
 
 
 def test_the_linear_probe_is_the_optimum_of_its_loss() -> None:
