@@ -399,7 +399,7 @@ def test_resumes_fine_tuning_with_layer_decay(runs: SmallRuns) -> None:
 
 
 # Recipe values of each method, and the number of its losses with their total. The models have two blocks.
-LAYERS = "stages.pretrain.objectives={layer2: {block: 0}, layer3: {block: 1}}"
+LAYERS = "stages.pretrain.objectives={layer2: {target: mae.0, block: 0}, layer3: {target: mae.1, block: 1}}"
 METHODS: dict[str, tuple[tuple[str, ...], int]] = {
     "milan": (("stages.pretrain.placement=sharded",), 2),
     "dmae": (("stages.pretrain.placement=step",), 3),

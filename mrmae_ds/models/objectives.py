@@ -70,7 +70,7 @@ class Objective(Section):
         if self.mix and self.block is None:
             raise ValueError("mix: name the block that its weights start at as block")
         if self.class_token and self.target in COMPUTED:
-            raise ValueError(f"class_token: {self.target} have no class token; remove it")
+            raise ValueError(f"class_token: the target {self.target} has no class token; remove it")
         if self.normalize_prediction != "none" and self.loss == "cosine":
             raise ValueError("normalize_prediction: has no effect on loss: cosine; remove it")
         return self

@@ -290,7 +290,7 @@ def test_taps_that_do_not_exist_or_train_too_little_are_refused(
         ({"tap": "decoder", "mix": False}, "block: has no effect on tap: decoder"),
         ({"block": None}, "mix: name the block"),
         ({"block": -1}, "greater than or equal to 0"),
-        ({"target": "pixels"}, "class_token: pixels have no class token"),
+        ({"target": "pixels"}, "class_token: the target pixels has no class token"),
         ({"loss": "cosine", "normalize_prediction": "l2"}, "normalize_prediction: has no effect on loss: cosine"),
     ],
 )
