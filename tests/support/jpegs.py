@@ -1,11 +1,13 @@
-"""Content of a .beton, read without the code under test."""
+"""Content of a .beton, read without the code under test, and a data set of files' contents."""
 
 from __future__ import annotations
 
+import io
 import zlib
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 # FFCV's format, version 2: header, descriptor for each field, table of samples, pages, allocations.
 _HEADER = np.dtype(
@@ -41,3 +43,16 @@ def stored_jpegs(path: Path, intact: bool = True) -> list[tuple[bytes, int, int]
     ]
     assert not intact or samples["adler32"].tolist() == [zlib.adler32(jpeg) for jpeg, _, _ in stored]
     return stored
+
+
+class Files:
+    """Data set of files' contents, all of class 0."""
+
+    def __init__(self, *contents: bytes) -> None:
+        self.contents = contents
+
+    def __len__(self) -> int:
+        return len(self.contents)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.open(io.BytesIO(self.contents[index])), 0

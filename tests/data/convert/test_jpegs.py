@@ -19,7 +19,7 @@ from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.verify import verify_beton
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
-from tests.support.jpegs import stored_jpegs
+from tests.support.jpegs import Files, stored_jpegs
 from tests.support.sample_data import photograph
 
 pytestmark = pytest.mark.timeout(60, method="thread")
@@ -36,19 +36,6 @@ def _file(image: Image.Image, kind: str = "JPEG", **options: object) -> bytes:
     stream = io.BytesIO()
     image.save(stream, kind, **{"quality": 80, **options})
     return stream.getvalue()
-
-
-class Files:
-    """Data set of files' contents, all of class 0."""
-
-    def __init__(self, *contents: bytes) -> None:
-        self.contents = contents
-
-    def __len__(self) -> int:
-        return len(self.contents)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.open(io.BytesIO(self.contents[index])), 0
 
 
 def _write(folder: Path, contents: dict[str, bytes], **options: object) -> dict[str, bytes]:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import io
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from mrmae_ds.data.beton.segments import add_index, describe_damage, read_header
+from mrmae_ds.data.beton.segments import MAGIC, add_index, describe_damage, read_header
+from mrmae_ds.data.convert import jpegs
+from mrmae_ds.data.convert.options import WriteOptions
+from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.data.loaders._ffcv import import_ffcv
+from mrmae_ds.data.loaders.crop import CropSettings
+from tests.support.jpegs import Files, stored_jpegs
+from tests.support.loaders import open_loader
 from tests.support.sample_data import photograph
 
 import_ffcv()
@@ -81,6 +89,27 @@ def test_segments_equal_the_whole_image(sampling: str, beyond: bool) -> None:
         images, status = _decode(indexed, boxes, size, beyond)
         assert status == [0] * len(whole)
         assert np.array_equal(images, expected)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_converted_files_are_read_like_those_without_an_index(
+    train: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Conversion, file and loader as a user has them; jpegtran chooses the intervals, where it is installed."""
+    kinds = [_encode(size, sampling, 0) for size in SIZES for sampling in (*SAMPLINGS, "gray")]
+    batches = {}
+    for name in ("indexed", "plain"):
+        if name == "plain":
+            monkeypatch.setattr(jpegs, "add_index", lambda jpeg: jpeg)
+        options = WriteOptions(workers=1, max_bad=0, jpegs="auto" if jpegs.find_jpegtran() is None else "keep")
+        path = tmp_path / f"{name}.beton"
+        write_beton(Files(*kinds), path, options, class_names=["a"], name="t", source="tests")
+        assert [jpeg[6:14] == MAGIC for jpeg, _, _ in stored_jpegs(path)] == [name == "indexed"] * len(kinds)
+        crop = CropSettings(scale=(0.05, 1.0)) if train else None
+        loader = open_loader(path, crop=crop, micro_batch=len(kinds), image_size=48)
+        batches[name] = [batch.images for epoch in range(3 if train else 1) for batch in loader.epoch(epoch)]
+        loader.close()
+    assert all(map(torch.equal, batches["indexed"], batches["plain"])) and len(batches["plain"]) == (3 if train else 1)
 
 
 def _places(jpeg: bytes) -> list[tuple[int, int]]:
