@@ -232,13 +232,20 @@ def test_damaged_images_are_named_with_their_rank(train: CocoSplit, workers: int
     own.close()
 
 
+class _Unsendable(module._Collate):
+    """Its batches cannot leave a process."""
+
+    def __call__(self, samples: object) -> Any:
+        return lambda: None
+
+
 @pytest.mark.multi_process
 @pytest.mark.timeout(120, method="thread")
 def test_a_batch_that_shared_memory_cannot_take_ends_the_epoch(
     train: CocoSplit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The thread of a worker that sends it only prints a traceback, and the training would wait for the batch."""
-    monkeypatch.setattr(module._Collate, "__call__", lambda self, samples: lambda: None)
+    monkeypatch.setattr(module, "_Collate", _Unsendable)
     own = loader(train, workers=1)
     with pytest.raises(UserError, match=r"a process that prepares images ended: out of memory, or /dev/shm is full"):
         next(own.epoch(0))

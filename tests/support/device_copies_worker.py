@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from mrmae_ds.data.loaders.augment import AugmentSettings, SampleErasing
+from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import Batch
 from mrmae_ds.data.loaders.crop import CropSettings
+from mrmae_ds.data.loaders.erasing import SampleErasing
 from mrmae_ds.imagenet import IMAGENET_MEAN
 from mrmae_ds.training.checkpoint.async_saver import copy_to_cpu
 from mrmae_ds.training.checkpoint.save import write_shard

@@ -5,6 +5,7 @@ They run train.py's ``main``, with the environment and the working directory tha
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -73,16 +74,18 @@ class Ranks:
         return "\n".join(log.read_text(errors="replace") for log in logs if log.exists())
 
 
+@functools.cache
 def fork_server() -> ForkServerContext:
     """Return the server that forks processes with everything imported; started at the first call."""
     context = multiprocessing.get_context("forkserver")
-    if forkserver._forkserver._forkserver_address is None:  # type: ignore[attr-defined]
-        before = dict(os.environ)
-        os.environ.update(environment())
-        context.set_forkserver_preload(PRELOADED)
-        forkserver.ensure_running()
-        os.environ.clear()
-        os.environ.update(before)
+    # Otherwise a server that a loader of this process has started would be taken, which has less imported.
+    forkserver._forkserver._forkserver_pid = None  # type: ignore[attr-defined]
+    before = dict(os.environ)
+    os.environ.update(environment())
+    context.set_forkserver_preload(PRELOADED)
+    forkserver.ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
     return context
 
 
@@ -111,6 +114,8 @@ def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault:
 
 
 def _rank(argv: list[str], values: dict[str, str], log: Path, fault: str) -> None:
+    # The rank's loaders take the server that has forked the rank: a server of their own would import torch once more.
+    forkserver._forkserver.ensure_running = forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore
     os.setsid()
     os.chdir(REPOSITORY)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -118,7 +123,6 @@ def _rank(argv: list[str], values: dict[str, str], log: Path, fault: str) -> Non
     os.dup2(handle, 2)
     for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):  # as a shell leaves them, even if nohup started the tests
         signal.signal(getattr(signal, name), signal.SIG_DFL if name != "SIGINT" else signal.default_int_handler)
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # a loader may have started the server, with signals blocked
     os.environ.update(values)
     from mrmae_ds.cli import train
     from tests.support import faults

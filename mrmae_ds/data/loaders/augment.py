@@ -15,14 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageEnhance, ImageOps
-from timm.data.random_erasing import RandomErasing
-from torch import Tensor
 
 from mrmae_ds.data.loaders.crop import splitmix64
 from mrmae_ds.data.types import FloatArray, IntArray, UIntArray
@@ -31,7 +29,7 @@ from mrmae_ds.imagenet import Rgb
 
 _POLICY_FORM = re.compile(r"rand(-((m|n|inc|mmax)\d+|(p|mstd)\d+(\.\d+)?|t(weights|3aw?)))*")
 # Uses of a sample's key besides its box and flip.
-_POLICY, _ERASING, _JITTER = 0x706F6C69, 0x65726173, 0x6A697474
+_POLICY, _JITTER = 0x706F6C69, 0x6A697474
 
 
 @dataclass(frozen=True)
@@ -105,11 +103,7 @@ class _Policy:
             "img_mean": settings.fill,
             "interpolation": Image.Resampling.BICUBIC,
         }
-        # The module draws from the global generators, which other threads use: a second copy of it has others.
-        specification = importlib.util.find_spec("timm.data.auto_augment")
-        assert specification is not None and specification.loader is not None
-        timm = importlib.util.module_from_spec(specification)
-        specification.loader.exec_module(timm)
+        timm = _auto_augment()
         self._transform = timm.rand_augment_transform(settings.policy, parameters)
         timm.random, timm.np = self._random, SimpleNamespace(random=self._choices)  # type: ignore[attr-defined]
 
@@ -154,11 +148,11 @@ class Augment(_Policy):
     def __call__(self, image: Image.Image, key: int) -> Image.Image:
         """Augment one RGB image; its size stays."""
         keys = np.array([key], dtype=np.uint64)
-        for change, factor in self._draw_jitter(_seeds(keys, _JITTER)[0]):
+        for change, factor in self._draw_jitter(sample_seeds(keys, _JITTER)[0]):
             image = _ENHANCERS[change](image).enhance(factor)
         if self._transform is None:
             return image
-        self._seed(_seeds(keys, _POLICY)[0])
+        self._seed(sample_seeds(keys, _POLICY)[0])
         return self._transform(image)
 
 
@@ -212,7 +206,9 @@ class PolicyDraws(_Policy):
         """
         layers = (3 if self._jitter else 0) + (self._transform.num_layers if self._transform is not None else 0)
         codes, arguments = np.zeros((len(keys), layers), dtype=np.int64), np.zeros((len(keys), layers, 6))
-        for b, (seed, jitter_seed) in enumerate(zip(_seeds(keys, _POLICY), _seeds(keys, _JITTER), strict=True)):
+        for b, (seed, jitter_seed) in enumerate(
+            zip(sample_seeds(keys, _POLICY), sample_seeds(keys, _JITTER), strict=True)
+        ):
             changes = self._recorder.changes
             changes[:] = [(change, (factor,)) for change, factor in self._draw_jitter(jitter_seed)]
             if self._transform is not None:
@@ -266,63 +262,27 @@ def _desaturate(recorder: _Recorder, factor: float, **_: Any) -> _Recorder:
     return _record(Change.COLOR, recorder, min(1.0, max(0.0, 1.0 - factor)))
 
 
-class SampleErasing:
-    """timm's random erasing of normalized images, filled with noise.
+def _auto_augment() -> ModuleType:
+    """Return a copy of timm's ``auto_augment``.
 
-    The area depends on the sample's key alone, the noise also on the kind of device.
+    The module draws from the global generators, which other threads use: each copy can have others. It is loaded by its
+    path, because worker processes would import all of timm's models with its package: seconds, and 600 MB.
+    """
+    package = importlib.util.find_spec("timm")
+    assert package is not None and package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0], "data", "auto_augment.py")
+    specification = importlib.util.spec_from_file_location("timm.data.auto_augment", path)
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def sample_seeds(keys: UIntArray, purpose: int) -> list[int]:
+    """Return seeds of 63 bits.
 
     Args:
-        probability: of erasing in an image.
-        device: of the images.
+        keys: uint64 [B], of the samples.
+        purpose: number of a use of the keys: different uses get independent seeds.
     """
-
-    def __init__(self, probability: float, device: torch.device) -> None:
-        # timm chooses the areas. It would also seed and draw by torch's global generators, image by image.
-        self._choose = RandomErasing(probability, mode="const", device="cpu")
-        self._noise = torch.Generator(device)
-
-    def __call__(self, images: Tensor, keys: UIntArray) -> Tensor:
-        """Erase in place; changes the state of Python's global generator.
-
-        Args:
-            images: float [B, 3, S, S].
-            keys: uint64 [B], of the samples.
-
-        Returns:
-            ``images``.
-        """
-        for index, seed in enumerate(_seeds(keys, _ERASING)):
-            random.seed(seed)
-            area = _Area(images.shape[1:])
-            self._choose(area)
-            if area.place is not None:
-                erased = images[index][area.place]
-                noise = torch.empty(erased.shape, dtype=images.dtype, device=images.device)
-                erased.copy_(noise.normal_(generator=self._noise.manual_seed(seed)))
-        return images
-
-
-class _Area:
-    """Stands in for an image [3, S, S], and keeps the area that timm writes to.
-
-    Attributes:
-        place: index of the area; None if nothing was written.
-    """
-
-    dtype = torch.float32
-
-    def __init__(self, shape: torch.Size) -> None:
-        self._shape = shape
-        self.place: tuple[slice, ...] | None = None
-
-    def size(self) -> torch.Size:
-        """Return the shape."""
-        return self._shape
-
-    def __setitem__(self, place: tuple[slice, ...], values: Tensor) -> None:
-        self.place = place
-
-
-def _seeds(keys: UIntArray, purpose: int) -> list[int]:
-    """Return a 63-bit seed for each key."""
     return (splitmix64(keys ^ np.uint64(purpose)) >> np.uint64(1)).tolist()

@@ -184,10 +184,13 @@ class WorkerProcesses(Generic[PreparedT]):
     def _open(self) -> DataLoader:
         workers: dict[str, Any] = {}
         if self._num_workers:
+            # This process has threads by now, of torch and of gloo or NCCL and CUDA, so that a fork of it may hang or
+            # lose registered memory. The server has none, and imports once for all workers.
+            context = fork_server(type(self._samples).__module__)
             workers = {
                 "prefetch_factor": _AHEAD,
                 "persistent_workers": True,
-                "multiprocessing_context": start_method(self._device),
+                "multiprocessing_context": context,
                 "worker_init_fn": _begin,
             }
         return DataLoader(
@@ -241,15 +244,6 @@ class PillowLoader:
     def close(self) -> None:
         """End the open epoch and the worker processes."""
         self._workers.close()
-
-
-def start_method(device: torch.device) -> str:
-    """Return the start method of workers: fork, which is immediate, unless threads of CUDA and NCCL may run here."""
-    if device.type == "cpu":
-        return "fork"
-    # The server imports once for all workers; with InfiniBand a fork of this process could lose registered memory.
-    fork_server(__name__)
-    return "forkserver"
 
 
 def _begin(_worker: int) -> None:

@@ -16,8 +16,9 @@ from mrmae_ds.config.engine import EngineConfig, check_paired
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import FinetuneConfig
-from mrmae_ds.data.loaders.augment import AugmentSettings, SampleErasing
+from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.base import Batch
+from mrmae_ds.data.loaders.erasing import SampleErasing
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.teachers import build_teacher

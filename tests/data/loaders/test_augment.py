@@ -12,8 +12,9 @@ from timm.data.auto_augment import rand_augment_transform
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import functional
 
-from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, Change, PolicyDraws, SampleErasing
+from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, Change, PolicyDraws
 from mrmae_ds.data.loaders.crop import splitmix64
+from mrmae_ds.data.loaders.erasing import SampleErasing
 from mrmae_ds.imagenet import IMAGENET_MEAN
 from tests.support.sample_data import photograph
 

@@ -87,20 +87,14 @@ def _start(code: str, beton: Path, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
 
 
-# Beside a GPU the workers are children of a fork server.
-_SERVER = """
+_IMPORTS = """
 import multiprocessing, os, signal, sys, time
 from pathlib import Path
-import torch
-from mrmae_ds.data.loaders import pillow
 from mrmae_ds.data.loaders.worker import STOP_SIGNALS
 from tests.data.loaders.test_rand_augment import _loader
-
-start_method = pillow.start_method
-pillow.start_method = lambda device: start_method(torch.device("cuda", 0))
 """
 _TRAINING = f"""
-{_SERVER}
+{_IMPORTS}
 if __name__ == "__main__":
     loader = _loader(Path(sys.argv[1]), "pillow")
     next(loader.epoch(0))
@@ -124,7 +118,7 @@ def test_workers_of_a_fork_server_end_with_their_training_process(betons: tuple[
 
 
 _SIGNALED = f"""
-{_SERVER}
+{_IMPORTS}
 if __name__ == "__main__":
     for number in STOP_SIGNALS:
         signal.signal(number, lambda number, frame: None)
