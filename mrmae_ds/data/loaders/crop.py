@@ -73,9 +73,12 @@ def sample_keys(seed: int, epoch: int, indices: IntArray) -> UIntArray:
     return splitmix64(key ^ indices.astype(np.uint64))
 
 
-def _uniform(keys: UIntArray, draw: int) -> FloatArray:
-    """Return the ``draw``-th number of each stream, uniform in [0, 1) with 53 random bits, [B]."""
-    state = keys + splitmix64(np.array([draw], dtype=np.uint64))
+def _uniform(keys: UIntArray, draw: int | IntArray) -> FloatArray:
+    """Return the ``draw``-th number of each stream, uniform in [0, 1) with 53 random bits, [B].
+
+    ``draw`` [D, 1] gives [D, B].
+    """
+    state = keys + splitmix64(np.asarray([draw] if isinstance(draw, int) else draw, dtype=np.uint64))
     return (splitmix64(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
@@ -112,21 +115,18 @@ def random_boxes(
     boxes[:, :4] = _largest_centered(heights, widths, crop.ratio)
     boxes[:, 4] = _uniform(keys, _FLIP_DRAW) < crop.flip
     low, high = np.log(crop.ratio)
-    searching = np.ones(len(indices), dtype=bool)
-    for attempt in range(_TRIES):
-        area, ratio, down, across = (_uniform(keys, 4 * attempt + draw) for draw in range(4))
-        target = heights * widths * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * area)
-        aspect = np.exp(low + (high - low) * ratio)
-        box_heights = np.rint(np.sqrt(target / aspect)).astype(np.int64)
-        box_widths = np.rint(np.sqrt(target * aspect)).astype(np.int64)
-        fits = (box_heights > 0) & (box_heights <= heights) & (box_widths > 0) & (box_widths <= widths)
-        tops = (down * (heights - box_heights + 1)).astype(np.int64)
-        lefts = (across * (widths - box_widths + 1)).astype(np.int64)
-        accepted = searching & fits
-        boxes[accepted, :4] = np.stack([tops, lefts, box_heights, box_widths], axis=1)[accepted]
-        searching &= ~fits
-        if not searching.any():
-            break
+    # All tries of all samples at once: a call of numpy costs more than a batch's arithmetic.
+    area, ratio, down, across = (_uniform(keys, 4 * np.arange(_TRIES)[:, None] + draw) for draw in range(4))
+    target = heights * widths * (crop.scale[0] + (crop.scale[1] - crop.scale[0]) * area)
+    aspect = np.exp(low + (high - low) * ratio)
+    box_heights = np.rint(np.sqrt(target / aspect)).astype(np.int64)
+    box_widths = np.rint(np.sqrt(target * aspect)).astype(np.int64)
+    fits = (box_heights > 0) & (box_heights <= heights) & (box_widths > 0) & (box_widths <= widths)
+    tops = (down * (heights - box_heights + 1)).astype(np.int64)
+    lefts = (across * (widths - box_widths + 1)).astype(np.int64)
+    (found,) = fits.any(axis=0).nonzero()
+    first = fits.argmax(axis=0)[found]
+    boxes[found, :4] = np.stack([part[first, found] for part in (tops, lefts, box_heights, box_widths)], axis=1)
     return boxes
 
 

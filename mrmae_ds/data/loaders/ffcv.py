@@ -66,6 +66,7 @@ class FFCVLoader:
         self.batches_per_epoch = settings.order.batches_per_epoch
         self._open: EpochIterator | None = None
         self._copier = DeviceCopier(settings.device) if settings.device.type == "cuda" else None
+        self._decoder.keeps = self._copier is None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch; see ``Loader.epoch``."""
@@ -138,14 +139,13 @@ class FFCVLoader:
         return decoded.images
 
     def _copy(self, images: ImageArray) -> tuple[Tensor, torch.cuda.Event | None]:
-        """Copy a batch [B, H, W, 3] from FFCV's ring of buffers, pinned if CUDA is available, to the device.
+        """Copy a batch [B, H, W, 3], for CUDA from FFCV's pinned ring of buffers, to the device.
 
         Returns:
             The copy as [B, 3, H, W] and, if it may still be in progress, the event that marks its end.
         """
         if self._copier is None:
-            # By numpy: torch's copy would wake OpenMP's threads, which then spin for longer than the copy takes.
-            return torch.from_numpy(images.copy()).to(self.settings.device).permute(0, 3, 1, 2), None
+            return torch.from_numpy(images).to(self.settings.device).permute(0, 3, 1, 2), None
         moved, finished = self._copier.copy(torch.from_numpy(images))
         return moved.permute(0, 3, 1, 2), finished
 

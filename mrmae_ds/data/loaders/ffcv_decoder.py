@@ -57,7 +57,7 @@ numba.core.event.register("numba:compile", CompilationNotice())
 
 @dataclass(frozen=True)
 class Decoded:
-    """One batch in FFCV's ring of buffers, to be copied before the next one is requested.
+    """One batch, in FFCV's ring of buffers unless ``BoxDecoder.keeps``: to be copied before the next one is requested.
 
     Attributes:
         images: uint8 [B, S, S, 3].
@@ -82,6 +82,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
         boxes: function of (heights, widths, rows) to boxes [B, 5] (``crop``), set before each epoch.
         augment: function that changes images [B, S, S, 3] of rows [B], set before each epoch; None changes nothing.
         beyond: True crops after resizing (``jpeg_kernel.decode``).
+        keeps: True gives each batch memory of its own, instead of FFCV's ring, which must be copied from.
         torch_threads: torch's number of threads in FFCV's thread.
     """
 
@@ -92,6 +93,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
         self.boxes: Callable[[IntArray, IntArray, IntArray], IntArray | FloatArray] | None = None
         self.augment: Callable[[ImageArray, IntArray], None] | None = None
         self.beyond = False
+        self.keeps = False
         self.torch_threads = torch.get_num_threads()
         self._scratch = jpeg_kernel.make_scratch(file.table, size, threads)
         # Not at the interpreter's exit, where FFCV's thread may still be using them.
@@ -119,6 +121,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
             torch.set_num_threads(self.torch_threads)
         boxes = self.boxes(self.table[rows, 2], self.table[rows, 3], rows).astype(np.float64)
         status = np.zeros(len(rows), dtype=np.int32)
+        images = np.empty_like(images) if self.keeps else images
         jpeg_kernel.decode(
             file.view(np.ndarray), self.table, self.checksums, rows, boxes, self.beyond, images, self._scratch, status
         )
