@@ -1,6 +1,7 @@
 """Cost of decoding by parts: CPU milliseconds per image on one thread, of this project's kernel and of FFCV's.
 
-    python benchmarks/loader_limits.py train.beton [--size 224] [--rounds 7] [--out loader_limits.json]
+    python benchmarks/loader_limits.py train.beton [--size 224] [--rounds 7] [--against loader.json] [--out limits.json]
+    python benchmarks/loader_limits.py --measured limits.json --against loader.json
 
 The parts are called one by one on the same images, with the boxes of training (20 % to 100 % of an image): those of
 this project's kernel on the segments of each JPEG that its box touches, and on whole JPEGs, the same without their
@@ -14,13 +15,15 @@ import argparse
 import ctypes
 import json
 import os
+import statistics
 import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from loader import SCALE, Settings, ours, recorded
+from loader import SCALE, TO_REACH, Settings, ours, recorded
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.segments import MAGIC, NUMBERS, read_header
@@ -109,6 +112,7 @@ class Parts:
         # The index is an application segment at the start, of a length that bytes 4 and 5 say.
         plain = [jpeg[:2] + jpeg[4 + int.from_bytes(jpeg[4:6], "big") :] for jpeg in jpegs]
         self.whole = Images(plain, file.table)
+        self.unmarked: list[bytes] = []  # the same without restart markers
         self.sides = file.table[:, 2:4]
         crop = CropSettings(scale=SCALE)
         boxes = random_boxes(self.sides[:, 0], self.sides[:, 1], self.rows, seed=0, epoch=0, crop=crop)
@@ -148,6 +152,15 @@ class Parts:
         into = ctypes.byref(result), ctypes.byref(length), ctypes.byref(transform)
         for jpeg in jpegs:
             lib.tjTransform(self.transformer, jpeg, ctypes.c_ulong(len(jpeg)), 1, *into, 0)
+
+    def remove_markers(self) -> None:
+        """Transcode the JPEGs without restart markers, and without loss: libjpeg-turbo copies none."""
+        transform, result, length = Transform(), ctypes.c_void_p(), ctypes.c_ulong()
+        into = ctypes.byref(result), ctypes.byref(length), ctypes.byref(transform)
+        for jpeg in self.whole.jpegs:
+            if lib.tjTransform(self.transformer, jpeg, ctypes.c_ulong(len(jpeg)), 1, *into, 0):
+                raise SystemExit("libjpeg-turbo cannot transcode an image")
+            self.unmarked.append(ctypes.string_at(result.value or 0, length.value))
 
     def planes(self, jpegs: list[bytes]) -> None:
         """Decode to planes: also the inverse DCT, luma and chroma as they are stored."""
@@ -201,6 +214,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     """Return milliseconds per image."""
     numba.set_num_threads(1)
     parts = Parts(args.beton, args.size)
+    parts.remove_markers()
     count = len(parts.rows)
     batches = ours(Settings(args.beton, Path(), None, args.size, args.batch, 1), "ffcv")
     delivered = count // args.batch * args.batch
@@ -212,6 +226,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         "planes": lambda: parts.planes(parts.touched),
         "kernel": lambda: parts.kernel(parts.indexed),
         "whole_huffman": lambda: parts.huffman(parts.whole.jpegs),
+        "unmarked_huffman": lambda: parts.huffman(parts.unmarked),
         "whole_planes": lambda: parts.planes(parts.whole.jpegs),
         "whole_kernel": lambda: parts.kernel(parts.whole),
         "rgb": parts.rgb,
@@ -247,21 +262,63 @@ def table(ms: dict[str, float]) -> str:
     ):
         lines.append(f"| {name} | " + " | ".join("" if part is None else f"{part:.2f}" for part in columns) + " |")
     share = ms["touched_bytes"] / ms["bytes"]
-    return "\n".join([*lines, "", f"The segments have {share:.0%} of the bytes of a JPEG ({ms['bytes']:,.0f})."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"The segments have {share:.0%} of the bytes of a JPEG ({ms['bytes']:,.0f}).",
+            f"Huffman decoding of whole JPEGs without restart markers: {ms['unmarked_huffman']:.2f} ms.",
+        ]
+    )
+
+
+def limits(ms: dict[str, float], result: dict[str, Any]) -> str:
+    """Format the ratios to other readers that would follow if parts cost nothing, as Markdown.
+
+    Args:
+        ms: of ``measure``.
+        result: of ``loader.py``.
+    """
+    own, *_ = TO_REACH[0]
+    others = [other for name, other, _ in TO_REACH if name == own and isinstance(result["rounds"].get(other), list)]
+    pairs = [zip(result["rounds"][own], result["rounds"][other], strict=True) for other in others]
+    ratios = [statistics.median(one["images_per_s"] / other["images_per_s"] for one, other in pair) for pair in pairs]
+    saved = {
+        "as it is": 0.0,
+        "check and copy of the segments": ms["cut"] - ms["weigh"],
+        "weights of the filters": ms["weigh"],
+        "resizing, colors, mirror": ms["kernel"] - ms["cut"] - ms["planes"],
+        "order, threads, copy of the batch": ms["loader"] - ms["kernel"],
+        "all of these": ms["loader"] - ms["planes"],
+    }
+    lines = ["| if this cost nothing | " + " | ".join(others) + " |", "|---" * (len(others) + 1) + "|"]
+    for name, part in saved.items():
+        factor = ms["loader"] / (ms["loader"] - part)
+        lines.append(f"| {name} | " + " | ".join(f"{ratio * factor:.2f}" for ratio in ratios) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Parse, measure, print the table, write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("beton", type=Path)
+    parser.add_argument("beton", type=Path, nargs="?")
     parser.add_argument("--size", type=int, default=224, help="pixels, both sides")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--against", type=Path, help="JSON of loader.py: ratios to other readers without each part")
+    parser.add_argument("--measured", type=Path, help="JSON of this script: its times, instead of measuring them again")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    ms = measure(args)
-    print(table(ms))
-    if args.out:
+    if args.measured:
+        ms = json.loads(args.measured.read_text())["ms_per_image"]
+    elif args.beton:
+        ms = measure(args)
+        print(table(ms))
+    else:
+        parser.error("name a .beton, or --measured and --against")
+    if args.against:
+        print("", limits(ms, json.loads(args.against.read_text())), sep="\n")
+    if args.out and not args.measured:
         settings = recorded(args)
         machine = {"cpu": cpu_name(), "cores": len(os.sched_getaffinity(0)), "versions": collect_versions()}
         content = {"settings": settings, "machine": machine, "ms_per_image": ms}
