@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mrmae_ds.cli.parser import CommandParser, require_path, run_command
+from mrmae_ds.detection.coco_json import load_entries
 from mrmae_ds.errors import UserError
 
 
@@ -21,7 +22,7 @@ def run(args: argparse.Namespace) -> None:
     """Write images/ and annotations.json."""
     for path in (args.images, args.annotations):
         require_path(path)
-    content = json.loads(args.annotations.read_text(encoding="utf-8"))
+    content = load_entries(args.annotations)
     objects: dict[int, list[dict[str, Any]]] = defaultdict(list)
     for annotation in content["annotations"]:
         objects[annotation["image_id"]].append(annotation)
@@ -40,8 +41,13 @@ def run(args: argparse.Namespace) -> None:
 
 def _is_simple(image: dict[str, Any], annotations: list[dict[str, Any]], args: argparse.Namespace) -> bool:
     least = args.min_area * image["width"] * image["height"]
-    large = all(annotation["area"] >= least and not annotation.get("iscrowd") for annotation in annotations)
+    large = all(_area(annotation) >= least and not annotation.get("iscrowd") for annotation in annotations)
     return large and 0 < len(annotations) <= args.max_objects
+
+
+def _area(annotation: dict[str, Any]) -> float:
+    _, _, width, height = annotation["bbox"]
+    return annotation.get("area", width * height)
 
 
 if __name__ == "__main__":

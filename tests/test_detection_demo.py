@@ -38,6 +38,14 @@ def test_images_with_few_large_objects_are_copied(tmp_path: Path) -> None:
     assert sorted(file.name for file in (tmp_path / "out/images").iterdir()) == ["1.jpg", "2.jpg"]
     refused = run([*command, "--min-area", "0.9"], 60)
     assert refused.status == 2 and "no image with at most 4 large objects" in refused.stderr
+    for annotation in content["annotations"]:
+        del annotation["area"]  # those of boxes are taken
+    path.write_text(json.dumps(content))
+    assert run([*command, "--min-area", "0.001"], 60).stdout == done.stdout
+    content["annotations"][0]["bbox"] = "3 2 9 8"
+    path.write_text(json.dumps(content))
+    spoiled = run(command, 60)
+    assert spoiled.status == 2 and "annotation 1000 has the bbox '3 2 9 8'; it must be" in spoiled.stderr
 
 
 @needs_coco200

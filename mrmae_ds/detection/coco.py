@@ -10,6 +10,7 @@ Letters: N images in ascending order of their ids, A annotations in the order of
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from itertools import pairwise
@@ -26,9 +27,11 @@ from mrmae_ds.detection.coco_json import parse_annotations
 from mrmae_ds.detection.rle import Rle
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, replacing
-from mrmae_ds.units import describe_difference, first_few
+from mrmae_ds.units import counted, describe_difference, first_few
 
-_LAYOUT = 1  # of the index; part of its name
+logger = logging.getLogger(__name__)
+
+_LAYOUT = 2  # of the index and the checks before it; part of its name
 
 
 class ImageEntry(NamedTuple):
@@ -79,6 +82,7 @@ class CocoIndex:
         category_ids: the categories' ids in the JSON, int64 [K].
         image_ids: int64 [N], ascending.
         num_annotations: A.
+        doubts: warning about boxes, "" if there is none.
     """
 
     def __init__(self, file: Path) -> None:
@@ -87,6 +91,7 @@ class CocoIndex:
             metadata = opened.metadata()
             self._arrays = {name: opened.get_tensor(name).numpy() for name in opened.keys()}  # noqa: SIM118
         self.sha256: str = metadata["sha256"]
+        self.doubts: str = metadata["doubts"]
         self.class_names: tuple[str, ...] = tuple(json.loads(metadata["class_names"]))
         self.category_ids: IntArray = self._arrays["category_ids"]
         self.image_ids: IntArray = self._arrays["image_ids"]
@@ -128,8 +133,15 @@ class CocoIndex:
 
     def trainable_rows(self) -> IntArray:
         """Return the rows of the images with an annotation that is not a crowd."""
+        return self._rows_of(self._arrays["crowd"] == 0)
+
+    def rows_with_objects(self) -> IntArray:
+        """Return the rows of the images with an annotation that is no crowd and whose box and mask have pixels."""
+        return self._rows_of((self._arrays["crowd"] == 0) & (self._arrays["visible"] != 0))
+
+    def _rows_of(self, annotations: BoolArray) -> IntArray:
         owners = np.repeat(np.arange(len(self)), self.annotation_counts)
-        return np.unique(owners[self._arrays["crowd"] == 0])
+        return np.unique(owners[annotations])
 
 
 @dataclass(frozen=True)
@@ -196,13 +208,16 @@ def open_split(
         index_folder: folder of the index; None is that of ``annotations``.
 
     Raises:
-        UserError: if the annotations are invalid, no image is left, or files are missing.
+        UserError: if the annotations are invalid, the images have no object, or files are missing.
     """
     index = open_index(annotations, index_folder)
     rows = (index.trainable_rows() if training else np.arange(len(index)))[:first]
-    if len(rows) == 0:
-        lacks = "an image with an annotation that is not a crowd" if training else "an image"
-        raise UserError(f"{annotations}: lacks {lacks}; name another annotation file")
+    if not len(np.intersect1d(rows, index.rows_with_objects())):
+        chosen = f"the first {counted(first, 'image')}" if first is not None and first < len(index) else "its images"
+        raise UserError(
+            f"{annotations}: no object to {'train' if training else 'evaluate'} on in {chosen}; crowds, and boxes or "
+            f"masks without a pixel, are none. Name another annotation file{' or raise first' if first else ''}"
+        )
     _check_files(index, rows, images)
     return CocoSplit(index, images, rows, annotations)
 
@@ -210,7 +225,7 @@ def open_split(
 def open_index(annotations: Path, folder: Path | None = None) -> CocoIndex:
     """Open the index of a COCO JSON, which is written if it does not exist.
 
-    Of processes that call it at once, one writes and the others wait.
+    Of processes that call it at once, one writes and the others wait. Rank 0 warns of boxes that cannot be right.
 
     Args:
         annotations: COCO JSON.
@@ -225,21 +240,29 @@ def open_index(annotations: Path, folder: Path | None = None) -> CocoIndex:
         raise UserError(f"{annotations}: no such annotation file; correct its path, or download it") from None
     folder = folder or annotations.parent
     file = folder / f"{annotations.stem}.{sha256[:16]}.{_LAYOUT}.index"
-    if file.exists():  # it is written atomically
-        return CocoIndex(file)
+    if not file.exists():  # it is written atomically
+        _write_index(annotations, sha256, file)
+    index = CocoIndex(file)
+    if index.doubts and os.environ.get("RANK", "0") == "0":
+        logger.warning("%s: %s", annotations, index.doubts)
+    return index
+
+
+def _write_index(annotations: Path, sha256: str, file: Path) -> None:
+    folder = file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if not file.exists():
-                arrays, class_names = parse_annotations(annotations)
+                arrays, class_names, doubts = parse_annotations(annotations)
+                metadata = {"sha256": sha256, "class_names": json.dumps(class_names), "doubts": doubts}
                 with replacing(file) as temporary:
-                    save_file(arrays, temporary, {"sha256": sha256, "class_names": json.dumps(class_names)})
+                    save_file(arrays, temporary, metadata)
     except PermissionError:
         raise UserError(
             f"{folder}: the index of {annotations.name} cannot be written here; set loader.cache_dir to a folder that "
             "can be written"
         ) from None
-    return CocoIndex(file)
 
 
 def check_same_categories(train: CocoIndex, val: CocoIndex) -> None:

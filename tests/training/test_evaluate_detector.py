@@ -133,6 +133,11 @@ def test_evaluations_that_are_refused(folder: Path) -> None:
 
     assert "detectors are evaluated one by one" in refused(f"stages.evaluate.members=[{path},{folder / 'x.pth'}]")
     assert "data.detection: evaluating a detector needs" in refused(one, "data.detection=null", "stages.detect=null")
+    annotations = folder / "annotations.json"
+    whole = annotations.read_text()
+    annotations.write_text(json.dumps(small_coco() | {"annotations": []}))
+    assert "annotations.json: no object to evaluate on in its images" in refused(one)
+    annotations.write_text(whole)
     name_classes(folder, ["ant", *NAMES[1:]])
     assert "and not on 'person'" in refused(one)
     state = torch.load(path)

@@ -23,7 +23,6 @@ from mrmae_ds.detection.detector import LOSSES, Detector, build_detector
 from mrmae_ds.detection.flops import detector_cost, detector_flops, loss_on_fixed_boxes, meta_detector
 from mrmae_ds.detection.jitter import JitterSettings
 from mrmae_ds.detection.loader import DetectionBatch, DetectionLoader
-from mrmae_ds.errors import UserError
 from mrmae_ds.factory import TeacherBuilder
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.encoders import Encoder
@@ -152,8 +151,6 @@ class DetectTask(Task[DetectConfig]):
             for files, training in ((data.train, True), (data.val, False))
         )
         check_same_categories(train.index, val.index)
-        if not len(val.annotated_rows()):
-            raise UserError(f"{val.path}: no annotated object to evaluate on; name another file as data.detection.val")
         return train, val
 
     def prepare_data(self, recipe: Recipe, request: LoaderRequest) -> None:

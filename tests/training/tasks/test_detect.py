@@ -171,7 +171,7 @@ def _other_names(content: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [(_without_objects, "no annotated object to evaluate on"), (_other_names, "categories of train and val differ")],
+    [(_without_objects, "no object to evaluate on in its"), (_other_names, "categories of train and val differ")],
 )
 def test_validation_sets_that_are_refused(folder: Path, change: Any, message: str) -> None:
     content = small_coco()
