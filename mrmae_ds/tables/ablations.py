@@ -116,10 +116,11 @@ def _our_row(number: int, key: tuple[str, str, str, str], runs: list[Run]) -> tu
     labels = {}
     if number == 1:
         archs = dict.fromkeys(tuning.model.arch for tuning in first.finetunings if tuning and tuning.model)
-        averages = any(objective.average for objective in design.objectives.values()) if design else False
-        sources = [*teacher_sources(first).values(), *(["Momentum"] if averages else [])]
-        supervision = ", ".join(sources) or "RGB"
-        labels = {"Backbone": ", ".join(archs), "Supervision": supervision}
+        objectives = design.objectives.values() if design else ()
+        sources = [*teacher_sources(first).values()]
+        sources += ["Momentum"] if any(objective.average for objective in objectives) else []
+        sources += ["HOG"] if any(objective.target == HOG for objective in objectives) else []
+        labels = {"Backbone": ", ".join(archs), "Supervision": ", ".join(sources) or "RGB"}
     if number == 3:
         labels = parts_of(pretraining) or {}
     return Row(row_name, "ours", label, dataset, first.pretrain_epochs, cells, labels), older
