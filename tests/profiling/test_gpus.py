@@ -64,7 +64,8 @@ def test_gpu_without_bf16_has_no_peak() -> None:
 
 
 def test_unknown_key_lists_known_ones() -> None:
-    with pytest.raises(UserError, match=r"--gpu h300: .*h100-80, .*b200.*pass --memory .* and --peak"):
+    options = r"`mrmae plan` takes --memory .* and --peak .*`mrmae data bench` --images-per-s"
+    with pytest.raises(UserError, match=rf"--gpu h300: .*h100-80, .*b200.*{options}"):
         find_gpu("h300")
     with pytest.raises(UserError, match=r"--gpu H100-80: unknown GPU; did you mean 'h100-80'\?; known are"):
         find_gpu("H100-80")
