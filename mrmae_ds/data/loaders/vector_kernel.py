@@ -161,6 +161,28 @@ def _load_transposed(builder: ir.IRBuilder, source: ir.Value, step: ir.Value) ->
     return rows
 
 
+def _transpose_blocks(
+    builder: ir.IRBuilder, values: Sequence[ir.Value], unit: int, converted: Callable[[ir.Value], ir.Value]
+) -> None:
+    """Store the columns of blocks [SIDE, SIDE] as rows.
+
+    Args:
+        builder: of the code.
+        values: source, step, target, every and count, as of ``transpose``.
+        unit: bytes of an element of the target.
+        converted: function of a column to what is stored.
+    """
+    source, step, target, every, count = values
+    with cgutils.for_range_slice(builder, _INT64(0), count, _INT64(SIDE), intp=_INT64) as (x, _):
+        block = builder.add(source, builder.mul(x, _INT64(4)))
+        for row, column in enumerate(_load_transposed(builder, block, step)):
+            stored, index = converted(column), builder.mul(every, builder.add(x, _INT64(row)))
+            builder.store(stored, _place(builder, target, index, unit, stored.type), align=unit)
+
+
+_TRANSPOSES = types.void(types.uint64, types.int64, types.uint64, types.int64, types.int64)
+
+
 @intrinsic
 def transpose(typing, source, step, target, every, count):  # type: ignore[no-untyped-def]
     """Transpose int32 [SIDE, count] to [count, SIDE].
@@ -175,15 +197,10 @@ def transpose(typing, source, step, target, every, count):  # type: ignore[no-un
     """
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        source, step, target, every, count = values
-        with cgutils.for_range_slice(builder, _INT64(0), count, _INT64(SIDE), intp=_INT64) as (x, _):
-            block = builder.add(source, builder.mul(x, _INT64(4)))
-            for row, column in enumerate(_load_transposed(builder, block, step)):
-                index = builder.mul(every, builder.add(x, _INT64(row)))
-                builder.store(column, _place(builder, target, index, 4, column.type), align=4)
+        _transpose_blocks(builder, values, 4, lambda column: column)
         return context.get_dummy_value()
 
-    return types.void(types.uint64, types.int64, types.uint64, types.int64, types.int64), generate
+    return _TRANSPOSES, generate
 
 
 @intrinsic
@@ -201,14 +218,11 @@ def store_pixels(typing, source, step, target, every, count):  # type: ignore[no
     used = [place for place in range(4 * SIDE) if place % 4 < 3]
 
     def generate(context: Any, builder: ir.IRBuilder, _signature: Any, values: Sequence[ir.Value]) -> ir.Value:
-        source, step, target, every, count = values
-        with cgutils.for_range_slice(builder, _INT64(0), count, _INT64(SIDE), intp=_INT64) as (x, _):
-            block = builder.add(source, builder.mul(x, _INT64(4)))
-            for row, column in enumerate(_load_transposed(builder, block, step)):
-                pixels = builder.bitcast(column, ir.VectorType(_BYTE, 4 * SIDE))
-                pixels = _shuffle(builder, pixels, pixels, used)
-                index = builder.mul(every, builder.add(x, _INT64(row)))
-                builder.store(pixels, _place(builder, target, index, 1, pixels.type), align=1)
+        def low_bytes(column: ir.Value) -> ir.Value:
+            pixels = builder.bitcast(column, ir.VectorType(_BYTE, 4 * SIDE))
+            return _shuffle(builder, pixels, pixels, used)
+
+        _transpose_blocks(builder, values, 1, low_bytes)
         return context.get_dummy_value()
 
-    return types.void(types.uint64, types.int64, types.uint64, types.int64, types.int64), generate
+    return _TRANSPOSES, generate
