@@ -17,8 +17,8 @@ from torch import Tensor
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import check_beton
-from mrmae_ds.data.convert.images import open_image, pixel_limit, reason, to_rgb
-from mrmae_ds.data.convert.options import MAX_SIDE, WriteOptions
+from mrmae_ds.data.convert.images import ImageError, read_upright
+from mrmae_ds.data.convert.options import MAX_SIDE
 from mrmae_ds.data.convert.splits import EXTENSIONS
 from mrmae_ds.data.loaders.crop import resize_and_corner
 from mrmae_ds.data.loaders.pillow import BetonSource, center_crop
@@ -156,13 +156,10 @@ def open_upright(path: Path) -> Image.Image:
     """
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
-    defaults = WriteOptions()
     try:
-        with pixel_limit(defaults.max_pixels), open_image(path) as image:
-            return to_rgb(image, max_side=MAX_SIDE, max_pixels=defaults.max_pixels, background=defaults.background)[0]
-    except Exception as error:  # a damaged file can raise anything
-        why = reason(error, defaults.max_pixels)
-        raise UserError(f"{path}: cannot be read ({why}); remove or replace it") from None
+        return read_upright(path, MAX_SIDE)
+    except (OSError, ImageError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); remove or replace it") from None
 
 
 def _number_to_take(count: int | None, default_count: int, available: int, where: str) -> int:

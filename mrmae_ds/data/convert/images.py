@@ -116,8 +116,12 @@ def read_rgb(path: Path) -> Image.Image:
     return _decode(path, convert)
 
 
-def read_upright(path: Path) -> Image.Image:
+def read_upright(path: Path, max_side: int | None = None) -> Image.Image:
     """Decode an image file to RGB, rotated by its EXIF orientation as viewers show it.
+
+    Args:
+        path: of the file.
+        max_side: pixels; a longer side is reduced to it, as in :func:`to_rgb`. None keeps the size.
 
     Raises:
         ImageError: as :func:`read_rgb`.
@@ -126,7 +130,8 @@ def read_upright(path: Path) -> Image.Image:
     limit, background = WriteOptions.max_pixels, WriteOptions.background
 
     def convert(image: Image.Image) -> Image.Image:
-        return to_rgb(image, max_side=max(image.size), max_pixels=limit, background=background)[0]
+        side = max_side or max(image.size)
+        return to_rgb(image, max_side=side, max_pixels=limit, background=background)[0]
 
     return _decode(path, convert)
 

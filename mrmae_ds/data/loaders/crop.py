@@ -78,7 +78,7 @@ def _uniform(keys: UIntArray, draw: int | IntArray) -> FloatArray:
 
     ``draw`` [D, 1] gives [D, B].
     """
-    state = keys + splitmix64(np.asarray([draw] if isinstance(draw, int) else draw, dtype=np.uint64))
+    state = keys + splitmix64(np.atleast_1d(np.asarray(draw, dtype=np.uint64)))
     return (splitmix64(state) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 

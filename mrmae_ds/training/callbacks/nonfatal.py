@@ -61,15 +61,25 @@ class NonfatalCallback(Callback):
             if self.limit_s is None:
                 method()
             else:
-                _run_within(self.limit_s, method)
+                run_within(self.limit_s, method)
         except Exception as error:  # of any library
             self.failed = True
             reason = " ".join(str(error).split())
             logger.warning(f"{self.name}: {type(error).__name__}: {reason}; it is off from here, training continues")
 
 
-def _run_within(seconds: float, method: Callable[[], None]) -> None:
-    """Run a method, or raise TimeoutError and leave it alone in its thread, which does not outlive the process."""
+def run_within(seconds: float, method: Callable[[], None], late: str = "") -> None:
+    """Run a method in a thread, which does not outlive the process.
+
+    Args:
+        seconds: limit, after which it is left alone.
+        method: what to run.
+        late: message after the limit.
+
+    Raises:
+        TimeoutError: after the limit.
+        Exception: what the method raises.
+    """
     outcome: Future[None] = Future()
 
     def work() -> None:
@@ -84,5 +94,5 @@ def _run_within(seconds: float, method: Callable[[], None]) -> None:
     thread.start()
     thread.join(seconds)
     if not outcome.done():
-        raise TimeoutError(f"no answer within {seconds:g} s")
+        raise TimeoutError(late or f"no answer within {seconds:g} s")
     outcome.result()

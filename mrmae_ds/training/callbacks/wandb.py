@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.sections import WandbConfig
 from mrmae_ds.config.stages import StageName
 from mrmae_ds.training.callbacks.base import Callback, TrainContext
+from mrmae_ds.training.callbacks.nonfatal import run_within
 
 ID_FILE = "wandb_id.txt"
 # W&B waits for its server without end, but the rest of the stage, or a requeued job's last minutes, must not.
@@ -67,8 +67,5 @@ class WandbCallback(Callback):
         """
         run, self._run = self._run, None
         if run is not None:
-            thread = Thread(target=run.finish, daemon=True)
-            thread.start()
-            thread.join(FINISH_LIMIT_S)
-            if thread.is_alive():
-                raise TimeoutError(f"not everything was sent within {FINISH_LIMIT_S} s; wandb sync sends the rest")
+            late = f"not everything was sent within {FINISH_LIMIT_S} s; wandb sync sends the rest"
+            run_within(FINISH_LIMIT_S, run.finish, late)
