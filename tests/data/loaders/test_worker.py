@@ -95,6 +95,8 @@ from tests.data.loaders.test_rand_augment import _loader
 """
 _TRAINING = f"""
 {_IMPORTS}
+with Path(__file__).with_suffix(".imports").open("a") as imports:
+    imports.write(__name__ + " ")
 if __name__ == "__main__":
     loader = _loader(Path(sys.argv[1]), "pillow")
     next(loader.epoch(0))
@@ -111,6 +113,8 @@ def test_workers_of_a_fork_server_end_with_their_training_process(betons: tuple[
         assert training.stdout is not None
         workers = [int(pid) for pid in training.stdout.readline().split()]
         assert len(workers) == 2 and not any(_has_ended(pid) for pid in workers)
+        # By the server alone, and not by each worker.
+        assert (tmp_path / "training.imports").read_text() == "__main__ __mp_main__ "
     finally:
         training.kill()
         training.wait()
