@@ -48,13 +48,13 @@ def become_worker() -> None:
 def fork_server(module: str) -> ForkServerContext:
     """Return the context of a fork server that stop signals do not reach, running, with a module imported.
 
-    It is a process of its own, which a signal to the whole step would end, and its workers with it. It imports the main
-    program, too, which each worker would import otherwise.
+    It is a process of its own, which a signal to the whole step would end, and its workers with it. It imports what a
+    program of ``python -m`` imports, too, as each worker would otherwise; for scripts Python cannot before 3.13.8.
     """
     context = multiprocessing.get_context("forkserver")
-    main = getattr(sys.modules["__main__"], "__spec__", None)  # of python -m; workers leave packages out
-    named = [main.name] if main is not None and not main.name.endswith("__main__") else []
-    context.set_forkserver_preload(["__main__", *named, module])
+    program = getattr(sys.modules["__main__"], "__spec__", None)
+    named = [program.name] if program is not None and not program.name.endswith("__main__") else []
+    context.set_forkserver_preload([*named, module])
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for start in (resource_tracker.ensure_running, forkserver.ensure_running):

@@ -80,11 +80,13 @@ def test_worker_ends_with_its_parent() -> None:
 
 def _start(code: str, beton: Path, folder: Path) -> subprocess.Popen[str]:
     """Start a training process, the first of a session of its own."""
-    script = folder / "training.py"
-    script.write_text(code)
+    (folder / "training.py").write_text(code)
+    (folder / "imported.py").write_text("open('imports', 'a').write('x')")
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NUMBA_NUM_THREADS": "4"}
-    command = [sys.executable, str(script), str(beton)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+    command = [sys.executable, "-m", "training", str(beton)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=environment, cwd=folder, start_new_session=True
+    )
 
 
 _IMPORTS = """
@@ -95,11 +97,10 @@ from tests.data.loaders.test_rand_augment import _loader
 """
 _TRAINING = f"""
 {_IMPORTS}
-with Path(__file__).with_suffix(".imports").open("a") as imports:
-    imports.write(__name__ + " ")
+import imported
 if __name__ == "__main__":
     loader = _loader(Path(sys.argv[1]), "pillow")
-    next(loader.epoch(0))
+    list(loader.epoch(0))
     print(*(process.pid for process in multiprocessing.active_children()), flush=True)
     time.sleep(60)
 """
@@ -113,8 +114,7 @@ def test_workers_of_a_fork_server_end_with_their_training_process(betons: tuple[
         assert training.stdout is not None
         workers = [int(pid) for pid in training.stdout.readline().split()]
         assert len(workers) == 2 and not any(_has_ended(pid) for pid in workers)
-        # By the server alone, and not by each worker.
-        assert (tmp_path / "training.imports").read_text() == "__main__ __mp_main__ "
+        assert (tmp_path / "imports").read_text() == "xx"  # by the program and the server, not by each worker
     finally:
         training.kill()
         training.wait()
