@@ -17,6 +17,7 @@ from numba import njit, prange
 from numpy import float32, float64, int32, uint8, uint32
 
 from mrmae_ds.data.loaders.augment import Change
+from mrmae_ds.data.loaders.vector_kernel import take_next
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray
 
 # Of plain integers, which the compiler knows.
@@ -31,6 +32,7 @@ class AugmentScratch(NamedTuple):
     """Memory of T threads; no content outlives an operation.
 
     Attributes:
+        taken: int64 [1], number of images of the batch that a thread has taken.
         counts: int64 [T, 3, 256], histograms.
         tables: uint8 [T, 3, 256], new values of each color.
         copy: uint8 [T, S, 3 S], an image.
@@ -42,6 +44,7 @@ class AugmentScratch(NamedTuple):
         lines: float64 [T, 5, 3, S], colors of four rows after interpolation across, and of the output row.
     """
 
+    taken: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
     tables: ImageArray
     copy: ImageArray
@@ -56,6 +59,7 @@ class AugmentScratch(NamedTuple):
 def make_scratch(size: int, threads: int) -> AugmentScratch:
     """Allocate the memory of ``threads`` threads for images of ``size`` pixels."""
     return AugmentScratch(
+        taken=np.zeros(1, dtype=np.int64),
         counts=np.zeros((threads, 3, 256), dtype=np.int64),
         tables=np.zeros((threads, 3, 256), dtype=np.uint8),
         copy=np.zeros((threads, size, 3 * size), dtype=np.uint8),
@@ -305,9 +309,13 @@ def augment(images, codes, arguments, filling, scratch):  # type: ignore[no-unty
         filling: uint8 [3], the color outside the image.
         scratch: memory of the threads.
     """
-    threads = scratch.places.shape[0]
-    for thread in prange(threads):
-        for b in range(thread, images.shape[0], threads):
+    scratch.taken[0] = 0
+    counter = np.uint64(scratch.taken.ctypes.data)
+    for thread in prange(scratch.places.shape[0]):
+        while True:
+            b = take_next(counter)
+            if b >= images.shape[0]:
+                break
             for layer in range(codes.shape[1]):
                 code, argument = codes[b, layer], arguments[b, layer]
                 if code == _AFFINE:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
         threads: T.
 
     Attributes:
-        boxes: function of (heights, widths, rows) to boxes [B, 5] (``crop``), set before each epoch.
+        boxes: boxes [B, 5] (``crop``) of each batch in turn, set before each epoch.
         augment: function that changes images [B, S, S, 3] of rows [B], set before each epoch; None changes nothing.
         beyond: True crops after resizing (``jpeg_kernel.decode``).
         keeps: True gives each batch memory of its own, instead of FFCV's ring, which must be copied from.
@@ -90,7 +90,7 @@ class BoxDecoder(SimpleRGBImageDecoder):
         super().__init__()
         self.size = size
         self.table, self.checksums, self.fields = file.table, file.checksums, file.names
-        self.boxes: Callable[[IntArray, IntArray, IntArray], IntArray | FloatArray] | None = None
+        self.boxes: Iterator[FloatArray] = iter(())
         self.augment: Callable[[ImageArray, IntArray], None] | None = None
         self.beyond = False
         self.keeps = False
@@ -116,15 +116,14 @@ class BoxDecoder(SimpleRGBImageDecoder):
         return decode
 
     def _decode_batch(self, rows: IntArray, images: ImageArray, file: ImageArray) -> Decoded:
-        assert self.boxes is not None
         if torch.get_num_threads() != self.torch_threads:
             torch.set_num_threads(self.torch_threads)
-        boxes = self.boxes(self.table[rows, 2], self.table[rows, 3], rows).astype(np.float64)
         status = np.zeros(len(rows), dtype=np.int32)
         images = np.empty_like(images) if self.keeps else images
         jpeg_kernel.decode(
-            file.view(np.ndarray), self.table, self.checksums, rows, boxes, self.beyond, images, self._scratch, status
-        )
+            file.view(np.ndarray), self.table, self.checksums, rows, next(self.boxes), self.beyond, images,
+            self._scratch, status,
+        )  # fmt: skip
         if self.augment is not None:
             self.augment(images, rows)
         return Decoded(images, rows[status != 0])

@@ -36,7 +36,7 @@ from mrmae_ds.data.beton import segments
 from mrmae_ds.data.loaders import resize_kernel, segment_kernel, vector_kernel
 from mrmae_ds.data.loaders.resize_kernel import resize, weigh_axes
 from mrmae_ds.data.loaders.segment_kernel import adler32, cut, has_index
-from mrmae_ds.data.loaders.vector_kernel import LANES, SIDE
+from mrmae_ds.data.loaders.vector_kernel import LANES, SIDE, take_next
 from mrmae_ds.data.types import FloatArray, ImageArray, IntArray, UIntArray
 
 for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
@@ -66,6 +66,7 @@ class Scratch(NamedTuple):
     """Memory of T threads; no content outlives an image.
 
     Attributes:
+        taken: int64 [1], number of images of the batch that a thread has taken.
         handles: uint64 [T], libturbojpeg's decoders.
         header: int32 [T, 4], width, height, subsampling and color space.
         pointers: uint64 [T, 3], addresses of the planes.
@@ -83,6 +84,7 @@ class Scratch(NamedTuple):
         sums: float64 [T, K + 3, S].
     """
 
+    taken: IntArray
     handles: UIntArray
     header: npt.NDArray[np.int32]
     pointers: UIntArray
@@ -127,6 +129,7 @@ def make_scratch(table: IntArray, size: int, threads: int) -> Scratch:
     taps = 2 * (2 * -(-side // size) + 2)
     area = int(((table[:, 2] + _PADDING) * (table[:, 3] + _PADDING)).max())
     return Scratch(
+        taken=np.zeros(1, dtype=np.int64),
         handles=np.array(handles, dtype=np.uint64),
         header=np.zeros((threads, 4), dtype=np.int32),
         pointers=np.zeros((threads, 3), dtype=np.uint64),
@@ -281,9 +284,13 @@ def _compile(sources: int) -> Callable[..., None]:
             status: int32 [B], written: 0, or ``DAMAGED``.
         """
         _ = sources
-        threads = scratch.handles.size
-        for thread in prange(threads):
-            for b in range(thread, rows.shape[0], threads):
+        scratch.taken[0] = 0
+        counter = np.uint64(scratch.taken.ctypes.data)
+        for thread in prange(scratch.handles.size):
+            while True:
+                b = take_next(counter)
+                if b >= rows.shape[0]:
+                    break
                 offset, length, height, width, raw = table[rows[b]]
                 content, sides, checksum = file[offset : offset + length], (height, width), checksums[rows[b]]
                 if raw:

@@ -1,7 +1,7 @@
-"""Vector instructions that numba's compiler does not find by itself, for the JPEG kernel.
+"""Instructions that numba's compiler does not find by itself, for the kernels: of vectors, and an atomic one.
 
-Each function is a few lines of LLVM's vector code, which runs on every CPU. Only ``_multiply_pairs`` names an
-instruction of x86, since LLVM does not recognize it.
+Each function is a few lines of LLVM's code, which runs on every CPU. Only ``_multiply_pairs`` names an instruction of
+x86, since LLVM does not recognize it.
 
 An array of pairs has two int16 in each int32, the first in its low half: samples of two neighboring rows or columns,
 or the weights of these. One instruction multiplies 16 pairs by a pair of weights and adds both products.
@@ -226,3 +226,22 @@ def store_pixels(typing, source, step, target, every, count):  # type: ignore[no
         return context.get_dummy_value()
 
     return _TRANSPOSES, generate
+
+
+@intrinsic
+def take_next(typing, counter):  # type: ignore[no-untyped-def]
+    """Add 1 to a counter, int64, and return what it was: each thread gets a number of its own.
+
+    Threads that take the images of a batch in this way end within one image of each other. If these were distributed
+    beforehand, all would wait for the one with the largest images.
+
+    Args:
+        typing: of numba.
+        counter: address.
+    """
+
+    def generate(_context: Any, builder: ir.IRBuilder, _signature: Any, values: Sequence[ir.Value]) -> ir.Value:
+        place = builder.inttoptr(values[0], _INT64.as_pointer())
+        return builder.atomic_rmw("add", place, _INT64(1), "monotonic")
+
+    return types.int64(types.uint64), generate

@@ -144,6 +144,17 @@ def test_threads_do_not_change_pixels(betons: tuple[Path, Path], photographs: Pa
         assert _digest(one) == _digest(two)
 
 
+@pytest.mark.parametrize("at_once", [1, 100])
+def test_boxes_drawn_at_once_do_not_change_pixels(
+    betons: tuple[Path, Path], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for train in (True, False):
+        expected = _digest(_loader(betons[0], train).epoch(1, start_batch=1))
+        monkeypatch.setattr("mrmae_ds.data.loaders.ffcv._BOXES_AT_ONCE", at_once)
+        assert _digest(_loader(betons[0], train).epoch(1, start_batch=1)) == expected
+        monkeypatch.undo()
+
+
 def test_ranks_share_the_same_steps_and_pixels(betons: tuple[Path, Path]) -> None:
     def steps(**split: int) -> list[dict[int, bytes]]:
         shares = [list(_loader(betons[0], True, rank=rank, **split).epoch(2)) for rank in range(split["world_size"])]
@@ -358,7 +369,7 @@ def test_image_damaged_before_writing_is_an_error(photographs: Path, tmp_path: P
 
 def test_exception_in_ffcv_thread_is_raised(betons: tuple[Path, Path]) -> None:
     loader = _loader(betons[0], train=True)
-    loader._decoder.table = loader._decoder.table[:10]  # type: ignore[attr-defined]
+    loader._file.table = loader._file.table[:10]  # type: ignore[attr-defined]
     with pytest.raises(IndexError):
         list(loader.epoch(0))
 

@@ -1,4 +1,4 @@
-"""Vector instructions of the JPEG kernel against numpy, for this CPU and for others."""
+"""Instructions of the kernels: of vectors against numpy, for this CPU and for others, and the atomic one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import llvmlite.binding
 import numpy as np
@@ -18,6 +19,7 @@ from mrmae_ds.data.loaders.vector_kernel import (
     filter_to_int16,
     filter_to_int32,
     store_pixels,
+    take_next,
     transpose,
 )
 
@@ -76,3 +78,20 @@ def test_vectors_of_other_cpus_equal_numpy(cpu: str, features: list[str]) -> Non
 
 if __name__ == "__main__":
     _check()
+
+
+@njit(nogil=True)
+def _take_all(counter, taken):  # type: ignore[no-untyped-def]
+    while True:
+        number = take_next(_address(counter))
+        if number >= len(taken):
+            return
+        taken[number] += 1
+
+
+def test_each_number_is_taken_once() -> None:
+    counter, taken = np.zeros(1, np.int64), np.zeros(1_000_000, np.int64)
+    with ThreadPoolExecutor(4) as threads:
+        for done in [threads.submit(_take_all, counter, taken) for _ in range(4)]:
+            done.result()
+    assert (taken == 1).all() and counter[0] == len(taken) + 4
