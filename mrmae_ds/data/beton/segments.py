@@ -26,7 +26,7 @@ from mrmae_ds.units import first_few
 MAGIC = b"MRMAESEG"
 NUMBERS, LENGTHS = 14, 30  # places in an indexed JPEG
 _MOST = (0xFFFF - LENGTHS) // 6  # segments whose index fits into an application segment
-_LEAST, _GOAL = 32, 64  # width of a segment, pixels: below 32, markers and index cost a tenth of the file
+_LEAST = 512  # pixels of a segment: with fewer, markers and index would be a tenth of the file
 _SIDE = 8  # of a block of coefficients, pixels
 # Width and height of a chroma sample in luma samples, of all kinds that libturbojpeg decodes to planes.
 SAMPLINGS = {(1, 1), (2, 1), (2, 2), (1, 2), (4, 1)}
@@ -126,21 +126,20 @@ def describe_damage(jpeg: bytes) -> str:
     return first_few(damaged, 4) or "in its header"
 
 
-def choose_interval(blocks: tuple[int, int], wide: int) -> int:
+def choose_interval(blocks: tuple[int, int], mcu: tuple[int, int]) -> int:
     """Return the number of MCUs between restart markers, a divisor of the MCUs of a row.
 
-    It is the one whose width is nearest to 64 pixels, at least 32 and two MCUs, and at least so large that the index
-    can list the segments.
+    It is the smallest of at least two MCUs and 512 pixels, and so large that the index can list the segments; the whole
+    row if there is none. The narrower the segments, the less is decoded beside a crop.
 
     Args:
         blocks: MCUs in a row and in a column.
-        wide: width of an MCU, pixels.
+        mcu: width and height of an MCU, pixels.
     """
     across, down = blocks
-    least, goal = max(2, _LEAST // wide), max(2, _GOAL // wide)
-    divisors = [count for count in range(1, across + 1) if across % count == 0]
-    possible = [count for count in divisors if count >= least and across // count * down <= _MOST] or [across]
-    return min(possible, key=lambda count: (abs(count - goal), count))
+    least = max(2, _LEAST // (mcu[0] * mcu[1]))
+    divisors = [count for count in range(least, across + 1) if across % count == 0]
+    return next((count for count in divisors if across // count * down <= _MOST), across)
 
 
 def add_index(jpeg: bytes) -> bytes:

@@ -67,7 +67,7 @@ def encode(image: Image.Image, quality: int) -> bytes:
         image: RGB.
         quality: 1 to 100.
     """
-    interval = choose_interval((-(-image.width // _MCU), -(-image.height // _MCU)), _MCU)
+    interval = choose_interval((-(-image.width // _MCU), -(-image.height // _MCU)), (_MCU, _MCU))
     stream = io.BytesIO()
     # Huffman tables of its own would take longer than all of the rest, for 4 % of the bytes. The comment would be the
     # source's.
@@ -94,7 +94,7 @@ def _run_jpegtran(path: str, content: bytes) -> bytes | None:
     header = read_header(content)
     if header is None:
         return None
-    interval = choose_interval(header.blocks, header.mcu[0])
+    interval = choose_interval(header.blocks, header.mcu)
     command = [path, "-copy", "none", "-optimize", "-restart", f"{interval}B"]
     run = subprocess.run(command, input=content, capture_output=True, check=False)
     warnings = [line for line in run.stderr.splitlines() if not line.startswith(_CAUTION)]
