@@ -1,21 +1,24 @@
 """Throughput of this project's loaders, stock FFCV, torchvision and DALI on the same images.
 
-    python benchmarks/loader.py train.beton [--originals TRAIN_FOLDER] [--rounds 3] [--out loader.json]
+    python benchmarks/loader.py train.beton [--originals TRAIN_FOLDER] [--rounds 8] [--out loader.json]
 
-Every contender runs in a process of its own, in turn, ``rounds`` times; the median over rounds is printed. The first
-epoch (imports, compilation, a cold page cache) is not counted. torchvision and DALI read the JPEGs of the .beton,
-unpacked into class folders, and torchvision also the original files, if they are passed. All crop random boxes of 20 %
-to 100 % of an image and flip half of them; this project's backends and torchvision crop the same boxes. CPU-seconds are
-those of the whole process tree; on a machine with other work, compare them and not the images/s. A second table has the
-ratios of images/s within each round beside those to reach. A contender that is not installed is named with the reason;
-DALI is not a dependency: pip install nvidia-dali-cuda120.
+Every contender has a process of its own. The first epoch (imports, compilation, a cold page cache) is not counted. Then
+they take turns of whole epochs, ``rounds`` times, so that a machine that becomes slower does so for all; the median
+over rounds is printed. torchvision and DALI read the JPEGs of the .beton, unpacked into class folders, and torchvision
+also the original files, if they are passed. All crop random boxes of 20 % to 100 % of an image and flip half of them;
+this project's backends and torchvision crop the same boxes. CPU-seconds are those of the whole process tree; on a
+machine with other work, compare them and not the images/s. A second table has the ratios of images/s within each round
+beside those to reach. A contender that is not installed is named with the reason; DALI is not a dependency:
+pip install nvidia-dali-cuda120.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -23,13 +26,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+T = TypeVar("T")
 Batches = Callable[[int], Iterator[int]]  # an epoch's batches, as the number of images in each
 SCALE = (0.2, 1.0)
+_LIMIT_S = 1800  # of a contender's start or round
 
 
 @dataclass(frozen=True)
@@ -180,8 +186,14 @@ TO_REACH = (
 Results = dict[str, list[dict[str, float]] | str]  # of each contender: its rounds, or why it did not run
 
 
-def measure(name: str, settings: Settings, images: int) -> dict[str, float]:
-    """Measure one contender in this process; ``load`` is the machine's one-minute average."""
+def serve(name: str, settings: Settings, images: int) -> None:
+    """Measure one contender in this process: print seconds to the first batch, then a round for each line of stdin.
+
+    Args:
+        name: of the contender.
+        settings: of all.
+        images: minimum of a round, in whole epochs.
+    """
     import psutil
 
     created = time.perf_counter()
@@ -189,24 +201,62 @@ def measure(name: str, settings: Settings, images: int) -> dict[str, float]:
     first = None
     for _ in batches(0):
         first = first or time.perf_counter() - created
+    print(json.dumps(first or 0.0), flush=True)
     own = psutil.Process()
 
     def cpu_seconds() -> float:
         tree = [own, *own.children(recursive=True)]
         return sum(times.user + times.system for times in (process.cpu_times() for process in tree))
 
-    count, epoch, cpu, start = 0, 1, cpu_seconds(), time.perf_counter()
-    while count < images:
-        count += sum(batches(epoch))
-        epoch += 1
-    seconds = time.perf_counter() - start
-    cpu = cpu_seconds() - cpu
-    return {
-        "cpu_s_per_1000": 1000 * cpu / count,
-        "images_per_s": count / seconds,
-        "first_batch_s": first or 0.0,
-        "load": os.getloadavg()[0],
-    }
+    epoch = 1
+    for _ in sys.stdin:
+        count, cpu, start = 0, cpu_seconds(), time.perf_counter()
+        while count < images:
+            count += sum(batches(epoch))
+            epoch += 1
+        seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
+        print(json.dumps({"cpu_s_per_1000": 1000 * cpu / count, "images_per_s": count / seconds}), flush=True)
+
+
+class Contender:
+    """A contender in a process of its own, which runs a round on each request.
+
+    Args:
+        command: of the process.
+
+    Raises:
+        RuntimeError: by all methods, with the last line of the error, if it fails.
+    """
+
+    def __init__(self, command: list[str]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, open as long as the process
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True
+        )
+        self.first_batch_s = self._answer()
+
+    def run_round(self) -> dict[str, float]:
+        """Run a round; ``load`` is the machine's one-minute average."""
+        assert self._process.stdin is not None
+        print(file=self._process.stdin, flush=True)
+        return {**self._answer(), "first_batch_s": self.first_batch_s, "load": os.getloadavg()[0]}
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        # One line is outstanding at a time, so that none is left in the stream's buffer.
+        if select.select([self._process.stdout], [], [], _LIMIT_S)[0]:
+            line = self._process.stdout.readline()
+            if line:
+                return json.loads(line)
+        self.close()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"no result, status {self._process.returncode}")
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.wait()
 
 
 def unpack(beton: Path, folder: Path) -> None:
@@ -224,27 +274,41 @@ def unpack(beton: Path, folder: Path) -> None:
             target.write_bytes(file.jpeg(row))
 
 
+def _attempt(action: Callable[[], T]) -> T | str:
+    """Return the result of an action, or the reason that it has none."""
+    try:
+        return action()
+    except RuntimeError as error:
+        return str(error)
+
+
 def run_all(args: argparse.Namespace, folder: Path) -> Results:
-    """Run every contender ``rounds`` times in turn; one that fails gives its error's last line instead of numbers."""
-    results: Results = {}
+    """Run ``rounds`` rounds of every contender in turn; of one that fails, the reason takes the place of all rounds."""
     command = [sys.executable, __file__, str(args.beton), "--folder", str(folder)]
     command += [f"--{key.replace('_', '-')}={getattr(args, key)}" for key in ("size", "batch", "workers", "num_images")]
     command += [f"--originals={args.originals}"] if args.originals else []
     names = [name for name in args.only or CONTENDERS if args.originals or "original" not in name]
-    for turn in range(args.rounds):
+    contenders: dict[str, Contender] = {}
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    reasons: dict[str, str] = {}
+    with contextlib.ExitStack() as stack:
         for name in names:
-            if isinstance(results.get(name), str):
-                continue
-            done = subprocess.run([*command, "--contender", name], capture_output=True, text=True, timeout=3600)
-            last = ((done.stderr if done.returncode else done.stdout).strip() or str(done.returncode)).splitlines()[-1]
-            print(f"round {turn + 1}: {name}: {last}", file=sys.stderr)
-            if done.returncode:
-                results[name] = last
+            started = _attempt(partial(Contender, [*command, "--contender", name]))
+            print(f"start: {name}: {started if isinstance(started, str) else 'ready'}", file=sys.stderr)
+            if isinstance(started, str):
+                reasons[name] = started
             else:
-                rounds = results.setdefault(name, [])
-                assert isinstance(rounds, list)
-                rounds.append(json.loads(last))
-    return results
+                stack.callback(started.close)
+                contenders[name] = started
+        for turn in range(args.rounds):
+            for name in [name for name in contenders if name not in reasons]:
+                done = _attempt(contenders[name].run_round)
+                print(f"round {turn + 1}: {name}: {done}", file=sys.stderr)
+                if isinstance(done, str):
+                    reasons[name] = done
+                else:
+                    rounds[name].append(done)
+    return {**rounds, **reasons}
 
 
 def table(results: Results) -> str:
@@ -294,8 +358,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels, both sides")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="threads or processes")
-    parser.add_argument("--num-images", type=int, default=4000, help="minimum per round")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--num-images", type=int, default=3000, help="minimum of a round")
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--originals", type=Path, help="class folders of the files that the .beton was made from")
     parser.add_argument("--only", action="append", choices=CONTENDERS, help="these contenders; default: all")
     parser.add_argument("--out", type=Path, help="JSON of all rounds")
@@ -304,7 +368,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.contender:
         settings = Settings(args.beton, args.folder, args.originals, args.size, args.batch, args.workers)
-        print(json.dumps(measure(args.contender, settings, args.num_images)), flush=True)
+        serve(args.contender, settings, args.num_images)
         os._exit(0)  # some contenders' threads outlive their loader
     from mrmae_ds.records.environment import collect_versions, cpu_name
 

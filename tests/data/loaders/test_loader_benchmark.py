@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
 
 import benchmarks
-from benchmarks.loader import Results, ratios, table
+from benchmarks.loader import Contender, Results, ratios, table
 
 
 def _rounds(*rates: float) -> list[dict[str, float]]:
@@ -25,6 +26,21 @@ def test_ratios_are_taken_within_each_round_and_absent_readers_have_a_reason() -
     assert "| mrmae_ds, ffcv backend | stock FFCV | 2.10 | 2.00 to 4.00 | 2 |" in lines
     assert "| mrmae_ds, ffcv backend | DALI, CPU |  |  | 3 |" in lines
     assert "No module named 'nvidia.dali'" in table(results)
+
+
+def test_a_contender_runs_a_round_on_each_request() -> None:
+    program = """
+import sys
+print(1.5, flush=True)
+for _, rate in zip(sys.stdin, (200.0, 100.0)):
+    print(f'{{"images_per_s": {rate}}}', flush=True)
+raise ValueError("the third")
+"""
+    contender = Contender([sys.executable, "-c", program])
+    rounds = [contender.run_round() for _ in range(2)]
+    assert [(one["first_batch_s"], one["images_per_s"]) for one in rounds] == [(1.5, 200), (1.5, 100)]
+    with pytest.raises(RuntimeError, match=r"^ValueError: the third$"):
+        contender.run_round()
 
 
 @pytest.mark.ffcv
