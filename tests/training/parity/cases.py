@@ -223,7 +223,8 @@ def compiled_cases(world_size: int) -> list[Case]:
     stages: tuple[tuple[Stage, int], ...] = (("pretrain", 3), ("finetune", 3), ("finetune", 1))
     cases = [Case(stage, zero, zero == 3, 2, world_size, **compiled) for stage, zero in stages]
     others = [
-        Case("pretrain", 3, True, 2, world_size, recipe=f"methods/{m}_tiny", **compiled) for m in ("milan", "mvp")
+        Case("pretrain", 3, True, 2, world_size, recipe=f"methods/{m}_tiny", **compiled)
+        for m in ("milan", "mvp", "data2vec")
     ]
     return [*cases, *others]
 
