@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from typing import TextIO
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
 _BAR_FORMAT = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps, ETA {remaining}{postfix}"
+
+
+def progress_bar(items: Iterable[Any] = (), **settings: Any) -> tqdm[Any]:
+    """Return a tqdm bar on stderr; in a log file, where each update stays, it is updated every 30 seconds.
+
+    Args:
+        items: what is iterated over; nothing if the caller updates the bar.
+        settings: of tqdm.
+    """
+    seldom: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 30.0}
+    return tqdm(items, **seldom, **settings)
 
 
 class Progress:

@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
-from mrmae_ds.records.progress import Progress
+import pytest
+
+from mrmae_ds.records.progress import Progress, progress_bar
 
 
 class _Terminal(io.StringIO):
@@ -67,3 +70,14 @@ def test_remaining_time_is_unknown_before_the_first_step() -> None:
     stream = io.StringIO()
     Progress("pretrain", 10, 3, stream=stream).update(3, 1.0, 1.0, 1.0)
     assert stream.getvalue().endswith("ETA ?\n")
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_bar_in_a_log_file_is_updated_seldom(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = _Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    for _ in progress_bar(range(15), desc="train", unit="image"):
+        time.sleep(0.02)
+    updates = stream.getvalue().count("image/s")
+    assert updates > 2 if terminal else updates == 2  # the first and the last
+    assert "15/15" in stream.getvalue()

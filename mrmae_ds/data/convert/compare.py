@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, read_sidecar
@@ -21,6 +20,7 @@ from mrmae_ds.data.convert.shards import ShardOptions, open_parts
 from mrmae_ds.data.convert.skipped import format_list
 from mrmae_ds.data.convert.writer import ImageDataset
 from mrmae_ds.errors import UserError
+from mrmae_ds.records.progress import progress_bar
 
 _SLACK_DB = 1.0  # between the JPEG libraries of the writing and of the comparison
 
@@ -98,7 +98,7 @@ def compare(path: str | Path, dataset: ImageDataset, count: int, seed: int = 0) 
     rows = np.sort(np.random.default_rng(seed).permutation(info.num_samples)[:count])
     file, sidecar = BetonFile(info), read_sidecar(path)
     lowest, problems = float("inf"), []
-    for row in tqdm(rows.tolist(), desc=f"compare {info.path.name}", unit="image"):
+    for row in progress_bar(rows.tolist(), desc=f"compare {info.path.name}", unit="image"):
         result = _compare_one(file, info, sidecar, dataset, row)
         if isinstance(result, str):
             problems.append(f"sample {row}: {result}")

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mrmae_ds.data.convert.images import ImageError, open_content
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.errors import UserError
+from mrmae_ds.records.progress import progress_bar
 from mrmae_ds.units import first_few
 
 _USUAL = {"image": ("image", "img", "jpg"), "label": ("label", "labels", "cls")}
@@ -120,7 +120,7 @@ def open_tables(
     labels: list[int] = []
     names: list[str] | None = None
     columns: tuple[str, str] | None = None
-    for path in tqdm(paths, desc=f"index {first_few([path.name for path in paths], 1)}", unit="file"):
+    for path in progress_bar(paths, desc=f"index {first_few([path.name for path in paths], 1)}", unit="file"):
         try:
             if path.suffix == ".parquet":
                 file = pq.ParquetFile(path)

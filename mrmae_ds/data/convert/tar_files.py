@@ -17,6 +17,7 @@ from mrmae_ds.data.convert.images import ImageError, open_content
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.splits import is_hidden, is_image, kind_of
 from mrmae_ds.errors import UserError
+from mrmae_ds.records.progress import progress_bar
 from mrmae_ds.units import first_few
 
 
@@ -112,7 +113,9 @@ class _Window:
 def index_bar(paths: Sequence[Path]) -> tqdm[Any]:
     """Return the progress bar of the bytes of archives that are read for the places of their members."""
     total = sum(path.stat().st_size for path in paths)
-    return tqdm(total=total, desc=f"index {first_few([path.name for path in paths], 1)}", unit="B", unit_scale=True)
+    return progress_bar(
+        total=total, desc=f"index {first_few([path.name for path in paths], 1)}", unit="B", unit_scale=True
+    )
 
 
 def open_shards(paths: Sequence[Path]) -> ImageIndex:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mrmae_ds.data.beton.copies import describe_copies, find_copies
 from mrmae_ds.data.beton.file import RAW, BetonFile
@@ -19,6 +18,7 @@ from mrmae_ds.data.convert.splits import describe_ignored
 from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
+from mrmae_ds.records.progress import progress_bar
 from mrmae_ds.units import counted, first_few
 
 _CHUNK = 256  # samples decoded at a time
@@ -86,7 +86,7 @@ def find_problems(info: BetonInfo, sidecar: dict[str, Any]) -> Iterator[str]:
         if count != expected:
             yield f"class {name}: {count:,} images, {expected:,} in the sidecar"
     # It appears after the first images, for which the decoder may be compiled.
-    with tqdm(total=len(rows), desc=f"verify {info.path.name}", unit="image", delay=0.1) as progress:
+    with progress_bar(total=len(rows), desc=f"verify {info.path.name}", unit="image", delay=0.1) as progress:
         for start in range(0, len(rows), _CHUNK):
             chunk = rows[start : start + _CHUNK]
             wrong = dict(_sizes(file, chunk))

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mrmae_ds.data.beton.copies import find_copies
 from mrmae_ds.data.beton.file import BetonFile, pixel_digest, tables_sha256
@@ -38,6 +37,7 @@ from mrmae_ds.data.convert.pool import map_in_order
 from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, flush_folder, write_text
+from mrmae_ds.records.progress import progress_bar
 from mrmae_ds.units import counted
 
 SAVE_EVERY_S = 2.0  # between two lines of the journal: what an interruption costs at most
@@ -201,7 +201,7 @@ def _write_images(
         BetonWriter(journal.partial, count, options.max_side, options.jpegs != "encode", done.images) as file,
     ):
         saved = time.monotonic()
-        bar = tqdm(results, initial=start, total=count, desc=path.stem, unit="image")
+        bar = progress_bar(results, initial=start, total=count, desc=path.stem, unit="image")
         for row, (stamp, result) in enumerate(bar, start):
             batch.stamps.append(stamp)
             if isinstance(result, str):
