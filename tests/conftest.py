@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,8 +20,18 @@ from tests.support.fake_gpu.preload import missing_requirement
 from tests.support.sample_data import Photographs, write_sample_beton
 
 
+def pytest_configure() -> None:
+    """Let SIGHUP act under ``nohup``, too: some tests close the terminal of processes that they start."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu`, `multi_gpu`, `ffcv` or `fake_gpu` where what they need is missing, with the reason."""
+    """Run files with multi-process tests first, and skip tests whose requirements are missing, with the reason.
+
+    The requirements are those of the markers `gpu`, `multi_gpu`, `ffcv` and `fake_gpu`.
+    """
+    long = {item.path for item in items if item.get_closest_marker("multi_process")}
+    items.sort(key=lambda item: item.path not in long)
     devices = torch.cuda.device_count()
     has_ffcv = importlib.util.find_spec("ffcv") is not None
     missing = {

@@ -290,7 +290,7 @@ def test_bfloat16_by_engine_config(name: str, section: dict[str, object], worksp
     assert all(tensor.dtype == torch.float32 for tensor in weights.values())
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+@pytest.mark.parametrize("stage", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
 def test_dry_run_writes_nothing(stage: str, workspace: Workspace, mrmae: Path) -> None:
     settings = workspace.settings(workspace.teacher(), f"stages.finetune.init={mrmae}")
     before = sorted(workspace.folder.rglob("*"))
@@ -300,6 +300,7 @@ def test_dry_run_writes_nothing(stage: str, workspace: Workspace, mrmae: Path) -
     assert sorted(workspace.folder.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_dry_run_under_torchrun_succeeds(workspace: Workspace, mae: Path) -> None:
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=2")
     launcher = ["torchrun", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
