@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -123,8 +124,10 @@ def end_process(status: int) -> NoReturn:
     """End the process without running the interpreter's shutdown.
 
     A library's thread that outlives the interpreter can abort a process whose work is done, and a finished job would
-    count as failed.
+    count as failed. The folder of the sockets to worker processes, which the shutdown would remove, is removed here.
     """
+    if "multiprocessing.util" in sys.modules:
+        shutil.rmtree(sys.modules["multiprocessing.util"].get_temp_dir(), ignore_errors=True)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()

@@ -22,7 +22,7 @@ from mrmae_ds.config.stages import StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.figures.select_images import select_images
 from mrmae_ds.pipeline.config import load_pipeline
-from tests.support.processes import REPOSITORY, Finished, run
+from tests.support.processes import REPOSITORY, Finished, environment, run
 from tests.support.records import make_record
 from tests.support.sample_data import photograph
 from tests.weights.test_export import CVIT, classifier_run
@@ -138,6 +138,20 @@ print([main([command, "nowhere"]) for command in ("check", "show", "export")], "
     finished = run([sys.executable, "-c", code], LIMIT_S)
     assert finished.stdout == "[2, 2, 2] False\n"
     assert finished.stderr == "error: nowhere: no such file or folder\n" * 3
+
+
+def test_a_training_that_ends_leaves_no_temporary_folder(tmp_path: Path) -> None:
+    """Of the server that its workers are forked from."""
+    code = """
+import sys
+from mrmae_ds.cli.train import end_process
+from mrmae_ds.data.loaders.worker import fork_server
+fork_server("json")
+end_process(3)
+"""
+    temporary = environment() | {"TMPDIR": str(tmp_path)}
+    assert run([sys.executable, "-c", code], LIMIT_S, temporary).status == 3
+    assert list(tmp_path.glob("pymp-*")) == []
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -119,7 +119,7 @@ class FFCVLoader:
     def _boxes(self, epoch: int, rows: IntArray) -> Iterator[FloatArray]:
         """Yield the boxes [B, 5] of each batch of ``rows`` [batches, B], computed for many batches at once.
 
-        For a batch of 64, numpy's calls take four times as long as their arithmetic, while all threads wait.
+        For a batch alone, numpy's calls would take longer than their arithmetic, while all threads wait.
         """
         request = self.settings.request
         at_once = max(1, _BOXES_AT_ONCE // rows.shape[1])
