@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -86,7 +86,8 @@ def train(args: argparse.Namespace) -> int:
     try:
         launch = prepare_environment()
         configure_logging(launch)
-        from mrmae_ds.training.job import TrainArgs, load_configs
+        with _without("mlflow", "wandb"):
+            from mrmae_ds.training.job import TrainArgs, load_configs
 
         options = TrainArgs(
             ds_config=args.ds_config,
@@ -112,6 +113,21 @@ def train(args: argparse.Namespace) -> int:
         from mrmae_ds.distributed.exit_status import report_exit
 
         return report_exit(error, launch, started)
+
+
+@contextlib.contextmanager
+def _without(*names: str) -> Iterator[None]:
+    """Let imports of optional modules fail in a block, unless they are imported already.
+
+    DeepSpeed's autotuner and timm's scripts import trackers: a second of each rank's start, and folders in /tmp.
+    """
+    absent = dict.fromkeys(name for name in names if name not in sys.modules)
+    sys.modules.update(absent)  # type: ignore[arg-type]  # Python's mark of a module that cannot be imported
+    try:
+        yield
+    finally:
+        for name in absent:
+            del sys.modules[name]
 
 
 def _print_configs(recipe: Recipe, engine_config: EngineConfig, stage: StageName) -> None:

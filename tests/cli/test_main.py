@@ -140,6 +140,18 @@ print([main([command, "nowhere"]) for command in ("check", "show", "export")], "
     assert finished.stderr == "error: nowhere: no such file or folder\n" * 3
 
 
+def test_training_starts_without_the_trackers_that_libraries_import() -> None:
+    code = f"""
+import sys
+from mrmae_ds.cli.train import main
+status = main(["--ds_config", "{CONFIG}", "--stage", "pretrain", "--print-config"])
+print(status, *(name in sys.modules for name in ("timm", "deepspeed", "mlflow", "wandb")), file=sys.stderr)
+import mlflow, wandb
+"""
+    done = run([sys.executable, "-c", code], LIMIT_S)
+    assert done.status == 0 and "0 True True False False" in done.stderr.splitlines(), done.stderr
+
+
 def test_a_training_that_ends_leaves_no_temporary_folder(tmp_path: Path) -> None:
     """Of the server that its workers are forked from."""
     code = """
