@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.processes import deepspeed_train, finish, rank_processes
+from tests.support.ranks import start
 from tests.support.sample_data import write_sample_beton
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.multi_process]
@@ -78,13 +79,14 @@ def test_one_clear_error_and_status_2(case: str, data: tuple[str, str], tmp_path
     config = _engine(tmp_path / "engine.json", **changes)
     recipe = () if "--recipe" in arguments else ("--recipe", "ds_configs/tiny.yaml")
     command = ("--ds_config", config, "--run", tmp_path / "run", *recipe, *data, *teacher, *arguments)
-    (result,) = finish(rank_processes(2, *command, start=[0]), 120)
-    assert result.status == 2, result.stderr
-    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, result.stderr
+    ranks = start(2, command, tmp_path / "logs", count=1)
+    statuses, text = ranks.wait(), ranks.text()
+    assert statuses == [2], text
+    errors = [line for line in text.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, text
     for part in expected:
         assert part in errors[0]
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in text
     assert not (tmp_path / "run").exists()
 
 

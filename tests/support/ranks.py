@@ -89,19 +89,22 @@ def fork_server() -> ForkServerContext:
     return context
 
 
-def start(world_size: int, arguments: Sequence[str | Path], folder: Path, fault: str = "") -> Ranks:
+def start(
+    world_size: int, arguments: Sequence[str | Path], folder: Path, fault: str = "", count: int | None = None
+) -> Ranks:
     """Start train.py on ``world_size`` ranks.
 
     Args:
         arguments: of train.py.
         folder: for the logs.
         fault: see :mod:`tests.support.faults`.
+        count: of the ranks that are started, the first ones; None is all.
     """
     server = fork_server()
     folder.mkdir(parents=True, exist_ok=True)
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(world_size)}
     processes, logs = [], []
-    for rank in range(world_size):
+    for rank in range(world_size if count is None else count):
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_SIZE": str(world_size)}
         log = folder / f"rank{rank}.log"
         log.unlink(missing_ok=True)  # of an earlier run: this one may be killed before it writes

@@ -26,7 +26,7 @@ from mrmae_ds.training.tasks.linear_probe import LinearClassifier, ProbeTask
 from mrmae_ds.weights.load import load_encoder
 from mrmae_ds.weights.model_file import read_metadata, read_tensors, spec_from_metadata
 from tests.support.loaders import open_loader
-from tests.support.processes import finish, rank_processes, run
+from tests.support.ranks import start
 from tests.support.sample_data import write_sample_beton
 
 pytestmark = pytest.mark.multi_process
@@ -151,6 +151,11 @@ def test_engine_holds_unpartitioned_float32_parameters(precision: dict[str, Any]
     assert config.model_dtype == torch.float32 and config.zero.stage == 0
 
 
+def _train(folder: Path, world_size: int, *arguments: str | Path) -> None:
+    ranks = start(world_size, arguments, folder / "logs")
+    assert ranks.wait(300) == [0] * world_size, ranks.text()
+
+
 @pytest.fixture(scope="module")
 def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that two processes pre-trained under ZeRO-3, looking at its features after each of its two
@@ -162,18 +167,15 @@ def probed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     short = ("stages.pretrain.epochs=2", "stages.pretrain.batch_size=96", "stages.pretrain.optimizer.warmup_epochs=0")
     short = (*short, "logging.num_images=0", "logging.every_steps=1")
     knn = f"stages.pretrain.knn={{every_epochs: 1, k: 5, samples: {VOTERS}}}"
-    results = finish(rank_processes(2, *common, *data, *short, knn), 300)
-    assert [result.status for result in results] == [0, 0], results[0].stderr
+    _train(folder, 2, *common, *data, *short, knn)
     plain = folder / "plain.json"
     plain.write_text(json.dumps(json.loads(ENGINE.read_text()) | {"zero_optimization": {"stage": 0}}))
     alone = ("--ds_config", plain, "--recipe", "ds_configs/baselines/mcmae_tiny.yaml", "--run", folder / "alone")
-    done = run(["python", "train.py", *alone, *data, *short], 240)
-    assert done.status == 0, done.stderr
+    _train(folder, 1, *alone, *data, *short)
     probe = (f"stages.probe.epochs={EPOCHS}", f"stages.probe.batch_size={BATCH}")
     rates = f"stages.probe.optimizer={{lr: {RATE}, warmup_epochs: 1, weight_decay: {DECAY}}}"
     settings = (*common, *data, "logging.every_steps=1", "--stage", "probe", *probe, rates)
-    results = finish(rank_processes(2, *settings), 300)
-    assert [result.status for result in results] == [0, 0], results[0].stderr
+    _train(folder, 2, *settings)
     return folder
 
 
@@ -268,8 +270,7 @@ def test_run_record_of_a_probe(probed: Path) -> None:
 def test_a_probe_is_evaluated_as_any_classifier(probed: Path) -> None:
     members = f"stages.evaluate.members=[{probed / 'run/probe'}]"
     data = (f"data.train={probed / 'train.beton'}", f"data.val={probed / 'val.beton'}", "data.backend=pillow")
-    command = ["python", "train.py", "--ds_config", ENGINE, "--recipe", "ds_configs/baselines/mcmae_tiny.yaml"]
-    done = run([*command, "--run", probed / "run", "--stage", "evaluate", members, *data], 240)
-    assert done.status == 0, done.stderr
+    command = ["--ds_config", ENGINE, "--recipe", "ds_configs/baselines/mcmae_tiny.yaml", "--run", probed / "run"]
+    _train(probed, 1, *command, "--stage", "evaluate", members, *data)
     evaluated, probe = RunRecord.load(probed / "run/evaluate"), RunRecord.load(probed / "run/probe")
     assert evaluated.results.top1 == probe.results.top1
