@@ -196,12 +196,14 @@ def serve(name: str, settings: Settings, images: int) -> None:
     """
     import psutil
 
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
     created = time.perf_counter()
     batches = CONTENDERS[name](settings)
     first = None
     for _ in batches(0):
         first = first or time.perf_counter() - created
-    print(json.dumps(first or 0.0), flush=True)
+    print(json.dumps(first or 0.0), file=answers, flush=True)
     own = psutil.Process()
 
     def cpu_seconds() -> float:
@@ -215,7 +217,8 @@ def serve(name: str, settings: Settings, images: int) -> None:
             count += sum(batches(epoch))
             epoch += 1
         seconds, cpu = time.perf_counter() - start, cpu_seconds() - cpu
-        print(json.dumps({"cpu_s_per_1000": 1000 * cpu / count, "images_per_s": count / seconds}), flush=True)
+        result = {"cpu_s_per_1000": 1000 * cpu / count, "images_per_s": count / seconds}
+        print(json.dumps(result), file=answers, flush=True)
 
 
 class Contender:
@@ -238,7 +241,8 @@ class Contender:
     def run_round(self) -> dict[str, float]:
         """Run a round; ``load`` is the machine's one-minute average."""
         assert self._process.stdin is not None
-        print(file=self._process.stdin, flush=True)
+        with contextlib.suppress(BrokenPipeError):  # it has ended since the last round, for the reason that follows
+            print(file=self._process.stdin, flush=True)
         return {**self._answer(), "first_batch_s": self.first_batch_s, "load": os.getloadavg()[0]}
 
     def _answer(self) -> Any:
@@ -366,6 +370,8 @@ def main() -> None:
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.rounds < 1:
+        parser.error("--rounds must be at least 1")
     if args.contender:
         settings = Settings(args.beton, args.folder, args.originals, args.size, args.batch, args.workers)
         serve(args.contender, settings, args.num_images)

@@ -143,7 +143,8 @@ def end_process(status: int) -> NoReturn:
     count as failed. The folder of the sockets to worker processes, which the shutdown would remove, is removed here.
     """
     if "multiprocessing.util" in sys.modules:
-        shutil.rmtree(sys.modules["multiprocessing.util"].get_temp_dir(), ignore_errors=True)
+        with contextlib.suppress(OSError):  # there is none, and none can be created
+            shutil.rmtree(sys.modules["multiprocessing.util"].get_temp_dir())
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(BrokenPipeError):
             stream.flush()

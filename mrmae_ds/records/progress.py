@@ -19,8 +19,9 @@ def progress_bar(items: Iterable[Any] = (), **settings: Any) -> tqdm[Any]:
         items: what is iterated over; nothing if the caller updates the bar.
         settings: of tqdm.
     """
-    seldom: dict[str, Any] = {} if sys.stderr.isatty() else {"mininterval": 30.0, "maxinterval": 30.0}
-    return tqdm(items, **seldom, **settings)
+    if not sys.stderr.isatty():
+        settings |= {"mininterval": 30.0, "maxinterval": 30.0, "delay": 0.0}  # a delayed bar would never be drawn
+    return tqdm(items, **settings)
 
 
 class Progress:

@@ -164,6 +164,9 @@ end_process(3)
     temporary = environment() | {"TMPDIR": str(tmp_path)}
     assert run([sys.executable, "-c", code], LIMIT_S, temporary).status == 3
     assert list(tmp_path.glob("pymp-*")) == []
+    without = "import multiprocessing.util, tempfile; from mrmae_ds.cli.train import end_process"
+    without += "; tempfile.tempdir = '/nowhere'; end_process(75)"
+    assert run([sys.executable, "-c", without], LIMIT_S).status == 75
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])

@@ -76,7 +76,7 @@ def test_remaining_time_is_unknown_before_the_first_step() -> None:
 def test_a_bar_in_a_log_file_is_updated_seldom(terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = _Terminal() if terminal else io.StringIO()
     monkeypatch.setattr("sys.stderr", stream)
-    for _ in progress_bar(range(15), desc="train", unit="image"):
+    for _ in progress_bar(range(15), desc="train", unit="image", delay=0.01):
         time.sleep(0.02)
     updates = stream.getvalue().count("image/s")
     assert updates > 2 if terminal else updates == 2  # the first and the last

@@ -9,6 +9,9 @@ Shapes: B samples, S image size, L operations of a sample, T threads. A row of a
 
 from __future__ import annotations
 
+import zlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +19,8 @@ import numpy.typing as npt
 from numba import njit, prange
 from numpy import float32, float64, int32, uint8, uint32
 
+from mrmae_ds.data.loaders import augment as augment_settings
+from mrmae_ds.data.loaders import vector_kernel
 from mrmae_ds.data.loaders.augment import Change
 from mrmae_ds.data.loaders.vector_kernel import take_next
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray
@@ -298,31 +303,41 @@ def _transform(image, matrix, filling, scratch, thread):  # type: ignore[no-unty
         _store(line, inside, filling, image[y])
 
 
-@njit(parallel=True, nogil=True, cache=True)
-def augment(images, codes, arguments, filling, scratch):  # type: ignore[no-untyped-def]
-    """Apply operations to images in place, on T threads.
+def _compile(sources: int) -> Callable[..., None]:
+    """Return ``augment``, compiled at its first call; ``sources`` as of ``jpeg_kernel``: other files' checksum."""
 
-    Args:
-        images: uint8 [B, S, 3 S].
-        codes: int64 [B, L], a ``Change`` each.
-        arguments: float64 [B, L, 6], the matrix of an affine change, or one number.
-        filling: uint8 [3], the color outside the image.
-        scratch: memory of the threads.
-    """
-    scratch.taken[0] = 0
-    counter = np.uint64(scratch.taken.ctypes.data)
-    for thread in prange(scratch.places.shape[0]):
-        while True:
-            b = take_next(counter)
-            if b >= images.shape[0]:
-                break
-            for layer in range(codes.shape[1]):
-                code, argument = codes[b, layer], arguments[b, layer]
-                if code == _AFFINE:
-                    _transform(images[b], argument, filling, scratch, thread)
-                elif code == _SHARPNESS:
-                    _sharpen(images[b], float32(argument[0]), scratch.copy[thread])
-                elif code == _COLOR:
-                    _change_color(images[b], float32(argument[0]))
-                elif code != _NONE:
-                    _change_values(code, argument[0], images[b], scratch.counts[thread], scratch.tables[thread])
+    @njit(parallel=True, nogil=True, cache=True)
+    def augment(images, codes, arguments, filling, scratch):  # type: ignore[no-untyped-def]
+        """Apply operations to images in place, on T threads.
+
+        Args:
+            images: uint8 [B, S, 3 S].
+            codes: int64 [B, L], a ``Change`` each.
+            arguments: float64 [B, L, 6], the matrix of an affine change, or one number.
+            filling: uint8 [3], the color outside the image.
+            scratch: memory of the threads.
+        """
+        _ = sources
+        scratch.taken[0] = 0
+        counter = np.uint64(scratch.taken.ctypes.data)
+        for thread in prange(scratch.places.shape[0]):
+            while True:
+                b = take_next(counter)
+                if b >= images.shape[0]:
+                    break
+                for layer in range(codes.shape[1]):
+                    code, argument = codes[b, layer], arguments[b, layer]
+                    if code == _AFFINE:
+                        _transform(images[b], argument, filling, scratch, thread)
+                    elif code == _SHARPNESS:
+                        _sharpen(images[b], float32(argument[0]), scratch.copy[thread])
+                    elif code == _COLOR:
+                        _change_color(images[b], float32(argument[0]))
+                    elif code != _NONE:
+                        _change_values(code, argument[0], images[b], scratch.counts[thread], scratch.tables[thread])
+
+    return augment
+
+
+_PARTS = [Path(str(module.__file__)) for module in (augment_settings, vector_kernel)]
+augment = _compile(zlib.crc32(b"".join(path.read_bytes() for path in _PARTS)))
