@@ -146,7 +146,6 @@ import sys
 from mrmae_ds.cli.train import main
 status = main(["--ds_config", "{CONFIG}", "--stage", "pretrain", "--print-config"])
 print(status, *(name in sys.modules for name in ("timm", "deepspeed", "mlflow", "wandb")), file=sys.stderr)
-import mlflow, wandb
 """
     done = run([sys.executable, "-c", code], LIMIT_S)
     assert done.status == 0 and "0 True True False False" in done.stderr.splitlines(), done.stderr

@@ -70,18 +70,16 @@ def rank_processes(
     world_size: int,
     *arguments: str | Path,
     names: dict[str, str] = TORCHRUN,
-    start: Sequence[int] | None = None,
     program: Sequence[str] = ("train.py",),
     cwd: Path = REPOSITORY,
 ) -> list[subprocess.Popen[str]]:
     """train.py as ``world_size`` processes, with the variables of torchrun or srun; the caller ends them.
 
-    ``start`` names the ranks that are really started; None is all. ``program`` is what Python runs, in the repository
-    or in ``cwd``.
+    ``program`` is what Python runs, in the repository or in ``cwd``.
     """
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
-    for rank in range(world_size) if start is None else start:
+    for rank in range(world_size):
         values = {"rank": rank, "local_rank": rank, "world_size": world_size}
         ranks = {names[key]: str(value) for key, value in values.items()}
         if names is SRUN:
