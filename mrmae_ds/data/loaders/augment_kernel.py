@@ -9,9 +9,7 @@ Shapes: B samples, S image size, L operations of a sample, T threads. A row of a
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,7 +20,7 @@ from numpy import float32, float64, int32, uint8, uint32
 from mrmae_ds.data.loaders import augment as augment_settings
 from mrmae_ds.data.loaders import vector_kernel
 from mrmae_ds.data.loaders.augment import Change
-from mrmae_ds.data.loaders.vector_kernel import take_next
+from mrmae_ds.data.loaders.vector_kernel import checksum_of_files, take_next
 from mrmae_ds.data.types import BoolArray, FloatArray, ImageArray
 
 # Of plain integers, which the compiler knows.
@@ -304,7 +302,7 @@ def _transform(image, matrix, filling, scratch, thread):  # type: ignore[no-unty
 
 
 def _compile(sources: int) -> Callable[..., None]:
-    """Return ``augment``, compiled at its first call; ``sources`` as of ``jpeg_kernel``: other files' checksum."""
+    """Return ``augment``, compiled at its first call; ``sources``: ``checksum_of_files`` of what it calls."""
 
     @njit(parallel=True, nogil=True, cache=True)
     def augment(images, codes, arguments, filling, scratch):  # type: ignore[no-untyped-def]
@@ -339,5 +337,4 @@ def _compile(sources: int) -> Callable[..., None]:
     return augment
 
 
-_PARTS = [Path(str(module.__file__)) for module in (augment_settings, vector_kernel)]
-augment = _compile(zlib.crc32(b"".join(path.read_bytes() for path in _PARTS)))
+augment = _compile(checksum_of_files(augment_settings, vector_kernel))

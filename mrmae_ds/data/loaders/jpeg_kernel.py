@@ -21,9 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import llvmlite.binding
@@ -36,7 +34,7 @@ from mrmae_ds.data.beton import segments
 from mrmae_ds.data.loaders import resize_kernel, segment_kernel, vector_kernel
 from mrmae_ds.data.loaders.resize_kernel import resize, weigh_axes
 from mrmae_ds.data.loaders.segment_kernel import adler32, cut, has_index
-from mrmae_ds.data.loaders.vector_kernel import LANES, SIDE, take_next
+from mrmae_ds.data.loaders.vector_kernel import LANES, SIDE, checksum_of_files, take_next
 from mrmae_ds.data.types import FloatArray, ImageArray, IntArray, UIntArray
 
 for _name in ("tjDecompressHeader3", "tjDecompressToYUVPlanes"):
@@ -257,14 +255,7 @@ def _decode_jpeg(jpeg, checksum, sides, box, beyond, image, scratch, thread):  #
 
 
 def _compile(sources: int) -> Callable[..., None]:
-    """Return ``decode``, compiled at its first call.
-
-    Numba's cache on disk notices changes of this file and of the enclosing function's variables, but not of what other
-    files define.
-
-    Args:
-        sources: checksum of those files.
-    """
+    """Return ``decode``, compiled at its first call; ``sources``: ``checksum_of_files`` of what it calls."""
 
     @njit(parallel=True, nogil=True, cache=True)
     def decode(file, table, checksums, rows, boxes, beyond, images, scratch, status):  # type: ignore[no-untyped-def]
@@ -303,5 +294,4 @@ def _compile(sources: int) -> Callable[..., None]:
     return decode
 
 
-_PARTS = [Path(str(module.__file__)) for module in (segments, resize_kernel, segment_kernel, vector_kernel)]
-decode = _compile(zlib.crc32(b"".join(path.read_bytes() for path in _PARTS)))
+decode = _compile(checksum_of_files(segments, resize_kernel, segment_kernel, vector_kernel))

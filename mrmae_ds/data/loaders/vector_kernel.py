@@ -12,7 +12,10 @@ one that is used.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from llvmlite import ir
@@ -24,6 +27,15 @@ LANES = 16  # int32 in a vector of AVX-512; LLVM splits it on other CPUs
 SIDE = 8  # of a block that is transposed
 _UNROLLED = 6  # pairs of taps
 _BYTE, _INT16, _INT32, _INT64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+
+
+def checksum_of_files(*modules: ModuleType) -> int:
+    """Return a checksum of modules' files, for a variable of the function that encloses a kernel.
+
+    Numba's cache on disk notices changes of the kernel's own file and of the enclosing function's variables, but not of
+    what other files define.
+    """
+    return zlib.crc32(b"".join(Path(str(module.__file__)).read_bytes() for module in modules))
 
 
 def _shuffle(builder: ir.IRBuilder, one: ir.Value, two: ir.Value, places: Sequence[int]) -> ir.Value:
