@@ -62,12 +62,13 @@ def test_ranks_whose_launcher_was_killed_save_and_stop(launcher: str, runs: Smal
             assert second.status == 2 and re.search(r"process \d+ on .* trains here", second.stderr), second
         process.kill()
         process.wait()
-        _wait_until(lambda: not lock.exists(), log)
+        # Rank 0 releases the lock before it prints why it stops.
+        _wait_until(lambda: not lock.exists() and "stopped by SIGTERM after step" in log.read_text(), log)
     finally:
         with contextlib.suppress(ProcessLookupError):  # the session's other processes
             os.killpg(process.pid, signal.SIGKILL)
     text = log.read_text(errors="replace")
-    assert "has ended without ending its ranks" in text and "stopped by SIGTERM after step" in text, text
+    assert "has ended without ending its ranks" in text, text
     assert _record(runs, name)["status"] == "stopped"
     assert newest_complete_step(runs.stage(name)) == _record(runs, name)["schedule"]["steps_done"] > 0
 

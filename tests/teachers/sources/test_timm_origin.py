@@ -126,14 +126,17 @@ def test_quickgelu_has_no_effect_on_other_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
-def test_hugging_faces_configuration_determines_a_clips_gelu(act: str, tmp_path: Path) -> None:
+def test_hugging_faces_configuration_determines_a_clips_gelu(
+    act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_clip()
     torch.save(hugging_face_clip(model), tmp_path / "pytorch_model.bin")
     (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"hidden_act": act}}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": HALF, "image_std": HALF}))
     vision = {"image_size": 32, "layers": 2, "width": 64, "patch_size": 8, "head_width": 16}
     text = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
-    open_clip.factory._MODEL_CONFIGS["mrmae-origin"] = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    config = {"embed_dim": 16, "vision_cfg": vision, "text_cfg": text}
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "mrmae-origin", config)  # others search this table
     weights = str(tmp_path / "pytorch_model.bin")
     changes = {"image_size": 32, "student_grid": (4, 4), "weights": weights}
     teacher = ClipTeacher(options("t", "mrmae-origin", **changes))
