@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mrmae_ds.cli.parser import CommandParser, add_device_option, requested_device, require_path
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import counted, first_few
+from mrmae_ds.units import counted
 
 SUMMARY = "write the embeddings of images by the encoder of a run or of released weights, and judge them"
 
@@ -46,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
         if value is not None and value < least:
             raise UserError(f"{option}: {value} is less than {least}")
     from mrmae_ds.api import ImageEncoder
+    from mrmae_ds.figures.select_images import left_out
     from mrmae_ds.training.evaluation import embeddings
 
     embeddings.check_output(args.out)
@@ -64,5 +65,4 @@ def run(args: argparse.Namespace) -> None:
         for name, value in embeddings.quick_accuracy(files, features).items():
             print(f"{name}: {value:.2f} % of {val} of {counted(len(files.class_names), 'class')}")
     if found.problems:
-        left_out = f"{len(found.problems):,} of {counted(count, 'image')} left out"
-        raise UserError(f"{left_out}, the others are written: {first_few(found.problems, 3)}")
+        raise left_out(found.problems, count)

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mrmae_ds.data.convert.images import ImageError, read_upright
 from mrmae_ds.detection.coco import ImageEntry
 from mrmae_ds.detection.draw import detected_objects, draw_objects
 from mrmae_ds.detection.evaluate import Result, image_results
@@ -20,9 +19,9 @@ from mrmae_ds.detection.jitter import eval_jitter, jitter_image
 from mrmae_ds.detection.loader import DetectionBatch
 from mrmae_ds.detection.saved import open_detector
 from mrmae_ds.errors import UserError
-from mrmae_ds.figures.select_images import images_below
+from mrmae_ds.figures.select_images import images_below, left_out, open_upright
 from mrmae_ds.files import check_writable, replacing, write_text
-from mrmae_ds.units import counted, first_few
+from mrmae_ds.units import first_few
 
 
 class Predictor:
@@ -97,9 +96,9 @@ def detect_images(
     problems = []
     for number, (path, name, figure) in enumerate(planned):
         try:
-            image = read_upright(path)
-        except (OSError, ImageError) as error:
-            problems.append(f"{path} ({error})")
+            image = open_upright(path, max_side=None)
+        except UserError as error:
+            problems.append(str(error))
             continue
         results = predictor.detect(image, ImageEntry(number, name, image.height, image.width))
         objects = detected_objects(results, predictor.category_ids, predictor.class_names, score)
@@ -111,10 +110,7 @@ def detect_images(
         write_text(figure.with_suffix(".json"), json.dumps(named, indent=1, ensure_ascii=False) + "\n")
         yield figure, len(objects)
     if problems:
-        files = first_few(problems, 3)
-        if len(planned) > 1:
-            files = f"{len(problems):,} of {counted(len(planned), 'image')}: {files}; the others are done"
-        raise UserError(f"not readable: {files}")
+        raise left_out(problems, len(planned))
 
 
 class PlannedImage(NamedTuple):

@@ -1,5 +1,7 @@
 """Select the images of a figure: validation samples or the user's files, cropped as in evaluation.
 
+Other commands that take a user's image files read them by the same functions, with the same errors.
+
 Shapes: N images, S x S pixels.
 """
 
@@ -24,6 +26,7 @@ from mrmae_ds.data.loaders.crop import resize_and_corner
 from mrmae_ds.data.loaders.pillow import BetonSource, center_crop
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import expand_home
+from mrmae_ds.units import counted, first_few
 
 NUM_IMAGES = 8  # default
 MAX_IMAGES = 64  # columns of a figure
@@ -148,8 +151,12 @@ def images_below(folder: Path) -> list[Path]:
     return files
 
 
-def open_upright(path: Path) -> Image.Image:
-    """Open an image as RGB and upright, like the conversion to .beton.
+def open_upright(path: Path, max_side: int | None = MAX_SIDE) -> Image.Image:
+    """Open an image as RGB and upright, by default like the conversion to .beton.
+
+    Args:
+        path: of the file.
+        max_side: pixels; a longer side is reduced to it. None keeps the size.
 
     Raises:
         UserError: if it is missing or damaged.
@@ -157,9 +164,23 @@ def open_upright(path: Path) -> Image.Image:
     if not path.exists():
         raise UserError(f"{path}: no such file or folder")
     try:
-        return read_upright(path, MAX_SIDE)
+        return read_upright(path, max_side)
     except (OSError, ImageError) as error:
         raise UserError(f"{path}: cannot be read ({error}); remove or replace it") from None
+
+
+def left_out(problems: Sequence[str], count: int) -> UserError:
+    """Return the error of a command that writes a result for each of ``count`` images except unreadable ones.
+
+    Args:
+        problems: messages of :func:`open_upright`, at least one.
+        count: number of images, unreadable ones among them.
+    """
+    shown = first_few(problems, 3)
+    if count == 1:
+        return UserError(shown)
+    others = "so nothing is written" if len(problems) == count else "the others are written"
+    return UserError(f"{len(problems):,} of {counted(count, 'image')} left out, {others}: {shown}")
 
 
 def _number_to_take(count: int | None, default_count: int, available: int, where: str) -> int:

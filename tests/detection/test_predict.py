@@ -85,8 +85,11 @@ def test_folders_are_expanded_and_unreadable_images_left_out(folder: Path, capsy
         printed, error = capsys.readouterr()
         names = ["2", "3", "4", "5", "more/1"]
         assert [line.partition(":")[0] for line in printed.splitlines()] == [f"{out / name}.png" for name in names]
-        assert error.startswith(f"error: not readable: 1 of 6 images: {images / '0.jpg'} (") and error.count("\n") == 1
-        assert error.endswith("; the others are done\n")
+        start = f"error: 1 of 6 images left out, the others are written: {images / '0.jpg'}: cannot be read ("
+        assert error.startswith(start) and error.count("\n") == 1
+    assert main([*command[:2], str(images / "notes.txt"), *command[-2:], "--device", "cpu"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {images / 'notes.txt'}: cannot be read (") and "others" not in error
     (found, *_) = json.loads((out / "more" / "1.json").read_text())
     assert (found["file_name"], found["image_id"]) == ("more/1.jpg", 5)
 

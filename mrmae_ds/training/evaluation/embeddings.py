@@ -22,7 +22,7 @@ from mrmae_ds.data.convert.folder import open_folder
 from mrmae_ds.data.loaders.pillow import Key, WorkerProcesses, center_crop
 from mrmae_ds.data.types import ImageArray
 from mrmae_ds.errors import UserError
-from mrmae_ds.figures.select_images import images_below, open_upright
+from mrmae_ds.figures.select_images import images_below, left_out, open_upright
 from mrmae_ds.files import check_writable, replacing
 from mrmae_ds.training.evaluation.knn import Bank, votes
 
@@ -147,7 +147,7 @@ def embed(
         processes.close()
     problems = [message for message in messages if message]
     if not parts:
-        raise UserError(problems[0])
+        raise left_out(problems, len(paths))
     return Embeddings(torch.cat(parts), [row for row, message in enumerate(messages) if not message], problems)
 
 

@@ -124,7 +124,9 @@ def test_a_file_that_is_no_image_is_left_out_and_named(
     assert main(["features", str(stage), str(tmp_path), *options]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: {tmp_path}/notes.png: cannot be read") and error.count("\n") == 1
-    assert not out.exists()
+    assert main(["features", str(stage), *2 * [str(tmp_path)], *options, "--workers", "0"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: 2 of 2 images left out, so nothing is written: ") and not out.exists()
     images = sorted((tree / "top").iterdir())[:3]
     names = [str(path) for path in (images[0], tmp_path / "notes.png", *images[1:])]
     for size in ("1", "3"):
