@@ -23,7 +23,7 @@ from mrmae_ds.data.convert.images import ImageError, read_upright
 from mrmae_ds.data.convert.options import MAX_SIDE
 from mrmae_ds.data.convert.splits import EXTENSIONS
 from mrmae_ds.data.loaders.crop import resize_and_corner
-from mrmae_ds.data.loaders.pillow import BetonSource, center_crop
+from mrmae_ds.data.loaders.pillow import center_crop
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import expand_home
 from mrmae_ds.units import counted, first_few
@@ -94,7 +94,7 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, default_
         info = check_beton(val)
     except UserError as error:
         raise UserError(f"{error}; or select other images: --images FILE_OR_FOLDER") from None
-    source = BetonSource(BetonFile(info))
+    file = BetonFile(info)
     if rows:
         if count is not None:
             raise UserError("--num-images: not allowed with numbers after --images; omit it")
@@ -107,14 +107,8 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, default_
     else:
         rows = evenly_spaced(info.num_samples, _number_to_take(count, default_count, info.num_samples, str(val)))
     _check_columns(len(rows))
-    images = []
-    for row in rows:
-        try:
-            images.append(source.image(row))
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
-            raise UserError(f"{val}: damaged image in sample {row} ({error}); copy or write the file again") from None
-    captions = [f"{row}: {info.class_names[source.labels[row]]}" for row in rows]
-    return SelectedImages(tuple(images), tuple(captions))
+    captions = [f"{row}: {info.class_names[file.labels[row]]}" for row in rows]
+    return SelectedImages(tuple(file.image(row) for row in rows), tuple(captions))
 
 
 def _from_files(paths: list[Path], count: int | None, default_count: int) -> SelectedImages:

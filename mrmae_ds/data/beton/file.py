@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,12 +107,27 @@ class BetonFile:
         return self.content[offset:end].view(dtype)
 
     def image(self, row: int) -> Image.Image:
-        """Return one sample, decoded to RGB by Pillow; raises what Pillow does, or ValueError if it has changed."""
+        """Return one sample, decoded to RGB by Pillow.
+
+        Raises:
+            UserError: if it is damaged, or has changed since it was written.
+        """
         height, width, mode = self.table[row, 2:].tolist()
-        content = self.jpeg(row)
-        if mode == RAW:
-            return Image.frombytes("RGB", (width, height), content)
-        return Image.open(io.BytesIO(content)).convert("RGB")
+        try:
+            content = self.jpeg(row)
+            if mode == RAW:
+                return Image.frombytes("RGB", (width, height), content)
+            return Image.open(io.BytesIO(content)).convert("RGB")
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
+            raise self.damaged([f"{row} ({error})"]) from None
+
+    def damaged(self, samples: Sequence[str]) -> UserError:
+        """Return the error of damaged images, from their rows, each with what is known of its damage."""
+        path = self._info.path
+        return UserError(
+            f"{path}: damaged image in sample {', '.join(samples)}; "
+            f"`mrmae data verify {path}` lists all of them; copy or write the file again"
+        )
 
     def jpeg(self, row: int) -> bytes:
         """Return the JPEG of one sample, or its raw pixels, as stored; raises ValueError if it has changed."""

@@ -136,7 +136,7 @@ def _damaged(file: BetonFile, rows: IntArray) -> list[int]:
 def _decodes(file: BetonFile, row: int) -> bool:
     try:
         file.image(row)
-    except (OSError, ValueError, SyntaxError):
+    except UserError:
         return False
     return True
 

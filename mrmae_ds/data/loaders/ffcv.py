@@ -149,12 +149,8 @@ class FFCVLoader:
             raise decoded.error
         assert decoded.images is not None and decoded.failed is not None
         if len(decoded.failed):
-            path = self.settings.info.path
-            places = [f"{row} {self._file.describe_damage(row)}".strip() for row in decoded.failed.tolist()]
-            raise UserError(
-                f"{path}: damaged image in sample {', '.join(places)}; "
-                f"`mrmae data verify {path}` lists all of them; copy or write the file again"
-            )
+            rows = decoded.failed.tolist()
+            raise self._file.damaged([f"{row} {self._file.describe_damage(row)}".strip() for row in rows])
         return decoded.images
 
     def _copy(self, images: ImageArray) -> tuple[Tensor, torch.cuda.Event | None]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import multiprocessing.queues
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -39,48 +39,20 @@ def check_pillow_memory(request: LoaderRequest, workers: int) -> None:
     check_shared_memory("the Pillow reader", images * 3 * request.image_size**2, workers)
 
 
-class Source(Protocol):
-    """Origin of the images.
-
-    Attributes:
-        labels: int64 [N].
-        indices: row of each sample in the data set, int64 [N].
-    """
-
-    labels: IntArray
-    indices: IntArray
-
-    def image(self, row: int) -> Image.Image:
-        """Return one sample, RGB."""
-        ...
-
-
-class BetonSource:
-    """Images of a .beton."""
-
-    def __init__(self, file: BetonFile) -> None:
-        self.file = file
-        self.labels, self.indices = file.labels, file.indices
-
-    def image(self, row: int) -> Image.Image:
-        """Return one sample, RGB."""
-        return self.file.image(row)
-
-
 class _Samples(Dataset[ImageArray | str]):
     """Data set of the worker processes: (epoch, row) to an image, uint8 [S, S, 3], or an error message."""
 
-    def __init__(self, source: Source, settings: LoaderSettings) -> None:
-        self.source, self.path, self.request = source, settings.info.path, settings.request
+    def __init__(self, file: BetonFile, settings: LoaderSettings) -> None:
+        self.file, self.request = file, settings.request
         augment = self.request.transform.augment if self.request.transform is not None else None
         self.augment = Augment(augment, self.request.image_size) if augment is not None else None
 
     def __getitem__(self, key: Key) -> ImageArray | str:
         epoch, row = key
         try:
-            source_image = self.source.image(row)
-        except (OSError, ValueError, SyntaxError) as error:  # Pillow's, of damaged files
-            return f"{self.path}: damaged image in sample {row} ({error}); copy or write the file again"
+            source_image = self.file.image(row)
+        except UserError as error:
+            return str(error)
         if self.request.transform is None:
             return np.asarray(center_crop(source_image, self.request.image_size))
         image = self._random_crop(source_image, epoch, row, self.request.transform.crop)
@@ -222,8 +194,8 @@ class PillowLoader:
         self.settings = settings
         self.num_samples = settings.order.num_samples
         self.batches_per_epoch = settings.order.batches_per_epoch
-        self._source: Source = BetonSource(BetonFile(settings.info))
-        samples = _Samples(self._source, settings)
+        self._file = BetonFile(settings.info)
+        samples = _Samples(self._file, settings)
         self._workers: WorkerProcesses[Tensor] = WorkerProcesses(
             samples, stack_images, settings.num_workers, settings.device
         )
@@ -235,7 +207,7 @@ class PillowLoader:
     def _deliver(self, epoch: int, rows: IntArray, valid: BoolArray) -> Iterator[Batch]:
         device = self.settings.device
         for images, batch_rows, batch_valid in zip(self._workers.epoch(epoch, rows.tolist()), rows, valid, strict=True):
-            others = (self._source.labels[batch_rows], self._source.indices[batch_rows], batch_valid.copy())
+            others = (self._file.labels[batch_rows], self._file.indices[batch_rows], batch_valid.copy())
             labels, indices, counted = (to_device(torch.from_numpy(array), device) for array in others)
             moved = to_device(images, device)
             keys = sample_keys(self.settings.request.seed, epoch, batch_rows)

@@ -93,7 +93,7 @@ def test_a_flipped_bit_of_raw_pixels_is_an_error(mixed: Path, tmp_path: Path, ba
     content[BetonFile(check_beton(path)).table[row, 0] + 1000] ^= 1
     path.write_bytes(content)
     loader = open_loader(path, backend)
-    with pytest.raises(UserError, match=rf"damaged image in sample {row}\b"):
+    with pytest.raises(UserError, match=rf"damaged image in sample {row}\b.*; `mrmae data verify {path}` lists"):
         list(loader.epoch(0))
     loader.close()
     with pytest.raises(UserError, match=rf"SHA-256.*\n  sample {row}: damaged image$"):
