@@ -6,7 +6,9 @@ rank and one of two; the complete matrix is slow.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from tests.training.parity.cases import (
     nvme_cases,
 )
 from tests.training.parity.engine import run_cases
-from tests.training.parity.job import write_workspace
+from tests.training.parity.job import overrides, write_workspace
 from tests.training.parity.plain import run_plain
 
 LIMIT_S = 600
@@ -61,6 +63,7 @@ FEW = [
     Case("pretrain", 3, True, 2, 2, placement="step", recipe="methods/maskalign_tiny"),
     Case("pretrain", 3, True, 2, 2, placement="stream", recipe="methods/mvp_tiny"),
 ]
+EVERY = [*matrix(), *beside_the_matrix(), *method_cases(), *average_cases(), *compiled_cases(1), *compiled_cases(2)]
 Compare = Callable[[Case], Difference]
 
 
@@ -111,8 +114,16 @@ def test_the_comparison_detects_errors() -> None:
 
 def test_the_matrix_is_complete() -> None:
     assert len(matrix()) == 4 * 2 * 2 * 2 * (4 + 1 + 1)
-    names = [case.name for case in [*matrix(), *beside_the_matrix(), *method_cases(), *average_cases()]]
+    names = [case.name for case in EVERY]
     assert len(set(names)) == len(names)
+
+
+def test_cases_of_one_reference_train_one_recipe() -> None:
+    """Values of a recipe that are not in the reference's name would compare an engine with another training."""
+    recipes = defaultdict(set)
+    for case in EVERY:
+        recipes[case.reference].add((case.recipe, overrides(replace(case, placement="device"), Path("folder"))))
+    assert [reference for reference, found in recipes.items() if len(found) > 1] == []
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from tests.training.parity.cases import (
     LR,
     MILESTONES,
     MIN_LR,
+    OF_AVERAGES,
     STEPS_PER_EPOCH,
     WARMUP,
     WEIGHT_DECAY,
@@ -78,15 +79,14 @@ def overrides(case: Case, folder: Path) -> tuple[str, ...]:
     }
     if stage == "finetune":
         ours |= {"init": "scratch", "drop_path": 0.2, "mixup": 0.8, "cutmix": 1.0, "layer_decay": LAYER_DECAY}
-    if Path(case.recipe).name.removesuffix("_tiny") in WITHOUT_TEACHER:
+    if case.method in WITHOUT_TEACHER:
         del ours["teachers.mae.source"]
     keys = {key if "." in key else f"stages.finetune.{key}": value for key, value in ours.items()}
     rest = [f"stages.{stage}.optimizer={optimizer}"]
     rest += [f"stages.pretrain.placement={case.placement}"] if case.placement != "device" else []
     rest += [f"model.overrides={WIDE}"] if case.wide else []
-    # Inductor's dropout draws other numbers than torch's.
-    rest += ["stages.pretrain.attention_dropout=0"] if case.label == "compiled" and "data2vec" in case.recipe else []
-    rest += AVERAGE if case.average else [RISING] if "data2vec" in case.recipe else []
+    rest += [] if case.dropout else ["stages.pretrain.attention_dropout=0"]
+    rest += AVERAGE if case.average else [RISING] if case.method in OF_AVERAGES else []
     return (*(f"{key}={value}" for key, value in keys.items()), *rest)
 
 
