@@ -7,7 +7,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mrmae_ds.config.engine import default_recipe, load_engine_config
@@ -169,10 +169,10 @@ def _cases(request: LoaderBenchRequest, recipe: Recipe | None) -> list[_Case]:
 def _case(name: str, size: int, micro_batch: int, transform: TrainTransform, loader: LoaderConfig) -> _Case:
     if transform.augment is None:
         return _Case(name, size, micro_batch, transform)
-    described = f", {transform.augment.policy or 'color jitter'}"
-    if loader.augment_on == "device":  # which is not the CPU that is measured
-        transform, described = replace(transform, augment=None), f"{described} on the device and not measured"
-    return _Case(name, size, micro_batch, transform, described)
+    described, measured = f", {transform.augment.policy or 'color jitter'}", transform.of_workers(loader)
+    if measured.augment is None:
+        described += " on the device and not measured"
+    return _Case(name, size, micro_batch, measured, described)
 
 
 def _needed(request: LoaderBenchRequest, name: str) -> tuple[float, str] | None:

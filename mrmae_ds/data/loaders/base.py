@@ -6,7 +6,7 @@ Shapes: B micro-batch, H = W image size.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrmae_ds.config.sections import LoaderConfig
 from mrmae_ds.data.beton.sidecar import BetonInfo
 from mrmae_ds.data.loaders.augment import AugmentSettings
 from mrmae_ds.data.loaders.crop import CropSettings
@@ -86,6 +87,10 @@ class TrainTransform:
 
     crop: CropSettings
     augment: AugmentSettings | None = None
+
+    def of_workers(self, config: LoaderConfig) -> TrainTransform:
+        """Return what the loader's workers apply: all, or without the augmentation if the device applies it."""
+        return replace(self, augment=None) if config.augment_on == "device" else self
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from mrmae_ds.config.sections import Backend, DataConfig, LoaderConfig
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.loaders.augment import Augment
-from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, LoaderSettings, TrainTransform
+from mrmae_ds.data.loaders.base import Batch, Loader, LoaderRequest, LoaderSettings
 from mrmae_ds.data.loaders.worker import ranks_of_launcher
 from mrmae_ds.data.node_cache import cached_path
 from mrmae_ds.errors import UserError
@@ -47,16 +47,16 @@ def build_loader(
         device=torch.device(device),
     )
     transform = request.transform
-    if transform is not None and transform.augment is not None:
-        augment = transform.augment
-        Augment(augment, request.image_size)  # an invalid policy raises here, not in a worker
-        if config.augment_on == "device":
-            from mrmae_ds.data.loaders.augment_device import DeviceAugmentLoader
+    if transform is None or transform.augment is None:
+        return _open(backend, settings)
+    Augment(transform.augment, request.image_size)  # an invalid policy raises here, not in a worker
+    of_workers = transform.of_workers(config)
+    loader = _open(backend, replace(settings, request=replace(request, transform=of_workers)))
+    if of_workers.augment is not None:
+        return loader
+    from mrmae_ds.data.loaders.augment_device import DeviceAugmentLoader
 
-            plain = replace(request, transform=TrainTransform(transform.crop))
-            inner = _open(backend, replace(settings, request=plain))
-            return DeviceAugmentLoader(inner, augment, request.image_size, settings.device)
-    return _open(backend, settings)
+    return DeviceAugmentLoader(loader, transform.augment, request.image_size, settings.device)
 
 
 def _open(backend: Backend, settings: LoaderSettings) -> Loader[Batch]:

@@ -34,7 +34,7 @@ def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         items[f"{name}, offloaded"] = ranks * held
     if offloaded := sum(weights.host for weights in step.memory.teachers.values()):
         items["teacher weights (pinned, per rank)"] = ranks * offloaded
-    if not _reads_beton(stage):
+    if stage.task.transform is None:
         return items
     if recipe.data.backend == "ffcv":
         batches = CONSTANTS.ffcv_batches
@@ -43,10 +43,6 @@ def node_memory(recipe: Recipe, stage: CountedStage, step: StepEstimate, num_ima
         items["buffers of the decoding threads"] = ranks * threads * 3 * CONSTANTS.image_side**2
     items["page cache of the training images"] = num_images * CONSTANTS.image_bytes
     return items
-
-
-def _reads_beton(stage: CountedStage) -> bool:
-    return stage.task.transform is not None
 
 
 @dataclass(frozen=True)
@@ -86,10 +82,10 @@ def loader_cost(
     Raises:
         UserError: if ``bench`` is no such file, or has no measurement of the recipe's loader.
     """
-    if not _reads_beton(stage):
+    transform = stage.task.transform
+    if transform is None:
         return None
-    augment = None if recipe.loader.augment_on == "device" else stage.task.augment
-    name = loader_name(recipe.data.backend, augment)
+    name = loader_name(recipe.data.backend, transform.of_workers(recipe.loader).augment)
     if bench is not None:
         cost = _read_cost(bench, name, stage.name)
         if cost is None:
