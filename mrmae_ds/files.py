@@ -1,14 +1,16 @@
-"""Atomic replacement of files, and checksums."""
+"""Atomic replacement of files, files that one of several processes makes, and checksums."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
 import hashlib
+import json
 import os
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -53,6 +55,34 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def failing_once(record: Path, started: float) -> Iterator[None]:
+    """Share the failure of a block with the processes that wait for a lock to do the same.
+
+    The block is entered while holding the lock.
+
+    Args:
+        record: file of the last failure's time and message; removed before the block.
+        started: time at which this process began to wait, ``time.time()``.
+
+    Raises:
+        UserError: of another process that failed since ``started``, instead of failing again.
+    """
+    try:
+        failure = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        failure = {"time": float("-inf")}
+    if failure["time"] >= started:
+        raise UserError(failure["message"])
+    record.unlink(missing_ok=True)
+    try:
+        yield
+    except UserError as error:
+        with contextlib.suppress(OSError):  # the disk is full: the others fail on their own
+            write_text(record, json.dumps({"time": time.time(), "message": str(error)}))
+        raise
 
 
 def make_folder(folder: Path) -> None:

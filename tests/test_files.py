@@ -1,4 +1,4 @@
-"""Atomic replacement of files: no reader sees a partial file, and a failed writer leaves the old one."""
+"""Atomic replacement of files: no reader sees a partial file, a failed writer leaves the old one; shared failures."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256, flush_folder, replacing, write_text
+from mrmae_ds.files import failing_once, file_sha256, flush_folder, replacing, write_text
 
 
 def _names(folder: Path) -> list[str]:
@@ -86,6 +87,18 @@ def test_leftovers_of_ended_processes_of_this_machine_are_removed(tmp_path: Path
         (tmp_path / name).touch()
     write_text(tmp_path / "[a].txt", "x")
     assert _names(tmp_path) == sorted([*kept, "[a].txt"])
+
+
+def test_a_failure_is_raised_for_those_that_had_begun(tmp_path: Path) -> None:
+    record, before = tmp_path / "x.failed", time.time()
+    with pytest.raises(UserError, match="faulty"), failing_once(record, before):
+        raise UserError("x: faulty")
+    with pytest.raises(UserError, match="x: faulty"), failing_once(record, before):
+        pytest.fail("done again")
+    done = False
+    with failing_once(record, time.time() + 1):
+        done = True
+    assert done and not record.exists()
 
 
 @pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])

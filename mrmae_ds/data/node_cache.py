@@ -25,7 +25,7 @@ from filelock import AcquireReturnProxy, FileLock, Timeout
 
 from mrmae_ds.data.beton.sidecar import BetonInfo, check_beton, sidecar_path
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import expand_home, replacing, write_text
+from mrmae_ds.files import expand_home, failing_once, replacing, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ def cache_beton(path: str | Path, folder: str | Path, *, timeout_s: float = 3600
     try:
         with _hold(FileLock(copy.lock), timeout_s):
             if not copy.is_complete():
-                _raise_failure_since(copy, started)
-                _make(copy)
+                with failing_once(copy.failure, started):
+                    _make(copy)
     except Timeout:
         raise UserError(f"{copy.lock}: another process has been copying for more than {timeout_s:g} s") from None
     except OSError as error:
@@ -149,19 +149,8 @@ def _make_writable(folder: str | Path) -> Path:
     return path
 
 
-def _raise_failure_since(copy: _Copy, started: float) -> None:
-    """Raise the error of another process that failed while this one waited, instead of copying in vain again."""
-    try:
-        failure = json.loads(copy.failure.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return
-    if failure["time"] >= started:
-        raise UserError(failure["message"])
-
-
 def _make(copy: _Copy) -> None:
     """Make the copy while holding its lock."""
-    copy.failure.unlink(missing_ok=True)
     try:
         _remove_leftovers(copy)
         _check_space(copy)
@@ -169,17 +158,9 @@ def _make(copy: _Copy) -> None:
         _copy_checked(copy)
     except BaseException as error:
         shutil.rmtree(copy.target.parent, ignore_errors=True)
-        if isinstance(error, OSError | UserError):
-            _record_failure(copy, error)
+        if isinstance(error, OSError):
+            raise UserError(_explain(copy, error)) from error
         raise
-
-
-def _record_failure(copy: _Copy, error: OSError | UserError) -> None:
-    message = _explain(copy, error) if isinstance(error, OSError) else str(error)
-    try:
-        write_text(copy.failure, json.dumps({"time": time.time(), "message": message}))
-    except OSError:  # the disk is full: the others fail on their own
-        return
 
 
 def _remove_leftovers(copy: _Copy) -> None:

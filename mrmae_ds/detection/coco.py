@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from mrmae_ds.data.types import BoolArray, FloatArray, IntArray
 from mrmae_ds.detection.coco_json import parse_annotations
 from mrmae_ds.detection.rle import Rle
 from mrmae_ds.errors import UserError
-from mrmae_ds.files import file_sha256, replacing
+from mrmae_ds.files import failing_once, file_sha256, replacing
 from mrmae_ds.units import counted, describe_difference, first_few
 
 logger = logging.getLogger(__name__)
@@ -225,7 +226,8 @@ def open_split(
 def open_index(annotations: Path, folder: Path | None = None) -> CocoIndex:
     """Open the index of a COCO JSON, which is written if it does not exist.
 
-    Of processes that call it at once, one writes and the others wait. Rank 0 warns of boxes that cannot be right.
+    Of processes that call it at once, one parses the JSON, and the others wait for the index or its error. Rank 0 warns
+    of boxes that cannot be right.
 
     Args:
         annotations: COCO JSON.
@@ -234,6 +236,7 @@ def open_index(annotations: Path, folder: Path | None = None) -> CocoIndex:
     Raises:
         UserError: if the JSON is missing or invalid, or the index cannot be written.
     """
+    started = time.time()
     try:
         sha256 = file_sha256(annotations)
     except FileNotFoundError:
@@ -241,20 +244,21 @@ def open_index(annotations: Path, folder: Path | None = None) -> CocoIndex:
     folder = folder or annotations.parent
     file = folder / f"{annotations.stem}.{sha256[:16]}.{_LAYOUT}.index"
     if not file.exists():  # it is written atomically
-        _write_index(annotations, sha256, file)
+        _write_index(annotations, sha256, file, started)
     index = CocoIndex(file)
     if index.doubts and os.environ.get("RANK", "0") == "0":
         logger.warning("%s: %s", annotations, index.doubts)
     return index
 
 
-def _write_index(annotations: Path, sha256: str, file: Path) -> None:
+def _write_index(annotations: Path, sha256: str, file: Path, started: float) -> None:
     folder = file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):
             if not file.exists():
-                arrays, class_names, doubts = parse_annotations(annotations)
+                with failing_once(file.with_name(f"{file.name}.failed"), started):
+                    arrays, class_names, doubts = parse_annotations(annotations)
                 metadata = {"sha256": sha256, "class_names": json.dumps(class_names), "doubts": doubts}
                 with replacing(file) as temporary:
                     save_file(arrays, temporary, metadata)

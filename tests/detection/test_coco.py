@@ -10,7 +10,9 @@ import pickle
 import re
 import shutil
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,9 @@ from pycocotools.coco import COCO
 
 from mrmae_ds.detection import coco
 from mrmae_ds.detection.coco import CocoIndex, check_same_categories, open_index, open_split
+from mrmae_ds.detection.coco_json import parse_annotations
 from mrmae_ds.errors import UserError
+from mrmae_ds.files import file_sha256
 from tests.support.coco import CATEGORIES, COCO200, needs_coco200, small_coco, write_coco
 
 
@@ -71,6 +75,19 @@ def test_the_json_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     first = open_index(path)
     monkeypatch.setattr(coco, "parse_annotations", lambda path: pytest.fail("parsed again"))
     assert open_index(path).file == first.file
+
+
+def test_one_of_the_processes_parses_a_faulty_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads, which the lock keeps apart like processes: both have begun when one of them fails."""
+    path, _ = write_coco(tmp_path)
+    path.write_text('{"images": [')
+    begun, parsed = threading.Barrier(2, timeout=30), []
+    monkeypatch.setattr(coco, "file_sha256", lambda path: (begun.wait(), file_sha256(path))[1])
+    monkeypatch.setattr(coco, "parse_annotations", lambda path: parsed.append(path) or parse_annotations(path))
+    with ThreadPoolExecutor(2) as threads:
+        errors = [thread.exception(timeout=60) for thread in [threads.submit(open_index, path) for _ in range(2)]]
+    assert {type(error) for error in errors} == {UserError} and str(errors[0]) == str(errors[1])
+    assert "not a complete JSON file" in str(errors[0]) and len(parsed) == 1
 
 
 def test_another_json_has_another_index(index: CocoIndex, tmp_path: Path) -> None:
