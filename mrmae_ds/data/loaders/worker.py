@@ -8,14 +8,14 @@ whatever ended it.
 from __future__ import annotations
 
 import ctypes
-import multiprocessing
+import multiprocessing.util
 import os
 import shutil
 import signal
 import sys
 import threading
 from multiprocessing import forkserver, resource_tracker
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -64,6 +64,17 @@ def fork_server(module: str) -> ForkServerContext:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
+
+
+def _end_workers() -> None:
+    """Kill this process's workers at its exit: `multiprocessing` ends them by SIGTERM, and waits for them for good."""
+    for process in multiprocessing.active_children():
+        if isinstance(process, ForkServerProcess) and process.daemon:
+            process.kill()
+
+
+# Runs before that, also where a program ends in the middle of an epoch.
+multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
 
 
 def _end_with(process: BaseProcess) -> None:

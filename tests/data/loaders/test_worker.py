@@ -25,7 +25,7 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
-def _wait_for_end(pid: int, limit_s: float = 10) -> bool:
+def _wait_for_end(pid: int, limit_s: float = 60) -> bool:
     deadline = time.monotonic() + limit_s
     while not _has_ended(pid) and time.monotonic() < deadline:
         time.sleep(0.02)
@@ -132,20 +132,24 @@ if __name__ == "__main__":
     for number in STOP_SIGNALS:
         os.killpg(0, number)
     print(1 + len(list(batches)), flush=True)
-    os._exit(0)
+    next(loader.epoch(1))
 """
 
 
 @pytest.mark.multi_process
 @pytest.mark.timeout(300, method="thread")
 def test_workers_survive_a_signal_to_every_process(betons: tuple[Path, Path], tmp_path: Path) -> None:
-    """As Slurm and terminals send it. The fork server is not one of the workers, and they end with it."""
+    """As Slurm and terminals send it. The fork server is not one of the workers, and they end with it.
+
+    The program ends in the middle of an epoch. Python ends its child processes by a signal, which workers ignore, and
+    waits for them.
+    """
     training = _start(_SIGNALED, betons[0], tmp_path)
     try:
         stdout, _ = training.communicate(timeout=200)
     finally:
         training.kill()
-    assert stdout == "18\n", training.returncode
+    assert (stdout, training.returncode) == ("18\n", 0)
 
 
 @pytest.mark.parametrize(
