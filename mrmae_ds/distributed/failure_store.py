@@ -102,6 +102,8 @@ class FailureStore:
             store.add(self._quiet, 1)
         except RuntimeError:
             return
+        # The first to fail prints when all are quiet, and a launcher ends all ranks as soon as one has exited.
+        self.wait_until_quiet()
         time.sleep(LINGER_S)
 
     def _lose(self) -> None:

@@ -23,7 +23,8 @@ from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.distributed.processes import start_time
 
 DUMP_SIGNAL = signal.SIGUSR2
-WRITE_S = 1.0  # for a rank to write its stacks
+BEGIN_S = 10.0  # for all ranks to begin to write their stacks
+WRITE_S = 1.0  # for a rank to write them
 LAST_RESORT_S = 60.0  # after the timeout: faulthandler itself ends a rank whose interpreter is held
 REARM_S = 5.0
 
@@ -87,6 +88,9 @@ class LocalRanks:
             with contextlib.suppress(OSError):
                 if _stacks(rank).stat().st_size == 0:
                     os.kill(rank.pid, DUMP_SIGNAL)
+        deadline = time.monotonic() + BEGIN_S
+        while not all(map(_has_begun, ranks)) and time.monotonic() < deadline:
+            time.sleep(0.1)
         time.sleep(WRITE_S)
         with contextlib.suppress(OSError), _stacks(ranks[0]).open("rb") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails if another rank prints, or has printed
@@ -101,6 +105,14 @@ class LocalRanks:
         faulthandler.cancel_dump_traceback_later()
         faulthandler.unregister(DUMP_SIGNAL)
         os.close(self._file)
+
+
+def _has_begun(rank: RankProcess) -> bool:
+    """Return True if a rank has written some of its stacks, or never will because it has ended."""
+    try:
+        return _stacks(rank).stat().st_size > 0
+    except OSError:
+        return True
 
 
 def _stacks(rank: RankProcess) -> Path:

@@ -87,6 +87,8 @@ class Watchdog:
         """Report an exception. Return when the others are quiet if it is the job's first failure; else exit."""
         if isinstance(error, RuntimeError) and self.launch.world_size > 1:
             time.sleep(NEWS_S)  # a broken connection: a thread reads the cause, and ends this process
+            for check in (self._check_node, self._check_store):
+                self._act_on(check)  # the threads of a loaded machine may not have run
         with self._exiting:
             text = f"{type(error).__name__}: {error}".partition("\n")[0]
             if not self._store.report(Failure(self.launch.rank, text)):
@@ -100,10 +102,13 @@ class Watchdog:
     def _watch(self, check: Callable[[], Callable[[], None] | None]) -> None:
         """Check twice a second; the first finding ends the process."""
         while not self._closed.wait(POLL_S):
-            end = check()
-            with self._exiting:
-                if end is not None and not self._closed.is_set():
-                    end()
+            self._act_on(check)
+
+    def _act_on(self, check: Callable[[], Callable[[], None] | None]) -> None:
+        end = check()
+        with self._exiting:
+            if end is not None and not self._closed.is_set():
+                end()
 
     def _check_node(self) -> Callable[[], None] | None:
         """Check the launcher, the other ranks of this node, and this rank's progress."""

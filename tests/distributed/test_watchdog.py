@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -81,11 +83,19 @@ def _killed_on_1(rank: int) -> None:
 
 
 def _fail_because_the_other_rank_died(rank: int) -> None:
-    """Raise what a broken connection raises, at once."""
+    """Raise what a broken connection raises, at once, on a machine too loaded for the threads to check anything."""
+    import torch.distributed as dist
+
+    from mrmae_ds.distributed import watchdog
+
+    watchdog.POLL_S = 100.0
+    time.sleep(1)  # until the threads have taken it
+    first = [os.getpid()]
+    dist.broadcast_object_list(first)
     if rank == 0:
-        time.sleep(1)
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1.3)
+    while start_time(first[0]) is not None:
+        time.sleep(0.01)
     raise RuntimeError("Connection closed by peer")
 
 
@@ -103,7 +113,11 @@ def _raise_on_both(rank: int) -> None:
     raise CollectiveError("on all ranks")
 
 
-def _hang_on_0(rank: int) -> None:
+def _hang(rank: int) -> None:
+    """Hang; rank 1 writes its stacks late, as on a loaded machine."""
+    if rank == 1:
+        own = os.getpid()
+        subprocess.Popen(["sh", "-c", f"kill -STOP {own}; sleep 5; kill -CONT {own}"])
     time.sleep(100)
 
 
@@ -146,11 +160,12 @@ def test_does_not_delay_collective_errors(tmp_path: Path) -> None:
 
 
 def test_reports_a_hang_with_the_stacks_of_all_ranks(tmp_path: Path) -> None:
-    statuses, texts = _run(_hang_on_0, tmp_path, limit_s=2)
+    statuses, texts = _run(_hang, tmp_path, limit_s=2)
     together = "".join(texts)
     assert statuses == [1, 1]
-    assert together.count("in _hang_on_0") == 2 and together.count("---- rank") == 2
-    assert together.count("error: rank ") == 1 and "made no progress for 2 s, at: acting" in together
+    assert together.count("in _hang\n") == 2 and together.count("---- rank") == 2
+    assert together.count("error: rank ") == 1
+    assert re.search(r"made no progress for \d+ s, at: acting", together)  # no less than 2 s
 
 
 def test_identifies_a_process_by_its_start_time() -> None:
@@ -159,11 +174,32 @@ def test_identifies_a_process_by_its_start_time() -> None:
     pid = os.fork()
     if pid == 0:
         os._exit(0)
-    time.sleep(0.2)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     assert start_time(pid) is None, "a zombie: it has ended, but is not reaped"
     os.waitpid(pid, 0)
     assert start_time(pid) is None
     assert sys.platform == "linux"
+
+
+def test_no_rank_exits_before_all_are_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher ends all ranks once one has exited, and the first to fail prints when all are quiet."""
+    from torch.distributed import HashStore
+
+    from mrmae_ds.distributed import failure_store
+    from mrmae_ds.distributed.launch import Launch
+
+    monkeypatch.setattr(failure_store, "broadcast_object", lambda key: key)
+    own = failure_store.FailureStore(Launch(1, 1, 1, 1))
+    own.launch, own._store, slept = Launch(1, 1, 3, 3), HashStore(), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        if len(slept) == 3:
+            own._store.add(own._quiet, 1)  # the third rank; the first is the one that failed
+
+    monkeypatch.setattr(failure_store.time, "sleep", sleep)
+    own.keep_quiet()
+    assert slept == [0.1, 0.1, 0.1, failure_store.LINGER_S]
 
 
 @pytest.mark.parametrize("torchrun", [False, True])
