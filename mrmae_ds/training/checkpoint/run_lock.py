@@ -104,13 +104,14 @@ def _acquire(lock: SoftFileLease, stage_dir: Path, note: Path) -> None:
     current, renewed = Holder.current(), None
     deadline = time.monotonic() + LEASE_S + 2 * RENEW_S
     while True:
+        last = time.monotonic() > deadline  # after it: this process may be stopped for long at any moment
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=ATTEMPT_S, poll_interval=0.1)
             return
         holder, before, renewed = _read(note), renewed, _modified(Path(lock.lock_file))
         ours = (current.host, current.namespace)
         here = holder is not None and holder.pid == lock.pid and (holder.host, holder.namespace) == ours
-        if here or (before and renewed and before != renewed) or time.monotonic() > deadline:
+        if here or (before and renewed and before != renewed) or last:
             raise UserError(
                 f"{stage_dir}: {holder or 'another job'}, trains here; wait for it or stop it, or name another folder "
                 "with --run"
