@@ -25,15 +25,8 @@ from tests.support.small_runs import SmallRuns
 pytestmark = [pytest.mark.timeout(600), pytest.mark.multi_process]
 LIMIT_S = 240
 LAUNCHERS = {
-    "deepspeed": ("deepspeed", "--master_port", str(free_port()), "--num_gpus", "2"),
-    "torchrun": (
-        "torchrun",
-        "--master_port",
-        str(free_port()),
-        "--nproc_per_node",
-        "2",
-        "--",
-    ),  # the job's store ends with it
+    "deepspeed": ("deepspeed", "--num_gpus", "2"),
+    "torchrun": ("torchrun", "--nproc_per_node", "2", "--"),  # the job's store ends with it
 }
 LONG = ("stages.pretrain.epochs=3000", "checkpoint.every_steps=100000")
 
@@ -47,7 +40,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> SmallRuns:
 def test_ranks_whose_launcher_was_killed_save_and_stop(launcher: str, runs: SmallRuns) -> None:
     """Until they have, the run is theirs: the same command is refused. Then it resumes."""
     name, log = f"killed {launcher}", runs.folder / f"{launcher}.log"
-    command = [*LAUNCHERS[launcher], "train.py"]
+    program, *options = LAUNCHERS[launcher]
+    command = [program, "--master_port", str(free_port()), *options, "train.py"]
     with log.open("wb") as file:
         process = subprocess.Popen(
             [*command, *map(str, runs.arguments(name, *LONG))],

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,11 +25,20 @@ class Finished:
     stderr: str
 
 
+_RESERVED: deque[socket.socket] = deque(maxlen=100)  # the latest ports: no test starts this many groups at once
+
+
 def free_port() -> int:
-    """Return a free TCP port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a free TCP port, which the system assigns to nobody else while this process lives.
+
+    A rank binds it seconds later. Until then a socket that does not listen holds it: such a port is still free for a
+    process that names it and reuses addresses, as torch's store does.
+    """
+    holder = socket.socket()
+    holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    holder.bind(("127.0.0.1", 0))
+    _RESERVED.append(holder)
+    return holder.getsockname()[1]
 
 
 def environment(**extra: str) -> dict[str, str]:
