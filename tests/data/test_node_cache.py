@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,30 +21,35 @@ from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar, sidecar_path
 from mrmae_ds.data.node_cache import cache_beton, cached_path
 from mrmae_ds.errors import UserError
 from tests.support.jpegs import stored_jpegs
-from tests.support.processes import REPOSITORY, finish, rank_processes
+from tests.support.processes import REPOSITORY
+from tests.support.ranks import start as start_training
 from tests.support.sample_data import write_sample_beton
 
 pytestmark = pytest.mark.timeout(180, method="thread")
-_DEADLINE_S = 40
+_DEADLINE_S = 120
 
-# A process of a node: python -c _RANK BETON FOLDER BLOCKS_PER_SECOND. With a rate, it copies 64 kilobytes at a time and
-# prints when it starts.
+# A process of a node: python -c _RANK BETON FOLDER GATE. It prints when it waits for another process, and when it
+# copies; after the first block it waits for the file GATE.
 _RANK = """
 import sys, time
+from pathlib import Path
 from mrmae_ds.data import node_cache
 from mrmae_ds.errors import UserError
 
-beton, folder, rate = sys.argv[1:]
-def slowly(file):
+beton, folder, gate = sys.argv[1:]
+blocks = node_cache._blocks
+def gated(file):
+    yield file.read(1 << 16)
     print("copying", flush=True)
-    while block := file.read(1 << 16):
-        time.sleep(1 / float(rate))
-        yield block
-if float(rate):
-    node_cache._blocks = slowly
-print("ready", flush=True)
+    while not Path(gate).exists():
+        time.sleep(0.05)
+    yield from blocks(file)
+def report(text, *_):
+    if "waiting for another process" in text:
+        print("waiting", flush=True)
+node_cache._blocks, node_cache.logger.info = gated, report
 try:
-    path = node_cache.cache_beton(beton, folder, timeout_s=30)
+    path = node_cache.cache_beton(beton, folder, timeout_s=100)
 except UserError as error:
     print("error:", error, flush=True)
     sys.exit(2)
@@ -70,6 +74,12 @@ def beton(original: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
+def gate(tmp_path: Path) -> Path:
+    """File for which copies wait."""
+    return tmp_path / "gate"
+
+
+@pytest.fixture
 def ranks() -> Iterator[list[subprocess.Popen[str]]]:
     """Processes that are ended with the test."""
     started: list[subprocess.Popen[str]] = []
@@ -79,8 +89,8 @@ def ranks() -> Iterator[list[subprocess.Popen[str]]]:
         process.wait()
 
 
-def _start(ranks: list[subprocess.Popen[str]], beton: Path, folder: Path, rate: float = 0) -> None:
-    command = [sys.executable, "-c", _RANK, str(beton), str(folder), str(rate)]
+def _start(ranks: list[subprocess.Popen[str]], beton: Path, folder: Path, gate: Path) -> None:
+    command = [sys.executable, "-c", _RANK, str(beton), str(folder), str(gate)]
     ranks.append(subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True))
 
 
@@ -90,9 +100,9 @@ def _results(ranks: list[subprocess.Popen[str]]) -> list[tuple[int, str]]:
     return [(process.returncode, output) for process, output in zip(ranks, outputs, strict=True)]
 
 
-def _wait_for_line(process: subprocess.Popen[str], expected: str) -> None:
+def _next_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
-    assert any(line.strip() == expected for line in process.stdout)
+    return process.stdout.readline().strip()
 
 
 def _partial_files(folder: Path) -> list[Path]:
@@ -144,15 +154,16 @@ def test_altered_copy_is_made_again(beton: Path, tmp_path: Path, damage: str) ->
 
 
 def test_one_process_copies_and_the_others_wait(
-    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
 ) -> None:
     for _ in range(4):
-        _start(ranks, beton, tmp_path / "disk", rate=30)
+        _start(ranks, beton, tmp_path / "disk", gate)
+    assert sorted(map(_next_line, ranks)) == ["copying", *["waiting"] * 3]
+    gate.touch()
     results = _results(ranks)
     assert [status for status, _ in results] == [0] * 4
-    assert len({output.splitlines()[-1] for _, output in results}) == 1
-    assert sum("copying" in output for _, output in results) == 1
-    assert Path(results[0][1].splitlines()[-1]).read_bytes() == beton.read_bytes()
+    (path,) = {output.strip() for _, output in results}  # nothing else was printed
+    assert Path(path).read_bytes() == beton.read_bytes()
 
 
 def test_different_files_of_one_name_have_different_copies(beton: Path, tmp_path: Path) -> None:
@@ -163,25 +174,25 @@ def test_different_files_of_one_name_have_different_copies(beton: Path, tmp_path
 
 
 def test_another_process_takes_over_from_a_killed_one(
-    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
 ) -> None:
-    _start(ranks, beton, tmp_path / "disk", rate=1)
-    _wait_for_line(ranks[0], "copying")
-    _start(ranks, beton, tmp_path / "disk")
-    _wait_for_line(ranks[1], "ready")
-    time.sleep(1)
-    assert ranks[1].poll() is None and len(_partial_files(tmp_path / "disk")) == 1
+    for expected in ("copying", "waiting"):
+        _start(ranks, beton, tmp_path / "disk", gate)
+        assert _next_line(ranks[-1]) == expected
+    assert len(_partial_files(tmp_path / "disk")) == 1
     ranks[0].send_signal(signal.SIGKILL)
+    ranks[0].wait()
+    gate.touch()
     _, (status, output) = _results(ranks)
     assert status == 0 and Path(output.splitlines()[-1]).read_bytes() == beton.read_bytes()
     assert not _partial_files(tmp_path / "disk")
 
 
 def test_leftovers_of_a_killed_process_are_removed(
-    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
 ) -> None:
-    _start(ranks, beton, tmp_path / "disk", rate=1)
-    _wait_for_line(ranks[0], "copying")
+    _start(ranks, beton, tmp_path / "disk", gate)
+    assert _next_line(ranks[0]) == "copying"
     ranks[0].send_signal(signal.SIGKILL)
     _results(ranks)
     assert len(_partial_files(tmp_path / "disk")) == 1
@@ -191,30 +202,31 @@ def test_leftovers_of_a_killed_process_are_removed(
     assert cache_beton(beton, tmp_path / "disk").read_bytes() == beton.read_bytes()
 
 
-def test_copy_in_progress_is_left_alone(beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]) -> None:
+def test_copy_in_progress_is_left_alone(
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
+) -> None:
     other = write_sample_beton(tmp_path / "other", train=20, val=1)[0]
-    _start(ranks, other, tmp_path / "disk", rate=20)
-    _wait_for_line(ranks[0], "copying")
+    _start(ranks, other, tmp_path / "disk", gate)
+    assert _next_line(ranks[0]) == "copying"
     cache_beton(beton, tmp_path / "disk")
     assert len(_partial_files(tmp_path / "disk")) == 1
+    gate.touch()
     ((status, output),) = _results(ranks)
     assert status == 0 and Path(output.splitlines()[-1]).read_bytes() == other.read_bytes()
 
 
 def test_file_that_differs_from_its_sidecar_is_an_error_in_all_processes(
-    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]]
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
 ) -> None:
     content = beton.read_bytes()
     beton.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    _start(ranks, beton, tmp_path / "disk", rate=2)
-    _wait_for_line(ranks[0], "copying")
-    for _ in range(2):
-        _start(ranks, beton, tmp_path / "disk", rate=2)
-        _wait_for_line(ranks[-1], "ready")
-    results = _results(ranks)
-    for status, output in results:
-        assert status == 2 and f"error: {beton}: its SHA-256 differs from its sidecar's" in output
-    assert ["copying" in output for _, output in results] == [False] * 3  # the first line was read above
+    for expected in ("copying", "waiting", "waiting"):
+        _start(ranks, beton, tmp_path / "disk", gate)
+        assert _next_line(ranks[-1]) == expected
+    gate.touch()
+    for status, output in _results(ranks):
+        (message,) = output.splitlines()  # nobody copied again
+        assert status == 2 and message.startswith(f"error: {beton}: its SHA-256 differs from its sidecar's")
     assert not list((tmp_path / "disk").glob("*/*"))
 
 
@@ -250,10 +262,10 @@ def test_full_disk_is_an_error_and_leaves_nothing(beton: Path, tmp_path: Path, m
 
 
 def test_waiting_for_another_copy_ends_with_an_error(
-    beton: Path, tmp_path: Path, ranks: list[subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]], caplog: pytest.LogCaptureFixture
 ) -> None:
-    _start(ranks, beton, tmp_path / "disk", rate=1)
-    _wait_for_line(ranks[0], "copying")
+    _start(ranks, beton, tmp_path / "disk", gate)
+    assert _next_line(ranks[0]) == "copying"
     error = pytest.raises(UserError, match=r"\.lock: another process has been copying for more than 0\.5 s")
     with caplog.at_level("INFO"), error:
         cache_beton(beton, tmp_path / "disk", timeout_s=0.5)
@@ -287,8 +299,8 @@ def test_training_reads_the_copy(original: Path, tmp_path: Path) -> None:
     data = (f"data.train={original}", f"data.val={original.with_name('val.beton')}")
     cache_dir = f"loader.cache_dir={tmp_path / 'disk'}"
     command = (*recipe, "--stage", "finetune", "--run", tmp_path / "run", *data, cache_dir)
-    results = finish(rank_processes(2, *command, "stages.finetune.batch_size=32"), 100)
-    statuses = [result.status for result in results]  # 2 of the first to fail, 1 of a rank that ends because of it
-    assert 2 in statuses and set(statuses) <= {1, 2}, results[0].stderr
-    assert any(f"error: {path}: damaged image in sample" in result.stderr for result in results)
+    training = start_training(2, [*command, "stages.finetune.batch_size=32"], tmp_path / "logs")
+    statuses = training.wait(100)  # 2 of the first to fail, 1 of a rank that ends because of it
+    assert 2 in statuses and set(statuses) <= {1, 2}, training.text()
+    assert f"error: {path}: damaged image in sample" in training.text()
     assert cached_path(original.with_name("val.beton"), tmp_path / "disk").is_file()

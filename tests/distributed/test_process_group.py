@@ -22,6 +22,8 @@ from mrmae_ds.errors import UserError
 from tests.support.processes import free_port
 from tests.support.ranks import fork_server
 
+REPORTED = "rank 0 has waited 0.1 s for the start of 2 ranks"
+
 
 class FakeAccelerator:
     def __init__(self, name: str, count: int) -> None:
@@ -79,26 +81,32 @@ def _refuse() -> None:
     raise AssertionError("DeepSpeed's operations were probed")
 
 
-def _rank(rank: int, port: int, delay_s: float, limit_s: float, log: Path) -> None:
+def _rank(rank: int, port: int, after: Path | None, limit_s: float, log: Path) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), sys.stderr.fileno())
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1")
-    time.sleep(delay_s)
+    while after is not None and "init_distributed" not in after.read_text():  # in the stacks, which follow the report
+        time.sleep(0.05)
     vars(deepspeed.ops).pop("__compatible_ops__", None)
     deepspeed.ops._probe_compatible_ops = _refuse  # prints a warning for each operation, if there is no CUDA toolkit
     before = threading.active_count()
     # The late rank is awaited already, so it has nothing to report, however slow a loaded machine starts it.
-    start_process_group(torch.device("cpu"), report_after_s=30.0 if delay_s else 1.0, limit_s=limit_s)
+    start_process_group(torch.device("cpu"), report_after_s=30.0 if after else 0.1, limit_s=limit_s)
     assert threading.active_count() == before
     end_process_group()
     os._exit(0)
 
 
-def _start(delays: dict[int, float], limit_s: float, folder: Path) -> tuple[list[int | None], list[str]]:
-    """Start ranks of a group of two after delays, in seconds; return exit statuses and what they wrote to stderr."""
-    port, logs = free_port(), [folder / f"{rank}.log" for rank in delays]
-    arguments = [(rank, port, delay, limit_s, log) for (rank, delay), log in zip(delays.items(), logs, strict=True)]
+def _start(ranks: int, limit_s: float, folder: Path) -> tuple[list[int | None], list[str]]:
+    """Start the first ranks of a group of two, rank 1 once rank 0 has reported that it waits.
+
+    Returns:
+        Exit statuses, and what they wrote to stderr.
+    """
+    port, logs = free_port(), [folder / f"{rank}.log" for rank in range(ranks)]
+    logs[0].touch()
+    arguments = [(rank, port, logs[0] if rank else None, limit_s, log) for rank, log in enumerate(logs)]
     processes = [fork_server().Process(target=_rank, args=values) for values in arguments]
     for process in processes:
         process.start()
@@ -112,9 +120,9 @@ def _start(delays: dict[int, float], limit_s: float, folder: Path) -> tuple[list
 @pytest.mark.timeout(120)
 def test_a_start_that_waits_names_the_settings_and_shows_its_stacks(tmp_path: Path) -> None:
     """Rank 1 comes late, then the group works and nothing of the report is left."""
-    statuses, (waited, late) = _start({0: 0.0, 1: 4.0}, 60, tmp_path)
+    statuses, (waited, late) = _start(2, 60, tmp_path)
     assert statuses == [0, 0]
-    for expected in ("rank 0 has waited 1 s for the start of 2 ranks", "MASTER_ADDR:MASTER_PORT (127.0.0.1:"):
+    for expected in (REPORTED, "MASTER_ADDR:MASTER_PORT (127.0.0.1:"):
         assert expected in waited
     for expected in ("NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "init_distributed"):
         assert expected in waited and expected not in late
@@ -123,8 +131,8 @@ def test_a_start_that_waits_names_the_settings_and_shows_its_stacks(tmp_path: Pa
 @pytest.mark.multi_process
 @pytest.mark.timeout(120)
 def test_a_start_without_one_of_the_ranks_ends_at_the_limit(tmp_path: Path) -> None:
-    statuses, (waited,) = _start({0: 0.0}, 2, tmp_path)
-    assert statuses == [1] and "has waited 1 s" in waited
+    statuses, (waited,) = _start(1, 2, tmp_path)
+    assert statuses == [1] and REPORTED in waited
     assert "UserError: 2 ranks do not come together at 127.0.0.1:" in waited and "1/2 clients joined" in waited
 
 

@@ -117,14 +117,17 @@ def test_job_waits_for_slow_ranks(cluster: Cluster, submit: Submit) -> None:
 
 def test_stopped_job_is_requeued_and_its_dependents_wait(cluster: Cluster, submit: Submit) -> None:
     """All ranks exit with train.py's status 75, one later than the others; srun must not kill it."""
+    end = cluster.folder / "end"
     stub = (
         'if [ "${SLURM_RESTART_COUNT:-0}" = 0 ]; then [ "$SLURM_PROCID" = 0 ] || sleep 2; '
-        'echo "saved $SLURM_PROCID"; exit 75; fi; echo "finished $SLURM_PROCID"; sleep 1'
+        f'echo "saved $SLURM_PROCID"; exit 75; fi; until [ -e {end} ]; do sleep 0.1; done; '
+        'echo "finished $SLURM_PROCID"'
     )
     job = submit(stub)
     after = submit("echo after", "--nodes=1", f"--dependency=afterok:{job}")
-    assert cluster.wait_for_job(job, ["PENDING"], LIMIT_S, restarts=1)["Reason"] == "BeginTime"
+    cluster.wait_for_job(job, ["PENDING", "RUNNING"], LIMIT_S, restarts=1)
     assert cluster.job(after)["JobState"] == "PENDING"
+    end.touch()
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S, restarts=1)
     output = cluster.output(job)
     assert [f"{word} {rank}" in output for word in ("saved", "finished") for rank in (0, 1)] == [True] * 4
@@ -133,27 +136,34 @@ def test_stopped_job_is_requeued_and_its_dependents_wait(cluster: Cluster, submi
 
 def test_signal_reaches_the_ranks_but_not_their_wrapper(cluster: Cluster, submit: Submit) -> None:
     """USR1 is ignored before a rank installs its handler; afterwards the rank handles it."""
-    ready = cluster.folder / "ready"
-    program = cluster.folder / "waits.py"
+    room = cluster.folder / "signaled"
+    room.mkdir()
+    program = room / "waits.py"
     program.write_text(
         f"""
 import os, pathlib, signal, time
-time.sleep(3)
-got, rank = [], os.environ["SLURM_PROCID"]
+room, got, rank = pathlib.Path("{room}"), [], os.environ["SLURM_PROCID"]
+(room / f"began-{{rank}}").touch()
+while not (room / "continue").exists():
+    time.sleep(0.1)
 signal.signal(signal.SIGUSR1, lambda *_: got.append(1))
-pathlib.Path("{ready}-" + rank).touch()
+(room / f"ready-{{rank}}").touch()
 while not got:
     time.sleep(0.1)
 print("got it", rank)
 """
     )
+
+    def wait_for_both(state: str) -> None:
+        wait_for(lambda: all((room / f"{state}-{rank}").exists() for rank in (0, 1)), f"both {state}", LIMIT_S)
+
     job = submit(f"exec python3 {program}")
-    cluster.wait_for_job(job, ["RUNNING"], LIMIT_S)
-    wait_for(lambda: bool(cluster.pids_of("n2")), "processes", 30)
-    time.sleep(1)
+    wait_for_both("began")
     cluster.query("scancel", "--signal=USR1", job)
-    wait_for(lambda: all(Path(f"{ready}-{rank}").exists() for rank in (0, 1)), "both processes live", 60)
-    cluster.query("scancel", "--signal=USR1", job)
+    time.sleep(1)  # for the signal to arrive, of which nothing can be seen
+    (room / "continue").touch()
+    wait_for_both("ready")
+    cluster.run("scancel", "--signal=USR1", job)  # may fail: if the first signal came late, the job is over
     cluster.wait_for_job(job, ["COMPLETED"], LIMIT_S)
     assert all(f"got it {rank}" in cluster.output(job) for rank in (0, 1))
 
