@@ -37,7 +37,7 @@ from mrmae_ds.weights.model_file import (
 from tests.support.jobs import ALONE
 from tests.support.jpegs import stored_jpegs
 from tests.support.loaders import open_loader
-from tests.support.processes import finish, rank_processes
+from tests.support.ranks import start
 from tests.support.records import make_record
 from tests.support.sample_data import write_sample_beton
 
@@ -204,10 +204,10 @@ def _softmax_by_timm(exported: Exported, workspace: Workspace) -> np.ndarray:
 def test_two_ranks_equal_one(workspace: Workspace, expected: dict[str, dict[str, float]]) -> None:
     overrides = workspace.overrides("cvit", "vit")
     command = ("--ds_config", ENGINE, "--recipe", RECIPE, "--stage", "evaluate", "--run", workspace.folder / "two")
-    results = finish(rank_processes(2, *command, *overrides), 240)
-    assert [result.status for result in results] == [0, 0], results[0].stderr
+    ranks = start(2, [*command, *overrides], workspace.folder / "logs")
+    assert ranks.wait(240) == [0, 0], ranks.text()
     both, folder = expected["both"], workspace.folder / "two" / "evaluate"
-    lines = results[0].stdout.splitlines()
+    lines = ranks.text(0).splitlines()
     assert f"  {workspace.member('cvit')}: top-1 {expected['cvit']['top1']:.2f} %" in lines[-3]
     assert f"  average of 2: top-1 {both['top1']:.2f} %, top-5 {both['top5']:.2f} %" in lines[-1]
     record = RunRecord.load(folder)
@@ -379,8 +379,8 @@ def test_evaluation_repeats_the_final_accuracy_of_fine_tuning(workspace: Workspa
         "model.overrides.depths=[1,1,1]",
     )
     command = ("--ds_config", config, "--recipe", recipe, "--stage", "finetune", "--run", run, *settings)
-    (result,) = finish(rank_processes(1, *command), 240)
-    assert result.status == 0, result.stderr
+    rank = start(1, command, workspace.folder / "logs")
+    assert rank.wait(240) == [0], rank.text()
     tuned = RunRecord.load(run / "finetune").results
     plain = TrainArgs(ENGINE, "evaluate", recipe, run, "auto", overrides)
     again, _ = evaluate(prepared(replace(plain, ds_config=config)), CPU)
