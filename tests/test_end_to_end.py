@@ -25,11 +25,13 @@ from mrmae_ds.training.checkpoint.folder import list_checkpoints
 from mrmae_ds.weights.export import export_run
 from tests.support.jpegs import stored_jpegs
 from tests.support.loaders import open_loader
-from tests.support.processes import SRUN, deepspeed_train, finish, kill, rank_processes, run
+from tests.support.processes import SRUN, deepspeed_train, finish, rank_processes, run
+from tests.support.ranks import Ranks, start
 from tests.support.sample_data import write_sample_beton
 
 TRAIN, VAL = 320, 90
 BATCH = 32
+LIMIT_S = 240
 TINY = ("--ds_config", "ds_configs/tiny.json")
 MAE = (*TINY, "--recipe", "ds_configs/baselines/mae_tiny.yaml")
 pytestmark = [pytest.mark.timeout(900), pytest.mark.multi_process]
@@ -52,6 +54,10 @@ class Workspace:
     def teacher(self) -> str:
         return f"teachers.mae.source={self.run('mae') / 'pretrain'}"
 
+    def start(self, world_size: int, *arguments: str | Path, fault: str = "") -> Ranks:
+        """Start ranks that need not import everything again, as a launcher's ranks do."""
+        return start(world_size, arguments, self.folder / "logs", fault)
+
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
@@ -64,8 +70,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
 def mae(workspace: Workspace) -> Path:
     """The baseline: the teacher of the runs below."""
     settings = workspace.settings("stages.pretrain.epochs=3")
-    done = deepspeed_train(*MAE, "--run", workspace.run("mae"), *settings)
-    assert done.status == 0, done.stderr
+    ranks = workspace.start(2, *MAE, "--run", workspace.run("mae"), *settings)
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
     return workspace.run("mae") / "pretrain"
 
 
@@ -81,9 +87,9 @@ def mrmae(workspace: Workspace, mae: Path) -> Path:
 @pytest.fixture(scope="module")
 def finetuned(workspace: Workspace, mrmae: Path) -> Path:
     settings = workspace.settings(workspace.teacher(), "stages.finetune.epochs=15", "stages.finetune.mixup=0.1")
-    done = deepspeed_train(*TINY, "--stage", "finetune", "--run", workspace.run("tiny"), *settings)
-    assert done.status == 0, done.stderr
-    assert "missing 4 (fc_norm.weight, fc_norm.bias, head.weight, head.bias)" in done.stdout
+    ranks = workspace.start(2, *TINY, "--stage", "finetune", "--run", workspace.run("tiny"), *settings)
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    assert "missing 4 (fc_norm.weight, fc_norm.bias, head.weight, head.bias)" in ranks.text(0)
     return workspace.run("tiny") / "finetune"
 
 
@@ -204,8 +210,8 @@ def test_table_contains_the_measured_accuracies(finetuned: Path, workspace: Work
 def test_rerunning_a_finished_stage_changes_nothing(mrmae: Path, workspace: Workspace) -> None:
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
     before = (mrmae / "record.json").read_bytes()
-    done = run(["python", "train.py", *TINY, "--run", workspace.run("tiny"), *settings], 120)
-    assert done.status == 0 and "already finished" in done.stdout
+    rank = workspace.start(1, *TINY, "--run", workspace.run("tiny"), *settings)
+    assert rank.wait() == [0] and "already finished" in rank.text()
     assert (mrmae / "record.json").read_bytes() == before
 
 
@@ -215,8 +221,8 @@ def test_figures_interrupted_by_a_kill_are_drawn_again(mrmae: Path, workspace: W
     curves.unlink()
     torn.write_bytes(before[:100])
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
-    done = run(["python", "train.py", *TINY, "--run", workspace.run("tiny"), *settings], 120)
-    assert done.status == 0 and "already finished" in done.stdout
+    rank = workspace.start(1, *TINY, "--run", workspace.run("tiny"), *settings)
+    assert rank.wait() == [0] and "already finished" in rank.text()
     assert curves.read_bytes() == before and not torn.exists()
 
 
@@ -228,9 +234,9 @@ def test_one_process_and_two_have_equal_losses(mrmae: Path, workspace: Workspace
     plain = workspace.folder / "plain.json"
     plain.write_text(json.dumps(engine))
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
-    command = ["python", "train.py", "--ds_config", plain, "--recipe", "ds_configs/tiny.yaml"]
-    done = run([*command, "--run", workspace.run("one"), *settings], 240)
-    assert done.status == 0, done.stderr
+    command = ["--ds_config", plain, "--recipe", "ds_configs/tiny.yaml", "--run", workspace.run("one")]
+    rank = workspace.start(1, *command, *settings)
+    assert rank.wait(LIMIT_S) == [0], rank.text()
     ours, theirs = read_metrics(workspace.run("one") / "pretrain"), read_metrics(mrmae)
     for name in ("loss/pixels", "loss/mimic"):
         np.testing.assert_allclose([line[name] for line in ours], [line[name] for line in theirs], rtol=2e-3)
@@ -239,22 +245,24 @@ def test_one_process_and_two_have_equal_losses(mrmae: Path, workspace: Workspace
 
 
 def test_resumes_a_killed_run_with_equal_losses(mrmae: Path, workspace: Workspace) -> None:
-    """A run killed after its first checkpoint and resumed logs exactly the losses of an uninterrupted run."""
+    """A run killed after its first checkpoint and resumed logs exactly the losses of an uninterrupted run.
+
+    It hangs in its sixteenth step, so that it does not end before it is killed.
+    """
     folder = workspace.run("killed")
     settings = workspace.settings(workspace.teacher(), "stages.pretrain.epochs=3")
     arguments = (*TINY, "--run", folder, *settings)
-    processes = rank_processes(2, *arguments)
+    ranks = workspace.start(2, *arguments, fault="sleep:rank=1,step=15")
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + LIMIT_S
         while not list_checkpoints(folder / "pretrain"):
-            assert time.monotonic() < deadline and all(p.poll() is None for p in processes)
+            assert time.monotonic() < deadline and ranks.alive(), ranks.text()
             time.sleep(0.02)
     finally:
-        for process in processes:
-            kill(process)
-    results = finish(rank_processes(2, *arguments), 240)
-    assert [result.status for result in results] == [0, 0], results[0].stderr
-    assert "resuming after step" in results[0].stdout
+        ranks.kill()
+    ranks = workspace.start(2, *arguments)
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    assert "resuming after step 10" in ranks.text(0)
     ignored = {"images_per_s", "data_wait", "peak_memory_gib", "gather_gib", "tflops"}
 
     def numbers(run_dir: Path) -> list[dict[str, float]]:
@@ -291,12 +299,12 @@ def test_bfloat16_by_engine_config(name: str, section: dict[str, object], worksp
 
 
 @pytest.mark.parametrize("stage", ["pretrain", pytest.param("finetune", marks=pytest.mark.slow)])
-def test_dry_run_writes_nothing(stage: str, workspace: Workspace, mrmae: Path) -> None:
+def test_dry_run_writes_nothing(stage: str, workspace: Workspace, mrmae: Path, tmp_path: Path) -> None:
     settings = workspace.settings(workspace.teacher(), f"stages.finetune.init={mrmae}")
     before = sorted(workspace.folder.rglob("*"))
-    done = deepspeed_train(*TINY, "--stage", stage, "--dry-run", "--run", workspace.run("dry"), *settings)
-    assert done.status == 0, done.stderr
-    assert "dry run: tiny" in done.stdout and "images/s" in done.stdout and "GiB" in done.stdout
+    ranks = start(2, [*TINY, "--stage", stage, "--dry-run", "--run", workspace.run("dry"), *settings], tmp_path)
+    assert ranks.wait(LIMIT_S) == [0, 0], ranks.text()
+    assert "dry run: tiny" in ranks.text(0) and "images/s" in ranks.text(0) and "GiB" in ranks.text(0)
     assert sorted(workspace.folder.rglob("*")) == before
 
 
