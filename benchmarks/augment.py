@@ -22,7 +22,8 @@ from PIL import Image
 from result_file import write_result
 from timm.data.mixup import Mixup
 
-from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, PolicyDraws, SampleErasing
+from mrmae_ds.data.loaders.augment import Augment, AugmentSettings, PolicyDraws
+from mrmae_ds.data.loaders.erasing import SampleErasing
 from mrmae_ds.data.loaders.rand_augment import BatchAugment
 from mrmae_ds.imagenet import IMAGENET_MEAN
 

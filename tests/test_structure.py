@@ -171,6 +171,33 @@ def test_docstrings_start_with_a_verb_or_a_noun() -> None:
     assert wrong == []
 
 
+def test_names_that_benchmarks_import_exist() -> None:
+    """Neither mypy nor a test reads all of the benchmarks and examples."""
+    wrong = []
+    for path in _python_files():
+        if path.relative_to(REPOSITORY).parts[0] not in ("benchmarks", "examples"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith(("mrmae_ds.", "tests.")):
+                file = REPOSITORY / node.module.replace(".", "/")
+                modules = {module.stem for module in file.glob("*.py")}
+                source = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+                missing = {alias.name for alias in node.names} - modules - _bound_names(source)
+                wrong += [f"{path.relative_to(REPOSITORY)}: {node.module}.{name}" for name in sorted(missing)]
+    assert wrong == []
+
+
+def _bound_names(path: Path) -> set[str]:
+    """Return all names that a module binds, in functions too; none if there is no such file."""
+    if not path.is_file():
+        return set()
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    return names | {alias.asname or alias.name for node in imports for alias in node.names}
+
+
 @pytest.mark.parametrize("word", VOCABULARY)
 def test_the_vocabulary_is_the_fields(word: str) -> None:
     excluded = [f":!{path}*" for path in EXCEPTIONS]
