@@ -25,10 +25,11 @@ from mrmae_ds.weights.detectors import DetectorFile, detector_of
 from mrmae_ds.weights.export import input_statistics, timm_line
 from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.formats import verify_checksums
-from mrmae_ds.weights.identify import WeightIdentity, nearest_architecture
+from mrmae_ds.weights.identify import WeightIdentity
 from mrmae_ds.weights.names import describe_names
 from mrmae_ds.weights.paths import HUB, INDEX_SUFFIX, MODEL_FILE, find_weights, weights_sha256
 from mrmae_ds.weights.resolve import Weights, model_metadata, resolve, unusable_tensors
+from mrmae_ds.weights.shapes import nearest_architecture
 
 FORMATS = {"safetensors": "safetensors", "pickle": "torch pickle without code", "torchscript": "TorchScript archive"}
 # Training options to print, of those in a released file.

@@ -16,7 +16,6 @@ from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.sizes import height_width
 from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.weights.finished_run import with_present_keys
-from mrmae_ds.weights.identify import nearest_architecture
 from mrmae_ds.weights.load import load_encoder_weights
 from mrmae_ds.weights.model_file import (
     is_ours,
@@ -29,6 +28,7 @@ from mrmae_ds.weights.model_file import (
 )
 from mrmae_ds.weights.paths import MODEL_FILE, find_weights
 from mrmae_ds.weights.resolve import RELATIVE, model_metadata, resolve
+from mrmae_ds.weights.shapes import nearest_architecture
 
 WeightLayout = Literal["timm", "safetensors"]
 PortableLayout = Literal["onnx", "pt2"]

@@ -20,14 +20,7 @@ from mrmae_ds.models.objectives import PIXELS, Objective
 from mrmae_ds.models.pos_embed import resize_pos_embed
 from mrmae_ds.models.pretrain import AVERAGES, FusionSpec, PretrainModel
 from mrmae_ds.units import counted, first_few
-from mrmae_ds.weights.identify import (
-    PIXEL_HEAD,
-    SHARED_TABLE,
-    TABLE,
-    WeightIdentity,
-    decoder_sizes,
-    size_differences,
-)
+from mrmae_ds.weights.identify import PIXEL_HEAD, WeightIdentity
 from mrmae_ds.weights.model_file import (
     build_classifier,
     read_metadata,
@@ -36,6 +29,7 @@ from mrmae_ds.weights.model_file import (
     spec_from_metadata,
 )
 from mrmae_ds.weights.resolve import Weights, resolve
+from mrmae_ds.weights.shapes import SHARED_TABLE, TABLE, decoder_sizes, size_differences
 
 
 @dataclass

@@ -14,9 +14,10 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.models.sizes import FAMILIES, BeitSpec, EncoderSpec, family_of, make_spec
 from mrmae_ds.units import counted, first_few
 from mrmae_ds.weights.formats import TensorFile, read_tensor_file
-from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify, size_differences, spec_sizes
+from mrmae_ds.weights.identify import FAMILY_TITLES, WeightIdentity, identify
 from mrmae_ds.weights.names import canonical, describe_names
 from mrmae_ds.weights.origin import find_origin
+from mrmae_ds.weights.shapes import size_differences, spec_sizes
 
 RELATIVE = (
     "contains the encoder of a detector, whose windows and relative positions (rel_pos) other encoders lack, so that "

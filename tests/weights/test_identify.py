@@ -20,8 +20,9 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec
 from mrmae_ds.models.sizes import ARCHITECTURES, EncoderSpec, ViTSpec, encoder_spec
-from mrmae_ds.weights.identify import identify, nearest_architecture
+from mrmae_ds.weights.identify import identify
 from mrmae_ds.weights.names import canonical
+from mrmae_ds.weights.shapes import nearest_architecture
 from tests.support.reference import MCMAE, pixel_model
 from tests.support.released import (
     file_of,
