@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.detector_worker import CASES, train_alone
-from tests.support.processes import finish, rank_processes
+from tests.support.detector_worker import CASES, measure, train_alone
+from tests.support.ranks import run_in_group
 
 pytestmark = [pytest.mark.timeout(300), pytest.mark.multi_process, pytest.mark.slow]
 
@@ -17,8 +17,7 @@ pytestmark = [pytest.mark.timeout(300), pytest.mark.multi_process, pytest.mark.s
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Losses and weights of two ranks."""
     folder = tmp_path_factory.mktemp("zero")
-    ended = finish(rank_processes(2, folder, program=("-m", "tests.support.detector_worker")), 200)
-    assert [process.status for process in ended] == [0, 0], ended[0].stderr[-4000:] + ended[1].stderr[-4000:]
+    run_in_group(measure, 2, folder, limit_s=200)
     return folder
 
 

@@ -1,11 +1,7 @@
-"""Training of a small detector under ZeRO on two ranks, some of which have no objects.
-
-``python -m tests.support.detector_worker FOLDER`` runs one rank; rank 0 writes FOLDER/CASE-ZERO.pt.
-"""
+"""Training of a small detector under ZeRO on two ranks, some of which have no objects."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,6 @@ from torch import Tensor
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.detection.detector import Detector
-from mrmae_ds.distributed.launch import prepare_environment
-from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
 from mrmae_ds.training.engine.build import build_engine, gather_state
 from mrmae_ds.training.param_groups import adamw
 from tests.support.detectors import random_batch, small_detector
@@ -66,18 +60,10 @@ def train(model: Detector, case: str, zero: int, folder: Path, rank: int) -> tup
     return losses, state
 
 
-def main(folder: Path) -> None:
-    """Run one rank."""
-    launch = prepare_environment()
-    torch.set_num_threads(1)
-    start_process_group(choose_device(launch))
+def measure(rank: int, world_size: int, folder: Path) -> None:
+    """Run one rank; rank 0 writes FOLDER/CASE-ZERO.pt."""
     for case in CASES:
         for zero in (2, 3):
-            found = train(small_detector(), case, zero, folder, launch.rank)
-            if launch.rank == 0:
+            found = train(small_detector(), case, zero, folder, rank)
+            if rank == 0:
                 torch.save(found, folder / f"{case}-{zero}.pt")
-    end_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -165,10 +165,14 @@ def run_in_group(work: Callable[..., None], world_size: int, *arguments: Any, li
 def _member(work: Callable[..., None], rank: int, world_size: int, port: int, *arguments: Any) -> None:
     values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in values.items()}, MASTER_ADDR="127.0.0.1")
+    os.chdir(REPOSITORY)
     import torch
 
+    from mrmae_ds.distributed.launch import prepare_environment
     from mrmae_ds.distributed.process_group import end_process_group, start_process_group
 
+    prepare_environment()
+    torch.set_num_threads(1)
     start_process_group(torch.device("cpu"))
     work(rank, world_size, *arguments)
     end_process_group()

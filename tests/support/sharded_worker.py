@@ -1,14 +1,9 @@
-"""Worker of the sharded teachers' tests: one rank's view of the placement.
-
-``python -m tests.support.sharded_worker FOLDER`` writes FOLDER/rankN.json; with ``nvme`` after it, of one teacher
-whose shares are files.
-"""
+"""Worker of the sharded teachers' tests: one rank's view of the placement."""
 
 from __future__ import annotations
 
 import gc
 import json
-import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +17,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import MaskingConfig, PlacementConfig, PretrainConfig
-from mrmae_ds.distributed.process_group import end_process_group, start_process_group
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
@@ -129,12 +123,10 @@ def training(placement: Any, folder: Path) -> list[float]:
     return losses
 
 
-def main(folder: Path, nvme: bool) -> None:
-    """Run all cases in one process group."""
-    torch.set_num_threads(1)
+def measure(rank: int, world_size: int, folder: Path, nvme: bool) -> None:
+    """Run all cases on one rank and write FOLDER/rankN.json; if ``nvme``, of one teacher whose shares are files."""
     linear = torch.nn.functional.linear
-    start_process_group(CPU)
-    own = folder / f"rank{dist.get_rank()}"
+    own = folder / f"rank{rank}"
     own.mkdir()
     result: dict[str, Any]
     if nvme:
@@ -147,9 +139,4 @@ def main(folder: Path, nvme: bool) -> None:
         losses = {name: training(placement, own) for name, placement in PLACEMENTS.items()}
         patched = torch.nn.functional.linear is not linear
         result = {"targets": facts, "losses": losses, "patched": patched}
-    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(result))
-    end_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), "nvme" in sys.argv[2:])
+    (folder / f"rank{rank}.json").write_text(json.dumps(result))

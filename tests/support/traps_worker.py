@@ -1,12 +1,8 @@
-"""Measurements of traps of ZeRO-3 on two ranks: stale gradients, ranks that skip modules, evaluation of uneven shares.
-
-``python -m tests.support.traps_worker FOLDER`` runs one rank and writes FOLDER/rankN.json.
-"""
+"""Measurements of traps of ZeRO-3 on two ranks: stale gradients, ranks that skip modules, evaluation of shares."""
 
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +13,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from mrmae_ds.config.engine import load_engine_config
-from mrmae_ds.distributed.launch import Launch, prepare_environment
-from mrmae_ds.distributed.process_group import choose_device, end_process_group, start_process_group
+from mrmae_ds.distributed.launch import Launch
 from mrmae_ds.training.engine.build import build_engine
 from mrmae_ds.training.evaluation.base import EvalContext
 from mrmae_ds.training.param_groups import adamw
@@ -155,12 +150,9 @@ def _engine(job: Any) -> Any:
     return build_task_engine(job.task, job.engine_config, job.schedule.accumulation, CPU)
 
 
-def main(folder: Path) -> None:
-    """Run one rank."""
-    launch = prepare_environment()
-    torch.set_num_threads(1)
-    start_process_group(choose_device(launch))
-    rank = launch.rank
+def measure(rank: int, world_size: int, folder: Path) -> None:
+    """Run one rank and write FOLDER/rankN.json."""
+    launch = Launch(rank, rank, world_size, world_size)
     found = {
         "unwatched": {zero: stale_gradients(zero, False, folder, rank) for zero in (1, 2, 3)},
         "watched": {zero: stale_gradients(zero, True, folder, rank) for zero in (1, 3)},
@@ -174,8 +166,3 @@ def main(folder: Path) -> None:
         },
     }
     (folder / f"rank{rank}.json").write_text(json.dumps(found))
-    end_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

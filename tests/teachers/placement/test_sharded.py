@@ -12,8 +12,8 @@ from mrmae_ds.config.stages import PlacementConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.placement import sharded
 from tests.support.placed import TEACHERS
-from tests.support.processes import finish, rank_processes
-from tests.support.sharded_worker import PLACEMENTS
+from tests.support.ranks import run_in_group
+from tests.support.sharded_worker import PLACEMENTS, measure
 
 pytestmark = pytest.mark.multi_process
 
@@ -24,9 +24,7 @@ OFFLOADED = ["clip, offload", "resnet, offload"]
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Return the result of each rank."""
     folder = tmp_path_factory.mktemp("sharded")
-    program = ("-m", "tests.support.sharded_worker")
-    ended = finish(rank_processes(request.param, folder, program=program), limit_s=280)
-    assert [process.status for process in ended] == [0] * request.param, ended[0].stderr[-3000:]
+    run_in_group(measure, request.param, folder, False, limit_s=280)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(request.param)]
 
 
@@ -73,9 +71,7 @@ def test_shards_on_nvme_are_read_back_unchanged_and_removed(tmp_path: Path) -> N
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio is not installed")
-    program = ("-m", "tests.support.sharded_worker")
-    ended = finish(rank_processes(2, tmp_path, "nvme", program=program), limit_s=1200)
-    assert [process.status for process in ended] == [0, 0], ended[0].stderr[-3000:]
+    run_in_group(measure, 2, tmp_path, True, limit_s=1200)
     for seen in (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)):
         assert seen["equal"] == [True] * 4
         assert seen["files"] > 0.5 * seen["all"] / 2  # what is smaller than a megabyte stays in memory

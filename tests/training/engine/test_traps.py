@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mrmae_ds.training.evaluation.base import EvalContext
-from tests.support.processes import finish, rank_processes
-from tests.support.traps_worker import RATE
+from tests.support.ranks import run_in_group
+from tests.support.traps_worker import RATE, measure
 from tests.training.parity.cases import Case
 from tests.training.parity.job import prepare, write_workspace
 from tests.training.parity.plain import ALONE
@@ -34,8 +34,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ranks(folder: Path) -> list[dict[str, Any]]:
     """Results of each of two ranks."""
-    ended = finish(rank_processes(2, folder, program=("-m", "tests.support.traps_worker")), 400)
-    assert [process.status for process in ended] == [0, 0], ended[0].stderr[-4000:] + ended[1].stderr[-4000:]
+    run_in_group(measure, 2, folder, limit_s=400)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(2)]
 
 
