@@ -187,16 +187,20 @@ def test_label_without_a_class_is_an_error_at_any_limit(tmp_path: Path) -> None:
 
 
 def test_killed_worker_is_an_error_naming_the_image(tmp_path: Path) -> None:
+    before = set(multiprocessing.active_children())
+
     def killed() -> Image.Image:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError
 
     with pytest.raises(UserError, match=r"image-50: the process that read it ended with exit status -9.*--workers"):
         write_beton(FunctionDataset([_small] * 50 + [killed] + [_small] * 50), tmp_path / "x.beton", OPTIONS, **ABOUT)
-    assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
+    assert list(tmp_path.iterdir()) == [] and set(multiprocessing.active_children()) <= before
 
 
 def test_stuck_worker_is_an_error_naming_the_image(tmp_path: Path) -> None:
+    before = set(multiprocessing.active_children())
+
     def stuck() -> Image.Image:
         time.sleep(100)
         raise AssertionError
@@ -204,7 +208,7 @@ def test_stuck_worker_is_an_error_naming_the_image(tmp_path: Path) -> None:
     options = replace(OPTIONS, timeout_s=3)  # within which a loaded machine reads the other images
     with pytest.raises(UserError, match=r"image-20: not read within 3 s \(--timeout\)"):
         write_beton(FunctionDataset([_small] * 20 + [stuck] + [_small] * 5), tmp_path / "x.beton", options, **ABOUT)
-    assert list(tmp_path.iterdir()) == [] and multiprocessing.active_children() == []
+    assert list(tmp_path.iterdir()) == [] and set(multiprocessing.active_children()) <= before
 
 
 def test_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,10 +179,11 @@ def test_pillow_backend_imports_no_ffcv(betons: tuple[Path, Path], monkeypatch: 
 
 def test_workers_are_not_forked_from_the_training_process(betons: tuple[Path, Path]) -> None:
     """Its threads, of gloo, NCCL and CUDA, hold locks that a fork would never release; the fork server has none."""
+    before = set(multiprocessing.active_children())  # of loaders that an earlier test left
     loader = _loader(betons[0], True, num_workers=2)
     batches = loader.epoch(0)
     next(batches)
-    workers = multiprocessing.active_children()
+    workers = set(multiprocessing.active_children()) - before
     assert len(workers) == 2
     parents = {int(Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[1]) for worker in workers}
     assert len(parents) == 1 and os.getpid() not in parents
