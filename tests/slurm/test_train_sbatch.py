@@ -232,6 +232,7 @@ def test_second_job_in_a_folder_is_refused(cluster: Cluster, submit: Submit, tmp
     assert f"run/pretrain: job {first} is training here" in cluster.output(second)
     assert "STARTED" not in cluster.output(second)
     cluster.query("scancel", first)
+    cluster.wait_for_job(first, ["CANCELLED"], LIMIT_S)
     third = submit("echo STARTED", "--nodes=1", arguments=arguments, REAL_RESTARTS="1")
     cluster.wait_for_job(third, ["COMPLETED"], LIMIT_S)
 
