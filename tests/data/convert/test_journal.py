@@ -82,6 +82,7 @@ def _killed(work: Callable[[], None], call: int) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.timeout(400, method="thread")  # some 35 conversions, which are killed and continued
 def test_killed_before_every_change_of_the_disk(source: Path, tmp_path: Path) -> None:
     _convert(source, tmp_path / "unbroken")
     expected = _content(tmp_path / "unbroken")
