@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
-from mrmae_ds.models.beit import MaskedBeit
 from mrmae_ds.models.decoder import DECODERS, DecoderSpec
 from mrmae_ds.models.encoders import Encoder
 from mrmae_ds.models.hog import hog_tokens, hog_width
+from mrmae_ds.models.initialization import init_pretraining
 from mrmae_ds.models.layers import PatchConv
 from mrmae_ds.models.masking import TokenMask, VisibleFeatures, VisibleSet
 from mrmae_ds.models.moving_average import MovingAverage
@@ -212,7 +212,7 @@ class PretrainModel(nn.Module):
                 for name, spec in objectives.items()
             }
         )
-        self.reset_parameters()
+        init_pretraining(self, encoder, self.decoder)
 
     @classmethod
     def of_tensors(
@@ -244,27 +244,6 @@ class PretrainModel(nn.Module):
         model = cls(encoder, fusion, decoder, objectives, teacher_dims)
         model.load_state_dict(tensors)
         return model
-
-    def reset_parameters(self) -> None:
-        """Initialize as MAE does: Xavier uniform for linear layers and the token projection, N(0, 0.02) for tokens.
-
-        Other convolutions keep torch's default (MCMAE's public code). A BEiT is initialized as its authors do.
-        """
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        weight = self.encoder.token_projection.weight.data
-        nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-        if self.encoder.cls_token is not None:
-            nn.init.normal_(self.encoder.cls_token, std=0.02)
-        if isinstance(self.encoder, MaskedBeit):
-            self.encoder.init_weights()
-            nn.init.trunc_normal_(weight, std=0.02)
-        for owner in (self.encoder, self.decoder):
-            if (mask_token := getattr(owner, "mask_token", None)) is not None:
-                nn.init.normal_(mask_token, std=0.02)
 
     def reset_averages(self) -> None:
         """Set the moving averages to the encoder's weights."""

@@ -99,8 +99,6 @@ class MaskedViT(PlainEncoder, VisionTransformer):
         UserError: if the patch does not tile ``img_size``, or for an unknown pooling.
     """
 
-    undecayed = ("pos_embed",)  # in pre-training, where MAE's code decays the class token
-
     def __init__(
         self,
         spec: ViTSpec,
@@ -158,6 +156,10 @@ class MaskedViT(PlainEncoder, VisionTransformer):
         ``norm`` is in the last layer, as in MAE's fine-tuning and unlike in timm's ViT.
         """
         return {"stem": "^(?:cls_token|pos_embed|patch_embed)", "blocks": r"^blocks\.(\d+)\."}
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of matrices without weight decay in fine-tuning: none with MaskFeat's learned positions."""
+        return set() if self.spec.positions == "learned" else super().no_weight_decay()
 
     def set_input_size(self, img_size: ImageSize, patch_size: None = None) -> None:
         """Change the input size; the position embedding is resized into a new parameter.

@@ -1,9 +1,10 @@
-"""Initialization of every parameter by the rules of MAE's and MCMAE's public code; no library default remains."""
+"""Initialization of every parameter by the rules of the methods' public code; no library default remains."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,11 +14,12 @@ from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder, init_classifier
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
-from mrmae_ds.models.sizes import CViTSpec, EncoderSpec, ViTSpec
+from mrmae_ds.models.sizes import BeitSpec, CViTSpec, EncoderSpec, ViTSpec
 from tests.support.reference import pixel_objective
 
 CVIT = CViTSpec((16, 24, 32), (2, 1, 3), 4)
 VIT = ViTSpec(160, 2, 4)
+BEIT = BeitSpec(160, 2, 4)
 MIMIC = Objective(target="clip", tap="encoder", tokens="visible", normalize="layer_norm", weight=0.5)
 BOTH = pytest.mark.parametrize("spec", [CVIT, VIT], ids=["cvit", "vit"])
 Check = Callable[[Tensor], None]
@@ -47,6 +49,19 @@ def normal(std: float) -> Check:
     return check
 
 
+def cut_normal(std: float, scale: float = 1.0) -> Check:
+    """Normal with zero mean, cut at one deviation, times scale: the ends, the spread within five standard errors."""
+
+    def check(x: Tensor) -> None:
+        x = x.double() / (std * scale)
+        assert x.abs().max() <= 1 + 1e-6
+        assert x.abs().max() >= 1 - 12 / x.numel()
+        density = math.exp(-0.5) / math.sqrt(2 * math.pi) / math.erf(math.sqrt(0.5))
+        assert abs(x.square().mean() - (1 - 2 * density)) < 5 * math.sqrt(0.08 / x.numel())
+
+    return check
+
+
 def constant(value: float) -> Check:
     def check(x: Tensor) -> None:
         assert (x == value).all()
@@ -72,7 +87,9 @@ def rules(model: nn.Module, linear: Callable[[Tensor], Check], special: dict[str
         if isinstance(module, nn.LayerNorm):
             found |= {f"{path}weight": constant(1), f"{path}bias": constant(0)}
         elif isinstance(module, nn.Linear):
-            found |= {f"{path}weight": linear(module.weight), f"{path}bias": constant(0)}
+            found[f"{path}weight"] = linear(module.weight)
+            if module.bias is not None:
+                found[f"{path}bias"] = constant(0)
         elif isinstance(module, nn.Conv2d):
             default = frameworks_default(module.weight)
             found |= {f"{path}weight": default, f"{path}bias": default}
@@ -110,6 +127,34 @@ def test_pretraining_model_follows_the_initialization_rules(spec: EncoderSpec) -
     if spec is VIT:
         special["encoder.cls_token"] = normal(0.02)
     assert_follows(model, rules(model, xavier, special))
+
+
+def test_masked_feature_prediction_follows_its_authors_initialization() -> None:
+    """A ViT with learned positions is MaskFeat's (SlowFast's ``MViT._init_weights``, ``MaskMViT``)."""
+    torch.manual_seed(0)
+    encoder = build_encoder(replace(VIT, positions="learned"), 32, mask_token=True)
+    hog = Objective(target="hog", tap="encoder", tokens="masked", normalize="none", weight=1.0)
+    model = PretrainModel(encoder, FusionSpec(), DecoderSpec(), {"hog": hog}, {})
+    special = {f"encoder.{name}": normal(0.02) for name in ("pos_embed", "cls_token", "mask_token")}
+    assert_follows(model, rules(model, lambda weight: normal(0.02), special))
+
+
+def test_beit_follows_its_authors_initialization() -> None:
+    """As ``VisionTransformerForMaskedImageModeling`` and ``VisionTransformerForCyclicalTraining``."""
+    torch.manual_seed(0)
+    encoder = build_encoder(BEIT, 32, mask_token=True)
+    objective = Objective(target="clip", tap="encoder", tokens="masked", normalize="none", weight=1.0)
+    model = PretrainModel(encoder, FusionSpec(), DecoderSpec(), {"mimic": objective}, {"clip": 40})
+    special = {f"encoder.{name}": cut_normal(0.02) for name in ("cls_token", "mask_token")}
+    special |= {"encoder.patch_embed.proj.weight": cut_normal(0.02), "encoder.patch_embed.proj.bias": constant(0)}
+    special["encoder.rel_pos_bias.relative_position_bias_table"] = constant(0)
+    for i in range(BEIT.depth):
+        block = f"encoder.blocks.{i}"
+        for name in ("attn.proj", "mlp.fc2"):
+            special[f"{block}.{name}.weight"] = cut_normal(0.02, scale=(2 * (i + 1)) ** -0.5)
+        special |= {f"{block}.attn.{name}_bias": constant(0) for name in "qv"}
+        special |= {f"{block}.gamma_{j}": constant(BEIT.layer_scale) for j in (1, 2)}
+    assert_follows(model, rules(model, lambda weight: cut_normal(0.02), special))
 
 
 @BOTH

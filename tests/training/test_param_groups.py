@@ -155,3 +155,14 @@ def test_without_layer_decay_there_are_two_groups(build: Callable[[nn.Module], l
     groups = build(model)
     assert sorted(group["weight_decay"] for group in groups) == [0.0, 0.05]
     assert [group["lr_scale"] for group in groups] == [1.0, 1.0]
+
+
+def test_learned_positions_and_the_class_token_are_decayed_in_both_stages() -> None:
+    """As MaskFeat's configurations have it (``MVIT.ZERO_DECAY_POS_CLS: False``)."""
+    spec = ViTSpec(16, 2, 2, patch=8, positions="learned")
+    model = _pretrain_model(spec, 32, FusionSpec())
+    settings = _settings(model, pretrain_groups(model, 0.05))
+    assert settings["encoder.pos_embed"] == settings["encoder.cls_token"] == (1.0, 0.05)
+    classifier = build_encoder(spec, 32, num_classes=5)
+    settings = _settings(classifier, finetune_groups(classifier, 0.05, 0.5))
+    assert settings["pos_embed"] == settings["cls_token"] == (0.125, 0.05)

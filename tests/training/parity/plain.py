@@ -83,12 +83,12 @@ def run_plain(case: Case, folder: Path) -> Trace:
 def plain_groups(parameters: dict[str, nn.Parameter], stage: Stage) -> list[dict[str, Any]]:
     """Return a group per parameter: weight decay for matrices and tokens, layer decay in fine-tuning.
 
-    Not decayed are a position embedding that is trained, and the class token beside BEiT's relative positions.
+    Not decayed are a position embedding in fine-tuning, and the class token beside BEiT's relative positions.
     """
     if stage == "detect":
         return [_detector_group(name, parameter) for name, parameter in parameters.items()]
     groups = []
-    undecayed = {"pos_embed", "encoder.pos_embed"}
+    undecayed = {"pos_embed"}
     undecayed |= {"encoder.cls_token"} if any("rel_pos_bias" in name for name in parameters) else set()
     for name, parameter in parameters.items():
         decayed = parameter.ndim > 1 and name not in undecayed
