@@ -102,22 +102,29 @@ def test_a_failing_optional_callback_is_left_out_with_one_warning(
 
 @pytest.mark.parametrize("hung", ["on_train_start", "on_log", "on_train_end", "close"])
 def test_a_tracker_that_never_answers_is_left_out(hung: str, caplog: pytest.LogCaptureFixture) -> None:
-    answer = threading.Event()
+    asked, answer = threading.Event(), threading.Event()
 
     class Hung(_Broken):
         def count(self, name: str) -> None:
             self.calls += 1
             if name == hung:
+                asked.set()
                 answer.wait()
 
     callback = Hung(hung)
-    guarded, context = NonfatalCallback("wandb", callback, limit_s=0.1), make_context()
-    guarded.on_train_start(context)
-    guarded.on_log(context, {})
-    guarded.on_train_end(context)
-    guarded.close()
+    guarded, context = NonfatalCallback("wandb", callback), make_context()
+    calls = {
+        "on_train_start": lambda: guarded.on_train_start(context),
+        "on_log": lambda: guarded.on_log(context, {}),
+        "on_train_end": lambda: guarded.on_train_end(context),
+        "close": guarded.close,
+    }
+    for name, call in calls.items():
+        guarded.limit_s = 0.1 if name == hung else 60.0  # a loaded machine answers late
+        call()
+    assert asked.wait(60)
     answer.set()
-    assert callback.calls == 1 + ["on_train_start", "on_log", "on_train_end", "close"].index(hung)
+    assert callback.calls == 1 + [*calls].index(hung)
     message = "wandb: TimeoutError: no answer within 0.1 s; it is off from here, training continues"
     assert [record.message for record in caplog.records] == [message]
 
