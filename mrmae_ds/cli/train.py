@@ -47,8 +47,8 @@ def add_arguments(parser: CommandParser) -> None:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; LOCAL_RANK has it too
     parser.add_overrides()
     parser.epilog = (
-        "Several ranks: deepspeed --num_gpus N train.py ..., or torchrun --nproc_per_node N train.py ..., which also "
-        "keeps a CUDA_VISIBLE_DEVICES of UUIDs that DeepSpeed's launcher cannot read."
+        "Several ranks: deepspeed --num_gpus N train.py ..., or torchrun --nproc_per_node N -- train.py ..., which "
+        "also keeps a CUDA_VISIBLE_DEVICES of UUIDs that DeepSpeed's launcher cannot read."
     )
 
 

@@ -4,6 +4,7 @@ import argparse
 import errno
 import json
 import pickle
+import re
 import shlex
 import sys
 from itertools import chain
@@ -176,14 +177,20 @@ def test_ends_quietly_without_a_reader(unbuffered: str) -> None:
     assert (finished.stdout, finished.stderr) == ("141\n", "")
 
 
-def test_torchrun_leaves_every_option_to_train_py() -> None:
-    """Without the ``--`` of the README, torchrun refuses --run as an abbreviation of an option of its own."""
+def test_torchrun_leaves_every_option_to_train_py(capsys: pytest.CaptureFixture[str]) -> None:
+    """Wherever a command is shown: without ``--``, torchrun takes --run for an abbreviation of options of its own."""
     from torch.distributed.run import get_args_parser
 
-    line = next(line for line in (REPOSITORY / "README.md").read_text().splitlines() if line.startswith("torchrun "))
-    _, *words = shlex.split(line, comments=True)
-    parsed = get_args_parser().parse_args([*words, "--run", "folder"])
-    assert parsed.training_script == "train.py" and parsed.training_script_args[-2:] == ["--run", "folder"]
+    with pytest.raises(SystemExit):
+        build_parser().parse_args(["train", "--help"])
+    pages = (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").rglob("*.md")))
+    texts = [" ".join(capsys.readouterr().out.split()), *(page.read_text() for page in pages)]
+    commands = [found for text in texts for found in re.findall(r"torchrun ([-.][^`]*?(?:train\.py|mrmae_ds))", text)]
+    assert len(commands) == 7
+    for command in commands:
+        words = [word for word in shlex.split(command) if word != "..."]
+        parsed = get_args_parser().parse_args([*words, "--run", "folder"])
+        assert parsed.training_script == words[-1] and parsed.training_script_args == ["--run", "folder"], command
 
 
 @pytest.mark.parametrize(
