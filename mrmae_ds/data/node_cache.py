@@ -5,6 +5,8 @@ others wait for the lock and find the copy. The system releases the lock when it
 next in line takes over. A copy of 60 GB may take minutes, in which a collective of the process group would time out.
 
     FOLDER/SHA16.lock  FOLDER/SHA16.failed  FOLDER/SHA16/NAME.beton  NAME.beton.json  copied.json
+
+NAME is that of the first file of this content to be copied; files of other names share the copy.
 """
 
 from __future__ import annotations
@@ -36,43 +38,54 @@ _RECORD = "copied.json"
 
 @dataclass(frozen=True)
 class _Copy:
-    """Paths of one file's copy. Files of the same content share it."""
+    """Paths of one file's copy. Files of the same content share it, whatever their names."""
 
     info: BetonInfo
     folder: Path
 
     @property
+    def place(self) -> Path:
+        """Folder of the copy, its sidecar and its record."""
+        return self.folder / self.info.sha256[:16]
+
+    @property
     def target(self) -> Path:
-        return self.folder / self.info.sha256[:16] / self.info.path.name
+        """Path of the copy to be made, if there is none of another name."""
+        return self.place / self.info.path.name
 
     @property
     def record(self) -> Path:
         """Description of the copy, written last."""
-        return self.target.with_name(_RECORD)
+        return self.place / _RECORD
 
     @property
     def lock(self) -> Path:
         """Lock that is held while copying; never removed."""
-        return self.target.parent.with_suffix(".lock")
+        return self.place.with_suffix(".lock")
 
     @property
     def failure(self) -> Path:
         """Reason and time of the last failed attempt."""
-        return self.target.parent.with_suffix(".failed")
+        return self.place.with_suffix(".failed")
 
-    def is_complete(self) -> bool:
-        """Return True if the copy exists and is unchanged since it was made."""
+    def find(self) -> Path | None:
+        """Return the copy, of any name, if it exists and is unchanged since it was made."""
         try:
-            return json.loads(self.record.read_text(encoding="utf-8")) == self.describe() and (
-                sidecar_path(self.target).is_file()
+            record = json.loads(self.record.read_text(encoding="utf-8"))
+            return next(
+                (path for path in self.place.iterdir() if self.describe(path) == record and _has_sidecar(path)), None
             )
         except (OSError, ValueError):
-            return False
+            return None
 
-    def describe(self) -> dict[str, Any]:
-        """Return the record's content; raises OSError if there is no copy."""
-        status = self.target.stat()
+    def describe(self, path: Path) -> dict[str, Any]:
+        """Return the record's content for the copy at ``path``."""
+        status = path.stat()
         return {"sha256": self.info.sha256, "size": status.st_size, "mtime": status.st_mtime_ns, "file": status.st_ino}
+
+
+def _has_sidecar(path: Path) -> bool:
+    return sidecar_path(path).is_file()
 
 
 def cache_beton(path: str | Path, folder: str | Path, *, timeout_s: float = 3600) -> Path:
@@ -94,18 +107,18 @@ def cache_beton(path: str | Path, folder: str | Path, *, timeout_s: float = 3600
             its sidecar; or if another process copies for longer than ``timeout_s``.
     """
     copy, started = _Copy(check_beton(path), _make_writable(folder)), time.time()
-    if copy.is_complete():
-        return copy.target
+    if (found := copy.find()) is not None:
+        return found
     try:
         with _hold(FileLock(copy.lock), timeout_s):
-            if not copy.is_complete():
+            if (found := copy.find()) is None:
                 with failing_once(copy.failure, started):
                     _make(copy)
     except Timeout:
         raise UserError(f"{copy.lock}: another process has been copying for more than {timeout_s:g} s") from None
     except OSError as error:
         raise UserError(_explain(copy, error)) from error
-    return copy.target
+    return found or copy.target
 
 
 def _hold(lock: FileLock, timeout_s: float) -> AcquireReturnProxy:
@@ -126,8 +139,11 @@ def cache_all(paths: Iterable[str | Path], folder: str | Path | None) -> None:
 
 
 def cached_path(path: str | Path, folder: str | Path | None) -> Path:
-    """Return the path at which ``cache_beton`` puts a .beton file; without a folder, ``path`` itself."""
-    return Path(path) if folder is None else _Copy(check_beton(path), _expand(folder)).target
+    """Return the path of a .beton file's copy, as ``cache_beton`` does; without a folder, ``path`` itself."""
+    if folder is None:
+        return Path(path)
+    copy = _Copy(check_beton(path), _expand(folder))
+    return copy.find() or copy.target
 
 
 def _expand(folder: str | Path) -> Path:
@@ -157,7 +173,7 @@ def _make(copy: _Copy) -> None:
         logger.info("%s: copying %s to %s", copy.info.path, _size(copy.info.size), copy.target)
         _copy_checked(copy)
     except BaseException as error:
-        shutil.rmtree(copy.target.parent, ignore_errors=True)
+        shutil.rmtree(copy.place, ignore_errors=True)
         if isinstance(error, OSError):
             raise UserError(_explain(copy, error)) from error
         raise
@@ -165,7 +181,7 @@ def _make(copy: _Copy) -> None:
 
 def _remove_leftovers(copy: _Copy) -> None:
     """Remove incomplete copies, of this file or others, whose process has ended."""
-    shutil.rmtree(copy.target.parent, ignore_errors=True)
+    shutil.rmtree(copy.place, ignore_errors=True)
     for lock in copy.folder.glob("*.lock"):
         incomplete = lock.with_suffix("")
         if lock == copy.lock or not incomplete.is_dir() or (incomplete / _RECORD).exists():
@@ -198,7 +214,7 @@ def _copy_checked(copy: _Copy) -> None:
         if digest.hexdigest() != copy.info.sha256:
             raise UserError(f"{source}: its SHA-256 differs from its sidecar's, so it changed: copy or write it again")
     shutil.copyfile(sidecar_path(source), sidecar_path(copy.target))
-    write_text(copy.record, json.dumps(copy.describe()))
+    write_text(copy.record, json.dumps(copy.describe(copy.target)))
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

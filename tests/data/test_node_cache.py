@@ -18,7 +18,7 @@ import pytest
 
 from mrmae_ds.data import node_cache
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar, sidecar_path
-from mrmae_ds.data.node_cache import cache_beton, cached_path
+from mrmae_ds.data.node_cache import cache_all, cache_beton, cached_path
 from mrmae_ds.errors import UserError
 from tests.support.jpegs import stored_jpegs
 from tests.support.processes import REPOSITORY
@@ -105,6 +105,14 @@ def _next_line(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
+def _rename(beton: Path, name: str) -> Path:
+    """Give a file and its sidecar another name beside it, as links."""
+    path = beton.with_name(name)
+    path.symlink_to(beton)
+    sidecar_path(path).symlink_to(sidecar_path(beton))
+    return path
+
+
 def _partial_files(folder: Path) -> list[Path]:
     return list(folder.rglob("*.tmp"))
 
@@ -171,6 +179,32 @@ def test_different_files_of_one_name_have_different_copies(beton: Path, tmp_path
     paths = {cache_beton(source, tmp_path / "disk") for source in (beton, other)}
     assert len(paths) == 2 and {path.name for path in paths} == {"train.beton"}
     assert {path.read_bytes() for path in paths} == {beton.read_bytes(), other.read_bytes()}
+
+
+def test_files_of_one_content_share_a_copy_under_any_name(beton: Path, tmp_path: Path) -> None:
+    val = _rename(beton, "val.beton")
+    cache_all([beton, val], tmp_path / "disk")
+    path, other = (cached_path(source, tmp_path / "disk") for source in (beton, val))
+    assert path == other and path.read_bytes() == beton.read_bytes()
+    made = path.stat().st_ino
+    for source in (val, beton, _rename(beton, "renamed.beton")):
+        assert cache_beton(source, tmp_path / "disk") == path
+    assert path.stat().st_ino == made and len(list((tmp_path / "disk").glob("*/*.beton"))) == 1
+    sidecar_path(path).unlink()
+    assert cache_beton(val, tmp_path / "disk") == cached_path(beton, tmp_path / "disk")
+    assert len(list((tmp_path / "disk").glob("*/*.beton"))) == 1
+
+
+def test_jobs_that_know_a_file_under_two_names_share_a_copy(
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
+) -> None:
+    for source, expected in ((beton, "copying"), (_rename(beton, "images.beton"), "waiting")):
+        _start(ranks, source, tmp_path / "disk", gate)
+        assert _next_line(ranks[-1]) == expected
+    gate.touch()
+    (status, path), (other_status, other) = _results(ranks)
+    assert status == other_status == 0 and path == other
+    assert Path(path.strip()).read_bytes() == beton.read_bytes()
 
 
 def test_another_process_takes_over_from_a_killed_one(
