@@ -264,7 +264,7 @@ class MRMAE(nn.Module):
         visible = self._draw_mask(pixels, outputs, noise, generator)
         if isinstance(visible, VisibleSet):
             outputs |= {name: self.teachers[name](pixels, visible) for name in of_visible}
-        targets = targets_of(self.config.objectives, self.teachers, outputs)
+        targets = targets_of(self.config.objectives, self.teachers, outputs, pixels, self.student.encoder.stride)
         return self.student(self._normalize(pixels), visible, targets)
 
     @torch.no_grad()

@@ -21,14 +21,33 @@ def hog_width(patch: int) -> int:
     return 3 * BINS * (patch // cell_size(patch)) ** 2
 
 
+def hog_of_pixels(pixels: Tensor, patch: int) -> Tensor:
+    """Compute the histograms of decoded images, without rounding errors in their gradients.
+
+    Many gradients of 8-bit images are vertical, at the edge of the first and the last bin: a rounding error of their
+    horizontal part would decide in which of the two their whole magnitude is counted. In whole multiples of 1/256 of an
+    8-bit level, sums and differences are exact in float32, on every device; 8-bit images lie on them, whichever way
+    they were divided by 255, and other images are changed by at most 1/512 of a level.
+
+    Args:
+        pixels: decoded, not normalized images in [0, 1], [B, 3, H, W] in full precision.
+        patch: as for :func:`hog_tokens`.
+
+    Returns:
+        As :func:`hog_tokens`, without a gradient.
+    """
+    return hog_tokens((pixels * (255 * 256)).round(), patch)
+
+
 def hog_tokens(images: Tensor, patch: int) -> Tensor:
     """Compute the histograms of the cells of each token.
 
     Gradients are Sobel's, by shifts: TF32 convolutions would move pixels to the next bin. A histogram has unit length
-    (a flat cell is 0), so neither the statistics of normalized images nor their scale matter.
+    (a flat cell is 0), so neither the scale of the images nor an offset matters, except that rounding moves vertical
+    gradients to another bin: see :func:`hog_of_pixels`.
 
     Args:
-        images: [B, 3, H, W] in full precision.
+        images: [B, 3, H, W] in full precision; of whole numbers, at most 2²¹, no gradient is rounded in float32.
         patch: side p of a token in pixels, a multiple of its cells'.
 
     Returns:

@@ -25,8 +25,9 @@ class Objective(Section):
     """One loss of pre-training.
 
     Attributes:
-        target: ``pixels`` (of the student's normalized input), ``hog`` (their histograms of oriented gradients,
-            MaskFeat) or the name of one of the stage's teachers; NAME.LAYER of a teacher with several ``layers``.
+        target: ``pixels`` (of the student's normalized input), ``hog`` (histograms of oriented gradients of the image
+            before that, MaskFeat) or the name of one of the stage's teachers; NAME.LAYER of a teacher with several
+            ``layers``.
         tap: source of the prediction: the fused ``encoder`` latent, or the ``decoder``'s output.
         block: at the encoder, the transformer block (0-based) whose output is tapped instead of the latent.
         mix: tap a weighted sum of all blocks' outputs instead; its learned weights start near ``block`` alone

@@ -16,7 +16,7 @@ from mrmae_ds.errors import ConfigError
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.models.decoder import DECODERS, DecoderSpec
 from mrmae_ds.models.encoders import Encoder
-from mrmae_ds.models.hog import hog_tokens, hog_width
+from mrmae_ds.models.hog import hog_width
 from mrmae_ds.models.initialization import init_pretraining
 from mrmae_ds.models.layers import PatchConv
 from mrmae_ds.models.masking import TokenMask, VisibleFeatures, VisibleSet
@@ -265,7 +265,9 @@ class PretrainModel(nn.Module):
         Args:
             images: normalized images [B, 3, H, W] in full precision, because pixel targets are computed from them.
             visible: visible set of the batch.
-            targets: features [B, L, D] of each teacher that is no moving average, by name.
+            targets: features [B, L, D] of each teacher that is no moving average, by name, and under ``hog`` the
+                histograms [B, L, D] of the images before they were normalized
+                (:func:`~mrmae_ds.models.hog.hog_of_pixels`), if an objective predicts them.
 
         Returns:
             ``loss`` (the weighted total) and the loss of each objective by name, scalars: float32, or float64 if model
@@ -276,8 +278,6 @@ class PretrainModel(nn.Module):
         averages = {name: average(images.to(dtype)) for name, average in self.averages.items()}
         predictions = self.predict(images, visible)
         targets = {PIXELS: patchify(images, self.encoder.stride), **averages, **targets}
-        if any(spec.target == HOG for spec in self.objectives.values()):
-            targets[HOG] = hog_tokens(images, self.encoder.stride)
         losses = {
             name: objective_loss(spec, predictions[name], targets[spec.target], visible)
             for name, spec in self.objectives.items()

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from mrmae_ds.config.stages import PretrainConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
+from mrmae_ds.models.hog import hog_of_pixels
 from mrmae_ds.models.masking import TokenMask, VisibleSet, choose_visible
-from mrmae_ds.models.objectives import Objective
+from mrmae_ds.models.objectives import HOG, Objective
 from mrmae_ds.teachers.options import TeacherOptions
 
 
@@ -70,16 +71,22 @@ def draw_visible(
 
 
 def targets_of(
-    objectives: Mapping[str, Objective], teachers: Mapping[str, Teacher], outputs: Mapping[str, TeacherOutput]
+    objectives: Mapping[str, Objective],
+    teachers: Mapping[str, Teacher],
+    outputs: Mapping[str, TeacherOutput],
+    pixels: Tensor,
+    stride: int,
 ) -> dict[str, Tensor]:
     """Return the features that objectives predict, by the objectives' names of their targets.
 
-    Pixels, HOG and moving averages are no outputs of teachers; the student computes them.
+    Normalized pixels and moving averages are not among them; the student computes them.
 
     Args:
         objectives: by name.
         teachers: by name.
         outputs: of the teachers.
+        pixels: decoded, not normalized images in [0, 1], float32 [B, 3, H, W].
+        stride: side of the student's tokens in pixels.
 
     Returns:
         [B, L, C] each; [B, 1 + L, C] with the class token first if an objective includes it.
@@ -98,6 +105,8 @@ def targets_of(
             layers = teachers[name].layers
             parts = [part.chunk(len(layers), dim=-1)[layers.index(int(layer))] for part in parts]
         targets[target] = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    if any(spec.target == HOG for spec in objectives.values()):
+        targets[HOG] = hog_of_pixels(pixels, stride)
     return targets
 
 

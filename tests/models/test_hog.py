@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from mrmae_ds.models.decoder import DecoderSpec
-from mrmae_ds.models.hog import hog_tokens, hog_width
+from mrmae_ds.models.hog import hog_of_pixels, hog_tokens, hog_width
 from mrmae_ds.models.masking import choose_visible
 from mrmae_ds.models.objectives import Objective, token_loss
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
@@ -61,6 +61,14 @@ def test_a_cell_by_hand(patch: int, cell: int) -> None:
     assert tokens.shape == (1, grid**2, hog_width(patch))
 
 
+def test_images_between_two_levels_are_not_rounded_to_them() -> None:
+    """Floats of the Python API: a ramp of 1/8 of a level a pixel, whose gradients all have one direction."""
+    ramp = (100 + torch.arange(32) / 8).expand(1, 3, 32, 32) / 255
+    for pixels, direction in ((ramp, 4), (ramp.mT, 0)):
+        cells = hog_of_pixels(pixels, 8).reshape(4, 4, 3, 9)[1:-1, 1:-1]
+        torch.testing.assert_close(cells, torch.eye(9)[direction].expand(2, 2, 3, 9), atol=1e-6, rtol=0)
+
+
 def test_a_flat_image_is_zero() -> None:
     assert (hog_tokens(torch.full((1, 3, 32, 32), 0.7), 16) == 0).all()
 
@@ -70,6 +78,6 @@ def test_a_model_predicts_them() -> None:
     encoder, decoder = MaskedViT(ViTSpec(16, 2, 2, patch=8), 32), DecoderSpec(dim=8, depth=1, num_heads=2)
     model = PretrainModel(encoder, FusionSpec(), decoder, {"a": HOG}, {})
     visible, images = choose_visible(random_noise(2, 16, seed=2), (4, 4), 0.25), random_images(2, 32, seed=3)
-    prediction = model.predict(images, visible)["a"]
-    expected = ((prediction - hog_tokens(images, 8)) ** 2).mean(-1)[visible.mask.bool()].mean()
-    torch.testing.assert_close(model(images, visible, {})["loss"], expected)
+    prediction, target = model.predict(images, visible)["a"], hog_tokens(images, 8)
+    expected = ((prediction - target) ** 2).mean(-1)[visible.mask.bool()].mean()
+    torch.testing.assert_close(model(images, visible, {"hog": target})["loss"], expected)

@@ -169,7 +169,7 @@ def test_dmaes_losses_and_gradients(dmae: dict[str, Tensor], dmae_teacher: Check
     load_all_but_positions(model, part(dmae, "state/"))
     tapped = model.encode(images, visible)[1][0]
     torch.testing.assert_close(tapped, dmae["student_features"], atol=1e-5, rtol=1e-4)
-    targets = targets_of(objectives, {"mae": dmae_teacher}, {"mae": dmae_teacher(images, visible)})
+    targets = targets_of(objectives, {"mae": dmae_teacher}, {"mae": dmae_teacher(images, visible)}, images, 8)
     losses = model(images, visible, targets)
     assert losses["pixels"].item() == pytest.approx(0.8001757, abs=1e-6)
     assert losses["mimic"].item() == pytest.approx(0.2503816, abs=1e-6)

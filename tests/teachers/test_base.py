@@ -184,7 +184,7 @@ def test_targets_are_cut_by_layer_and_begin_with_the_class_token_where_it_is_use
         "c": objective("one"),
         "d": objective("several.7"),
     }
-    found = targets_of(objectives, {"several": several, "one": one}, outputs)
+    found = targets_of(objectives, {"several": several, "one": one}, outputs, torch.rand(2, 3, 16, 24), 4)
     assert list(found) == ["several.7", "several.3", "one"]
     assert torch.equal(found["several.7"], torch.cat([class_token, tokens], dim=1)[..., 8:])
     assert torch.equal(found["several.3"], tokens[..., :8])

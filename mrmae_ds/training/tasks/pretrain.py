@@ -144,7 +144,7 @@ class PretrainTask(CropTask[PretrainConfig]):
             visible = draw_visible(self.config, outputs, noise, self.grid, self.encoder.stride)
             if isinstance(visible, VisibleSet):
                 outputs |= {name: placed[name](pixels, visible) for name in of_visible}
-        targets = targets_of(self.config.objectives, self.teachers, outputs)
+        targets = targets_of(self.config.objectives, self.teachers, outputs, pixels, self.encoder.stride)
         torch.manual_seed(key.seed_for("model"))
         # float32 whatever the model's precision: the pixel targets are computed from it.
         with step_range("student"):

@@ -3,26 +3,32 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from mrmae_ds.api import MRMAE
 from mrmae_ds.config.sections import DataConfig
 from mrmae_ds.config.stages import MaskingConfig, PretrainConfig
+from mrmae_ds.imagenet import IMAGENET_MEAN, IMAGENET_STD, Rgb
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
+from mrmae_ds.models.hog import hog_tokens
 from mrmae_ds.models.masking import VisibleSet
 from mrmae_ds.models.moving_average import MovingAverage
+from mrmae_ds.models.objectives import Objective, objective_loss
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
-from mrmae_ds.models.sizes import encoder_spec
+from mrmae_ds.models.sizes import ViTSpec, encoder_spec
 from mrmae_ds.teachers import Teacher
 from mrmae_ds.teachers.base import TeacherOutput, TeacherSpec
 from mrmae_ds.training.tasks.base import MicroBatchKey
 from mrmae_ds.training.tasks.finetune import FinetuneTask
 from mrmae_ds.training.tasks.pretrain import PretrainTask
 from tests.support.jobs import finetune_config, make_batch, pretrain_config
+from tests.support.sample_data import photograph
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.25, 0.4)
 TEACHER_MEAN, TEACHER_STD = (0.6, 0.5, 0.4), (0.2, 0.3, 0.7)
@@ -252,6 +258,39 @@ def test_student_and_teacher_each_get_their_own_statistics() -> None:
     cells = expected["teacher"].reshape(4, 3, 8, 4, 8, 4).mean((3, 5)).reshape(4, 3, 64).transpose(0, 2, 1)
     np.testing.assert_allclose(spy.targets["own"].numpy(), cells, atol=1e-5)
     assert not spy.targets["own"].requires_grad
+
+
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+@pytest.mark.parametrize(
+    "statistics", [(IMAGENET_MEAN, IMAGENET_STD), ((0.5,) * 3, (0.5,) * 3)], ids=["imagenet", "half"]
+)
+def test_hog_targets_are_those_of_the_8_bit_levels(
+    statistics: tuple[Rgb, Rgb], precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rounding error of a vertical gradient, which a photograph has many of, would move it from bin 0 to bin 8."""
+    hog = {"target": "hog", "tap": "decoder", "tokens": "masked", "normalize": "none", "weight": 1.0}
+    config = pretrain_config(objectives={"hog": hog})
+    decoder = DecoderSpec(dim=8, depth=1, num_heads=2)
+    model = PretrainModel(build_encoder(ViTSpec(16, 1, 2, patch=16), 224), FusionSpec(), decoder, config.objectives, {})
+    model.to(torch.bfloat16 if precision == "bfloat16" else torch.float32)
+    mean, std = statistics
+    task = PretrainTask(model, {}, config, DataConfig(train="train.beton", val="val.beton", mean=mean, std=std))
+    api = MRMAE(model, {}, config, mean, std)
+    levels = torch.from_numpy(np.array(photograph().resize((224, 224)))).permute(2, 0, 1)[None]
+    seen: list[Tensor] = []
+
+    def spy(spec: Objective, prediction: Tensor, target: Tensor, visible: VisibleSet) -> Tensor:
+        seen.append(target)
+        return objective_loss(spec, prediction, target, visible)
+
+    monkeypatch.setattr("mrmae_ds.models.pretrain.objective_loss", spy)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
+        task.losses(model, replace(make_batch(1), images=levels), replace(KEY, micro_batch=1))
+        api(levels)
+        api(levels * (1 / 255))
+    assert len(seen) == 3
+    for target in seen:
+        torch.testing.assert_close(target.double(), hog_tokens(levels.double(), 16), atol=1e-6, rtol=0)
 
 
 # ---- fine-tuning
