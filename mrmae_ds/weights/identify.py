@@ -20,7 +20,15 @@ from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.missing import missing_of_encoder, missing_of_norms, missing_of_tower, uneven_blocks
 from mrmae_ds.weights.names import detector_title
 from mrmae_ds.weights.origin import Origin
-from mrmae_ds.weights.shapes import BLOCK_TABLE, SHARED_TABLE, Shapes, beit_tables, encoder_sizes, tower_sizes
+from mrmae_ds.weights.shapes import (
+    BLOCK_TABLE,
+    SHARED_TABLE,
+    Shapes,
+    beit_tables,
+    doubled_tables,
+    encoder_sizes,
+    tower_sizes,
+)
 
 Kind = Literal["pretrain", "classifier", "detector", "encoder", "clip", "unknown"]
 
@@ -155,7 +163,9 @@ def identify(file: TensorFile, beside: bool = True) -> WeightIdentity:
         metadata=metadata,
         problem=uneven_blocks(encoder, "blocks.")
         if extras
-        else missing_of_encoder(family, sizes, shapes, names, grid, relative) or missing_of_norms(names, pool),
+        else doubled_tables(encoder)
+        or missing_of_encoder(family, sizes, shapes, names, grid, relative)
+        or missing_of_norms(names, pool),
     )
 
 

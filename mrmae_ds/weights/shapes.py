@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mrmae_ds.models.sizes import ARCHITECTURES, FAMILIES, EncoderSpec
+from mrmae_ds.units import first_few
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -119,6 +120,23 @@ def beit_tables(names: Iterable[str]) -> str:
     if not {"blocks.0.attn.q_bias", "blocks.0.gamma_1", "cls_token"} <= names or "pos_embed" in names:
         return ""
     return "shared" if SHARED_TABLE in names else "blocks" if BLOCK_TABLE in names else ""
+
+
+def doubled_tables(names: Iterable[str]) -> str:
+    """Report BEiT's tables of relative positions that are both shared and in blocks; "" if they are not.
+
+    Args:
+        names: of the tensors.
+    """
+    names = list(names)
+    own = [name for name in names if name.startswith("blocks.") and name.endswith(f".attn.{TABLE}")]
+    if SHARED_TABLE not in names or not own:
+        return ""
+    return (
+        f"has a table of relative positions that its blocks share ({SHARED_TABLE}) and tables in {len(own)} of them "
+        f"({first_few(own, 1)}); BEiT's attention adds both, this project's has one; if the weights were trained with "
+        "both, add the shared table to each block's and remove it, else remove the one that was not used"
+    )
 
 
 def tower_sizes(shapes: Shapes) -> dict[str, Any]:

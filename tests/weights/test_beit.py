@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import torch
 from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 
+from mrmae_ds.cli.inspect import describe_file
 from mrmae_ds.errors import UserError
 from mrmae_ds.models.decoder import DecoderSpec
 from mrmae_ds.models.encoders import build_encoder
@@ -20,10 +22,11 @@ from mrmae_ds.models.masking import TokenMask
 from mrmae_ds.models.objectives import Objective
 from mrmae_ds.models.pretrain import FusionSpec, PretrainModel
 from mrmae_ds.models.sizes import BeitSpec, ViTSpec
-from mrmae_ds.teachers.sources.checkpoint import encoder_attention
+from mrmae_ds.teachers.sources.checkpoint import CheckpointTeacher, encoder_attention
+from mrmae_ds.teachers.sources.timm import TimmTeacher
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.identify import identify
-from mrmae_ds.weights.load import load_encoder, load_model
+from mrmae_ds.weights.load import load_encoder, load_model, load_pretrained
 from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from mrmae_ds.weights.names import canonical
 from mrmae_ds.weights.paths import MODEL_FILE
@@ -31,6 +34,7 @@ from mrmae_ds.weights.resolve import resolve
 from tests.fixtures import load_reference, part
 from tests.support.reference import perturb, random_images
 from tests.support.released import file_of, released_shapes, write_released
+from tests.support.sample_teachers import options
 
 SPEC = BeitSpec(16, 2, 2, mlp_ratio=2, patch=8)
 TABLE = "relative_position_bias_table"
@@ -148,6 +152,31 @@ def test_a_classifiers_own_tables_do_not_become_a_shared_one(tmp_path: Path) -> 
     bare = replace(SPEC, relative_positions="blocks")
     report = load_encoder(build_encoder(bare, 32), tmp_path / MODEL_FILE)
     assert (len(report.unexpected), report.missing) == (4, [])  # norm and head
+
+
+@pytest.mark.parametrize("blocks", [[0, 1], [1]])
+def test_a_shared_table_beside_those_of_blocks_is_refused(blocks: list[int], tmp_path: Path) -> None:
+    state, path = part(load_reference("beit"), "state/"), tmp_path / "both.pth"
+    shared = f"rel_pos_bias.{TABLE}"
+    own = {f"blocks.{i}.attn.{TABLE}": state[shared] + 1 for i in blocks}
+    write_released(path, state | own)
+    expected = [shared, f"tables in {len(blocks)}", next(iter(own)), "adds both"]
+    shown = dict(describe_file(path))["NOT USABLE"]
+    assert all(text in shown for text in expected)
+    tables: tuple[Literal["shared", "blocks"], ...] = ("shared", "blocks")
+    for spec in (replace(SPEC, relative_positions=kind) for kind in tables):
+        with pytest.raises(UserError) as error:
+            load_encoder(build_encoder(spec, 32, 3), path)
+        assert str(error.value) == f"{path}: {shown}"
+        encoder = build_encoder(spec, 32, mask_token=True)
+        pixels = Objective(target="pixels", tap="encoder", tokens="masked", normalize="none", weight=1.0)
+        with pytest.raises(UserError) as error:
+            load_pretrained(PretrainModel(encoder, FusionSpec(), DecoderSpec(), {"pixels": pixels}, {}), path)
+        assert str(error.value) == f"{path}: {shown}"
+    for build, source in ((CheckpointTeacher, str(path)), (TimmTeacher, "beit_base_patch16_224")):
+        with pytest.raises(UserError) as error:
+            build(options("t", source, weights=None if source == str(path) else path))
+        assert str(error.value).endswith(f"{path}: {shown}")
 
 
 @pytest.mark.parametrize("kind", ["pretraining", "classifier"])
