@@ -53,28 +53,30 @@ class WriteOptions:
         """Check the values.
 
         Raises:
-            UserError: naming the option that is out of range.
+            UserError: with the command's option that is out of range.
         """
-        if not 1 <= self.max_side <= MAX_SIDE or not 1 <= self.quality <= 100:
-            raise UserError(
-                f"max_side must be in 1..{MAX_SIDE} and quality in 1..100, not {self.max_side} and {self.quality}"
-            )
+        if not 1 <= self.max_side <= MAX_SIDE:
+            raise UserError(f"--max-side must be 1 to {MAX_SIDE} pixels, not {self.max_side}")
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality must be 1 to 100, not {self.quality}")
         if self.jpegs not in get_args(Jpegs):
-            raise UserError(f"jpegs must be one of {', '.join(get_args(Jpegs))}, not {self.jpegs!r}")
+            raise UserError(f"--jpegs must be one of {', '.join(get_args(Jpegs))}, not {self.jpegs!r}")
         if self.storage not in get_args(Storage):
-            raise UserError(f"storage must be one of {', '.join(get_args(Storage))}, not {self.storage!r}")
+            raise UserError(f"--format must be one of {', '.join(get_args(Storage))}, not {self.storage!r}")
         if self.storage == "raw" and self.jpegs == "keep":
             raise UserError("--format raw stores no JPEGs, so --jpegs keep has none to keep; leave one of them out")
         if self.workers is not None and self.workers < 1:
-            raise UserError(f"workers must be at least 1, not {self.workers}")
+            raise UserError(f"--workers must be at least 1, not {self.workers}")
         if self.max_bad < 0 or (isinstance(self.max_bad, float) and not self.max_bad <= 1):
-            raise UserError(f"max_bad must be a number (10) or a share (0.01 or 1%), not {self.max_bad}")
-        if self.max_pixels < 1 or not self.timeout_s > 0:
-            raise UserError(f"max_pixels and timeout must be positive, not {self.max_pixels} and {self.timeout_s}")
+            raise UserError(f"--max-bad must be a number (10) or a share (0.01 or 1%), not {self.max_bad}")
+        if self.max_pixels < 1:
+            raise UserError(f"--max-pixels must be at least 1, not {self.max_pixels}")
+        if not self.timeout_s > 0:
+            raise UserError(f"--timeout must be more than 0 seconds, not {self.timeout_s}")
         try:
             ImageColor.getrgb(self.background)
         except ValueError:
-            raise UserError(f"background must be a color (white, #808080), not {self.background!r}") from None
+            raise UserError(f"--background must be a color (white, #808080), not {self.background!r}") from None
 
     @property
     def num_workers(self) -> int:

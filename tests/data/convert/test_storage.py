@@ -178,7 +178,7 @@ def test_too_small_a_disk_is_noticed_before_writing(
 def test_contradicting_options_are_an_error() -> None:
     with pytest.raises(UserError, match="--format raw stores no JPEGs, so --jpegs keep"):
         WriteOptions(storage="raw", jpegs="keep")
-    with pytest.raises(UserError, match="storage must be one of jpeg, raw, auto, not 'png'"):
+    with pytest.raises(UserError, match="--format must be one of jpeg, raw, auto, not 'png'"):
         WriteOptions(storage="png")  # type: ignore[arg-type]
 
 
