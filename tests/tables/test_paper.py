@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
+from mrmae_ds.models.encoders import build_encoder
+from mrmae_ds.models.pretrain import Fusion, FusionSpec
+from mrmae_ds.models.sizes import ARCHITECTURES
 from mrmae_ds.tables.paper import TABLES, PaperRow, errata_of
 
 # Transcribed a second time from the paper: one line per row, cells in print order; a dash or N/A is "-".
@@ -100,3 +104,17 @@ def test_errata_are_listed_with_the_tables_they_concern() -> None:
     unconfirmed = [text.split(":")[0] for text in errata_of(1) if "not confirmed here" in text]
     assert unconfirmed == ["BEiT", "CAE", "CMAE"]
     assert all(any("visible" in text for text in errata_of(table)) for table in range(1, 7))
+
+
+def test_the_parameters_of_an_erratum_are_those_of_the_models() -> None:
+    def millions(name: str, classes: int, fused: tuple[int, ...] = ()) -> str:
+        with torch.device("meta"):
+            encoder = build_encoder(ARCHITECTURES[name], 224, classes)
+            convolutions = Fusion(FusionSpec(stages=fused), encoder).stage_convs
+        return f"{sum(p.numel() for p in [*encoder.parameters(), *convolutions.parameters()]) / 1e6:.1f}"
+
+    (text,) = {text for number in TABLES for text in errata_of(number) if '"88 M"' in text}
+    classifiers, fused = text.split("; ")
+    for method, name in (("BEiT has", "beit_base"), ("MAE", "vit_base"), ("CViT-B", "cvit_base")):
+        assert f"{method} {millions(name, 1000)}" in classifiers
+    assert fused.endswith(f" {millions('cvit_base', 0, (1, 2))}.")
