@@ -9,6 +9,7 @@ from collections.abc import Sequence
 GIB = 2**30
 GIGA, TERA, PETA, EXA = 1e9, 1e12, 1e15, 1e18
 SECONDS_PER_HOUR = 3600
+_UNPRINTABLE = ("Cc", "Cs", "Zl", "Zp")  # control characters, surrogates, separators of lines and paragraphs
 
 
 def significant(number: float) -> str:
@@ -23,8 +24,18 @@ def counted(count: int, noun: str) -> str:
 
 
 def first_few(names: Sequence[object], count: int) -> str:
-    """Return the first ``count`` names, separated by commas, and an ellipsis if there are more."""
-    return ", ".join(map(str, names[:count])) + (", ..." if len(names) > count else "")
+    """Return the first ``count`` names, escaped, separated by commas, and an ellipsis if there are more."""
+    return ", ".join(printable(str(name)) for name in names[:count]) + (", ..." if len(names) > count else "")
+
+
+def printable(name: str) -> str:
+    """Return a name from a user's file on one line: what is not UTF-8 and control characters are escaped."""
+    return "".join(_escape(letter) if unicodedata.category(letter) in _UNPRINTABLE else letter for letter in name)
+
+
+def _escape(letter: str) -> str:
+    # A byte of a file name that is not UTF-8, as os.fsdecode returns it.
+    return f"\\x{ord(letter) - 0xDC00:02x}" if "\udc80" <= letter <= "\udcff" else ascii(letter)[1:-1]
 
 
 def describe_difference(ours: Sequence[str], theirs: Sequence[str]) -> str:

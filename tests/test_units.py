@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 
-from mrmae_ds.units import counted, describe_difference, first_few, significant
+from mrmae_ds.units import counted, describe_difference, first_few, printable, significant
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,10 @@ def test_an_ellipsis_stands_for_the_rest() -> None:
 )  # fmt: skip
 def test_difference_of_lists_is_visible(ours: list[str], theirs: list[str], text: str) -> None:
     assert describe_difference(ours, theirs) == text
+
+
+def test_names_are_printed_on_one_line_without_control_characters() -> None:
+    assert printable("a\nb\x1b[31m\x80 \xfc.png") == "a\\nb\\x1b[31m\\x80 \xfc.png"
+    assert printable(os.fsdecode(b"x\xff")) == "x\\xff"
+    assert printable("\ud800 \u2028") == "\\ud800 \\u2028"  # of JSON, and no text that can be encoded
+    assert first_few(["a\nb", "c"], 1) == "a\\nb, ..."

@@ -18,7 +18,7 @@ from mrmae_ds.records.record import RECORD_FILE, RunRecord
 from mrmae_ds.teachers.sources.gelu import gelu_of_file
 from mrmae_ds.training.checkpoint.folder import FOLDER, list_checkpoints
 from mrmae_ds.training.checkpoint.manifest import MANIFEST, check_contents, check_sizes, read_manifest
-from mrmae_ds.units import counted, first_few
+from mrmae_ds.units import counted, first_few, printable
 from mrmae_ds.weights.changed import changed_weights
 from mrmae_ds.weights.detectors import STRIDE as ENCODER_STRIDE
 from mrmae_ds.weights.detectors import DetectorFile, detector_of
@@ -343,7 +343,7 @@ def _checkpoint_rows(checkpoint: Path) -> list[InfoRow]:
 
 def _block(title: str, rows: list[InfoRow]) -> str:
     width = max(len(label) for label, _ in rows)
-    return "\n".join([title, *(f"  {label:<{width}}  {text}" for label, text in rows)])
+    return "\n".join([title, *(f"  {label:<{width}}  {printable(text)}" for label, text in rows)])
 
 
 def _plain(value: Any) -> str:

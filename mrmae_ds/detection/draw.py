@@ -24,6 +24,7 @@ from mrmae_ds.detection.rle import Rle, mask_api
 from mrmae_ds.figures.select_images import evenly_spaced
 from mrmae_ds.figures.style import INK, PALETTE
 from mrmae_ds.files import replacing
+from mrmae_ds.units import printable
 
 NUM_IMAGES = 8  # of the figure
 _ALPHA = 0.45  # of masks
@@ -54,7 +55,7 @@ def annotated_objects(index: CocoIndex, row: int) -> list[DrawnObject]:
     """Return the annotations of an image, without crowds."""
     own = index.annotations(row)
     return [
-        DrawnObject(_corners(box), index.class_names[kind], _color(kind), mask)
+        DrawnObject(_corners(box), printable(index.class_names[kind]), _color(kind), mask)
         for kind, crowd, box, mask in zip(own.classes, own.crowd, own.boxes.tolist(), own.masks, strict=True)
         if not crowd
     ]
@@ -77,7 +78,7 @@ def detected_objects(
             kind = int(np.searchsorted(category_ids, result["category_id"]))
             encoded = result["segmentation"]
             mask: Rle = {"size": encoded["size"], "counts": encoded["counts"].encode()}
-            name, color = class_names[kind], _color(kind)
+            name, color = printable(class_names[kind]), _color(kind)
             objects.append(DrawnObject(_corners(result["bbox"]), name, color, mask, result["score"]))
     return objects
 

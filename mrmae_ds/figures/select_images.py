@@ -26,7 +26,7 @@ from mrmae_ds.data.loaders.crop import resize_and_corner
 from mrmae_ds.data.loaders.pillow import center_crop
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import expand_home
-from mrmae_ds.units import counted, first_few
+from mrmae_ds.units import counted, first_few, printable
 
 NUM_IMAGES = 8  # default
 MAX_IMAGES = 64  # columns of a figure
@@ -107,7 +107,7 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, default_
     else:
         rows = evenly_spaced(info.num_samples, _number_to_take(count, default_count, info.num_samples, str(val)))
     _check_columns(len(rows))
-    captions = [f"{row}: {info.class_names[file.labels[row]]}" for row in rows]
+    captions = [f"{row}: {printable(info.class_names[file.labels[row]])}" for row in rows]
     return SelectedImages(tuple(file.image(row) for row in rows), tuple(captions))
 
 

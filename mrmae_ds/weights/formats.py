@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import split_choice
-from mrmae_ds.units import first_few
+from mrmae_ds.units import first_few, printable
 from mrmae_ds.weights.paths import INDEX_SUFFIX, read_index
 from mrmae_ds.weights.pickles import holds_arrays, pickle_contents, read_arrays
 from mrmae_ds.weights.states import choose_state, removed_words, unwrap, with_dots
@@ -280,8 +280,8 @@ def _reason(path: Path, error: Exception) -> str:
     foreign = [name for name in called if not name.startswith(("torch.", "collections.", "argparse.", "numpy."))]
     if code := refused[1] if refused else next(iter(foreign), ""):
         return (
-            f"a pickle that calls {code}, and code in a file is never executed; if you trust the file, open it with "
-            "the program that wrote it and save only its state_dict, as safetensors"
+            f"a pickle that calls {printable(code)}, and code in a file is never executed; if you trust the file, "
+            "open it with the program that wrote it and save only its state_dict, as safetensors"
         )
     if protocol > 2 and called:
         return (

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import counted, first_few
+from mrmae_ds.units import counted, first_few, printable
 from mrmae_ds.weights.formats import TensorFile
 
 # Words of prefixes that wrappers, training scripts and detectors put before the names of an encoder.
@@ -141,14 +141,15 @@ def _find_encoder(file: TensorFile) -> tuple[str, str | None]:
     if len(found) > 1:
         names = [prefix.removesuffix(".") or "(no prefix)" for prefix in found]
         raise UserError(
-            f"{file.path}: contains {len(found)} networks: {', '.join(names)}; choose: {file.path}#{names[-1]}"
+            f"{file.path}: contains {len(found)} networks: {first_few(names, len(names))}; choose: "
+            f"{file.path}#{printable(names[-1])}"
         )
     ((prefix, layout),) = found.items()
     unknown = [word for word in prefix.split(".") if word and word not in PREFIX_WORDS]
     if unknown and not file.choice:
         raise UserError(
-            f"{file.path}: its encoder's names begin with {prefix!r}, which is unknown ({unknown[0]}); if these are "
-            f"the weights to load, name {file.path}#{prefix.removesuffix('.')}"
+            f"{file.path}: its encoder's names begin with {prefix!r}, which is unknown ({printable(unknown[0])}); if "
+            f"these are the weights to load, name {file.path}#{printable(prefix.removesuffix('.'))}"
         )
     return prefix, layout
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import first_few
+from mrmae_ds.units import first_few, printable
 
 # Keys of the weights in a training script's checkpoint.
 STATE_KEYS = (
@@ -78,10 +78,10 @@ def choose_state(content: Mapping[Any, Any], path: Path, choice: str, where: str
     if states:
         shown = [name or "(top level)" for name in [*networks, *unnamed]]
         what = f"{len(shown)} sets of weights" if known else f"weights under unknown keys ({len(shown)})"
-        refused = f"{chosen} holds no layers, only {first_few(list(states[chosen]), 3)}; " if chosen else ""
+        refused = f"{printable(chosen)} holds no layers, only {first_few(list(states[chosen]), 3)}; " if chosen else ""
         raise UserError(
-            f"{where}: {refused}contains {what}: {', '.join(shown)}; choose one: "
-            f"{' or '.join(f'{path}#{name}' for name in networks if name)}"
+            f"{where}: {refused}contains {what}: {first_few(shown, len(shown))}; choose one: "
+            f"{' or '.join(f'{path}#{printable(name)}' for name in networks if name)}"
         )
     keys = json.dumps([str(name) for name in list(content)[:8]])
     raise UserError(

@@ -21,6 +21,7 @@ from mrmae_ds.training.checkpoint.manifest import MANIFEST, EngineLayout, FileEn
 from mrmae_ds.weights.export import export_run
 from mrmae_ds.weights.identify import identify
 from mrmae_ds.weights.load import load_encoder
+from mrmae_ds.weights.model_file import encoder_metadata, save_weights
 from mrmae_ds.weights.paths import MODEL_FILE
 from tests.fixtures import load_reference, part
 from tests.support.processes import REPOSITORY
@@ -123,6 +124,14 @@ def test_describes_own_classifier(tmp_path: Path) -> None:
     assert rows["input"] == "RGB in [0, 1], minus the mean 0.5 0.25 0.125, divided by 0.1 0.2 0.3"
     assert rows["use it"].startswith('timm.create_model("cvit_tiny", ')
     assert f"pretrained=True, pretrained_cfg_overlay={{'file': {str(exported)!r}, " in rows["use it"]
+
+
+def test_names_from_the_file_are_printed_on_one_line(tmp_path: Path) -> None:
+    model = classifier_run(tmp_path, CVIT)
+    metadata = {"kind": "classifier", **encoder_metadata(model), "num_classes": 3, "stage": "fine\ntune"}
+    save_weights(tmp_path / "x.safetensors", model.state_dict(), metadata | {"class_names": ["a\nb", "\x1b[31mc", "d"]})
+    rows = rows_of(describe(tmp_path / "x.safetensors"))
+    assert rows["classes"] == r"3: a\nb, \x1b[31mc, d" and r"fine\ntune" in rows["written by"]
 
 
 def test_describes_class_token_classifier_of_rectangular_images(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 from mrmae_ds.data.beton.file import BetonFile
 from mrmae_ds.data.beton.sidecar import BetonInfo, read_sidecar
 from mrmae_ds.data.types import UIntArray
+from mrmae_ds.units import printable
 
 _MAX_NAMED = 20
 Name = Callable[[int], str]
@@ -158,6 +159,6 @@ def describe_copies(copies: dict[str, Any] | None, samples: int) -> list[str]:
     lines = [f"{copies[kind]:,} of {samples:,} images {text}" for kind, text in kinds.items() if copies[kind]]
     if lines:
         more = sum(copies[kind] or 0 for kind in kinds) - len(copies["examples"])
-        lines += [f"  {one} = {other}" for one, other in copies["examples"]]
+        lines += [f"  {printable(one)} = {printable(other)}" for one, other in copies["examples"]]
         lines += [f"  and {more:,} more"] if more > 0 else []
     return lines

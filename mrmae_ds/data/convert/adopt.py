@@ -23,7 +23,7 @@ from mrmae_ds.data.convert.splits import check_look_alikes
 from mrmae_ds.data.convert.verify import find_problems
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, write_text
-from mrmae_ds.units import counted, first_few
+from mrmae_ds.units import counted, first_few, printable
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,6 @@ def read_classes(path: Path) -> list[str]:
     names = read_lines(path)
     repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated or not names:
-        fault = f"{repeated[0]} is there twice" if repeated else "it is empty"
+        fault = f"{printable(repeated[0])} is there twice" if repeated else "it is empty"
         raise UserError(f"{path}: expected one class name a line, each once, but {fault}")
     return names

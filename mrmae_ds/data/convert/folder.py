@@ -27,7 +27,7 @@ from mrmae_ds.data.convert.splits import (
     list_folder,
 )
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import counted
+from mrmae_ds.units import counted, printable
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class _ClassFolder:
                     paths.append(path)
         if not paths:
             content = describe_ignored(dict(sorted(self._others.items()))) or "it is empty"
-            raise UserError(f"{self._class}: no images ({content}); add some or remove the folder")
+            raise UserError(f"{printable(self._class)}: no images ({content}); add some or remove the folder")
         self._ignored.update(self._others)
         return sorted(paths, key=lambda path: path.split(os.sep))
 
@@ -81,7 +81,9 @@ class _ClassFolder:
             return
         owner = self._owners.setdefault(real, self._class)
         if owner != self._class:
-            raise UserError(f"{folder}: is a link into the class {owner}; an image can have one class only")
+            raise UserError(
+                f"{printable(folder)}: is a link into the class {printable(owner)}; an image can have one class only"
+            )
         self._visited.add(real)
         for entry in list_folder(folder):
             if is_hidden(entry.name):
@@ -160,7 +162,7 @@ def _report(folder: Path, use: str, images: ImageIndex, class_names: Sequence[st
     if all(name.isdecimal() for name in class_names):
         logger.info("%s: its classes are called by numbers; rename the folders if the classes have names", folder)
     if len(class_names) == 1:
-        logger.warning("%s: a single class, %s; is each class a folder?", folder, class_names[0])
+        logger.warning("%s: a single class, %s; is each class a folder?", folder, printable(class_names[0]))
     counts = f"{counted(len(class_names), 'class')}, {counted(len(images), 'image')}"
     logger.info("%s: taken as %s: %s%s", folder, use, counts, ignored)
 

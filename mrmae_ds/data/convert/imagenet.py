@@ -21,6 +21,7 @@ from mrmae_ds.data.convert.splits import check_same_classes, find_classes, kind_
 from mrmae_ds.data.convert.tar_files import TarStore, index_bar, list_members
 from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
+from mrmae_ds.units import printable
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,9 @@ def open_imagenet(source: ImageNetSource) -> tuple[ImageIndex, ImageIndex, list[
     wnids, _ = find_classes(images / "train", nested=False)
     invalid = [name for name in wnids if not WORDNET_ID.fullmatch(name)]
     if invalid:
-        raise UserError(f"{images}/train: {invalid[0]} is no WordNet id (n01440764); for other folders: data/folder.py")
+        raise UserError(
+            f"{images}/train: {printable(invalid[0])} is no WordNet id (n01440764); for other folders: data/folder.py"
+        )
     train = scan(images / "train", wnids)
     val = _open_val(source, images / "val", wnids)
     _check_counts(source, len(wnids), len(train), len(val))
@@ -175,7 +178,7 @@ def _open_train_archive(path: Path) -> tuple[ImageIndex, list[str]]:
     wnids = sorted(archives)
     invalid = [name for name in wnids if not WORDNET_ID.fullmatch(name)]
     if invalid or not wnids:
-        raise UserError(f"{path}: holds {invalid[0] if invalid else 'nothing'}, expected n01440764.tar ...")
+        raise UserError(f"{path}: holds {printable(invalid[0]) if invalid else 'nothing'}, expected n01440764.tar ...")
     places: list[Any] = []
     labels: list[int] = []
     with index_bar([path]) as bar:

@@ -15,7 +15,7 @@ from mrmae_ds.data.convert.images import ImageError, open_content
 from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.progress import progress_bar
-from mrmae_ds.units import first_few
+from mrmae_ds.units import first_few, printable
 
 _USUAL = {"image": ("image", "img", "jpg"), "label": ("label", "labels", "cls")}
 
@@ -87,8 +87,8 @@ def _check_image_type(path: Path, column: Any) -> None:
         kind = kind.field("bytes").type
     if not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
         raise UserError(
-            f"{path}: column {column.name} holds {column.type}, but images are bytes of a file such as JPEG, "
-            "alone or as `bytes` of a struct; encode them first"
+            f"{path}: column {printable(column.name)} holds {printable(str(column.type))}, but images are bytes of a "
+            "file such as JPEG, alone or as `bytes` of a struct; encode them first"
         )
 
 
@@ -180,7 +180,7 @@ def _column(path: Path, schema: Any, features: dict[str, Any], kind: str, chosen
         candidates = candidates or [name for name in schema.names if name in _USUAL[kind]]
     if len(candidates) != 1:
         raise UserError(
-            f"{path}: {len(candidates)} columns may hold the {kind}s, of {', '.join(schema.names)}; "
+            f"{path}: {len(candidates)} columns may hold the {kind}s, of {', '.join(map(printable, schema.names))}; "
             f"name it with --{kind}-column"
         )
     return candidates[0]

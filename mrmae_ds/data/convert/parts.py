@@ -17,6 +17,7 @@ from mrmae_ds.data.convert.options import Output
 from mrmae_ds.data.convert.subset import split_off
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
+from mrmae_ds.units import printable
 
 
 def split_validation(
@@ -41,8 +42,8 @@ def split_validation(
     single = [class_names[label] for label, count in enumerate(np.bincount(images.labels)) if count == 1]
     if single:
         raise UserError(
-            f"{source}: the class {single[0]} has a single image, none is left for validation; add images, remove the "
-            "class, or make a folder val"
+            f"{source}: the class {printable(single[0])} has a single image, none is left for validation; add "
+            "images, remove the class, or make a folder val"
         )
     first, second = split_off(images.labels, fraction)
     return images.take(first), images.take(second)

@@ -176,7 +176,7 @@ def _check_labels(images: ImageIndex, names: Sequence[str], source: Path) -> Non
     counts = np.bincount(images.labels, minlength=len(names))
     empty = [name for name, count in zip(names, counts.tolist(), strict=True) if count == 0]
     if empty:
-        raise UserError(f"{source}: no image of the class {', '.join(empty[:10])} in one of train and val")
+        raise UserError(f"{source}: no image of the class {first_few(empty, 10)} in one of train and val")
 
 
 def write_shards(source: str | Path, output: Output, kind: Kind, options: ShardOptions) -> list[BetonInfo]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import csv
 import io
-import os
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import write_text
+from mrmae_ds.units import printable
 
 _MAX_LINES = 20  # of a list in an error
 
@@ -34,18 +33,12 @@ class Skipped:
 def format_list(head: str, lines: Sequence[str]) -> str:
     """Return a message of ``head``, the first lines, and the number of further ones."""
     more = [f"and {len(lines) - _MAX_LINES:,} more"] if len(lines) > _MAX_LINES else []
-    return "\n  ".join([head, *lines[:_MAX_LINES], *more])
+    return "\n  ".join([head, *map(printable, lines[:_MAX_LINES]), *more])
 
 
 def report_path(beton: Path) -> Path:
     """Return the path of a .beton's report, ``train.beton.skipped.csv``."""
     return beton.with_name(beton.name + ".skipped.csv")
-
-
-def printable(name: str) -> str:
-    """Return a file name with bytes that are not UTF-8 and control characters, such as newlines, escaped."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(ascii(letter)[1:-1] if unicodedata.category(letter) == "Cc" else letter for letter in text)
 
 
 def write_report(beton: Path, skipped: Sequence[Skipped]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from mrmae_ds.errors import UserError
-from mrmae_ds.units import first_few
+from mrmae_ds.units import first_few, printable
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def find_parts(source: Path) -> tuple[Path, Path | None]:
     if train is not None:
         for name in others + named["test"]:
             hint = "; rename it to val, to validate on it" if name in named["test"] and not named["val"] else ""
-            logger.warning("%s: not used%s", source / name, hint)
+            logger.warning("%s: not used%s", printable(str(source / name)), hint)
         return train, next((source / name for name in named["val"]), None)
     parts = [name for names in named.values() for name in names]
     of_classes = [name for name in parts if subfolders(source / name)]
@@ -218,7 +218,8 @@ def _decide_nested(root: Path, names: Sequence[str]) -> bool:
         below[name] = [entry.name for entry in folders]
     inner = {folder for folders in below.values() for folder in folders}
     if len(names) == 1 and inner and not direct:
-        raise UserError(f"{root}: holds only the folder {names[0]}, which holds folders; pass {root / names[0]}")
+        name = printable(names[0])
+        raise UserError(f"{root}: holds only the folder {name}, which holds folders; pass {root / name}")
     if len(inner) < 2:  # none, or one of the same name in every class, as CLASS/images
         return False
     if not direct and all(len(name) == 1 and name.isalpha() for name in names):
@@ -227,7 +228,7 @@ def _decide_nested(root: Path, names: Sequence[str]) -> bool:
     example = next(name for name, folders in below.items() if folders)
     raise UserError(
         f"{root}: the classes may be {first_few(names, 3)}, or the folders in them ({first_few(below[example], 3)} in "
-        f"{example}); say which with --no-nested-classes or --nested-classes"
+        f"{printable(example)}); say which with --no-nested-classes or --nested-classes"
     )
 
 
@@ -252,7 +253,7 @@ def check_same_classes(source: Path | str, train: Sequence[str], val: Sequence[s
     if differing:
         if len({unicodedata.normalize("NFC", name) for name in differing}) < len(differing):
             differing = [f"{name!a} ({'train' if name in train else 'val'})" for name in differing]
-        raise UserError(f"{source}: train/ and val/ differ in the classes {', '.join(differing[:10])}")
+        raise UserError(f"{source}: train/ and val/ differ in the classes {first_few(differing, 10)}")
 
 
 def describe_ignored(ignored: Mapping[str, int]) -> str:

@@ -18,7 +18,7 @@ from mrmae_ds.data.convert.index import ImageIndex
 from mrmae_ds.data.convert.splits import is_hidden, is_image, kind_of
 from mrmae_ds.errors import UserError
 from mrmae_ds.records.progress import progress_bar
-from mrmae_ds.units import first_few
+from mrmae_ds.units import first_few, printable
 
 
 class TarMember(NamedTuple):
@@ -69,7 +69,7 @@ def list_members(path: Path, place: TarMember | None = None, progress: tqdm[Any]
     """
     counted = 0
     start, size = (place.offset, place.size) if place else (0, path.stat().st_size)
-    where = f"{path}:{place.name}" if place else str(path)
+    where = f"{path}:{printable(place.name)}" if place else str(path)
     try:
         with path.open("rb") as file:
             file.seek(start)
@@ -79,7 +79,9 @@ def list_members(path: Path, place: TarMember | None = None, progress: tqdm[Any]
                         progress.update(archive.offset - counted)
                         counted = archive.offset
                     if member.islnk() or member.issym() or member.issparse():
-                        raise tarfile.ReadError(f"{member.name} is a link or has holes, so its content is elsewhere")
+                        raise tarfile.ReadError(
+                            f"{printable(member.name)} is a link or has holes, so its content is elsewhere"
+                        )
                     if member.isreg():
                         yield TarMember(str(path), member.name, start + member.offset_data, member.size)
                 if archive.offset + tarfile.BLOCKSIZE > size:
@@ -139,8 +141,8 @@ def open_shards(paths: Sequence[Path]) -> ImageIndex:
             missing = [member.name for key, member in images.items() if key not in known]
             if missing:
                 raise UserError(
-                    f"{path}: {missing[0]} has no label; expected a file of the same name with .cls, or .json with "
-                    "`label`"
+                    f"{path}: {printable(missing[0])} has no label; expected a file of the same name with .cls, or "
+                    ".json with `label`"
                 )
             places += images.values()
             labels += [known[key] for key in images]
@@ -165,12 +167,12 @@ def _index_shard(path: Path, ignored: Counter[str], bar: tqdm[Any]) -> tuple[dic
         key = f"{folder}/{key}"
         if is_image(f"x.{extension}"):
             if key in images:
-                raise UserError(f"{path}: {member.name} and {images[key].name} are two images of one sample")
+                raise UserError(f"{path}: {first_few([member.name, images[key].name], 2)} are two images of one sample")
             images[key] = member
         elif extension in ("cls", "json"):
             label = _label(path, member)
             if label is not None and known.setdefault(key, label) != label:
-                raise UserError(f"{path}: {member.name} says the label {label}, another file {known[key]}")
+                raise UserError(f"{path}: {printable(member.name)} says the label {label}, another file {known[key]}")
         else:
             ignored[kind_of(name)] += 1
     return images, known
@@ -187,4 +189,4 @@ def _label(path: Path, member: TarMember) -> int | None:
             raise TypeError(f"{label} is no whole number")
         return None if label is None else int(label)
     except (ValueError, AttributeError, TypeError) as error:
-        raise UserError(f"{path}: {member.name} is no label ({error})") from error
+        raise UserError(f"{path}: {printable(member.name)} is no label ({error})") from error

@@ -19,7 +19,7 @@ from mrmae_ds.data.types import IntArray
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256
 from mrmae_ds.records.progress import progress_bar
-from mrmae_ds.units import counted, first_few
+from mrmae_ds.units import counted, first_few, printable
 
 _CHUNK = 256  # samples decoded at a time
 
@@ -58,7 +58,7 @@ def find_stored_copies(info: BetonInfo) -> list[str]:
     file = BetonFile(info)
 
     def name(row: int) -> str:
-        return f"sample {row} ({info.class_names[file.labels[row]]})"
+        return f"sample {row} ({printable(info.class_names[file.labels[row]])})"
 
     copies = find_copies(file, BetonFile(train) if train else None)
     found = copies.describe(train, name, lambda row: f"{beside.name}'s sample {row}")
@@ -84,7 +84,7 @@ def find_problems(info: BetonInfo, sidecar: dict[str, Any]) -> Iterator[str]:
     described = sidecar.get("class_counts") or counts
     for name, count, expected in zip(info.class_names, counts, described, strict=True):
         if count != expected:
-            yield f"class {name}: {count:,} images, {expected:,} in the sidecar"
+            yield f"class {printable(name)}: {count:,} images, {expected:,} in the sidecar"
     # It appears after the first images, for which the decoder may be compiled.
     with progress_bar(total=len(rows), desc=f"verify {info.path.name}", unit="image", delay=0.1) as progress:
         for start in range(0, len(rows), _CHUNK):
@@ -179,7 +179,7 @@ def describe_beton(path: str | Path) -> str:
     if sidecar.get("skipped"):
         where = report_path(info.path).name
         lines.append(f"  left out  {len(sidecar['skipped']):,} that cannot be read, listed in {where}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _quality(info: BetonInfo, sidecar: dict[str, Any]) -> str:

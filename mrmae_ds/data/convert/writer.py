@@ -34,11 +34,11 @@ from mrmae_ds.data.convert.journal import Journal, SampleBatch
 from mrmae_ds.data.convert.jpegs import check_jpegtran, shaping, store, stored_by
 from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.convert.pool import map_in_order
-from mrmae_ds.data.convert.skipped import Skipped, printable, too_many, write_report
+from mrmae_ds.data.convert.skipped import Skipped, too_many, write_report
 from mrmae_ds.errors import UserError
 from mrmae_ds.files import file_sha256, flush_folder, write_text
 from mrmae_ds.records.progress import progress_bar
-from mrmae_ds.units import counted
+from mrmae_ds.units import counted, first_few, printable
 
 SAVE_EVERY_S = 2.0  # between two lines of the journal: what an interruption costs at most
 _ENOUGH = 1000  # unreadable images beyond the limit, after which the rest is not read
@@ -317,7 +317,7 @@ def _check_classes(dataset: ImageDataset, path: Path, tally: _Tally, class_names
         write_report(path, tally.skipped)
         first = tally.skipped[0]
         raise UserError(
-            f"{path}: no image of the class {', '.join(names[:10])} can be read ({first.name}: {first.reason}); "
+            f"{path}: no image of the class {first_few(names, 10)} can be read ({first.name}: {first.reason}); "
             "repair them or remove the class"
         )
 

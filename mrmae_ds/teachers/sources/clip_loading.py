@@ -21,7 +21,7 @@ from mrmae_ds.imagenet import Rgb
 from mrmae_ds.teachers.options import TeacherOptions
 from mrmae_ds.teachers.sources.gelu import Gelu, gelu_of_file, resolve_gelu
 from mrmae_ds.teachers.sources.timm_origin import check_heads
-from mrmae_ds.units import counted
+from mrmae_ds.units import counted, printable
 from mrmae_ds.weights.beside import OPEN_CLIP
 from mrmae_ds.weights.formats import TensorFile
 from mrmae_ds.weights.resolve import Weights, resolve
@@ -278,7 +278,11 @@ def fit_tower(
             name for name in expected.keys() & tower.keys() if expected[name] != tower[name].shape
         ),
     }
-    listed = [f"{what} {names[0]} ({counted(len(names), 'such tensor')})" for what, names in problems.items() if names]
+    listed = [
+        f"{what} {printable(names[0])} ({counted(len(names), 'such tensor')})"
+        for what, names in problems.items()
+        if names
+    ]
     if listed:
         other = "an image tower of OpenAI's form" if source == FROM_FILE else f"a file of {source}"
         raise UserError(f"{where} is not {other}: {'; '.join(listed)}; set source to the model that it was saved from")

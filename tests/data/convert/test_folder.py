@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mrmae_ds.cli.main import main
 from mrmae_ds.data.beton.sidecar import check_beton
 from mrmae_ds.data.convert.fashion_mnist import FashionMNIST, find_files, read_idx
 from mrmae_ds.data.convert.folder import open_folder, scan, write_folder
@@ -83,6 +84,21 @@ def test_validation_set_is_split_off_without_val_folder(tmp_path: Path, below: s
     train, val, _ = open_folder(tmp_path, 0.2)
     assert (np.bincount(train.labels).tolist(), np.bincount(val.labels).tolist()) == ([8, 4], [2, 1])
     assert not {train.name(i) for i in range(len(train))} & {val.name(i) for i in range(len(val))}
+
+
+def test_names_of_classes_are_printed_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = _tree(tmp_path / "in", {"a\nb": 2, "\x1b[31mc": 2})
+    write = ["data", "write", str(tree), "--out", str(tmp_path / "out"), "--workers", "1"]
+    assert main([*write, "--name", "d\ne", "--max-side", "30", "--val-fraction", "0.5"]) == 0
+    assert capsys.readouterr().out.count(r": d\ne, 2 images, 2 classes (\x1b[31mc, a\nb), ") == 2
+    assert main(["data", "info", str(tmp_path / "out" / "val.beton")]) == 0
+    assert r"(\x1b[31mc, a\nb)" in capsys.readouterr().out
+    _tree(tree, {"f\ng": 1})
+    with pytest.raises(UserError, match=r"the class f\\ng has a single image"):
+        open_folder(tree, 0.5)
+    (tree / "f\ng" / "00.jpg").unlink()
+    with pytest.raises(UserError, match=r"/f\\ng: no images"):
+        open_folder(tree, 0.5)
 
 
 def test_folders_are_written(tmp_path: Path) -> None:

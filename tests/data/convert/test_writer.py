@@ -21,7 +21,6 @@ from PIL import Image
 
 from mrmae_ds.data.beton.sidecar import check_beton, read_sidecar
 from mrmae_ds.data.convert.options import WriteOptions, parse_max_bad
-from mrmae_ds.data.convert.skipped import printable
 from mrmae_ds.data.convert.verify import describe_beton, verify_beton
 from mrmae_ds.data.convert.writer import write_beton
 from mrmae_ds.errors import UserError
@@ -324,11 +323,6 @@ def test_max_bad_shares_are_rounded_up() -> None:
     texts = {"0": 0, "25": 25, "1%": 1, "0.01": 1, "0.5%": 1, "2%": 2, "1.0": 100, "0.0": 0}
     assert {text: WriteOptions(max_bad=parse_max_bad(text)).bad_limit(100) for text in texts} == texts
     assert WriteOptions(max_bad=0.01).bad_limit(1_281_167) == 12_812
-
-
-def test_names_are_printed_on_one_line_without_control_characters() -> None:
-    assert printable("a\nb\x1b[31m\x80 \xfc.png") == "a\\nb\\x1b[31m\\x80 \xfc.png"
-    assert printable(os.fsdecode(b"x\xff")) == "x\\xff"
 
 
 def test_empty_data_set_is_an_error(tmp_path: Path) -> None:
