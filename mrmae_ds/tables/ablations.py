@@ -16,7 +16,7 @@ from mrmae_ds.models.objectives import HOG, PIXELS
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import ObjectiveInfo, PretrainSummary, TeacherInfo
 from mrmae_ds.tables import paper
-from mrmae_ds.tables.base import AP_RESULTS, Cell, Row, Run, Table, run_path, teacher_sources
+from mrmae_ds.tables.base import AP_RESULTS, Cell, LeftOut, Row, Run, Table, teacher_sources
 from mrmae_ds.tables.detectors import detector_rows
 from mrmae_ds.tables.paper import PARTS, PaperRow
 from mrmae_ds.tables.scaling import split_size
@@ -41,27 +41,27 @@ def ablation_table(number: int, records: Iterable[Run]) -> Table:
     Runs of sizes that are other columns of Table 6 are skipped, and so are those without pre-training.
     """
     printed, records = paper.TABLES[number], list(records)
-    usable, excluded = finetuned_runs([run for run in records if _is_base(run[1].size)])
+    usable, left_out = finetuned_runs([run for run in records if _is_base(run[1].size)])
     usable = [run for run in usable if any(tuning and tuning.init for tuning in run[1].finetunings)]
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
     for run, dataset in zip(usable, dataset_labels(usable), strict=True):
         row_name = _MATCHERS[number](run[1])
         if row_name is None:
-            excluded.append(f"{run_path(run)}: {_NO_ROW}")
+            left_out.append(LeftOut(run, _NO_ROW))
         else:
             groups[row_name, dataset, run[1].name, describe_training(run[1], dataset)].append(run)
     ours: dict[str, list[Row]] = defaultdict(list)
     for key in sorted(groups, key=lambda key: (key[1], _epochs(groups[key]), key[2:])):
         row, older = _our_row(number, key, groups[key])
         ours[key[0]].append(row)
-        excluded += older
+        left_out += older
     if AP_RESULTS.keys() <= set(printed.columns):
-        excluded += _add_detectors(number, records, ours)
+        left_out += _add_detectors(number, records, ours)
     rows = tuple(all_rows(printed, ours))
-    return Table(number, printed.title, _headings(printed), printed.columns, rows, tuple(excluded))
+    return Table(number, printed.title, _headings(printed), printed.columns, rows, tuple(left_out))
 
 
-def _add_detectors(number: int, records: Iterable[Run], ours: dict[str, list[Row]]) -> list[str]:
+def _add_detectors(number: int, records: Iterable[Run], ours: dict[str, list[Row]]) -> list[LeftOut]:
     """Add rows of detectors, whose data set is another than that of the accuracies; return the other runs of the stage.
 
     Args:
@@ -70,11 +70,11 @@ def _add_detectors(number: int, records: Iterable[Run], ours: dict[str, list[Row
         ours: our rows, by the name of the paper's.
     """
     base = (run for run in records if _is_base(run[1].size))
-    rows, excluded = detector_rows(base, _MATCHERS[number], _NO_ROW)
+    rows, left_out = detector_rows(base, _MATCHERS[number], _NO_ROW)
     for row in rows:
         record = row.cells["AP box"].runs[0][1]
         ours[row.method].append(replace(row, labels=parts_of(_pretraining(record)) or {}) if number == 3 else row)
-    return excluded
+    return left_out
 
 
 def all_rows(printed: paper.PaperTable, ours: dict[str, list[Row]]) -> Iterable[Row]:
@@ -99,7 +99,7 @@ def all_rows(printed: paper.PaperTable, ours: dict[str, list[Row]]) -> Iterable[
         yield from ours[row_name]
 
 
-def _our_row(number: int, key: tuple[str, str, str, str], runs: list[Run]) -> tuple[Row, list[str]]:
+def _our_row(number: int, key: tuple[str, str, str, str], runs: list[Run]) -> tuple[Row, list[LeftOut]]:
     row_name, dataset, run_name, training = key
     cell, older = fill_cell(runs)
     records = [record for _, record in cell.runs]

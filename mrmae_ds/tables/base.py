@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mrmae_ds.records.record import RunRecord
 
 Run = tuple[Path, RunRecord]
 # Results of detectors by the paper's columns.
 AP_RESULTS = {"AP box": "box/AP", "AP mask": "mask/AP"}
+TOP1 = "top-1"
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,13 @@ class Row:
         return math.nan if cell is None or cell.value is None else cell.value
 
 
+class LeftOut(NamedTuple):
+    """A run that fills no cell, and why."""
+
+    run: Run
+    reason: str
+
+
 @dataclass(frozen=True)
 class Table:
     """One of the paper's tables with our runs.
@@ -78,7 +86,7 @@ class Table:
         headings: text columns.
         columns: columns of numbers.
         rows: from the top.
-        excluded: fine-tuning runs that fill no cell, each with the reason.
+        left_out: fine-tuning runs that fill no cell.
         probes: finished linear probes, for which the paper has no table.
     """
 
@@ -87,8 +95,23 @@ class Table:
     headings: tuple[str, ...]
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
-    excluded: tuple[str, ...]
+    left_out: tuple[LeftOut, ...]
     probes: tuple[Run, ...] = ()
+
+    @property
+    def excluded(self) -> tuple[str, ...]:
+        """Folders of the runs that fill no cell, each with the reason."""
+        return tuple(f"{run_path(run)}: {reason}" for run, reason in self.left_out)
+
+    @property
+    def beside(self) -> list[tuple[LeftOut, str]]:
+        """Results of finished runs that fill no cell, each with the name of the result, `TOP1` or a column of AP."""
+        return [
+            (left, name)
+            for left in self.left_out
+            for name in (TOP1, *AP_RESULTS)
+            if left.run[1].status == "finished" and measured_value(left.run[1], name) is not None
+        ]
 
     @property
     def measured(self) -> list[tuple[Row, str, Cell]]:

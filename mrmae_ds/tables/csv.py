@@ -5,7 +5,16 @@ from __future__ import annotations
 import csv
 import io
 
-from mrmae_ds.tables.base import Cell, Table, chance_accuracy, run_path, seeds, teacher_sources, val_copies
+from mrmae_ds.tables.base import (
+    Cell,
+    Table,
+    chance_accuracy,
+    measured_value,
+    run_path,
+    seeds,
+    teacher_sources,
+    val_copies,
+)
 from mrmae_ds.tables.costs import cell_costs
 
 COLUMNS = (
@@ -35,6 +44,7 @@ COLUMNS = (
     "seeds",
     "runs",
     "val_copies",
+    "fills_no_cell",
 )
 
 
@@ -42,7 +52,8 @@ def to_csv(table: Table) -> str:
     """Return a table as CSV, one line per row and column.
 
     Each line names its source, so that the paper's numbers and ours cannot be mixed up. A blank cell has an empty
-    value, a dash of the paper a "-".
+    value, a dash of the paper a "-". The results of runs that fill no cell follow, with the reason in the last column
+    and no row.
     """
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n", restval="")
@@ -61,6 +72,18 @@ def to_csv(table: Table) -> str:
             if cell := row.cells.get(column):
                 line |= _cell(cell)
             writer.writerow(line)
+    for (run, reason), name in table.beside:
+        record = run[1]
+        about = {
+            "table": table.number,
+            "method": record.pretrain_method,
+            "source": "ours",
+            "dataset": (record.finetune_data or record.data).dataset,
+            "pretrain_epochs": _digits(record.pretrain_epochs),
+            "column": name,
+            "fills_no_cell": reason,
+        }
+        writer.writerow(about | _cell(Cell(measured_value(record, name), runs=(run,))))
     return text.getvalue()
 
 

@@ -22,11 +22,11 @@ def detection_table(records: Iterable[Run]) -> Table:
     """Build Table 2 from run folders and their records (see `find_records`)."""
     printed = paper.TABLE_2
     ours: dict[str, list[Row]] = defaultdict(list)
-    found, excluded = detector_rows(records, _row_name, "its encoder's pre-training matches no row of this table")
+    found, left_out = detector_rows(records, _row_name, "its encoder's pre-training matches no row of this table")
     for row in found:
         ours[row.method].append(replace(row, cells=row.cells | _more_cells(row)))
     rows = tuple(all_rows(printed, ours))
-    return Table(printed.number, printed.title, (), printed.columns, rows, tuple(excluded))
+    return Table(printed.number, printed.title, (), printed.columns, rows, tuple(left_out))
 
 
 def _row_name(record: RunRecord) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.tables import paper
-from mrmae_ds.tables.base import AP_RESULTS, Cell, Row, Run, measured_value, run_path
+from mrmae_ds.tables.base import AP_RESULTS, Cell, LeftOut, Row, Run, measured_value
 from mrmae_ds.tables.select_runs import fill_cell
 
 # Images and annotations that detectors are trained and evaluated on, and classes.
@@ -19,7 +19,7 @@ COCO_2017 = {"train images": 117_266, "val images": 5_000, "val annotations": 36
 
 def detector_rows(
     records: Iterable[Run], row_name_of: Callable[[RunRecord], str | None], no_row: str
-) -> tuple[list[Row], list[str]]:
+) -> tuple[list[Row], list[LeftOut]]:
     """Build the rows of the runs of the stage detect: one for each row of the paper, data set, run and pre-training.
 
     Args:
@@ -31,24 +31,24 @@ def detector_rows(
         Our rows with cells of AP, sorted; and the runs of the stage that fill none, each with the reason.
     """
     groups: dict[tuple[str, str, str, str], list[Run]] = defaultdict(list)
-    rows, excluded, unmatched = list[Row](), list[str](), list[str]()
+    rows, left_out, unmatched = list[Row](), list[LeftOut](), list[LeftOut]()
     for run in (run for run in records if run[1].stage == "detect"):
         record = run[1]
         if reason := _unusable(record):
-            excluded.append(f"{run_path(run)}: {reason}")
+            left_out.append(LeftOut(run, reason))
         elif (row_name := row_name_of(record)) is None:
-            unmatched.append(f"{run_path(run)}: {no_row}")
+            unmatched.append(LeftOut(run, no_row))
         else:
             groups[row_name, _detection_data(record), record.name, _describe_pretraining(record)].append(run)
-    excluded += unmatched
+    left_out += unmatched
     for key in sorted(groups):
         row_name, dataset, run_name, length = key
         cells, older = _ap_cells(groups[key])
         label = f"{row_name}, ours: {run_name} ({length}, {dataset})"
         epochs = cells["AP box"].runs[0][1].pretrain_epochs
         rows.append(Row(row_name, "ours", label, dataset, epochs, cells))
-        excluded += older
-    return rows, excluded
+        left_out += older
+    return rows, left_out
 
 
 def _unusable(record: RunRecord) -> str | None:
@@ -61,10 +61,10 @@ def _unusable(record: RunRecord) -> str | None:
     return None
 
 
-def _ap_cells(runs: Sequence[Run]) -> tuple[dict[str, Cell], list[str]]:
+def _ap_cells(runs: Sequence[Run]) -> tuple[dict[str, Cell], list[LeftOut]]:
     """Return the cells of AP of the newest of ``runs``, and the other runs, each with the reason; see `fill_cell`."""
     cells: dict[str, Cell] = {}
-    older: list[str] = []
+    older: list[LeftOut] = []
     for column in AP_RESULTS:
         cells[column], older = fill_cell(runs, column)
     return cells, older

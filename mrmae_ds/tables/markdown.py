@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from tabulate import tabulate
 
+from mrmae_ds.records.record import RunRecord
 from mrmae_ds.tables import paper
 from mrmae_ds.tables.base import (
     AP_RESULTS,
@@ -62,6 +63,7 @@ COST_COLUMNS = (
     "fine-tuning images/s",
     "device",
 )
+BESIDE_COLUMNS = ("run folder", "method, size", "dataset", "result", "(%)", *RUN_COLUMNS[4:])
 PROBE_COLUMNS = (
     "run folder",
     "method, size",
@@ -78,6 +80,7 @@ SOURCES = (
     "**ours**, in bold, were measured by the runs listed below, on the dataset named in the row. Accuracies on "
     "different datasets are not comparable. Cells that were not run are blank. ep = epochs of pre-training."
 )
+BESIDE = "These runs have results, which are of no row or cell of the table."
 ERRORS = (
     "Sampling error: one binomial standard error of the run's own accuracy. Chance: 100 / classes. A cell with several "
     "runs shows their mean ± sample standard deviation over n seeds."
@@ -103,8 +106,13 @@ def to_markdown(table: Table) -> str:
     if table.probes:
         lines = [_probe_line(run) for run in table.probes]
         parts += ["## Linear probes", PROBES, _layout((list(PROBE_COLUMNS), lines))]
-    if table.excluded:
+    if table.left_out:
         parts += ["## Fine-tuning runs that fill no cell", "\n".join(f"- {line}" for line in table.excluded)]
+    if table.beside:
+        costs = {left.run[0]: [run_path(left.run), *_costs_of(left.run[1])] for left, _ in table.beside}
+        parts += [BESIDE, _layout((list(BESIDE_COLUMNS), list(_beside_lines(table))))]
+        parts.append(_layout((["run folder", *COST_COLUMNS[1:]], list(costs.values())), 2))
+        parts += [] if marks else [COSTS]
     errata = paper.errata_of(table.number)
     parts += ["## Errata of the paper", "\n".join(f"- {erratum}" for erratum in errata)]
     return "\n\n".join(parts) + "\n"
@@ -183,36 +191,51 @@ def run_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
     headings = run_columns(table)
     for row, column, cell in table.measured:
         for run in cell.runs:
-            record = run[1]
-            value = f"{measured_value(record, column):.2f}"
-            values = {
-                "cell": marks[row.label, column],
-                "run folder": _folder(run),
-                "method, size": f"{record.pretrain_method}, {record.size}",
-                "top-1 (%)": value,
-                "AP (%)": value,
-                BOTH: value,
-                "sampling error": "" if column in AP_RESULTS else f"± {sampling_error(record):.2f}",
-                "chance (%)": "" if column in AP_RESULTS else f"{chance_accuracy(record):.4g}",
-                "eval samples": f"{record.results.eval_samples:,}",
-                "training samples": f"{(record.finetune_data or record.data).samples:,}",
-                "pre-training epochs": _epochs(record.pretrain_epochs),
-                "fine-tuning epochs": _epochs(record.finetune_epochs),
-                "seed": seeds(record),
-                "recipe hash": record.recipe_hash[:12],
-                "teachers": "; ".join(f"{name}: {source}" for name, source in teacher_sources(record).items())
-                or "none",
-            }
+            values = _run_values(run, column) | {"cell": marks[row.label, column]}
             yield [values[heading] for heading in headings]
+
+
+def _beside_lines(table: Table) -> Iterator[list[str]]:
+    """Yield `BESIDE_COLUMNS` of every result of a run that fills no cell."""
+    for left, name in table.beside:
+        record = left.run[1]
+        data = (record.finetune_data or record.data).dataset
+        values = _run_values(left.run, name) | {"dataset": data, "result": name}
+        yield [values[heading] for heading in BESIDE_COLUMNS]
+
+
+def _run_values(run: Run, column: str) -> dict[str, str]:
+    """Return the text of a run and of its result in `column`, by heading."""
+    record = run[1]
+    value = f"{measured_value(record, column):.2f}"
+    samples = record.results.eval_samples
+    return {
+        "run folder": _folder(run),
+        "method, size": f"{record.pretrain_method}, {record.size}",
+        **dict.fromkeys(("top-1 (%)", "AP (%)", BOTH, "(%)"), value),
+        "sampling error": "" if column in AP_RESULTS else f"± {sampling_error(record):.2f}",
+        "chance (%)": "" if column in AP_RESULTS else f"{chance_accuracy(record):.4g}",
+        "eval samples": "" if samples is None else f"{samples:,}",
+        "training samples": f"{(record.finetune_data or record.data).samples:,}",
+        "pre-training epochs": _epochs(record.pretrain_epochs),
+        "fine-tuning epochs": _epochs(record.finetune_epochs),
+        "seed": seeds(record),
+        "recipe hash": record.recipe_hash[:12],
+        "teachers": "; ".join(f"{name}: {source}" for name, source in teacher_sources(record).items()) or "none",
+    }
 
 
 def cost_lines(table: Table, marks: Marks) -> Iterator[list[str]]:
     """Yield `COST_COLUMNS` of every run behind a cell."""
     for row, column, cell in table.measured:
         for _, record in cell.runs:
-            costs = run_costs(record)
-            numbers = map(format_number, costs.numbers().values())
-            yield [marks[row.label, column], seeds(record), *numbers, costs.device]
+            yield [marks[row.label, column], *_costs_of(record)]
+
+
+def _costs_of(record: RunRecord) -> list[str]:
+    """Return `COST_COLUMNS` of a run, without the cell."""
+    costs = run_costs(record)
+    return [seeds(record), *map(format_number, costs.numbers().values()), costs.device]
 
 
 def _probe_line(run: Run) -> list[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import FROM_SCRATCH
 from mrmae_ds.tables import paper
-from mrmae_ds.tables.base import Cell, Row, Run, Table, run_path
+from mrmae_ds.tables.base import Cell, LeftOut, Row, Run, Table
 from mrmae_ds.tables.select_runs import dataset_labels, describe_training, fill_cell, finetuned_runs, linear_probes
 
 METHODS = ("MAE", "MCMAE", "MR-MAE", FROM_SCRATCH)
@@ -22,8 +22,8 @@ SIZES = ("Tiny", *paper.TABLE_6.columns)
 def scaling_table(records: Iterable[Run]) -> Table:
     """Build the table from run folders and their records (see `find_records`)."""
     records = list(records)
-    usable, excluded = finetuned_runs(records)
-    excluded += [f"{run_path(run)}: {reason}" for run in usable if (reason := _other_table(run[1]))]
+    usable, left_out = finetuned_runs(records)
+    left_out += [LeftOut(run, reason) for run in usable if (reason := _other_table(run[1]))]
     usable = [run for run in usable if not _other_table(run[1])]
     groups: dict[tuple[str, str, str], dict[str, list[Run]]] = defaultdict(lambda: defaultdict(list))
     epochs: dict[tuple[str, str, str], float | None] = {}
@@ -38,11 +38,11 @@ def scaling_table(records: Iterable[Run]) -> Table:
         cells = {}
         for size, runs in groups[key].items():
             cells[size], older = fill_cell(runs)
-            excluded += older
+            left_out += older
         ours[method].append(Row(method, "ours", f"{method}, ours ({training})", dataset, epochs[key], cells))
     sizes = {record.size for _, record in usable}
     title = "Top-1 accuracy after fine-tuning, by model size"
-    return Table(6, title, (), _columns(sizes), tuple(_all_rows(ours)), tuple(excluded), linear_probes(records))
+    return Table(6, title, (), _columns(sizes), tuple(_all_rows(ours)), tuple(left_out), linear_probes(records))
 
 
 def _other_table(record: RunRecord) -> str | None:

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_EVAL_SAMPLES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.records.record import RunRecord
 from mrmae_ds.records.sections import FROM_SCRATCH
-from mrmae_ds.tables.base import Cell, Run, chance_accuracy, measured_value, run_path
+from mrmae_ds.tables.base import Cell, LeftOut, Run, chance_accuracy, measured_value
 from mrmae_ds.tables.paper import IMAGENET
 
 
-def finetuned_runs(records: Sequence[Run]) -> tuple[list[Run], list[str]]:
+def finetuned_runs(records: Sequence[Run]) -> tuple[list[Run], list[LeftOut]]:
     """Select the runs that can fill a cell of accuracy.
 
     Other stages are skipped, as are evaluations of a single model, which repeat the result of its fine-tuning.
@@ -22,8 +22,8 @@ def finetuned_runs(records: Sequence[Run]) -> tuple[list[Run], list[str]]:
         The usable runs; and the other fine-tuning runs, each with the reason.
     """
     candidates = [run for run in records if run[1].stage == "finetune" or len(run[1].members) > 1]
-    excluded = [f"{run_path(run)}: {reason}" for run in candidates if (reason := _unusable(run[1]))]
-    return [run for run in candidates if not _unusable(run[1])], excluded
+    left_out = [LeftOut(run, reason) for run in candidates if (reason := _unusable(run[1]))]
+    return [run for run in candidates if not _unusable(run[1])], left_out
 
 
 def linear_probes(records: Sequence[Run]) -> tuple[Run, ...]:
@@ -94,7 +94,7 @@ def _describe_pretraining(record: RunRecord, dataset: str) -> str:
     return f"{epochs:.4g} ep on {elsewhere}, then {dataset}" if elsewhere else f"{epochs:.4g} ep, {dataset}"
 
 
-def fill_cell(runs: Sequence[Run], column: str = "") -> tuple[Cell, list[str]]:
+def fill_cell(runs: Sequence[Run], column: str = "") -> tuple[Cell, list[LeftOut]]:
     """Average the newest of `runs` with its repetitions, one per seed.
 
     Args:
@@ -114,8 +114,8 @@ def fill_cell(runs: Sequence[Run], column: str = "") -> tuple[Cell, list[str]]:
     chosen = [by_seed[seed] for seed in sorted(by_seed)]
     values = [value for _, record in chosen if (value := measured_value(record, column)) is not None]
     spread = statistics.stdev(values) if len(values) > 1 else None
-    excluded = [f"{run_path(run)}: a newer run fills the cell" for run in runs if run not in chosen]
-    return Cell(statistics.fmean(values), spread, tuple(chosen)), excluded
+    left_out = [LeftOut(run, "a newer run fills the cell") for run in runs if run not in chosen]
+    return Cell(statistics.fmean(values), spread, tuple(chosen)), left_out
 
 
 def _configuration(record: RunRecord) -> tuple[object, ...]:

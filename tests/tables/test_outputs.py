@@ -59,6 +59,38 @@ def test_lists_the_cost_of_each_run(table: int) -> None:
     assert (row["pretrain_images_per_s"], row["finetune_images_per_s"]) == ("1000", "321")
 
 
+@pytest.mark.parametrize("number", [1, 3])
+def test_lists_the_results_of_runs_that_fill_no_cell(number: int) -> None:
+    teacher_only = make_pretraining(6, design=None, method="MaskAlign")
+    runs = [
+        make_tuned(f"other{seed}", teacher_only, 71.25, seed=seed, wall_seconds=3600.0, recipe_hash="c0ffee" * 5)
+        for seed in (3, 4)
+    ]
+    runs += [make_tuned("failed", teacher_only, 99.5, status="failed")]
+    table = build_table(number, runs)
+    assert not table.measured and len(table.excluded) == 3
+    section = to_markdown(table).split("## Fine-tuning runs that fill no cell")[1].split("## Errata")[0]
+    grids = [part for part in section.split("\n\n") if part.startswith("|")]
+    (results, costs) = ([[c.strip() for c in line.split("|")[1:-1]] for line in grid.splitlines()] for grid in grids)
+    teacher = "t: ViT-B-16-quickgelu"
+    # The binomial standard error of 71.25 % of 10,000 samples: 100 sqrt(0.7125 * 0.2875 / 10000) = 0.4526.
+    assert results[2:] == [
+        [
+            *(f"runs/other{seed}/finetune", "MaskAlign, Base", "Fashion-MNIST", "top-1", "71.25", "± 0.45", "10"),
+            *("10,000", "60,000", "200", "10", seed, "c0ffeec0ffee", teacher),
+        ]
+        for seed in "34"
+    ]
+    assert len(results[0]) == len(results[2]) and len(costs[0]) == len(costs[2])
+    assert [line[1] for line in costs[2:]] == ["3", "4"] and costs[2][5] == "30" and costs[2][7] == "1"
+    assert "99.5" not in to_markdown(table) + to_csv(table)
+    lines = [line for line in csv.DictReader(io.StringIO(to_csv(table))) if line["fills_no_cell"]]
+    assert [(line["row"], line["source"], line["value"], line["seeds"]) for line in lines] == [
+        ("", "ours", "71.25", seed) for seed in "34"
+    ]
+    assert {line["recipe_hash"] for line in lines} == {"c0ffee" * 5} and lines[0]["finetune_gpu_hours"] == "1"
+
+
 def test_unknown_costs_are_blank_and_no_pretraining_costs_zero() -> None:
     unknown = make_tuned("a", make_pretraining(spent=None), wall_seconds=36.0)
     scratch = make_run("b", "From scratch", "Base", pretrain=None, wall_seconds=36.0)
