@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae_ds.config.stages import PretrainConfig
-from mrmae_ds.errors import UserError
 from mrmae_ds.imagenet import Rgb
 from mrmae_ds.models.hog import hog_of_pixels
 from mrmae_ds.models.masking import TokenMask, VisibleSet, choose_visible
@@ -346,23 +345,6 @@ def describe_importance(has_class: bool) -> str:
     """Describe the result of :func:`class_attention` with or without a class token."""
     what = "class token to patches" if has_class else "received by each patch on average (there is no class token)"
     return f"last block's attention, {what}"
-
-
-def check_tiles(patch: int, image_size: int, key: str) -> None:
-    """Check that patches tile the image; libraries would silently ignore the remaining pixels.
-
-    Args:
-        patch: side of a patch in pixels.
-        image_size: side of the image in pixels.
-        key: recipe key of the teacher, for errors.
-
-    Raises:
-        UserError: naming the recipe key and the nearest sizes that fit.
-    """
-    if image_size % patch:
-        below = image_size // patch * patch
-        near = f"{below} or {below + patch}" if below else str(patch)
-        raise UserError(f"{key}.image_size: patches of {patch} do not tile {image_size} pixels; use {near}")
 
 
 class LastBlockInput:

@@ -87,7 +87,7 @@ def check_grid(teacher: Teacher, options: TeacherOptions, student_size: int) -> 
         raise UserError(
             f"{key}: its {teacher.grid[0]}x{teacher.grid[1]} tokens at {image_size} pixels do not match the student's "
             f"{rows}x{columns} at {student_size}; set {key}.image_size to {stride * rows}, or choose a teacher with "
-            f"patches of {student_size // rows}"
+            f"patches of {student_size // rows} at {student_size} pixels"
         )
 
 

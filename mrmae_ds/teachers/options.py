@@ -89,3 +89,19 @@ class TeacherOptions:
         missing = [layer for layer in self.layers if layer >= depth]
         if missing:
             raise UserError(f"{self.key}.layers: {self.source} has no block {missing[0]}; it has 0 to {depth - 1}")
+
+    def check_tiles(self, patch: int) -> None:
+        """Check that patches tile the image; libraries would silently ignore the remaining pixels.
+
+        Args:
+            patch: side of a patch in pixels.
+
+        Raises:
+            UserError: naming the recipe key and the size at which the tokens match the student's.
+        """
+        if self.image_size % patch:
+            rows, columns = self.student_grid
+            raise UserError(
+                f"{self.key}.image_size: patches of {patch} do not tile {self.image_size} pixels; use {rows * patch}, "
+                f"which gives the student's {rows}x{columns} tokens"
+            )

@@ -60,8 +60,8 @@ def test_grid_mismatch_names_the_fix(tmp_path: Path) -> None:
 
 def test_an_input_that_its_patches_do_not_tile_is_refused(tmp_path: Path) -> None:
     save_run(tmp_path, VIT)
-    with pytest.raises(UserError, match=r"image_size: 18 is not a multiple of the patch stride 4"):
-        build(tmp_path, image_size=18)
+    with pytest.raises(UserError, match=r"teachers.mae.image_size: patches of 4 do not tile 18 pixels; use 32, which"):
+        build(tmp_path, image_size=18, grid=8)
 
 
 def test_missing_weights_name_the_key(tmp_path: Path) -> None:

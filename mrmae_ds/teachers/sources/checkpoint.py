@@ -130,7 +130,7 @@ class CheckpointTeacher(Teacher):
         }
         if features == "proj" or (features == "ln_post" and not norm):
             raise UserError(f"{options.key}.features: {path} has no {features} features; use raw")
-        encoder = build_encoder(spec_from_metadata(metadata), options.image_size)
+        encoder = _build(metadata, options)
         notes = load_encoder_weights(encoder, weights).notes
         cut_encoder(encoder, options)
         mean, std = options.statistics or (tuple(metadata["mean"]), tuple(metadata["std"]))
@@ -193,6 +193,13 @@ def _resolve(options: TeacherOptions) -> tuple[Path, Weights, dict[str, Any]]:
     return path, weights, model_metadata(weights, statistics=options.statistics is None, fix=fix)
 
 
+def _build(metadata: dict[str, Any], options: TeacherOptions) -> Encoder:
+    """Return the encoder of a file's metadata at the teacher's input size, without its weights."""
+    spec = spec_from_metadata(metadata)
+    options.check_tiles(spec.stride)
+    return build_encoder(spec, options.image_size)
+
+
 class _Reader:
     def __init__(self, encoder: Encoder, options: TeacherOptions) -> None:
         self.grid, self.width = encoder.grid, encoder.embed_dim
@@ -216,7 +223,7 @@ def build_meta(options: TeacherOptions) -> MetaTeacher:
     path = find_weights(Path(options.source), f"{options.key}.source")
     # The header of a file of this project has all that is needed; plans are made of many such models.
     metadata = read_metadata(path) if is_ours(path) else _resolve(options)[2]
-    return meta_teacher(build_encoder(spec_from_metadata(metadata), options.image_size), options)
+    return meta_teacher(_build(metadata, options), options)
 
 
 def meta_teacher(encoder: Encoder, options: TeacherOptions) -> MetaTeacher:

@@ -16,7 +16,6 @@ from mrmae_ds.teachers.base import (
     LibraryTeacher,
     MetaTeacher,
     TeacherOutput,
-    check_tiles,
     class_attention,
     describe_importance,
     join_layers,
@@ -69,7 +68,7 @@ class TowerReader:
             )
         if getattr(visual.transformer.resblocks[-1].attn, "logit_scale", None) is not None:
             raise UserError(f"{options.key}.source: {options.source} has cosine attention, which is not supported")
-        check_tiles(visual.patch_size[0], options.image_size, options.key)
+        options.check_tiles(visual.patch_size[0])
         # If the tower does not output its class token, that token's attention was not trained.
         self.has_class = visual.pool_type == "tok" and visual.attn_pool is None
         self.has_class_token = self.has_class

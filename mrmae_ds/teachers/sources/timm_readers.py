@@ -16,7 +16,6 @@ from mrmae_ds.errors import UserError
 from mrmae_ds.teachers.base import (
     LastBlockInput,
     TeacherOutput,
-    check_tiles,
     class_attention,
     describe_importance,
     join_layers,
@@ -107,7 +106,7 @@ class BlockReader:
         self.grid, self.width = (tokens.shape[2], tokens.shape[3]), tokens.shape[1]
         if not self.plain and not _is_softmax(captured.weights, self.prefix + self.grid[0] * self.grid[1]):
             raise UnsupportedNetworkError
-        check_tiles(network.feature_info[-1]["reduction"], size, options.key)
+        options.check_tiles(network.feature_info[-1]["reduction"])
         options.check_layers(len(network.blocks))
         if options.layers and not self.plain:
             raise UserError(
@@ -188,10 +187,11 @@ class MapReader:
             maps = network.forward_intermediates(
                 torch.zeros(1, 3, size, size), output_fmt="NCHW", intermediates_only=True
             )
-        self.stage = _choose_stage([(m.shape[2], m.shape[3]) for m in maps], options)
+        strides = [info["reduction"] for info in network.feature_info]
+        self.stage = _choose_stage([(m.shape[2], m.shape[3]) for m in maps], strides, options)
         self.importance = f"feature norm of stage {self.stage} (of 0 to {len(maps) - 1})"
         chosen = maps[self.stage]
-        check_tiles(network.feature_info[self.stage]["reduction"], size, options.key)
+        options.check_tiles(strides[self.stage])
         self.grid, self.width = (chosen.shape[2], chosen.shape[3]), chosen.shape[1]
         network.prune_intermediate_layers([self.stage], prune_norm=True, prune_head=True)
 
@@ -270,9 +270,11 @@ def _has_blocks_of_tokens(network: nn.Module) -> bool:
     return isinstance(getattr(attn, "attn_drop", None), nn.Module) and hasattr(attn, "fused_attn")
 
 
-def _choose_stage(grids: list[tuple[int, int]], options: TeacherOptions) -> int:
+def _choose_stage(grids: list[tuple[int, int]], strides: list[int], options: TeacherOptions) -> int:
     size, (rows, columns) = options.image_size, options.student_grid
-    listed = ", ".join(f"{stage} {h}x{w} (stride {size / h:.3g})" for stage, (h, w) in enumerate(grids))
+    # Not size / h, which a side that the stride does not tile would make a stride that no size has.
+    of_stages = enumerate(zip(grids, strides, strict=False))
+    listed = ", ".join(f"{stage} {h}x{w} (stride {stride})" for stage, ((h, w), stride) in of_stages)
     stages = f"the stages of {options.source} at {size} pixels are {listed}"
     if options.stage is not None and options.stage >= len(grids):
         raise UserError(f"{options.key}.stage: no stage {options.stage}; {stages}")

@@ -555,7 +555,7 @@ def test_errors_name_the_key(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=rf"teachers.*{match}"):
             build(weights and tmp_path / weights, source, quickgelu=True)
-    with pytest.raises(UserError, match=r"clip.image_size: patches of 16 do not tile 70 pixels; use 64 or 80"):
+    with pytest.raises(UserError, match=r"clip.image_size: patches of 16 do not tile 70 pixels; use 64,"):
         build(tmp_path / "clip.pt", quickgelu=True, image_size=70)
     with pytest.raises(UserError, match=r"clip.stage: mrmae-test is a ViT"):
         build(tmp_path / "clip.pt", quickgelu=True, stage=1)

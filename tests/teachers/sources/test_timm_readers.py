@@ -165,8 +165,24 @@ def test_no_stage_on_the_grid_lists_them() -> None:
 def test_an_input_that_is_not_tiled_is_refused_even_if_the_grid_is_right(name: str) -> None:
     size = {} if name.startswith("eff") else SMALL | {"img_size": 60}
     grid = (4, 4) if name.startswith("eff") else (3, 3)
-    with pytest.raises(UserError, match=r"teachers.t.image_size: patches of 16 do not tile 60 pixels; use 48 or 64"):
+    fits = f"use {16 * grid[0]}, which gives the student's {grid[0]}x{grid[0]} tokens"
+    with pytest.raises(UserError, match=rf"teachers.t.image_size: patches of 16 do not tile 60 pixels; {fits}"):
         timm_reader(network_of(name, **size), options("t", name, image_size=60, student_grid=grid))
+
+
+@pytest.mark.parametrize("wrong", [32, 100])
+def test_the_first_recommended_size_fits(wrong: int) -> None:
+    """DINOv2's patches of 14 for a student of 8x8 tokens at 32 pixels."""
+    name, small, eight = "vit_small_patch14_dinov2", SMALL | {"dynamic_img_size": False}, {"student_grid": (8, 8)}
+    with pytest.raises(UserError, match=r"patches of 14 do not tile .*; use 112, which gives the student's 8x8 tokens"):
+        timm_reader(network_of(name, **small | {"img_size": wrong}), options("t", name, image_size=wrong, **eight))
+    fits = network_of(name, **small | {"img_size": 112})
+    assert timm_reader(fits, options("t", name, image_size=112, **eight)).grid == (8, 8)
+
+
+def test_strides_of_stages_that_do_not_tile_are_the_networks() -> None:
+    with pytest.raises(UserError, match=r"4 2x2 \(stride 32\). Set teachers.t.image_size to 14 times"):
+        timm_reader(network_of("test_resnet"), options("t", "test_resnet", image_size=60, student_grid=(14, 14)))
 
 
 def test_maps_have_no_final_norm() -> None:
