@@ -324,6 +324,12 @@ class PretrainConfig(CropStageConfig):
                 )
             if self.encoder_input != "visible" and tap == "decoder":
                 raise ConfigError(f"{where}.tap", f"encoder_input: {self.encoder_input} has no decoder; use encoder")
+            if self.encoder_input == "mask_tokens" and tokens == "visible":
+                raise ConfigError(
+                    f"{where}.tokens",
+                    "encoder_input: mask_tokens predicts removed patches, and the encoder sees the visible ones; use "
+                    "masked or all",
+                )
             if self.encoder_input == "full" and tokens != "all":
                 raise ConfigError(f"{where}.tokens", f"encoder_input: full removes none, so {tokens} is all; write all")
         return self

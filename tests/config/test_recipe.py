@@ -329,8 +329,19 @@ IMPOSSIBLE = {
     "stages.pretrain.objectives.mimic.weight=0": ["stages.pretrain.objectives.mimic.weight"],
     "stages.pretrain.objectives.mimic.tokens=masked": ["stages.pretrain.objectives.mimic", "visible tokens only"],
     "stages.pretrain.objectives.mimic.tokens=all": ["stages.pretrain.objectives.mimic", "visible tokens only"],
-    "stages.pretrain.encoder_input=mask_tokens": ["objectives.pixels.tap", "mask_tokens has no decoder"],
-    "stages.pretrain={encoder_input: mask_tokens, objectives: {pixels: null}}": ["encoder_input", "a CViT computes"],
+    "stages.pretrain={encoder_input: mask_tokens, objectives: {mimic: null}}": [
+        "objectives.pixels.tap",
+        "mask_tokens has no decoder",
+    ],
+    "stages.pretrain={encoder_input: mask_tokens, objectives: {pixels: null}}": [
+        "stages.pretrain.objectives.mimic.tokens",
+        "sees the visible ones",
+        "masked or all",
+    ],
+    "stages.pretrain={encoder_input: mask_tokens, objectives: {pixels: null, mimic: {tokens: all}}}": [
+        "encoder_input",
+        "a CViT computes",
+    ],
     "stages.pretrain.encoder_input=full": ["stages.pretrain.masking", "null belongs to encoder_input: full"],
     "stages.pretrain={encoder_input: full, masking: null, objectives: {pixels: null}}": ["mimic.tokens", "write all"],
     "stages.pretrain.masking={mode: block, keep_ratio: null, masked: 75, teacher: null}": ["mode", "mask_tokens"],
