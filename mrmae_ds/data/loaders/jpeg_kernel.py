@@ -11,7 +11,7 @@ their own: between two restart markers, no sample depends on others.
 
 libturbojpeg returns the planes of luma and chroma as they are stored, chroma at half the resolution. They are resized
 first and converted to RGB afterwards, which equals the opposite order up to rounding and chroma's interpolation, and
-processes a third of the numbers. Resizing is Pillow's antialiased bicubic, in integers: the same on every machine.
+processes a third of the numbers. Resizing is by Pillow's bicubic filter in integers: the same on every machine.
 
 Shapes: B samples in a batch, S output size, N samples in the file, T threads, K taps of the filter; "rounded" means up
 to a multiple of ``vector_kernel.LANES``.

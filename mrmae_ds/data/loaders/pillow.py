@@ -1,7 +1,8 @@
 """Pillow backend: worker processes, with bicubic antialiased resizing like torchvision's transforms.
 
 Order, boxes, flips and filter are those of the FFCV backend, so that both yield the same part of the same image; they
-differ in rounding, and in that Pillow interpolates chroma before it resizes it. Slower; for machines without FFCV, as
+differ in rounding, at sharp edges, where Pillow clips the filter's overshoot after each of its two passes, and in that
+Pillow interpolates chroma before it resizes it. Slower; for machines without FFCV, as
 the reference of tests, and for evaluation by the code that published accuracies were measured with.
 
 Shapes: B micro-batch, S image size.

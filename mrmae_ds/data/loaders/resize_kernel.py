@@ -1,4 +1,7 @@
-"""Resizing part of the JPEG kernel: Pillow's antialiased bicubic in integers, the same on every machine.
+"""Resizing part of the JPEG kernel: Pillow's antialiased bicubic filter in integers, the same on every machine.
+
+Overshoot at edges is kept between the passes, as in exact arithmetic. Pillow clips it there, so that its pixels differ,
+most in black-and-white images (docs/data.md, "How the data is read").
 
 The sums of both passes are ``vector_kernel``'s, of pairs of taps. A pair starts at an even row or column, so that each
 is made once; an output that starts at an odd one has a first weight of 0.

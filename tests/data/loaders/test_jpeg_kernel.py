@@ -53,6 +53,19 @@ def _gray() -> Image.Image:
     return ImageOps.grayscale(_image()).point(lambda value: 50 + 0.6 * value).convert("RGB")
 
 
+def _binary() -> Image.Image:
+    """Return a random image of 28 x 28 black and white pixels."""
+    white = np.random.default_rng(0).random((28, 28)) > 0.5
+    return Image.fromarray(white.astype(np.uint8) * 255).convert("RGB")
+
+
+def _bicubic(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resize [H, W, 3] in float64 by torch, with antialiasing and without clipping."""
+    planes = torch.from_numpy(pixels).double().permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(planes, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
 def _decode(
     jpegs: Sequence[bytes], boxes: Sequence[Box], size: int, beyond: bool = False, threads: int = 2
 ) -> tuple[np.ndarray, list[int]]:
@@ -117,6 +130,35 @@ def test_luma_equals_pillow(box: Box, size: int, subsampling: str) -> None:
     (image,), status = _decode([jpeg], [box], size)
     assert status == [0]
     assert np.abs(image - _pillow(Image.open(io.BytesIO(jpeg)).convert("RGB"), box, size)).max() <= 2
+
+
+# Image, size, and the largest and the mean difference that docs/data.md gives.
+EDGES = {
+    "28 to 32": (_binary(), 32, 26, 2.71),
+    "28 to 224": (_binary(), 224, 29, 2.66),
+    "a photograph enlarged": (photograph().resize((64, 64)), 224, 13, 0.175),
+    "a photograph reduced": (photograph(), 224, 5, 0.13),
+    "a crop of 100 x 90": (photograph().crop((40, 30, 130, 130)), 224, 2, 0.19),
+}
+
+
+@pytest.mark.parametrize("image, size, most, mean", EDGES.values(), ids=EDGES)
+def test_differs_from_pillow_where_its_horizontal_pass_is_clipped(
+    image: Image.Image, size: int, most: int, mean: float
+) -> None:
+    """Compare raw pixels with one float64 bicubic, and Pillow's with two that are rounded and clipped."""
+    pixels = np.array(image)
+    height, width = pixels.shape[:2]
+    table, box = np.array([[0, pixels.size, height, width, 1]]), (0, 0, height, width, 0)
+    (ours,), _ = _decode_table(pixels.tobytes(), table, [box], size)
+    assert np.abs(ours - _bicubic(pixels, size, size).clip(0, 255)).max() < 0.6
+    across = _bicubic(pixels, height, size)
+    theirs = _pillow(image, box, size)
+    assert np.abs(theirs - _bicubic(np.rint(across).clip(0, 255), size, size).clip(0, 255)).max() < 2
+    difference = np.abs(ours - theirs)
+    assert difference.max() == most and difference.mean() == pytest.approx(mean, abs=0.005)
+    clipped = ((across < 0) | (across > 255)).any(axis=(0, 2))
+    assert difference[:, ~clipped].max(initial=0) <= 2
 
 
 @pytest.mark.parametrize("box, size", BOXES)
