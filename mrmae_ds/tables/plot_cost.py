@@ -1,7 +1,8 @@
 """Plot accuracy over parameters of the fine-tuned model and over GPU-hours of pre-training, one row per dataset.
 
 The paper prints parameters only in Tables 1 and 4, and GPU-hours nowhere. Its numbers of the other tables are therefore
-drawn at the parameters of the architectures as built here, and none are drawn over GPU-hours.
+drawn at the parameters of the architectures as built here, and none are drawn over GPU-hours. A panel without points is
+left out, and the other one of its row is as wide as both.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ from mrmae_ds.tables.ablations import ACCURACY, OWN_METHODS, PARAMETERS
 from mrmae_ds.tables.base import Cell, Row, Table, format_number
 from mrmae_ds.tables.costs import cell_costs
 from mrmae_ds.tables.plot_panels import (
+    Label,
     Panel,
-    annotate,
     colors_of,
     datasets,
     marker_of,
     panel_title,
+    place_labels,
     short_label,
     wrap,
 )
@@ -57,25 +59,36 @@ def plot_cost(table: Table, path: Path) -> None:
     figure = style.new_figure(2 * _WIDTH, 0.6 + _HEIGHT * len(names) + 0.1 * lines)
     title = "Accuracy after fine-tuning, by parameters and by the cost of pre-training"
     figure.suptitle(title, fontsize=13, fontweight="bold", color=style.INK)
-    all_axes = figure.subplots(len(names), 2, squeeze=False)
+    grid = figure.add_gridspec(len(names), 2)
     colors = colors_of(table)
-    for (left, right), name in zip(all_axes, names, strict=True):
+    drawn: list[tuple[Axes, list[Label]]] = []
+    for line, name in enumerate(names):
         rows = tuple(row for row in _rows(table) if row.dataset == name)
         panel = Panel(table.number, name, rows, _accuracies(table), _WIDTH)
-        _draw(left, panel, _parameters, colors)
+        hours = any(_points(panel, row, _hours) for row in rows)
+        left = figure.add_subplot(grid[line, 0] if hours else grid[line, :])
+        drawn.append((left, _draw(left, panel, _parameters, colors)))
         left.set_xlabel("Parameters of the fine-tuned model (M)", fontsize=9)
         columns = 2 if len(rows) > 3 and max(len(short_label(row)) for row in rows) < _SHORT else 1
         left.legend(fontsize=7.5, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=columns)
-        devices = dict.fromkeys(cell_costs(cell).device for row in panel.ours for cell in row.measured.values())
-        _draw(right, panel, _hours, colors)
-        where = f" ({', '.join(devices)})" if devices else ""
-        right.set_xlabel(wrap(f"GPU-hours of pre-training{where}", _WIDTH), fontsize=9)
-        for axes, text in ((left, "\n".join(panel_title(panel))), (right, panel.dataset)):
-            axes.set_title("\n".join(wrap(line, _WIDTH) for line in text.split("\n")), fontsize=9.5, color=style.INK)
-        right.set_ylim(left.get_ylim())
-        if not panel.ours:
-            right.set_axis_off()
+        _set_title(left, "\n".join(panel_title(panel)))
+        if hours:
+            right = figure.add_subplot(grid[line, 1])
+            drawn.append((right, _draw(right, panel, _hours, colors)))
+            devices = dict.fromkeys(cell_costs(cell).device for row in panel.ours for cell in row.measured.values())
+            where = ", ".join(devices)
+            right.set_xlabel(wrap(f"GPU-hours of pre-training ({where})", _WIDTH), fontsize=9)
+            _set_title(right, panel.dataset)
+            right.set_ylim(left.get_ylim())
+    figure.draw_without_rendering()  # lays the panels out, on which depends where labels are free of each other
+    figure.set_layout_engine("none")
+    for axes, labels in drawn:
+        place_labels(axes, labels)
     style.save(figure, path)
+
+
+def _set_title(axes: Axes, text: str) -> None:
+    axes.set_title("\n".join(wrap(line, _WIDTH) for line in text.split("\n")), fontsize=9.5, color=style.INK)
 
 
 def _rows(table: Table) -> list[Row]:
@@ -89,13 +102,14 @@ def _accuracies(table: Table) -> tuple[str, ...]:
     return table.columns if table.number == paper.TABLE_6.number else (ACCURACY,)
 
 
-def _draw(axes: Axes, panel: Panel, x_of: _XOf, colors: dict[tuple[str, str], str]) -> None:
-    drawn = False
+def _draw(axes: Axes, panel: Panel, x_of: _XOf, colors: dict[tuple[str, str], str]) -> list[Label]:
+    """Draw a panel's rows, and return the labels of their points."""
+    labels: list[Label] = []
     for row in panel.rows:
         points = _points(panel, row, x_of)
         if not points:
             continue
-        drawn, ours, color = True, row.source == "ours", colors[row.method, row.source]
+        ours, color = row.source == "ours", colors[row.method, row.source]
         spreads = [point.spread for point in points]
         axes.errorbar(
             [point.x for point in points],
@@ -111,14 +125,11 @@ def _draw(axes: Axes, panel: Panel, x_of: _XOf, colors: dict[tuple[str, str], st
             markerfacecolor=color if ours else "white",
             capsize=3,
         )
-        for point in points:
-            # Plain ViTs are the smallest of a size, so that the space to their left is free.
-            annotate(axes, point.name, (point.x, point.y), color, "left" if row.method == "MAE" else "right")
+        # Plain ViTs are the smallest of a size, so that the space to their left is free.
+        side = -1 if row.method == "MAE" else 1
+        labels += [Label(point.name, (point.x, point.y), point.spread, color, side) for point in points]
     _set_scales(axes)
-    if not drawn:
-        text = "not recorded" if panel.ours else "no runs of ours, and none in the paper"
-        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=9, color=style.MUTED)
-        axes.set_xticks([])
+    return labels
 
 
 def _set_scales(axes: Axes) -> None:

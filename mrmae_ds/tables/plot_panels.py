@@ -6,12 +6,17 @@ measured on its whole dataset.
 
 from __future__ import annotations
 
+import math
 import re
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 
+import numpy as np
 from matplotlib import patheffects
 from matplotlib.axes import Axes
+from matplotlib.transforms import Bbox
 
 from mrmae_ds.figures import style
 from mrmae_ds.tables import paper
@@ -23,6 +28,11 @@ PAPER_GRAYS = ("#9a9a9a", "#6b6b6b", "#3c3c3c")
 OUR_COLORS = style.PALETTE[:6]  # without its gray and black
 _CHARACTERS_PER_INCH = 12.5
 _NBSP = "\N{NO-BREAK SPACE}"
+_SIZE = 7.5  # points, of numbers and names beside markers
+_LINE = 1.35 * _SIZE  # points from one line of labels to the next
+_MARKER = 5.5  # points from a marker's center to its edge, with the space around it
+_CROSSING = 8.0  # points that a label may be farther from its marker if a line less crosses it
+_MOST_LINES = 9  # farthest from its marker that a label may be
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,83 @@ def annotate(axes: Axes, text: str, place: tuple[float, float], color: str, side
         "right": ((7, -1), "left", "center"),
         "left": ((-7, -1), "right", "center"),
     }[side]
-    label = axes.annotate(text, place, offset, textcoords="offset points", ha=ha, va=va, fontsize=7.5, color=color)
+    label = axes.annotate(text, place, offset, textcoords="offset points", ha=ha, va=va, fontsize=_SIZE, color=color)
     # A white outline keeps a number readable where a line crosses it.
     label.set_path_effects([patheffects.withStroke(linewidth=2.5, foreground="white")])
+
+
+@dataclass(frozen=True)
+class Label:
+    """The name of a point.
+
+    Attributes:
+        text: of one line.
+        place: of the point, in data.
+        spread: half the length of its vertical error bar, in data.
+        color: of the text.
+        side: preferred, -1 for the left and 1 for the right.
+    """
+
+    text: str
+    place: tuple[float, float]
+    spread: float
+    color: str
+    side: int
+
+
+def place_labels(axes: Axes, labels: Sequence[Label]) -> None:
+    """Write the names of points where they cover neither each other nor a marker, and join distant ones to their point.
+
+    The limits of the axes and the figure's layout must be final.
+
+    Args:
+        axes: with the points.
+        labels: of all points; the first are placed first.
+    """
+    scale = style.DPI / 72  # pixels per point
+    points = axes.transData.transform([label.place for label in labels])
+    ends = axes.transData.transform([(label.place[0], label.place[1] + label.spread) for label in labels])
+    taken = [_box(point, 2 * _MARKER * scale, 2 * _MARKER * scale) for point in points]
+    bars = [_box(p, _MARKER * scale, 2 * (end[1] - p[1])) for p, end in zip(points, ends, strict=True)]
+    tracks = [axes.transData.transform_path(line.get_path()) for line in axes.lines if line.get_linestyle() != "None"]
+    # Offsets in points of a label's anchor: beside the marker, line by line, or above and below it.
+    lines = sorted(range(-_MOST_LINES, _MOST_LINES + 1), key=abs)
+    offsets = [(side * (_MARKER + 2), line * _LINE) for line, side in product(lines, (-1, 1))]
+    offsets += [(0.0, line * _LINE + math.copysign(2, line)) for line in lines if line]
+    for label, point in zip(labels, points, strict=True):
+        width, height = style.text_width(label.text, _SIZE), _LINE * scale
+        found: list[tuple[float, tuple[float, float], Bbox]] = []
+        for dx, dy in offsets:
+            center = point + scale * np.array([dx, dy]) + [np.sign(dx) * width / 2, 0]
+            box = _box(center, width, height)
+            covered = sum(_overlap(box, other) for other in taken) + box.width * box.height - _overlap(box, axes.bbox)
+            crossed = sum(_overlap(box, bar) for bar in bars)
+            far = math.hypot(dx, dy) + (1 if dx * label.side < 0 else 0)
+            crossings = sum(track.intersects_bbox(box, filled=False) for track in tracks)
+            cost = far + crossed / (10 * scale) + _CROSSING * crossings + 1000 * covered
+            found.append((cost, (dx, dy), box))
+        _, offset, box = min(found, key=lambda candidate: candidate[0])
+        taken.append(box)
+        _write(axes, label, offset)
+
+
+def _write(axes: Axes, label: Label, offset: tuple[float, float]) -> None:
+    dx, dy = offset
+    ha = "center" if dx == 0 else "left" if dx > 0 else "right"
+    joined = {"arrowstyle": "-", "color": label.color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3}
+    arrow = joined if abs(dy) > 1.5 * _LINE else None
+    text = axes.annotate(
+        label.text, label.place, offset, textcoords="offset points", ha=ha, va="center", fontsize=_SIZE,
+        color=label.color, arrowprops=arrow,
+    )  # fmt: skip
+    text.set_path_effects([patheffects.withStroke(linewidth=2, foreground="white")])
+
+
+def _box(center: np.ndarray, width: float, height: float) -> Bbox:
+    x, y = center
+    return Bbox.from_bounds(x - width / 2, y - height / 2, width, height)
+
+
+def _overlap(one: Bbox, other: Bbox) -> float:
+    common = Bbox.intersection(one, other)
+    return 0.0 if common is None else common.width * common.height

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from mrmae_ds.figures import style
 from mrmae_ds.models.encoders import build_encoder
@@ -166,11 +168,15 @@ def test_parameters_of_the_papers_points_equal_those_of_the_models() -> None:
             assert round(sum(p.numel() for p in model.parameters()) / 1e6, 2) == millions
 
 
-def _cost_panels(table: Table, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+def _cost_plot(table: Table, monkeypatch: pytest.MonkeyPatch) -> Figure:
     figures: list[Figure] = []
     monkeypatch.setattr(style, "save", lambda figure, _: figures.append(figure))
     plot_cost.plot_cost(table, Path("unused.png"))
-    return figures[0].axes
+    return figures[0]
+
+
+def _cost_panels(table: Table, monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
+    return _cost_plot(table, monkeypatch).axes
 
 
 def test_cost_plot_has_gpu_hours_for_our_runs_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +194,36 @@ def test_cost_plot_has_gpu_hours_for_our_runs_only(monkeypatch: pytest.MonkeyPat
 
 def test_cost_plot_has_separate_panels_for_other_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     axes = _cost_panels(build_table(6, [_known_run()]), monkeypatch)
-    assert [len(panel.containers) for panel in axes] == [3, 0, 1, 1]
-    assert not axes[1].axison
-    assert "Fashion-MNIST" in axes[2].get_title() and "chance 10" in axes[2].get_title()
+    assert [len(panel.containers) for panel in axes] == [3, 1, 1]
+    assert "Fashion-MNIST" in axes[1].get_title() and "chance 10" in axes[1].get_title()
+
+
+def test_the_cost_plot_has_no_panel_without_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, narrow, _ = (axes.get_position() for axes in _cost_panels(build_table(6, [_known_run()]), monkeypatch))
+    assert wide.width > 2 * narrow.width
+    (only,) = _cost_panels(build_table(6, []), monkeypatch)
+    assert len(only.containers) == 3
+
+
+@pytest.mark.parametrize("number", [1, 3, 6])
+def test_no_label_of_the_cost_plot_covers_another_or_a_marker(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes of equal cost and nearly equal accuracy, as fine-tunings of one pre-training at three resolutions have."""
+    runs = []
+    for method, accuracy in (("MAE", 80.0), ("MCMAE", 80.1), ("MR-MAE", 80.2)):
+        for place, size in enumerate(TABLES[6].columns):
+            total = Parameters(total=12_300_000 + 100 * place, trainable=1, encoder=1)
+            known = make_pretraining(7 if method == "MR-MAE" else 1, method=method)
+            result = Results(top1=accuracy + 0.05 * place, eval_samples=10_000)
+            runs.append(make_tuned(f"{method}{place}", known, size=size, parameters=total, results=result))
+    figure = _cost_plot(build_table(number, runs), monkeypatch)
+    figure.draw_without_rendering()
+    renderer = RendererAgg(*map(int, figure.bbox.size), figure.dpi)
+    for axes in figure.axes:
+        labels = [text for text in axes.texts if text.get_text()]
+        boxes = [Text.get_window_extent(text, renderer) for text in labels]
+        points = [axes.transData.transform(text.xy) for text in labels]
+        assert len(labels) == sum(len(box[0].get_xdata()) for box in axes.containers) > 0
+        for box, label in zip(boxes, labels, strict=True):
+            assert not [other for other in boxes if other is not box and box.overlaps(other)], label
+            assert not [point for point in points if box.contains(*point)], label
+            assert axes.bbox.fully_containsx(box.x0) and axes.bbox.fully_containsx(box.x1), label
