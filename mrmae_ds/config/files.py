@@ -18,6 +18,7 @@ from mrmae_ds.files import expand_home
 from mrmae_ds.units import first_few
 
 Join = Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]]
+_YAML = (".yaml", ".yml")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -26,7 +27,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     Raises:
         UserError: if the file is missing, is not YAML or is not a mapping.
     """
-    return _parsed(path, parse_yaml)
+    return _parsed(path, parse_yaml, _YAML)
 
 
 def read_extended(
@@ -54,7 +55,8 @@ def read_extended(
     refuse_unknown_nulls(raw, model, path)
     base = path.parent / expand_home(str(parent))
     if not base.is_file():
-        problem = "a folder; name a file in it" if base.is_dir() else f"no such file{_nearest_file(base, besides=path)}"
+        hint = _nearest_file(base, _YAML, besides=path)
+        problem = "a folder; name a file in it" if base.is_dir() else f"no such file{hint}"
         raise UserError(f"{path}: extends: {base}: {problem}")
     return (join or merge)(read_extended(base, model, (*ancestors, path.resolve()), join=join), raw)
 
@@ -86,7 +88,7 @@ def refuse_other_kind(raw: dict[str, Any], expected: str, path: Path) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object; raises as :func:`read_yaml`."""
-    return _parsed(path, lambda text: json.loads(text, object_pairs_hook=_unique))
+    return _parsed(path, lambda text: json.loads(text, object_pairs_hook=_unique), (".json",))
 
 
 def parse_yaml(text: str) -> Any:
@@ -112,11 +114,11 @@ def _unique(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return dict(pairs)
 
 
-def _parsed(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _parsed(path: Path, parse: Callable[[str], Any], suffixes: Sequence[str]) -> dict[str, Any]:
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file{_nearest_file(path)}") from None
+        raise UserError(f"{path}: no such file{_nearest_file(path, suffixes)}") from None
     except IsADirectoryError:
         raise UserError(f"{path}: cannot be read: it is a folder; name a file in it") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -283,14 +285,15 @@ def _nearest(key: str, known: list[str]) -> str:
     return f"; known are {', '.join(sorted(known))}" if known else ""
 
 
-def _nearest_file(path: Path, besides: Path | None = None) -> str:
+def _nearest_file(path: Path, suffixes: Sequence[str], besides: Path | None = None) -> str:
     """Return the hint for a missing file: the one of the closest name beside it, else some that are there.
 
     Args:
-        path: the missing file.
+        path: the missing file, of any suffix or none.
+        suffixes: of its kind of file.
         besides: a file that is no answer.
     """
-    files = sorted(p for p in path.parent.glob(f"*{path.suffix}") if p.is_file() and p != besides)
+    files = sorted(p for p in path.parent.glob("*") if p.suffix in suffixes and p.is_file() and p != besides)
     names = {p.stem: p.name for p in files}
     # Names alone and a high cutoff: the suffix that all share would make any two of them similar.
     if close := difflib.get_close_matches(path.stem, names, n=1, cutoff=0.75):

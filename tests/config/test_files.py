@@ -71,6 +71,17 @@ def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
         read_yaml(tmp_path / "nowhere/x.yaml")
 
 
+@pytest.mark.parametrize("name", ["table1.yml", "table1.json", "table1"])
+def test_a_wrong_suffix_names_the_file_that_has_the_right_one(name: str, tmp_path: Path) -> None:
+    for other in ("table1.yaml", "table1.zip"):
+        (tmp_path / other).write_text("{}")
+    with pytest.raises(UserError, match=rf"{name}: no such file; did you mean 'table1\.yaml'\?$"):
+        read_yaml(tmp_path / name)
+    (tmp_path / "mine.yaml").write_text(f"extends: {name}")
+    with pytest.raises(UserError, match=rf"{name}: no such file; did you mean 'table1\.yaml'\?$"):
+        read_extended(tmp_path / "mine.yaml", Tree)
+
+
 BROKEN = {
     "syntax": b"a: [1, 2\nb: 3\n",
     "a tab": b"a:\n\tb: 1\n",
