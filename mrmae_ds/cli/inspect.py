@@ -27,7 +27,7 @@ from mrmae_ds.weights.finished_run import with_present_keys
 from mrmae_ds.weights.formats import verify_checksums
 from mrmae_ds.weights.identify import WeightIdentity
 from mrmae_ds.weights.names import describe_names
-from mrmae_ds.weights.paths import HUB, INDEX_SUFFIX, MODEL_FILE, find_weights, weights_sha256
+from mrmae_ds.weights.paths import HUB, INDEX_SUFFIX, MODEL_FILE, find_weights, refuse_run_folder, weights_sha256
 from mrmae_ds.weights.resolve import Weights, model_metadata, resolve, unusable_tensors
 from mrmae_ds.weights.shapes import nearest_architecture
 
@@ -65,6 +65,7 @@ def describe(path: Path) -> str:
         files += others if len(others) == 1 else []
         blocks += [_block(str(file), describe_file(file)) for file in files]
     if not blocks:
+        refuse_run_folder(path, str(path), RECORD_FILE, "stage")
         raise UserError(
             f"{path}: neither a stage folder (runs/NAME/STAGE) nor a checkpoint in one (checkpoints/step_N with a "
             f"{MANIFEST}); a checkpoint without {MANIFEST} is incomplete; if it holds other weights, name a file in it"

@@ -44,14 +44,28 @@ def find_weights(source: Path, key: str = "") -> Path:
         others = [] if not source.is_dir() else sorted(p.name for p in source.iterdir() if p.suffix in OTHER_SUFFIXES)
         if others:
             raise UserError(f"{where} has no {MODEL_FILE}; name a file in it: {first_few(others, 3)}")
-        if stages := sorted(str(file.parent) for file in source.glob(f"*/{MODEL_FILE}")):
-            count = counted(len(stages), "finished stage")
-            raise UserError(f"{where} is the folder of {count}; choose one: {first_few(stages, 8)}")
+        refuse_run_folder(source, where)
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
         raise UserError(
             f"{where} {what}; run that stage first, or name a stage folder (runs/NAME/STAGE) or a model file"
         )
     return Path(f"{path}#{choice}") if choice else path
+
+
+def refuse_run_folder(folder: Path, where: str, file: str = MODEL_FILE, what: str = "finished stage") -> None:
+    """Check that a folder is not that of a run, of whose stages one has to be chosen.
+
+    Args:
+        folder: the folder.
+        where: its description in the error.
+        file: name of a file that the stages in question have.
+        what: description of such a stage.
+
+    Raises:
+        UserError: naming the stages.
+    """
+    if stages := sorted(str(path.parent) for path in folder.glob(f"*/{file}")):
+        raise UserError(f"{where} is the folder of {counted(len(stages), what)}; choose one: {first_few(stages, 8)}")
 
 
 def _download(repository: str, key: str) -> Path:

@@ -222,6 +222,17 @@ def test_rejects_damaged_checkpoint(damage: str, tmp_path: Path) -> None:
     assert describe(tmp_path / "checkpoints" / "step_000000020")
 
 
+def test_names_the_stages_of_a_run_whether_or_not_they_have_finished(tmp_path: Path) -> None:
+    run = tmp_path / "tiny"
+    make_record(status="running").write(run / "pretrain")
+    with pytest.raises(UserError, match=rf"^{run} is the folder of 1 stage; choose one: {run}/pretrain$"):
+        describe(run)
+    classifier_run(run / "finetune", CVIT)
+    stages = f"{run}/finetune, {run}/pretrain"
+    with pytest.raises(UserError, match=rf"^{run} is the folder of 2 stages; choose one: {stages}$"):
+        describe(run)
+
+
 def test_rejects_paths_that_hold_neither_weights_nor_checkpoints(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere: no such file or folder"):
         describe(tmp_path / "nowhere")
