@@ -56,12 +56,13 @@ def run(args: argparse.Namespace) -> None:
     """Start the missing jobs of a pipeline.
 
     Raises:
-        UserError: for an invalid pipeline or recipe, or a folder that holds another run.
+        UserError: for an invalid pipeline or recipe, a folder that holds another run, or a teacher or initial weights
+            of a job to start that do not exist.
         SystemExit: with status 1 if a job run with --local did not finish.
     """
     from mrmae_ds.pipeline.config import load_pipeline
     from mrmae_ds.pipeline.costs import describe_pipeline
-    from mrmae_ds.pipeline.graph import build_jobs
+    from mrmae_ds.pipeline.graph import build_jobs, refuse_absent_sources
     from mrmae_ds.pipeline.status import job_statuses, lock_runs, read_slurm_jobs
 
     pipeline = load_pipeline(args.pipeline)
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> None:
         return
     with lock_runs(args.runs):
         statuses = job_statuses(jobs, read_slurm_jobs(args.runs), _queue(args.local))
+        refuse_absent_sources(job for job in jobs if statuses[job.key].missing)
         if args.local:
             _run_locally(args, jobs, statuses, pipeline.tables)
         else:
@@ -162,11 +164,13 @@ def _write_tables(root: Path, tables: Sequence[int]) -> None:
 
 def _select(jobs: Sequence[PipelineJob], only: Sequence[str] | None) -> list[PipelineJob]:
     """Return the jobs of the named runs, and their dependencies."""
+    from mrmae_ds.config.files import nearest_key
+
     if only is None:
         return list(jobs)
     names = dict.fromkeys(job.run for job in jobs)
     if unknown := [name for name in only if name not in names]:
-        raise UserError(f"--only {unknown[0]}: no such run in the pipeline; it has {', '.join(names)}")
+        raise UserError(f"--only {unknown[0]}: no such run in the pipeline{nearest_key(unknown[0], names)}")
     selected: set[str] = set()
     for job in reversed(jobs):
         if job.run in only or job.key in selected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from mrmae_ds.config.engine import load_engine_config
 from mrmae_ds.data.beton.sidecar import check_beton
@@ -25,18 +26,18 @@ def stage_flops(job: PipelineJob) -> float | None:
     Detectors are counted on COCO.
 
     Returns:
-        None for stages that are not counted, and for those whose teacher is a run that does not exist yet.
+        None for stages that are not counted.
+
+    Raises:
+        UserError: if a teacher is a file or run that does not exist (yet), or does not fit the recipe.
     """
     if job.stage == "detect":
         return _detection_flops(job)
     if job.stage not in COUNTED_STAGES:
         return None
     images, classes = training_set(job) or (IMAGENET_TRAIN_SAMPLES, IMAGENET_CLASSES)
-    try:
-        checkpointing = load_engine_config(job.config).checkpointing
-        (cost,) = recipe_cost(job.recipe, checkpointing, classes, only=job.stage)
-    except UserError:
-        return None
+    checkpointing = load_engine_config(job.config).checkpointing
+    (cost,) = recipe_cost(job.recipe, checkpointing, classes, only=job.stage)
     return float(cost.total(images))
 
 
@@ -65,18 +66,31 @@ def describe_pipeline(jobs: Sequence[PipelineJob], statuses: Mapping[str, JobSta
         statuses: status of each job, by key.
         tflops: assumed sustained throughput of a GPU, in TFLOP/s.
     """
-    rows, flops_by_recipe, total, uncounted = [_COLUMNS], {}, 0.0, 0
+    rows, total, awaiting = [_COLUMNS], 0.0, 0
+    flops_by_recipe: dict[tuple[str, Path], float | None] = {}
+    problems: list[str] = []
     for job in jobs:
         status = statuses[job.key]
         # Seeds of one recipe cost the same.
         recipe_key = (job.recipe.hash(job.stage), job.config)
-        if recipe_key not in flops_by_recipe:
-            flops_by_recipe[recipe_key] = stage_flops(job)
-        flops = flops_by_recipe[recipe_key]
+        reason = None
+        try:
+            if recipe_key not in flops_by_recipe:
+                flops_by_recipe[recipe_key] = stage_flops(job)
+        except UserError as error:
+            reason = f"{job.recipe_path}: {error}"
+        flops = flops_by_recipe.get(recipe_key)
         hours = None if flops is None else flops / (tflops * TERA) / SECONDS_PER_HOUR
         if status.missing and hours:
             total += hours
-        uncounted += status.missing and job.stage in COUNTED_STAGES and flops is None
+        if status.missing:
+            for problem in job.absent:
+                what = "cannot start yet and is not counted" if problem == reason else "cannot start yet"
+                problems.append(f"{job.key} {what}: {problem}")
+            if reason and reason not in job.absent and _awaits_teacher(job, statuses):
+                awaiting += 1
+            elif reason and reason not in job.absent:
+                problems.append(f"{job.key} is not counted: {reason}")
         rows.append(
             (
                 job.key,
@@ -97,9 +111,17 @@ def describe_pipeline(jobs: Sequence[PipelineJob], statuses: Mapping[str, JobSta
         str(job.recipe.data.train) for job in jobs if job.stage != "detect" and training_set(job) is None
     )
     lines += [f"{path}: no such file; counted on ImageNet-1K's {IMAGENET_TRAIN_SAMPLES:,} images" for path in absent]
-    if uncounted:
-        lines.append(f"not counted either: {counted(uncounted, 'job')} with a run as teacher that does not exist yet")
-    return "\n".join(lines)
+    if awaiting:
+        lines.append(f"not counted either: {counted(awaiting, 'job')} with a run as teacher that does not exist yet")
+    return "\n".join([*lines, *problems])
+
+
+def _awaits_teacher(job: PipelineJob, statuses: Mapping[str, JobStatus]) -> bool:
+    """Return True if a teacher of a job is a job of the pipeline that has not finished."""
+    names = getattr(job.recipe.stage(job.stage), "teachers", ())
+    sources = {job.recipe.teachers[name].source for name in names}
+    root = job.stage_dir.parents[1]
+    return any(str(root / key) in sources and statuses[key].state != "finished" for key in job.dependencies)
 
 
 def _align(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -8,7 +8,7 @@ replaced by that of the run with the job's own seed in the pipeline's runs folde
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -20,7 +20,7 @@ from mrmae_ds.config.recipe import Recipe, StagesConfig, load_recipe
 from mrmae_ds.config.stages import EvaluateConfig, StageName
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import PipelineConfig, PipelineRun, to_overrides
-from mrmae_ds.weights.paths import MODEL_FILE
+from mrmae_ds.weights.paths import HUB, find_weights
 
 RUNS = Path("runs")
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -40,6 +40,8 @@ class PipelineJob:
         recipe: the resolved recipe.
         dependencies: keys of the jobs that must finish first.
         nodes: number of nodes of its Slurm job; None if the pipeline does not set it.
+        absent: a problem for each source that is neither a job of the pipeline nor a file or run on disk; it names
+            recipe, key and fix.
     """
 
     run: str
@@ -51,6 +53,7 @@ class PipelineJob:
     recipe: Recipe
     dependencies: tuple[str, ...]
     nodes: int | None = None
+    absent: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -90,8 +93,8 @@ def build_jobs(
         overrides: ``key.path=value`` strings for every recipe.
 
     Raises:
-        UserError: for a recipe that cannot be read, two runs of one name, a source that is neither in the pipeline nor
-            on disk, or jobs that depend on each other.
+        UserError: for a recipe that cannot be read, two runs of one name, or jobs that depend on each other. Sources
+            that do not exist are those of :func:`refuse_absent_sources`.
     """
     common = _CommonOverrides(pipeline, overrides)
     requested: Sequence[int | None] = seeds or [None]
@@ -108,6 +111,20 @@ def build_jobs(
         names.add(draft.folder_name)
     jobs = [_job(draft, stage, drafts, root, pipeline) for draft in drafts for stage in draft.stages]
     return _sort(jobs, pipeline.name)
+
+
+def refuse_absent_sources(jobs: Iterable[PipelineJob]) -> None:
+    """Check that all that jobs start from, learn from or evaluate exists or is a job of the pipeline.
+
+    Args:
+        jobs: those to start.
+
+    Raises:
+        UserError: naming job, recipe, key, source and fix.
+    """
+    for job in jobs:
+        if job.absent:
+            raise UserError(f"{job.key}: {job.absent[0]}; other runs of the pipeline: --only RUN")
 
 
 def _draft(pipeline: PipelineConfig, run: PipelineRun, seed: int | None, common: _CommonOverrides) -> _Draft:
@@ -162,16 +179,17 @@ def _job(
 ) -> PipelineJob:
     dependencies: list[str] = []
     paths: dict[str, str] = {}
+    outside: dict[str, str] = {}
     for key, source in _sources(draft.recipe, stage):
         if source in ("pretrain", "finetune"):  # a stage of the same run
             if source in draft.stages:
                 dependencies.append(f"{draft.folder_name}/{source}")
             else:
-                _check_exists(str(root / draft.folder_name / source), key)
+                outside[key] = str(root / draft.folder_name / source)
             continue
         other = _find_job(source, draft, drafts)
         if other is None:
-            _check_exists(source, key)
+            outside[key] = source
             continue
         dependencies.append(other)
         if (path := str(root / other)) != source:
@@ -187,6 +205,7 @@ def _job(
         recipe=load_recipe(draft.recipe_path, list(overrides)),
         dependencies=tuple(dict.fromkeys(dependencies)),
         nodes=1 if stage == "evaluate" else draft.run.nodes or pipeline.nodes,
+        absent=tuple(_absent(outside, draft.recipe_path)),
     )
 
 
@@ -217,10 +236,14 @@ def _find_job(source: str, draft: _Draft, drafts: Sequence[_Draft]) -> str | Non
     return None
 
 
-def _check_exists(source: str, key: str) -> None:
-    path = Path(source)
-    if not (path.is_file() or (path / MODEL_FILE).is_file()):
-        raise UserError(f"{key}: {source} is neither a run of this pipeline nor an existing file or run")
+def _absent(sources: Mapping[str, str], recipe: Path) -> Iterator[str]:
+    """Yield the problems of sources, by key, that are not on disk; those of a hub are left to the job."""
+    for key, source in sources.items():
+        try:
+            if not source.startswith(HUB):
+                find_weights(Path(source), key)
+        except UserError as error:
+            yield f"{recipe}: {error}"
 
 
 def _path_overrides(recipe: Recipe, paths: dict[str, str]) -> Iterator[str]:

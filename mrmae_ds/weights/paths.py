@@ -46,9 +46,10 @@ def find_weights(source: Path, key: str = "") -> Path:
             raise UserError(f"{where} has no {MODEL_FILE}; name a file in it: {first_few(others, 3)}")
         refuse_run_folder(source, where)
         what = "has not finished (no model.safetensors)" if source.is_dir() else "does not exist"
-        raise UserError(
-            f"{where} {what}; run that stage first, or name a stage folder (runs/NAME/STAGE) or a model file"
-        )
+        fix = "run that stage first, or "
+        if path.suffix in OTHER_SUFFIXES and not source.is_dir():
+            fix = "get the file as the recipe's header says, or " if key else ""
+        raise UserError(f"{where} {what}; {fix}name a stage folder (runs/NAME/STAGE) or a model file")
     return Path(f"{path}#{choice}") if choice else path
 
 

@@ -13,7 +13,7 @@ from mrmae_ds.config.stages import FinetuneConfig
 from mrmae_ds.errors import UserError
 from mrmae_ds.pipeline.config import load_pipeline, to_overrides
 from mrmae_ds.pipeline.costs import stage_flops
-from mrmae_ds.pipeline.graph import _sources, build_jobs
+from mrmae_ds.pipeline.graph import _sources, build_jobs, refuse_absent_sources
 from mrmae_ds.tables.ablations import OWN_METHODS
 from mrmae_ds.tables.paper import TABLE_1
 from tests.support.pipelines import KEYS, make_jobs, write_pipeline
@@ -82,11 +82,14 @@ def test_table1_pipeline_has_every_method_that_is_computed(tmp_path: Path, monke
     pipeline = load_pipeline(Path("pipelines/table1.yaml"))
     monkeypatch.chdir(tmp_path)
     source = Path("weights/mae_pretrain_vit_large.pth")
-    with pytest.raises(UserError, match=f"teachers.mae.source: {source} is neither a run .* nor an existing file"):
-        build_jobs(pipeline)
+    (absent,) = [job for job in build_jobs(pipeline) if job.absent]
+    recipe = REPOSITORY / "ds_configs/methods/dmae_base.yaml"
+    fix = "get the file as the recipe's header says, or name a stage folder (runs/NAME/STAGE) or a model file"
+    assert absent.absent == (f"{recipe}: teachers.mae.source: {source} does not exist; {fix}",)
     source.parent.mkdir()
     source.touch()
     jobs = build_jobs(pipeline)
+    assert not any(job.absent for job in jobs)
     epochs = {job.recipe.method: job.recipe.stages.pretrain.epochs for job in jobs}
     assert epochs == {row.method: row.epochs for row in TABLE_1.rows if row.method in OWN_METHODS}
 
@@ -140,31 +143,59 @@ def test_pipeline_files_state_their_command_and_name(path: Path) -> None:
         ({"tables": [7]}, "tables: 7 is none of 1, 2, 3, 4, 5, 6"),
         ({"runs": [{}, {}]}, "two runs would write to "),
         ({"runs": [{"set": {"modle": {}}}]}, "ds_configs/tiny.yaml: modle: unknown key; did you mean 'model'?"),
-        (
-            {"runs": [{}]},
-            "teachers.mae.source: runs/mae_tiny/pretrain is neither a run of this pipeline nor an existing file or run",
-        ),
-        (
-            {"runs": [{"recipe": "ds_configs/baselines/mae_tiny.yaml", "stages": ["finetune"]}]},
-            "mae_tiny/pretrain is neither a run of this pipeline nor an existing file or run",
-        ),
-        (
-            {
-                "runs": [
-                    {"recipe": "ds_configs/baselines/mae_tiny.yaml", "set": {"stages": {"pretrain": {"init": "x"}}}}
-                ]
-            },
-            "stages.pretrain.init: x is neither a run of this pipeline nor an existing file or run",
-        ),
     ],
 )
-def test_invalid_pipelines_are_refused(
-    changes: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # where no demo has left runs
+def test_invalid_pipelines_are_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         make_jobs(tmp_path, tmp_path / "r", **changes)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+MAE = "ds_configs/baselines/mae_tiny.yaml"
+
+
+@pytest.mark.parametrize(
+    ("run", "key", "problem"),
+    [
+        ({}, "tiny/pretrain", "ds_configs/tiny.yaml: teachers.mae.source: runs/mae_tiny/pretrain does not exist; run"),
+        (
+            {"recipe": MAE, "stages": ["finetune"]},
+            "mae_tiny/finetune",
+            f"{MAE}: stages.finetune.init: {{runs}}/mae_tiny/pretrain does not exist; run that stage first",
+        ),
+        (
+            {"recipe": MAE, "set": {"stages": {"pretrain": {"init": "x.pth"}}}},
+            "mae_tiny/pretrain",
+            f"{MAE}: stages.pretrain.init: x.pth does not exist; get the file as the recipe's header says",
+        ),
+        (
+            {"recipe": MAE, "stages": ["evaluate"], "set": {"stages": {"evaluate": {"members": ["one", "two"]}}}},
+            "mae_tiny/evaluate",
+            f"{MAE}: stages.evaluate.members.0: one does not exist; run that stage first",
+        ),
+    ],
+)
+def test_sources_that_do_not_exist_are_refused_for_the_jobs_that_start(
+    run: dict[str, Any], key: str, problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where no demo has left runs
+    jobs = make_jobs(tmp_path, tmp_path / "r", runs=[run])
+    with pytest.raises(UserError) as error:
+        refuse_absent_sources(jobs.values())
+    assert str(error.value).startswith(f"{key}: {REPOSITORY}/{problem.format(runs=tmp_path / 'r')}")
+    assert str(error.value).endswith("; other runs of the pipeline: --only RUN")
+    refuse_absent_sources(job for job in jobs.values() if job.key != key)
+
+
+@pytest.mark.parametrize("source", ["weights.pth#model", "shards", "hf:org/name"])
+def test_sources_may_be_whatever_a_stage_takes(source: str, tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").touch()
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards/model.safetensors.index.json").touch()
+    init = source if source.startswith("hf:") else str(tmp_path / source)
+    run = {"recipe": MAE, "stages": ["finetune"], "set": {"stages": {"finetune": {"init": init}}}}
+    (job,) = make_jobs(tmp_path, tmp_path / "r", runs=[run]).values()
+    assert not job.absent
 
 
 def test_dependency_cycles_are_refused(tmp_path: Path) -> None:

@@ -234,9 +234,10 @@ def test_dry_run_prints_costs_and_starts_nothing(
     *plan, summary, absent, uncounted = out.splitlines()
     assert absent == f"{absent_data}: no such file; counted on ImageNet-1K's 1,281,167 images"
     lines = {line.split()[0]: line for line in plan[1:]}
-    assert (
-        list(lines) == KEYS and uncounted == "not counted either: 1 job with a run as teacher that does not exist yet"
-    )
+    assert list(lines) == KEYS
+    teacher = jobs["mae_tiny/pretrain"].stage_dir / MODEL_FILE
+    reason = f"teachers.mae.source: {teacher}: not a readable weights file"
+    assert uncounted.startswith(f"tiny/pretrain is not counted: ds_configs/tiny.yaml: {reason}")
     assert "finished (top-1 80.00 %)" in lines["mae_tiny/pretrain"]
     assert "tiny/pretrain" in lines["tiny/finetune"].split()[3] and "not run" in lines["tiny/finetune"]
     assert slurm.jobs() == {} and not (tmp_path / "runs" / "slurm_jobs.json").exists()
@@ -259,7 +260,47 @@ def test_dry_run_prints_costs_and_starts_nothing(
 def test_only_selects_runs_and_their_dependencies(slurm: FakeSlurm, tmp_path: Path) -> None:
     assert _submit(tmp_path, "--only", "tiny") == 0
     assert set(_by_name(slurm)) == {"mae_tiny-pretrain", "tiny-pretrain", "tiny-finetune", "demo-tables"}
-    assert _submit(tmp_path, "--only", "tinny") == 2
+
+
+def test_unknown_runs_are_named_before_absent_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pipeline = str(REPOSITORY / "pipelines/table1.yaml")
+    assert main(["submit", pipeline, "--dry-run", "--only", "milan_bas"]) == 2
+    expected = "error: --only milan_bas: no such run in the pipeline; did you mean 'milan_base'?\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_absent_sources_leave_a_dry_run_and_are_refused_for_jobs_to_start_alone(
+    slurm: FakeSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of two runs, one has its teacher in a file that is absent and its initial weights in another."""
+    mae = {"recipe": "ds_configs/baselines/mae_tiny.yaml", "stages": ["pretrain"]}
+    absent = {"teachers": {"mae": {"source": "none.pth"}}, "stages": {"finetune": {"init": "init.pth"}}}
+    pipeline = write_pipeline(tmp_path, runs=[{"set": absent}, mae])
+    arguments = ["submit", str(pipeline), "--runs", str(tmp_path / "runs")]
+    assert main([*arguments, "--dry-run", "--only", "tiny"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split() == ["tiny/pretrain", "not", "run"]  # no cost
+    assert float(lines[2].split()[-1]) > 0  # which initial weights do not change
+    problem = "ds_configs/tiny.yaml: teachers.mae.source: none.pth does not exist; "
+    assert lines[-2].startswith(f"tiny/pretrain cannot start yet and is not counted: {problem}")
+    init = "ds_configs/tiny.yaml: stages.finetune.init: init.pth does not exist; "
+    assert lines[-1].startswith(f"tiny/finetune cannot start yet: {init}")
+    assert main(arguments) == 2
+    assert capsys.readouterr().err.startswith(f"error: tiny/pretrain: {problem}") and slurm.jobs() == {}
+    assert main([*arguments, "--local"]) == 2 and not list(tmp_path.glob("runs/*/"))
+    assert main([*arguments, "--only", "mae_tiny"]) == 0
+    assert set(_by_name(slurm)) == {"mae_tiny-pretrain", "demo-tables"}
+
+
+def test_a_dry_run_says_which_job_awaits_its_teacher(
+    slurm: FakeSlurm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _submit(tmp_path, "--dry-run", "--only", "tiny") == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "not counted either: 1 job with a run as teacher that does not exist yet"
 
 
 def test_missing_slurm_is_reported(
