@@ -4,7 +4,7 @@ The ranks of a node, and other jobs on it, share nothing but the folder. The fir
 others wait for the lock and find the copy. The system releases the lock when its holder ends, however it ends, and the
 next in line takes over. A copy of 60 GB may take minutes, in which a collective of the process group would time out.
 
-    FOLDER/SHA16.lock  FOLDER/SHA16.failed  FOLDER/SHA16/NAME.beton  NAME.beton.json  copied.json
+    FOLDER/SHA16.lock  FOLDER/SHA16.SOURCE8.failed  FOLDER/SHA16/NAME.beton  NAME.beton.json  copied.json
 
 NAME is that of the first file of this content to be copied; files of other names share the copy.
 """
@@ -65,8 +65,9 @@ class _Copy:
 
     @property
     def failure(self) -> Path:
-        """Reason and time of the last failed attempt."""
-        return self.place.with_suffix(".failed")
+        """Reason and time of the last failed attempt to copy from this source; another of the content may be intact."""
+        source = hashlib.sha256(os.fsencode(self.info.path.absolute())).hexdigest()[:8]
+        return self.place.with_suffix(f".{source}.failed")
 
     def find(self) -> Path | None:
         """Return the copy, of any name, if it exists and is unchanged since it was made."""

@@ -207,6 +207,21 @@ def test_jobs_that_know_a_file_under_two_names_share_a_copy(
     assert Path(path.strip()).read_bytes() == beton.read_bytes()
 
 
+def test_a_damaged_source_fails_no_job_that_has_an_intact_one(
+    beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
+) -> None:
+    damaged = beton.with_name("damaged.beton")
+    damaged.write_bytes(bytes(beton.stat().st_size))
+    shutil.copy(sidecar_path(beton), sidecar_path(damaged))
+    for source, expected in ((damaged, "copying"), (beton, "waiting")):
+        _start(ranks, source, tmp_path / "disk", gate)
+        assert _next_line(ranks[-1]) == expected
+    gate.touch()
+    (failed, message), (status, output) = _results(ranks)
+    assert failed == 2 and message.startswith(f"error: {damaged}: its SHA-256 differs")
+    assert status == 0 and Path(output.splitlines()[-1]).read_bytes() == beton.read_bytes()
+
+
 def test_another_process_takes_over_from_a_killed_one(
     beton: Path, tmp_path: Path, gate: Path, ranks: list[subprocess.Popen[str]]
 ) -> None:
