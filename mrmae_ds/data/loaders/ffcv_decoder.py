@@ -36,7 +36,7 @@ from mrmae_ds.data.loaders import augment_kernel, jpeg_kernel  # noqa: E402
 logger = logging.getLogger(__name__)
 
 
-_COMPILED = {jpeg_kernel.decode: "the JPEG decoder", augment_kernel.augment: "RandAugment"}
+_COMPILED = {jpeg_kernel.decode: "the JPEG decoder", augment_kernel.augment: "RandAugment and color jitter"}
 
 
 class CompilationNotice(numba.core.event.Listener):

@@ -1,4 +1,4 @@
-"""RandAugment of whole batches, in the threads that decode them.
+"""RandAugment and color jitter of whole batches, in the threads that decode them.
 
 Shapes: B samples, S image size.
 """
@@ -14,12 +14,12 @@ from mrmae_ds.data.types import ImageArray, UIntArray
 
 
 class BatchAugment:
-    """RandAugment on T threads: the pixels of ``Augment``, bit for bit.
+    """RandAugment and color jitter on T threads: the pixels of ``Augment``, bit for bit.
 
     A policy with timm's blur (``t3a``, ``t3aw``), which the kernel lacks, is applied by Pillow, in one thread.
 
     Args:
-        settings: policy and fill color.
+        settings: policy, color jitter and fill color.
         size: S, pixels.
         threads: T.
     """
