@@ -8,7 +8,7 @@ from mrmae_ds.config.engine import EngineConfig
 from mrmae_ds.config.recipe import Recipe
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.planning.estimates.advice import advise
-from mrmae_ds.planning.estimates.host import loader_cost, node_memory
+from mrmae_ds.planning.estimates.host import loader_cost, loader_name, node_memory
 from mrmae_ds.planning.estimates.scale import bottleneck, reason_for_none, scaling
 from mrmae_ds.planning.estimates.step import StepEstimate, estimate_step, largest_fitting
 from mrmae_ds.planning.peak_memory import phase_peaks
@@ -141,9 +141,13 @@ def _hours(hours: float | None) -> str:
 
 
 def _cores(recipe: Recipe, stage: CountedStage, step: StepEstimate) -> str:
-    cost = loader_cost(recipe, stage, step.cluster.loader_bench)
-    if cost is None or step.node_demand is None:
+    transform = stage.task.transform
+    if transform is None or step.node_demand is None:
         return ""
+    cost = loader_cost(recipe, stage, step.cluster.loader_bench)
+    if cost is None:
+        name = loader_name(recipe.data.backend, transform.of_workers(recipe.loader).augment)
+        return f"; cores of {name!r} are not measured: `mrmae data bench` measures them for --loader-bench"
     cores = step.node_demand * cost.cpu_s_per_1000 / 1000
     return (
         f": {cores:,.1f} cores, {cores / step.cluster.gpus_in_node:,.1f} a GPU, at {cost.cpu_s_per_1000:.2f} CPU-s per "

@@ -330,6 +330,13 @@ def test_command_prints_the_estimates_of_every_stage(
     assert out.count("advice") == 2 and "sustains 300 TFLOP/s" in out
 
 
+def test_missing_measurement_of_a_loader_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    """The committed results have no loader with color jitter."""
+    assert plan(*H100, "--stage", "pretrain", *SHORT, "stages.pretrain.color_jitter=0.4") == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  loader: ")]
+    assert "cores of 'mrmae_ds, ffcv + color jitter' are not measured: `mrmae data bench` measures" in line
+
+
 def test_gpu_without_a_key_is_planned_from_its_memory_and_peak(capsys: pytest.CaptureFixture[str]) -> None:
     assert plan("--gpus", "8", "--memory", "24", "--stage", "finetune", *SHORT) == 0
     out = capsys.readouterr().out
