@@ -235,6 +235,9 @@ ODD: dict[str, Odd] = {
     "gray16_big_endian.tif": Odd(lambda path: Image.fromarray(RAMP.astype(">u2")).save(path), RAMP_8, ("16-bit",), 1.5),
     "rgb16.png": Odd(_deep_rgb, plain()),
     "rgb16.tif": Odd(_deep_rgb, plain()),
+    # Values that fit 16, and 8, bits: the file alone says that its pixels have 32.
+    "int32.tif": Odd(lambda path: Image.fromarray(RAMP // np.int32(257)).save(path), RAMP_8, ("32-bit",), 1.5),
+    "int32_of_15.tif": Odd(lambda path: Image.fromarray(RAMP // np.int32(2)).save(path), RAMP_8, ("32-bit",), 1.5),
     "floats.tif": Odd(lambda path: Image.fromarray(_floats()).save(path), RAMP_8, ("32-bit",), 1.5),
     "palette.png": Odd(lambda path: _palette().save(path), _palette().convert("RGB"), ("palette",), 8),
     "palette_see_through.png": Odd(_bytes(_SEE_THROUGH[0]), _SEE_THROUGH[1], ("transparent",), 8),

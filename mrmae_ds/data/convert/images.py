@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, ImageFile, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from mrmae_ds.data.convert.options import WriteOptions
 
@@ -193,7 +193,7 @@ def _rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     if mode.startswith("I;16"):
         return _from_16_bits(np.asarray(image), kinds)
     if mode in ("I", "F"):
-        return _from_32_bits(np.asarray(image), mode, kinds)
+        return _from_32_bits(np.asarray(image), _has_16_bits(image), kinds)
     if image.has_transparency_data:
         kinds.append("transparent")
         foreground = image if mode == "RGBA" else image.convert("RGBA")
@@ -209,6 +209,13 @@ def _rgb(image: Image.Image, background: str, kinds: list[str]) -> Image.Image:
     return image.convert("RGB")
 
 
+def _has_16_bits(image: Image.Image) -> bool:
+    """Return True if the file of an image of mode I has 16 bits per pixel, which Pillow opens as 32."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):  # signed
+        return tuple(image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, ())) == (16,)
+    return image.format in ("PNG", "PPM", "JPEG2000")  # none of them has 32
+
+
 def _from_16_bits(values: npt.NDArray[Any], kinds: list[str]) -> Image.Image:
     """Divide by 257 and round, as RGB: 65,535 becomes 255."""
     kinds += ["16-bit", _DARK] if values.max() <= _DARK_LIMIT else ["16-bit"]
@@ -219,26 +226,28 @@ def _from_16_bits(values: npt.NDArray[Any], kinds: list[str]) -> Image.Image:
 
 
 def warn_of_dark(path: Path, kinds: Mapping[str, int]) -> None:
-    """Print a warning if all 16-bit images are dark, as 12-bit values in 16 bits are.
+    """Print a warning if 16-bit images are dark, as 12-bit values in 16 bits are.
 
     Args:
         path: the file that they were written to.
         kinds: number of conversions by kind.
     """
-    if 0 < kinds.get(_DARK, 0) == kinds["16-bit"]:
+    if dark := kinds.get(_DARK, 0):
         logger.warning(
-            "%s: no 16-bit image is brighter than an eighth of white, 65,535; if its white is another "
-            "(4,095 of 12 bits), scale the values before conversion",
+            "%s: 16-bit images that are nowhere brighter than an eighth of white, 65,535: %s of %s; if their white is "
+            "another (4,095 of 12 bits), scale the values before conversion",
             path,
+            f"{dark:,}",
+            f"{kinds['16-bit']:,}",
         )
 
 
-def _from_32_bits(values: npt.NDArray[Any], mode: str, kinds: list[str]) -> Image.Image:
-    """Convert integers that fit 16 bits as such; stretch other values from the least to the greatest."""
+def _from_32_bits(values: npt.NDArray[Any], of_16_bits: bool, kinds: list[str]) -> Image.Image:
+    """Convert values of 16-bit files as such; stretch others, and negative ones, from the least to the greatest."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise ImageError("pixels that are not finite")
-    if mode == "I" and low >= 0 and high <= 0xFFFF:
+    if of_16_bits and low >= 0:
         return _from_16_bits(values, kinds)
     kinds.append("32-bit")
     stretched = values.astype(np.float64)
