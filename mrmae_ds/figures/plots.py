@@ -40,12 +40,14 @@ def reconstruction_rows(
     reconstructed: Images | Mapping[str, Images],
     *,
     keep_ratio: float = 0.25,
+    mask_of: str | None = None,
 ) -> list[GridRow]:
     """Return the rows of :func:`reconstruction_grid`, from the top."""
     count, _, height, width = _images(original, "original").shape
     results = reconstructed if isinstance(reconstructed, Mapping) else {"Reconstructed": reconstructed}
     grid = []
-    for label, images in {"Original": original, f"Visible ({100 * keep_ratio:.0f} %)": masked, **results}.items():
+    visible = _named(f"Visible ({100 * keep_ratio:.0f} %)", mask_of)
+    for label, images in {"Original": original, visible: masked, **results}.items():
         array = _images(images, label)
         if array.shape != (count, 3, height, width):
             raise ValueError(f"{label}: shape {array.shape} differs from the originals' {(count, 3, height, width)}")
@@ -60,6 +62,7 @@ def reconstruction_grid(
     out_png: str | Path,
     *,
     keep_ratio: float = 0.25,
+    mask_of: str | None = None,
     captions: Sequence[str] | None = None,
     title: str | None = None,
     legend: Sequence[str] = (),
@@ -72,6 +75,7 @@ def reconstruction_grid(
         reconstructed: reconstructions of the same shape, one or several by label.
         out_png: the PNG file.
         keep_ratio: visible share of the patches, for the label.
+        mask_of: run whose mask it is, for the label, where there are several.
         captions: texts above the N columns.
         title: text at the top.
         legend: paragraphs at the bottom.
@@ -79,11 +83,13 @@ def reconstruction_grid(
     Raises:
         ValueError: if shapes differ.
     """
-    rows = reconstruction_rows(original, masked, reconstructed, keep_ratio=keep_ratio)
+    rows = reconstruction_rows(original, masked, reconstructed, keep_ratio=keep_ratio, mask_of=mask_of)
     draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
 
 
-def attention_rows(images: Images, maps: Mapping[str, Images], visible: Images | None) -> list[GridRow]:
+def attention_rows(
+    images: Images, maps: Mapping[str, Images], visible: Images | None, mask_of: str | None = None
+) -> list[GridRow]:
     """Return the rows of :func:`attention_grid`, from the top."""
     array = _images(images, "images")
     grid = [GridRow("Image", array)]
@@ -93,9 +99,13 @@ def attention_rows(images: Images, maps: Mapping[str, Images], visible: Images |
     if visible is not None:
         kept = _maps(visible, len(array), "visible") > 0.5
         share = 100 * kept.mean()
-        grid.append(GridRow(f"Kept ({share:.0f} %)", _hide(array, kept)))
-        grid.append(GridRow(f"Removed ({100 - share:.0f} %)", _hide(array, ~kept)))
+        grid.append(GridRow(_named(f"Kept ({share:.0f} %)", mask_of), _hide(array, kept)))
+        grid.append(GridRow(_named(f"Removed ({100 - share:.0f} %)", mask_of), _hide(array, ~kept)))
     return grid
+
+
+def _named(label: str, run: str | None) -> str:
+    return label if run is None else f"{label}\n{run}"
 
 
 def attention_grid(
@@ -104,6 +114,7 @@ def attention_grid(
     visible: Images | None,
     out_png: str | Path,
     *,
+    mask_of: str | None = None,
     captions: Sequence[str] | None = None,
     title: str | None = None,
     legend: Sequence[str] = (),
@@ -116,6 +127,7 @@ def attention_grid(
             maximum.
         visible: [N, h, w], 1 (or True) for kept patches; None omits the last two rows.
         out_png: the PNG file.
+        mask_of: run whose patches are kept, for the labels, where there are several.
         captions: texts above the N columns.
         title: text at the top.
         legend: paragraphs at the bottom.
@@ -123,7 +135,7 @@ def attention_grid(
     Raises:
         ValueError: if shapes do not fit.
     """
-    rows = attention_rows(images, maps, visible)
+    rows = attention_rows(images, maps, visible, mask_of)
     draw_grid(rows, Path(out_png), captions=captions, title=title, legend=legend)
 
 

@@ -95,6 +95,8 @@ def show_runs(
     view = first.image_size
     pretrained = [run for run in runs if isinstance(run, FinishedRun) and run.kind == "pretrain"]
     lead = next((run for run in pretrained if run.pretraining.teachers), next(iter(pretrained), None))
+    masked = [label for run, label in zip(runs, labels, strict=True) if run in pretrained]
+    owner = _owner(masked, pretrained.index(lead)) if lead and len(runs) > 1 else None
     maps = _AttentionMaps({}, {})
     mask = _add_teachers(lead, selection.crop(view, lead.image_size), maps, seed) if lead else None
     reconstructions = {}
@@ -108,15 +110,17 @@ def show_runs(
         maps.maps,
         None if mask is None else 1 - mask.visible.mask.unflatten(1, mask.visible.grid),
         written[0],
+        mask_of="\n".join(owner) if owner else None,
         captions=selection.captions,
         title=f"Attention of {_title(runs)}",
-        legend=[*maps.legend(), *([f"Patches are kept {mask.mode}."] if mask else [])],
+        legend=[*maps.legend(), *([_mask_legend(mask, owner)] if mask else [])],
     )
     if lead and mask and reconstructions:
         written.append(folder / "reconstructions.png")
         shown = [run for run, label in zip(runs, labels, strict=True) if label in reconstructions]
         pixels = selection.crop(view, lead.image_size)
-        _draw_reconstructions(lead, pixels, selection.captions, mask, reconstructions, written[-1], _title(shown))
+        title = _title(shown)
+        _draw_reconstructions(lead, pixels, selection.captions, mask, reconstructions, written[-1], title, owner)
     return written
 
 
@@ -225,6 +229,7 @@ def _draw_reconstructions(
     reconstructions: dict[str, Reconstruction],
     path: Path,
     title: str,
+    owner: Sequence[str] | None,
 ) -> None:
     single = len(reconstructions) == 1
     if not mask.visible.mask.any():
@@ -241,16 +246,31 @@ def _draw_reconstructions(
         legend.append(
             "Patches are predicted without their mean and contrast (normalize: standardize); both are the true patch's."
         )
+    if owner:
+        legend.append(f"The visible patches are those that {' '.join(owner)} keeps.")
     reconstruction_grid(
         pixels,
         masked_pixels(pixels, mask.visible, lead.stride, fill=HIDDEN),
         rows,
         path,
         keep_ratio=lead.pretraining.visible_share(mask.visible.grid[0] * mask.visible.grid[1]),
+        mask_of="\n".join(owner) if owner else None,
         captions=captions,
         title=f"Reconstructions by {title}",
         legend=legend,
     )
+
+
+def _owner(labels: Sequence[str], index: int) -> list[str]:
+    """Return method and name of a pre-training, and the rest of its label where another one has the same two."""
+    parts = [label.split("\n") for label in labels]
+    return parts[index][:2] if [part[:2] for part in parts].count(parts[index][:2]) == 1 else parts[index]
+
+
+def _mask_legend(mask: _Mask, owner: Sequence[str] | None) -> str:
+    """Return the sentence on a mask; among several runs, with method and name of the one whose mask it is."""
+    alone = "" if owner is None else f"The mask is that of {' '.join(owner)} alone. "
+    return f"{alone}Patches are kept {mask.mode}."
 
 
 def _labels(runs: Sequence[SavedEncoder]) -> list[str]:

@@ -207,11 +207,12 @@ def test_draws_several_runs_on_the_same_images(runs: Runs, pages: dict[str, Page
     page = pages["attention.png"]
     names = ["MAE\nmae\n4", "MCMAE\nlarger\n4", "MR-MAE\nmrmae\n4", "MR-MAE\nmrmae\nfine-tuned 2"]
     labels = [f"{name} epochs, photographs" for name in names]
-    assert page.labels == ["Image", GUIDE, *labels, "Kept (25 %)", "Removed (75 %)"]
+    assert page.labels == ["Image", GUIDE, *labels, "Kept (25 %)\nMR-MAE\nmrmae", "Removed (75 %)\nMR-MAE\nmrmae"]
     assert page.title == "Attention of 4 runs on the same images"
     assert page.legend == [
         f"Teacher guide, MAE mae: {FROM_CLASS}.",
         f"MCMAE larger, MR-MAE mrmae: {ATTENDED}.",
+        "The mask is that of MR-MAE mrmae alone. "
         "Patches are kept as those to which teacher guide gives most importance.",
     ]
     images = evaluated(val, 2)[None]
@@ -230,7 +231,9 @@ def test_draws_several_runs_on_the_same_images(runs: Runs, pages: dict[str, Page
     np.testing.assert_allclose(heat, scaled_attention(model, own), atol=1e-4)
     page = pages["reconstructions.png"]
     assert page.title == "Reconstructions by 2 runs on the same images"
-    assert page.labels == ["Original", "Visible (25 %)", f"Reconstructed\n{labels[0]}", f"Reconstructed\n{labels[2]}"]
+    reconstructed = [f"Reconstructed\n{labels[0]}", f"Reconstructed\n{labels[2]}"]
+    assert page.labels == ["Original", "Visible (25 %)\nMR-MAE\nmrmae", *reconstructed]
+    assert page.legend[-1] == "The visible patches are those that MR-MAE mrmae keeps."
 
 
 def test_warns_of_a_run_with_another_grid(
@@ -303,8 +306,14 @@ def test_classifiers_have_neither_teacher_nor_mask(runs: Runs, pages: dict[str, 
 def test_numbers_runs_with_equal_labels(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
     show_runs([runs.mae, runs.mae], ["1"], out=tmp_path)
     label = "MAE\nmae\n4 epochs, photographs"
-    assert pages["attention.png"].labels[1:3] == [label, f"{label} (2)"]
-    assert pages["attention.png"].legend[-1] == "Patches are kept at random."
+    assert pages["attention.png"].labels[1:] == [
+        label,
+        f"{label} (2)",
+        f"Kept (25 %)\n{label}",
+        f"Removed (75 %)\n{label}",
+    ]
+    alone = "The mask is that of MAE mae 4 epochs, photographs alone."
+    assert pages["attention.png"].legend[-1] == f"{alone} Patches are kept at random."
 
 
 def test_the_seed_determines_the_mask(runs: Runs, pages: dict[str, Page], tmp_path: Path) -> None:
