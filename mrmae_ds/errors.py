@@ -14,6 +14,7 @@ import errno
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
 # What a user can fix: the disk is full or read-only, a path is not permitted, too long, a file or a folder by mistake.
@@ -55,6 +56,15 @@ def errors_below(section: str) -> Iterator[None]:
         yield
     except ConfigError as error:
         raise ConfigError(f"{section}.{error.key}", error.reason) from None
+
+
+@contextmanager
+def errors_of(file: Path) -> Iterator[None]:
+    """Name a file before the message of a :class:`UserError` that is raised inside."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 class RaisedOnAllRanks(Exception):

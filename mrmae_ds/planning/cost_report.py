@@ -10,7 +10,7 @@ from mrmae_ds.config.engine import default_recipe, load_engine_config
 from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.detection.flops import detector_cost, meta_detector
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import UserError, errors_of
 from mrmae_ds.imagenet import IMAGENET_CLASSES, IMAGENET_TRAIN_SAMPLES
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.profiling.flops import COUNTED_STAGES, Flops, StageFlops, recipe_cost
@@ -46,7 +46,9 @@ def describe_cost(
     _check_numbers(num_images, tflops, gpus)
     path = recipe or default_recipe(ds_config)
     checkpointing = load_engine_config(ds_config).checkpointing
-    costs = stage_costs(load_recipe(path, list(overrides)), checkpointing)
+    loaded = load_recipe(path, list(overrides))
+    with errors_of(path):
+        costs = stage_costs(loaded, checkpointing)
     lines = [
         f"{path} with {ds_config}, {_epochs(costs, num_images)} images per epoch; evaluation is not counted",
         cost_table(costs),

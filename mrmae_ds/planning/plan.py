@@ -12,7 +12,7 @@ from mrmae_ds.config.recipe import Recipe, load_recipe
 from mrmae_ds.config.stages import TrainStageName
 from mrmae_ds.config.zero import ZeroSettings
 from mrmae_ds.detection.roi_heads import OBJECT_SHARE
-from mrmae_ds.errors import UserError
+from mrmae_ds.errors import UserError, errors_of
 from mrmae_ds.imagenet import IMAGENET_CLASSES
 from mrmae_ds.models.activation_checkpointing import CheckpointPlan
 from mrmae_ds.planning.cost_report import epoch_images, stage_costs
@@ -101,7 +101,7 @@ def describe_plan(request: PlanRequest) -> str:
         for name in PLANNED_STAGES:
             if section := getattr(recipe.stages, name):
                 accumulation_steps(config, section.batch_size, cluster.gpus, str(path))
-        for stage in _count_stages(recipe, config, request.classes):
+        for stage in _count_stages(path, recipe, config, request.classes):
             num_images = epoch_images(stage.cost.stage, request.num_images)
             step = estimate_step(stage, config.zero, cluster, config.micro_batch)
             lines += ["", *stage_lines(recipe, config, stage, step, num_images)]
@@ -130,7 +130,7 @@ def gpu_throughput(request: PlanRequest) -> tuple[float, str]:
         if timed:
             return timed, f"measured by mrmae doctor on {cluster.measured.device}, its fastest step"
     check_ranks(config, cluster.gpus, cluster.gpus_in_node)
-    (stage,) = _count_stages(recipe, config, request.classes)
+    (stage,) = _count_stages(path, recipe, config, request.classes)
     demand = estimate_step(stage, config.zero, cluster, config.micro_batch).node_demand
     if demand is None:
         raise UserError(f"the throughput of {cluster.gpu.key} is unknown; pass it with --images-per-s")
@@ -141,7 +141,7 @@ def _search(request: PlanRequest, path: Path, recipe: Recipe, config: EngineConf
     """Search, write the first candidate if that is requested, and return the report's lines."""
 
     def trace(plan: CheckpointPlan) -> list[CountedStage]:
-        return list(_count_stages(recipe, replace(config, checkpointing=plan), request.classes))
+        return list(_count_stages(path, recipe, replace(config, checkpointing=plan), request.classes))
 
     found = search(config, trace, cluster, _num_images(request, recipe))
     if request.write is not None:
@@ -153,12 +153,13 @@ def _num_images(request: PlanRequest, recipe: Recipe) -> int:
     return epoch_images("detect" if recipe.stages.detect else "pretrain", request.num_images)
 
 
-def _count_stages(recipe: Recipe, config: EngineConfig, classes: int | None) -> Iterator[CountedStage]:
-    """Trace the training stages of a recipe."""
+def _count_stages(path: Path, recipe: Recipe, config: EngineConfig, classes: int | None) -> Iterator[CountedStage]:
+    """Trace the training stages of a recipe, whose file is ``path``."""
     names = [name for name in PLANNED_STAGES if getattr(recipe.stages, name)]
     # Building the tasks reports their errors before the first is traced.
     of_stage = {name: classes or (COCO_2017["classes"] if name == "detect" else IMAGENET_CLASSES) for name in names}
-    tasks = [build_meta_task(recipe, name, config, of_stage[name]) for name in names]
+    with errors_of(path):
+        tasks = [build_meta_task(recipe, name, config, of_stage[name]) for name in names]
     for task, cost in zip(tasks, stage_costs(recipe, config.checkpointing, classes), strict=True):
         yield count_stage(task, config, cost)
 

@@ -447,6 +447,18 @@ def test_errors_are_one_line(arguments: tuple[str, ...], message: str, capsys: p
     assert error.count("\n") == 1 and re.search(message, error)
 
 
+@pytest.mark.parametrize("command", [["plan", "--gpus", "2", "--gpu", "h100-80"], ["cost"]])
+@pytest.mark.parametrize("source", ["weights/none.pth", "runs/none/pretrain"])
+def test_an_absent_checkpoint_as_teacher_names_recipe_key_and_fix(
+    command: list[str], source: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, recipe = CONFIGS / "tiny.json", CONFIGS / "tiny.yaml"
+    assert main([*command, "--ds_config", str(config), f"teachers.mae.source={source}"]) == 2
+    fix = "get the file as the recipe's header says" if "weights" in source else "run that stage first"
+    expected = f"error: {recipe}: teachers.mae.source: {source} does not exist; {fix}, or name a stage folder"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 @pytest.mark.parametrize("missing", ["engine config", "recipe"])
 def test_a_missing_file_is_reported_before_a_missing_gpu(
     missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
