@@ -42,8 +42,11 @@ class Ranks:
     processes: list[BaseProcess]
     logs: list[Path]
 
-    def wait(self, limit_s: float = 120) -> list[int]:
-        """Return exit statuses, negative for a signal; kill all ranks if they exceed the limit."""
+    def wait(self, limit_s: float = 200) -> list[int]:
+        """Return exit statuses, negative for a signal; kill all ranks if they exceed the limit.
+
+        In a new checkout the first ranks that read data compile the decoders, which takes a minute of both cores.
+        """
         deadline = time.monotonic() + limit_s
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
