@@ -41,11 +41,22 @@ class SelectedImages:
         images: whole RGB images of any sizes.
         captions: class or file name of each.
         note: message to the user about the selection, if any.
+        problems: messages on files that are left out, because they cannot be read.
     """
 
     images: tuple[Image.Image, ...]
     captions: tuple[str, ...]
     note: str | None = None
+    problems: tuple[str, ...] = ()
+
+    def check(self, written: Sequence[Path]) -> None:
+        """Report the files that are left out, after the figures are ``written``.
+
+        Raises:
+            UserError: if there are any.
+        """
+        if self.problems:
+            raise left_out(self.problems, len(self.images) + len(self.problems), written)
 
     def crop(self, view: int, size: int) -> Tensor:
         """Crop each image as evaluation at ``view`` pixels does, and resize it to ``size``.
@@ -72,7 +83,8 @@ def select_images(val: Path | None, names: Sequence[str], count: int | None, def
         default_count: number of images without ``count``; at most those available and ``MAX_IMAGES``.
 
     Raises:
-        UserError: for an invalid number, path or count, and for files that are not images.
+        UserError: for an invalid number, path or count, and if no file can be read; others are left out, see
+            :meth:`SelectedImages.check`.
     """
     if count is not None and count < 1:
         raise UserError(f"--num-images: at least 1 image is needed, not {count}")
@@ -112,6 +124,9 @@ def _from_validation_set(val: Path, rows: list[int], count: int | None, default_
 
 
 def _from_files(paths: list[Path], count: int | None, default_count: int) -> SelectedImages:
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
     files, folders = ([path for path in paths if path.is_dir() is folder] for folder in (False, True))
     note = None
     if folders:
@@ -124,7 +139,15 @@ def _from_files(paths: list[Path], count: int | None, default_count: int) -> Sel
     elif count is not None:
         raise UserError("--num-images: not allowed with files after --images; omit it, or name a folder")
     _check_columns(len(files))
-    return SelectedImages(tuple(open_upright(file) for file in files), tuple(file.name for file in files), note)
+    opened, problems = dict[int, Image.Image](), list[str]()
+    for number, file in enumerate(files):
+        try:
+            opened[number] = open_upright(file)
+        except UserError as error:
+            problems.append(str(error))
+    if not opened:
+        raise left_out(problems, len(files))
+    return SelectedImages(tuple(opened.values()), tuple(files[n].name for n in opened), note, tuple(problems))
 
 
 def images_below(folder: Path) -> list[Path]:
@@ -163,17 +186,19 @@ def open_upright(path: Path, max_side: int | None = MAX_SIDE) -> Image.Image:
         raise UserError(f"{path}: cannot be read ({error}); remove or replace it") from None
 
 
-def left_out(problems: Sequence[str], count: int) -> UserError:
+def left_out(problems: Sequence[str], count: int, written: Sequence[Path] = ()) -> UserError:
     """Return the error of a command that writes a result for each of ``count`` images except unreadable ones.
 
     Args:
         problems: messages of :func:`open_upright`, at least one.
         count: number of images, unreadable ones among them.
+        written: files that hold the results of the others, where the command has not printed them.
     """
     shown = first_few(problems, 3)
     if count == 1:
         return UserError(shown)
-    others = "so nothing is written" if len(problems) == count else "the others are written"
+    where = f"in {', '.join(map(str, written))}" if written else "written"
+    others = "so nothing is written" if len(problems) == count else f"the others are {where}"
     return UserError(f"{len(problems):,} of {counted(count, 'image')} left out, {others}: {shown}")
 
 

@@ -79,7 +79,8 @@ def draw_teachers(
         seed: of the mask.
 
     Raises:
-        UserError: for images that cannot be read, and if all teachers see visible tokens only.
+        UserError: if all teachers see visible tokens only, if no image can be read, and, when the others are drawn, if
+            some cannot.
     """
     selection = select_images(recipe.data.val, images, count, NUM_IMAGES)
     if selection.note:
@@ -104,6 +105,7 @@ def draw_teachers(
         title=f"{recipe.name}: attention of its teachers",
         legend=[*(f"{name}: {teacher.details['importance']}." for name, teacher in drawn.items()), *legend],
     )
+    selection.check([out])
 
 
 def short_source(source: str) -> str:

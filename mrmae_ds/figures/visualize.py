@@ -83,7 +83,8 @@ def show_runs(
         The PNG files: attention.png and, if a run predicts pixels, reconstructions.png.
 
     Raises:
-        UserError: for a run without weights, images that cannot be read, or a folder that cannot be written.
+        UserError: for a run without weights, images none of which can be read, or a folder that cannot be written; and,
+            when the others are drawn, for images that cannot be read.
     """
     runs = [open_saved(source, detectors=True) for source in sources]
     first, labels = runs[0], _labels(runs)
@@ -121,6 +122,7 @@ def show_runs(
         pixels = selection.crop(view, lead.image_size)
         title = _title(shown)
         _draw_reconstructions(lead, pixels, selection.captions, mask, reconstructions, written[-1], title, owner)
+    selection.check(written)
     return written
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mrmae_ds.cli.main import main
 from mrmae_ds.config.recipe import DataConfig, TeacherConfig
+from mrmae_ds.data.convert.options import WriteOptions
 from mrmae_ds.data.loaders.pillow import center_crop
 from mrmae_ds.figures import teachers as teacher_preview
 from mrmae_ds.teachers import build_teacher
@@ -130,6 +131,25 @@ def test_a_teacher_of_visible_tokens_is_described_and_not_drawn(
     out = capsys.readouterr().out
     assert "features raw of block 0, visible tokens only" in out and "none (visible tokens only)" in out
     assert list(drawn[0][1]) == ["net\ntest_resnet"]
+
+
+def test_unreadable_images_are_left_out_and_reported_at_the_end(
+    recipe: Path, images: list[Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    drawn: list[Tensor] = []
+    monkeypatch.setattr(teacher_preview, "attention_grid", lambda pixels, *_, **__: drawn.append(pixels))
+    monkeypatch.setattr(WriteOptions, "max_pixels", 50 * 70)
+    large = images[0].with_name("large.png")
+    Image.new("RGB", (50, 71)).save(large)
+    out = str(recipe.parent / "out.png")
+    assert main(["teachers", str(recipe), "--images", str(images[0].parent), "--out", out]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: 1 of 4 images left out, the others are in {out}: {large}: cannot be read")
+    assert "pixels" in error and len(drawn[0]) == 3
+    for path in images:
+        path.unlink()
+    assert main(["teachers", str(recipe), "--images", str(large), "--out", out]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {large}: cannot be read") and len(drawn) == 1
 
 
 def test_the_number_of_images_of_a_folder_can_be_chosen(

@@ -364,6 +364,16 @@ def test_image_files_and_samples_of_folders_are_drawn_upright(
     assert caplog.messages == []
 
 
+def test_unreadable_images_are_left_out_and_reported_at_the_end(
+    runs: Runs, pages: dict[str, Page], tmp_path: Path
+) -> None:
+    photograph().save(tmp_path / "good.png")
+    (tmp_path / "torn.png").write_bytes((tmp_path / "good.png").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"1 of 2 images left out, the others are in .*attention.png.*torn.png: cannot"):
+        show_runs([runs.mae], [str(tmp_path)], out=tmp_path / "out")
+    assert pages["attention.png"].captions == ["good.png"]
+
+
 def test_no_validation_set_is_needed_for_files(pages: dict[str, Page], tmp_path: Path) -> None:
     save_pretraining(tmp_path / "moved", make_recipe(tmp_path / "gone.beton", "MAE", VIT, SIDE, None))
     photograph().save(tmp_path / "x.jpg")
