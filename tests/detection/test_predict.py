@@ -170,7 +170,7 @@ def test_wrong_input_is_one_line(folder: Path, capsys: pytest.CaptureFixture[str
     (folder / "empty").mkdir()
     save_weights(folder / "encoder" / "model.safetensors", encoder.state_dict(), about)
     for arguments, message in (
-        ([run, str(torn)], f"error: not readable: {torn} ("),
+        ([run, str(torn)], f"error: {torn}: cannot be read ("),
         ([run, image, "--score", "1.5"], "--score 1.5: scores are 0 to 1"),
         ([run, image, "--score", "nan"], "--score nan: scores are 0 to 1"),
         ([run, image, "--device", "foo"], "--device foo: expected cpu"),
@@ -193,4 +193,4 @@ def test_an_image_of_too_many_pixels_is_one_line(
     run, image = str(folder / "run" / "detect"), str(folder / "images" / "0.jpg")
     assert main(["detect", run, image, "--out", str(folder / "out")]) == 2
     error = capsys.readouterr().err
-    assert "0.jpg (more than 100 pixels)" in error and error.count("\n") == 1
+    assert "0.jpg: cannot be read (more than 100 pixels)" in error and error.count("\n") == 1
