@@ -110,12 +110,11 @@ def short_label(row: Row) -> str:
 
 
 def annotate(axes: Axes, text: str, place: tuple[float, float], color: str, side: str) -> None:
-    """Write a small number beside a marker, on the `side` "above", "below", "right" or "left"."""
+    """Write a small number beside a marker, on the `side` "above", "below" or "right"."""
     offset, ha, va = {
         "above": ((0, 6), "center", "bottom"),
         "below": ((0, -7), "center", "top"),
         "right": ((7, -1), "left", "center"),
-        "left": ((-7, -1), "right", "center"),
     }[side]
     label = axes.annotate(text, place, offset, textcoords="offset points", ha=ha, va=va, fontsize=_SIZE, color=color)
     # A white outline keeps a number readable where a line crosses it.
