@@ -40,13 +40,13 @@ def reconstruction_rows(
     reconstructed: Images | Mapping[str, Images],
     *,
     keep_ratio: float = 0.25,
-    mask_of: str | None = None,
+    mask_of: Sequence[str] = (),
 ) -> list[GridRow]:
     """Return the rows of :func:`reconstruction_grid`, from the top."""
     count, _, height, width = _images(original, "original").shape
     results = reconstructed if isinstance(reconstructed, Mapping) else {"Reconstructed": reconstructed}
     grid = []
-    visible = _named(f"Visible ({100 * keep_ratio:.0f} %)", mask_of)
+    visible = "\n".join([f"Visible ({100 * keep_ratio:.0f} %)", *mask_of])
     for label, images in {"Original": original, visible: masked, **results}.items():
         array = _images(images, label)
         if array.shape != (count, 3, height, width):
@@ -62,7 +62,7 @@ def reconstruction_grid(
     out_png: str | Path,
     *,
     keep_ratio: float = 0.25,
-    mask_of: str | None = None,
+    mask_of: Sequence[str] = (),
     captions: Sequence[str] | None = None,
     title: str | None = None,
     legend: Sequence[str] = (),
@@ -75,7 +75,7 @@ def reconstruction_grid(
         reconstructed: reconstructions of the same shape, one or several by label.
         out_png: the PNG file.
         keep_ratio: visible share of the patches, for the label.
-        mask_of: run whose mask it is, for the label, where there are several.
+        mask_of: lines that name the run whose mask it is, for the label, where there are several.
         captions: texts above the N columns.
         title: text at the top.
         legend: paragraphs at the bottom.
@@ -88,7 +88,7 @@ def reconstruction_grid(
 
 
 def attention_rows(
-    images: Images, maps: Mapping[str, Images], visible: Images | None, mask_of: str | None = None
+    images: Images, maps: Mapping[str, Images], visible: Images | None, mask_of: Sequence[str] = ()
 ) -> list[GridRow]:
     """Return the rows of :func:`attention_grid`, from the top."""
     array = _images(images, "images")
@@ -99,13 +99,9 @@ def attention_rows(
     if visible is not None:
         kept = _maps(visible, len(array), "visible") > 0.5
         share = 100 * kept.mean()
-        grid.append(GridRow(_named(f"Kept ({share:.0f} %)", mask_of), _hide(array, kept)))
-        grid.append(GridRow(_named(f"Removed ({100 - share:.0f} %)", mask_of), _hide(array, ~kept)))
+        for label, shown in {f"Kept ({share:.0f} %)": kept, f"Removed ({100 - share:.0f} %)": ~kept}.items():
+            grid.append(GridRow("\n".join([label, *mask_of]), _hide(array, shown)))
     return grid
-
-
-def _named(label: str, run: str | None) -> str:
-    return label if run is None else f"{label}\n{run}"
 
 
 def attention_grid(
@@ -114,7 +110,7 @@ def attention_grid(
     visible: Images | None,
     out_png: str | Path,
     *,
-    mask_of: str | None = None,
+    mask_of: Sequence[str] = (),
     captions: Sequence[str] | None = None,
     title: str | None = None,
     legend: Sequence[str] = (),
@@ -127,7 +123,7 @@ def attention_grid(
             maximum.
         visible: [N, h, w], 1 (or True) for kept patches; None omits the last two rows.
         out_png: the PNG file.
-        mask_of: run whose patches are kept, for the labels, where there are several.
+        mask_of: lines that name the run whose patches are kept, for the labels, where there are several.
         captions: texts above the N columns.
         title: text at the top.
         legend: paragraphs at the bottom.

@@ -97,7 +97,7 @@ def show_runs(
     pretrained = [run for run in runs if isinstance(run, FinishedRun) and run.kind == "pretrain"]
     lead = next((run for run in pretrained if run.pretraining.teachers), next(iter(pretrained), None))
     masked = [label for run, label in zip(runs, labels, strict=True) if run in pretrained]
-    owner = _owner(masked, pretrained.index(lead)) if lead and len(runs) > 1 else None
+    owner = _owner(masked, pretrained.index(lead)) if lead and len(runs) > 1 else ()
     maps = _AttentionMaps({}, {})
     mask = _add_teachers(lead, selection.crop(view, lead.image_size), maps, seed) if lead else None
     reconstructions = {}
@@ -111,7 +111,7 @@ def show_runs(
         maps.maps,
         None if mask is None else 1 - mask.visible.mask.unflatten(1, mask.visible.grid),
         written[0],
-        mask_of="\n".join(owner) if owner else None,
+        mask_of=owner,
         captions=selection.captions,
         title=f"Attention of {_title(runs)}",
         legend=[*maps.legend(), *([_mask_legend(mask, owner)] if mask else [])],
@@ -231,7 +231,7 @@ def _draw_reconstructions(
     reconstructions: dict[str, Reconstruction],
     path: Path,
     title: str,
-    owner: Sequence[str] | None,
+    owner: Sequence[str],
 ) -> None:
     single = len(reconstructions) == 1
     if not mask.visible.mask.any():
@@ -256,7 +256,7 @@ def _draw_reconstructions(
         rows,
         path,
         keep_ratio=lead.pretraining.visible_share(mask.visible.grid[0] * mask.visible.grid[1]),
-        mask_of="\n".join(owner) if owner else None,
+        mask_of=owner,
         captions=captions,
         title=f"Reconstructions by {title}",
         legend=legend,
@@ -269,9 +269,9 @@ def _owner(labels: Sequence[str], index: int) -> list[str]:
     return parts[index][:2] if [part[:2] for part in parts].count(parts[index][:2]) == 1 else parts[index]
 
 
-def _mask_legend(mask: _Mask, owner: Sequence[str] | None) -> str:
+def _mask_legend(mask: _Mask, owner: Sequence[str]) -> str:
     """Return the sentence on a mask; among several runs, with method and name of the one whose mask it is."""
-    alone = "" if owner is None else f"The mask is that of {' '.join(owner)} alone. "
+    alone = f"The mask is that of {' '.join(owner)} alone. " if owner else ""
     return f"{alone}Patches are kept {mask.mode}."
 
 
